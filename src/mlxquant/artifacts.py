@@ -1,0 +1,253 @@
+"""Files that can be trusted: versioned, checksummed, written whole or not at all.
+
+Tensors are safetensors, facts are sorted JSON, paths inside are relative. A header says what a file is (``kind``, ``version``), and a
+sha256 covers everything in it, so a truncated or bit-flipped file is refused with one clear error instead of loading as noise.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import struct
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import safetensors.numpy
+from mlx.utils import tree_flatten
+
+from .errors import ArtifactError
+
+VERSION = 1
+KEY = "mlxquant"  # the one metadata key: safetensors keeps several in no fixed order, and equal runs must give equal bytes
+DTYPES = (mx.float32, mx.float16, mx.uint64, mx.uint32, mx.int32, mx.uint8, mx.int8)
+
+
+def explain(error: OSError, path: Path) -> ArtifactError:
+    """An operating system's error as one of ours, with a remedy."""
+    remedies = {
+        errno.ENOSPC: "free some space or choose another disk",
+        errno.EROFS: "choose a folder on a writable disk",
+        errno.EACCES: "check the permissions or choose another place",
+        errno.EPERM: "check the permissions or choose another place",
+        errno.EEXIST: "a part of the path is a file; choose another place",
+        errno.ENOENT: "check the path",
+        errno.ENOTDIR: "a part of the path is a file; choose another place",
+        errno.EISDIR: "this is a folder; name a file",
+    }
+    return ArtifactError(f"{path}: {error.strerror or error}; {remedies.get(error.errno or 0, 'check the path')}")
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary name beside ``path``; on success it is synced and renamed, on any failure removed."""
+    path = Path(path)
+    temporary: Path | None = None
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(0o666 & ~_umask())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise explain(error, path) from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+@contextmanager
+def atomic_folder(path: Path, force: bool = False) -> Iterator[Path]:
+    """Yield an empty folder beside ``path``; on success it takes that name, on any failure it is removed.
+
+    An existing folder is refused, or with ``force`` replaced in the last moment.
+    """
+    path = Path(path)
+    refuse_existing(path, force)
+    temporary: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+        yield temporary
+        temporary.chmod(0o777 & ~_umask())
+        if path.exists():
+            aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
+            os.replace(path, aside / "old")
+            os.replace(temporary, path)
+            shutil.rmtree(aside)
+        else:
+            os.replace(temporary, path)
+    except OSError as error:
+        raise explain(error, path) from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def refuse_existing(path: Path, force: bool) -> None:
+    """Raise ArtifactError when ``path`` exists and may not be replaced."""
+    if path.exists() and not force:
+        raise ArtifactError(f"{path} exists; choose another folder or pass --force to replace it")
+    if path.exists() and not path.is_dir():
+        raise ArtifactError(f"{path} is a file; choose a folder")
+
+
+def ensure_writable(folder: Path) -> None:
+    """Fail now, not after an hour: raise ArtifactError unless a file can be created in ``folder`` (made if missing)."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise explain(error, folder) from error
+
+
+def canonical(data: Any) -> str:
+    """JSON with sorted keys: equal data, equal bytes."""
+    return json.dumps(data, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def digest(data: Any) -> str:
+    """sha256 of plain data, by its canonical JSON."""
+    return hashlib.sha256(canonical(data).encode()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file's bytes; raises ArtifactError when it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise explain(error, path) from error
+
+
+def array_digest(value: mx.array) -> str:
+    """sha256 over dtype, shape and bytes of an array."""
+    raw = np.array(value.view(mx.uint16) if value.dtype == mx.bfloat16 else value)
+    return hashlib.sha256(f"{value.dtype}{value.shape}".encode() + raw.tobytes()).hexdigest()
+
+
+def write_json(path: Path, kind: str, facts: Mapping[str, Any]) -> None:
+    """Write facts under a header with their own checksum, atomically."""
+    data = {"kind": kind, "version": VERSION, **facts}
+    with atomic_file(path) as temporary:
+        temporary.write_text(canonical({**data, "sha256": digest(data)}), encoding="utf-8")
+
+
+def read_json(path: Path, kind: str) -> dict[str, Any]:
+    """Read what ``write_json`` wrote; raises ArtifactError on a missing, damaged, foreign or newer file."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise explain(error, path) from error
+    except ValueError as error:
+        raise ArtifactError(f"{path}: not readable as JSON ({error}); the file is damaged, write it anew") from error
+    if not isinstance(data, dict):
+        raise ArtifactError(f"{path}: expected a JSON object, found {type(data).__name__}; the file is not ours")
+    _check_header(path, data, kind)
+    found = data.pop("sha256", None)
+    if found != digest(data):
+        raise ArtifactError(
+            f"{path}: checksum {str(found)[:12]}… does not match the contents {digest(data)[:12]}…; the file was changed or "
+            "damaged, write it anew"
+        )
+    return data
+
+
+def _check_header(path: Path, header: Mapping[str, Any], kind: str) -> None:
+    if header.get("kind") != kind:
+        raise ArtifactError(
+            f"{path}: expected a file of kind {kind!r}, found {header.get('kind')!r}; this is another program's or step's file"
+        )
+    if header.get("version") != VERSION:
+        raise ArtifactError(
+            f"{path}: written in version {header.get('version')!r}, this mlxquant reads version {VERSION}; install the matching release"
+        )
+
+
+def write_tensors(path: Path, kind: str, arrays: Mapping[str, mx.array], header: Mapping[str, Any] | None = None) -> None:
+    """Write arrays as safetensors with a checksummed header, atomically. Equal input gives equal bytes."""
+    if unknown := {name: value.dtype for name, value in arrays.items() if value.dtype not in DTYPES}:
+        raise ArtifactError(f"{path}: cannot store {unknown}; expected one of {[str(d) for d in DTYPES]}")
+    tensors = {name: np.array(arrays[name]) for name in sorted(arrays)}
+    facts = {"kind": kind, "version": VERSION, **(header or {})}
+    blank = safetensors.numpy.save(tensors, {KEY: canonical({**facts, "sha256": "0" * 64})})
+    facts["sha256"] = hashlib.sha256(blank).hexdigest()
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(safetensors.numpy.save(tensors, {KEY: canonical(facts)}))
+
+
+def read_tensors(path: Path, kind: str) -> tuple[dict[str, mx.array], dict[str, Any]]:
+    """Read what ``write_tensors`` wrote: arrays and header; raises ArtifactError on a missing, damaged, foreign or newer file."""
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            prefix = file.read(8)
+            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+            if not 0 < length <= path.stat().st_size - 8:
+                raise ValueError("its header is longer than the file")
+            head = file.read(length)
+            header = json.loads(json.loads(head)["__metadata__"][KEY])
+            claimed = str(header.pop("sha256"))
+            hasher = hashlib.sha256(prefix + head.replace(claimed.encode(), b"0" * 64))
+            while piece := file.read(1 << 20):
+                hasher.update(piece)
+    except OSError as error:
+        raise explain(error, path) from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ArtifactError(f"{path}: not a tensor file of mlxquant, or a damaged one ({error!r}); write or download it anew") from error
+    _check_header(path, header, kind)
+    if hasher.hexdigest() != claimed:
+        raise ArtifactError(
+            f"{path}: checksum does not match the contents (expected {claimed[:12]}…, found {hasher.hexdigest()[:12]}…); "
+            "write or download it anew"
+        )
+    arrays = mx.load(str(path), format="safetensors")
+    assert isinstance(arrays, dict)
+    return arrays, header
+
+
+def load_parameters(module: nn.Module, arrays: Mapping[str, mx.array], source: str) -> None:
+    """Put arrays into a module, in the dtypes that it has; raises ArtifactError on a missing, extra or misshapen tensor."""
+    expected = dict(tree_flatten(module.parameters()))
+    missing, extra = sorted(set(expected) - set(arrays)), sorted(set(arrays) - set(expected))
+    if missing or extra:
+        counts = f"{len(missing)} and {len(extra)} in all"
+        raise ArtifactError(
+            f"{source}: does not fit the model: missing {missing[:3] or 'nothing'}, unexpected {extra[:3] or 'nothing'} ({counts})"
+        )
+    for name, value in expected.items():
+        if arrays[name].shape != value.shape:
+            raise ArtifactError(f"{source}: {name} has shape {arrays[name].shape}, the model expects {value.shape}")
+    module.load_weights([(name, arrays[name].astype(value.dtype)) for name, value in expected.items()])
+
+
+def compact(value: mx.array) -> mx.array:
+    """float32 as float16 where that loses nothing."""
+    if value.dtype != mx.float32:
+        return value
+    half = value.astype(mx.float16)
+    return half if bool(mx.array_equal(half.astype(mx.float32), value).item()) else value
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder of ours if it is there."""
+    with suppress(FileNotFoundError):
+        shutil.rmtree(path)

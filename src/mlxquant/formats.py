@@ -1,0 +1,159 @@
+"""Integer grids: which numbers a quantized weight can be, and how its codes are stored.
+
+A weight [out, in] is ``scale * code + bias`` with unsigned codes of ``bits`` bits, which is MLX's affine layout. A symmetric grid has
+``bias = -2^(bits-1) * scale`` and does not store it. Scales are float16 and are snapped before anything is rounded on them, so what
+is optimised is what is stored. Everything here is NumPy in, NumPy out; rounding methods live in ``methods``.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import NumericsError, RecipeError
+
+Array = npt.NDArray[Any]
+GROUPS = (32, 64, 128)
+SMALLEST_SCALE = float(np.finfo(np.float16).tiny)
+
+
+@dataclass(frozen=True)
+class WeightFormat:
+    """``bits`` 2 to 8; ``group`` is "tensor", "channel" (one scale an output row) or 32, 64, 128 input columns."""
+
+    bits: int = 4
+    group: int | Literal["tensor", "channel"] = "channel"
+    symmetric: bool = True
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.bits <= 8:
+            raise RecipeError(f"weight format: bits must be 2 to 8, found {self.bits}")
+        if self.group not in ("tensor", "channel", *GROUPS):
+            raise RecipeError(f"weight format: group must be 'tensor', 'channel' or one of {GROUPS}, found {self.group!r}")
+
+    @property
+    def levels(self) -> int:
+        return 2**self.bits
+
+    @property
+    def zero_code(self) -> int:
+        """The code that means zero on a symmetric grid."""
+        return 2 ** (self.bits - 1)
+
+    def columns(self, width: int) -> int:
+        """How many input columns share a scale in a weight of this width; raises RecipeError when groups do not fit."""
+        if not isinstance(self.group, int):
+            return width
+        if width % self.group:
+            raise RecipeError(f"groups of {self.group} do not divide an input width of {width}; use 'channel' or a smaller group")
+        return self.group
+
+    def bits_per_weight(self, shape: tuple[int, int]) -> float:
+        """Stored bits a weight, scales (and biases, where stored) included."""
+        rows, width = shape
+        scales = 1 if self.group == "tensor" else rows * (width // self.columns(width))
+        return self.bits + scales * 16 * (1 if self.symmetric else 2) / (rows * width)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"bits": self.bits, "group": self.group, "symmetric": self.symmetric}
+
+    def __str__(self) -> str:
+        suffix = {"tensor": "-tensor", "channel": ""}.get(str(self.group), f"-g{self.group}")
+        usual = not isinstance(self.group, int)  # groups are asymmetric unless they say otherwise
+        sign = "" if self.symmetric == usual else "-sym" if self.symmetric else "-asym"
+        return f"w{self.bits}{suffix}{sign}"
+
+    @classmethod
+    def parse(cls, text: str) -> WeightFormat:
+        """``w4`` (symmetric per channel), ``w4-g128`` (asymmetric groups), ``w4-g64-sym``, ``w4-asym``, ``w8-tensor``."""
+        match = re.fullmatch(r"w([2-8])(-tensor|-g(?:32|64|128))?(-sym|-asym)?", text)
+        if match is None:
+            raise RecipeError(f"{text!r} is no weight format; expected w2 to w8, optionally -tensor or -g32/64/128, then -sym or -asym")
+        where, sign = match[2] or "", match[3] or ""
+        group: Any = int(where[2:]) if where.startswith("-g") else "tensor" if where else "channel"
+        return cls(int(match[1]), group, symmetric=sign == "-sym" if sign else not isinstance(group, int))
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A format with its scales fixed: ``scales`` and ``biases`` float16 values held as float32, [out, groups]."""
+
+    format: WeightFormat
+    scales: Array
+    biases: Array
+
+    @classmethod
+    def symmetric(cls, format: WeightFormat, scales: Array) -> Grid:
+        scales = snap(scales)
+        return cls(format, scales, -format.zero_code * scales)
+
+    def expand(self, values: Array, width: int) -> Array:
+        """Scales or biases [out, groups] to [out, in] or [out, 1], whichever broadcasts against a weight of this width."""
+        return values if values.shape[1] == 1 else np.repeat(values, width // values.shape[1], axis=1)
+
+    def quantize(self, weight: Array) -> Array:
+        """Round to nearest: uint8 codes [out, in]."""
+        scales, biases = (self.expand(v, weight.shape[1]) for v in (self.scales, self.biases))
+        return np.clip(np.rint((weight - biases) / scales), 0, self.format.levels - 1).astype(np.uint8)
+
+    def dequantize(self, codes: Array) -> Array:
+        """Codes [out, in] to float32 weights."""
+        scales, biases = (self.expand(v, codes.shape[1]) for v in (self.scales, self.biases))
+        return (codes.astype(np.float32) * scales + biases).astype(np.float32)
+
+
+def snap(scales: Array) -> Array:
+    """Scales as they will be stored: float16, at least its smallest normal number, held as float32."""
+    return np.maximum(np.asarray(scales, np.float64), SMALLEST_SCALE).astype(np.float16).astype(np.float32)
+
+
+def grouped(weight: Array, format: WeightFormat) -> Array:
+    """View a weight [out, in] as [out, groups, columns] ([1, 1, out*in] per tensor); raises NumericsError on NaN or infinity."""
+    if not np.isfinite(weight).all():
+        bad = int(weight.size - np.isfinite(weight).sum())
+        raise NumericsError(f"weight of shape {weight.shape} holds {bad} NaN or infinite values; repair or re-download the checkpoint")
+    if format.group == "tensor":
+        return weight.reshape(1, 1, -1)
+    return weight.reshape(weight.shape[0], -1, format.columns(weight.shape[1]))
+
+
+def fit_extremes(weight: Array, format: WeightFormat) -> Grid:
+    """The grid that spans the extremes: symmetric ``absmax / (2^(bits-1) - 1)``, asymmetric ``(max - min) / (2^bits - 1)``.
+
+    A row (group) of zeros gets scale 1. The symmetric step follows modelopt and deepcompressor; other tools divide by 7.5 or 8.
+    """
+    groups = grouped(weight, format)
+    rows = weight.shape[0]
+    if format.symmetric:
+        peak = np.abs(groups).max(-1)
+        scales = np.where(peak > 0, peak / (format.zero_code - 1), 1.0)
+        return Grid.symmetric(format, np.broadcast_to(scales, (rows, scales.shape[1])))
+    low, high = np.minimum(groups.min(-1), 0), np.maximum(groups.max(-1), 0)
+    scales = snap(np.where(high > low, (high - low) / (format.levels - 1), 1.0))
+    biases = low.astype(np.float16).astype(np.float32)
+    return Grid(format, *(np.ascontiguousarray(np.broadcast_to(v, (rows, v.shape[1]))) for v in (scales, biases)))
+
+
+def pack(codes: Array, bits: int) -> Array:
+    """Codes [out, in] to MLX's packed layout: one little-endian bit stream a row, uint32 [out, ceil(in * bits / 32)].
+
+    For the widths that MLX accepts this is bit for bit what ``mx.quantize`` stores.
+    """
+    rows = codes.shape[0]
+    if codes.size and int(codes.max()) >= 2**bits:
+        raise NumericsError(f"code {int(codes.max())} does not fit in {bits} bits")
+    stream = np.unpackbits(np.ascontiguousarray(codes, np.uint8)[..., None], axis=-1, bitorder="little")[..., :bits].reshape(rows, -1)
+    padding = -stream.shape[1] % 32
+    stream = np.pad(stream, ((0, 0), (0, padding)))
+    return np.packbits(stream, axis=1, bitorder="little").view("<u4").astype(np.uint32)
+
+
+def unpack(words: Array, bits: int, width: int) -> Array:
+    """The inverse of ``pack``: uint8 codes [out, width]."""
+    stream = np.unpackbits(np.ascontiguousarray(words, "<u4").view(np.uint8), axis=1, bitorder="little")[:, : width * bits]
+    stream = stream.reshape(words.shape[0], width, bits)
+    return np.packbits(stream, axis=-1, bitorder="little")[..., 0]

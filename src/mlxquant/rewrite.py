@@ -1,0 +1,83 @@
+"""Find, replace and tap layers in a module tree by their dotted paths. Every change can be undone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from .errors import AdapterError
+
+
+def parameters(tree: Any) -> dict[str, mx.array]:
+    """All arrays of a module or of a nested dictionary of arrays, by dotted path."""
+    leaves = tree.parameters() if isinstance(tree, nn.Module) else tree
+    return dict(tree_flatten(leaves))
+
+
+def find_linears(module: nn.Module) -> dict[str, nn.Linear]:
+    """Every ``nn.Linear`` by path, in path order with numbers compared as numbers."""
+    found = {path: m for path, m in module.named_modules() if isinstance(m, nn.Linear)}
+    return {path: found[path] for path in sorted(found, key=_natural)}
+
+
+def _natural(path: str) -> list[tuple[int, int | str]]:
+    return [(0, int(part)) if part.isdigit() else (1, part) for part in path.split(".")]
+
+
+def _step(parent: Any, part: str) -> Any:
+    return parent[int(part)] if part.isdigit() else parent[part]
+
+
+def get_module(root: nn.Module, path: str) -> Any:
+    """The module at a dotted path; raises AdapterError where the path leaves the tree."""
+    here: Any = root
+    for part in path.split("."):
+        try:
+            here = _step(here, part)
+        except (KeyError, IndexError, AttributeError) as error:
+            raise AdapterError(f"no module {path!r}: {part!r} is not in {type(here).__name__}") from error
+    return here
+
+
+def set_module(root: nn.Module, path: str, new: nn.Module) -> Any:
+    """Put ``new`` at ``path`` and return what was there."""
+    *parents, last = path.split(".")
+    parent = get_module(root, ".".join(parents)) if parents else root
+    old = _step(parent, last)
+    parent[int(last) if last.isdigit() else last] = new
+    return old
+
+
+@contextmanager
+def swapped(root: nn.Module, layers: dict[str, nn.Module]) -> Iterator[None]:
+    """Run with other layers in place; the originals return afterwards, also after an exception."""
+    before = {path: set_module(root, path, new) for path, new in layers.items()}
+    try:
+        yield
+    finally:
+        for path, old in before.items():
+            set_module(root, path, old)
+
+
+class Tap(nn.Module):
+    """Shows a layer's input to an observer and passes the call on."""
+
+    def __init__(self, path: str, layer: nn.Module, observe: Callable[[str, mx.array], None]):
+        super().__init__()
+        self._path, self._layer, self._observe = path, layer, observe
+
+    def __call__(self, x: mx.array) -> mx.array:
+        self._observe(self._path, x)
+        return self._layer(x)
+
+
+@contextmanager
+def tapped(root: nn.Module, paths: Iterable[str], observe: Callable[[str, mx.array], None]) -> Iterator[None]:
+    """Call ``observe(path, input)`` for each of these layers during the forward passes inside."""
+    with swapped(root, {path: Tap(path, get_module(root, path), observe) for path in paths}):
+        yield

@@ -1,0 +1,68 @@
+"""Time in rectified flow: noise levels, the grid a sampler walks, and the clock that quantized layers read.
+
+``x_sigma = (1 - sigma) image + sigma noise``, t = 1000 sigma, log-SNR = 2 ln((1 - sigma) / sigma) in nats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import AdapterError
+
+Sigmas = npt.NDArray[np.float64]
+
+
+def log_snr(sigma: npt.ArrayLike, limit: float = 10.0) -> Sigmas:
+    """Log signal-to-noise ratio in nats, clamped to +-limit; odd around sigma = 1/2."""
+    s = np.asarray(sigma, np.float64)
+    with np.errstate(divide="ignore"):
+        return np.clip(2 * (np.log1p(-s) - np.log(s)), -limit, limit)
+
+
+def flow_sigmas(steps: int, shift: float = 1.0) -> Sigmas:
+    """The ``steps + 1`` noise levels of SD3's flow sampler, from 1 down to 0.
+
+    ``sigma' = shift sigma / (1 + (shift - 1) sigma)`` (arXiv 2403.03206 eq. 23) on evenly spaced t from 1000 to the schedule's own
+    smallest t, then 0: DiffusionKit's grid, value for value. Raises AdapterError when ``steps`` < 1.
+    """
+    if steps < 1:
+        raise AdapterError(f"steps must be at least 1, found {steps}")
+
+    def shifted(sigma: Sigmas) -> Sigmas:
+        return shift * sigma / (1 + (shift - 1) * sigma)
+
+    smallest = float(shifted(np.array(1 / 1000)))
+    return np.append(shifted(np.linspace(1.0, smallest, steps)), 0.0)
+
+
+class Clock:
+    """Tells quantized layers which noise level is running: one sigma, or one for each sample of the batch.
+
+    The sampler (or a sweep) sets it around a forward pass; reading it unset raises, so no layer can run on a stale or default time.
+    """
+
+    def __init__(self) -> None:
+        self._sigma: npt.NDArray[np.float32] | None = None
+
+    @property
+    def sigma(self) -> npt.NDArray[np.float32]:
+        """[1] or [B] float32; raises AdapterError when no forward pass is announced."""
+        if self._sigma is None:
+            raise AdapterError(
+                "a layer with per-timestep activation scales ran while no timestep was set; run it through the model's sampler"
+            )
+        return self._sigma
+
+    @contextmanager
+    def at(self, sigma: float | Sequence[float] | npt.NDArray[Any]) -> Iterator[None]:
+        """Announce the noise level of the forward passes inside; the previous one returns afterwards, also after an exception."""
+        before, self._sigma = self._sigma, np.atleast_1d(np.asarray(sigma, np.float32))
+        try:
+            yield
+        finally:
+            self._sigma = before

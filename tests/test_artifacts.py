@@ -1,0 +1,133 @@
+"""Files are whole, checked, or refused with one clear error; a failed write leaves nothing behind."""
+
+import errno
+import json
+import os
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlxquant import artifacts
+from mlxquant.errors import ArtifactError
+
+ARRAYS = {"b": mx.arange(6, dtype=mx.float32).reshape(2, 3), "a": mx.array([1, 2], mx.uint32), "c": mx.zeros((3,), mx.float16)}
+
+
+@pytest.fixture
+def tensors(tmp_path):
+    path = tmp_path / "x.safetensors"
+    artifacts.write_tensors(path, "thing", ARRAYS, {"note": "ü", "number": 3})
+    return path
+
+
+def test_tensors_come_back(tensors):
+    arrays, header = artifacts.read_tensors(tensors, "thing")
+    assert header == {"kind": "thing", "version": 1, "note": "ü", "number": 3}
+    assert set(arrays) == set(ARRAYS)
+    for name, value in ARRAYS.items():
+        assert arrays[name].dtype == value.dtype
+        np.testing.assert_array_equal(np.array(arrays[name]), np.array(value))
+
+
+def test_equal_input_gives_equal_bytes(tensors, tmp_path):
+    again = tmp_path / "y.safetensors"
+    artifacts.write_tensors(again, "thing", dict(reversed(ARRAYS.items())), {"number": 3, "note": "ü"})
+    assert again.read_bytes() == tensors.read_bytes()
+
+
+def test_every_flipped_byte_is_noticed(tensors):
+    good = tensors.read_bytes()
+    for position in range(0, len(good), 7):
+        bad = bytearray(good)
+        bad[position] ^= 0x10
+        tensors.write_bytes(bad)
+        with pytest.raises(ArtifactError, match=r"x\.safetensors"):
+            artifacts.read_tensors(tensors, "thing")
+
+
+@pytest.mark.parametrize("length", [0, 4, 8, 20, 300, -1])
+def test_truncation_is_noticed(tensors, length):
+    tensors.write_bytes(tensors.read_bytes()[:length])
+    with pytest.raises(ArtifactError):
+        artifacts.read_tensors(tensors, "thing")
+
+
+def test_foreign_files_are_refused(tensors, tmp_path):
+    with pytest.raises(ArtifactError, match="expected a file of kind 'other', found 'thing'"):
+        artifacts.read_tensors(tensors, "other")
+    foreign = tmp_path / "foreign.safetensors"
+    mx.save_safetensors(str(foreign), ARRAYS)
+    with pytest.raises(ArtifactError, match="not a tensor file of mlxquant"):
+        artifacts.read_tensors(foreign, "thing")
+    with pytest.raises(ArtifactError, match="No such file"):
+        artifacts.read_tensors(tmp_path / "none", "thing")
+
+
+def test_json_comes_back_and_is_checked(tmp_path):
+    path = tmp_path / "x.json"
+    artifacts.write_json(path, "facts", {"b": [1, 2.5], "a": None})
+    assert artifacts.read_json(path, "facts") == {"kind": "facts", "version": 1, "a": None, "b": [1, 2.5]}
+    text = path.read_text()
+    path.write_text(text.replace("2.5", "2.6"))
+    with pytest.raises(ArtifactError, match="checksum"):
+        artifacts.read_json(path, "facts")
+    path.write_text(text[:-20])
+    with pytest.raises(ArtifactError, match="not readable as JSON"):
+        artifacts.read_json(path, "facts")
+    path.write_text(json.dumps({"kind": "facts", "version": 99}))
+    with pytest.raises(ArtifactError, match="version 99"):
+        artifacts.read_json(path, "facts")
+
+
+def test_failed_write_keeps_the_old_file_and_leaves_no_other(tmp_path):
+    path = tmp_path / "x.txt"
+    path.write_text("old")
+    with pytest.raises(ZeroDivisionError), artifacts.atomic_file(path) as temporary:
+        temporary.write_text("half")
+        _ = 1 / 0
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["x.txt"]
+
+
+def test_full_disk_is_one_clear_error(tmp_path):
+    with (
+        pytest.raises(ArtifactError, match="No space left on device; free some space"),
+        artifacts.atomic_folder(tmp_path / "out"),
+    ):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert os.listdir(tmp_path) == []
+
+
+def test_existing_folder_is_replaced_only_by_force(tmp_path):
+    out = tmp_path / "out"
+    with artifacts.atomic_folder(out) as temporary:
+        (temporary / "a").write_text("1")
+    with pytest.raises(ArtifactError, match="--force"), artifacts.atomic_folder(out):
+        pass
+    with artifacts.atomic_folder(out, force=True) as temporary:
+        (temporary / "b").write_text("2")
+    assert os.listdir(out) == ["b"]
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_failure_inside_a_forced_replacement_keeps_the_old_folder(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    with pytest.raises(ZeroDivisionError), artifacts.atomic_folder(out, force=True):
+        _ = 1 / 0
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_unwritable_places_are_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ArtifactError, match="file"):
+        artifacts.ensure_writable(tmp_path / "file" / "folder")
+    with pytest.raises(ArtifactError, match="is a file"):
+        artifacts.refuse_existing(tmp_path / "file", force=True)
+
+
+def test_compact_is_lossless():
+    assert artifacts.compact(mx.array([0.5, 1.25])).dtype == mx.float16
+    assert artifacts.compact(mx.array([0.1])).dtype == mx.float32
+    assert artifacts.compact(mx.array([1e6])).dtype == mx.float32

@@ -1,0 +1,103 @@
+"""Grids and packing: lossless, bounded, and bit for bit MLX's layout."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlxquant.errors import NumericsError, RecipeError
+from mlxquant.formats import Grid, WeightFormat, fit_extremes, pack, snap, unpack
+
+FORMATS = [
+    WeightFormat(bits, group, symmetric)
+    for bits in range(2, 9)
+    for group in ("tensor", "channel", 32, 64, 128)
+    for symmetric in (True, False)
+]
+
+
+@pytest.fixture
+def weight():
+    return np.random.default_rng(0).standard_t(5, (24, 128)).astype(np.float32) * 0.02
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("width", [32, 128, 40, 7])
+def test_pack_is_undone_by_unpack(bits, width):
+    codes = np.random.default_rng(bits).integers(0, 2**bits, (5, width)).astype(np.uint8)
+    words = pack(codes, bits)
+    assert words.dtype == np.uint32
+    assert words.shape == (5, -(-width * bits // 32))
+    np.testing.assert_array_equal(unpack(words, bits, width), codes)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+def test_packing_is_mlx_layout(bits):
+    weight = mx.random.normal((8, 128), key=mx.random.key(bits))
+    words, scales, biases = mx.quantize(weight, group_size=64, bits=bits)
+    codes = unpack(np.array(words), bits, 128)
+    ours = codes.reshape(8, 2, 64) * np.array(scales)[..., None] + np.array(biases)[..., None]
+    np.testing.assert_allclose(ours.reshape(8, 128), np.array(mx.dequantize(words, scales, biases, group_size=64, bits=bits)), atol=1e-6)
+    np.testing.assert_array_equal(pack(codes, bits), np.array(words))
+
+
+def test_pack_refuses_codes_that_do_not_fit():
+    with pytest.raises(NumericsError, match="does not fit in 3 bits"):
+        pack(np.full((1, 32), 8, np.uint8), 3)
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+def test_quantizing_twice_changes_nothing(format, weight):
+    grid = fit_extremes(weight, format)
+    codes = grid.quantize(weight)
+    assert codes.max() < format.levels
+    np.testing.assert_array_equal(grid.quantize(grid.dequantize(codes)), codes)
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+def test_rounding_error_is_at_most_half_a_step_inside_the_range(format, weight):
+    grid = fit_extremes(weight, format)
+    error = np.abs(grid.dequantize(grid.quantize(weight)) - weight)
+    slack = 0.003 * np.abs(weight).max()  # scales and biases are float16
+    assert (error <= grid.expand(grid.scales, weight.shape[1]) / 2 + slack).all()
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+def test_a_zero_weight_stays_zero(format):
+    weight = np.zeros((4, 128), np.float32)
+    grid = fit_extremes(weight, format)
+    np.testing.assert_array_equal(grid.dequantize(grid.quantize(weight)), weight)
+
+
+def test_scales_are_float16_values_and_never_vanish():
+    scales = snap(np.array([0.1, 1e-9, 0.0]))
+    np.testing.assert_array_equal(scales, scales.astype(np.float16).astype(np.float32))
+    assert (scales > 0).all()
+
+
+def test_symmetric_step_is_absmax_over_seven():
+    grid = fit_extremes(np.array([[0.7, -0.35, 0.0, 0.1]]), WeightFormat(4))
+    assert grid.scales[0, 0] == np.float32(np.float16(0.1))
+    assert isinstance(grid, Grid)
+
+
+@pytest.mark.parametrize("text", ["w4", "w2", "w8-tensor", "w4-g128", "w3-g64-sym", "w4-asym", "w8-tensor-asym"])
+def test_names_are_read_back(text):
+    assert str(WeightFormat.parse(text)) == text
+
+
+@pytest.mark.parametrize("text", ["w9", "w1", "w4-g16", "4", "w4-g128-", "w44", ""])
+def test_unknown_names_are_refused(text):
+    with pytest.raises(RecipeError, match="no weight format"):
+        WeightFormat.parse(text)
+
+
+def test_bits_per_weight_counts_scales():
+    assert WeightFormat.parse("w4-g128").bits_per_weight((128, 512)) == 4.25
+    assert WeightFormat.parse("w4").bits_per_weight((128, 512)) == 4 + 16 / 512
+
+
+def test_ragged_groups_and_nan_are_refused():
+    with pytest.raises(RecipeError, match="do not divide"):
+        fit_extremes(np.zeros((2, 100)), WeightFormat(4, 64, False))
+    with pytest.raises(NumericsError, match="1 NaN"):
+        fit_extremes(np.array([[1.0, np.nan]]), WeightFormat(4))

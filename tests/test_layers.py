@@ -1,0 +1,173 @@
+"""The quantized layer equals integer arithmetic with one rescale, on every format, and survives saving."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+from mlxquant import layers as layers_module
+from mlxquant.activations import ActivationTable
+from mlxquant.errors import AdapterError
+from mlxquant.formats import WeightFormat, fit_extremes
+from mlxquant.layers import QuantizedLinear, integer_matmul
+from mlxquant.schedule import Clock
+
+CLOCK = Clock()
+
+
+def table(bits=8, width=1, sigma=(0.1, 0.5, 1.0)):
+    rng = np.random.default_rng(3)
+    count = len(sigma)
+    shift = rng.normal(0, 0.2, (count, width)).astype(np.float32)
+    bits = np.broadcast_to(np.uint8(bits), count).copy()
+    return ActivationTable(np.float32(sigma), rng.uniform(0.01, 0.03, count).astype(np.float32), shift, bits)
+
+
+def layer(format="w4", out=12, width=128, activations=None, bias=True, seed=0):
+    rng = np.random.default_rng(seed)
+    weight = rng.normal(0, 0.05, (out, width)).astype(np.float32)
+    grid = fit_extremes(weight, WeightFormat.parse(format))
+    made = QuantizedLinear(grid.quantize(weight), grid, mx.array(rng.normal(size=out).astype(np.float32)) if bias else None)
+    if activations is not None:
+        made.set_activations(activations, CLOCK)
+    return made
+
+
+def inputs(batch=3, tokens=5, width=128, seed=1):
+    return mx.array(np.random.default_rng(seed).normal(0, 1, (batch, tokens, width)).astype(np.float32))
+
+
+def activation_codes(x, step, shift, bits):
+    edge = 2 ** (bits - 1)
+    return np.clip(np.rint((np.array(x) - shift) / step), -edge, edge - 1).astype(np.int64)
+
+
+@pytest.mark.parametrize("bits_a", [4, 6, 8])
+@pytest.mark.parametrize("format", ["w2", "w3", "w4", "w5", "w6", "w7", "w8"])
+@pytest.mark.parametrize("width", [128, 2048])
+def test_integer_part_equals_int_arithmetic_exactly(format, bits_a, width):
+    """At 8 x 8 bits and 2048 inputs the sum passes 2^24, so this also covers the chunked path."""
+    rng = np.random.default_rng(0)
+    limit_w, limit_a = 2 ** (int(format[1]) - 1), 2 ** (bits_a - 1)
+    q = rng.integers(-limit_a, limit_a, (7, width))
+    w = rng.integers(-limit_w, limit_w, (11, width))
+    q[0], w[0] = -limit_a, -limit_w  # the largest sum there is
+    result = integer_matmul(mx.array(q.astype(np.float32)), mx.array(w.astype(np.float32)), limit_a, limit_w)
+    np.testing.assert_array_equal(np.array(result), (q @ w.T).astype(np.float32))
+
+
+@pytest.mark.parametrize("shift_width", [1, 128])
+@pytest.mark.parametrize("bits_a", [4, 6, 8])
+@pytest.mark.parametrize("format", ["w4", "w8", "w3", "w4-tensor"])
+def test_forward_is_the_int32_computation_and_one_scaling(format, bits_a, shift_width):
+    activations = table(bits_a, shift_width)
+    made, x = layer(format, activations=activations), inputs()
+    with CLOCK.at(0.5):
+        y = np.array(made(x))
+    q = activation_codes(x, activations.step[1], activations.shift[1], bits_a)
+    w = made.codes().astype(np.int64) - made.format.zero_code
+    scale = np.array(made.scales).astype(np.float32)[:, 0]
+    scaled = (q @ w.T).astype(np.int32).astype(np.float32) * (activations.step[1] * scale)
+    shift = np.broadcast_to(activations.shift[1], 128).astype(np.float64)
+    folded = (shift @ w.T * scale).astype(np.float32) + np.array(made.bias)
+    np.testing.assert_allclose(y, scaled + folded, rtol=0, atol=2e-6)
+    without = layer(
+        format,
+        activations=ActivationTable(activations.sigma, activations.step, activations.shift * 0, activations.bits),
+        bias=False,
+    )
+    with CLOCK.at(0.5):
+        bare = np.array(without(x))
+    q = activation_codes(x, activations.step[1], 0, bits_a)
+    exact = (q @ w.T).astype(np.int32).astype(np.float32) * (activations.step[1] * scale)
+    np.testing.assert_array_equal(bare, exact)  # bit by bit
+
+
+@pytest.mark.parametrize("format", ["w4-g32", "w4-g64", "w4-g128", "w4-g64-sym", "w4-asym", "w8-tensor-asym", "w7-g32"])
+def test_grouped_and_asymmetric_formats_agree_with_float64(format):
+    activations = table(8)
+    made, x = layer(format, activations=activations), inputs()
+    with CLOCK.at(1.0):
+        y = np.array(made(x))
+    x_hat = activation_codes(x, activations.step[2], activations.shift[2], 8) * np.float64(activations.step[2]) + activations.shift[2]
+    expected = x_hat @ made.grid().dequantize(made.codes()).astype(np.float64).T + np.array(made.bias)
+    np.testing.assert_allclose(y, expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("format", ["w4", "w4-g64", "w3", "w5-asym", "w7", "w8"])
+def test_weight_only_is_the_dequantized_matmul(format):
+    made, x = layer(format), inputs()
+    expected = np.array(x) @ made.grid().dequantize(made.codes()).T + np.array(made.bias)
+    np.testing.assert_allclose(np.array(made(x)), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("format", ["w4", "w4-g64", "w3", "w8", "w4-asym"])
+@pytest.mark.parametrize("activations", [None, 8])
+def test_packed_kernels_give_the_same_result(format, activations, monkeypatch):
+    """What Metal runs, executed by the CPU's slow version of the same kernel."""
+    made, x = layer(format, activations=table(activations) if activations else None), inputs()
+    with CLOCK.at(0.5):
+        expected = np.array(made(x))
+        monkeypatch.setattr(layers_module, "use_packed_kernels", lambda: True)
+        np.testing.assert_allclose(np.array(made(x)), expected, atol=2e-5)
+
+
+def test_a_batch_may_mix_timesteps():
+    made, x = layer(activations=table()), inputs()
+    with CLOCK.at([0.1, 1.0, 0.3]):
+        together = np.array(made(x))
+    for i, sigma in enumerate([0.1, 1.0, 0.3]):
+        with CLOCK.at(sigma):
+            np.testing.assert_array_equal(np.array(made(x[i : i + 1])), together[i : i + 1])
+
+
+def test_sixteen_bits_leaves_the_input_alone_also_in_a_mixed_batch():
+    made, x = layer(activations=table([8, 16, 4])), inputs()
+    plain = np.array(layer()(x))
+    with CLOCK.at(0.5):
+        np.testing.assert_array_equal(np.array(made(x)), plain)
+    with CLOCK.at([0.1, 0.5, 1.0]):
+        mixed = np.array(made(x))
+    np.testing.assert_array_equal(mixed[1], plain[1])
+    assert np.abs(mixed[0] - plain[0]).max() > 0
+
+
+def test_clock_that_does_not_fit_is_refused():
+    made = layer(activations=table())
+    with pytest.raises(AdapterError, match="no timestep was set"):
+        made(inputs())
+    with CLOCK.at([0.1, 0.2]), pytest.raises(AdapterError, match="2 timesteps for a batch of 3"):
+        made(inputs())
+
+
+def test_reading_many_timesteps_takes_bounded_memory():
+    made, x = layer(activations=table()), inputs(batch=1, tokens=1)
+    for sigma in np.linspace(0, 1, 600):
+        with CLOCK.at(sigma):
+            made(x)
+    assert len(made._reader._entries) <= 256
+
+
+@pytest.mark.parametrize("format", ["w4", "w3-g64", "w8-tensor", "w7"])
+@pytest.mark.parametrize("activations", [None, table(6, 128)])
+def test_structure_and_tensors_rebuild_the_layer(format, activations):
+    made, x = layer(format, activations=activations), inputs()
+    again = QuantizedLinear.blank(made.facts, CLOCK)
+    again.load_weights(tree_flatten(made.parameters()))
+    again.refresh()
+    with CLOCK.at(0.4):
+        np.testing.assert_array_equal(np.array(again(x)), np.array(made(x)))
+    assert again.facts == made.facts
+
+
+def test_nothing_but_the_format_is_stored():
+    made = layer("w4-g128", out=64, width=256)
+    assert made.nbytes * 8 == 4.25 * 64 * 256
+    assert sum(v.nbytes for k, v in tree_flatten(made.parameters()) if k != "bias") == made.nbytes
+
+
+def test_half_precision_inputs_keep_their_dtype():
+    made = layer(activations=table())
+    with CLOCK.at(0.5):
+        assert made(inputs().astype(mx.float16)).dtype == mx.float16
+    assert layer()(inputs().astype(mx.float16)).dtype == mx.float16
