@@ -1,0 +1,132 @@
+"""The contract between a model and everything else. Methods see arrays, the sweep sees stages, and only an adapter knows its host.
+
+A model is a chain of stages (embedders, blocks, head) that pass a state from one to the next; the chain equals the model. That is
+all a block-by-block quantizer needs.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import AdapterError, NumericsError
+from ..prompts import Prompt
+from ..rewrite import find_linears, parameters
+from ..sampler import Conditioning, SamplerStep, sample, seeded_noise
+from ..schedule import Clock, Sigmas, flow_sigmas
+
+State = dict[str, mx.array]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One link of the chain: ``run`` maps state to state and uses only modules below ``prefixes``."""
+
+    name: str
+    prefixes: tuple[str, ...]
+    run: Callable[[State], State]
+
+    def owns(self, path: str) -> bool:
+        return any(path == prefix or path.startswith(prefix + ".") for prefix in self.prefixes)
+
+
+class Adapter(ABC):
+    """A diffusion model, seen from the outside. Subclasses fill in the abstract members; the rest follows from them."""
+
+    name: str  # as on the command line
+    module: nn.Module  # the tree that holds every parameter that is saved
+    clock: Clock  # set around every forward pass
+    shift: float = 1.0  # of the noise schedule
+    steps: int = 28  # default number of sampler steps
+    cfg: float = 1.0  # default guidance
+    latent_shape: tuple[int, int, int]  # H, W, C
+
+    @property
+    @abstractmethod
+    def stages(self) -> tuple[Stage, ...]:
+        """The chain, from {latent, tokens, pooled, t} to {velocity}."""
+
+    @abstractmethod
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """Text conditioning of prompts; the empty prompt is the unconditional one."""
+
+    @abstractmethod
+    def decode(self, latent: mx.array) -> npt.NDArray[np.float32]:
+        """Latents [B,H,W,C] to pictures [B,height,width,3] in [0,1]."""
+
+    @abstractmethod
+    def role(self, path: str) -> str:
+        """What a Linear is for: attention, mlp, modulation, embedder or output."""
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """Plain data from which ``blank`` rebuilds the structure (without weights)."""
+
+    @classmethod
+    @abstractmethod
+    def blank(cls, description: dict[str, Any]) -> Adapter:
+        """The same structure with unspecified weights, for loading."""
+
+    @abstractmethod
+    def prompts(self, purpose: str, count: int, seed: int = 0) -> list[Prompt]:
+        """The model's own prompts for "calibration" or "evaluation", disjoint; ``seed`` shifts the noise seeds."""
+
+    def attributes(self, images: npt.NDArray[Any], prompts: Sequence[str]) -> dict[str, float] | None:
+        """Share of prompt attributes that the pictures obey, where the model can tell; ``mean`` is over all of them."""
+        return None
+
+    def edges(self) -> dict[str, tuple[str, ...]]:
+        """Which layers read the same input: one path for each set, to all paths of that set. Empty where nothing is known."""
+        return {}
+
+    def linears(self) -> dict[str, nn.Linear]:
+        return find_linears(self.module)
+
+    def check_finite(self) -> None:
+        """Raise NumericsError, naming the tensor, when a parameter holds NaN or infinity."""
+        for name, value in parameters(self.module).items():
+            if mx.issubdtype(value.dtype, mx.floating) and not bool(mx.isfinite(value).all().item()):
+                bad = int(np.array((~mx.isfinite(value)).sum()))
+                raise NumericsError(
+                    f"{self.name}: parameter {name} holds {bad} NaN or infinite values of {value.size}; repair the checkpoint"
+                )
+
+    def sigmas(self, steps: int) -> Sigmas:
+        return flow_sigmas(steps, self.shift)
+
+    def state(self, latent: mx.array, tokens: mx.array, pooled: mx.array, sigma: float | npt.NDArray[Any]) -> State:
+        """The chain's input; sigma is one number, or one for each sample."""
+        t = mx.broadcast_to(mx.array(np.float32(1000) * np.asarray(sigma, np.float32)), (latent.shape[0],))
+        return {"latent": latent, "tokens": tokens, "pooled": pooled, "t": t}
+
+    def velocity(self, latent: mx.array, tokens: mx.array, pooled: mx.array, sigma: float | npt.NDArray[Any]) -> mx.array:
+        """The model's prediction of ``noise - image`` [B,H,W,C]."""
+        state = self.state(latent, tokens, pooled, sigma)
+        with self.clock.at(sigma):
+            for stage in self.stages:
+                state = stage.run(state)
+            mx.eval(state)
+        return state["velocity"]
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        steps: int | None = None,
+        cfg: float | None = None,
+        callback: Callable[[SamplerStep], None] | None = None,
+    ) -> mx.array:
+        """Sample latents [B,H,W,C] for prompts, one seed each; see ``sampler.sample``."""
+        if len(prompts) != len(seeds) or not prompts:
+            raise AdapterError(f"expected one seed for each of at least one prompt, found {len(prompts)} prompts and {len(seeds)} seeds")
+        noise = seeded_noise(seeds, self.latent_shape)
+        text, empty = self.encode(prompts), self.encode([""] * len(prompts))
+        sigmas = self.sigmas(self.steps if steps is None else steps)
+        return sample(self.velocity, noise, sigmas, text, empty, self.cfg if cfg is None else cfg, callback)

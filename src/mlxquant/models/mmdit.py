@@ -1,0 +1,303 @@
+"""SD3's multimodal diffusion transformer (MMDiT, arXiv 2403.03206 section 4) in MLX.
+
+Parameter names and tensor layouts are DiffusionKit's, so one checkpoint loads in either. Unlike DiffusionKit the modulation is
+computed in the forward pass: nothing is cached or emptied, and one batch may mix timesteps. SD3-Medium, SD3.5 (``use_qk_norm``)
+and the embedded ``mmdit-shapes`` differ in ``MMDiTConfig`` only. Single-stream blocks and rotary positions (FLUX) are refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..errors import AdapterError
+from .adapter import Stage, State
+from .gelu import gelu
+
+
+@dataclass(frozen=True)
+class MMDiTConfig:
+    """Sizes of an MMDiT; the defaults are SD3-Medium's."""
+
+    num_heads: int = 24
+    depth_multimodal: int = 24
+    hidden_size: int = 1536
+    mlp_ratio: int = 4
+    vae_latent_dim: int = 16
+    patch_size: int = 2
+    max_latent_resolution: int = 192  # pixels of the latent grid; the position table has (this) ** 2 rows, as in DiffusionKit
+    pooled_text_embed_dim: int = 2048
+    token_level_text_embed_dim: int = 4096
+    frequency_embed_dim: int = 256
+    max_period: int = 10000
+    layer_norm_eps: float = 1e-6
+    use_qk_norm: bool = False
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % self.num_heads:
+            raise AdapterError(f"MMDiTConfig: hidden_size {self.hidden_size} is not divisible by num_heads {self.num_heads}")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> MMDiTConfig:
+        """Build from plain data; raises AdapterError on a key that this architecture does not have."""
+        known = {f.name for f in fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise AdapterError(f"MMDiTConfig: unknown keys {unknown}; known keys are {sorted(known)}")
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+SD3_MEDIUM = MMDiTConfig()
+
+
+def layer_norm(x: mx.array, eps: float) -> mx.array:
+    return mx.fast.layer_norm(x, None, None, eps)
+
+
+def modulate(x: mx.array, shift: mx.array, scale: mx.array) -> mx.array:
+    """adaLN: ``x (1 + scale) + shift``; x [B,N,C], shift and scale [B,1,C]."""
+    return x * (1.0 + scale) + shift
+
+
+def patch_tokens(x: mx.array, patch: int, height: int, width: int) -> mx.array:
+    """Tokens [B,N,p*p*C] back to a latent image [B,H,W,C] (DiffusionKit's ``unpatchify``)."""
+    b, h, w = x.shape[0], height // patch, width // patch
+    return x.reshape(b, h, w, patch, patch, -1).transpose(0, 1, 3, 2, 4, 5).reshape(b, height, width, -1)
+
+
+class LatentImageAdapter(nn.Module):
+    """Patchify by a strided convolution: latent [B,H,W,C] to [B,H/p,W/p,hidden]."""
+
+    def __init__(self, config: MMDiTConfig):
+        super().__init__()
+        self.proj = nn.Conv2d(config.vae_latent_dim, config.hidden_size, config.patch_size, config.patch_size)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.proj(x)
+
+
+class LatentImagePositionalEmbedding(nn.Module):
+    """Learned positions, cropped at the centre to the latent's size."""
+
+    def __init__(self, config: MMDiTConfig):
+        super().__init__()
+        self.pos_embed = nn.Embedding(config.max_latent_resolution**2, config.hidden_size)
+        self._side, self._patch = config.max_latent_resolution, config.patch_size
+
+    def __call__(self, height: int, width: int) -> mx.array:
+        h, w = height // self._patch, width // self._patch
+        if max(h, w) > self._side:
+            raise AdapterError(f"latent of {h}x{w} patches exceeds the {self._side}x{self._side} position table")
+        y, x = (self._side - h) // 2, (self._side - w) // 2
+        table = self.pos_embed.weight.reshape(1, self._side, self._side, -1)
+        return table[:, y : y + h, x : x + w]
+
+
+class PooledTextEmbeddingAdapter(nn.Module):
+    def __init__(self, config: MMDiTConfig):
+        super().__init__()
+        d = config.hidden_size
+        self.mlp = nn.Sequential(nn.Linear(config.pooled_text_embed_dim, d), nn.SiLU(), nn.Linear(d, d))
+
+    def __call__(self, y: mx.array) -> mx.array:
+        return self.mlp(y)
+
+
+class TimestepAdapter(nn.Module):
+    """Sinusoidal features of t = 1000 sigma (cosines first), then an MLP."""
+
+    def __init__(self, config: MMDiTConfig):
+        super().__init__()
+        d = config.hidden_size
+        self.mlp = nn.Sequential(nn.Linear(config.frequency_embed_dim, d), nn.SiLU(), nn.Linear(d, d))
+        self._half, self._max_period = config.frequency_embed_dim // 2, config.max_period
+
+    def __call__(self, t: mx.array) -> mx.array:
+        exponent = mx.arange(self._half, dtype=mx.float32) / self._half
+        angles = t[:, None].astype(mx.float32) * mx.power(mx.array(float(self._max_period)), -exponent)[None]
+        features = mx.concatenate([mx.cos(angles), mx.sin(angles)], axis=-1)
+        return self.mlp(features)
+
+
+class Attention(nn.Module):
+    """The projections of one stream; joint attention happens in the block. The key bias is redundant under softmax."""
+
+    def __init__(self, dims: int, output: bool = True):
+        super().__init__()
+        self.q_proj = nn.Linear(dims, dims)
+        self.k_proj = nn.Linear(dims, dims, bias=False)
+        self.v_proj = nn.Linear(dims, dims)
+        if output:
+            self.o_proj = nn.Linear(dims, dims)
+
+
+class FFN(nn.Module):
+    def __init__(self, dims: int, ratio: int):
+        super().__init__()
+        self.fc1 = nn.Linear(dims, dims * ratio)
+        self.fc2 = nn.Linear(dims * ratio, dims)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.fc2(gelu(self.fc1(x)))
+
+
+class QKNorm(nn.Module):
+    def __init__(self, head_dim: int):
+        super().__init__()
+        self.q_norm = nn.RMSNorm(head_dim, eps=1e-6)
+        self.k_norm = nn.RMSNorm(head_dim, eps=1e-6)
+
+
+class TransformerBlock(nn.Module):
+    """One stream of a double-stream block. The last block's text stream only feeds keys and values: ``kv_only``."""
+
+    def __init__(self, config: MMDiTConfig, kv_only: bool = False):
+        super().__init__()
+        d = config.hidden_size
+        self.attn = Attention(d, output=not kv_only)
+        if not kv_only:
+            self.mlp = FFN(d, config.mlp_ratio)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(d, (2 if kv_only else 6) * d))
+        if config.use_qk_norm:
+            self.qk_norm = QKNorm(d // config.num_heads)
+        self._eps, self._heads, self._kv_only = config.layer_norm_eps, config.num_heads, kv_only
+
+    def modulation(self, c: mx.array) -> list[mx.array]:
+        """c [B,C] to shift1, scale1 (, gate1, shift2, scale2, gate2), each [B,1,C]."""
+        return list(mx.split(self.adaLN_modulation(c)[:, None], 2 if self._kv_only else 6, axis=-1))
+
+    def qkv(self, x: mx.array, modulation: list[mx.array]) -> tuple[mx.array, mx.array, mx.array]:
+        """x [B,N,C] to queries, keys and values, each [B,heads,N,C/heads]."""
+        x = modulate(layer_norm(x, self._eps), modulation[0], modulation[1])
+        b, n, d = x.shape
+        heads = [
+            proj(x).reshape(b, n, self._heads, d // self._heads).transpose(0, 2, 1, 3)
+            for proj in (self.attn.q_proj, self.attn.k_proj, self.attn.v_proj)
+        ]
+        if "qk_norm" in self:
+            heads[0], heads[1] = self.qk_norm.q_norm(heads[0]), self.qk_norm.k_norm(heads[1])
+        return heads[0], heads[1], heads[2]
+
+    def finish(self, x: mx.array, attended: mx.array, modulation: list[mx.array]) -> mx.array:
+        """Residual, output projection and MLP; x and attended [B,N,C]."""
+        _, _, gate1, shift2, scale2, gate2 = modulation
+        x = x + gate1 * self.attn.o_proj(attended)
+        return x + gate2 * self.mlp(modulate(layer_norm(x, self._eps), shift2, scale2))
+
+
+class MultiModalTransformerBlock(nn.Module):
+    """Double-stream block: separate weights, one attention over image and text tokens."""
+
+    def __init__(self, config: MMDiTConfig, last: bool = False):
+        super().__init__()
+        self.image_transformer_block = TransformerBlock(config)
+        self.text_transformer_block = TransformerBlock(config, kv_only=last)
+        self._last = last
+
+    def __call__(self, image: mx.array, text: mx.array, c: mx.array) -> tuple[mx.array, mx.array | None]:
+        """image [B,N,C], text [B,T,C], conditioning c [B,C]; returns the same shapes, text None from the last block."""
+        stream_i, stream_t = self.image_transformer_block, self.text_transformer_block
+        mod_i, mod_t = stream_i.modulation(c), stream_t.modulation(c)
+        q, k, v = (mx.concatenate(list(pair), axis=2) for pair in zip(stream_i.qkv(image, mod_i), stream_t.qkv(text, mod_t), strict=True))
+        attended = mx.fast.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5)
+        attended = attended.transpose(0, 2, 1, 3).reshape(image.shape[0], -1, image.shape[-1])
+        n = image.shape[1]
+        image = stream_i.finish(image, attended[:, :n], mod_i)
+        return image, None if self._last else stream_t.finish(text, attended[:, n:], mod_t)
+
+
+class FinalLayer(nn.Module):
+    def __init__(self, config: MMDiTConfig):
+        super().__init__()
+        d = config.hidden_size
+        self.linear = nn.Linear(d, config.patch_size**2 * config.vae_latent_dim)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(d, 2 * d))
+        self._eps = config.layer_norm_eps
+
+    def __call__(self, x: mx.array, c: mx.array) -> mx.array:
+        shift, scale = mx.split(self.adaLN_modulation(c)[:, None], 2, axis=-1)
+        return self.linear(modulate(layer_norm(x, self._eps), shift, scale))
+
+
+class MMDiT(nn.Module):
+    """The whole transformer: predicts the velocity ``noise - image`` of rectified flow."""
+
+    def __init__(self, config: MMDiTConfig):
+        super().__init__()
+        self._config = config
+        self.x_embedder = LatentImageAdapter(config)
+        self.x_pos_embedder = LatentImagePositionalEmbedding(config)
+        self.y_embedder = PooledTextEmbeddingAdapter(config)
+        self.t_embedder = TimestepAdapter(config)
+        self.context_embedder = nn.Linear(config.token_level_text_embed_dim, config.hidden_size)
+        last = config.depth_multimodal - 1
+        self.multimodal_transformer_blocks = [MultiModalTransformerBlock(config, last=i == last) for i in range(config.depth_multimodal)]
+        self.final_layer = FinalLayer(config)
+
+    @property
+    def config(self) -> MMDiTConfig:
+        return self._config
+
+    def embed(self, latent: mx.array, tokens: mx.array, pooled: mx.array, t: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        """latent [B,H,W,C], tokens [B,T,E], pooled [B,P], t [B] = 1000 sigma to (image [B,N,D], text [B,T,D], c [B,D])."""
+        b, height, width, _ = latent.shape
+        image = (self.x_embedder(latent) + self.x_pos_embedder(height, width)).reshape(b, -1, self._config.hidden_size)
+        return image, self.context_embedder(tokens), self.y_embedder(pooled) + self.t_embedder(t)
+
+    def head(self, image: mx.array, c: mx.array, height: int, width: int) -> mx.array:
+        """Image tokens [B,N,D] to a velocity [B,H,W,C]."""
+        return patch_tokens(self.final_layer(image, c), self._config.patch_size, height, width)
+
+    def __call__(self, latent: mx.array, tokens: mx.array, pooled: mx.array, t: mx.array) -> mx.array:
+        """See ``embed`` for the arguments; returns the velocity [B,H,W,C]."""
+        image, text, c = self.embed(latent, tokens, pooled, t)
+        for block in self.multimodal_transformer_blocks:
+            image, after = block(image, text, c)
+            text = text if after is None else after
+        return self.head(image, c, latent.shape[1], latent.shape[2])
+
+
+def mmdit_stages(model: MMDiT) -> tuple[Stage, ...]:
+    """The chain of an MMDiT: ``embed``, one stage a block, ``head``.
+
+    States hold the latent [B,H,W,C], image [B,N,D], text [B,T,D] and c [B,D]; the last block drops the text.
+    """
+
+    def embed(state: State) -> State:
+        image, text, c = model.embed(state["latent"], state["tokens"], state["pooled"], state["t"])
+        return {"latent": state["latent"], "image": image, "text": text, "c": c}
+
+    def block(index: int) -> Stage:
+        prefix = f"multimodal_transformer_blocks.{index}"
+
+        def run(state: State) -> State:
+            image, text = model.multimodal_transformer_blocks[index](state["image"], state["text"], state["c"])
+            kept = {k: v for k, v in state.items() if k != "text"} | {"image": image}
+            return kept if text is None else kept | {"text": text}
+
+        return Stage(prefix, (prefix,), run)
+
+    def head(state: State) -> State:
+        _, height, width, _ = state["latent"].shape
+        return {"velocity": model.head(state["image"], state["c"], height, width)}
+
+    embedders = ("x_embedder", "x_pos_embedder", "y_embedder", "t_embedder", "context_embedder")
+    blocks = [block(i) for i in range(model.config.depth_multimodal)]
+    return (Stage("embed", embedders, embed), *blocks, Stage("head", ("final_layer",), head))
+
+
+def mmdit_role(path: str) -> str:
+    """What a Linear of an MMDiT is for."""
+    if "adaLN_modulation" in path:
+        return "modulation"
+    if ".attn." in path:
+        return "attention"
+    if ".mlp.fc" in path:
+        return "mlp"
+    return "output" if path.startswith("final_layer") else "embedder"

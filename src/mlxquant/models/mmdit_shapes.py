@@ -1,0 +1,97 @@
+"""``mmdit-shapes``, the embedded model: a small SD3 that draws captioned shapes, trained by ``train_shapes`` and shipped."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.resources import as_file, files
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import numpy.typing as npt
+
+from .. import artifacts
+from ..prompts import Prompt
+from ..sampler import Conditioning
+from ..schedule import Clock
+from . import shapes
+from .adapter import Adapter, Stage
+from .caption_text import CaptionEncoder, tokenize
+from .mmdit import MMDiT, MMDiTConfig, mmdit_role, mmdit_stages
+
+WEIGHTS = "mmdit-shapes.safetensors"
+
+
+class ShapesModel(MMDiT):
+    """The transformer under DiffusionKit's names, with the caption encoder beside it under ``text_encoder``."""
+
+    def __init__(self, config: MMDiTConfig):
+        super().__init__(config)
+        self.text_encoder = CaptionEncoder(config.token_level_text_embed_dim, config.pooled_text_embed_dim)
+
+
+def to_latent(images: mx.array) -> mx.array:
+    """Pictures [B,H,W,3] in [0,1] to latents [B,H/2,W/2,12] in [-1,1] by pixel-unshuffle."""
+    b, h, w, c = images.shape
+    x = images.reshape(b, h // 2, 2, w // 2, 2, c).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(b, h // 2, w // 2, 4 * c) * 2 - 1
+
+
+def to_images(latent: mx.array) -> mx.array:
+    """The inverse of ``to_latent``, clipped to [0,1]."""
+    b, h, w, c = latent.shape
+    x = latent.reshape(b, h, w, 2, 2, c // 4).transpose(0, 1, 3, 2, 4, 5)
+    return mx.clip(x.reshape(b, 2 * h, 2 * w, c // 4) * 0.5 + 0.5, 0, 1)
+
+
+class MMDiTShapes(Adapter):
+    name = "mmdit-shapes"
+    cfg = 3.0
+
+    def __init__(self, module: ShapesModel):
+        self.module: ShapesModel = module
+        self.clock = Clock()
+        side = shapes.SIDE // 2
+        self.latent_shape = (side, side, module.config.vae_latent_dim)
+        self._stages = mmdit_stages(module)
+
+    @classmethod
+    def pretrained(cls) -> MMDiTShapes:
+        """The shipped weights; raises ArtifactError when the file is damaged."""
+        with as_file(files("mlxquant.assets") / WEIGHTS) as path:
+            arrays, header = artifacts.read_tensors(path, kind="mmdit-shapes")
+        adapter = cls.blank({"config": header["config"]})
+        artifacts.load_parameters(adapter.module, {k: v.astype(mx.float32) for k, v in arrays.items()}, WEIGHTS)
+        return adapter
+
+    @classmethod
+    def blank(cls, description: dict[str, Any]) -> MMDiTShapes:
+        return cls(ShapesModel(MMDiTConfig.from_dict(description["config"])))
+
+    def describe(self) -> dict[str, Any]:
+        return {"config": self.module.config.to_dict()}
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        return self._stages
+
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        return Conditioning(*self.module.text_encoder(mx.array([tokenize(p) for p in prompts])))
+
+    def decode(self, latent: mx.array) -> npt.NDArray[np.float32]:
+        return np.array(to_images(latent), np.float32)
+
+    def role(self, path: str) -> str:
+        return mmdit_role(path)
+
+    def linears(self) -> dict[str, nn.Linear]:
+        return {path: m for path, m in super().linears().items() if not path.startswith("text_encoder")}
+
+    def prompts(self, purpose: str, count: int, seed: int = 0) -> list[Prompt]:
+        captions = shapes.captions(held_out=purpose == "evaluation", count=count)
+        first = seed + (10_000 if purpose == "evaluation" else 0)
+        return [Prompt(first + i, caption) for i, caption in enumerate(captions)]
+
+    def attributes(self, images: npt.NDArray[Any], prompts: Sequence[str]) -> dict[str, float]:
+        return shapes.accuracy(images, [shapes.parse(p) for p in prompts])

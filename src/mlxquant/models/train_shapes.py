@@ -1,0 +1,198 @@
+"""Train the embedded model ``mmdit-shapes``: ``python -m mlxquant.models.train_shapes --out DIR``.
+
+Rectified flow (arXiv 2403.03206): logit-normal sigma, x_sigma = (1 - sigma) image + sigma noise, target noise - image, caption
+dropout for guidance, Muon and AdamW with warm-up and cosine decay, an exponential moving average of the weights. Every batch is a function
+of (seed, step) alone, and optimizer, weights and average are checkpointed, so a killed run resumes to the same result.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+from mlx.utils import tree_map, tree_unflatten
+from tqdm import tqdm
+
+from .. import artifacts
+from ..console import Command, result
+from ..errors import ArtifactError
+from ..rewrite import parameters
+from .caption_text import tokenize
+from .mmdit import MMDiTConfig
+from .mmdit_shapes import WEIGHTS, ShapesModel, to_latent
+from .shapes import Scene, draw, sample_scene
+
+CONFIG = MMDiTConfig(
+    num_heads=4,
+    depth_multimodal=6,
+    hidden_size=128,
+    vae_latent_dim=12,
+    max_latent_resolution=16,
+    pooled_text_embed_dim=128,
+    token_level_text_embed_dim=128,
+    frequency_embed_dim=128,
+)
+
+
+def fresh_model(seed: int) -> ShapesModel:
+    """adaLN-zero, a zero output layer and sinusoidal positions; the rest is MLX's default, seeded."""
+    mx.random.seed(seed)  # MLX's layers initialise from the global state
+    model = ShapesModel(CONFIG)
+    zeros = [
+        (name, mx.zeros_like(value))
+        for name, value in parameters(model).items()
+        if "adaLN_modulation" in name or "final_layer.linear" in name
+    ]
+    model.load_weights(zeros, strict=False)
+    side, dims = CONFIG.max_latent_resolution, CONFIG.hidden_size
+    y, x = np.mgrid[0:side, 0:side].reshape(2, -1, 1).astype(np.float32)
+    frequency = 0.5 ** (np.arange(dims // 4, dtype=np.float32) * 8 / (dims // 4))
+    table = np.concatenate([f(a * frequency * np.pi / 2) for a in (y, x) for f in (np.sin, np.cos)], axis=1)
+    model.x_pos_embedder.pos_embed.weight = mx.array(0.5 * table)
+    return model
+
+
+def batch(seed: int, step: int, size: int, dropout: float = 0.1) -> tuple[mx.array, mx.array, mx.array, mx.array]:
+    """One training batch: noisy latents, caption ids, t = 1000 sigma, target velocity. Held-out captions never appear."""
+    rng = np.random.default_rng([seed, step])
+    scenes: list[Scene] = []
+    while len(scenes) < size:
+        scene = sample_scene(rng)
+        if not scene.held_out:
+            scenes.append(scene)
+    clean = to_latent(mx.array(np.stack([draw(s, rng) for s in scenes])))
+    ids = mx.array([tokenize("" if rng.random() < dropout else s.caption) for s in scenes])
+    noise = mx.array(rng.standard_normal(clean.shape, dtype=np.float32))
+    sigma = mx.array(1 / (1 + np.exp(-rng.standard_normal(size))).astype(np.float32))
+    s = sigma[:, None, None, None]
+    return (1 - s) * clean + s * noise, ids, 1000 * sigma, noise - clean
+
+
+def build_optimizer(steps: int, learning_rate: float) -> optim.MultiOptimizer:
+    """Muon (Jordan 2024) on the matrices inside the blocks, AdamW on the rest; linear warm-up, then cosine decay.
+
+    Muon at 5 times AdamW's rate: after 400 steps the loss is 0.078 against 0.125 for AdamW alone.
+    """
+    warmup = min(150, steps // 10 + 1)
+
+    def schedule(peak: float) -> Callable[[mx.array], mx.array]:
+        rise, fall = optim.linear_schedule(1e-6, peak, warmup), optim.cosine_decay(peak, max(1, steps - warmup), 1e-5)
+        return optim.join_schedules([rise, fall], [warmup])
+
+    muon = optim.Muon(schedule(5 * learning_rate), weight_decay=0.01)
+    adamw = optim.AdamW(schedule(learning_rate), betas=[0.9, 0.99], weight_decay=0.01, bias_correction=True)
+    inside = lambda name, w: w.ndim == 2 and "transformer_block" in name and "adaLN" not in name  # noqa: E731
+    return optim.MultiOptimizer([muon, adamw], [inside])
+
+
+@dataclass
+class Run:
+    """A training run in a folder: weights, their moving average, the optimizer, and how far it is."""
+
+    folder: Path
+    facts: dict[str, Any]  # what the run's result depends on
+    model: ShapesModel
+    average: Any
+    optimizer: optim.MultiOptimizer
+    step: int = 0
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.folder / "training.safetensors"
+
+    def save(self) -> None:
+        trees = {"model": self.model.parameters(), "average": self.average, "optimizer": self.optimizer.state}
+        arrays = {f"{name}.{key}": value for name, tree in trees.items() for key, value in parameters(tree).items()}
+        artifacts.write_tensors(self.checkpoint, "training", arrays, {"facts": self.facts, "step": self.step})
+
+    def resume(self) -> None:
+        """Go on from the checkpoint, if there is one; raises ArtifactError when it belongs to a run with other settings."""
+        if not self.checkpoint.exists():
+            return
+        arrays, header = artifacts.read_tensors(self.checkpoint, "training")
+        if header["facts"] != self.facts:
+            raise ArtifactError(f"{self.checkpoint} belongs to a run with other settings: {header['facts']}; choose another --out")
+
+        def tree(name: str) -> Any:
+            return tree_unflatten([(k.removeprefix(name), v) for k, v in arrays.items() if k.startswith(name)])
+
+        self.model.update(tree("model."))
+        self.average, self.optimizer.state, self.step = tree("average."), tree("optimizer."), header["step"]
+
+    def publish(self) -> Path:
+        """Write the averaged weights, float16, as the package ships them."""
+        weights = {name: value.astype(mx.float16) for name, value in parameters(self.average).items()}
+        artifacts.write_tensors(self.folder / WEIGHTS, "mmdit-shapes", weights, self.facts)
+        return self.folder / WEIGHTS
+
+
+def training_step(run: Run) -> Callable[..., mx.array]:
+    """One compiled update on a batch; returns its loss."""
+
+    def loss(model: ShapesModel, x: mx.array, ids: mx.array, t: mx.array, target: mx.array) -> mx.array:
+        tokens, pooled = model.text_encoder(ids)
+        return mx.square(model(x, tokens, pooled, t) - target).mean()
+
+    loss_and_grad = nn.value_and_grad(run.model, loss)
+    state = [run.model.state, run.optimizer.state]
+
+    @partial(mx.compile, inputs=state, outputs=state)
+    def update(*arrays: mx.array) -> mx.array:
+        value, gradients = loss_and_grad(run.model, *arrays)
+        gradients, _ = optim.clip_grad_norm(gradients, 1.0)
+        run.optimizer.update(run.model, gradients)
+        return value
+
+    return update
+
+
+@click.command(cls=Command)
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for checkpoint and weights; run again to resume.")
+@click.option("--steps", default=6500, show_default=True, type=click.IntRange(1))
+@click.option("--batch-size", default=32, show_default=True, type=click.IntRange(1))
+@click.option("--learning-rate", default=6e-4, show_default=True, help="Peak rate of AdamW; Muon's is five times it.")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--save-every", default=100, show_default=True, type=click.IntRange(1))
+def main(out: Path, steps: int, batch_size: int, learning_rate: float, seed: int, save_every: int) -> None:
+    """Train mmdit-shapes from nothing; about 70 minutes on one core at the defaults. Ctrl-C and the same command resume."""
+    artifacts.ensure_writable(out)
+    settings = {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed}
+    options = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in settings.items())
+    facts = {"config": CONFIG.to_dict(), **settings, "command": f"python -m mlxquant.models.train_shapes {options}"}
+    model = fresh_model(seed)
+    optimizer = build_optimizer(steps, learning_rate)
+    optimizer.init(model.trainable_parameters())
+    run = Run(out, facts, model, tree_map(mx.array, model.parameters()), optimizer)
+    run.resume()
+    update = training_step(run)
+    recent: deque[float] = deque(maxlen=250)
+    bar = tqdm(range(run.step, steps), initial=run.step, total=steps, unit="step", file=sys.stderr)
+    for step in bar:
+        value = update(*batch(seed, step, batch_size))
+        decay = min(0.999, (1 + step) / (10 + step))
+        run.average = tree_map(partial(_blend, decay), run.average, model.parameters())
+        mx.eval(model.state, optimizer.state, run.average, value)
+        run.step = step + 1
+        recent.append(float(np.array(value)))
+        bar.set_postfix(loss=f"{np.mean(recent):.4f}", refresh=False)
+        if run.step % save_every == 0 or run.step == steps:
+            run.save()
+    result({"weights": str(run.publish()), "steps": steps, "loss": float(np.mean(recent)) if recent else None})
+
+
+def _blend(decay: float, average: mx.array, value: mx.array) -> mx.array:
+    return decay * average + (1 - decay) * value
+
+
+if __name__ == "__main__":
+    main()

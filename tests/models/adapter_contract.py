@@ -1,0 +1,89 @@
+"""What every adapter must keep. A new adapter subclasses ``AdapterContract`` and gives ``make_adapter``."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlxquant.errors import AdapterError
+from mlxquant.models.adapter import Adapter
+from mlxquant.rewrite import find_linears, tapped
+
+ROLES = {"attention", "mlp", "modulation", "embedder", "output"}
+
+
+class AdapterContract:
+    @classmethod
+    def make_adapter(cls) -> Adapter:
+        raise NotImplementedError("each adapter's tests provide their model")
+
+    def whole(self, adapter, latent, tokens, pooled, t):
+        """The host's own forward pass, without stages."""
+        raise NotImplementedError("each adapter's tests provide their model")
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def adapter(cls):
+        return cls.make_adapter()
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def inputs(cls, adapter):
+        prompts = [p.text for p in adapter.prompts("calibration", 2)]
+        text = adapter.encode(prompts)
+        noise = mx.random.normal((2, *adapter.latent_shape), key=mx.random.key(0))
+        return noise, text.tokens, text.pooled
+
+    def test_stages_compose_to_the_model(self, adapter, inputs):
+        for sigma in (1.0, 0.37):
+            staged = adapter.velocity(*inputs, sigma)
+            whole = self.whole(adapter, *inputs, mx.full((2,), 1000 * sigma))
+            np.testing.assert_allclose(np.array(staged), np.array(whole), atol=1e-5)
+
+    def test_a_batch_may_mix_timesteps(self, adapter, inputs):
+        mixed = np.array(adapter.velocity(*inputs, np.array([0.9, 0.2])))
+        for i, sigma in enumerate((0.9, 0.2)):
+            alone = np.array(adapter.velocity(*(x[i : i + 1] for x in inputs), sigma))
+            np.testing.assert_allclose(mixed[i : i + 1], alone, atol=2e-4)
+
+    def test_every_linear_belongs_to_exactly_one_stage_and_has_a_role(self, adapter):
+        for path in adapter.linears():
+            assert sum(stage.owns(path) for stage in adapter.stages) == 1, path
+            assert adapter.role(path) in ROLES
+
+    def test_every_linear_is_reached_by_its_stage(self, adapter, inputs):
+        seen = set()
+        with tapped(adapter.module, adapter.linears(), lambda path, x: seen.add(path)):
+            adapter.velocity(*inputs, 0.5)
+        assert seen == set(adapter.linears())
+
+    def test_clock_runs_only_during_forward_passes(self, adapter, inputs):
+        adapter.velocity(*inputs, 0.5)
+        with pytest.raises(AdapterError, match="no timestep"):
+            _ = adapter.clock.sigma
+
+    def test_structure_is_rebuilt_from_its_description(self, adapter):
+        blank = type(adapter).blank(adapter.describe())
+        assert {p: m.weight.shape for p, m in find_linears(blank.module).items()} == {
+            p: m.weight.shape for p, m in find_linears(adapter.module).items()
+        }
+
+    def test_sampling_is_reproducible_and_independent_of_the_batch(self, adapter):
+        prompts = adapter.prompts("evaluation", 2)
+        both = np.array(adapter.generate([p.text for p in prompts], [p.seed for p in prompts], 2, 3.0))
+        np.testing.assert_array_equal(both, np.array(adapter.generate([p.text for p in prompts], [p.seed for p in prompts], 2, 3.0)))
+        alone = np.array(adapter.generate([prompts[1].text], [prompts[1].seed], 2, 3.0))
+        np.testing.assert_allclose(both[1:], alone, atol=1e-3)
+
+    def test_pictures_are_in_range(self, adapter):
+        prompt = adapter.prompts("evaluation", 1)[0]
+        images = adapter.decode(adapter.generate([prompt.text], [prompt.seed], 2))
+        assert images.ndim == 4
+        assert images.shape[-1] == 3
+        assert images.min() >= 0
+        assert images.max() <= 1
+
+    def test_wrong_counts_are_refused(self, adapter):
+        with pytest.raises(AdapterError, match="one seed for each"):
+            adapter.generate(["a"], [1, 2])
+        with pytest.raises(AdapterError, match="one seed for each"):
+            adapter.generate([], [])
