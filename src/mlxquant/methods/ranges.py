@@ -1,0 +1,77 @@
+"""Range methods: from the ranges of a layer's input to its static activation table.
+
+All use one affine grid for the whole tensor at each noise level, ``step = (high - low) / (2^bits - 1)`` with the lowest code on
+``low``; they differ in how much of the range they keep. With a single noise level each is the plain static case.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..activations import ActivationTable
+from ..statistics import InputRanges
+from .registry import register
+
+Array = npt.NDArray[Any]
+
+
+def affine_table(sigma: Array, low: Array, high: Array, bits: int) -> ActivationTable:
+    """The table whose codes span [low, high] [T] exactly; an empty range gets step 1."""
+    span = (high - low).astype(np.float64)
+    step = np.where(span > 0, span / (2**bits - 1), 1.0).astype(np.float32)
+    shift = low.astype(np.float32) + np.float32(2 ** (bits - 1)) * step
+    return ActivationTable(sigma.astype(np.float32), step, shift[:, None], np.full(len(sigma), bits, np.uint8))
+
+
+@register("range", "extremes", summary="the smallest and largest value seen")
+def extremes(ranges: InputRanges, weight: Array, bits: int) -> ActivationTable:
+    """Nothing that calibration saw is clipped. ``weight`` [out,in] is not used."""
+    return affine_table(ranges.sigma, ranges.least.min(1), ranges.most.max(1), bits)
+
+
+@register("range", "average", citation="taqdit", summary="mean over samples of each sample's minimum and maximum")
+def average(ranges: InputRanges, weight: Array, bits: int) -> ActivationTable:
+    """Averaged min-max (TaQ-DiT, arXiv 2411.14172, section III): less swayed by one outlying sample. ``weight`` is not used."""
+    return affine_table(ranges.sigma, ranges.low.min(1), ranges.high.max(1), bits)
+
+
+@register("range", "error", summary="the clipping with the least error in the layer's output")
+def error(ranges: InputRanges, weight: Array, bits: int, candidates: int = 18, values: int = 2**15) -> ActivationTable:
+    """Search how far to clip each end, by the output error on sampled rows.
+
+    The error of input channel c counts with ``||W_:c||^2``, the diagonal of W^T W. Each end is searched in turn over ``candidates``
+    shrink factors from 1 to 0.3, starting from the extremes, until neither moves; so the result is never worse than ``extremes`` on
+    the sampled rows (at most about ``values`` of their entries are looked at).
+    """
+    importance = (weight.astype(np.float64) ** 2).sum(0).astype(np.float32)
+    low, high = ranges.least.min(1).astype(np.float64), ranges.most.max(1).astype(np.float64)
+    shrink = np.linspace(1.0, 0.3, candidates)
+    for t, rows in enumerate(ranges.rows):
+        stride = max(1, rows.size // values) | 1  # odd, so that it walks through all channels
+        flat = rows.reshape(-1)[::stride].astype(np.float32)
+        heft = np.broadcast_to(importance, rows.shape).reshape(-1)[::stride]
+
+        def cost(lo: float, hi: float, flat: Array = flat, heft: Array = heft) -> float:
+            if hi <= lo:
+                return float("inf")
+            step = np.float32((hi - lo) / (2**bits - 1))
+            q = np.clip(np.rint((flat - np.float32(lo)) / step), 0, 2**bits - 1) * step + np.float32(lo)
+            return float(np.dot((q - flat) ** 2, heft))
+
+        lo_edge, hi_edge = low[t], high[t]
+        best, lo, hi = cost(lo_edge, hi_edge), lo_edge, hi_edge
+        for _ in range(3):
+            before = best
+            for end in (0, 1):
+                trials = [(lo_edge * f, hi) if end == 0 else (lo, hi_edge * f) for f in shrink]
+                costs = [cost(*trial) for trial in trials]
+                if min(costs) < best:
+                    best = min(costs)
+                    lo, hi = trials[int(np.argmin(costs))]
+            if best == before:
+                break
+        low[t], high[t] = lo, hi
+    return affine_table(ranges.sigma, low, high, bits)

@@ -1,0 +1,92 @@
+"""Laws that every range method keeps, over the whole registry."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlxquant.methods.registry import get, members
+from mlxquant.statistics import InputStatistics
+
+METHODS = members("range")
+
+
+def collect(levels=(0.2, 0.9), width=16, samples=6, seed=0):
+    rng = np.random.default_rng(seed)
+    statistics = InputStatistics(width, rows=64)
+    for i, sigma in enumerate(levels):
+        x = rng.standard_t(4, (samples, 20, width)) * (i + 1) + 0.5
+        statistics.add(mx.array(x.astype(np.float32)), sigma)
+    return statistics.ranges
+
+
+WEIGHT = np.random.default_rng(9).normal(size=(8, 16))
+
+
+def output_error(table, rows):
+    edge = 2.0 ** (table.bits.astype(float) - 1)
+    total = 0.0
+    for t, x in enumerate(rows):
+        codes = np.clip(np.rint((x - table.shift[t]) / table.step[t]), -edge[t], edge[t] - 1)
+        total += float((((codes * table.step[t] + table.shift[t] - x) ** 2) * (WEIGHT**2).sum(0)).sum())
+    return total
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
+@pytest.mark.parametrize("bits", [4, 6, 8])
+def test_one_timestep_equals_the_static_case(method, bits):
+    ranges = collect(levels=(0.4,))
+    table, static = method.function(ranges, WEIGHT, bits), method.function(ranges.merged(), WEIGHT, bits)
+    np.testing.assert_array_equal(table.step, static.step)
+    np.testing.assert_array_equal(table.shift, static.shift)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
+@pytest.mark.parametrize("bits", [4, 6, 8])
+def test_tables_are_complete_and_scale_with_their_input(method, bits):
+    ranges = collect()
+    table = method.function(ranges, WEIGHT, bits)
+    np.testing.assert_array_equal(table.sigma, ranges.sigma)
+    assert (table.step > 0).all()
+    assert set(table.bits) == {bits}
+    doubled = type(ranges)(ranges.sigma, *(2 * getattr(ranges, k) for k in ("low", "high", "least", "most", "rows")))
+    np.testing.assert_allclose(method.function(doubled, WEIGHT, bits).step, 2 * table.step, rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
+def test_constant_and_zero_inputs_are_survived(method):
+    for value in (0.0, 3.0):
+        statistics = InputStatistics(4)
+        statistics.add(mx.full((2, 3, 4), value), 0.5)
+        table = method.function(statistics.ranges, WEIGHT[:, :4], 8)
+        assert np.isfinite(table.step).all()
+        code = np.clip(np.rint((value - table.shift[0, 0]) / table.step[0]), -128, 127)
+        assert abs(code * table.step[0] + table.shift[0, 0] - value) < 1e-5
+
+
+@pytest.mark.parametrize("bits", [4, 6, 8])
+def test_error_search_is_never_worse_than_the_extremes(bits):
+    ranges = collect()
+    searched, plain = (get("range", name).function(ranges, WEIGHT, bits) for name in ("error", "extremes"))
+    assert output_error(searched, ranges.rows) <= output_error(plain, ranges.rows) * (1 + 1e-6)
+    if bits == 4:
+        assert output_error(searched, ranges.rows) < 0.8 * output_error(plain, ranges.rows)
+
+
+def test_extremes_clip_nothing_that_was_seen():
+    ranges = collect()
+    table = get("range", "extremes").function(ranges, WEIGHT, 8)
+    for t, x in enumerate(ranges.rows):
+        codes = (x - table.shift[t]) / table.step[t]
+        assert codes.min() > -128.5
+        assert codes.max() < 127.5
+
+
+def test_averages_weigh_samples_equally_however_they_are_batched():
+    x = mx.array(np.random.default_rng(0).normal(size=(6, 5, 4)).astype(np.float32))
+    whole, parts = InputStatistics(4), InputStatistics(4)
+    whole.add(x, 0.5)
+    for rows in (slice(0, 1), slice(1, 6)):
+        parts.add(x[rows], 0.5)
+    np.testing.assert_allclose(whole.ranges.low, parts.ranges.low, rtol=1e-6)
+    np.testing.assert_allclose(whole.ranges.low[0], np.array(x).min(1).mean(0), rtol=1e-6)
+    np.testing.assert_allclose(whole.moments.gram, parts.moments.gram, rtol=1e-6)
