@@ -92,6 +92,12 @@ class QuantizedLinear(nn.Module):
         self.act_shift, self.act_bits = mx.array(table.shift, mx.float32), mx.array(table.bits, mx.uint8)
         self.refresh()
 
+    def drop_activations(self) -> None:
+        """Run with unquantized inputs from now on."""
+        self._clock = self._reader = None
+        for name in ("act_sigma", "act_step", "act_shift", "act_bits"):
+            self.pop(name, None)
+
     def refresh(self) -> None:
         """Read the table back from the parameters; call it after ``load_weights``."""
         if self._clock is not None:
@@ -184,6 +190,11 @@ class QuantizedLinear(nn.Module):
 def use_packed_kernels() -> bool:
     """Whether to multiply by packed weights directly. On the CPU backend dequantizing first is 30 to 40 times faster."""
     return bool(mx.default_device() != mx.cpu)
+
+
+def find_quantized(module: nn.Module) -> dict[str, QuantizedLinear]:
+    """Every quantized layer of a module, by path."""
+    return {path: m for path, m in module.named_modules() if isinstance(m, QuantizedLinear)}
 
 
 def _fold(weight: mx.array, shift: mx.array) -> mx.array:

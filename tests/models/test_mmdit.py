@@ -9,7 +9,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlxquant.errors import AdapterError
-from mlxquant.models.gelu import gelu
+from mlxquant.models.fast_cpu import attention, gelu
 from mlxquant.models.mmdit import SD3_MEDIUM, MMDiT, MMDiTConfig, patch_tokens
 
 TINY = MMDiTConfig(
@@ -160,3 +160,17 @@ def test_fast_gelu_and_its_gradient_are_exact():
     ours, theirs = (mx.grad(lambda v, f=f: f(v).sum())(x) for f in (gelu, nn.gelu))
     np.testing.assert_allclose(np.array(ours), np.array(theirs), atol=1.5e-6)
     assert gelu(x.astype(mx.float16)).dtype == mx.float16
+
+
+@pytest.mark.parametrize("spread", [0.1, 1.0, 6.0])
+def test_fast_attention_and_its_gradient_are_exact(spread):
+    q, k, v = (mx.random.normal((2, 3, 9, 8), key=mx.random.key(i)) * spread for i in range(3))
+
+    def theirs(q, k, v):
+        return mx.fast.scaled_dot_product_attention(q, k, v, scale=8**-0.5)
+
+    np.testing.assert_allclose(np.array(attention(q, k, v)), np.array(theirs(q, k, v)), atol=2e-5 * spread)
+    for argument in range(3):
+        ours, exact = (mx.grad(lambda *a, f=f: mx.square(f(*a)).sum(), argument)(q, k, v) for f in (attention, theirs))
+        np.testing.assert_allclose(np.array(ours), np.array(exact), atol=1e-4 * float(np.abs(np.array(exact)).max()))
+    assert attention(*(x.astype(mx.float16) for x in (q, k, v))).dtype == mx.float16

@@ -1,11 +1,13 @@
-"""Exact GELU that is also fast on the CPU.
+"""GELU and attention that are exact and also fast on the CPU.
 
-MLX evaluates ``erf`` one scalar at a time on x86 and spends more time in GELU than in the matmuls around it. A rational
-approximation, compiled into one vectorised loop, agrees with the exact function to 1e-6 and is 7 times faster. Metal keeps MLX's own.
+MLX evaluates ``erf`` and ``exp`` one scalar at a time on x86 and spends more time in GELU and softmax than in the matmuls around them.
+Rational and polynomial approximations, compiled into vectorised loops, agree with the exact functions to a few 1e-6 and are several
+times faster. Metal keeps MLX's own.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any, cast
 
 import mlx.core as mx
@@ -23,7 +25,7 @@ _P = (
 )
 _Q = (-1.45660718464996e-05, -2.13374055278905e-04, -1.68282697438203e-03, -7.37332916720468e-03, -1.42647390514189e-02)
 # exp(-u) on [0, 1]: Taylor series around 1/2, highest power first.
-_E = tuple((-1.0) ** n * 0.6065306597126334 / f for n, f in ((7, 5040), (6, 720), (5, 120), (4, 24), (3, 6), (2, 2), (1, 1), (0, 1)))
+_E = tuple(0.6065306597126334 * (-1.0) ** n / math.factorial(n) for n in range(8, -1, -1))
 
 
 def _horner(coefficients: tuple[float, ...], z: mx.array) -> mx.array:
@@ -39,11 +41,16 @@ def _normal_cdf(x: mx.array) -> mx.array:
     return 0.5 + 0.5 * x * _horner(_P, z) / _horner(_Q, z)
 
 
-def _normal_pdf(x: mx.array) -> mx.array:
-    root = _horner(_E, mx.minimum(x * x * (1 / 32), 1.0) - 0.5)  # exp(-x^2/2) = exp(-x^2/32)^16
-    for _ in range(4):
+def _exp_minus(z: mx.array) -> mx.array:
+    """exp(-z) for z >= 0, as exp(-z/32)^32; z is cut at 32, where it is 1e-14."""
+    root = _horner(_E, mx.minimum(z * (1 / 32), 1.0) - 0.5)
+    for _ in range(5):
         root = root * root
-    return root * 0.3989422804014327
+    return root
+
+
+def _normal_pdf(x: mx.array) -> mx.array:
+    return 0.3989422804014327 * _exp_minus(0.5 * x * x)
 
 
 _forward = mx.compile(lambda x: x * _normal_cdf(x))
@@ -65,3 +72,27 @@ def gelu(x: mx.array) -> mx.array:
     if x.dtype == mx.float32 and mx.default_device() == mx.cpu:
         return cast(mx.array, _rational_gelu(x))
     return nn.gelu(x)
+
+
+_exponentials = mx.compile(lambda x, top: _exp_minus(top - x))
+_softmax_backward = mx.compile(lambda p, g, dot: p * (g - dot))
+
+
+@mx.custom_function
+def _softmax(x: mx.array) -> Any:
+    e = _exponentials(x, x.max(axis=-1, keepdims=True))
+    return e / e.sum(axis=-1, keepdims=True)
+
+
+@_softmax.vjp
+def _softmax_vjp(primals: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:
+    return cast(mx.array, _softmax_backward(output, cotangent, (output * cotangent).sum(axis=-1, keepdims=True)))
+
+
+def attention(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+    """Softmax(q k^T / sqrt(d)) v; q, k, v [B,heads,N,d]. Float32 on the CPU is exact to about 1e-5 relative, elsewhere MLX's own."""
+    scale = q.shape[-1] ** -0.5
+    if q.dtype == mx.float32 and mx.default_device() == mx.cpu:
+        weights = cast(mx.array, _softmax((q * scale) @ k.swapaxes(-1, -2)))
+        return weights @ v
+    return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale)

@@ -16,7 +16,7 @@ import mlx.nn as nn
 
 from ..errors import AdapterError
 from .adapter import Stage, State
-from .gelu import gelu
+from .fast_cpu import attention, gelu
 
 
 @dataclass(frozen=True)
@@ -205,7 +205,7 @@ class MultiModalTransformerBlock(nn.Module):
         stream_i, stream_t = self.image_transformer_block, self.text_transformer_block
         mod_i, mod_t = stream_i.modulation(c), stream_t.modulation(c)
         q, k, v = (mx.concatenate(list(pair), axis=2) for pair in zip(stream_i.qkv(image, mod_i), stream_t.qkv(text, mod_t), strict=True))
-        attended = mx.fast.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5)
+        attended = attention(q, k, v)
         attended = attended.transpose(0, 2, 1, 3).reshape(image.shape[0], -1, image.shape[-1])
         n = image.shape[1]
         image = stream_i.finish(image, attended[:, :n], mod_i)

@@ -28,7 +28,7 @@ COLOURS = {
 }
 BACKGROUNDS = {"white": (245, 245, 245), "black": (20, 20, 20), "gray": (125, 125, 125), "pink": (250, 185, 200)}
 SHAPES = ("circle", "square", "triangle", "cross")
-RADII = {"large": 10.0, "small": 6.5}
+RADII = {"large": 10.5, "small": 7.25}
 PLACES = {"at left": (-1, 0), "at right": (1, 0), "at top": (0, -1), "at bottom": (0, 1), "at center": (0, 0)}
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 OFFSET = {"large": 5.0, "small": 8.0, "pair": 8.0}
@@ -162,7 +162,7 @@ def draw(scene: Scene, rng: np.random.Generator | None = None) -> Image:
         d = OFFSET["pair"]
         placed = [(scene.things[0], dx * d, dy * d, RADII["small"]), (scene.things[1], -dx * d, -dy * d, RADII["small"])]
     for thing, x, y, r in placed:
-        mask = coverage(thing.shape, middle + x + jitter(0.8), middle + y + jitter(0.8), r + jitter(0.4))[..., None]
+        mask = coverage(thing.shape, middle + x + jitter(0.5), middle + y + jitter(0.5), r + jitter(0.25))[..., None]
         image = image * (1 - mask) + mask * _rgb(COLOURS[thing.colour])
     return image.astype(np.float32)
 

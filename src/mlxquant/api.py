@@ -1,0 +1,237 @@
+"""The notebook's view: load, calibrate, quantize, compare, save. The command line calls the same functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from . import artifacts, calibration
+from .calibration import Calibration
+from .errors import ArtifactError, NumericsError, RecipeError
+from .layers import QuantizedLinear, find_quantized
+from .models.adapter import Adapter
+from .models.catalog import adapter_class, pretrained
+from .prompts import Prompt
+from .recipe import LayerSpec, Recipe, parse_recipe
+from .report.comparison import Comparison
+from .rewrite import parameters, set_module
+from .sampler import SamplerStep
+from .sweep import Store, layer_arrays, sweep
+
+Progress = Callable[[Iterable[Any], str], Iterable[Any]]
+KIND = "quantized-model"
+SAVED = ("kind", "version", "model", "layers", "files", "mlxquant", "mlx")  # what ``save`` adds to the facts
+
+
+def silent(items: Iterable[Any], _: str) -> Iterable[Any]:
+    return items
+
+
+class Model:
+    """A model that makes pictures from prompts."""
+
+    def __init__(self, adapter: Adapter):
+        self.adapter = adapter
+
+    @property
+    def name(self) -> str:
+        return self.adapter.name
+
+    def images(
+        self,
+        prompts: Sequence[Prompt],
+        steps: int | None = None,
+        cfg: float | None = None,
+        callback: Callable[[SamplerStep], None] | None = None,
+        progress: Progress = silent,
+        size: int = 16,
+    ) -> npt.NDArray[np.float32]:
+        """Pictures [B,H,W,3] in [0,1], each from its prompt and seed, ``size`` at a time."""
+        parts = []
+        for start in progress(range(0, len(prompts), size), "sampling"):
+            some = prompts[start : start + size]
+            latent = self.adapter.generate([p.text for p in some], [p.seed for p in some], steps, cfg, callback)
+            parts.append(self.adapter.decode(latent))
+        images = np.concatenate(parts)
+        if not np.isfinite(images).all():
+            raise NumericsError(f"{self.name}: a picture holds NaN or infinite values; the model's weights are damaged or overflow")
+        return images
+
+    def generate(self, prompt: str, seed: int = 0, steps: int | None = None, cfg: float | None = None) -> Image.Image:
+        """One picture for one prompt."""
+        return to_pil(self.images([Prompt(seed, prompt)], steps, cfg)[0])
+
+    def clone(self) -> Adapter:
+        """An adapter with the same weights (shared, not copied) that can be rewritten without touching this one."""
+        other: Adapter = type(self.adapter).blank(self.adapter.describe())
+        for path, layer in find_quantized(self.adapter.module).items():
+            set_module(other.module, path, QuantizedLinear.blank(layer.facts, other.clock))
+        other.module.load_weights(list(parameters(self.adapter.module).items()))
+        for layer in find_quantized(other.module).values():
+            layer.refresh()
+        return other
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over all parameters."""
+        hashes = {name: artifacts.array_digest(value) for name, value in parameters(self.adapter.module).items()}
+        return artifacts.digest(hashes)
+
+
+@dataclass(frozen=True)
+class Size:
+    """Stored size of a model. ``bits_per_weight`` is bits over parameters, whole model, as mlx-lm prints it; ``layers`` are the
+    quantized layers alone, codes, scales and biases."""
+
+    model_bytes: int
+    bits_per_weight: float
+    bits_per_quantized_weight: float
+
+
+class QuantizedModel(Model):
+    """A model whose layers run quantized, with the facts of how that came about."""
+
+    def __init__(self, adapter: Adapter, facts: dict[str, Any]):
+        super().__init__(adapter)
+        self.facts = facts
+
+    @property
+    def layers(self) -> dict[str, QuantizedLinear]:
+        return find_quantized(self.adapter.module)
+
+    @property
+    def size(self) -> Size:
+        arrays = self._arrays()
+        layers = self.layers
+        codes = sum(layer.nbytes for layer in layers.values())
+        weights = sum(layer.shape[0] * layer.shape[1] for layer in layers.values())
+        tables = sum(value.size for name, value in arrays.items() if ".act_" in name)
+        packed = sum(v.size for layer in layers.values() for k, v in layer.items() if k in ("weight", "scales", "biases"))
+        total = sum(v.size for v in arrays.values()) - packed - tables + weights
+        stored = sum(v.nbytes for v in arrays.values())
+        return Size(stored, 8 * stored / total, 8 * codes / weights)
+
+    def _arrays(self) -> dict[str, mx.array]:
+        """Everything that is stored: quantized layers as they run, other parameters as float16 where that loses nothing."""
+        quantized = layer_arrays(self.layers)
+        everything = parameters(self.adapter.module)
+        return {name: value if name in quantized else artifacts.compact(value) for name, value in everything.items()}
+
+    def save(self, folder: str | Path, force: bool = False) -> Path:
+        """Write the model as a folder that ``load`` reads; equal models give equal bytes. Raises ArtifactError, leaving nothing behind."""
+        with artifacts.atomic_folder(Path(folder), force) as temporary:
+            weights = temporary / "weights.safetensors"
+            artifacts.write_tensors(weights, "weights", self._arrays(), {"model": self.name})
+            facts = {
+                **self.facts,
+                "model": {"name": self.name, **self.adapter.describe()},
+                "layers": {path: layer.facts for path, layer in self.layers.items()},
+                "files": {weights.name: artifacts.file_digest(weights)},
+                "mlxquant": version("mlxquant"),
+                "mlx": version("mlx"),
+            }
+            artifacts.write_json(temporary / "model.json", KIND, facts)
+        return Path(folder)
+
+
+def load(name_or_folder: str | Path) -> Model:
+    """A model by name with its full-precision weights, or a folder that ``QuantizedModel.save`` wrote.
+
+    Raises AdapterError on an unknown name, ArtifactError on a damaged or foreign folder.
+    """
+    folder = Path(name_or_folder)
+    if not folder.is_dir():
+        if folder.exists() or folder.suffix or len(folder.parts) > 1:
+            raise ArtifactError(f"{folder}: no such folder; expected a folder written by 'mlxquant quantize' or a model's name")
+        return Model(pretrained(str(name_or_folder)))
+    if not (folder / "model.json").exists():
+        raise ArtifactError(f"{folder}: holds no model.json; expected a folder written by 'mlxquant quantize'")
+    facts = artifacts.read_json(folder / "model.json", KIND)
+    for name, expected in facts["files"].items():
+        if (found := artifacts.file_digest(folder / name)) != expected:
+            raise ArtifactError(
+                f"{folder / name}: sha256 {found[:12]}… differs from {expected[:12]}… in model.json; the file was changed or "
+                "damaged, quantize again"
+            )
+    arrays, _ = artifacts.read_tensors(folder / "weights.safetensors", "weights")
+    adapter: Adapter = adapter_class(facts["model"]["name"]).blank(facts["model"])
+    for path, structure in facts["layers"].items():
+        set_module(adapter.module, path, QuantizedLinear.blank(structure, adapter.clock))
+    artifacts.load_parameters(adapter.module, arrays, str(folder))
+    model = QuantizedModel(adapter, {k: v for k, v in facts.items() if k not in SAVED})
+    for layer in model.layers.values():
+        layer.refresh()
+    return model
+
+
+def calibrate(
+    model: Model,
+    prompts: int | Sequence[Prompt] = 16,
+    steps: int | None = None,
+    cfg: float | None = None,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> Calibration:
+    """Collect trajectories for ``quantize``.
+
+    ``prompts`` is a number, to take that many of the model's own calibration prompts with their seeds shifted by ``seed``, or a list.
+    """
+    adapter = model.adapter
+    some = adapter.prompts("calibration", prompts, seed) if isinstance(prompts, int) else list(prompts)
+    return calibration.collect(adapter, some, adapter.steps if steps is None else steps, adapter.cfg if cfg is None else cfg, progress)
+
+
+def plan(model: Model, recipe: Recipe) -> dict[str, LayerSpec]:
+    """What the recipe would do to each layer; raises RecipeError where it does not fit the model."""
+    if isinstance(model, QuantizedModel):
+        raise RecipeError(f"{model.name} is quantized already, by {model.facts['recipe']['name']}; quantize the full-precision model")
+    return recipe.plan({path: model.adapter.role(path) for path in model.adapter.linears()})
+
+
+def quantize(
+    model: Model, calib: Calibration, recipe: str | Recipe, work: str | Path | None = None, progress: Progress = silent
+) -> QuantizedModel:
+    """Quantize a copy of ``model``; the model itself stays as it is. With ``work``, a folder, a killed run resumes there.
+
+    Raises RecipeError, CalibrationError or NumericsError before anything long starts where that can be known.
+    """
+    recipe = parse_recipe(recipe) if isinstance(recipe, str) else recipe
+    plan(model, recipe)
+    adapter = model.clone()
+    facts: dict[str, Any] = {
+        "recipe": recipe.to_dict(),
+        "calibration": calib.facts | {"latents": artifacts.array_digest(calib.latents)},
+        "source": model.fingerprint,
+    }
+    store = Store(Path(work), artifacts.digest(facts)) if work is not None else None
+    stages = sweep(adapter, calib, recipe, store, progress)
+    return QuantizedModel(adapter, {**facts, "stages": stages})
+
+
+def compare(
+    reference: Model,
+    others: Model | Mapping[str, Model],
+    prompts: str | Sequence[Prompt],
+    seed: int = 0,
+    steps: int | None = None,
+    cfg: float | None = None,
+    progress: Progress = silent,
+) -> Comparison:
+    """The same prompts and seeds from the reference and from others, side by side, with the differences measured."""
+    some = [Prompt(seed, prompts)] if isinstance(prompts, str) else list(prompts)
+    named = {"quantized": others} if isinstance(others, Model) else dict(others)
+    images = {name: m.images(some, steps, cfg, progress=progress) for name, m in {"FP": reference, **named}.items()}
+    return Comparison.of(some, images, reference.adapter.attributes)
+
+
+def to_pil(image: npt.NDArray[Any]) -> Image.Image:
+    """A picture [H,W,3] in [0,1] as an 8-bit image."""
+    return Image.fromarray(np.rint(np.clip(image, 0, 1) * 255).astype(np.uint8))

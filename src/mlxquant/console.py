@@ -1,0 +1,57 @@
+"""How commands talk: progress and tables on stderr for people, one JSON object as the last line of stdout for programs."""
+
+from __future__ import annotations
+
+import json
+import logging
+import resource
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+import click
+from tqdm import tqdm
+
+from .errors import MlxQuantError
+
+
+class Command(click.Command):
+    """A command whose expected errors are one line and exit code 1, and that can be interrupted."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except MlxQuantError as error:
+            raise click.ClickException(str(error)) from error
+        except KeyboardInterrupt:
+            click.echo("\nInterrupted. Run the same command again to go on.", err=True)
+            ctx.exit(130)
+
+
+def progress(items: Iterable[Any], label: str) -> Iterable[Any]:
+    """A progress bar on stderr that leaves no trace when it is done."""
+    return tqdm(items, desc=label, file=sys.stderr, leave=False, dynamic_ncols=True, mininterval=0.2)
+
+
+def say(text: str) -> None:
+    """A line for people."""
+    click.echo(text, err=True)
+
+
+def result(facts: dict[str, Any]) -> None:
+    """The line for programs."""
+    click.echo(json.dumps(facts, sort_keys=True, allow_nan=False))
+
+
+def peak_bytes() -> int:
+    """The largest resident memory of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak if sys.platform == "darwin" else peak * 1024)
+
+
+def verbosity(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
+    if value:
+        logging.basicConfig(level=logging.DEBUG, stream=sys.stderr, format="%(name)s: %(message)s")
+
+
+verbose_option = click.option("--verbose", is_flag=True, expose_value=False, callback=verbosity, help="Say more on stderr.")

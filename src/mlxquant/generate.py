@@ -1,0 +1,49 @@
+"""``mlxquant generate``: one picture from any model, and beside it what another model makes of the same prompt and seed."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import click
+
+from . import api, artifacts
+from .console import Command, peak_bytes, progress, result, say, verbose_option
+from .errors import AdapterError
+from .prompts import Prompt
+from .report.comparison import save_png
+
+
+@click.command("generate", cls=Command)
+@click.option("--model", "name", required=True, help="A model's name or a folder that 'mlxquant quantize' wrote.")
+@click.option("--prompt", "text", required=True)
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0))
+@click.option("--steps", type=click.IntRange(1), help="[default: the model's]")
+@click.option("--cfg-weight", type=click.FloatRange(0), help="[default: the model's]")
+@click.option("--compare", "reference", help="Another model: draw both and their difference side by side.")
+@click.option("--output", type=click.Path(path_type=Path), default="image.png", show_default=True)
+@verbose_option
+def command(name: str, text: str, seed: int, steps: int | None, cfg_weight: float | None, reference: str | None, output: Path) -> None:
+    """Draw one picture as a PNG."""
+    if not text.strip():
+        raise AdapterError("--prompt is empty; describe the picture")
+    if output.is_dir():
+        raise AdapterError(f"--output {output} is a folder; name a PNG file")
+    artifacts.ensure_writable(output.absolute().parent)
+    model = api.load(name)
+    facts: dict[str, object] = {}
+    start = time.perf_counter()
+    if reference is None:
+        image = model.images([Prompt(seed, text)], steps, cfg_weight, progress=progress)[0]
+        save_png(api.to_pil(image), output)
+    else:
+        comparison = api.compare(api.load(reference), {name: model}, text, seed, steps, cfg_weight, progress)
+        comparison.save(output)
+        facts = {"psnr_db": float(comparison.psnr_db[name].mean())}
+        say(f"{name} against {reference}: {comparison.figures(name)}")
+    say(f"{output}")
+    result({"output": str(output), "seconds": time.perf_counter() - start, "peak_bytes": peak_bytes(), **facts})
+
+
+if __name__ == "__main__":
+    command()

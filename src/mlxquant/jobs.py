@@ -1,0 +1,61 @@
+"""Long jobs that survive being killed: calibration and sweep with their progress kept in ``OUT.partial`` until ``OUT`` is written."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import api, artifacts
+from .api import Model, QuantizedModel
+from .calibration import Calibration
+from .prompts import Prompt
+from .recipe import Recipe
+
+Progress = Callable[[Iterable[Any], str], Iterable[Any]]
+
+
+def partial_folder(out: Path) -> Path:
+    """Where an unfinished job for ``out`` keeps its progress."""
+    return out.with_name(out.name + ".partial")
+
+
+def prepare(out: Path, force: bool) -> Path:
+    """Check that ``out`` can be written in the end and return its folder for progress; raises ArtifactError."""
+    artifacts.refuse_existing(out, force)
+    artifacts.ensure_writable(out.absolute().parent)
+    artifacts.ensure_writable(partial_folder(out))
+    return partial_folder(out)
+
+
+def calibrated(model: Model, prompts: Sequence[Prompt], steps: int, cfg: float, work: Path, progress: Progress) -> Calibration:
+    """Calibration data of a job, from its progress folder where it is there and belongs to the same model, prompts and settings."""
+    path = work / "calibration.safetensors"
+    job = artifacts.digest({"model": model.fingerprint, "prompts": [[p.seed, p.text] for p in prompts], "steps": steps, "cfg": cfg})
+    mark = work / "calibration.json"
+    if path.exists() and mark.exists() and artifacts.read_json(mark, "calibration-job")["job"] == job:
+        return Calibration.load(path)
+    calib = api.calibrate(model, prompts, steps, cfg, progress=progress)
+    calib.save(path)
+    artifacts.write_json(mark, "calibration-job", {"job": job})
+    return calib
+
+
+@dataclass(frozen=True)
+class Quantized:
+    model: QuantizedModel
+    seconds: float  # of the sweep alone, in this run
+
+
+def quantized(model: Model, calib: Calibration, recipe: Recipe, work: Path, progress: Progress) -> Quantized:
+    """Sweep with its progress in ``work``."""
+    start = time.perf_counter()
+    done = api.quantize(model, calib, recipe, work / recipe_folder(recipe), progress)
+    return Quantized(done, time.perf_counter() - start)
+
+
+def recipe_folder(recipe: Recipe) -> str:
+    """A folder name for a recipe: its name where that is safe, a digest of it otherwise."""
+    return recipe.name if recipe.name.replace("-", "").isalnum() else "recipe-" + artifacts.digest(recipe.name)[:12]

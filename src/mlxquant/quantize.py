@@ -1,0 +1,86 @@
+"""``mlxquant quantize``: any recipe on any model, one command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from . import api, artifacts, jobs
+from .console import Command, peak_bytes, progress, result, say, verbose_option
+from .prompts import read_prompts
+from .recipe import parse_recipe
+
+
+@click.command("quantize", cls=Command)
+@click.option("--model", "name", required=True, help="A model's name, such as mmdit-shapes.")
+@click.option("--recipe", "recipe_name", required=True, help="METHOD-wBaB, such as gptq-w4a8, rtn-w4a16-g128, gptq-w3a8-static.")
+@click.option(
+    "--override",
+    multiple=True,
+    metavar="PATTERN=SPEC",
+    help="A rule before the recipe's own: '*.mlp.fc2=w8a16', '@attention=keep'.",
+)
+@click.option(
+    "--prompts",
+    "prompt_file",
+    type=click.Path(path_type=Path),
+    help="Calibration prompts, one seed<TAB>prompt a line.  [default: the model's own]",
+)
+@click.option("--num-prompts", type=click.IntRange(1), help="Use the first N prompts.  [default: all of the file, 16 of the model's own]")
+@click.option("--steps", type=click.IntRange(1), help="Sampler steps of the calibration.  [default: the model's]")
+@click.option("--cfg-weight", type=click.FloatRange(0), help="Guidance of the calibration.  [default: the model's]")
+@click.option("--seed", default=0, show_default=True, help="Shifts the noise seeds of the model's own prompts.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the quantized model.")
+@click.option("--force", is_flag=True, help="Replace an existing folder.")
+@click.option("--resume/--no-resume", default=True, show_default=True, help="Go on where a killed run of the same job was.")
+@verbose_option
+def command(
+    name: str,
+    recipe_name: str,
+    override: tuple[str, ...],
+    prompt_file: Path | None,
+    num_prompts: int | None,
+    steps: int | None,
+    cfg_weight: float | None,
+    seed: int,
+    out: Path,
+    force: bool,
+    resume: bool,
+) -> None:
+    """Quantize a model with calibration and write it as a folder."""
+    recipe = parse_recipe(recipe_name, override)
+    model = api.load(name)
+    api.plan(model, recipe)
+    adapter = model.adapter
+    prompts = read_prompts(prompt_file)[:num_prompts] if prompt_file else adapter.prompts("calibration", num_prompts or 16, seed)
+    if not resume:
+        artifacts.remove_folder(jobs.partial_folder(out))
+    work = jobs.prepare(out, force)
+    steps, cfg = adapter.steps if steps is None else steps, adapter.cfg if cfg_weight is None else cfg_weight
+    calib = jobs.calibrated(model, prompts, steps, cfg, work, progress)
+    done = jobs.quantized(model, calib, recipe, work, progress)
+    done.model.save(out, force)
+    artifacts.remove_folder(work)
+    size = done.model.size
+    kept = {stage["stage"]: stage["kept"] for stage in done.model.facts["stages"]}
+    say(f"{out}: {size.model_bytes / 1e6:.2f} MB, {size.bits_per_weight:.2f} bits per weight, {done.seconds:.0f} s")
+    for stage, which in kept.items():
+        if which == "rtn":
+            say(f"  {stage}: round-to-nearest was better and was kept")
+    result(
+        {
+            "out": str(out),
+            "recipe": recipe.name,
+            "model_bytes": size.model_bytes,
+            "bits_per_weight": size.bits_per_weight,
+            "bits_per_quantized_weight": size.bits_per_quantized_weight,
+            "seconds_quantize": done.seconds,
+            "peak_bytes": peak_bytes(),
+            "kept": kept,
+        }
+    )
+
+
+if __name__ == "__main__":
+    command()

@@ -1,0 +1,126 @@
+"""Recipes: which format and which methods for which layer.
+
+A recipe is an ordered list of rules; the first rule whose pattern matches a layer's path decides. A pattern is a glob over the
+dotted path, or ``@role`` for a role that the model's adapter names. Presets are parsed from their names, such as ``gptq-w4a8``,
+``rtn-w3a16-g128`` or ``gptq-w8a8-static``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from fnmatch import fnmatchcase
+from typing import Any
+
+from .activations import BITS
+from .errors import RecipeError
+from .formats import WeightFormat
+
+
+@dataclass(frozen=True)
+class ActivationSpec:
+    """Static activation quantization: ``bits`` 4, 6 or 8; ``range`` a range method; one entry a timestep, or one for all."""
+
+    bits: int = 8
+    range: str = "error"
+    per_timestep: bool = True
+
+    def __post_init__(self) -> None:
+        if self.bits not in BITS[:-1]:
+            raise RecipeError(f"activation bits must be one of {BITS[:-1]}, found {self.bits}; leave the activation out for 16")
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """What happens to a layer: weight format, how its steps are chosen, how it is rounded, and its activations (None: not quantized)."""
+
+    weight: WeightFormat
+    activation: ActivationSpec | None = None
+    steps: str = "extremes"
+    rounding: str = "rtn"
+
+    @property
+    def plain(self) -> LayerSpec:
+        """The same format by round-to-nearest: what every method has to beat."""
+        return replace(self, steps="extremes", rounding="rtn")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """``rules``: pattern and specification (None keeps the layer as it is), in order. ``gate``: keep round-to-nearest where it wins."""
+
+    name: str
+    rules: tuple[tuple[str, LayerSpec | None], ...]
+    gate: bool = True
+
+    def plan(self, layers: Mapping[str, str]) -> dict[str, LayerSpec]:
+        """Layers (path to role) to what happens to each; raises RecipeError when a glob matches no layer at all."""
+        for pattern, _ in self.rules:
+            if not pattern.startswith("@") and not any(_matches(pattern, path, role) for path, role in layers.items()):
+                raise RecipeError(
+                    f"recipe {self.name}: pattern {pattern!r} matches none of the model's {len(layers)} layers, "
+                    f"such as {next(iter(layers), 'none')!r}"
+                )
+        plan = {}
+        for path, role in layers.items():
+            spec = next((spec for pattern, spec in self.rules if _matches(pattern, path, role)), None)
+            if spec is not None:
+                plan[path] = spec
+        if not plan:
+            raise RecipeError(f"recipe {self.name} quantizes no layer of this model")
+        return plan
+
+    def overridden(self, overrides: Sequence[str]) -> Recipe:
+        """With rules ``PATTERN=SPEC`` in front; SPEC is a preset's name without its method, such as w8a16, or ``keep``."""
+        rules, main = [], next(spec for _, spec in reversed(self.rules) if spec is not None)
+        for text in overrides:
+            pattern, equals, spec = text.partition("=")
+            if not equals or not pattern:
+                raise RecipeError(f"override {text!r}: expected PATTERN=SPEC, such as '*.mlp.fc2=w8a16' or '@attention=keep'")
+            rules.append((pattern, None if spec == "keep" else parse_spec(spec, steps=main.steps, rounding=main.rounding)))
+        return replace(self, name=",".join([self.name, *overrides]), rules=(*rules, *self.rules)) if rules else self
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "gate": self.gate,
+            "rules": [[pattern, None if spec is None else asdict(spec)] for pattern, spec in self.rules],
+        }
+
+
+def _matches(pattern: str, path: str, role: str) -> bool:
+    return role == pattern[1:] if pattern.startswith("@") else fnmatchcase(path, pattern)
+
+
+METHODS = {"rtn": {"steps": "extremes", "rounding": "rtn"}, "gptq": {"steps": "search", "rounding": "gptq"}}
+_SPEC = re.compile(r"(w[2-8])a(4|6|8|16)((?:-tensor|-g\d+)?(?:-sym|-asym)?)(-static)?")
+
+
+def parse_spec(text: str, steps: str, rounding: str) -> LayerSpec:
+    """``w4a8``, ``w4a16-g128``, ``w8a8-static`` …; raises RecipeError with the grammar."""
+    match = _SPEC.fullmatch(text)
+    if match is None:
+        raise RecipeError(
+            f"{text!r} is no specification; expected wBaB with weights of 2 to 8 bits and activations of 4, 6, 8 or 16, "
+            "then optionally -g32/-g64/-g128/-tensor, -sym/-asym and -static"
+        )
+    activation = None if match[2] == "16" else ActivationSpec(int(match[2]), per_timestep=match[4] is None)
+    return LayerSpec(WeightFormat.parse(match[1] + match[3]), activation, steps, rounding)
+
+
+def parse_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
+    """A preset by name, ``METHOD-SPEC``. Modulation, embedders and the output layer keep at least 8 bits and unquantized inputs:
+    their error enters every block at every step."""
+    method, dash, text = name.partition("-")
+    if not dash or method not in METHODS:
+        raise RecipeError(
+            f"unknown recipe {name!r}; expected METHOD-SPEC with METHOD one of {sorted(METHODS)}, such as rtn-w4a8 or gptq-w4a8"
+        )
+    try:
+        main = parse_spec(text, **METHODS[method])
+    except RecipeError as error:
+        raise RecipeError(f"unknown recipe {name!r}: {error}") from error
+    careful = replace(main, weight=replace(main.weight, bits=8), activation=None)
+    rules = [(role, careful) for role in ("@modulation", "@embedder", "@output")]
+    return Recipe(name, (*rules, ("*", main))).overridden(overrides)

@@ -1,0 +1,109 @@
+"""What a notebook does: quantize, save, load, compare; the loaded model draws the same picture, bit for bit."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import mlxquant as mq
+from mlxquant.errors import AdapterError, ArtifactError
+
+PROMPT = "a large red circle at left on white background"
+
+
+@pytest.fixture(scope="module")
+def quantized(embedded):
+    return mq.quantize(embedded, mq.calibrate(embedded, prompts=1, steps=2), "rtn-w4a8")
+
+
+def test_saved_model_draws_the_same_picture(quantized, tmp_path):
+    quantized.save(tmp_path / "q")
+    again = mq.load(tmp_path / "q")
+    prompts = [mq.Prompt(7, PROMPT)]
+    np.testing.assert_array_equal(again.images(prompts, steps=3), quantized.images(prompts, steps=3))
+    assert again.facts == json.loads(json.dumps(quantized.facts))
+    again.save(tmp_path / "again")
+    for name in ("weights.safetensors", "model.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "q" / name).read_bytes()
+
+
+def test_stored_size_is_what_the_formats_imply(quantized, tmp_path, embedded):
+    size = quantized.size
+    quantized.save(tmp_path / "q")
+    file = (tmp_path / "q" / "weights.safetensors").stat().st_size
+    header = 250 * len(quantized._arrays())  # names, shapes and offsets
+    assert size.model_bytes <= file <= size.model_bytes + header
+    implied = sum(layer.format.bits_per_weight(layer.shape) * np.prod(layer.shape) for layer in quantized.layers.values())
+    weights = sum(np.prod(layer.shape) for layer in quantized.layers.values())
+    assert size.bits_per_quantized_weight == pytest.approx(implied / weights)
+    main = [layer for layer in quantized.layers.values() if layer.table is not None]
+    assert sum(layer.nbytes for layer in main) * 8 < 4.13 * sum(np.prod(layer.shape) for layer in main)
+    assert size.model_bytes < 2.7e6 < 7e6 < sum(v.nbytes for v in _parameters(embedded)) / 2
+
+
+def _parameters(model):
+    from mlx.utils import tree_flatten
+
+    return [value for _, value in tree_flatten(model.adapter.module.parameters())]
+
+
+@pytest.mark.parametrize("steps", [2, 5])
+def test_runs_at_step_counts_it_was_not_calibrated_for(quantized, steps):
+    image = quantized.generate(PROMPT, seed=1, steps=steps)
+    assert image.size == (32, 32)
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "model.json"])
+@pytest.mark.parametrize("damage", ["truncate", "flip", "remove"])
+def test_damaged_folders_are_refused(quantized, tmp_path, name, damage):
+    quantized.save(tmp_path / "q")
+    path = tmp_path / "q" / name
+    data = bytearray(path.read_bytes())
+    if damage == "remove":
+        path.unlink()
+    elif damage == "truncate":
+        path.write_bytes(data[: len(data) // 2])
+    else:
+        data[len(data) // 2] ^= 4
+        path.write_bytes(data)
+    with pytest.raises(ArtifactError, match=name):
+        mq.load(tmp_path / "q")
+
+
+def test_unknown_models_and_foreign_folders_are_refused(tmp_path):
+    with pytest.raises(AdapterError, match="unknown model 'sd9'"):
+        mq.load("sd9")
+    with pytest.raises(ArtifactError, match="no such folder"):
+        mq.load(tmp_path / "none")
+    with pytest.raises(ArtifactError, match=r"holds no model\.json"):
+        mq.load(tmp_path)
+
+
+def test_existing_folder_is_kept_without_force(quantized, tmp_path):
+    (tmp_path / "q").mkdir()
+    (tmp_path / "q" / "mine").write_text("precious")
+    with pytest.raises(ArtifactError, match="--force"):
+        quantized.save(tmp_path / "q")
+    assert (tmp_path / "q" / "mine").read_text() == "precious"
+    quantized.save(tmp_path / "q", force=True)
+    assert not (tmp_path / "q" / "mine").exists()
+
+
+def test_comparison_measures_and_draws(embedded, quantized, tmp_path):
+    comparison = mq.compare(embedded, quantized, PROMPT, seed=7, steps=3)
+    assert comparison.psnr_db["quantized"].shape == (1,)
+    assert 0 < comparison.psnr_db["quantized"][0] < 100
+    assert set(comparison.accuracy) == {"FP", "quantized"}
+    with Image.open(comparison.save(tmp_path / "c.png")) as picture:
+        assert picture.width > 3 * 144
+        assert picture.height > 144
+    with pytest.raises(ArtifactError, match="check the path"):
+        comparison.save(tmp_path / "none" / "c.png")
+
+
+def test_package_functions_survive_their_modules():
+    import mlxquant.quantize
+
+    assert callable(mq.quantize)
+    assert mlxquant.quantize is mq.quantize

@@ -1,0 +1,63 @@
+"""Recipes are parsed strictly; the first matching rule decides; a glob that matches nothing is an error."""
+
+import pytest
+
+from mlxquant.errors import RecipeError
+from mlxquant.formats import WeightFormat
+from mlxquant.recipe import ActivationSpec, LayerSpec, Recipe, parse_recipe
+
+LAYERS = {"blocks.0.mlp.fc1": "mlp", "blocks.0.mlp.fc2": "mlp", "blocks.0.ada": "modulation", "out": "output"}
+
+
+def test_presets_keep_modulation_and_output_at_eight_bits():
+    plan = parse_recipe("gptq-w4a8").plan(LAYERS)
+    assert plan["blocks.0.mlp.fc1"] == LayerSpec(WeightFormat(4), ActivationSpec(8), "search", "gptq")
+    assert plan["blocks.0.ada"] == LayerSpec(WeightFormat(8), None, "search", "gptq")
+    assert set(plan) == set(LAYERS)
+
+
+def test_names_carry_format_and_options():
+    plan = parse_recipe("rtn-w3a6-g64-sym-static").plan(LAYERS)
+    assert plan["blocks.0.mlp.fc1"].weight == WeightFormat(3, 64, True)
+    assert plan["blocks.0.mlp.fc1"].activation == ActivationSpec(6, per_timestep=False)
+
+
+@pytest.mark.parametrize(
+    "name", ["", "w4a8", "gptq", "gptq-", "magic-w4a8", "gptq-w9a8", "gptq-w4a5", "gptq-w4a8-g100", "rtn-w4a8-extra", "rtn-w4"]
+)
+def test_unknown_recipes_are_refused(name):
+    with pytest.raises(RecipeError, match="unknown recipe"):
+        parse_recipe(name)
+
+
+def test_overrides_come_first_and_in_order():
+    plan = parse_recipe("gptq-w4a8", ["*.fc2=w8a16", "*.mlp.*=w6a8", "@output=keep"]).plan(LAYERS)
+    assert plan["blocks.0.mlp.fc2"].weight.bits == 8
+    assert plan["blocks.0.mlp.fc2"].activation is None
+    assert plan["blocks.0.mlp.fc1"].weight.bits == 6
+    assert "out" not in plan
+
+
+@pytest.mark.parametrize("override", ["*.fc2", "=w4a8", "*.fc2=w99", ""])
+def test_malformed_overrides_are_refused(override):
+    with pytest.raises(RecipeError):
+        parse_recipe("gptq-w4a8", [override])
+
+
+def test_glob_that_matches_nothing_is_refused():
+    with pytest.raises(RecipeError, match=r"pattern '\*\.fc3' matches none of the model's 4 layers"):
+        parse_recipe("gptq-w4a8", ["*.fc3=w8a8"]).plan(LAYERS)
+
+
+def test_recipe_that_quantizes_nothing_is_refused():
+    with pytest.raises(RecipeError, match="quantizes no layer"):
+        Recipe("nothing", (("*", None),)).plan(LAYERS)
+
+
+def test_impossible_specifications_are_refused():
+    with pytest.raises(RecipeError, match="activation bits"):
+        ActivationSpec(5)
+    with pytest.raises(RecipeError, match="bits must be 2 to 8"):
+        WeightFormat(9)
+    with pytest.raises(RecipeError, match="group"):
+        WeightFormat(4, 48)
