@@ -15,11 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import click
-import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 
-import mlxquant as mq
+import mlxquant as mq  # before mlx, so that MLX gets a fast BLAS
+
+# isort: split
+import mlx.core as mx
+import mlx.nn as nn
+
 from mlxquant.activations import TableReader
 from mlxquant.api import Model, QuantizedModel
 from mlxquant.artifacts import atomic_file, canonical

@@ -1,10 +1,12 @@
 """Shared models: the embedded one, and a tiny one of the same kind with random weights for tests that only need the machinery."""
 
+import mlxquant as mq  # before mlx, so that MLX gets a fast BLAS
+
+# isort: split
 import mlx.core as mx
 import pytest
 from mlx.utils import tree_map
 
-import mlxquant as mq
 from mlxquant.models.mmdit_shapes import MMDiTShapes
 
 TINY = {

@@ -35,7 +35,7 @@ def prefer_fast_blas() -> str | None:
     if not sys.platform.startswith("linux"):
         return None
     if "mlx.core" in sys.modules:
-        log.debug("mlx was imported before mlxquant: its BLAS cannot be changed any more")
+        log.warning("mlx was imported before mlxquant, so its matmul runs on slow reference BLAS; import mlxquant first")
         return None
     for name in _candidates():
         try:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import click
 
 from . import api, artifacts, jobs
 from .console import Command, peak_bytes, progress, result, say, verbose_option
 from .recipe import parse_recipe
+from .report.comparison import Comparison
 
 MODEL = "mmdit-shapes"
 RECIPES = ("rtn-w4a8", "gptq-w4a8")
@@ -34,43 +36,49 @@ def command(out: Path, seed: int, num_prompts: int, steps: int | None, force: bo
     model = api.load(MODEL)
     adapter = model.adapter
     recipes = [parse_recipe(name) for name in RECIPES]
-    work = jobs.prepare(out, force)
-    calib = jobs.calibrated(model, adapter.prompts("calibration", 16, seed), steps or adapter.steps, adapter.cfg, work, progress)
-    done = {recipe.name: jobs.quantized(model, calib, recipe, work, progress) for recipe in recipes}
-    evaluation = adapter.prompts("evaluation", num_prompts, seed)
-    comparison = api.compare(model, {name: d.model for name, d in done.items()}, evaluation, steps=steps, progress=progress)
-    table = {}
-    for name, d in done.items():
-        size = d.model.size
-        table[name] = {
-            "psnr_db": float(comparison.psnr_db[name].mean()),
-            "accuracy": comparison.accuracy[name]["mean"],
-            "bits_per_weight": size.bits_per_weight,
-            "bits_per_quantized_weight": size.bits_per_quantized_weight,
-            "model_bytes": size.model_bytes,
-            "seconds_quantize": d.seconds,
+    with jobs.work_folder(out, force) as work:
+        prompts = adapter.prompts("calibration", 16, seed)
+        calib = jobs.calibrated(model, prompts, steps or adapter.steps, adapter.cfg, work, progress)
+        done = {recipe.name: jobs.quantized(model, calib, recipe, work, progress) for recipe in recipes}
+        models = {name: d.model for name, d in done.items()}
+        comparison = api.compare(model, models, adapter.prompts("evaluation", num_prompts, seed), steps=steps, progress=progress)
+        report = {
+            "model": MODEL,
+            "seed": seed,
+            "prompts": num_prompts,
+            "fp": {"accuracy": comparison.accuracy["FP"]["mean"]},
+            "recipes": {name: figures(d, comparison) for name, d in done.items()},
         }
-    report = {
-        "model": MODEL,
-        "seed": seed,
-        "prompts": num_prompts,
-        "fp": {"accuracy": comparison.accuracy["FP"]["mean"]},
-        "recipes": table,
-    }
-    with artifacts.atomic_folder(out, force) as temporary:
-        comparison.save(temporary / "comparison.png")
-        for name, d in done.items():
-            d.model.save(temporary / name)
-        artifacts.write_json(temporary / "report.json", "demo-report", {**report, "attributes": comparison.accuracy})
-    artifacts.remove_folder(work)
-    say(f"{'recipe':<12}{'PSNR dB':>9}{'accuracy':>10}{'bits/weight':>13}{'MB':>7}{'seconds':>9}")
-    say(f"{'FP':<12}{'':>9}{comparison.accuracy['FP']['mean']:>10.1%}")
-    for name, row in table.items():
-        figures = f"{row['psnr_db']:>9.2f}{row['accuracy']:>10.1%}{row['bits_per_weight']:>13.2f}{row['model_bytes'] / 1e6:>7.2f}"
-        say(f"{name:<12}{figures}{row['seconds_quantize']:>9.1f}")
+        with artifacts.atomic_folder(out, force) as temporary:
+            comparison.save(temporary / "comparison.png")
+            for name, quantized in models.items():
+                quantized.save(temporary / name)
+            artifacts.write_json(temporary / "report.json", "demo-report", {**report, "attributes": comparison.accuracy})
+    say_table(report)
     say(f"{out / 'comparison.png'}")
     seconds = time.perf_counter() - start
     result({**report, "out": str(out), "comparison": str(out / "comparison.png"), "seconds": seconds, "peak_bytes": peak_bytes()})
+
+
+def figures(done: jobs.Quantized, comparison: Comparison) -> dict[str, float]:
+    """One recipe's row of the report."""
+    name, size = done.model.facts["recipe"]["name"], done.model.size
+    return {
+        "psnr_db": float(comparison.psnr_db[name].mean()),
+        "accuracy": comparison.accuracy[name]["mean"],
+        "bits_per_weight": size.bits_per_weight,
+        "bits_per_quantized_weight": size.bits_per_quantized_weight,
+        "model_bytes": size.model_bytes,
+        "seconds_quantize": done.seconds,
+    }
+
+
+def say_table(report: dict[str, Any]) -> None:
+    say(f"{'recipe':<12}{'PSNR dB':>9}{'accuracy':>10}{'bits/weight':>13}{'MB':>7}{'seconds':>9}")
+    say(f"{'FP':<12}{'':>9}{report['fp']['accuracy']:>10.1%}")
+    for name, row in report["recipes"].items():
+        quality = f"{row['psnr_db']:>9.2f}{row['accuracy']:>10.1%}"
+        say(f"{name:<12}{quality}{row['bits_per_weight']:>13.2f}{row['model_bytes'] / 1e6:>7.2f}{row['seconds_quantize']:>9.1f}")
 
 
 if __name__ == "__main__":

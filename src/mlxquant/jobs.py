@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,25 @@ def partial_folder(out: Path) -> Path:
     return out.with_name(out.name + ".partial")
 
 
-def prepare(out: Path, force: bool) -> Path:
-    """Check that ``out`` can be written in the end and return its folder for progress; raises ArtifactError."""
+@contextmanager
+def work_folder(out: Path, force: bool, resume: bool = True) -> Iterator[Path]:
+    """The folder for the progress of a job that will write ``out``: removed when the job is done, or failed before it kept anything.
+
+    Raises ArtifactError at once when ``out`` exists and may not be replaced, or could not be written in the end.
+    """
     artifacts.refuse_existing(out, force)
     artifacts.ensure_writable(out.absolute().parent)
-    artifacts.ensure_writable(partial_folder(out))
-    return partial_folder(out)
+    work = partial_folder(out)
+    if not resume:
+        artifacts.remove_folder(work)
+    artifacts.ensure_writable(work)
+    try:
+        yield work
+    except BaseException:
+        if not any(work.iterdir()):
+            work.rmdir()
+        raise
+    artifacts.remove_folder(work)
 
 
 def calibrated(model: Model, prompts: Sequence[Prompt], steps: int, cfg: float, work: Path, progress: Progress) -> Calibration:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from . import api, artifacts, jobs
+from . import api, jobs
 from .console import Command, peak_bytes, progress, result, say, verbose_option
 from .prompts import read_prompts
 from .recipe import parse_recipe
@@ -54,14 +54,11 @@ def command(
     api.plan(model, recipe)
     adapter = model.adapter
     prompts = read_prompts(prompt_file)[:num_prompts] if prompt_file else adapter.prompts("calibration", num_prompts or 16, seed)
-    if not resume:
-        artifacts.remove_folder(jobs.partial_folder(out))
-    work = jobs.prepare(out, force)
     steps, cfg = adapter.steps if steps is None else steps, adapter.cfg if cfg_weight is None else cfg_weight
-    calib = jobs.calibrated(model, prompts, steps, cfg, work, progress)
-    done = jobs.quantized(model, calib, recipe, work, progress)
-    done.model.save(out, force)
-    artifacts.remove_folder(work)
+    with jobs.work_folder(out, force, resume) as work:
+        calib = jobs.calibrated(model, prompts, steps, cfg, work, progress)
+        done = jobs.quantized(model, calib, recipe, work, progress)
+        done.model.save(out, force)
     size = done.model.size
     kept = {stage["stage"]: stage["kept"] for stage in done.model.facts["stages"]}
     say(f"{out}: {size.model_bytes / 1e6:.2f} MB, {size.bits_per_weight:.2f} bits per weight, {done.seconds:.0f} s")

@@ -93,7 +93,11 @@ def _matches(pattern: str, path: str, role: str) -> bool:
     return role == pattern[1:] if pattern.startswith("@") else fnmatchcase(path, pattern)
 
 
-METHODS = {"rtn": {"steps": "extremes", "rounding": "rtn"}, "gptq": {"steps": "search", "rounding": "gptq"}}
+METHODS = {
+    "rtn": {"steps": "extremes", "rounding": "rtn"},
+    "gptq": {"steps": "search", "rounding": "gptq"},
+    "descent": {"steps": "search", "rounding": "gptq-descent"},
+}
 _SPEC = re.compile(r"(w[2-8])a(4|6|8|16)((?:-tensor|-g\d+)?(?:-sym|-asym)?)(-static)?")
 
 
