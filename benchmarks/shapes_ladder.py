@@ -97,7 +97,7 @@ def main(num_prompts: int, calibration_prompts: int, names: tuple[str, ...], wor
     say(f"{'row':<26}{'PSNR dB':>9}{'95 %':>16}{'accuracy':>10}{'shape':>8}{'seconds':>9}")
     say(f"{'fp':<26}{'':>25}{rows['fp']['accuracy']['mean']:>10.1%}{rows['fp']['accuracy']['shape']:>8.1%}")
     for name in names or ROWS:
-        kept = work / f"{name}-{num_prompts}-{calibration_prompts}-{model.fingerprint[:8]}.json" if work is not None else None
+        kept = work / f"{name}-{num_prompts}-{calibration_prompts}-{model.adapter.fingerprint[:8]}.json" if work is not None else None
         if kept is not None and kept.exists():
             rows[name] = json.loads(kept.read_text())
         else:

@@ -4,10 +4,11 @@ import json
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 import mlxquant as mq
-from mlxquant.errors import AdapterError, ArtifactError
+from mlxquant import artifacts
+from mlxquant.errors import AdapterError, ArtifactError, CalibrationError
 
 PROMPT = "a large red circle at left on white background"
 
@@ -83,11 +84,44 @@ def test_unknown_models_and_foreign_folders_are_refused(tmp_path):
 def test_existing_folder_is_kept_without_force(quantized, tmp_path):
     (tmp_path / "q").mkdir()
     (tmp_path / "q" / "mine").write_text("precious")
-    with pytest.raises(ArtifactError, match="--force"):
-        quantized.save(tmp_path / "q")
+    for force in (False, True):
+        with pytest.raises(ArtifactError):
+            quantized.save(tmp_path / "q", force=force)
     assert (tmp_path / "q" / "mine").read_text() == "precious"
+    (tmp_path / "q" / "mine").unlink()
     quantized.save(tmp_path / "q", force=True)
-    assert not (tmp_path / "q" / "mine").exists()
+    quantized.save(tmp_path / "q", force=True)
+    assert sorted(path.name for path in (tmp_path / "q").iterdir()) == ["model.json", "weights.safetensors"]
+
+
+@pytest.mark.parametrize("key", ["files", "layers", "model"])
+def test_incomplete_model_json_is_refused(quantized, tmp_path, key):
+    quantized.save(tmp_path / "q")
+    path = tmp_path / "q" / "model.json"
+    facts = {k: v for k, v in artifacts.read_json(path, "quantized-model").items() if k not in (key, "kind", "version")}
+    artifacts.write_json(path, "quantized-model", facts)
+    with pytest.raises(ArtifactError, match=r"model\.json: incomplete"):
+        mq.load(tmp_path / "q")
+
+
+def test_no_prompts_are_refused(quantized):
+    with pytest.raises(CalibrationError, match="no prompts"):
+        quantized.images([])
+
+
+def test_labels_hold_no_missing_glyphs(embedded, quantized):
+    font = ImageFont.load_default(15)
+    missing = bytes(font.getmask("\ue000"))
+    comparison = mq.compare(embedded, {"a-very-long-name-of-a-recipe-w4a8": quantized}, PROMPT, steps=1)
+    texts = []
+    draw = ImageDraw.ImageDraw.text
+    try:
+        ImageDraw.ImageDraw.text = lambda self, at, text, *rest: texts.append(text) or draw(self, at, text, *rest)
+        comparison.draw()
+    finally:
+        ImageDraw.ImageDraw.text = draw
+    assert len(texts) > 8
+    assert not [c for text in texts for c in text if c != " " and bytes(font.getmask(c)) == missing]
 
 
 def test_comparison_measures_and_draws(embedded, quantized, tmp_path):

@@ -102,7 +102,7 @@ def test_full_disk_is_one_clear_error(tmp_path):
 def test_existing_folder_is_replaced_only_by_force(tmp_path):
     out = tmp_path / "out"
     with artifacts.atomic_folder(out) as temporary:
-        (temporary / "a").write_text("1")
+        (temporary / "model.json").write_text("1")
     with pytest.raises(ArtifactError, match="--force"), artifacts.atomic_folder(out):
         pass
     with artifacts.atomic_folder(out, force=True) as temporary:
@@ -117,6 +117,46 @@ def test_failure_inside_a_forced_replacement_keeps_the_old_folder(tmp_path):
     with pytest.raises(ZeroDivisionError), artifacts.atomic_folder(out, force=True):
         _ = 1 / 0
     assert os.listdir(tmp_path) == ["out"]
+
+
+@pytest.fixture
+def written(tmp_path):
+    with artifacts.atomic_folder(tmp_path / "out") as temporary:
+        (temporary / "model.json").write_text("old")
+    return tmp_path / "out"
+
+
+def test_a_folder_that_is_not_ours_is_never_replaced(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "cat.png").write_text("")
+    with pytest.raises(ArtifactError, match="not written by mlxquant"), artifacts.atomic_folder(tmp_path / "pictures", force=True):
+        pass
+    with pytest.raises(ArtifactError, match="folder of its own"):
+        artifacts.refuse_existing(artifacts.Path("/"), force=True)
+    assert os.listdir(tmp_path / "pictures") == ["cat.png"]
+
+
+def test_a_replacement_that_fails_is_undone(written, monkeypatch):
+    replace = os.replace
+
+    def fail(source, target):
+        if str(source).endswith(".new"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        replace(source, target)
+
+    monkeypatch.setattr(artifacts.os, "replace", fail)
+    with pytest.raises(ArtifactError), artifacts.atomic_folder(written, force=True):
+        pass
+    assert (written / "model.json").read_text() == "old"
+    assert os.listdir(written.parent) == ["out"]
+
+
+def test_a_replacement_that_was_killed_is_undone_by_the_next_call(written):
+    written.rename(written.with_name(".out.old"))
+    written.with_name(".out.new").mkdir()
+    with pytest.raises(ArtifactError, match="--force"), artifacts.atomic_folder(written):
+        pass
+    assert os.listdir(written.parent) == ["out"]
 
 
 def test_unwritable_places_are_refused(tmp_path):

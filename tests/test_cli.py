@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -16,8 +15,10 @@ from click.testing import CliRunner
 from PIL import Image
 
 from mlxquant import artifacts, cli
+from mlxquant.errors import NumericsError
 from mlxquant.models import mmdit_shapes
 from mlxquant.models.mmdit_shapes import MMDiTShapes
+from mlxquant.sweep import Store
 
 from conftest import tiny_adapter
 
@@ -28,6 +29,7 @@ import sys
 sys.path.insert(0, {tests!r})
 from conftest import tiny_adapter
 from mlxquant.models.mmdit_shapes import MMDiTShapes
+from mlxquant.sweep import Store
 MMDiTShapes.pretrained = classmethod(lambda cls: tiny_adapter())
 from mlxquant.cli import main
 main(sys.argv[1:])
@@ -141,9 +143,12 @@ def test_existing_output_is_kept_without_force(tmp_path):
     (tmp_path / "q").mkdir()
     (tmp_path / "q" / "mine").write_text("precious")
     assert "--force" in fail(*QUANTIZE, "--out", tmp_path / "q")
+    assert "not written by mlxquant" in fail(*QUANTIZE, "--out", tmp_path / "q", "--force")
     assert os.listdir(tmp_path / "q") == ["mine"]
+    (tmp_path / "q" / "mine").unlink()
     succeed(*QUANTIZE, "--out", tmp_path / "q", "--force")
     assert sorted(os.listdir(tmp_path / "q")) == ["model.json", "weights.safetensors"]
+    assert "folder of its own" in fail(*QUANTIZE, "--out", "/", "--force")
 
 
 def test_nan_weights_are_one_clear_error(tmp_path, monkeypatch):
@@ -211,14 +216,36 @@ def test_interrupt_says_how_to_go_on(tmp_path):
     assert not (tmp_path / "demo").exists()
 
 
-def test_progress_of_other_settings_is_not_used(tmp_path):
+def test_progress_of_other_settings_is_not_used(tmp_path, monkeypatch):
     succeed(*QUANTIZE, "--out", tmp_path / "a")
-    succeed(*QUANTIZE, "--steps", "3", "--out", tmp_path / "b")
-    process = subprocess_run(tmp_path, *QUANTIZE, "--out", tmp_path / "c")
-    process.communicate()
-    shutil.copytree(tmp_path / "a", tmp_path / "c.partial" / "gptq-w4a8")
-    succeed(*QUANTIZE, "--steps", "3", "--out", tmp_path / "c", "--force")
-    assert (tmp_path / "c" / "weights.safetensors").read_bytes() == (tmp_path / "b" / "weights.safetensors").read_bytes()
+    save = Store.save
+
+    def save_one_stage(self, stage, result):
+        save(self, stage, result)
+        raise NumericsError("stopped here")
+
+    monkeypatch.setattr(Store, "save", save_one_stage)
+    assert "stopped here" in fail(*QUANTIZE, "--steps", "3", "--out", tmp_path / "b")
+    assert sorted(os.listdir(tmp_path / "b.partial")) == ["calibration.safetensors", "gptq-w4a8"]
+    monkeypatch.setattr(Store, "save", save)
+    succeed(*QUANTIZE, "--out", tmp_path / "b")
+    assert (tmp_path / "a" / "weights.safetensors").read_bytes() == (tmp_path / "b" / "weights.safetensors").read_bytes()
+
+
+def test_paths_that_cannot_be_looked_at_are_one_clear_error(tmp_path):
+    """What a folder without permission gives to anybody but root."""
+    assert "File name too long" in fail(*QUANTIZE, "--out", tmp_path / ("x" * 300))
+    assert "File name too long" in fail("generate", "--model", "y" * 300, "--prompt", PROMPT)
+
+
+def test_impossible_guidance_is_one_clear_error(tmp_path):
+    for value in ("inf", "nan"):
+        assert "cfg weight" in fail(*QUANTIZE, "--cfg-weight", value, "--out", tmp_path / "q")
+    assert os.listdir(tmp_path) == []
+
+
+def test_more_prompts_than_there_are_is_one_clear_error(tmp_path):
+    assert "1000 prompts" in fail("demo", "--num-prompts", "2000", "--steps", "1", "--out", tmp_path / "demo")
 
 
 def test_every_verb_is_a_module_too():

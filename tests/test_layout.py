@@ -7,7 +7,7 @@ import mlxquant
 
 ROOT = Path(mlxquant.__file__).parent
 ORDER = [
-    ["_blas", "errors"],
+    ["_blas", "errors", "progress"],
     ["artifacts", "formats", "schedule", "metrics"],
     ["activations", "prompts", "rewrite", "sampler", "methods.registry", "methods.moments"],
     ["layers", "statistics", "report"],

@@ -49,6 +49,11 @@ def test_glob_that_matches_nothing_is_refused():
         parse_recipe("gptq-w4a8", ["*.fc3=w8a8"]).plan(LAYERS)
 
 
+def test_unknown_role_is_refused():
+    with pytest.raises(RecipeError, match="unknown role '@attn'; roles are @attention"):
+        parse_recipe("gptq-w4a8", ["@attn=keep"]).plan(LAYERS)
+
+
 def test_recipe_that_quantizes_nothing_is_refused():
     with pytest.raises(RecipeError, match="quantizes no layer"):
         Recipe("nothing", (("*", None),)).plan(LAYERS)

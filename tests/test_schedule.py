@@ -62,17 +62,33 @@ def test_calibrated_levels_are_exact_also_in_float32():
     np.testing.assert_array_equal(shift, table.shift)
 
 
-def test_between_levels_the_range_is_the_envelope_and_the_shift_is_interpolated():
-    step, shift, bits = make().at(np.float32([0.25, 0.75, 2.0, -1.0]))
-    np.testing.assert_array_equal(step, [2, 4, 4, 1])
-    np.testing.assert_allclose(shift[:, 0], [0.5, 1.5, 2, 0])
-    np.testing.assert_array_equal(bits, [8] * 4)
+def span(step, shift, bits):
+    edge = 2.0 ** (np.asarray(bits, float) - 1)
+    return shift - (edge * step)[:, None], shift + ((edge - 1) * step)[:, None]
 
 
-def test_between_levels_of_different_bits_the_wider_one_covers_both_ranges():
-    step, _, bits = make(step=(1.0, 8.0, 1.0), bits=(8, 4, 4)).at(np.float32([0.25]))
-    assert bits[0] == 8
-    assert step[0] * 2**7 == max(1.0 * 2**7, 8.0 * 2**3)
+@pytest.mark.parametrize("bits", [(8, 8, 8), (8, 4, 4), (4, 8, 6)])
+@pytest.mark.parametrize("width", [1, 5])
+def test_between_levels_the_range_is_the_envelope_of_the_neighbours(bits, width):
+    shift = np.random.default_rng(0).normal(0, 50, (3, width)).astype(np.float32)
+    table = ActivationTable(np.float32([0, 0.5, 1]), np.float32([1, 2, 4]), shift, np.uint8(bits))
+    for sigma, neighbours in ((0.25, (0, 1)), (0.8, (1, 2))):
+        step, moved, wide = table.at(np.float32([sigma]))
+        assert wide[0] == max(bits[i] for i in neighbours)
+        low, high = span(step, moved, wide)
+        for i in neighbours:
+            own_low, own_high = span(table.step[[i]], table.shift[[i]], table.bits[[i]])
+            assert (low <= own_low + 1e-3).all()
+            assert (high >= own_high - 1e-3).all()
+        if width == 1:  # and no wider than it must be
+            both = [span(table.step[[i]], table.shift[[i]], table.bits[[i]]) for i in neighbours]
+            np.testing.assert_allclose([low.min(), high.max()], [min(b[0].min() for b in both), max(b[1].max() for b in both)], rtol=1e-5)
+
+
+def test_outside_the_levels_the_nearest_entry_holds():
+    step, shift, _ = make().at(np.float32([2.0, -1.0]))
+    np.testing.assert_array_equal(step, [4, 1])
+    np.testing.assert_array_equal(shift[:, 0], [2, 0])
 
 
 @pytest.mark.parametrize(

@@ -28,11 +28,12 @@ def assert_same(a, b):
 
 
 def test_the_model_itself_is_left_alone(tiny):
-    before = tiny.fingerprint
+    before = tiny.adapter.fingerprint
     quantized = mq.quantize(tiny, calibrate(tiny), "rtn-w4a8")
-    assert tiny.fingerprint == before
+    assert tiny.adapter.fingerprint == before
     assert not [m for _, m in tiny.adapter.module.named_modules() if isinstance(m, QuantizedLinear)]
     assert set(quantized.layers) == set(tiny.adapter.linears())
+    assert {stage["kept"] for stage in quantized.facts["stages"]} == {"rtn"}
 
 
 def test_formats_follow_the_recipe(tiny):
@@ -133,11 +134,42 @@ def test_nan_weights_are_named(tiny):
 
 def test_foreign_or_empty_calibration_is_refused(tiny):
     calib = calibrate(tiny)
-    object.__setattr__(calib, "model", "other")
-    with pytest.raises(CalibrationError, match="'other' cannot calibrate 'mmdit-shapes'"):
+    tiny.adapter.module.final_layer.linear.bias[0] = 7.0
+    with pytest.raises(CalibrationError, match="of other weights"):
         mq.quantize(tiny, calib, "rtn-w4a16")
     with pytest.raises(CalibrationError, match="at least one prompt"):
         mq.calibrate(tiny, prompts=[])
+
+
+def test_unconditional_calibration_sees_what_the_sampler_sees(tiny):
+    calib = mq.calibrate(tiny, prompts=1, steps=1, cfg=0)
+    _, states = calib.batches(tiny.adapter)
+    empty = tiny.adapter.encode([""])
+    assert mx.array_equal(states[0]["tokens"], empty.tokens)
+
+
+def test_errors_are_measured_on_what_a_stage_writes(tiny):
+    calib = calibrate(tiny)
+    sigmas, states = calib.batches(tiny.adapter)
+    embed, block = tiny.adapter.stages[:2]
+    inputs = sweep.run_stage(tiny.adapter, embed, sigmas, states, sweep.silent)
+    targets = sweep.run_stage(tiny.adapter, block, sigmas, inputs, sweep.silent)
+    assert sweep.stage_error(targets, targets, inputs) == 0
+    halved = [{**s, "image": s["image"] * 0.5} for s in targets]
+    assert sweep.stage_error(halved, targets, inputs) == pytest.approx(0.25 / 2)  # image and text count the same, the conditioning not
+
+
+def test_overflowing_stage_is_named(tiny):
+    calib = calibrate(tiny)
+    tiny.adapter.linears()["final_layer.linear"].weight *= 1e9
+    calib = calibrate(tiny)
+    with pytest.raises(NumericsError, match=r"final_layer\.linear: a scale of .* does not fit in float16"):
+        mq.quantize(tiny, calib, "rtn-w4a16")
+
+
+def test_groups_that_do_not_fit_are_refused_at_once(tiny):
+    with pytest.raises(RecipeError, match="groups of 128 do not divide an input width of 32"):
+        mq.quantize(tiny, calibrate(tiny), "rtn-w4a16-g128")
 
 
 def test_quantizing_twice_is_refused(tiny):

@@ -12,24 +12,25 @@ import ctypes.util
 import importlib.util
 import logging
 import sys
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 log = logging.getLogger(__name__)
 
 
-def _candidates() -> list[str]:
-    found: list[str] = []
+def _candidates() -> Iterator[str]:
     spec = importlib.util.find_spec("scipy_openblas32")
     if spec is not None and spec.origin is not None:
         library = Path(spec.origin).parent / "lib" / "libopenblas_python.so"
         if library.exists():
-            found.append(str(library))
+            yield str(library)
     system = ctypes.util.find_library("openblas")
     if system is not None:
-        found.append(system)
-    return found
+        yield system
 
 
+@cache
 def prefer_fast_blas() -> str | None:
     """Load an OpenBLAS globally on Linux; return the library's name, or None where none is needed or found."""
     if not sys.platform.startswith("linux"):

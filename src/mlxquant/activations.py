@@ -42,20 +42,23 @@ class ActivationTable:
     def at(self, sigma: Array) -> tuple[Array, Array, Array]:
         """Entries for noise levels [B]: step [B], shift [B,1] or [B,in], bits [B].
 
-        Between two calibrated levels the shift is interpolated and the range is the envelope of the neighbours (the wider range, the
-        larger bit width), so a table calibrated at 28 steps runs at any step count without clipping more than its neighbours do.
-        Outside the calibrated levels the nearest entry holds.
+        Between two calibrated levels the range is the envelope of the neighbours, with the larger bit width of the two, so a table
+        calibrated at 28 steps runs at any step count and clips nothing that either neighbour keeps. Outside the calibrated levels the
+        nearest entry holds.
         """
         position = np.interp(sigma, self.sigma, np.arange(len(self.sigma)))
         position = np.where(np.abs(position - np.rint(position)) < 1e-4, np.rint(position), position)  # float32 noise in sigma
-        low, high = np.floor(position).astype(int), np.ceil(position).astype(int)
-        part = (position - low)[:, None].astype(np.float32)
-        shift = self.shift[low] * (1 - part) + self.shift[high] * part
-        bits = np.maximum(self.bits[low], self.bits[high])
-        reach = self.step * 2.0 ** (self.bits.astype(np.float64) - 1)
-        step = np.maximum(reach[low], reach[high]) / 2.0 ** (bits.astype(np.float64) - 1)
-        same = low == high
-        step = np.where(same, self.step[low], step)
+        below, above = np.floor(position).astype(int), np.ceil(position).astype(int)
+        bits = np.maximum(self.bits[below], self.bits[above])
+        edge = 2.0 ** (self.bits.astype(np.float64) - 1)
+        low = self.shift - (edge * self.step)[:, None]
+        high = self.shift + ((edge - 1) * self.step)[:, None]
+        low, high = np.minimum(low[below], low[above]), np.maximum(high[below], high[above])
+        step = (high - low).max(1) / (2.0**bits - 1)
+        shift = (low + high + step[:, None]) / 2
+        exact = below == above
+        step = np.where(exact, self.step[below], step)
+        shift = np.where(exact[:, None], self.shift[below], shift)
         return step.astype(np.float32), shift.astype(np.float32), bits
 
 

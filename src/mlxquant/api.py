@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -15,24 +15,25 @@ from PIL import Image
 
 from . import artifacts, calibration
 from .calibration import Calibration
-from .errors import ArtifactError, NumericsError, RecipeError
+from .errors import ArtifactError, CalibrationError, NumericsError, RecipeError
 from .layers import QuantizedLinear, find_quantized
 from .models.adapter import Adapter
 from .models.catalog import adapter_class, pretrained
+from .progress import Progress, silent
 from .prompts import Prompt
 from .recipe import LayerSpec, Recipe, parse_recipe
-from .report.comparison import Comparison
+from .report.comparison import Comparison, to_pil
 from .rewrite import parameters, set_module
 from .sampler import SamplerStep
 from .sweep import Store, layer_arrays, sweep
 
-Progress = Callable[[Iterable[Any], str], Iterable[Any]]
 KIND = "quantized-model"
 SAVED = ("kind", "version", "model", "layers", "files", "mlxquant", "mlx")  # what ``save`` adds to the facts
 
 
-def silent(items: Iterable[Any], _: str) -> Iterable[Any]:
-    return items
+def versions() -> dict[str, str]:
+    """What code made a result."""
+    return {package: version(package) for package in ("mlxquant", "mlx")}
 
 
 class Model:
@@ -55,6 +56,8 @@ class Model:
         size: int = 16,
     ) -> npt.NDArray[np.float32]:
         """Pictures [B,H,W,3] in [0,1], each from its prompt and seed, ``size`` at a time."""
+        if not prompts:
+            raise CalibrationError("there are no prompts to draw")
         parts = []
         for start in progress(range(0, len(prompts), size), "sampling"):
             some = prompts[start : start + size]
@@ -78,12 +81,6 @@ class Model:
         for layer in find_quantized(other.module).values():
             layer.refresh()
         return other
-
-    @property
-    def fingerprint(self) -> str:
-        """sha256 over all parameters."""
-        hashes = {name: artifacts.array_digest(value) for name, value in parameters(self.adapter.module).items()}
-        return artifacts.digest(hashes)
 
 
 @dataclass(frozen=True)
@@ -135,8 +132,7 @@ class QuantizedModel(Model):
                 "model": {"name": self.name, **self.adapter.describe()},
                 "layers": {path: layer.facts for path, layer in self.layers.items()},
                 "files": {weights.name: artifacts.file_digest(weights)},
-                "mlxquant": version("mlxquant"),
-                "mlx": version("mlx"),
+                **versions(),
             }
             artifacts.write_json(temporary / "model.json", KIND, facts)
         return Path(folder)
@@ -154,7 +150,13 @@ def load(name_or_folder: str | Path) -> Model:
         return Model(pretrained(str(name_or_folder)))
     if not (folder / "model.json").exists():
         raise ArtifactError(f"{folder}: holds no model.json; expected a folder written by 'mlxquant quantize'")
-    facts = artifacts.read_json(folder / "model.json", KIND)
+    try:
+        return _load_folder(folder, artifacts.read_json(folder / "model.json", KIND))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ArtifactError(f"{folder / 'model.json'}: incomplete or foreign ({error!r}); quantize again") from error
+
+
+def _load_folder(folder: Path, facts: dict[str, Any]) -> QuantizedModel:
     for name, expected in facts["files"].items():
         if (found := artifacts.file_digest(folder / name)) != expected:
             raise ArtifactError(
@@ -193,7 +195,14 @@ def plan(model: Model, recipe: Recipe) -> dict[str, LayerSpec]:
     """What the recipe would do to each layer; raises RecipeError where it does not fit the model."""
     if isinstance(model, QuantizedModel):
         raise RecipeError(f"{model.name} is quantized already, by {model.facts['recipe']['name']}; quantize the full-precision model")
-    return recipe.plan({path: model.adapter.role(path) for path in model.adapter.linears()})
+    linears = model.adapter.linears()
+    layers = recipe.plan({path: model.adapter.role(path) for path in linears})
+    for path, spec in layers.items():
+        try:
+            spec.weight.columns(linears[path].weight.shape[1])
+        except RecipeError as error:
+            raise RecipeError(f"recipe {recipe.name}, layer {path}: {error}") from error
+    return layers
 
 
 def quantize(
@@ -205,13 +214,17 @@ def quantize(
     """
     recipe = parse_recipe(recipe) if isinstance(recipe, str) else recipe
     plan(model, recipe)
+    model.adapter.check_finite()
+    if (calib.model, calib.source) != (model.name, model.adapter.fingerprint):
+        raise CalibrationError(
+            f"the calibration data is of other weights ({calib.model}) than the model's ({model.name}); calibrate this model"
+        )
     adapter = model.clone()
     facts: dict[str, Any] = {
         "recipe": recipe.to_dict(),
         "calibration": calib.facts | {"latents": artifacts.array_digest(calib.latents)},
-        "source": model.fingerprint,
     }
-    store = Store(Path(work), artifacts.digest(facts)) if work is not None else None
+    store = Store(Path(work), artifacts.digest(facts | versions())) if work is not None else None
     stages = sweep(adapter, calib, recipe, store, progress)
     return QuantizedModel(adapter, {**facts, "stages": stages})
 
@@ -228,10 +241,6 @@ def compare(
     """The same prompts and seeds from the reference and from others, side by side, with the differences measured."""
     some = [Prompt(seed, prompts)] if isinstance(prompts, str) else list(prompts)
     named = {"quantized": others} if isinstance(others, Model) else dict(others)
-    images = {name: m.images(some, steps, cfg, progress=progress) for name, m in {"FP": reference, **named}.items()}
+    first = "reference" if isinstance(reference, QuantizedModel) or "FP" in named else "FP"
+    images = {name: m.images(some, steps, cfg, progress=progress) for name, m in {first: reference, **named}.items()}
     return Comparison.of(some, images, reference.adapter.attributes)
-
-
-def to_pil(image: npt.NDArray[Any]) -> Image.Image:
-    """A picture [H,W,3] in [0,1] as an 8-bit image."""
-    return Image.fromarray(np.rint(np.clip(image, 0, 1) * 255).astype(np.uint8))

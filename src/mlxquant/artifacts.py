@@ -14,7 +14,7 @@ import shutil
 import struct
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -77,36 +77,51 @@ def _umask() -> int:
 def atomic_folder(path: Path, force: bool = False) -> Iterator[Path]:
     """Yield an empty folder beside ``path``; on success it takes that name, on any failure it is removed.
 
-    An existing folder is refused, or with ``force`` replaced in the last moment.
+    An existing folder is refused, or with ``force`` replaced in the last moment. A replacement that was killed half-way is undone by
+    the next call.
     """
-    path = Path(path)
-    refuse_existing(path, force)
-    temporary: Path | None = None
+    path = Path(path).absolute()
+    fresh, old = path.with_name(f".{path.name}.new"), path.with_name(f".{path.name}.old")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
-        yield temporary
-        temporary.chmod(0o777 & ~_umask())
+        if old.exists() and not path.exists():
+            os.replace(old, path)
+        refuse_existing(path, force)
+        remove_folder(fresh)
+        fresh.mkdir(parents=True)
+        yield fresh
         if path.exists():
-            aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
-            os.replace(path, aside / "old")
-            os.replace(temporary, path)
-            shutil.rmtree(aside)
-        else:
-            os.replace(temporary, path)
+            remove_folder(old)
+            os.replace(path, old)
+        try:
+            os.replace(fresh, path)
+        except OSError:
+            if old.exists():
+                os.replace(old, path)
+            raise
+        remove_folder(old)
     except OSError as error:
         raise explain(error, path) from error
     finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+OURS = ("model.json", "report.json")  # every folder that a command writes has one of these
 
 
 def refuse_existing(path: Path, force: bool) -> None:
-    """Raise ArtifactError when ``path`` exists and may not be replaced."""
-    if path.exists() and not force:
-        raise ArtifactError(f"{path} exists; choose another folder or pass --force to replace it")
-    if path.exists() and not path.is_dir():
+    """Raise ArtifactError when ``path`` exists and may not be replaced: never a file, nor a folder that is not one of ours."""
+    if not path.absolute().name:
+        raise ArtifactError(f"{path} cannot be replaced; choose a folder of its own")
+    if not path.exists():
+        return
+    if not path.is_dir():
         raise ArtifactError(f"{path} is a file; choose a folder")
+    if not force:
+        raise ArtifactError(f"{path} exists; choose another folder or pass --force to replace it")
+    if any(path.iterdir()) and not any((path / name).exists() for name in OURS):
+        raise ArtifactError(
+            f"{path} was not written by mlxquant, so --force does not replace it; choose another folder or remove it yourself"
+        )
 
 
 def ensure_writable(folder: Path) -> None:
@@ -157,16 +172,19 @@ def read_json(path: Path, kind: str) -> dict[str, Any]:
         data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise explain(error, path) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ArtifactError(f"{path}: not readable as JSON ({error}); the file is damaged, write it anew") from error
     if not isinstance(data, dict):
         raise ArtifactError(f"{path}: expected a JSON object, found {type(data).__name__}; the file is not ours")
     _check_header(path, data, kind)
     found = data.pop("sha256", None)
-    if found != digest(data):
+    try:
+        matches = found == digest(data)
+    except (ValueError, RecursionError):  # what canonical JSON cannot hold was not written by us
+        matches = False
+    if not matches:
         raise ArtifactError(
-            f"{path}: checksum {str(found)[:12]}… does not match the contents {digest(data)[:12]}…; the file was changed or "
-            "damaged, write it anew"
+            f"{path}: checksum {str(found)[:12]}… does not match the contents; the file was changed or damaged, write it anew"
         )
     return data
 
@@ -248,6 +266,10 @@ def compact(value: mx.array) -> mx.array:
 
 
 def remove_folder(path: Path) -> None:
-    """Remove a folder of ours if it is there."""
-    with suppress(FileNotFoundError):
+    """Remove a folder of ours if it is there; raises ArtifactError when that fails."""
+    try:
         shutil.rmtree(path)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise explain(error, path) from error

@@ -5,7 +5,7 @@ Only latents are kept; text is encoded again when it is needed. Everything is a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,17 +17,20 @@ import numpy.typing as npt
 from . import artifacts
 from .errors import CalibrationError
 from .models.adapter import Adapter, State
+from .progress import Progress, silent
 from .prompts import Prompt
 from .sampler import SamplerStep
-
-Progress = Callable[[Iterable[Any], str], Iterable[Any]]
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """``latents`` [steps, prompts, H, W, C] float32 before each Euler step, at ``sigmas`` [steps]."""
+    """``latents`` [steps, prompts, H, W, C] float32 before each Euler step, at ``sigmas`` [steps].
+
+    ``source`` is the fingerprint of the weights that drew them.
+    """
 
     model: str
+    source: str
     prompts: tuple[Prompt, ...]
     steps: int
     cfg: float
@@ -37,20 +40,16 @@ class Calibration:
     @property
     def facts(self) -> dict[str, Any]:
         """What this data was made from, as plain data."""
-        prompts = [[p.seed, p.text] for p in self.prompts]
-        return {"model": self.model, "prompts": prompts, "steps": self.steps, "cfg": self.cfg}
+        return facts(self.model, self.source, self.prompts, self.steps, self.cfg)
 
     def batches(self, adapter: Adapter, size: int = 16) -> tuple[list[float], list[State]]:
         """Noise levels and chain inputs, each batch at one noise level with at most ``size`` prompts.
 
         Guided models see every latent with its prompt and with the empty prompt, as their sampler does.
         """
-        if adapter.name != self.model:
-            raise CalibrationError(f"calibration data of {self.model!r} cannot calibrate {adapter.name!r}; calibrate that model")
-        texts = [p.text for p in self.prompts]
+        texts = [p.text if self.cfg != 0 else "" for p in self.prompts]
         text = adapter.encode(texts)
-        guided = self.cfg not in (0, 1)
-        empty = adapter.encode([""] * len(texts)) if guided else None
+        empty = adapter.encode([""] * len(texts)) if self.cfg not in (0, 1) else None
         sigmas, states = [], []
         for index, sigma in enumerate(self.sigmas):
             for start in range(0, len(texts), size):
@@ -71,7 +70,14 @@ class Calibration:
         """Raises ArtifactError when the file is damaged or foreign."""
         arrays, header = artifacts.read_tensors(path, "calibration")
         prompts = tuple(Prompt(seed, text) for seed, text in header["prompts"])
-        return cls(header["model"], prompts, header["steps"], header["cfg"], np.array(header["sigmas"]), arrays["latents"])
+        return cls(
+            header["model"], header["source"], prompts, header["steps"], header["cfg"], np.array(header["sigmas"]), arrays["latents"]
+        )
+
+
+def facts(model: str, source: str, prompts: Sequence[Prompt], steps: int, cfg: float) -> dict[str, Any]:
+    """What determines calibration data."""
+    return {"model": model, "source": source, "prompts": [[p.seed, p.text] for p in prompts], "steps": steps, "cfg": cfg}
 
 
 def collect(
@@ -79,7 +85,7 @@ def collect(
     prompts: Sequence[Prompt],
     steps: int,
     cfg: float,
-    progress: Progress = lambda items, _: items,
+    progress: Progress = silent,
     size: int = 16,
 ) -> Calibration:
     """Run the full-precision sampler over prompts and keep every latent; raises CalibrationError without prompts."""
@@ -98,4 +104,4 @@ def collect(
         parts.append(seen)
     latents = mx.stack([mx.concatenate([part[i] for part in parts]) for i in range(steps)])
     mx.eval(latents)
-    return Calibration(adapter.name, tuple(prompts), steps, cfg, adapter.sigmas(steps)[:-1], latents)
+    return Calibration(adapter.name, adapter.fingerprint, tuple(prompts), steps, cfg, adapter.sigmas(steps)[:-1], latents)

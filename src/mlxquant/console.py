@@ -7,11 +7,14 @@ import logging
 import resource
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import click
 from tqdm import tqdm
 
+from ._blas import prefer_fast_blas
+from .artifacts import explain
 from .errors import MlxQuantError
 
 
@@ -23,6 +26,8 @@ class Command(click.Command):
             return super().invoke(ctx)
         except MlxQuantError as error:
             raise click.ClickException(str(error)) from error
+        except OSError as error:  # a path that could not even be looked at
+            raise click.ClickException(str(explain(error, Path(error.filename or "")))) from error
         except KeyboardInterrupt:
             click.echo("\nInterrupted. Run the same command again to go on.", err=True)
             ctx.exit(130)
@@ -51,7 +56,10 @@ def peak_bytes() -> int:
 
 def verbosity(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
     if value:
-        logging.basicConfig(level=logging.DEBUG, stream=sys.stderr, format="%(name)s: %(message)s")
+        logging.basicConfig(stream=sys.stderr, format="%(name)s: %(message)s")
+        log = logging.getLogger("mlxquant")
+        log.setLevel(logging.DEBUG)
+        log.debug("MLX's CPU matmul runs on %s", prefer_fast_blas() or "its own BLAS")
 
 
 verbose_option = click.option("--verbose", is_flag=True, expose_value=False, callback=verbosity, help="Say more on stderr.")

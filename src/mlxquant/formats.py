@@ -107,8 +107,12 @@ class Grid:
 
 
 def snap(scales: Array) -> Array:
-    """Scales as they will be stored: float16, at least its smallest normal number, held as float32."""
-    return np.maximum(np.asarray(scales, np.float64), SMALLEST_SCALE).astype(np.float16).astype(np.float32)
+    """Scales as they will be stored: float16, at least its smallest normal number, held as float32; NumericsError when too large."""
+    with np.errstate(over="ignore"):
+        snapped = np.maximum(np.asarray(scales, np.float64), SMALLEST_SCALE).astype(np.float16).astype(np.float32)
+    if not np.isfinite(snapped).all():
+        raise NumericsError(f"a scale of {np.max(scales):.3g} does not fit in float16; the weights are too large, leave this layer out")
+    return snapped
 
 
 def grouped(weight: Array, format: WeightFormat) -> Array:

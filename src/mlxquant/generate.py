@@ -11,7 +11,7 @@ from . import api, artifacts
 from .console import Command, peak_bytes, progress, result, say, verbose_option
 from .errors import AdapterError
 from .prompts import Prompt
-from .report.comparison import save_png
+from .report.comparison import save_png, to_pil
 
 
 @click.command("generate", cls=Command)
@@ -29,18 +29,19 @@ def command(name: str, text: str, seed: int, steps: int | None, cfg_weight: floa
         raise AdapterError("--prompt is empty; describe the picture")
     if output.is_dir():
         raise AdapterError(f"--output {output} is a folder; name a PNG file")
-    artifacts.ensure_writable(output.absolute().parent)
     model = api.load(name)
+    artifacts.ensure_writable(output.absolute().parent)
     facts: dict[str, object] = {}
+    label = Path(name).name
     start = time.perf_counter()
     if reference is None:
         image = model.images([Prompt(seed, text)], steps, cfg_weight, progress=progress)[0]
-        save_png(api.to_pil(image), output)
+        save_png(to_pil(image), output)
     else:
-        comparison = api.compare(api.load(reference), {name: model}, text, seed, steps, cfg_weight, progress)
+        comparison = api.compare(api.load(reference), {label: model}, text, seed, steps, cfg_weight, progress)
         comparison.save(output)
-        facts = {"psnr_db": float(comparison.psnr_db[name].mean())}
-        say(f"{name} against {reference}: {comparison.figures(name)}")
+        facts = {"psnr_db": float(comparison.psnr_db[label].mean())}
+        say(f"{name} against {reference}: {comparison.figures(label)}")
     say(f"{output}")
     result({"output": str(output), "seconds": time.perf_counter() - start, "peak_bytes": peak_bytes(), **facts})
 

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from . import api, artifacts
+from . import api, artifacts, calibration
 from .api import Model, QuantizedModel
 from .calibration import Calibration
+from .progress import Progress
 from .prompts import Prompt
 from .recipe import Recipe
-
-Progress = Callable[[Iterable[Any], str], Iterable[Any]]
 
 
 def partial_folder(out: Path) -> Path:
@@ -47,13 +45,11 @@ def work_folder(out: Path, force: bool, resume: bool = True) -> Iterator[Path]:
 def calibrated(model: Model, prompts: Sequence[Prompt], steps: int, cfg: float, work: Path, progress: Progress) -> Calibration:
     """Calibration data of a job, from its progress folder where it is there and belongs to the same model, prompts and settings."""
     path = work / "calibration.safetensors"
-    job = artifacts.digest({"model": model.fingerprint, "prompts": [[p.seed, p.text] for p in prompts], "steps": steps, "cfg": cfg})
-    mark = work / "calibration.json"
-    if path.exists() and mark.exists() and artifacts.read_json(mark, "calibration-job")["job"] == job:
-        return Calibration.load(path)
+    wanted = calibration.facts(model.name, model.adapter.fingerprint, prompts, steps, cfg)
+    if path.exists() and (kept := Calibration.load(path)).facts == wanted:
+        return kept
     calib = api.calibrate(model, prompts, steps, cfg, progress=progress)
     calib.save(path)
-    artifacts.write_json(mark, "calibration-job", {"job": job})
     return calib
 
 

@@ -4,6 +4,7 @@
 W4A8, W8A8, W8A16, W4A16 are specifications of it, not classes. With a table it subtracts the shift, divides by the step, rounds and
 clips to integer codes, multiplies integers, and rescales once; the shift's share is folded into the bias. The integer part runs in
 float32, in chunks of the input short enough that every partial sum is an exact integer, so it equals int32 arithmetic bit for bit.
+Group-wise scales cannot leave the sum: there the integer activations meet dequantized weights.
 """
 
 from __future__ import annotations
@@ -141,9 +142,12 @@ class QuantizedLinear(nn.Module):
         shape = (self._shape[0], self.scales.shape[1], -1)
         weight = centred.reshape(shape) * self.scales[..., None].astype(mx.float32)
         if "biases" in self:
-            offset = self.biases.astype(mx.float32) + self._format.zero_code * self.scales.astype(mx.float32)
-            weight = weight + offset[..., None]
+            weight = weight + self._offsets()[..., None]
         return weight.reshape(self._shape)
+
+    def _offsets(self) -> mx.array:
+        """What a centred code of zero stands for on an asymmetric grid, float32 [out or 1, groups]."""
+        return self.biases.astype(mx.float32) + self._format.zero_code * self.scales.astype(mx.float32)
 
     def __call__(self, x: mx.array) -> mx.array:
         """x [..., in] to [..., out], in x's dtype."""
@@ -167,14 +171,14 @@ class QuantizedLinear(nn.Module):
         step, shift = entry.step, entry.shift
         q = mx.clip(mx.round((x.astype(mx.float32) - shift) / step), -entry.edge, entry.edge - 1)
         centred = self.centred_codes()
-        if self.scales.shape[1] == 1 and "biases" not in self:
-            scale = self.scales.astype(mx.float32)[:, 0]
-            y = self._multiply_codes(q, centred, entry.limit) * (step * scale)
-            folded = (shift @ _fold(centred, shift)) * scale
+        weight = self.dequantized(centred)
+        folded = shift @ _fold(weight, shift)
+        if self.scales.shape[1] == 1:
+            y = self._multiply_codes(q, centred, entry.limit) * (step * self.scales.astype(mx.float32)[:, 0])
+            if "biases" in self:
+                y = y + q.sum(-1, keepdims=True) * (step * self._offsets()[:, 0])
         else:
-            weight = self.dequantized(centred)
             y = (q @ weight.T) * step
-            folded = shift @ _fold(weight, shift)
         y = y + (folded + self.bias.astype(mx.float32) if "bias" in self else folded)
         return y.astype(x.dtype)
 

@@ -17,13 +17,15 @@ from .activations import BITS
 from .errors import RecipeError
 from .formats import WeightFormat
 
+ROLES = ("attention", "mlp", "modulation", "embedder", "output")
+
 
 @dataclass(frozen=True)
 class ActivationSpec:
     """Static activation quantization: ``bits`` 4, 6 or 8; ``range`` a range method; one entry a timestep, or one for all."""
 
     bits: int = 8
-    range: str = "error"
+    range: str = "extremes"
     per_timestep: bool = True
 
     def __post_init__(self) -> None:
@@ -57,6 +59,8 @@ class Recipe:
     def plan(self, layers: Mapping[str, str]) -> dict[str, LayerSpec]:
         """Layers (path to role) to what happens to each; raises RecipeError when a glob matches no layer at all."""
         for pattern, _ in self.rules:
+            if pattern.startswith("@") and pattern[1:] not in ROLES:
+                raise RecipeError(f"recipe {self.name}: unknown role {pattern!r}; roles are {', '.join('@' + role for role in ROLES)}")
             if not pattern.startswith("@") and not any(_matches(pattern, path, role) for path, role in layers.items()):
                 raise RecipeError(
                     f"recipe {self.name}: pattern {pattern!r} matches none of the model's {len(layers)} layers, "

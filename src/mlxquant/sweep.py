@@ -8,7 +8,6 @@ is cached to disk but results: with a store, a killed sweep resumes at the stage
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,17 +18,17 @@ import numpy as np
 
 from . import artifacts
 from .calibration import Calibration
-from .errors import MlxQuantError
+from .errors import MlxQuantError, NumericsError
 from .layers import QuantizedLinear
 from .methods import registry
 from .methods.moments import Moments, output_error
 from .models.adapter import Adapter, Stage, State
+from .progress import Progress, silent
 from .recipe import LayerSpec, Recipe
 from .rewrite import parameters, set_module, swapped, tapped
 from .schedule import Clock
 from .statistics import Collector
 
-Progress = Callable[[Iterable[Any], str], Iterable[Any]]
 Layers = dict[str, QuantizedLinear]
 
 
@@ -54,7 +53,7 @@ def run_stage(adapter: Adapter, stage: Stage, sigmas: list[float], states: list[
 
 def stage_error(outputs: list[State], targets: list[State], inputs: list[State]) -> float:
     """Relative squared error of what a stage writes, over all calibration batches, averaged over its output tensors."""
-    written = [key for key, value in targets[0].items() if inputs[0].get(key) is not value]
+    written = [key for key, value in outputs[0].items() if inputs[0].get(key) is not value]
     errors = []
     for key in written:
         pairs = [(o[key], t[key]) for o, t in zip(outputs, targets, strict=True)]
@@ -156,16 +155,19 @@ def quantize_stage(
             report[path] = {"weight": str(spec.weight), "activation": bits, "error": error}
         with swapped(adapter.module, dict(layers)):
             outputs = run_stage(adapter, stage, sigmas, inputs, progress)
-        facts = {"stage": stage.name, "kept": name, "error": stage_error(outputs, targets, inputs), "layers": report}
+        error = stage_error(outputs, targets, inputs)
+        if not np.isfinite(error):
+            raise NumericsError(f"stage {stage.name}, quantized ({name}), writes NaN or infinite values; use more bits there or '=keep'")
+        facts = {"stage": stage.name, "kept": name, "error": error, "layers": report}
         return StageResult(layers, facts, outputs)
 
-    result = candidate(plan, "calibrated")
     plain = {path: spec.plain for path, spec in plan.items()}
+    result = candidate(plan, "rtn" if plain == plan else "calibrated")
     if not gate or plain == plan:
         return result
     rounded = candidate(plain, "rtn")
     errors = {"error": result.facts["error"], "error_rtn": rounded.facts["error"]}
-    better = result if errors["error"] <= errors["error_rtn"] else rounded  # the rounded one also where the calibrated error is NaN
+    better = result if errors["error"] <= errors["error_rtn"] else rounded
     return replace(better, facts={**better.facts, **errors})
 
 
@@ -174,14 +176,13 @@ def sweep(
     calibration: Calibration,
     recipe: Recipe,
     store: Store | None = None,
-    progress: Progress = lambda items, _: items,
+    progress: Progress = silent,
 ) -> list[dict[str, Any]]:
     """Quantize ``adapter.module`` in place, stage by stage; returns one dictionary of facts a stage.
 
-    Raises RecipeError when the recipe does not fit, NumericsError on NaN weights or activations.
+    Raises RecipeError when the recipe does not fit, NumericsError on NaN activations.
     """
     plan = recipe.plan({path: adapter.role(path) for path in adapter.linears()})
-    adapter.check_finite()
     sigmas, states = calibration.batches(adapter)
     exact, quantized = states, states
     facts = []

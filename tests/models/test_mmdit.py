@@ -1,5 +1,7 @@
 """The transformer is SD3's: its size, its parameter names, its arithmetic."""
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import mlx.core as mx
@@ -160,6 +162,14 @@ def test_fast_gelu_and_its_gradient_are_exact():
     ours, theirs = (mx.grad(lambda v, f=f: f(v).sum())(x) for f in (gelu, nn.gelu))
     np.testing.assert_allclose(np.array(ours), np.array(theirs), atol=1.5e-6)
     assert gelu(x.astype(mx.float16)).dtype == mx.float16
+
+
+def test_fast_functions_need_no_compiler():
+    """MLX compiles with g++ at run time where there is one, and runs without where there is none."""
+    script = "import mlxquant, mlx.core as mx; from mlxquant.models.fast_cpu import attention, gelu; x = mx.ones((1, 1, 2, 2)); "
+    script += "print(gelu(x) + attention(x, x, x))"
+    done = subprocess.run([sys.executable, "-c", script], env={"PATH": ""}, capture_output=True, text=True, check=True)
+    assert "1.84134" in done.stdout
 
 
 @pytest.mark.parametrize("spread", [0.1, 1.0, 6.0])

@@ -16,6 +16,7 @@ import mlx.nn as nn
 import numpy as np
 import numpy.typing as npt
 
+from .. import artifacts
 from ..errors import AdapterError, NumericsError
 from ..prompts import Prompt
 from ..rewrite import find_linears, parameters
@@ -88,6 +89,11 @@ class Adapter(ABC):
 
     def linears(self) -> dict[str, nn.Linear]:
         return find_linears(self.module)
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over all parameters."""
+        return artifacts.digest({name: artifacts.array_digest(value) for name, value in parameters(self.module).items()})
 
     def check_finite(self) -> None:
         """Raise NumericsError, naming the tensor, when a parameter holds NaN or infinity."""

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .. import artifacts
+from ..errors import AdapterError
 from ..prompts import Prompt
 from ..sampler import Conditioning
 from ..schedule import Clock
@@ -89,6 +90,8 @@ class MMDiTShapes(Adapter):
         return {path: m for path, m in super().linears().items() if not path.startswith("text_encoder")}
 
     def prompts(self, purpose: str, count: int, seed: int = 0) -> list[Prompt]:
+        if purpose not in ("calibration", "evaluation"):
+            raise AdapterError(f"prompts are for 'calibration' or 'evaluation', not {purpose!r}")
         captions = shapes.captions(held_out=purpose == "evaluation", count=count)
         first = seed + (10_000 if purpose == "evaluation" else 0)
         return [Prompt(first + i, caption) for i, caption in enumerate(captions)]

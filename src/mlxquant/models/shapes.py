@@ -110,7 +110,9 @@ def sample_scene(rng: np.random.Generator, pairs: float = 0.35) -> Scene:
 
 
 def captions(held_out: bool, count: int) -> list[str]:
-    """The first ``count`` of a fixed list of distinct captions, either all held out from training or none."""
+    """The first ``count`` of a fixed list of distinct captions, either all held out from training or none; at most 1000."""
+    if count > 1000:
+        raise AdapterError(f"mmdit-shapes has 1000 prompts of its own for each purpose, {count} were asked for; use a prompt file")
     rng = np.random.default_rng(int(held_out))
     found: dict[str, None] = {}
     while len(found) < count:

@@ -72,12 +72,10 @@ class Comparison:
         row_height = CAPTION + height + LABEL + GAP
         page = Image.new("RGB", (GAP + columns * (CELL + GAP), HEADER + shown * row_height + LABEL), PAPER)
         pen = ImageDraw.Draw(page)
-        titles = [(name, self.figures(name)) for name in names] + [
-            (f"|{name} − {names[0]}|", f"difference × {amplify:g}") for name in others
-        ]
+        titles = [(name, self.figures(name)) for name in names] + [(f"{name} - {names[0]}", f"difference x {amplify:g}") for name in others]
         for column, (title, figures) in enumerate(titles):
             x = GAP + column * (CELL + GAP)
-            pen.text((x, 10), title, INK, _font(16))
+            pen.text((x, 10), _fitted(title, CELL, _font(15)), INK, _font(15))
             pen.text((x, 34), figures, PALE, _font(11))
         for row in range(shown):
             top = HEADER + row * row_height
@@ -119,10 +117,24 @@ def save_png(image: Image.Image, path: str | Path) -> Path:
     return path
 
 
+def to_pil(image: Images) -> Image.Image:
+    """A picture [H,W,3] in [0,1] as an 8-bit image."""
+    return Image.fromarray(np.rint(np.clip(image, 0, 1) * 255).astype(np.uint8))
+
+
 def _scaled(image: Images, width: int, height: int) -> Image.Image:
-    picture = Image.fromarray(np.rint(np.clip(image, 0, 1) * 255).astype(np.uint8))
+    picture = to_pil(image)
     enlarge = picture.width < width  # small pictures keep their pixels
     return picture.resize((width, height), Image.Resampling.NEAREST if enlarge else Image.Resampling.LANCZOS)
+
+
+def _fitted(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+    """Text cut to a width in pixels."""
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "...") > width:
+        text = text[:-1]
+    return text + "..."
 
 
 def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
