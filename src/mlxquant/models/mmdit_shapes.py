@@ -48,7 +48,7 @@ def to_images(latent: mx.array) -> mx.array:
 
 class MMDiTShapes(Adapter):
     name = "mmdit-shapes"
-    cfg = 3.0
+    cfg = 2.0
 
     def __init__(self, module: ShapesModel):
         self.module: ShapesModel = module
