@@ -154,13 +154,13 @@ def training_step(run: Run, workers: mx.distributed.Group) -> Callable[..., mx.a
 
 @click.command(cls=Command)
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for checkpoint and weights; run again to resume.")
-@click.option("--steps", default=8000, show_default=True, type=click.IntRange(1))
+@click.option("--steps", default=6000, show_default=True, type=click.IntRange(1))
 @click.option("--batch-size", default=32, show_default=True, type=click.IntRange(1))
 @click.option("--learning-rate", default=2e-3, show_default=True, help="Peak rate of AdamW.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--save-every", default=100, show_default=True, type=click.IntRange(1))
 def main(out: Path, steps: int, batch_size: int, learning_rate: float, seed: int, save_every: int) -> None:
-    """Train mmdit-shapes from nothing. Ctrl-C and the same command resume.
+    """Train mmdit-shapes from nothing: 46 minutes on one core of the machine it was made on. Ctrl-C and the same command resume.
 
     ``mlx.launch -n 2 --backend ring`` before the command shares every batch between two processes.
     """
