@@ -23,6 +23,8 @@ def test_saved_model_draws_the_same_picture(quantized, tmp_path):
     again = mq.load(tmp_path / "q")
     prompts = [mq.Prompt(7, PROMPT)]
     np.testing.assert_array_equal(again.images(prompts, steps=3), quantized.images(prompts, steps=3))
+    assert type(again) is mq.QuantizedModel
+    assert mq.QuantizedModel.load(tmp_path / "q").facts == again.facts
     assert again.facts == json.loads(json.dumps(quantized.facts))
     again.save(tmp_path / "again")
     for name in ("weights.safetensors", "model.json"):

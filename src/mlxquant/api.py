@@ -100,6 +100,19 @@ class QuantizedModel(Model):
         super().__init__(adapter)
         self.facts = facts
 
+    @classmethod
+    def load(cls, folder: str | Path) -> QuantizedModel:
+        """A folder that ``save`` wrote; raises ArtifactError when it is damaged or foreign."""
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise ArtifactError(f"{folder}: no such folder; expected a folder written by 'mlxquant quantize'")
+        if not (folder / "model.json").exists():
+            raise ArtifactError(f"{folder}: holds no model.json; expected a folder written by 'mlxquant quantize'")
+        try:
+            return _load_folder(folder, artifacts.read_json(folder / "model.json", KIND))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ArtifactError(f"{folder / 'model.json'}: incomplete or foreign ({error!r}); quantize again") from error
+
     @property
     def layers(self) -> dict[str, QuantizedLinear]:
         return find_quantized(self.adapter.module)
@@ -144,16 +157,9 @@ def load(name_or_folder: str | Path) -> Model:
     Raises AdapterError on an unknown name, ArtifactError on a damaged or foreign folder.
     """
     folder = Path(name_or_folder)
-    if not folder.is_dir():
-        if folder.exists() or folder.suffix or len(folder.parts) > 1:
-            raise ArtifactError(f"{folder}: no such folder; expected a folder written by 'mlxquant quantize' or a model's name")
-        return Model(pretrained(str(name_or_folder)))
-    if not (folder / "model.json").exists():
-        raise ArtifactError(f"{folder}: holds no model.json; expected a folder written by 'mlxquant quantize'")
-    try:
-        return _load_folder(folder, artifacts.read_json(folder / "model.json", KIND))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ArtifactError(f"{folder / 'model.json'}: incomplete or foreign ({error!r}); quantize again") from error
+    if folder.exists() or folder.suffix or len(folder.parts) > 1:
+        return QuantizedModel.load(folder)
+    return Model(pretrained(str(name_or_folder)))
 
 
 def _load_folder(folder: Path, facts: dict[str, Any]) -> QuantizedModel:
