@@ -85,8 +85,9 @@ class Model:
 
 @dataclass(frozen=True)
 class Size:
-    """Stored size of a model. ``bits_per_weight`` is bits over parameters, whole model, as mlx-lm prints it; ``layers`` are the
-    quantized layers alone, codes, scales and biases."""
+    """Stored size of a model. ``bits_per_weight`` is stored bits over parameters of the whole model, as mlx-lm prints it;
+    ``bits_per_quantized_weight`` is over the quantized layers alone: codes, scales and biases.
+    """
 
     model_bytes: int
     bits_per_weight: float

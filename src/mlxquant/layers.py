@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from .activations import ActivationTable, Entry, TableReader
 from .errors import AdapterError
-from .formats import Grid, WeightFormat, pack, unpack
+from .formats import GROUPS, Grid, WeightFormat, pack, unpack
 from .schedule import Clock
 
 EXACT = 2**24  # integers up to this magnitude are exact in float32
@@ -117,9 +117,11 @@ class QuantizedLinear(nn.Module):
     @property
     def packed_group(self) -> int | None:
         """The group size under which MLX's own kernels read this weight; None where they cannot (7 bits, ragged widths)."""
+        if self._format.bits == 7:
+            return None
         if isinstance(self._format.group, int):
-            return self._format.group if self._format.bits != 7 else None
-        return next((g for g in (128, 64, 32) if self._shape[1] % g == 0), None) if self._format.bits != 7 else None
+            return self._format.group
+        return next((g for g in reversed(GROUPS) if self._shape[1] % g == 0), None)
 
     def packed_scales(self) -> tuple[mx.array, mx.array]:
         """Scales and biases float16 [out, in / packed_group] for ``mx.quantized_matmul`` and ``mx.dequantize``."""

@@ -77,13 +77,14 @@ def quantize_layer(linear: nn.Linear, spec: LayerSpec, path: str, statistics: Co
         codes = registry.get("round", spec.rounding).function(weight, grid, moments)
     except MlxQuantError as error:
         raise type(error)(f"layer {path}: {error}") from error
+    rounded = grid.dequantize(codes)
     layer = QuantizedLinear(codes, grid, linear.bias if "bias" in linear else None)
     if spec.activation is not None:
         ranges = statistics[path].ranges
         ranges = ranges if spec.activation.per_timestep else ranges.merged()
         find = registry.get("range", spec.activation.range).function
-        layer.set_activations(find(ranges, grid.dequantize(codes), spec.activation.bits), adapter.clock)
-    return layer, output_error(weight, grid.dequantize(codes), moments)
+        layer.set_activations(find(ranges, rounded, spec.activation.bits), adapter.clock)
+    return layer, output_error(weight, rounded, moments)
 
 
 class Store:

@@ -1,4 +1,6 @@
-"""What every adapter must keep. A new adapter subclasses ``AdapterContract`` and gives ``make_adapter``."""
+"""What every adapter must keep. A new adapter subclasses ``AdapterContract`` and gives ``make_adapter`` and ``whole``."""
+
+from abc import ABC, abstractmethod
 
 import mlx.core as mx
 import numpy as np
@@ -11,14 +13,15 @@ from mlxquant.rewrite import find_linears, tapped
 ROLES = {"attention", "mlp", "modulation", "embedder", "output"}
 
 
-class AdapterContract:
+class AdapterContract(ABC):
     @classmethod
+    @abstractmethod
     def make_adapter(cls) -> Adapter:
-        raise NotImplementedError("each adapter's tests provide their model")
+        """The model under test."""
 
+    @abstractmethod
     def whole(self, adapter, latent, tokens, pooled, t):
         """The host's own forward pass, without stages."""
-        raise NotImplementedError("each adapter's tests provide their model")
 
     @pytest.fixture(scope="class")
     @classmethod
