@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from . import artifacts, calibration
+from .artifacts import versions
 from .calibration import Calibration
 from .errors import ArtifactError, CalibrationError, NumericsError, RecipeError
 from .layers import QuantizedLinear, find_quantized
@@ -25,15 +25,11 @@ from .recipe import LayerSpec, Recipe, parse_recipe
 from .report.comparison import Comparison, to_pil
 from .rewrite import parameters, set_module
 from .sampler import SamplerStep
-from .sweep import Store, layer_arrays, sweep
+from .store import FolderStore, layer_arrays
+from .sweep import sweep
 
 KIND = "quantized-model"
 SAVED = ("kind", "version", "model", "layers", "files", "mlxquant", "mlx")  # what ``save`` adds to the facts
-
-
-def versions() -> dict[str, str]:
-    """What code made a result."""
-    return {package: version(package) for package in ("mlxquant", "mlx")}
 
 
 class Model:
@@ -231,7 +227,7 @@ def quantize(
         "recipe": recipe.to_dict(),
         "calibration": calib.facts | {"latents": artifacts.array_digest(calib.latents)},
     }
-    store = Store(Path(work), artifacts.digest(facts | versions())) if work is not None else None
+    store = FolderStore(Path(work), artifacts.digest(facts | versions())) if work is not None else None
     stages = sweep(adapter, calib, recipe, store, progress)
     return QuantizedModel(adapter, {**facts, "stages": stages})
 

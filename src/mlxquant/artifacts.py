@@ -15,6 +15,7 @@ import struct
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,16 @@ def ensure_writable(folder: Path) -> None:
 def canonical(data: Any) -> str:
     """JSON with sorted keys: equal data, equal bytes."""
     return json.dumps(data, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def versions() -> dict[str, str]:
+    """What code made a result."""
+    return {package: version(package) for package in ("mlxquant", "mlx")}
+
+
+def plain(data: Any) -> Any:
+    """Plain data as it comes back from JSON: tuples become lists, keys become strings."""
+    return json.loads(canonical(data))
 
 
 def digest(data: Any) -> str:

@@ -30,10 +30,12 @@ class QuantizedLinear(nn.Module):
 
     Parameters: ``weight`` uint32 [out, words], ``scales`` float16 [out or 1, groups], ``biases`` likewise on asymmetric grids,
     ``bias`` [out] optional, and, with a table, ``act_sigma``, ``act_step``, ``act_shift``, ``act_bits`` (see ActivationTable).
+    ``act_divisor`` float32 [in], optional: the input's channels are divided by it first, and the integer weight stands for
+    ``W diag(act_divisor)``, so the function is the same; the table then describes the divided input.
     """
 
-    def __init__(self, codes: npt.NDArray[Any], grid: Grid, bias: mx.array | None = None):
-        """codes uint8 [out, in] on ``grid``; bias [out] is kept as it is."""
+    def __init__(self, codes: npt.NDArray[Any], grid: Grid, bias: mx.array | None = None, divisor: mx.array | None = None):
+        """codes uint8 [out, in] on ``grid``; bias [out] is kept as it is. Raises AdapterError when a divisor [in] does not fit."""
         super().__init__()
         self._format, self._shape = grid.format, (int(codes.shape[0]), int(codes.shape[1]))
         self.weight = mx.array(pack(codes, grid.format.bits))
@@ -43,6 +45,10 @@ class QuantizedLinear(nn.Module):
             self.biases = mx.array(grid.biases[:rows].astype(np.float16))
         if bias is not None:
             self.bias = bias
+        if divisor is not None:
+            if divisor.shape != (self._shape[1],):
+                raise AdapterError(f"a divisor of shape {divisor.shape} does not fit an input of width {self._shape[1]}")
+            self.act_divisor = divisor.astype(mx.float32)
         self._clock: Clock | None = None
         self._reader: TableReader | None = None
         self.freeze()
@@ -51,7 +57,8 @@ class QuantizedLinear(nn.Module):
     def facts(self) -> dict[str, Any]:
         """The layer's structure as plain data: what ``blank`` needs to rebuild it."""
         table = None if self.table is None else list(self.table.shift.shape)
-        return {"format": self._format.to_dict(), "shape": list(self._shape), "bias": "bias" in self, "table": table}
+        parts = {"bias": "bias" in self, "divisor": "act_divisor" in self, "table": table}
+        return {"format": self._format.to_dict(), "shape": list(self._shape), **parts}
 
     @classmethod
     def blank(cls, facts: Mapping[str, Any], clock: Clock) -> QuantizedLinear:
@@ -59,12 +66,21 @@ class QuantizedLinear(nn.Module):
         format, (rows, width) = WeightFormat(**facts["format"]), facts["shape"]
         groups = width // format.columns(width)
         ones = np.ones((rows, groups), np.float32)
-        layer = cls(np.zeros((rows, width), np.uint8), Grid(format, ones, ones), mx.zeros(rows) if facts["bias"] else None)
+        bias, divisor = mx.zeros(rows) if facts["bias"] else None, mx.ones(width) if facts["divisor"] else None
+        layer = cls(np.zeros((rows, width), np.uint8), Grid(format, ones, ones), bias, divisor)
         if facts["table"] is not None:
             entries, shifts = facts["table"]
             sigma, eight = np.arange(entries, dtype=np.float32), np.full(entries, 8, np.uint8)
             layer.set_activations(ActivationTable(sigma, sigma + 1, np.zeros((entries, shifts), np.float32), eight), clock)
         return layer
+
+    def with_codes(self, codes: npt.NDArray[Any]) -> QuantizedLinear:
+        """The same layer with other codes uint8 [out, in]."""
+        divisor = self.act_divisor if "act_divisor" in self else None
+        other = QuantizedLinear(codes, self.grid(), self.bias if "bias" in self else None, divisor)
+        if self.table is not None and self._clock is not None:
+            other.set_activations(self.table, self._clock)
+        return other
 
     @property
     def format(self) -> WeightFormat:
@@ -139,7 +155,7 @@ class QuantizedLinear(nn.Module):
         return mx.dequantize(self.weight, ones, ones * -zero, group_size=group, bits=self._format.bits)
 
     def dequantized(self, centred: mx.array | None = None) -> mx.array:
-        """The weight as float32 [out, in]."""
+        """The weight as float32 [out, in], times the divisor where there is one."""
         centred = self.centred_codes() if centred is None else centred
         shape = (self._shape[0], self.scales.shape[1], -1)
         weight = centred.reshape(shape) * self.scales[..., None].astype(mx.float32)
@@ -153,6 +169,8 @@ class QuantizedLinear(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         """x [..., in] to [..., out], in x's dtype."""
+        if "act_divisor" in self:
+            x = x / self.act_divisor.astype(x.dtype)
         if self._reader is None:
             return self._weight_only(x)
         entry = self._reader.read(x)

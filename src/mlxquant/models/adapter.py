@@ -7,8 +7,10 @@ all a block-by-block quantizer needs.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import mlx.core as mx
@@ -26,6 +28,11 @@ from ..schedule import Clock, Sigmas, flow_sigmas
 State = dict[str, mx.array]
 
 
+def written(outputs: State, inputs: State) -> list[str]:
+    """What a stage wrote: the keys of its outputs whose array is not the very object that came in."""
+    return [key for key, value in outputs.items() if inputs.get(key) is not value]
+
+
 @dataclass(frozen=True)
 class Stage:
     """One link of the chain: ``run`` maps state to state and uses only modules below ``prefixes``."""
@@ -38,6 +45,45 @@ class Stage:
         return any(path == prefix or path.startswith(prefix + ".") for prefix in self.prefixes)
 
 
+Observe = Callable[[str, State, State], None]
+
+
+class StageHook:
+    """Shows the state before and after one stage to an observer and passes it on. It stands in for the stage's ``run``, outside of the
+    module tree: not an ``nn.Module``, so parameters and paths are the same while it is there.
+    """
+
+    def __init__(self, name: str, run: Callable[[State], State], observe: Observe):
+        self._name, self._run, self._observe = name, run, observe
+
+    def __call__(self, state: State) -> State:
+        outputs = self._run(state)
+        self._observe(self._name, state, outputs)
+        return outputs
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Rows ``start`` to ``stop`` of the Linear at ``path`` write the channels of an edge; with ``plus_one`` they are used as 1 + y."""
+
+    path: str
+    start: int
+    stop: int
+    plus_one: bool = False
+
+
+@dataclass(frozen=True)
+class Edge:
+    """``consumers`` read one and the same tensor. Where ``folds`` are given, its channels can be divided by any positive vector by
+    changing those producers alone; where there are none, whoever wants to divide has to do it while the model runs. ``after`` names
+    the nonlinearity that wrote the tensor, such as "gelu", and with it the skew of what is in it.
+    """
+
+    consumers: tuple[str, ...]
+    folds: tuple[Fold, ...] = ()
+    after: str = ""
+
+
 class Adapter(ABC):
     """A diffusion model, seen from the outside. Subclasses fill in the abstract members; the rest follows from them."""
 
@@ -47,7 +93,9 @@ class Adapter(ABC):
     shift: float = 1.0  # of the noise schedule
     steps: int = 28  # default number of sampler steps
     cfg: float = 1.0  # default guidance
+    batch: int = 16  # pictures that are sampled at once
     latent_shape: tuple[int, int, int]  # H, W, C
+    _hooks: Mapping[str, StageHook] = MappingProxyType({})  # by stage, set by ``hooked``
 
     @property
     @abstractmethod
@@ -83,9 +131,9 @@ class Adapter(ABC):
         """Share of prompt attributes that the pictures obey, where the model can tell; ``mean`` is over all of them."""
         return None
 
-    def edges(self) -> dict[str, tuple[str, ...]]:
-        """Which layers read the same input: one path for each set, to all paths of that set. Empty where nothing is known."""
-        return {}
+    def edges(self) -> tuple[Edge, ...]:
+        """Which layers read the same tensor, and what can be folded into what wrote it. Each layer is in at most one edge."""
+        return ()
 
     def linears(self) -> dict[str, nn.Linear]:
         return find_linears(self.module)
@@ -117,7 +165,7 @@ class Adapter(ABC):
         state = self.state(latent, tokens, pooled, sigma)
         with self.clock.at(sigma):
             for stage in self.stages:
-                state = stage.run(state)
+                state = self._hooks.get(stage.name, stage.run)(state)
             mx.eval(state)
         return state["velocity"]
 
@@ -136,3 +184,21 @@ class Adapter(ABC):
         text, empty = self.encode(prompts), self.encode([""] * len(prompts))
         sigmas = self.sigmas(self.steps if steps is None else steps)
         return sample(self.velocity, noise, sigmas, text, empty, self.cfg if cfg is None else cfg, callback)
+
+
+@contextmanager
+def hooked(adapter: Adapter, names: Iterable[str], observe: Observe) -> Iterator[None]:
+    """Call ``observe(name, inputs, outputs)`` for each of these stages in the calls of ``adapter.velocity`` inside.
+
+    The states are not evaluated yet; an observer keeps what it needs and evaluates everything at once. The hooks are gone afterwards,
+    also after an exception. Raises AdapterError on a stage that the model does not have.
+    """
+    before, runs = adapter._hooks, {stage.name: stage.run for stage in adapter.stages}
+    names = list(names)
+    if unknown := [name for name in names if name not in runs]:
+        raise AdapterError(f"{adapter.name} has no stages {unknown}; its stages are {list(runs)}")
+    adapter._hooks = {**before, **{name: StageHook(name, before.get(name, runs[name]), observe) for name in names}}
+    try:
+        yield
+    finally:
+        adapter._hooks = before

@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..errors import AdapterError
-from .adapter import Stage, State
+from .adapter import Edge, Fold, Stage, State
 from .fast_cpu import attention, gelu
 
 
@@ -290,6 +290,28 @@ def mmdit_stages(model: MMDiT) -> tuple[Stage, ...]:
     embedders = ("x_embedder", "x_pos_embedder", "y_embedder", "t_embedder", "context_embedder")
     blocks = [block(i) for i in range(model.config.depth_multimodal)]
     return (Stage("embed", embedders, embed), *blocks, Stage("head", ("final_layer",), head))
+
+
+def mmdit_edges(config: MMDiTConfig) -> tuple[Edge, ...]:
+    """Who reads the same tensor in an MMDiT's blocks: q, k, v and fc1 read what adaLN modulates; o_proj reads a mixture of both
+    streams' values, so both streams' o_proj divide together; between GELU and fc2 nothing can be folded.
+    """
+    d, edges = config.hidden_size, []
+    for index in range(config.depth_multimodal):
+        last = index == config.depth_multimodal - 1
+        block = f"multimodal_transformer_blocks.{index}"
+        streams = [f"{block}.{name}_transformer_block" for name in ("image", "text")]
+        finished = streams[:1] if last else streams
+
+        def modulated(stream: str, chunk: int) -> tuple[Fold, ...]:
+            adaln = f"{stream}.adaLN_modulation.layers.1"
+            return Fold(adaln, chunk * d, (chunk + 1) * d), Fold(adaln, (chunk + 1) * d, (chunk + 2) * d, plus_one=True)
+
+        edges += [Edge(tuple(f"{s}.attn.{name}_proj" for name in "qkv"), modulated(s, 0)) for s in streams]
+        edges.append(Edge(tuple(f"{s}.attn.o_proj" for s in finished), tuple(Fold(f"{s}.attn.v_proj", 0, d) for s in streams)))
+        edges += [Edge((f"{s}.mlp.fc1",), modulated(s, 3)) for s in finished]
+        edges += [Edge((f"{s}.mlp.fc2",), after="gelu") for s in finished]
+    return tuple(edges)
 
 
 def mmdit_role(path: str) -> str:

@@ -17,9 +17,9 @@ from ..prompts import Prompt
 from ..sampler import Conditioning
 from ..schedule import Clock
 from . import shapes
-from .adapter import Adapter, Stage
+from .adapter import Adapter, Edge, Stage
 from .caption_text import CaptionEncoder, tokenize
-from .mmdit import MMDiT, MMDiTConfig, mmdit_role, mmdit_stages
+from .mmdit import MMDiT, MMDiTConfig, mmdit_edges, mmdit_role, mmdit_stages
 
 WEIGHTS = "mmdit-shapes.safetensors"
 
@@ -85,6 +85,9 @@ class MMDiTShapes(Adapter):
 
     def role(self, path: str) -> str:
         return mmdit_role(path)
+
+    def edges(self) -> tuple[Edge, ...]:
+        return mmdit_edges(self.module.config)
 
     def linears(self) -> dict[str, nn.Linear]:
         return {path: m for path, m in super().linears().items() if not path.startswith("text_encoder")}
