@@ -45,8 +45,11 @@ class Moments:
     def width(self) -> int:
         return int(self.gram.shape[0])
 
-    def add(self, inputs: Array) -> None:
-        """Add inputs [...,in] in place; raises NumericsError when they are not finite, CalibrationError on another width."""
+    def add(self, inputs: Array, exact: Array | None = None) -> None:
+        """Add inputs [...,in], and the same tokens' ``exact`` inputs in the full-precision model where ``cross`` is wanted, in place.
+
+        Raises NumericsError when they are not finite, CalibrationError on another width.
+        """
         if inputs.shape[-1] != self.width:
             raise CalibrationError(f"inputs of shape {inputs.shape} do not belong to a layer of input width {self.width}")
         tokens = inputs.reshape(-1, self.width).astype(np.float64)
@@ -60,6 +63,14 @@ class Moments:
             )
         self.gram += gram
         self.count += len(tokens)
+        if exact is not None:
+            cross = tokens.T @ exact.reshape(-1, self.width).astype(np.float64)
+            self.cross = cross if self.cross is None else self.cross + cross
+
+    def divided(self, divisor: Array) -> Moments:
+        """The moments of inputs whose channels are divided by ``divisor`` [in]."""
+        both = np.outer(divisor, divisor)
+        return Moments(self.gram / both, self.count, None if self.cross is None else self.cross / both)
 
 
 def output_error(weight: Array, quantized: Array, moments: Moments) -> float:

@@ -1,8 +1,9 @@
 """Which methods exist. A new method is one file, one line in ``FILES``, one ``@register`` line and one
 citation, and the law tests cover it.
 
-Kinds: "steps" chooses the grid of a weight, "round" its codes, "range" the activation table of a layer. "transform" and
-"reconstruct" are reserved for methods that change what is quantized and that optimise whole blocks.
+Kinds: "steps" chooses the grid of a weight, "round" its codes, "range" the activation table of a layer, "tier" how many
+bits its input gets at each timestep. "transform" and "reconstruct" are reserved for methods that change what is quantized and that
+optimise whole blocks.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from typing import Any, TypeVar
 
 from ..errors import RecipeError
 
-KINDS = ("steps", "round", "range", "transform", "reconstruct")
-FILES = ("steps", "rtn", "gptq", "descent", "ranges")
+KINDS = ("steps", "round", "range", "tier", "transform", "reconstruct")
+FILES = ("steps", "rtn", "gptq", "descent", "adaround", "ranges", "tiers")
 CITATIONS = {
     "gptq": """@inproceedings{frantar2023gptq,
   title = {{GPTQ}: Accurate Post-Training Quantization for Generative Pre-trained Transformers},
@@ -31,6 +32,13 @@ CITATIONS = {
             and Zhu, Siyu and Keerthi, Sathiya and Mazumder, Rahul},
   journal = {arXiv preprint arXiv:2309.01885},
   year = {2023}
+}""",
+    "adaround": """@inproceedings{nagel2020adaround,
+  title = {Up or Down? {A}daptive Rounding for Post-Training Quantization},
+  author = {Nagel, Markus and Amjad, Rana Ali and van Baalen, Mart and Louizos, Christos and Blankevoort, Tijmen},
+  booktitle = {International Conference on Machine Learning},
+  year = {2020},
+  note = {arXiv:2004.10568}
 }""",
     "taqdit": """@article{liu2024taqdit,
   title = {{TaQ-DiT}: Time-aware Quantization for Diffusion Transformers},

@@ -1,0 +1,178 @@
+"""AdaRound against the paper's equations in float64, against brute force, and against itself after an interruption."""
+
+import itertools
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlxquant.errors import NumericsError, RecipeError
+from mlxquant.formats import WeightFormat, fit_extremes
+from mlxquant.methods import adaround as ada
+from mlxquant.methods.gptq import gptq
+from mlxquant.methods.moments import Moments, energy
+from mlxquant.methods.rtn import rtn
+from mlxquant.methods.steps import search
+
+
+def problem(rows=6, width=24, bits=3, seed=0):
+    """A weight, its grid, and correlated inputs with their moments."""
+    random = np.random.default_rng(seed)
+    weight = random.standard_normal((rows, width))
+    inputs = random.standard_normal((4 * width, width)) @ random.standard_normal((width, width))
+    moments = Moments.of(inputs)
+    return weight, search(weight, WeightFormat(bits), moments), inputs, moments
+
+
+def soft(choice, grid):
+    return (choice.base + np.array(ada.h(mx.array(choice.alpha)))) * grid.scales + grid.biases
+
+
+def learn(weight, grid, inputs, choice, checkpoint=None, **settings):
+    """Learn one linear layer on its whole output, full batch."""
+    x, y = mx.array(inputs.astype(np.float32)), mx.array((inputs @ weight.T).astype(np.float32))
+    start = mx.square(x @ mx.array(grid.dequantize(choice.codes(choice.alpha, grid))).T - y).mean().item()
+
+    def loss(weights, x, y):
+        return mx.square(x @ weights["a.0.w"].T - y).mean() / start
+
+    chosen = ada.Settings(**{"iterations": 300, "rate": 0.05, "pressure": 3.0, **settings})
+    return ada.adaround(loss, {"a.0.w": choice}, {"a.0.w": grid}, lambda i: (x, y), chosen, checkpoint)
+
+
+def test_soft_rounding_follows_the_paper():
+    alpha = np.linspace(-6, 6, 101)
+    expected = np.clip(1.2 / (1 + np.exp(-alpha)) - 0.1, 0, 1)
+    np.testing.assert_allclose(np.array(ada.h(mx.array(alpha.astype(np.float32)))), expected, atol=1e-6)
+    for b in (20.0, 7.5, 2.0):
+        reference = 1 - np.abs(2 * expected - 1) ** b
+        np.testing.assert_allclose(np.array(ada.regulariser(mx.array(alpha.astype(np.float32)), mx.array(b))), reference, atol=2e-5)
+
+
+def test_regulariser_is_zero_exactly_where_the_choice_is_made():
+    made, open_ = mx.array([-9.0, 9.0]), mx.array([-1.0, 0.0, 1.0])
+    assert (np.array(ada.regulariser(made, mx.array(20.0))) == 0).all()
+    assert (np.array(ada.regulariser(open_, mx.array(2.0))) > 0).all()
+
+
+def test_exponent_is_annealed_after_the_warm_up():
+    assert [ada.exponent(p, 0.2) for p in (0.0, 0.2, 0.6, 1.0)] == pytest.approx([20, 20, 11, 2])
+
+
+@pytest.mark.parametrize("text", ["w4", "w3-asym", "w2-g32"])
+def test_it_starts_exactly_at_the_weight(text):
+    random = np.random.default_rng(1)
+    weight = random.standard_normal((5, 64)).astype(np.float32)
+    grid = fit_extremes(weight, WeightFormat.parse(text))
+    choice = ada.choose(weight, grid)
+    scales, biases = (grid.expand(v, 64) for v in (grid.scales, grid.biases))
+    start = (choice.base + np.array(ada.h(mx.array(choice.alpha)))) * scales + biases
+    lowest, highest = grid.biases.repeat(64 // grid.biases.shape[1], 1), (grid.format.levels - 1) * scales + biases
+    np.testing.assert_allclose(start, np.clip(weight, lowest, highest), atol=3e-6 * float(np.abs(weight).max()))
+    np.testing.assert_array_equal(choice.codes(choice.alpha, grid), rtn(weight, grid))
+
+
+def test_choices_are_the_codes_around_the_weight():
+    weight, grid, _, _ = problem()
+    choice = ada.choose(weight, grid)
+    place = np.clip((weight - grid.biases) / grid.scales, 0, grid.format.levels - 1)
+    for sign, edge in ((-9, np.floor), (9, np.ceil)):
+        codes = choice.codes(np.full(weight.shape, sign), grid)
+        inside = place < grid.format.levels - 1
+        np.testing.assert_array_equal(codes[inside], np.where(place == np.floor(place), codes, edge(place))[inside])
+        assert codes.max() <= grid.format.levels - 1
+
+
+def test_a_start_is_kept_until_something_moves():
+    weight, grid, _, moments = problem()
+    codes = gptq(weight, grid, moments)
+    choice = ada.choose(weight, grid, codes)
+    np.testing.assert_array_equal(choice.codes(choice.alpha, grid), codes)
+    both = np.stack([choice.codes(np.full(weight.shape, sign), grid).astype(int) for sign in (-1, 1)])
+    assert ((both == codes).any(0)).all()
+    assert (np.diff(both, axis=0) == 1).all()
+    nearest = rtn(weight, grid)
+    np.testing.assert_allclose(soft(ada.choose(weight, grid, nearest, trust=0.0), grid), soft(ada.choose(weight, grid), grid), atol=1e-5)
+
+
+def test_it_finds_what_brute_force_finds():
+    weight, grid, inputs, moments = problem(rows=1, width=9, bits=2, seed=3)
+    choice = ada.choose(weight, grid)
+    learned = learn(weight, grid, inputs, choice, iterations=800).codes["a.0.w"]
+    losses = {}
+    for ups in itertools.product([-1, 1], repeat=9):
+        codes = choice.codes(np.array([ups]), grid)
+        losses[codes.tobytes()] = energy(weight - grid.dequantize(codes), moments.gram).item()
+    nearest = energy(weight - grid.dequantize(rtn(weight, grid)), moments.gram).item()
+    best = min(losses.values())
+    assert best < 0.8 * nearest
+    assert losses[learned.tobytes()] <= best + 0.05 * (nearest - best)
+
+
+def test_it_beats_rounding_and_improves_its_start():
+    weight, grid, inputs, moments = problem(rows=16, width=48)
+    error = {}
+    for name, codes in {"rtn": rtn(weight, grid), "gptq": gptq(weight, grid, moments)}.items():
+        start = None if name == "rtn" else codes
+        learned = learn(weight, grid, inputs, ada.choose(weight, grid, start)).codes["a.0.w"]
+        error[name], error[name + "+"] = (energy(weight - grid.dequantize(c), moments.gram).sum() for c in (codes, learned))
+    assert error["rtn+"] < 0.5 * error["rtn"]
+    assert error["gptq+"] < error["gptq"]
+
+
+def test_the_regulariser_does_not_swamp_the_reconstruction():
+    """Summed over the weights it did: learning was rounding to nearest. Averaged, a wide layer is learned like a narrow one."""
+    weight, grid, inputs, moments = problem(rows=64, width=64, bits=4)
+    nearest = rtn(weight, grid)
+    learned = learn(weight, grid, inputs, ada.choose(weight, grid)).codes["a.0.w"]
+    assert 0.05 < (learned != nearest).mean() < 0.6
+    assert (
+        energy(weight - grid.dequantize(learned), moments.gram).sum() < 0.6 * energy(weight - grid.dequantize(nearest), moments.gram).sum()
+    )
+
+
+def test_it_stops_when_nothing_moves():
+    weight, grid, inputs, _ = problem()
+    facts = learn(weight, grid, inputs, ada.choose(weight, grid), iterations=5000, pressure=1000.0).facts
+    assert facts["iterations"] < 5000
+    assert facts["open"] == 0
+
+
+class Kept:
+    """A checkpoint in memory that can interrupt the run."""
+
+    due = True
+
+    def __init__(self, stop_at=None):
+        self.kept, self.stop_at = None, stop_at
+
+    def load(self):
+        return self.kept
+
+    def save(self, arrays, facts):
+        self.kept = {k: mx.array(np.array(v)) for k, v in arrays.items()}, dict(facts)
+        if facts["iteration"] == self.stop_at:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("stop_at", [ada.EVERY, 100, 275])
+def test_a_resumed_run_ends_with_the_same_codes(stop_at):
+    weight, grid, inputs, _ = problem(rows=8, width=32)
+    choice = ada.choose(weight, grid)
+    whole = learn(weight, grid, inputs, choice)
+    checkpoint = Kept(stop_at)
+    with pytest.raises(KeyboardInterrupt):
+        learn(weight, grid, inputs, choice, checkpoint)
+    assert checkpoint.kept[0]["alpha/a.0.w"].dtype == mx.float32  # the raw alphas, not what they were rounded to
+    resumed = learn(weight, grid, inputs, choice, checkpoint)
+    np.testing.assert_array_equal(resumed.codes["a.0.w"], whole.codes["a.0.w"])
+    assert resumed.facts == whole.facts
+
+
+def test_bad_settings_and_losses_are_refused():
+    for change in ({"iterations": 0}, {"rate": 0.0}, {"pressure": -1.0}, {"drop": 1.5}, {"batch": 0}):
+        with pytest.raises(RecipeError, match="out of range"):
+            ada.Settings(**change)
+    weight, grid, inputs, _ = problem()
+    with pytest.raises(NumericsError, match="the loss of iteration 24 is nan"):
+        learn(weight, grid, inputs * np.nan, ada.choose(weight, grid))
