@@ -18,7 +18,7 @@ from mlxquant import artifacts, cli
 from mlxquant.errors import NumericsError
 from mlxquant.models import mmdit_shapes
 from mlxquant.models.mmdit_shapes import MMDiTShapes
-from mlxquant.sweep import Store
+from mlxquant.store import FolderStore
 
 from conftest import tiny_adapter
 
@@ -29,7 +29,7 @@ import sys
 sys.path.insert(0, {tests!r})
 from conftest import tiny_adapter
 from mlxquant.models.mmdit_shapes import MMDiTShapes
-from mlxquant.sweep import Store
+from mlxquant.store import FolderStore
 MMDiTShapes.pretrained = classmethod(lambda cls: tiny_adapter())
 from mlxquant.cli import main
 main(sys.argv[1:])
@@ -218,16 +218,16 @@ def test_interrupt_says_how_to_go_on(tmp_path):
 
 def test_progress_of_other_settings_is_not_used(tmp_path, monkeypatch):
     succeed(*QUANTIZE, "--out", tmp_path / "a")
-    save = Store.save
+    save = FolderStore.save
 
     def save_one_stage(self, stage, result):
         save(self, stage, result)
         raise NumericsError("stopped here")
 
-    monkeypatch.setattr(Store, "save", save_one_stage)
+    monkeypatch.setattr(FolderStore, "save", save_one_stage)
     assert "stopped here" in fail(*QUANTIZE, "--steps", "3", "--out", tmp_path / "b")
     assert sorted(os.listdir(tmp_path / "b.partial")) == ["calibration.safetensors", "gptq-w4a8"]
-    monkeypatch.setattr(Store, "save", save)
+    monkeypatch.setattr(FolderStore, "save", save)
     succeed(*QUANTIZE, "--out", tmp_path / "b")
     assert (tmp_path / "a" / "weights.safetensors").read_bytes() == (tmp_path / "b" / "weights.safetensors").read_bytes()
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import mlxquant as mq
-from mlxquant import artifacts, sweep
+from mlxquant import artifacts, store, streams, sweep
 from mlxquant.errors import ArtifactError, CalibrationError, NumericsError, RecipeError
 from mlxquant.layers import QuantizedLinear
 from mlxquant.methods import registry
@@ -61,11 +61,11 @@ def test_every_timestep_has_its_own_scales_and_static_has_one(tiny):
 
 def test_stages_are_never_worse_than_rounding(tiny):
     quantized = mq.quantize(tiny, calibrate(tiny), "gptq-w2a16")
-    gated = [stage for stage in quantized.facts["stages"] if "error_rtn" in stage]
+    gated = [stage for stage in quantized.facts["stages"] if "rtn" in stage["errors"]]
     assert len(gated) == len(tiny.adapter.stages)
     for stage in gated:
-        assert stage["kept"] == ("calibrated" if stage["error"] <= stage["error_rtn"] else "rtn")
-    assert sum(s["error"] < 0.9 * s["error_rtn"] for s in gated) >= 2
+        assert stage["error"] == min(stage["errors"].values()) == stage["errors"][stage["kept"]]
+    assert sum(s["error"] < 0.9 * s["errors"]["rtn"] for s in gated) >= 2
 
 
 def test_a_method_that_hurts_is_dropped_and_it_says_so(tiny, monkeypatch):
@@ -88,7 +88,7 @@ def test_interrupted_sweep_resumes_to_the_same_model(tiny, tmp_path, monkeypatch
     calib = calibrate(tiny)
     whole = mq.quantize(tiny, calib, "gptq-w4a8")
     done = []
-    save = sweep.Store.save
+    save = store.FolderStore.save
 
     def stop(self, which, result):
         if len(done) == stage:
@@ -96,13 +96,13 @@ def test_interrupted_sweep_resumes_to_the_same_model(tiny, tmp_path, monkeypatch
         done.append(which.name)
         save(self, which, result)
 
-    monkeypatch.setattr(sweep.Store, "save", stop)
+    monkeypatch.setattr(store.FolderStore, "save", stop)
     with pytest.raises(KeyboardInterrupt):
         mq.quantize(tiny, calib, "gptq-w4a8", work=tmp_path)
-    monkeypatch.setattr(sweep.Store, "save", save)
+    monkeypatch.setattr(store.FolderStore, "save", save)
     rebuilt = []
-    original = sweep.quantize_stage
-    monkeypatch.setattr(sweep, "quantize_stage", lambda adapter, s, *rest: rebuilt.append(s.name) or original(adapter, s, *rest))
+    original = sweep.Sweep.quantize
+    monkeypatch.setattr(sweep.Sweep, "quantize", lambda self, s, *rest: rebuilt.append(s.name) or original(self, s, *rest))
     assert_same(mq.quantize(tiny, calib, "gptq-w4a8", work=tmp_path), whole)
     assert rebuilt == [s.name for s in tiny.adapter.stages][stage:]
 
@@ -152,11 +152,12 @@ def test_errors_are_measured_on_what_a_stage_writes(tiny):
     calib = calibrate(tiny)
     sigmas, states = calib.batches(tiny.adapter)
     embed, block = tiny.adapter.stages[:2]
-    inputs = sweep.run_stage(tiny.adapter, embed, sigmas, states, sweep.silent)
-    targets = sweep.run_stage(tiny.adapter, block, sigmas, inputs, sweep.silent)
-    assert sweep.stage_error(targets, targets, inputs) == 0
+    inputs = streams.run_stage(tiny.adapter, embed, sigmas, states)
+    targets = streams.ExactStream(tiny.adapter, sigmas, inputs).targets(block)
+    assert set(targets[0]) == {"image", "text"}
+    assert streams.stage_error(targets, targets) == 0
     halved = [{**s, "image": s["image"] * 0.5} for s in targets]
-    assert sweep.stage_error(halved, targets, inputs) == pytest.approx(0.25 / 2)  # image and text count the same, the conditioning not
+    assert streams.stage_error(halved, targets) == pytest.approx(0.25 / 2)  # image and text count the same, the conditioning not
 
 
 def test_overflowing_stage_is_named(tiny):

@@ -9,24 +9,30 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
 from .activations import BITS
 from .errors import RecipeError
 from .formats import WeightFormat
+from .methods.adaround import Settings
 
 ROLES = ("attention", "mlp", "modulation", "embedder", "output")
 
 
 @dataclass(frozen=True)
 class ActivationSpec:
-    """Static activation quantization: ``bits`` 4, 6 or 8; ``range`` a range method; one entry a timestep, or one for all."""
+    """Static activation quantization: ``bits`` 4, 6 or 8; ``range`` a range method; one entry a timestep, or one for all.
+
+    With a ``budget`` each layer takes at each timestep the fewest bits, at most ``bits``, whose relative output error on calibration
+    data stays within it, and post-GELU inputs are shifted where that lowers the error.
+    """
 
     bits: int = 8
     range: str = "extremes"
     per_timestep: bool = True
+    budget: float | None = None
 
     def __post_init__(self) -> None:
         if self.bits not in BITS[:-1]:
@@ -35,26 +41,43 @@ class ActivationSpec:
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """What happens to a layer: weight format, how its steps are chosen, how it is rounded, and its activations (None: not quantized)."""
+    """What happens to a layer: weight format, how its steps are chosen, how it is rounded, and its activations (None: not quantized).
+
+    ``corrected`` aims the rounding at weights that make up for the error of the layers before. ``reconstruct`` names the method that
+    then learns the codes of a stage together, starting from these.
+    """
 
     weight: WeightFormat
     activation: ActivationSpec | None = None
     steps: str = "extremes"
     rounding: str = "rtn"
+    corrected: bool = False
+    reconstruct: str | None = None
 
     @property
     def plain(self) -> LayerSpec:
         """The same format by round-to-nearest: what every method has to beat."""
-        return replace(self, steps="extremes", rounding="rtn")
+        return replace(self, steps="extremes", rounding="rtn", corrected=False, reconstruct=None)
+
+    @property
+    def start(self) -> LayerSpec:
+        """What a reconstruction starts from."""
+        return replace(self, reconstruct=None)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """``rules``: pattern and specification (None keeps the layer as it is), in order. ``gate``: keep round-to-nearest where it wins."""
+    """``rules``: pattern and specification (None keeps the layer as it is), in order. ``gate``: keep round-to-nearest where it wins.
+
+    ``learning`` is for the layers that are reconstructed. With ``sensitivity`` errors inside the model count as far as they change
+    what it predicts; without, all channels and noise levels count the same.
+    """
 
     name: str
     rules: tuple[tuple[str, LayerSpec | None], ...]
     gate: bool = True
+    learning: Settings = field(default_factory=Settings)
+    sensitivity: bool = False
 
     def plan(self, layers: Mapping[str, str]) -> dict[str, LayerSpec]:
         """Layers (path to role) to what happens to each; raises RecipeError when a glob matches no layer at all."""
@@ -82,13 +105,16 @@ class Recipe:
             pattern, equals, spec = text.partition("=")
             if not equals or not pattern:
                 raise RecipeError(f"override {text!r}: expected PATTERN=SPEC, such as '*.mlp.fc2=w8a16' or '@attention=keep'")
-            rules.append((pattern, None if spec == "keep" else parse_spec(spec, steps=main.steps, rounding=main.rounding)))
+            like = {"steps": main.steps, "rounding": main.rounding, "corrected": main.corrected, "reconstruct": main.reconstruct}
+            rules.append((pattern, None if spec == "keep" else parse_spec(spec, **like)))
         return replace(self, name=",".join([self.name, *overrides]), rules=(*rules, *self.rules)) if rules else self
 
     def to_dict(self) -> dict[str, Any]:
         return {
             "name": self.name,
             "gate": self.gate,
+            "learning": asdict(self.learning),
+            "sensitivity": self.sensitivity,
             "rules": [[pattern, None if spec is None else asdict(spec)] for pattern, spec in self.rules],
         }
 
@@ -97,15 +123,17 @@ def _matches(pattern: str, path: str, role: str) -> bool:
     return role == pattern[1:] if pattern.startswith("@") else fnmatchcase(path, pattern)
 
 
-METHODS = {
+METHODS: dict[str, dict[str, Any]] = {
     "rtn": {"steps": "extremes", "rounding": "rtn"},
     "gptq": {"steps": "search", "rounding": "gptq"},
     "descent": {"steps": "search", "rounding": "gptq-descent"},
+    "adaround": {"steps": "search", "rounding": "rtn", "reconstruct": "adaround"},
+    "taqdit": {"steps": "search", "rounding": "gptq", "reconstruct": "adaround"},
 }
 _SPEC = re.compile(r"(w[2-8])a(4|6|8|16)((?:-tensor|-g\d+)?(?:-sym|-asym)?)(-static)?")
 
 
-def parse_spec(text: str, steps: str, rounding: str) -> LayerSpec:
+def parse_spec(text: str, **method: Any) -> LayerSpec:
     """``w4a8``, ``w4a16-g128``, ``w8a8-static`` …; raises RecipeError with the grammar."""
     match = _SPEC.fullmatch(text)
     if match is None:
@@ -114,7 +142,7 @@ def parse_spec(text: str, steps: str, rounding: str) -> LayerSpec:
             "then optionally -g32/-g64/-g128/-tensor, -sym/-asym and -static"
         )
     activation = None if match[2] == "16" else ActivationSpec(int(match[2]), per_timestep=match[4] is None)
-    return LayerSpec(WeightFormat.parse(match[1] + match[3]), activation, steps, rounding)
+    return LayerSpec(WeightFormat.parse(match[1] + match[3]), activation, **method)
 
 
 def parse_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -129,6 +157,6 @@ def parse_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
         main = parse_spec(text, **METHODS[method])
     except RecipeError as error:
         raise RecipeError(f"unknown recipe {name!r}: {error}") from error
-    careful = replace(main, weight=replace(main.weight, bits=8), activation=None)
+    careful = replace(main.start, weight=replace(main.weight, bits=8), activation=None)
     rules = [(role, careful) for role in ("@modulation", "@embedder", "@output")]
     return Recipe(name, (*rules, ("*", main))).overridden(overrides)

@@ -2,174 +2,229 @@
 
 Two streams of hidden states go through the model side by side, one full-precision and one quantized. At each stage (embedders, a
 block, the head) the quantized stream shows every layer the inputs that it will really get, the methods turn weights and statistics
-into codes and activation tables, and the stage is compared, hard-rounded, with plain round-to-nearest; the better one stays. Nothing
-is cached to disk but results: with a store, a killed sweep resumes at the stage it was in and ends with the same bytes.
+into codes and activation tables, a reconstruction may then learn the codes of the stage together, and what was tried is compared,
+hard-rounded, with plain round-to-nearest; the best stays. Nothing is cached to disk but results: with a store, a killed sweep
+resumes in the stage it was in and ends with the same bytes.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+import numpy.typing as npt
 
-from . import artifacts
+from .activations import ActivationTable
 from .calibration import Calibration
-from .errors import MlxQuantError, NumericsError
+from .errors import MlxQuantError, NumericsError, RecipeError
 from .layers import QuantizedLinear
 from .methods import registry
+from .methods.correction import corrected_target
 from .methods.moments import Moments, output_error
 from .models.adapter import Adapter, Stage, State
 from .progress import Progress, silent
-from .recipe import LayerSpec, Recipe
-from .rewrite import parameters, set_module, swapped, tapped
-from .schedule import Clock
-from .statistics import Collector
+from .recipe import ActivationSpec, LayerSpec, Recipe
+from .reconstruction import Reconstruction, reconstruct_stage
+from .rewrite import set_module, swapped, tapped
+from .sensitivity import Sensitivity, measure
+from .statistics import Collector, InputRanges
+from .store import Layers, StageCheckpoint, StageResult, Store
+from .streams import ExactStream, Teacher, Weights, run_stage, stage_error
 
-Layers = dict[str, QuantizedLinear]
+Array = npt.NDArray[Any]
+SENSITIVITY_ROWS = 8
 
 
 @dataclass(frozen=True)
-class StageResult:
-    """What became of a stage: its quantized layers, facts for the report, and, fresh from quantizing, what the stage now writes."""
+class Rounded:
+    """A quantized layer beside the weight [out,in] that it stands for, the one that its rounding aimed at, and its inputs' moments."""
 
-    layers: Layers
-    facts: dict[str, Any]
-    outputs: list[State] | None = None
+    layer: QuantizedLinear
+    weight: Array
+    target: Array
+    moments: Moments
 
-
-def run_stage(adapter: Adapter, stage: Stage, sigmas: list[float], states: list[State], progress: Progress) -> list[State]:
-    """One stage over all calibration batches."""
-    outputs = []
-    for sigma, state in progress(list(zip(sigmas, states, strict=True)), stage.name):
-        with adapter.clock.at(sigma):
-            outputs.append(stage.run(state))
-            mx.eval(outputs[-1])
-    return outputs
+    @property
+    def error(self) -> float:
+        """Relative output error on the calibration inputs."""
+        return output_error(self.weight, self.layer.grid().dequantize(self.layer.codes()), self.moments)
 
 
-def stage_error(outputs: list[State], targets: list[State], inputs: list[State]) -> float:
-    """Relative squared error of what a stage writes, over all calibration batches, averaged over its output tensors."""
-    written = [key for key, value in outputs[0].items() if inputs[0].get(key) is not value]
-    errors = []
-    for key in written:
-        pairs = [(o[key], t[key]) for o, t in zip(outputs, targets, strict=True)]
-        difference = sum(energy(o - t) for o, t in pairs)
-        total = sum(energy(t) for _, t in pairs)
-        errors.append(difference / total if total > 0 else 0.0)
-    return float(np.mean(errors))
+@dataclass(frozen=True)
+class Preset:
+    """What was decided about a layer's input elsewhere: its table, and by what its channels are divided ([in], online)."""
+
+    table: ActivationTable | None = None
+    divisor: Array | None = None
 
 
-def energy(x: mx.array) -> float:
-    """Sum of squares."""
-    return float(np.array(mx.square(x).sum()))
+def activation_table(ranges: InputRanges, spec: ActivationSpec, weight: Array) -> ActivationTable:
+    """The static scales of a layer's input by their specification, for the rounded ``weight`` [out,in]."""
+    find = registry.get("range", spec.range).function
+    return find(ranges if spec.per_timestep else ranges.merged(), weight, spec.bits)
 
 
-def quantize_layer(linear: nn.Linear, spec: LayerSpec, path: str, statistics: Collector, adapter: Adapter) -> tuple[QuantizedLinear, float]:
-    """One layer by its specification: the quantized layer and its relative output error on the calibration inputs."""
+def quantize_layer(linear: nn.Linear, spec: LayerSpec, statistics: Collector, path: str, preset: Preset) -> Rounded:
+    """The weight of one layer by its specification; errors name the layer."""
     weight = np.array(linear.weight.astype(mx.float32)).astype(np.float64)
     moments: Moments = statistics[path].moments
+    if preset.divisor is not None:
+        weight, moments = weight * preset.divisor, moments.divided(preset.divisor)
     try:
-        grid = registry.get("steps", spec.steps).function(weight, spec.weight, moments)
-        codes = registry.get("round", spec.rounding).function(weight, grid, moments)
+        target = corrected_target(weight, moments) if spec.corrected else weight
+        grid = registry.get("steps", spec.steps).function(target, spec.weight, moments)
+        codes = registry.get("round", spec.rounding).function(target, grid, moments)
     except MlxQuantError as error:
         raise type(error)(f"layer {path}: {error}") from error
-    rounded = grid.dequantize(codes)
-    layer = QuantizedLinear(codes, grid, linear.bias if "bias" in linear else None)
-    if spec.activation is not None:
-        ranges = statistics[path].ranges
-        ranges = ranges if spec.activation.per_timestep else ranges.merged()
-        find = registry.get("range", spec.activation.range).function
-        layer.set_activations(find(ranges, rounded, spec.activation.bits), adapter.clock)
-    return layer, output_error(weight, rounded, moments)
+    bias = linear.bias if "bias" in linear else None
+    divisor = None if preset.divisor is None else mx.array(preset.divisor, mx.float32)
+    return Rounded(QuantizedLinear(codes, grid, bias, divisor), weight, target, moments)
 
 
-class Store:
-    """Finished stages on disk, so that a killed sweep goes on where it was. ``job`` binds them to one model, recipe and calibration."""
-
-    def __init__(self, folder: Path, job: str):
-        self.folder, self._job = folder, job
-        artifacts.ensure_writable(folder)
-
-    def _path(self, stage: Stage) -> Path:
-        return self.folder / f"{stage.name}.safetensors"
-
-    def load(self, stage: Stage, clock: Clock) -> StageResult | None:
-        """A finished stage of this job, or None. A damaged file raises ArtifactError."""
-        if not self._path(stage).exists():
-            return None
-        arrays, header = artifacts.read_tensors(self._path(stage), "stage")
-        return StageResult(restore_layers(header["layers"], arrays, clock), header["facts"]) if header["job"] == self._job else None
-
-    def save(self, stage: Stage, result: StageResult) -> None:
-        header = {"job": self._job, "facts": result.facts, "layers": {path: layer.facts for path, layer in result.layers.items()}}
-        artifacts.write_tensors(self._path(stage), "stage", layer_arrays(result.layers), header)
+def round_to_nearest(linear: nn.Linear, spec: LayerSpec) -> QuantizedLinear:
+    """One layer in a specification's weight format, without calibration and with its inputs as they are."""
+    weight = np.array(linear.weight.astype(mx.float32)).astype(np.float64)
+    grid = registry.get("steps", "extremes").function(weight, spec.weight)
+    return QuantizedLinear(registry.get("round", "rtn").function(weight, grid), grid, linear.bias if "bias" in linear else None)
 
 
-def layer_arrays(layers: Layers) -> dict[str, mx.array]:
-    """All tensors of some layers under their full paths."""
-    return {f"{path}.{name}": value for path, layer in layers.items() for name, value in parameters(layer).items()}
+@dataclass(frozen=True)
+class Sweep:
+    """What stays the same from stage to stage: the model, what happens to its layers, the noise levels, and the teacher."""
 
+    adapter: Adapter
+    recipe: Recipe
+    plan: Mapping[str, LayerSpec]
+    sigmas: list[float]
+    teacher: Teacher
+    presets: Mapping[str, Preset] = field(default_factory=dict)
+    sensitivity: Sensitivity | None = None
+    progress: Progress = silent
 
-def restore_layers(facts: dict[str, Any], arrays: dict[str, mx.array], clock: Clock) -> Layers:
-    """The inverse of ``layer_arrays``, with the structure from each layer's ``facts``."""
-    layers = {}
-    for path, structure in facts.items():
-        layer = QuantizedLinear.blank(structure, clock)
-        own = {name.removeprefix(path + "."): value for name, value in arrays.items() if name.startswith(path + ".")}
-        artifacts.load_parameters(layer, own, path)
-        layer.refresh()
-        layers[path] = layer
-    return layers
+    def run(self, stages: Sequence[Stage], states: list[State], store: Store | None = None) -> list[dict[str, Any]]:
+        """Quantize ``adapter.module`` in place; ``states`` enter the first of ``stages``. Returns one dictionary of facts a stage."""
+        facts = []
+        for stage in stages:
+            targets = self.teacher.targets(stage)
+            result = store.load(stage, self.adapter.clock) if store is not None else None
+            if result is None:
+                result = self.quantize(stage, states, targets, None if store is None else store.checkpoint(stage))
+                if store is not None:
+                    store.save(stage, result)
+            for path, layer in result.layers.items():
+                set_module(self.adapter.module, path, layer)
+            states = result.outputs or run_stage(self.adapter, stage, self.sigmas, states, self.progress)
+            facts.append(result.facts)
+        return facts
 
+    def quantize(self, stage: Stage, inputs: list[State], targets: list[State], checkpoint: StageCheckpoint | None = None) -> StageResult:
+        """Quantize one stage on the quantized stream's ``inputs`` towards what the full-precision stream writes.
 
-def quantize_stage(
-    adapter: Adapter,
-    stage: Stage,
-    plan: dict[str, LayerSpec],
-    gate: bool,
-    sigmas: list[float],
-    inputs: list[State],
-    targets: list[State],
-    progress: Progress,
-) -> StageResult:
-    """Quantize one stage on the quantized stream's inputs against the full-precision stream's outputs.
+        The stage's layers in ``adapter.module`` are still full-precision and stay so; the result holds the quantized ones. Of what
+        was tried (learned codes, what they started from, round to nearest) the hard-rounded stage with the least error is kept.
+        """
+        specs = {path: spec for path, spec in self.plan.items() if stage.owns(path)}
+        if not specs:
+            return StageResult({}, {"stage": stage.name, "kept": "exact", "layers": {}})
+        statistics = self._statistics(stage, specs, inputs)
+        start, plain = ({path: getattr(spec, name) for path, spec in specs.items()} for name in ("start", "plain"))
+        first = "rtn" if start == plain else "calibrated"
+        rounded = self._round(stage, first, start, statistics)
+        tried = [self._judge(stage, first, rounded, specs, inputs, targets)]
+        if any(spec.reconstruct is not None for spec in specs.values()):
+            learned, facts = self._learn(stage, specs, rounded, tried[0], inputs, targets, checkpoint)
+            tried.insert(0, self._judge(stage, "learned", learned, specs, inputs, targets))
+            tried[0].facts["learning"] = facts
+        if self.recipe.gate and first != "rtn":
+            tried.append(self._judge(stage, "rtn", self._round(stage, "rtn", plain, statistics), specs, inputs, targets))
+        best = min(tried, key=lambda result: result.facts["error"])
+        errors = {result.facts["kept"]: result.facts["error"] for result in tried}
+        return replace(best, facts={**best.facts, "errors": errors})
 
-    The stage's layers in ``adapter.module`` are still full-precision and stay so; the result holds the quantized ones.
-    """
-    collector = Collector(ranges=any(spec.activation is not None for spec in plan.values()))
-    with tapped(adapter.module, plan, collector):
-        for sigma, state in progress(list(zip(sigmas, inputs, strict=True)), f"{stage.name}: statistics"):
-            collector.sigma = sigma
-            with adapter.clock.at(sigma):
-                mx.eval(stage.run(state))
-    linears = adapter.linears()
+    def _statistics(self, stage: Stage, specs: Mapping[str, LayerSpec], inputs: list[State]) -> Collector:
+        """What the stage's layers are given in the quantized stream and, where a specification asks for it, in the exact one."""
+        ranges = any(spec.activation is not None for spec in specs.values())
+        collector = Collector(ranges) if self.sensitivity is None else Collector(ranges, self.sensitivity.of_layer)
+        corrected = any(spec.corrected for spec in specs.values())
+        exact = self.teacher.inputs() if corrected else inputs
+        batches = list(zip(self.sigmas, inputs, exact, strict=True))
+        for sigma, state, reference in self.progress(batches, f"{stage.name}: statistics"):
+            collector.sigma, collector.exact = sigma, {}
+            with self.adapter.clock.at(sigma):
+                if corrected:
+                    with tapped(self.adapter.module, specs, collector.exact.__setitem__):
+                        mx.eval(stage.run(reference))
+                with tapped(self.adapter.module, specs, collector):
+                    mx.eval(stage.run(state))
+        collector.exact = {}
+        return collector
 
-    def candidate(specs: dict[str, LayerSpec], name: str) -> StageResult:
-        layers, report = {}, {}
-        for path, spec in progress(specs.items(), f"{stage.name}: {name}"):
-            layers[path], error = quantize_layer(linears[path], spec, path, collector, adapter)
-            bits = 16 if spec.activation is None else spec.activation.bits
-            report[path] = {"weight": str(spec.weight), "activation": bits, "error": error}
-        with swapped(adapter.module, dict(layers)):
-            outputs = run_stage(adapter, stage, sigmas, inputs, progress)
-        error = stage_error(outputs, targets, inputs)
+    def _round(self, stage: Stage, name: str, specs: Mapping[str, LayerSpec], statistics: Collector) -> dict[str, Rounded]:
+        linears, rounded = self.adapter.linears(), {}
+        for path, spec in self.progress(specs.items(), f"{stage.name}: {name}"):
+            preset = self.presets.get(path, Preset())
+            rounded[path] = quantize_layer(linears[path], spec, statistics, path, preset)
+            if spec.activation is not None:
+                layer = rounded[path].layer
+                table = preset.table or activation_table(statistics[path].ranges, spec.activation, np.array(layer.dequantized()))
+                layer.set_activations(table, self.adapter.clock)
+        return rounded
+
+    def _learn(
+        self,
+        stage: Stage,
+        specs: Mapping[str, LayerSpec],
+        rounded: Mapping[str, Rounded],
+        start: StageResult,
+        inputs: list[State],
+        targets: list[State],
+        checkpoint: StageCheckpoint | None,
+    ) -> tuple[dict[str, Rounded], dict[str, Any]]:
+        """The layers with learned codes where the plan says so, the others as they are; and facts about the run."""
+        learning = {path: spec for path, spec in specs.items() if spec.reconstruct is not None}
+        ways = {(str(spec.reconstruct), spec.rounding == "rtn") for spec in learning.values()}
+        if len(ways) > 1:
+            raise RecipeError(f"stage {stage.name}: a stage is reconstructed by one method from one start, found {sorted(ways)}")
+        (method, nearest), settings = ways.pop(), self.recipe.learning
+        goals = {path: rounded[path].target for path in learning}
+        work = Reconstruction(
+            self.adapter, stage, start.layers, goals, self.sigmas, inputs, self.teacher, targets, settings, self._weights(stage)
+        )
+        assert start.outputs is not None
+        label = f"{stage.name}: {method}"
+        codes, facts = reconstruct_stage(method, work, start.outputs, nearest, checkpoint, settings, self.progress, label)
+        changed = sum(int((values != rounded[path].layer.codes()).sum()) for path, values in codes.items())
+        learned = {path: replace(rounded[path], layer=rounded[path].layer.with_codes(values)) for path, values in codes.items()}
+        return {**rounded, **learned}, {**facts, "flipped": changed / sum(values.size for values in codes.values())}
+
+    def _weights(self, stage: Stage) -> Weights | None:
+        return None if self.sensitivity is None else self.sensitivity.of_stage(stage.name, self.sigmas)
+
+    def _judge(
+        self,
+        stage: Stage,
+        name: str,
+        rounded: Mapping[str, Rounded],
+        specs: Mapping[str, LayerSpec],
+        inputs: list[State],
+        targets: list[State],
+    ) -> StageResult:
+        """The stage with these layers, hard-rounded: what it writes and how far that is from the targets."""
+        layers: Layers = {path: r.layer for path, r in rounded.items()}
+        with swapped(self.adapter.module, dict(layers)):
+            outputs = run_stage(self.adapter, stage, self.sigmas, inputs, self.progress)
+        error = stage_error([self.teacher.pick(o) for o in outputs], targets, self._weights(stage))
         if not np.isfinite(error):
             raise NumericsError(f"stage {stage.name}, quantized ({name}), writes NaN or infinite values; use more bits there or '=keep'")
-        facts = {"stage": stage.name, "kept": name, "error": error, "layers": report}
-        return StageResult(layers, facts, outputs)
-
-    plain = {path: spec.plain for path, spec in plan.items()}
-    result = candidate(plan, "rtn" if plain == plan else "calibrated")
-    if not gate or plain == plan:
-        return result
-    rounded = candidate(plain, "rtn")
-    errors = {"error": result.facts["error"], "error_rtn": rounded.facts["error"]}
-    better = result if errors["error"] <= errors["error_rtn"] else rounded
-    return replace(better, facts={**better.facts, **errors})
+        report = {}
+        for path, r in rounded.items():
+            bits = 16.0 if r.layer.table is None else float(np.mean(r.layer.table.bits))
+            report[path] = {"weight": str(specs[path].weight), "activation": bits, "error": r.error}
+        return StageResult(layers, {"stage": stage.name, "kept": name, "error": error, "layers": report}, outputs)
 
 
 def sweep(
@@ -185,23 +240,15 @@ def sweep(
     """
     plan = recipe.plan({path: adapter.role(path) for path in adapter.linears()})
     sigmas, states = calibration.batches(adapter)
-    exact, quantized = states, states
-    facts = []
-    for stage in adapter.stages:
-        own = {path: spec for path, spec in plan.items() if stage.owns(path)}
-        targets = run_stage(adapter, stage, sigmas, exact, progress)
-        result = store.load(stage, adapter.clock) if store is not None else None
-        if result is None:
-            result = (
-                quantize_stage(adapter, stage, own, recipe.gate, sigmas, quantized, targets, progress)
-                if own
-                else StageResult({}, {"stage": stage.name, "kept": "exact", "layers": {}})
-            )
-            if store is not None:
-                store.save(stage, result)
-        for path, layer in result.layers.items():
-            set_module(adapter.module, path, layer)
-        quantized = result.outputs or run_stage(adapter, stage, sigmas, quantized, progress)
-        exact = targets
-        facts.append(result.facts)
-    return facts
+    teacher = ExactStream(adapter, sigmas, states, progress)
+    sensitivity = measured(adapter, adapter.stages, sigmas, states, plan, progress) if recipe.sensitivity else None
+    job = Sweep(adapter, recipe, plan, sigmas, teacher, sensitivity=sensitivity, progress=progress)
+    return job.run(adapter.stages, states, store)
+
+
+def measured(
+    adapter: Adapter, stages: Sequence[Stage], sigmas: list[float], states: list[State], plan: Mapping[str, LayerSpec], progress: Progress
+) -> Sensitivity:
+    """Sensitivities of the stages and of the planned layers, on the first rows of every batch: an average over few suffices."""
+    few = [{key: value[:SENSITIVITY_ROWS] for key, value in state.items()} for state in states]
+    return measure(adapter, stages, sigmas, few, plan, progress=progress)

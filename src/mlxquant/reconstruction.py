@@ -1,0 +1,198 @@
+"""Reconstruct a stage: learn how its weights are rounded from what the whole stage writes, both streams, activations quantized.
+
+The stage runs with soft weights in the places of its layers and with a straight-through estimator wherever activations are rounded,
+so that the error reaches the layers before: query, key, value and the first MLP layer. Minibatches mix timesteps; every sample brings
+its own conditioning, its own activation scales and its own targets. Everything runs in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import numpy.typing as npt
+
+from .layers import QuantizedLinear
+from .methods import registry
+from .methods.adaround import Checkpoint, Choice, Settings, choose
+from .models.adapter import Adapter, Stage, State
+from .progress import Progress, silent
+from .rewrite import swapped
+from .store import Layers
+from .streams import Teacher, Weights
+
+Array = npt.NDArray[Any]
+
+
+@mx.custom_function
+def round_through(x: mx.array) -> Any:
+    """Round to nearest, with the gradient of the identity: MLX's own rounding has none."""
+    return mx.round(x)
+
+
+@round_through.vjp
+def _round_through_vjp(primals: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:
+    return cotangent
+
+
+@dataclass
+class Minibatch:
+    """What the soft layers need to know of the running minibatch: each sample's noise level, and a key for QDrop."""
+
+    level: mx.array | None = None
+    key: mx.array | None = None
+
+
+class SoftLinear(nn.Module):
+    """A quantized layer with a weight that is set from outside, its activations quantized with a straight-through estimator.
+
+    ``levels`` [T] are the noise levels of the calibration; ``minibatch.level`` [B] holds indices into them.
+    """
+
+    def __init__(self, layer: QuantizedLinear, levels: Array, minibatch: Minibatch, drop: float, salt: int):
+        super().__init__()
+        self.weight = layer.dequantized()
+        self._bias = layer.bias if "bias" in layer else None
+        self._divisor = layer.act_divisor if "act_divisor" in layer else None
+        self._minibatch, self._drop, self._salt = minibatch, drop, salt
+        self._entries: tuple[mx.array, ...] | None = None
+        if layer.table is not None:
+            step, shift, bits = layer.table.at(levels)
+            edge = 2.0 ** (bits.astype(np.float32) - 1)
+            self._entries = mx.array(step[:, None]), mx.array(shift), mx.array(edge[:, None]), mx.array(bits[:, None] == 16)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if self._divisor is not None:
+            x = x / self._divisor
+        if self._entries is not None:
+            x = self._quantized(x, self._entries)
+        y = x @ self.weight.T
+        return y if self._bias is None else y + self._bias
+
+    def _quantized(self, x: mx.array, entries: tuple[mx.array, ...]) -> mx.array:
+        lead = (x.shape[0], *(1,) * (x.ndim - 2), -1)
+        step, shift, edge, is_float = (v[self._minibatch.level].reshape(lead) for v in entries)
+        codes = mx.clip(cast(mx.array, round_through((x - shift) / step)), -edge, edge - 1)
+        q = mx.where(is_float, x, codes * step + shift)
+        if self._drop and self._minibatch.key is not None:
+            key = mx.random.split(self._minibatch.key, self._salt + 1)[self._salt]
+            q = mx.where(mx.random.bernoulli(self._drop, x.shape, key), x, q)
+        return q
+
+
+class Reconstruction:
+    """A stage with soft weights for some of its layers, ready to be differentiated.
+
+    ``layers`` are all quantized layers of the stage; those in ``targets`` are learned, each towards its target weight [out,in], the
+    others run as they are, with unquantized inputs where they have no table.
+    """
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        stage: Stage,
+        layers: Layers,
+        targets: Mapping[str, Array],
+        sigmas: list[float],
+        inputs: list[State],
+        teacher: Teacher,
+        wanted: list[State],
+        settings: Settings,
+        weights: Weights | None = None,
+    ):
+        self._adapter, self._stage, self._teacher, self._settings = adapter, stage, teacher, settings
+        self._minibatch = Minibatch()
+        levels = np.unique(np.array(sigmas, np.float32))
+        self._soft = {
+            path: SoftLinear(layer, levels, self._minibatch, settings.drop, salt) for salt, (path, layer) in enumerate(layers.items())
+        }
+        self.grids = {path: layers[path].grid() for path in targets}
+        self._layers, self._targets = layers, targets
+        mx.eval([layer.weight for layer in self._soft.values()])
+        rows = [next(iter(state.values())).shape[0] for state in inputs]
+        self._level = mx.array(np.repeat(np.searchsorted(levels, np.array(sigmas, np.float32)), rows))
+        self._inputs = {key: mx.concatenate([state[key] for state in inputs]) for key in inputs[0]}
+        self._wanted = {key: mx.concatenate([state[key] for state in wanted]) for key in wanted[0]}
+        self._weights = None if weights is None else {k: mx.array(np.repeat(w, rows, 0).astype(np.float32)) for k, w in weights.items()}
+        self._scale: dict[str, float] = {}
+
+    def choices(self, nearest: bool) -> dict[str, Choice]:
+        """What every weight chooses between, starting from the layers' codes, or with ``nearest`` from the weight itself."""
+        return {
+            path: choose(target, self.grids[path], None if nearest else self._layers[path].codes(), self._settings.trust)
+            for path, target in self._targets.items()
+        }
+
+    def normalise(self, outputs: list[State]) -> None:
+        """Measure the loss in units of the error that ``outputs``, the start of the search, has.
+
+        Without weights each written tensor counts the same; with them, each counts as far as it changes the velocity.
+        """
+        mine = {key: mx.concatenate([self._teacher.pick(o)[key] for o in outputs]) for key in self._wanted}
+        errors = {key: float(np.array(self._error(key, mine[key], wanted, self._all))) for key, wanted in self._wanted.items()}
+        if self._weights is not None:
+            errors = dict.fromkeys(errors, sum(errors.values()))
+        self._scale = {key: max(error, 1e-30) * (len(errors) if self._weights is None else 1) for key, error in errors.items()}
+
+    @property
+    def _all(self) -> mx.array:
+        return mx.arange(self._level.size)
+
+    def _error(self, key: str, output: mx.array, wanted: mx.array, rows: mx.array) -> mx.array:
+        """The squared error of a tensor [B,...,D], averaged, or weighted, averaged over tokens and summed over channels."""
+        squared = mx.square(output - wanted)
+        if self._weights is None:
+            return squared.mean()
+        return (squared.reshape(squared.shape[0], -1, squared.shape[-1]).mean(1) * self._weights[key][rows]).sum(-1).mean()
+
+    def minibatch(self, iteration: int) -> tuple[Any, ...]:
+        """Inputs, targets, indices of the samples and a random key of an iteration: a function of the seed and the iteration alone."""
+        random = np.random.default_rng([self._settings.seed, iteration])
+        count = self._level.size
+        rows = random.choice(count, min(self._settings.batch, count), replace=False)
+        picked = mx.array(rows)
+        inputs, wanted = ({key: value[picked].astype(mx.float32) for key, value in d.items()} for d in (self._inputs, self._wanted))
+        return inputs, wanted, picked, mx.random.key(int(random.integers(2**31)))
+
+    def loss(self, weights: dict[str, mx.array], inputs: State, wanted: State, rows: mx.array, key: mx.array) -> mx.array:
+        """Error of what the stage writes for some samples ``rows`` [B], in units of the start's."""
+        self._minibatch.level, self._minibatch.key = self._level[rows], key
+        for path, weight in weights.items():
+            self._soft[path].weight = weight
+        outputs = self._teacher.pick(self._stage.run(inputs))
+        total = mx.array(0.0)
+        for name, target in wanted.items():
+            total = total + self._error(name, outputs[name], target, rows) / self._scale[name]
+        return total
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """With the soft layers in the places of the stage's own; those return afterwards, also after an exception."""
+        with swapped(self._adapter.module, dict(self._soft)):
+            yield
+
+
+def reconstruct_stage(
+    method: str,
+    work: Reconstruction,
+    start: list[State],
+    nearest: bool,
+    checkpoint: Checkpoint | None,
+    settings: Settings,
+    progress: Progress = silent,
+    label: str = "",
+) -> tuple[dict[str, Array], dict[str, Any]]:
+    """Learn the codes of a stage by a registered method: codes uint8 [out,in] by path, and facts about the run.
+
+    ``start`` is what the stage writes with its hard-rounded start; ``nearest`` starts from the weights instead of from those codes.
+    """
+    work.normalise(start)
+    learn = registry.get("reconstruct", method).function
+    with work.installed():
+        learned = learn(work.loss, work.choices(nearest), work.grids, work.minibatch, settings, checkpoint, progress, label)
+    return learned.codes, learned.facts

@@ -1,0 +1,113 @@
+"""Finished stages on disk, and the unfinished one: what lets a killed sweep go on where it was and end with the same bytes."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import mlx.core as mx
+
+from . import artifacts
+from .layers import QuantizedLinear
+from .models.adapter import Stage, State
+from .rewrite import parameters
+from .schedule import Clock
+
+Layers = dict[str, QuantizedLinear]
+INTERVAL = 20.0  # seconds between two checkpoints of a stage
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What became of a stage: its quantized layers, facts for the report, and, fresh from quantizing, what the stage now writes."""
+
+    layers: Layers
+    facts: dict[str, Any]
+    outputs: list[State] | None = None
+
+
+class StageCheckpoint:
+    """How far the optimiser of a stage is, in one file; ``job`` binds it to one model, recipe and calibration."""
+
+    def __init__(self, path: Path, job: str):
+        self._path, self._job = path, job
+        self._saved = time.monotonic()
+
+    @property
+    def due(self) -> bool:
+        """Whether enough time has gone by to save again."""
+        return time.monotonic() - self._saved >= INTERVAL
+
+    def load(self) -> tuple[dict[str, mx.array], dict[str, Any]] | None:
+        """What was saved by the same job, or None. A damaged file raises ArtifactError."""
+        if not self._path.exists():
+            return None
+        arrays, header = artifacts.read_tensors(self._path, "checkpoint")
+        return (arrays, header["facts"]) if header["job"] == self._job else None
+
+    def save(self, arrays: dict[str, mx.array], facts: dict[str, Any]) -> None:
+        artifacts.write_tensors(self._path, "checkpoint", arrays, {"job": self._job, "facts": facts})
+        self._saved = time.monotonic()
+
+    def clear(self) -> None:
+        self._path.unlink(missing_ok=True)
+
+
+class Store(Protocol):
+    """Where a sweep keeps what it has finished."""
+
+    def load(self, stage: Stage, clock: Clock) -> StageResult | None:
+        """A finished stage of this job, or None. A damaged file raises ArtifactError."""
+        ...
+
+    def save(self, stage: Stage, result: StageResult) -> None:
+        """Keep a finished stage; its checkpoint goes."""
+        ...
+
+    def checkpoint(self, stage: Stage) -> StageCheckpoint | None:
+        """Where the stage in work keeps its optimiser, if anywhere."""
+        ...
+
+
+class FolderStore:
+    """One tensor file a stage in a folder. ``job`` binds them to one model, recipe and calibration."""
+
+    def __init__(self, folder: Path, job: str):
+        self.folder, self._job = folder, job
+        artifacts.ensure_writable(folder)
+
+    def _path(self, stage: Stage) -> Path:
+        return self.folder / f"{stage.name}.safetensors"
+
+    def load(self, stage: Stage, clock: Clock) -> StageResult | None:
+        if not self._path(stage).exists():
+            return None
+        arrays, header = artifacts.read_tensors(self._path(stage), "stage")
+        return StageResult(restore_layers(header["layers"], arrays, clock), header["facts"]) if header["job"] == self._job else None
+
+    def save(self, stage: Stage, result: StageResult) -> None:
+        header = {"job": self._job, "facts": result.facts, "layers": {path: layer.facts for path, layer in result.layers.items()}}
+        artifacts.write_tensors(self._path(stage), "stage", layer_arrays(result.layers), header)
+        self.checkpoint(stage).clear()
+
+    def checkpoint(self, stage: Stage) -> StageCheckpoint:
+        return StageCheckpoint(self.folder / f"{stage.name}.checkpoint.safetensors", self._job)
+
+
+def layer_arrays(layers: Layers) -> dict[str, mx.array]:
+    """All tensors of some layers under their full paths."""
+    return {f"{path}.{name}": value for path, layer in layers.items() for name, value in parameters(layer).items()}
+
+
+def restore_layers(facts: dict[str, Any], arrays: dict[str, mx.array], clock: Clock) -> Layers:
+    """The inverse of ``layer_arrays``, with the structure from each layer's ``facts``."""
+    layers = {}
+    for path, structure in facts.items():
+        layer = QuantizedLinear.blank(structure, clock)
+        own = {name.removeprefix(path + "."): value for name, value in arrays.items() if name.startswith(path + ".")}
+        artifacts.load_parameters(layer, own, path)
+        layer.refresh()
+        layers[path] = layer
+    return layers
