@@ -6,7 +6,17 @@ from importlib import import_module
 
 import click
 
-VERBS = ("demo", "generate", "quantize")
+VERBS = (
+    "adaround-optimize",
+    "analyze-activations",
+    "cache-adaround-data",
+    "collect-layer-activations",
+    "demo",
+    "generate",
+    "generate-calibration-data",
+    "load-adaround-model",
+    "quantize",
+)
 
 
 class Verbs(click.Group):

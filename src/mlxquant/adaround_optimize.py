@@ -1,0 +1,139 @@
+"""``mlxquant adaround-optimize``: learn how the weights of every block are rounded, from the block cache."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from . import artifacts
+from .activations import BITS
+from .console import Command, peak_bytes, progress, result, say, verbose_option
+from .errors import AdapterError
+from .formats import WeightFormat
+from .methods.adaround import Settings
+from .models.catalog import pretrained
+from .pipeline.apply import prepare
+from .pipeline.block_cache import BlockCache
+from .pipeline.cached_teacher import CachedTeacher
+from .pipeline.ledger import Ledger
+from .pipeline.quant_config import QuantConfig
+from .pipeline.weight_files import CONFIG, KIND, WeightFiles
+from .recipe import ActivationSpec, LayerSpec, Recipe
+from .sweep import Sweep
+
+STARTS: dict[str, dict[str, Any]] = {
+    "nearest": {"rounding": "rtn"},
+    "gptq": {"rounding": "gptq"},
+    "qronos": {"rounding": "gptq", "corrected": True},
+}
+DEFAULT = Settings()
+
+
+@click.command("adaround-optimize", cls=Command)
+@click.option("--cache-dir", type=click.Path(path_type=Path), required=True, help="Folder that 'mlxquant cache-adaround-data' wrote.")
+@click.option("--output-dir", type=click.Path(path_type=Path), required=True, help="Folder for config.json and weights/mm*.npz.")
+@click.option("--bits-w", type=click.IntRange(2, 8), default=4, show_default=True, help="Bits of attention and MLP weights.")
+@click.option(
+    "--bits-a", type=click.Choice([str(b) for b in BITS]), default="8", show_default=True, help="Bits of activations; 16: as they are."
+)
+@click.option("--iters", type=click.IntRange(1), default=DEFAULT.iterations, show_default=True, help="Adam steps a block.")
+@click.option("--start", type=click.Choice(list(STARTS)), default="gptq", show_default=True, help="Codes that learning starts from.")
+@click.option("--batch-size", type=click.IntRange(1), default=DEFAULT.batch, show_default=True, help="Samples a step, of mixed timesteps.")
+@click.option("--learning-rate", type=float, default=DEFAULT.rate, show_default=True)
+@click.option("--pressure", type=float, default=DEFAULT.pressure, show_default=True, help="Weight of the rounding regulariser.")
+@click.option(
+    "--qdrop", type=click.FloatRange(0, 1), default=DEFAULT.drop, show_default=True, help="Probability to leave an activation unquantized."
+)
+@click.option("--quant-config", type=click.Path(path_type=Path), help="Round the weights as this file's folds and shifts change them.")
+@click.option("--model", "name", help="Checked against the cache.  [default: the cache's]")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of the minibatches.")
+@click.option("--force", is_flag=True, help="Start over where the folder holds other weights.")
+@click.option("--resume/--no-resume", default=True, show_default=True, help="Go on where a killed run was.")
+@verbose_option
+def command(
+    cache_dir: Path,
+    output_dir: Path,
+    bits_w: int,
+    bits_a: str,
+    iters: int,
+    start: str,
+    batch_size: int,
+    learning_rate: float,
+    pressure: float,
+    qdrop: float,
+    quant_config: Path | None,
+    name: str | None,
+    seed: int,
+    force: bool,
+    resume: bool,
+) -> None:
+    """Learn the rounding of every block's weights by what the block writes."""
+    began = time.perf_counter()
+    learning = Settings(iters, batch_size, learning_rate, pressure, drop=qdrop, seed=seed)
+    cache = BlockCache.read(cache_dir)
+    if name not in (None, cache.model):
+        raise AdapterError(f"{cache_dir} is of model {cache.model!r}, not of {name!r}; leave --model out or cache that model")
+    adapter = pretrained(cache.model)
+    cache.check(adapter)
+    decided = None if quant_config is None else QuantConfig.read(quant_config)
+    recipe = block_recipe(bits_w, int(bits_a), start, learning)
+    facts = {
+        "model": cache.model,
+        "source": cache.source,
+        "calibration": cache.calibration,
+        "parents": {"metadata.json": cache.sha256},
+        "quant_config": None if quant_config is None else artifacts.file_digest(quant_config),
+        "bits_w": bits_w,
+        "bits_a": int(bits_a),
+        "iters": iters,
+        "start": start,
+        "recipe": recipe.to_dict(),
+        **artifacts.versions(),
+    }
+    ledger = Ledger.open(output_dir / CONFIG, KIND, facts, "adaround-optimize", force, resume)
+    presets = {} if decided is None else prepare(adapter, decided)
+    blocks = adapter.stages[1:-1]
+    linears = {path: layer for path, layer in adapter.linears().items() if any(stage.owns(path) for stage in blocks)}
+    store = WeightFiles(ledger, blocks, linears)
+    plan = recipe.plan({path: adapter.role(path) for path in linears})
+    sigmas, states = cache.inputs()
+    teacher = CachedTeacher(cache, adapter, sigmas, states, both=start == "qronos", progress=progress)
+    Sweep(adapter, recipe, plan, sigmas, teacher, presets, progress=progress).run(blocks, states, store)
+    ledger.save(complete=True)
+    report = ledger.notes["blocks"]
+    say(f"{'block':<8}{'kept':<12}{'learned':>10}{'start':>10}{'rtn':>10}{'flipped':>9}{'steps':>7}")
+    for block, facts in report.items():
+        say(row(block, facts))
+    won = sum(facts["kept"] == "learned" for facts in report.values()) / len(report)
+    say(f"learned codes were kept in {won:.0%} of the blocks; {output_dir / CONFIG}")
+    result(
+        {
+            "output": str(output_dir),
+            "blocks": len(report),
+            "win_rate": won,
+            "seconds": time.perf_counter() - began,
+            "peak_bytes": peak_bytes(),
+        }
+    )
+
+
+def block_recipe(bits_w: int, bits_a: int, start: str, learning: Settings) -> Recipe:
+    """Attention and MLP weights learned, modulation rounded to 8 bits: at 4 its error enters every block at every step."""
+    activation = None if bits_a == 16 else ActivationSpec(bits_a)
+    main = LayerSpec(WeightFormat(bits_w), activation, steps="search", reconstruct="adaround", **STARTS[start])
+    careful = LayerSpec(WeightFormat(8), None, steps="search", rounding="gptq")
+    return Recipe(f"adaround-{start}-w{bits_w}a{bits_a}", (("@modulation", careful), ("*", main)), learning=learning)
+
+
+def row(block: str, facts: dict[str, Any]) -> str:
+    """A block's line in the table: relative squared errors of what it writes, hard-rounded."""
+    errors, learning = facts["errors"], facts["learning"]
+    figures = "".join(f"{errors[name]:>10.2e}" if name in errors else f"{'':>10}" for name in ("learned", "calibrated", "rtn"))
+    return f"{block:<8}{facts['kept']:<12}{figures}{learning['flipped']:>9.1%}{learning['iterations']:>7}"
+
+
+if __name__ == "__main__":
+    command()

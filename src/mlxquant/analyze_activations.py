@@ -1,0 +1,134 @@
+"""``mlxquant analyze-activations``: from activation statistics to bits, steps and shifts for every layer and timestep."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import click
+import numpy as np
+
+from . import api
+from .artifacts import ensure_writable
+from .console import Command, progress, result, say, verbose_option
+from .decisions import Options, decide
+from .errors import ArtifactError
+from .methods.tiers import TIERS
+from .pipeline import temporal
+from .pipeline.activation_stats import ActivationStats
+from .pipeline.quant_config import QuantConfig
+from .report.comparison import save_png
+from .report.tiers import draw_tiers
+
+ANALYSIS, PICTURE = "layer_temporal_analysis.json", "quant_ranges.png"
+
+
+def two_numbers(context: click.Context, parameter: click.Parameter, value: str) -> tuple[float, float]:
+    try:
+        low, high = (float(part) for part in value.split(","))
+    except ValueError as error:
+        raise click.BadParameter(f"expected two numbers such as 6,10, found {value!r}") from error
+    return low, high
+
+
+@click.command("analyze-activations", cls=Command)
+@click.option(
+    "--stats", "stats_file", type=click.Path(path_type=Path), required=True, help="layer_statistics.json of collect-layer-activations."
+)
+@click.option("--output", type=click.Path(path_type=Path), help="The config to write.  [default: quant_config.json beside the statistics]")
+@click.option("--model", "name", help="The model that the statistics are of.  [default: the one they name]")
+@click.option(
+    "--rule",
+    type=click.Choice(["error", "threshold"]),
+    default="error",
+    show_default=True,
+    help="Fewest bits within an error budget, or by the magnitude of the range.",
+)
+@click.option("--budget", default=0.02, show_default=True, help="Relative error of a layer's output that --rule error allows.")
+@click.option(
+    "--thresholds", default="6,10", show_default=True, callback=two_numbers, help="Of --rule threshold: A4 below the first, A6 below."
+)
+@click.option(
+    "--range",
+    "range_method",
+    type=click.Choice(["extremes", "average", "error"]),
+    default="extremes",
+    show_default=True,
+    help="What the codes span. 'average' is what TaQ-DiT does; it clips, and it ruins pictures.",
+)
+@click.option("--alpha", type=click.FloatRange(0, 1), default=0.5, show_default=True, help="How much SmoothQuant moves into the weights.")
+@click.option("--migration", is_flag=True, help="Try to even out post-GELU channels by integers, too.")
+@click.option("--force", is_flag=True, help="Replace existing files.")
+@verbose_option
+def command(
+    stats_file: Path,
+    output: Path | None,
+    name: str | None,
+    rule: str,
+    budget: float,
+    thresholds: tuple[float, float],
+    range_method: str,
+    alpha: float,
+    migration: bool,
+    force: bool,
+) -> None:
+    """Decide how each layer's input is quantized at each timestep, from its statistics."""
+    options = Options(rule, budget, thresholds, range_method, alpha, migration)
+    output = output or stats_file.with_name("quant_config.json")
+    analysis, picture = output.with_name(ANALYSIS), output.with_name(PICTURE)
+    check_outputs(stats_file, (output, output.with_suffix(".npz"), analysis, picture), force)
+    stats = ActivationStats.read(stats_file)
+    ensure_writable(output.absolute().parent)
+    config = decide(stats, api.load(name or stats.model).adapter, options, progress)
+    config.write(output)
+    facts = temporal.analyze(config)
+    temporal.write(analysis, facts, output)
+    bits = {path: table.bits for path, table in config.plain.items()}
+    title = f"{config.facts['model']}: {config.mean_bits:.2f} bits on average, by {rule}"
+    save_png(draw_tiers(config.sigmas, bits, temporal.ranges(config), title), picture)
+    counts = Counter(int(b) for row in bits.values() for b in row)
+    say_table(config)
+    result(
+        {
+            "output": str(output),
+            "layers": len(bits),
+            "timesteps": len(config.sigmas),
+            "mean_bits": config.mean_bits,
+            "counts": {str(tier): counts[tier] for tier in TIERS},
+            "switchers": len(facts["switchers"]),
+            "always_a8": len(facts["always_a8"]),
+            "shifted": sum(layer["shifted"] for layer in config.layers.values()),
+            "smoothed": len(config.divisors),
+            "migrated": len(config.migrations),
+        }
+    )
+
+
+def check_outputs(stats_file: Path, paths: tuple[Path, ...], force: bool) -> None:
+    """Raise ArtifactError, before any work, when the config cannot have its name or would replace what it may not."""
+    output = paths[0]
+    if output.suffix != ".json" or output.absolute() == stats_file.absolute():
+        raise ArtifactError(f"{output}: expected a name for the config that ends in .json and is not that of the statistics")
+    for path in paths:
+        if path.exists() and (path.is_dir() or not force):
+            raise ArtifactError(f"{path} exists; choose another --output, in a folder of its own, or pass --force to replace it")
+
+
+def say_table(config: QuantConfig) -> None:
+    """Layers by kind: how many of their timesteps are in each tier."""
+    kinds: dict[str, list[str]] = {}
+    for path in config.plain:
+        kinds.setdefault(temporal.starred(path), []).append(path)
+    width = max(map(len, kinds))
+    say(f"{'layers':{width}} " + "".join(f"{f'A{tier}':>7}" for tier in TIERS) + f"{'mean':>7}{'error':>9}")
+    for kind, paths in kinds.items():
+        bits = np.stack([config.plain[path].bits for path in paths])
+        error = float(np.mean([config.layers[path]["error"] for path in paths]))
+        say(f"{kind:{width}} " + "".join(f"{int((bits == tier).sum()):7}" for tier in TIERS) + f"{bits.mean():7.2f}{error:9.4f}")
+    tried = [layer for layer in config.layers.values() if "error_shifted" in layer]
+    say(f"mean {config.mean_bits:.2f} bits; shifted: {sum(layer['shifted'] for layer in tried)} of {len(tried)} post-GELU inputs")
+    say(f"SmoothQuant: {len(config.divisors)} of {len(config.smoothquant)} candidates lower the error; {len(config.migrations)} migrated")
+
+
+if __name__ == "__main__":
+    command()

@@ -1,0 +1,70 @@
+"""``mlxquant cache-adaround-data``: step 2 of the weight track, what each block reads and writes on the trajectories of step 1."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import click
+
+from .console import Command, peak_bytes, progress, result, say, verbose_option
+from .errors import CalibrationError
+from .models.catalog import pretrained
+from .pipeline import block_cache
+from .pipeline.samples import Samples
+
+
+@click.command("cache-adaround-data", cls=Command)
+@click.option("--calib-dir", type=click.Path(path_type=Path), required=True, help="Folder that generate-calibration-data wrote.")
+@click.option("--output-dir", type=click.Path(path_type=Path), help="Folder for the cache.  [default: CALIB_DIR/adaround_cache]")
+@click.option("--num-images", default=5, show_default=True, type=click.IntRange(1), help="Use the first N images.")
+@click.option("--stride", default=5, show_default=True, type=click.IntRange(1), help="Use every N-th step.")
+@click.option(
+    "--tokens",
+    type=click.IntRange(0),
+    help="Tokens of each stream of a block's output to keep; 0 keeps all.  [default: an eighth of them, at least 8]",
+)
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Decides which tokens.")
+@click.option("--model", "name", help="[default: the model that drew the trajectories]")
+@click.option("--resume/--no-resume", default=True, show_default=True, help="Go on where a killed run of the same settings was.")
+@click.option("--force", is_flag=True, help="Replace a cache that is there.")
+@verbose_option
+def command(
+    calib_dir: Path,
+    output_dir: Path | None,
+    num_images: int,
+    stride: int,
+    tokens: int | None,
+    seed: int,
+    name: str | None,
+    resume: bool,
+    force: bool,
+) -> None:
+    """Cache block inputs and outputs for adaround-optimize."""
+    start = time.perf_counter()
+    samples = Samples.read(calib_dir)
+    if name not in (None, samples.model):
+        raise CalibrationError(f"{calib_dir} holds trajectories of {samples.model}, --model is {name}; leave it out or draw them anew")
+    adapter = pretrained(samples.model)
+    out = calib_dir / "adaround_cache" if output_dir is None else output_dir
+    plan = block_cache.plan(adapter, samples, num_images, stride, tokens, seed)
+    theirs = f"{plan.seed_layout_bytes / 1e6:.1f} MB with every block's inputs and outputs and the text conditioning of every step"
+    say(f"{out} needs {plan.disk_bytes / 1e6:.1f} MB of disk; it would be {theirs}")
+    cache = block_cache.write(plan, adapter, out, force, resume, progress)
+    say(f"{out}: {len(cache.blocks)} blocks at {len(cache.sigmas)} steps of {num_images} images, {cache.ledger.disk_bytes / 1e6:.1f} MB")
+    result(
+        {
+            "output_dir": str(out),
+            "model": cache.model,
+            "blocks": len(cache.blocks),
+            "samples": num_images * len(cache.sigmas),
+            "disk_bytes": cache.ledger.disk_bytes,
+            "seed_layout_bytes": plan.seed_layout_bytes,
+            "seconds": time.perf_counter() - start,
+            "peak_bytes": peak_bytes(),
+        }
+    )
+
+
+if __name__ == "__main__":
+    command()

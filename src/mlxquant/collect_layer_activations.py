@@ -1,0 +1,62 @@
+"""``mlxquant collect-layer-activations``: step 2 of the activation track, what every layer's input looks like at each timestep."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import click
+
+from .console import Command, peak_bytes, progress, result, say, verbose_option
+from .errors import CalibrationError
+from .models.catalog import pretrained
+from .pipeline import activation_stats
+from .pipeline.samples import Samples
+
+
+@click.command("collect-layer-activations", cls=Command)
+@click.option("--calib-dir", type=click.Path(path_type=Path), required=True, help="Folder that generate-calibration-data wrote.")
+@click.option("--output-dir", type=click.Path(path_type=Path), help="Folder for the statistics.  [default: CALIB_DIR/activations]")
+@click.option("--num-images", default=5, show_default=True, type=click.IntRange(1), help="Use the first N images.")
+@click.option("--stride", default=2, show_default=True, type=click.IntRange(1), help="Use every N-th step.")
+@click.option("--rows", default=32, show_default=True, type=click.IntRange(1), help="Input rows to keep of each layer and timestep.")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Decides which rows.")
+@click.option("--model", "name", help="[default: the model that drew the trajectories]")
+@click.option("--resume/--no-resume", default=True, show_default=True, help="Go on where a killed run of the same settings was.")
+@click.option("--force", is_flag=True, help="Replace statistics that are there.")
+@verbose_option
+def command(
+    calib_dir: Path,
+    output_dir: Path | None,
+    num_images: int,
+    stride: int,
+    rows: int,
+    seed: int,
+    name: str | None,
+    resume: bool,
+    force: bool,
+) -> None:
+    """Collect activation statistics for analyze-activations."""
+    start = time.perf_counter()
+    samples = Samples.read(calib_dir)
+    if name not in (None, samples.model):
+        raise CalibrationError(f"{calib_dir} holds trajectories of {samples.model}, --model is {name}; leave it out or draw them anew")
+    out = calib_dir / "activations" if output_dir is None else output_dir
+    stats = activation_stats.collect(pretrained(samples.model), samples, num_images, stride, rows, seed, out, force, resume, progress)
+    disk_bytes = stats.ledger.disk_bytes
+    say(f"{out}: {len(stats.layers)} layers with {len(stats.leaders)} inputs, {len(stats.sigmas)} timesteps, {disk_bytes / 1e6:.1f} MB")
+    result(
+        {
+            "output_dir": str(out),
+            "model": stats.model,
+            "layers": len(stats.layers),
+            "timesteps": len(stats.sigmas),
+            "disk_bytes": disk_bytes,
+            "seconds": time.perf_counter() - start,
+            "peak_bytes": peak_bytes(),
+        }
+    )
+
+
+if __name__ == "__main__":
+    command()

@@ -1,0 +1,71 @@
+"""``mlxquant generate-calibration-data``: step 1 of the explicit pipeline, real trajectories of the full-precision model."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import click
+
+from .console import Command, peak_bytes, progress, result, say, verbose_option
+from .errors import CalibrationError
+from .models.catalog import pretrained
+from .pipeline import samples
+from .prompts import read_prompts
+
+
+@click.command("generate-calibration-data", cls=Command)
+@click.option("--model", "name", default="sd3-medium", show_default=True, help="A model's name, such as mmdit-shapes.")
+@click.option("--num-images", default=50, show_default=True, type=click.IntRange(1))
+@click.option("--num-steps", default=50, show_default=True, type=click.IntRange(1), help="Sampler steps.")
+@click.option("--cfg-weight", default=7.5, show_default=True, type=click.FloatRange(0), help="Classifier-free guidance.")
+@click.option("--calib-dir", type=click.Path(path_type=Path), required=True, help="Folder for samples, latents, images and manifest.json.")
+@click.option(
+    "--prompts",
+    "prompt_file",
+    type=click.Path(path_type=Path),
+    help="Prompts, one seed<TAB>prompt a line; the first --num-images of them.  [default: the model's own]",
+)
+@click.option("--seed", default=0, show_default=True, help="Shifts the noise seeds of the model's own prompts.")
+@click.option("--resume/--no-resume", default=True, show_default=True, help="Go on where a killed run of the same settings was.")
+@click.option("--force", is_flag=True, help="Replace trajectories that are there.")
+@verbose_option
+def command(
+    name: str,
+    num_images: int,
+    num_steps: int,
+    cfg_weight: float,
+    calib_dir: Path,
+    prompt_file: Path | None,
+    seed: int,
+    resume: bool,
+    force: bool,
+) -> None:
+    """Sample real trajectories and keep the latent before every step."""
+    start = time.perf_counter()
+    adapter = pretrained(name)
+    prompts = read_prompts(prompt_file) if prompt_file else adapter.prompts("calibration", num_images, seed)
+    if len(prompts) < num_images:
+        where = prompt_file or f"{name}'s own calibration set"
+        raise CalibrationError(f"{where} holds {len(prompts)} prompts, --num-images is {num_images}; add prompts or ask for fewer images")
+    ledger = samples.open_folder(adapter, prompts[:num_images], num_steps, cfg_weight, seed, calib_dir, force, resume)
+    if ledger.complete:
+        say(f"{calib_dir} is finished already, with these settings; --force would draw it again")
+    done = samples.draw(adapter, ledger, progress)
+    say(f"{calib_dir}: {num_images} images of {name}, {num_steps} steps each, {done.ledger.disk_bytes / 1e6:.1f} MB")
+    result(
+        {
+            "calib_dir": str(calib_dir),
+            "manifest": done.sha256,
+            "model": done.model,
+            "num_images": num_images,
+            "num_steps": num_steps,
+            "disk_bytes": done.ledger.disk_bytes,
+            "seconds": time.perf_counter() - start,
+            "peak_bytes": peak_bytes(),
+        }
+    )
+
+
+if __name__ == "__main__":
+    command()

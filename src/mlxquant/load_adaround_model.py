@@ -1,0 +1,141 @@
+"""``mlxquant load-adaround-model``: both tracks' outputs in one model, and the pictures that show what each part costs."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+from . import api, artifacts
+from .api import Model, QuantizedModel
+from .console import Command, peak_bytes, progress, result, say, verbose_option
+from .errors import AdapterError
+from .models.catalog import pretrained
+from .pipeline.apply import install, tracks
+from .pipeline.quant_config import QuantConfig
+from .pipeline.weight_files import WeightFiles
+from .prompts import Prompt
+from .recipe import LayerSpec
+from .report.comparison import Comparison, save_png, to_pil
+from .rewrite import set_module
+from .sweep import round_to_nearest
+
+
+@click.command("load-adaround-model", cls=Command)
+@click.option("--adaround-output", type=click.Path(path_type=Path), required=True, help="Folder that 'mlxquant adaround-optimize' wrote.")
+@click.option("--quant-config", type=click.Path(path_type=Path), help="File that 'mlxquant analyze-activations' wrote: adds V2 (W4A8).")
+@click.option("--prompt", "texts", multiple=True, required=True, help="What to draw; may be given several times.")
+@click.option("--seed", default=42, show_default=True, type=click.IntRange(0), help="Of the first prompt; the next ones count up.")
+@click.option("--num-steps", type=click.IntRange(1), help="[default: the model's]")
+@click.option("--cfg-weight", type=click.FloatRange(0), help="[default: the model's]")
+@click.option("--output-image", type=click.Path(path_type=Path), default="quant_test.png", show_default=True)
+@click.option("--compare", is_flag=True, help="Draw full precision, round-to-nearest, V1 and V2 side by side.")
+@click.option("--diff-stats", is_flag=True, help="Measure each against full precision; writes OUTPUT_IMAGE with the suffix .diff.json.")
+@click.option("--save", "folder", type=click.Path(path_type=Path), help="Write the model as a folder for 'mlxquant generate'.")
+@click.option("--model", "name", help="Checked against the weights.  [default: theirs]")
+@click.option("--force", is_flag=True, help="Replace an existing --save folder.")
+@verbose_option
+def command(
+    adaround_output: Path,
+    quant_config: Path | None,
+    texts: tuple[str, ...],
+    seed: int,
+    num_steps: int | None,
+    cfg_weight: float | None,
+    output_image: Path,
+    compare: bool,
+    diff_stats: bool,
+    folder: Path | None,
+    name: str | None,
+    force: bool,
+) -> None:
+    """Load learned weights, V1, and with --quant-config static activation scales for every timestep, V2; and draw with them."""
+    start = time.perf_counter()
+    if not all(text.strip() for text in texts):
+        raise AdapterError("--prompt is empty; describe the picture")
+    if output_image.is_dir():
+        raise AdapterError(f"--output-image {output_image} is a folder; name a PNG file")
+    artifacts.ensure_writable(output_image.absolute().parent)
+    if folder is not None:
+        artifacts.refuse_existing(folder, force)
+    facts = WeightFiles.facts(adaround_output)
+    if name not in (None, facts["model"]):
+        raise AdapterError(f"{adaround_output} is of model {facts['model']!r}, not of {name!r}; leave --model out or optimize that model")
+    models = {"V1": assemble(adaround_output, quant_config, active=False)}
+    if quant_config is not None:
+        models["V2"] = assemble(adaround_output, quant_config, active=True)
+    final = next(reversed(models.values()))
+    prompts = [Prompt(seed + index, text) for index, text in enumerate(texts)]
+    report: dict[str, Any] = {}
+    if compare or diff_stats:
+        reference = api.load(facts["model"])
+        everyone = {"FP": reference, "RTN": nearest(reference, final), **models}
+        images = {key: m.images(prompts, num_steps, cfg_weight, progress=progress) for key, m in everyone.items()}
+        comparison = Comparison.of(prompts, images, reference.adapter.attributes)
+        report = differences(comparison)
+    if compare:
+        comparison.save(output_image)
+    else:
+        pictures = final.images(prompts, num_steps, cfg_weight, progress=progress)
+        save_png(to_pil(np.concatenate(list(pictures), axis=1)), output_image)
+    if diff_stats:
+        artifacts.write_json(output_image.with_suffix(".diff.json"), "difference-statistics", {"models": report, "prompts": list(texts)})
+    if report:
+        say(f"{'against FP':<12}{'PSNR dB':>9}{'mean |d|':>10}{'max |d|':>9}{'> 1/255':>9}")
+        for key, row in report.items():
+            say(f"{key:<12}{row['psnr_db']:>9.2f}{row['mean_abs']:>10.5f}{row['max_abs']:>9.3f}{row['changed']:>9.1%}")
+    if folder is not None:
+        final.save(folder, force)
+        say(f"{folder}: {final.size.model_bytes / 1e6:.2f} MB, {final.size.bits_per_weight:.2f} bits per weight")
+    say(f"{output_image}")
+    facts = {"output": str(output_image), "models": report, "seconds": time.perf_counter() - start, "peak_bytes": peak_bytes()}
+    result({**facts, "saved": None if folder is None else str(folder)})
+
+
+def assemble(adaround_output: Path, quant_config: Path | None, active: bool) -> QuantizedModel:
+    """A model with the tracks' layers in its blocks and everything else in full precision; ``active`` quantizes the activations."""
+    adapter = pretrained(WeightFiles.facts(adaround_output)["model"])
+    blocks = adapter.stages[1:-1]
+    linears = adapter.linears()
+    weights = WeightFiles.read(adaround_output, blocks, linears)
+    config = None if quant_config is None else QuantConfig.read(quant_config)
+    digest = None if quant_config is None else artifacts.file_digest(quant_config)
+    stages = install(adapter, tracks(adapter, weights, config, digest, active), blocks)
+    facts = {
+        "recipe": weights.ledger.facts["recipe"],
+        "parents": {"config.json": weights.ledger.sha256} | ({"quant_config.json": digest} if active else {}),
+        "calibration": weights.ledger.facts["calibration"],
+        "stages": [stage.facts for stage in stages],
+    }
+    return QuantizedModel(adapter, facts)
+
+
+def nearest(reference: Model, like: QuantizedModel) -> Model:
+    """The reference with the same layers in the same formats, rounded to nearest, activations as they are."""
+    adapter = reference.clone()
+    linears = adapter.linears()
+    for path, layer in like.layers.items():
+        set_module(adapter.module, path, round_to_nearest(linears[path], LayerSpec(layer.format)))
+    return Model(adapter)
+
+
+def differences(comparison: Comparison) -> dict[str, Any]:
+    """Of every model's pictures against the first: PSNR and the absolute difference of values in [0,1]."""
+    report = {}
+    for name, decibels in comparison.psnr_db.items():
+        gap = np.abs(comparison.images[name] - comparison.images[comparison.reference])
+        report[name] = {
+            "psnr_db": float(decibels.mean()),
+            "mean_abs": float(gap.mean()),
+            "max_abs": float(gap.max()),
+            "changed": float((gap > 1 / 255).mean()),
+            "p99_abs": float(np.percentile(gap, 99)),
+        }
+    return report
+
+
+if __name__ == "__main__":
+    command()

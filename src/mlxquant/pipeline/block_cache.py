@@ -1,0 +1,233 @@
+"""What blocks read and write on real trajectories, so that each can be reconstructed without running the rest of the model.
+
+A folder of ``samples/IIII_SSS.npz`` under ``metadata.json``, in float16. Kept are the first block's input in full, from which
+a reconstruction runs its own chain of inputs, and what every block writes at a few tokens. Never kept are the inputs
+of later blocks and the text conditioning: that was 430 MB a sample, and both follow from what is here.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from .. import artifacts
+from ..calibration import Calibration
+from ..errors import AdapterError, ArtifactError, NumericsError
+from ..models.adapter import Adapter, State, hooked, written
+from ..progress import Progress, silent
+from .ledger import Array, Ledger
+from .samples import MANIFEST, Samples, check_source, sample_name
+
+KIND = "adaround-cache"
+METADATA = "metadata.json"
+COMMAND = "mlxquant cache-adaround-data"
+ARRAY_ALLOWANCE, FILE_ALLOWANCE = 600, 4096 + 128  # bytes of npz headers for each array; a file's last disk block and its ledger line
+
+Trace = dict[str, tuple[State, State]]  # by block: what it read and what it wrote
+
+
+@dataclass(frozen=True)
+class BlockCache:
+    """A folder of block inputs and outputs. ``calibration`` is the sha256 of the manifest whose trajectories were replayed,
+    ``blocks`` the stage names in order, ``sigmas`` the noise levels kept, descending, and ``tokens`` the token indices
+    [kept] kept of each stream of the blocks' outputs.
+    """
+
+    ledger: Ledger
+    model: str
+    source: str
+    calibration: str
+    sha256: str
+    blocks: tuple[str, ...]
+    sigmas: tuple[float, ...]
+    tokens: dict[str, mx.array]
+
+    @classmethod
+    def read(cls, folder: Path, *, complete: bool = True) -> BlockCache:
+        """Raises ArtifactError when there is no cache, a damaged or foreign one, or, unless ``complete`` is False, an unfinished one."""
+        ledger = Ledger.read(folder / METADATA, KIND, f"run '{COMMAND}' first")
+        if complete:
+            ledger.require_complete(COMMAND)
+        facts = ledger.facts
+        tokens = {stream: mx.array(np.array(indices, np.int32)) for stream, indices in facts["tokens"].items()}
+        parent, blocks, sigmas = facts["parents"][MANIFEST], tuple(facts["blocks"]), tuple(facts["sigmas"])
+        return cls(ledger, facts["model"], facts["source"], parent, ledger.sha256, blocks, sigmas, tokens)
+
+    def check(self, adapter: Adapter) -> None:
+        """Raise CalibrationError when the cache was made with other weights than the adapter's."""
+        check_source(f"{self.ledger.path}: the blocks' inputs and outputs", self.model, self.source, adapter)
+
+    def inputs(self) -> tuple[list[float], list[State]]:
+        """Noise levels, descending, and at each the first block's input, float32, every image's rows (guided, unguided) in turn."""
+        return list(self.sigmas), self._states("input__")
+
+    def targets(self, block: int) -> list[State]:
+        """What a block writes at ``tokens``, [rows, tokens, ...] float32, for the same noise levels and rows as ``inputs``."""
+        if not 0 <= block < len(self.blocks):
+            raise ArtifactError(f"{self.ledger.path}: no block {block}; it has blocks 0 to {len(self.blocks) - 1}")
+        return self._states(f"mm{block}__")
+
+    def _states(self, prefix: str) -> list[State]:
+        images, stride = self.ledger.facts["num_images"], self.ledger.facts["stride"]
+        states = []
+        for index in range(len(self.sigmas)):
+            parts = [self.ledger.arrays(sample_name(image, index * stride), prefix) for image in range(images)]
+            stacked = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+            states.append({name.removeprefix(prefix): mx.array(value.astype(np.float32)) for name, value in stacked.items()})
+        return states
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A cache that is not written yet: its facts, the trajectories to replay and the disk that it takes, beside that of the layout
+    that keeps every block's inputs and outputs and the conditioning of every step.
+    """
+
+    facts: dict[str, Any]
+    trajectories: Calibration
+    disk_bytes: int
+    seed_layout_bytes: int
+
+
+def plan(adapter: Adapter, samples: Samples, num_images: int, stride: int, tokens: int | None = None, seed: int = 0) -> Plan:
+    """Find out, by one forward pass, what a cache of these samples holds and weighs.
+
+    ``tokens`` is how many of each stream's tokens are kept (None: an eighth, at least 8; 0: all), drawn from ``seed``. Raises
+    CalibrationError when the samples are of other weights or fewer than wanted.
+    """
+    samples.check(adapter)
+    trajectories = samples.calibration(num_images, stride)
+    one = replace(trajectories, prompts=trajectories.prompts[:1], sigmas=trajectories.sigmas[:1], latents=trajectories.latents[:1, :1])
+    (sigma,), (state,) = one.batches(adapter)
+    traced = trace(adapter, sigma, state)
+    lengths = {key: outputs[key].shape[1] for inputs, outputs in traced.values() for key in written(outputs, inputs)}
+    facts = {
+        "model": samples.model,
+        "source": samples.source,
+        "parents": {MANIFEST: samples.sha256},
+        "num_images": num_images,
+        "stride": stride,
+        "sigmas": trajectories.sigmas.tolist(),
+        "cfg": samples.cfg,
+        "batch": adapter.batch,
+        "blocks": list(traced),
+        "tokens": draw_tokens(lengths, tokens, seed),
+        "seed": seed,
+        "dtype": "float16",
+        "versions": artifacts.versions(),
+    }
+    kept = entries(traced, facts["tokens"])
+    count = num_images * len(trajectories.sigmas)
+    own = sum(2 * value.size for value in kept.values()) + ARRAY_ALLOWANCE * len(kept) + FILE_ALLOWANCE
+    streams = [side[key] for pair in traced.values() for side in pair for key in lengths if key in side]
+    theirs = sum(2 * value.size for value in streams) + 4 * (state["tokens"].size + state["pooled"].size)
+    return Plan(facts, trajectories, count * own, count * theirs)
+
+
+def draw_tokens(lengths: dict[str, int], tokens: int | None, seed: int) -> dict[str, list[int]]:
+    """Which tokens of each stream to keep: sorted, distinct, equally likely; see ``plan`` for ``tokens``."""
+    rng = np.random.default_rng(seed)
+    drawn = {}
+    for stream, length in sorted(lengths.items()):
+        count = length if tokens == 0 else min(length, max(8, length // 8) if tokens is None else tokens)
+        drawn[stream] = sorted(rng.choice(length, count, replace=False).tolist())
+    return drawn
+
+
+def trace(adapter: Adapter, sigma: float, state: State) -> Trace:
+    """What every block reads and writes in one forward pass, all blocks at once and not evaluated yet.
+
+    Raises AdapterError when the model's forward pass does not go through its blocks' hooks.
+    """
+    names = [stage.name for stage in adapter.stages[1:-1]]
+    seen: Trace = {}
+
+    def observe(name: str, inputs: State, outputs: State) -> None:
+        seen[name] = (inputs, outputs)
+
+    with hooked(adapter, names, observe):
+        adapter.velocity(state["latent"], state["tokens"], state["pooled"], sigma)
+    if list(seen) != names:
+        missed = [name for name in names if name not in seen]
+        raise AdapterError(f"{adapter.name}: blocks {missed} were not reached in a forward pass; its velocity must run every stage's hook")
+    return seen
+
+
+def entries(traced: Trace, tokens: dict[str, list[int]]) -> dict[str, mx.array]:
+    """The arrays to keep under their names in a sample's file: ``input__KEY`` and ``mmI__KEY`` of block I."""
+    first, _ = next(iter(traced.values()))
+    kept = {f"input__{key}": value for key, value in first.items()}
+    for index, (inputs, outputs) in enumerate(traced.values()):
+        for key in written(outputs, inputs):
+            kept[f"mm{index}__{key}"] = mx.take(outputs[key], mx.array(tokens[key]), axis=1)
+    return kept
+
+
+def write(plan: Plan, adapter: Adapter, folder: Path, force: bool = False, resume: bool = True, progress: Progress = silent) -> BlockCache:
+    """Replay the trajectories and write the folder, one batch of images at one step in memory at a time.
+
+    A killed run goes on where it was and ends with the same bytes. Raises ArtifactError when the disk is too small or the folder
+    holds another cache and ``force`` is not given, NumericsError when a value does not fit float16.
+    """
+    if (folder / MANIFEST).exists():
+        raise ArtifactError(f"{folder}: holds the trajectories themselves; give the cache a folder of its own")
+    ensure_space(folder, plan.disk_bytes)
+    ledger = Ledger.open(folder / METADATA, KIND, plan.facts, COMMAND, force, resume)
+    if not ledger.complete:
+        for start in range(0, len(plan.trajectories.prompts), adapter.batch):
+            _write_images(plan, adapter, ledger, start, progress)
+        ledger.save(complete=True)
+    return BlockCache.read(folder)
+
+
+def ensure_space(folder: Path, needed: int) -> None:
+    """Raise ArtifactError when the disk under ``folder`` has not ``needed`` bytes free, counting what an earlier run left there."""
+    disk = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    present = sum(path.stat().st_size for path in folder.glob("samples/*.npz"))
+    free = shutil.disk_usage(disk).free
+    if needed > free + present:
+        raise ArtifactError(
+            f"{folder}: the cache needs {needed / 1e6:.1f} MB, {free / 1e6:.1f} MB are free there; "
+            "free some space, choose another disk, or keep fewer --tokens, --num-images or a larger --stride"
+        )
+
+
+def _write_images(plan: Plan, adapter: Adapter, ledger: Ledger, start: int, progress: Progress) -> None:
+    """The samples of one batch of images, step by step, where they are not there yet."""
+    calibration, stride = plan.trajectories, plan.facts["stride"]
+    rows = slice(start, start + adapter.batch)
+    part = replace(calibration, prompts=calibration.prompts[rows], latents=calibration.latents[:, rows])
+    images = range(start, start + len(part.prompts))
+    names = [[sample_name(image, index * stride) for image in images] for index in range(len(part.sigmas))]
+    if all(name in ledger.files for step in names for name in step):
+        return
+    label = f"block outputs, images {images[0]} to {images[-1]}"
+    for step, sigma, state in progress(list(zip(names, *part.batches(adapter, adapter.batch), strict=True)), label):
+        if all(name in ledger.files for name in step):
+            continue
+        arrays = half(entries(trace(adapter, sigma, state), plan.facts["tokens"]), plan.facts["blocks"], f"{step[0]} to {step[-1]}")
+        for row, name in enumerate(step):
+            ledger.add_npz(name, {key: value[row :: len(images)] for key, value in arrays.items()})
+        ledger.save()
+
+
+def half(arrays: dict[str, mx.array], blocks: list[str], where: str) -> dict[str, Array]:
+    """Arrays in float16, all evaluated at once; raises NumericsError, naming block and stream, where a value does not fit."""
+    halves = {name: value.astype(mx.float16) for name, value in arrays.items()}
+    mx.eval(halves)
+    found = {name: np.array(value) for name, value in halves.items()}
+    for name, value in found.items():
+        if not np.isfinite(value).all():
+            largest = float(np.array(mx.abs(arrays[name].astype(mx.float32)).max()))
+            source, stream = name.split("__", 1)
+            block = f"the input of block {blocks[0]}" if source == "input" else f"the output of block {blocks[int(source[2:])]}"
+            raise NumericsError(
+                f"{where}: {block}, stream {stream!r}, reaches {largest:.4g}, and float16 ends at 65504; this model cannot be cached, "
+                "'mlxquant quantize' calibrates it without a cache"
+            )
+    return found

@@ -1,0 +1,32 @@
+"""The teacher that reads what blocks write from a cache, at the tokens that were kept."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+from ..models.adapter import Adapter, Stage, State
+from ..progress import Progress, silent
+from ..streams import ExactStream
+from .block_cache import BlockCache
+
+
+class CachedTeacher:
+    """With ``both`` it also runs the full-precision blocks, for ``inputs``: a cache holds those of the first block alone."""
+
+    def __init__(
+        self, cache: BlockCache, adapter: Adapter, sigmas: list[float], states: list[State], both: bool, progress: Progress = silent
+    ):
+        self._cache = cache
+        self._exact = ExactStream(adapter, sigmas, states, progress) if both else None
+
+    def targets(self, stage: Stage) -> list[State]:
+        if self._exact is not None:
+            self._exact.targets(stage)
+        return self._cache.targets(self._cache.blocks.index(stage.name))
+
+    def inputs(self) -> list[State]:
+        assert self._exact is not None
+        return self._exact.inputs()
+
+    def pick(self, outputs: State) -> State:
+        return {key: mx.take(value, self._cache.tokens[key], axis=1) for key, value in outputs.items() if key in self._cache.tokens}

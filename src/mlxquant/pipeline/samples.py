@@ -1,0 +1,184 @@
+"""The trajectories that both tracks of the pipeline start from: latents at every sampler step, drawn by the model itself.
+
+A folder of ``samples/IIII_SSS.npz`` (image, step), final ``latents/IIII.npz`` and decoded ``images/IIII.png`` under ``manifest.json``.
+Text conditioning is not stored: it is the bulk of a sample and a function of the prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+from .. import artifacts
+from ..calibration import Calibration
+from ..errors import AdapterError, CalibrationError, NumericsError
+from ..models.adapter import Adapter
+from ..progress import Progress, silent
+from ..prompts import Prompt
+from ..report.comparison import save_png, to_pil
+from ..sampler import SamplerStep
+from .ledger import Array, Ledger
+
+KIND = "calibration-samples"
+MANIFEST = "manifest.json"
+COMMAND = "mlxquant generate-calibration-data"
+
+
+def sample_name(image: int, step: int) -> str:
+    """Where a folder keeps what belongs to one image at one sampler step."""
+    return f"samples/{image:04d}_{step:03d}.npz"
+
+
+@dataclass(frozen=True)
+class Samples:
+    """A finished folder of trajectories: ``sigmas`` [steps] descending float64, one latent for each prompt and step.
+
+    ``source`` is the fingerprint of the weights that drew them, ``sha256`` that of the manifest and so of everything in the folder.
+    """
+
+    ledger: Ledger
+    model: str
+    source: str
+    prompts: tuple[Prompt, ...]
+    steps: int
+    cfg: float
+    sigmas: npt.NDArray[np.float64]
+    sha256: str
+
+    @classmethod
+    def read(cls, folder: Path) -> Samples:
+        """Raises ArtifactError when there is no manifest, or an unfinished, damaged or foreign one."""
+        ledger = Ledger.read(folder / MANIFEST, KIND, f"run '{COMMAND} --calib-dir {folder}' first").require_complete(COMMAND)
+        facts = ledger.facts
+        prompts = prompts_of(facts)
+        sigmas = np.array(facts["sigmas"], np.float64)
+        return cls(ledger, facts["model"], facts["source"], prompts, facts["num_steps"], facts["cfg"], sigmas, ledger.sha256)
+
+    def check(self, adapter: Adapter) -> None:
+        """Raise CalibrationError when these trajectories were drawn by other weights than the adapter's."""
+        check_source(f"{self.ledger.path}: the trajectories", self.model, self.source, adapter)
+
+    def calibration(self, images: int, stride: int) -> Calibration:
+        """The first ``images`` prompts at every ``stride``-th step, as ``Calibration`` (its ``steps`` is the number walked).
+
+        Raises CalibrationError when there are fewer images or steps, ArtifactError on a missing or damaged file.
+        """
+        if not 1 <= images <= len(self.prompts):
+            raise CalibrationError(f"{self.ledger.folder}: {images} images wanted, it has {len(self.prompts)}; choose between 1 and that")
+        if not 1 <= stride <= self.steps:
+            raise CalibrationError(f"{self.ledger.folder}: a stride of {stride} does not fit {self.steps} steps; choose between 1 and that")
+        kept = range(0, self.steps, stride)
+        latents = [[self.ledger.arrays(sample_name(image, step))["x"] for image in range(images)] for step in kept]
+        return Calibration(
+            self.model, self.source, self.prompts[:images], self.steps, self.cfg, self.sigmas[::stride], mx.array(np.array(latents))
+        )
+
+
+def prompts_of(facts: Mapping[str, Any]) -> tuple[Prompt, ...]:
+    """The prompts that a manifest's facts name, each with its seed."""
+    return tuple(Prompt(seed, text) for seed, text in zip(facts["seeds"], facts["prompts"], strict=True))
+
+
+def check_source(what: str, model: str, source: str, adapter: Adapter) -> None:
+    """Raise CalibrationError when ``what`` was made by another model, or by the same with other weights (``source``)."""
+    if model != adapter.name:
+        raise CalibrationError(f"{what} are of model {model!r}, not of {adapter.name!r}; use that model or make them anew")
+    if source != (found := adapter.fingerprint):
+        raise CalibrationError(
+            f"{what} are of {model} with other weights (fingerprint {source[:12]}…, these weights are {found[:12]}…); make them anew"
+        )
+
+
+def open_folder(
+    adapter: Adapter,
+    prompts: Sequence[Prompt],
+    steps: int,
+    cfg: float,
+    seed: int,
+    folder: Path,
+    force: bool = False,
+    resume: bool = True,
+) -> Ledger:
+    """The ledger of a folder for these trajectories, new or to go on with; ``draw`` fills it.
+
+    ``seed`` is recorded; each prompt brings its own. Raises ArtifactError when the folder holds other trajectories and ``force`` is
+    not given, NumericsError on NaN weights, CalibrationError without prompts, AdapterError on an impossible guidance.
+    """
+    if not prompts:
+        raise CalibrationError("calibration needs at least one prompt")
+    if not (np.isfinite(cfg) and cfg >= 0):
+        raise AdapterError(f"cfg weight must be a finite number >= 0, found {cfg}")
+    adapter.check_finite()
+    facts = {
+        "model": adapter.name,
+        "source": adapter.fingerprint,
+        "prompts": [p.text for p in prompts],
+        "seeds": [p.seed for p in prompts],
+        "num_steps": steps,
+        "cfg": cfg,
+        "seed": seed,
+        "batch": adapter.batch,
+        "sigmas": adapter.sigmas(steps)[:-1].tolist(),
+        "versions": artifacts.versions(),
+    }
+    return Ledger.open(folder / MANIFEST, KIND, facts, COMMAND, force, resume)
+
+
+def draw(adapter: Adapter, ledger: Ledger, progress: Progress = silent) -> Samples:
+    """Sample what the folder still lacks, ``adapter.batch`` pictures at a time, always the same ones together.
+
+    A killed run goes on after its last finished batch and ends with the same bytes. Raises NumericsError, naming image and step,
+    on a latent that is not finite.
+    """
+    prompts, steps = prompts_of(ledger.facts), ledger.facts["num_steps"]
+    if not ledger.complete:
+        for start in progress(range(0, len(prompts), adapter.batch), "trajectories"):
+            images = range(start, min(start + adapter.batch, len(prompts)))
+            if not all(name in ledger.files for image in images for name in _names(image, steps)):
+                _write_batch(adapter, ledger, images, [prompts[i] for i in images])
+                ledger.save()
+        ledger.save(complete=True)
+    return Samples.read(ledger.folder)
+
+
+def _names(image: int, steps: int) -> list[str]:
+    """Every file of one image."""
+    return [*(sample_name(image, step) for step in range(steps)), f"latents/{image:04d}.npz", f"images/{image:04d}.png"]
+
+
+def _write_batch(adapter: Adapter, ledger: Ledger, images: range, prompts: Sequence[Prompt]) -> None:
+    """Sample ``images`` together and write their files; nothing is written before all their latents are known to be finite."""
+    sigmas, cfg = ledger.facts["sigmas"], ledger.facts["cfg"]
+    trajectory: list[Array] = []
+
+    def keep(step: SamplerStep) -> None:
+        trajectory.append(_finite(step.latent, images, f"before step {step.index} (sigma {step.sigma:.4g})"))
+
+    final = adapter.generate([p.text for p in prompts], [p.seed for p in prompts], len(sigmas), cfg, keep)
+    latents = _finite(final, images, f"after step {len(sigmas) - 1}, the last,")
+    pictures = _finite(mx.array(adapter.decode(final)), images, "decoded")
+    for row, image in enumerate(images):
+        for step, sigma in enumerate(sigmas):
+            arrays = {"x": trajectory[step][row], "timestep": np.float32(1000 * sigma), "sigma": np.float32(sigma)}
+            ledger.add_npz(sample_name(image, step), {name: np.asarray(value) for name, value in arrays.items()})
+        ledger.add_npz(f"latents/{image:04d}.npz", {"latent": latents[row]})
+        picture = f"images/{image:04d}.png"
+        save_png(to_pil(pictures[row]), ledger.path_of(picture))
+        ledger.add([picture])
+
+
+def _finite(values: mx.array, images: range, when: str) -> Array:
+    """values [images,...] as float32; raises NumericsError naming the first image that holds NaN or infinity."""
+    found = np.array(values.astype(mx.float32))
+    for row, image in enumerate(images):
+        if not np.isfinite(found[row]).all():
+            raise NumericsError(
+                f"image {image}: its latent {when} holds NaN or infinite values; the model's weights or its text conditioning are damaged"
+            )
+    return found

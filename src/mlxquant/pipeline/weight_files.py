@@ -1,0 +1,126 @@
+"""Learned weights as the weight track leaves them: ``config.json`` and one ``weights/mmI.npz`` a block.
+
+A block's file holds, for every Linear of the block under its full path: ``{path}__weight_int`` int8 [out,in], the codes around zero;
+``{path}__scale`` float32 [out] (exactly representable in float16, as it will be stored); and, where the block was reconstructed with
+quantized activations, ``{path}__a_scale`` float32 [T], the steps of its input, with ``__a_sigma`` [T], ``__a_shift`` [T, 1 or in] and
+``__a_bits`` [T]. ``{path}__divisor`` float32 [in] is there when the codes stand for ``W diag(divisor)``. The weight is
+``scale * weight_int / divisor``, exactly; nothing has to be rounded again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import numpy.typing as npt
+
+from .. import artifacts
+from ..activations import ActivationTable
+from ..errors import ArtifactError
+from ..formats import Grid, WeightFormat
+from ..layers import QuantizedLinear
+from ..models.adapter import Stage
+from ..schedule import Clock
+from ..store import StageCheckpoint, StageResult
+from .ledger import Ledger
+
+Array = npt.NDArray[Any]
+KIND = "adaround-weights"
+CONFIG = "config.json"
+COMMAND = "mlxquant adaround-optimize"
+TABLE = ("a_sigma", "a_scale", "a_shift", "a_bits")
+
+
+def block_name(index: int) -> str:
+    return f"mm{index}"
+
+
+class WeightFiles:
+    """The folder as the store of a sweep over blocks: finished blocks are files, the one in work has a checkpoint beside them.
+
+    ``linears`` are the model's own layers: they give the biases, which rounding leaves alone.
+    """
+
+    def __init__(self, ledger: Ledger, stages: Sequence[Stage], linears: Mapping[str, nn.Linear]):
+        self.ledger = ledger
+        self._index = {stage.name: index for index, stage in enumerate(stages)}
+        self._linears = linears
+        self._job = artifacts.digest(ledger.facts)
+
+    @classmethod
+    def read(cls, folder: Path, stages: Sequence[Stage], linears: Mapping[str, nn.Linear]) -> WeightFiles:
+        """A finished folder; raises ArtifactError when it is missing, unfinished, damaged or of another number of blocks."""
+        remedy = f"run '{COMMAND} --output-dir {folder}' first"
+        files = cls(Ledger.read(folder / CONFIG, KIND, remedy).require_complete(COMMAND), stages, linears)
+        wanted = {f"weights/{block_name(i)}.npz" for i in range(len(stages))}
+        if set(files.ledger.files) != wanted:
+            raise ArtifactError(f"{folder / CONFIG}: lists {sorted(files.ledger.files)}, this model has {len(stages)} blocks; {remedy}")
+        return files
+
+    @staticmethod
+    def facts(folder: Path) -> dict[str, Any]:
+        """What a folder was made from, before its model is loaded; raises ArtifactError where there is none."""
+        return Ledger.read(folder / CONFIG, KIND, f"run '{COMMAND} --output-dir {folder}' first").facts
+
+    def holds(self, stage: Stage) -> bool:
+        """Whether this stage is one of the blocks that the folder is for."""
+        return stage.name in self._index
+
+    def _file(self, stage: Stage) -> str:
+        return f"weights/{block_name(self._index[stage.name])}.npz"
+
+    def load(self, stage: Stage, clock: Clock) -> StageResult | None:
+        if self._file(stage) not in self.ledger.files:
+            return None
+        facts = dict(self.ledger.notes["blocks"][block_name(self._index[stage.name])])
+        formats = facts.pop("formats")
+        arrays = self.ledger.arrays(self._file(stage))
+        own = {path for path in self._linears if stage.owns(path)}
+        named = {key.rsplit("__", 1)[0] for key in arrays}
+        if named != set(formats) or not named <= own:
+            strange = sorted((named ^ set(formats)) | (named - own))
+            raise ArtifactError(f"{self.ledger.folder / self._file(stage)}: its layers are not the model's, such as {strange[:3]}")
+        return StageResult({path: self._layer(path, WeightFormat(**formats[path]), arrays, clock) for path in formats}, facts)
+
+    def _layer(self, path: str, format: WeightFormat, arrays: Mapping[str, Array], clock: Clock) -> QuantizedLinear:
+        linear = self._linears[path]
+        own = {key.removeprefix(path + "__"): value for key, value in arrays.items() if key.startswith(path + "__")}
+        try:
+            codes, scale = own["weight_int"].astype(np.int16) + format.zero_code, own["scale"]
+        except KeyError as error:
+            raise ArtifactError(f"{self.ledger.path}: layer {path} has no {error} in its file; run '{COMMAND} --force'") from error
+        if codes.shape != linear.weight.shape or scale.shape != codes.shape[:1] or codes.min() < 0 or codes.max() >= format.levels:
+            raise ArtifactError(
+                f"{self.ledger.path}: layer {path} has codes {codes.shape} from {codes.min()} to {codes.max()} and {scale.shape} scales; "
+                f"expected {linear.weight.shape} codes of {format.bits} bits"
+            )
+        divisor = mx.array(own["divisor"]) if "divisor" in own else None
+        bias = linear.bias if "bias" in linear else None
+        layer = QuantizedLinear(codes.astype(np.uint8), Grid.symmetric(format, scale[:, None]), bias, divisor)
+        if "a_scale" in own:
+            layer.set_activations(ActivationTable(*(own[name] for name in TABLE)), clock)
+        return layer
+
+    def save(self, stage: Stage, result: StageResult) -> None:
+        arrays: dict[str, Array] = {}
+        for path, layer in result.layers.items():
+            arrays[f"{path}__weight_int"] = (layer.codes().astype(np.int16) - layer.format.zero_code).astype(np.int8)
+            arrays[f"{path}__scale"] = layer.grid().scales[:, 0]
+            if "act_divisor" in layer:
+                arrays[f"{path}__divisor"] = np.array(layer.act_divisor)
+            if (table := layer.table) is not None:
+                values = (table.sigma, table.step, table.shift, table.bits)
+                arrays |= {f"{path}__{name}": value for name, value in zip(TABLE, values, strict=True)}
+        self.ledger.add_npz(self._file(stage), arrays)
+        formats = {path: layer.format.to_dict() for path, layer in result.layers.items()}
+        blocks = self.ledger.notes.setdefault("blocks", {})
+        blocks[block_name(self._index[stage.name])] = {**result.facts, "formats": formats}
+        self.ledger.save()
+        self.checkpoint(stage).clear()
+
+    def checkpoint(self, stage: Stage) -> StageCheckpoint:
+        return StageCheckpoint(self.ledger.folder / f"{block_name(self._index[stage.name])}.checkpoint.safetensors", self._job)

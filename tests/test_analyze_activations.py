@@ -1,0 +1,367 @@
+"""From statistics to decisions: complete, better where it claims to be, and refused where they do not belong to the model."""
+
+import mlxquant as mq  # before mlx
+
+# isort: split
+import json
+import os
+from dataclasses import dataclass, field, replace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from mlxquant import analyze_activations, artifacts, cli
+from mlxquant.decisions import Layer, Options, decide, try_division
+from mlxquant.errors import CalibrationError, RecipeError
+from mlxquant.folds import divide
+from mlxquant.methods.tiers import lowered, output_errors
+from mlxquant.models.mmdit_shapes import MMDiTShapes
+from mlxquant.pipeline.quant_config import QuantConfig
+from mlxquant.rewrite import get_module, tapped
+from mlxquant.statistics import Collector
+
+from conftest import tiny_adapter
+
+Q = "multimodal_transformer_blocks.0.image_transformer_block.attn.q_proj"
+FC2 = "multimodal_transformer_blocks.0.image_transformer_block.mlp.fc2"
+
+
+@dataclass
+class Stats:
+    """What activation statistics are asked for, collected without files; the shift is the centre of the extremes."""
+
+    source: str
+    layers: list[str]
+    collector: Collector
+    gelu: set[str]
+    model: str = "mmdit-shapes"
+    sha256: str = "5" * 64
+    calibration: str = "c" * 64
+    off_centre: float = 0.0
+    step_keys: list[str] = field(default_factory=list)
+
+    @property
+    def sigmas(self):
+        return self.ranges(self.layers[0]).sigma
+
+    def ranges(self, path):
+        return self.collector[path].ranges
+
+    def shift(self, path):
+        ranges = self.ranges(path)
+        return (ranges.least + ranges.most) / 2 + self.off_centre if path in self.gelu else None
+
+
+def collect(adapter, steps=3):
+    calibration = mq.calibrate(mq.Model(adapter), prompts=2, steps=steps)
+    edges = adapter.edges()
+    layers = [path for edge in edges for path in edge.consumers]
+    collector = Collector()
+    with tapped(adapter.module, layers, collector):
+        for sigma, state in zip(*calibration.batches(adapter), strict=True):
+            collector.sigma = sigma
+            with adapter.clock.at(sigma):
+                for stage in adapter.stages:
+                    state = stage.run(state)
+                mx.eval(state)
+    gelu = {path for edge in edges if edge.after == "gelu" for path in edge.consumers}
+    keys = [f"step_{i}" for i in reversed(range(steps))]
+    return Stats(adapter.fingerprint, layers, collector, gelu, step_keys=keys)
+
+
+@pytest.fixture(scope="module")
+def plain():
+    """The tiny model and what its layers see."""
+    adapter = tiny_adapter()
+    return adapter, collect(adapter)
+
+
+@pytest.fixture(scope="module")
+def spiky():
+    """One channel stands out before q, k and v, and one after the GELU; what reads them counts on it."""
+    adapter = tiny_adapter()
+    edge = next(edge for edge in adapter.edges() if Q in edge.consumers)
+    divisor = np.ones(32, np.float32)
+    divisor[5] = 1 / 60
+    divide(adapter.module, edge, divisor)
+    fc1 = get_module(adapter.module, FC2.replace("fc2", "fc1"))
+    fc2, row = get_module(adapter.module, FC2), mx.where(mx.arange(fc1.weight.shape[0]) == 7, 8.0, 1.0)
+    fc1.weight, fc1.bias, fc2.weight = fc1.weight * row[:, None], fc1.bias * row, fc2.weight / row
+    return adapter, collect(adapter)
+
+
+def weight(adapter, path):
+    return np.array(adapter.linears()[path].weight)
+
+
+@pytest.mark.parametrize("rule", ["error", "threshold"])
+def test_no_layer_is_skipped(plain, rule):
+    """Lesson 11: a change of names once skipped every layer in silence."""
+    adapter, stats = plain
+    config = decide(stats, adapter, Options(rule=rule))
+    expected = {path for path in adapter.linears() if adapter.role(path) in ("attention", "mlp")}
+    assert set(config.plain) == set(config.layers) == expected
+    for path, table in config.plain.items():
+        np.testing.assert_array_equal(table.sigma, stats.sigmas)
+        assert set(table.bits.tolist()) <= {4, 6, 8}
+        assert config.layers[path]["mean_bits"] == table.bits.mean()
+        assert config.layers[path]["always_a8"] == bool((table.bits == 8).all())
+
+
+@pytest.mark.parametrize("rule", ["error", "threshold"])
+def test_nothing_that_was_seen_is_clipped(plain, rule):
+    """Lesson 10: clipping ruins pictures, the maximum does not. What averages the extremes clips."""
+    adapter, stats = plain
+
+    def overshoot(options):
+        largest = 0.0
+        for path, table in decide(stats, adapter, options).plain.items():
+            edge, ranges = 2.0 ** (table.bits[:, None].astype(int) - 1), stats.ranges(path)
+            top = (ranges.most - table.shift) / table.step[:, None] - (edge - 1)
+            bottom = -edge - (ranges.least - table.shift) / table.step[:, None]
+            largest = max(largest, float(top.max()), float(bottom.max()))
+        return largest
+
+    assert overshoot(Options(rule=rule)) < 0.01  # of a step
+    assert overshoot(Options(rule=rule, range="average")) > 0.5
+
+
+def test_the_error_rule_keeps_its_budget_or_says_eight(plain):
+    adapter, stats = plain
+    for budget in (0.02, 0.1, 0.3):
+        config = decide(stats, adapter, Options(budget=budget))
+        for path, table in config.plain.items():
+            errors = output_errors(stats.ranges(path), weight(adapter, path), table)
+            assert ((errors <= budget * 1.001) | (table.bits == 8)).all()
+            assert config.layers[path]["error"] == pytest.approx(float(np.sqrt((errors**2).mean())), rel=1e-3)
+    bits = [decide(stats, adapter, Options(budget=budget)).mean_bits for budget in (1e-6, 0.02, 0.1, 10)]
+    assert bits[0] == 8
+    assert bits == sorted(bits, reverse=True)
+    assert bits[-1] == 4
+
+
+def test_the_shift_is_taken_where_it_helps_and_only_there(plain):
+    adapter, stats = plain
+    config, misled = (decide(s, adapter, Options()) for s in (stats, replace(stats, off_centre=30.0)))
+    for path, facts in config.layers.items():
+        assert ("error_shifted" in facts) == path.endswith("fc2")
+        assert facts["shifted"] == (facts.get("error_shifted", 1.0) < facts.get("error_plain", 0.0))
+        assert config.plain[path].shift.shape[1] == (weight(adapter, path).shape[1] if facts["shifted"] else 1)
+    assert any(facts["shifted"] for facts in config.layers.values())
+    # one number added to all channels is taken out again by the grid, so it changes nothing
+    assert misled.layers[FC2]["error_shifted"] == pytest.approx(config.layers[FC2]["error_shifted"], rel=0.05)
+
+
+def test_a_shift_that_hurts_is_left_out(plain, monkeypatch):
+    adapter, stats = plain
+    scrambled = np.random.default_rng(0).normal(size=128).astype(np.float32) * 10
+    monkeypatch.setattr(Stats, "shift", lambda self, path: np.tile(scrambled, (3, 1)) if path in self.gelu else None)
+    config = decide(stats, adapter, Options())
+    assert not any(facts["shifted"] for facts in config.layers.values())
+    assert config.layers[FC2]["error_shifted"] > config.layers[FC2]["error_plain"] == config.layers[FC2]["error"]
+
+
+def test_smoothing_is_found_applied_and_exact(spiky):
+    adapter, stats = spiky
+    config = decide(stats, adapter, Options())
+    assert set(config.smoothquant) == {Q}
+    division = config.smoothquant[Q]
+    assert division.applied
+    assert division.facts["error_after"] < division.facts["error_before"]
+    assert division.facts["ratio"] > 5
+    assert set(division.layers) == set(division.tables) == {Q.replace("q_proj", f"{name}_proj") for name in "qkv"}
+    assert np.argmax(division.divisor) == 5
+    # the tables are for the divided input: with the divided weight they are what they claim to be
+    ranges = stats.ranges(Q)
+    low, high = (getattr(ranges, name) / division.divisor for name in ("least", "most"))
+    table = config.tables(smoothed=True)[Q]
+    np.testing.assert_allclose(table.step * (2.0**table.bits - 1), high.max(1) - low.min(1), rtol=1e-4)
+    assert config.tables()[Q] is config.plain[Q]
+    assert (config.plain[Q].step * 2.0 ** config.plain[Q].bits > 2 * table.step * 2.0**table.bits).all()
+
+
+def test_by_thresholds_smoothing_is_worth_one_tier(spiky):
+    adapter, stats = spiky
+    config = decide(stats, adapter, Options(rule="threshold"))
+    assert config.smoothquant[Q].applied
+    for path, table in config.smoothquant[Q].tables.items():
+        np.testing.assert_array_equal(table.bits, lowered(config.plain[path].bits))
+    assert config.plain[Q].bits.max() == 8
+
+
+def test_a_division_that_hurts_is_recorded_and_not_applied(plain):
+    adapter, stats = plain
+    layer = Layer.decided(stats.ranges(Q), weight(adapter, Q), None, Options())
+    bad = np.geomspace(1e-3, 1e3, 32).astype(np.float32)
+    division = try_division({Q: layer}, bad, Options(), {"alpha": 0.5})
+    assert not division.applied
+    assert division.tables == {}
+    assert division.facts["error_after"] > division.facts["error_before"] > 0
+    assert division.facts["alpha"] == 0.5
+
+
+def test_migration_is_tried_when_asked_for(spiky):
+    adapter, stats = spiky
+    assert decide(stats, adapter, Options()).migration == {}
+    config = decide(stats, adapter, Options(migration=True))
+    division = config.migration[FC2]
+    assert division.divisor[7] == division.facts["largest"] > 1
+    assert division.applied == (division.facts["error_after"] < division.facts["error_before"]) == config.layers[FC2]["migration"]
+    assert set(config.migrations) == {path for path, facts in config.layers.items() if facts["migration"]}
+    assert FC2 in config.migrations
+    assert config.tables(migrated=True)[FC2] is not config.plain[FC2]
+
+
+def test_statistics_of_another_model_are_refused(plain):
+    adapter, stats = plain
+    with pytest.raises(CalibrationError, match=r"collected from weights feedfeedfeed….*collect them again"):
+        decide(replace(stats, source="feed" * 16), adapter, Options())
+    with pytest.raises(CalibrationError, match=r"are of 'blocks\.9\.fc3', which this mmdit-shapes does not have"):
+        decide(replace(stats, layers=[*stats.layers, "blocks.9.fc3"]), adapter, Options())
+    with pytest.raises(CalibrationError, match="no layers"):
+        decide(replace(stats, layers=[]), adapter, Options())
+
+
+@pytest.mark.parametrize("options", [{"budget": 0.0}, {"budget": float("nan")}, {"thresholds": (10.0, 6.0)}, {"thresholds": (0.0, 1.0)}])
+def test_impossible_options_are_refused(options):
+    with pytest.raises(RecipeError, match="found"):
+        Options(**options)
+
+
+def test_a_part_of_an_edge_is_decided_on_but_not_smoothed(spiky):
+    adapter, stats = spiky
+    config = decide(replace(stats, layers=[Q]), adapter, Options())
+    assert set(config.plain) == {Q}
+    assert config.smoothquant == {}
+
+
+@pytest.fixture
+def stats_file(tmp_path, monkeypatch, plain):
+    """A command that finds the tiny model and its statistics."""
+    monkeypatch.setattr(MMDiTShapes, "pretrained", classmethod(lambda cls: tiny_adapter()))
+
+    class Reader:
+        @staticmethod
+        def read(path):
+            return plain[1]
+
+    monkeypatch.setattr(analyze_activations, "ActivationStats", Reader)
+    return tmp_path / "layer_statistics.json"
+
+
+def run(*arguments):
+    return CliRunner().invoke(cli.main, ["analyze-activations", *map(str, arguments)])
+
+
+def succeed(*arguments):
+    outcome = run(*arguments)
+    assert outcome.exit_code == 0, outcome.output
+    return json.loads(outcome.stdout.splitlines()[-1]), outcome.stderr
+
+
+def fail(*arguments):
+    outcome = run(*arguments)
+    assert outcome.exit_code != 0
+    assert isinstance(outcome.exception, SystemExit), outcome.exception
+    assert outcome.stdout == ""
+    return outcome.stderr
+
+
+def test_the_command_writes_what_it_promises(stats_file, plain):
+    facts, said = succeed("--stats", stats_file)
+    folder = stats_file.parent
+    assert sorted(os.listdir(folder)) == ["layer_temporal_analysis.json", "quant_config.json", "quant_config.npz", "quant_ranges.png"]
+    config = QuantConfig.read(folder / "quant_config.json")
+    assert {"output", "mean_bits", "counts", "switchers", "always_a8"} <= set(facts)
+    assert sum(facts["counts"].values()) == facts["layers"] * facts["timesteps"] == sum(t.bits.size for t in config.plain.values())
+    assert facts["mean_bits"] == config.mean_bits
+    assert "attn.q_proj" in said
+    assert config.facts["parents"] == {"layer_statistics.json": "5" * 64}
+    assert config.facts["calibration"] == "c" * 64
+    assert config.facts["options"]["rule"] == "error"
+    assert config.step_keys == ("step_2", "step_1", "step_0")
+    np.testing.assert_array_equal(config.sigmas, plain[1].sigmas)
+    analysis = artifacts.read_json(folder / "layer_temporal_analysis.json", "temporal-analysis")
+    assert analysis["parents"] == {"quant_config.json": artifacts.file_digest(folder / "quant_config.json")}
+    assert set(analysis["layers"]) == set(config.plain)
+    with Image.open(folder / "quant_ranges.png") as image:
+        assert np.asarray(image).std() > 5
+    assert str(folder) not in (folder / "quant_config.json").read_text()
+
+
+def test_equal_runs_give_equal_bytes_and_force_replaces(stats_file):
+    succeed("--stats", stats_file, "--rule", "threshold")
+    folder = stats_file.parent
+    names = os.listdir(folder)
+    before = {name: (folder / name).read_bytes() for name in names}
+    assert "--force" in fail("--stats", stats_file)
+    assert {name: (folder / name).read_bytes() for name in names} == before
+    succeed("--stats", stats_file, "--rule", "threshold", "--force")
+    assert {name: (folder / name).read_bytes() for name in names} == before
+    succeed("--stats", stats_file, "--force")
+    assert (folder / "quant_config.json").read_bytes() != before["quant_config.json"]
+
+
+def test_options_reach_the_decision(stats_file, tmp_path):
+    (tmp_path / "a").mkdir()
+    arguments = ["--rule", "threshold", "--thresholds", "1.5,1e6", "--range", "average", "--alpha", "0.25", "--migration"]
+    facts, _ = succeed("--stats", stats_file, "--output", tmp_path / "a" / "mine.json", *arguments)
+    config = QuantConfig.read(tmp_path / "a" / "mine.json")
+    expected = Options("threshold", thresholds=(1.5, 1e6), range="average", alpha=0.25, migration=True)
+    assert config.facts["options"] == artifacts.plain(expected.__dict__)
+    assert facts["counts"]["6"] > 0
+    assert (tmp_path / "a" / "mine.npz").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--thresholds", "6"], "expected two numbers"),
+        (["--thresholds", "10,6"], "the smaller first"),
+        (["--budget", "0"], "positive number"),
+        (["--rule", "guess"], "guess"),
+        (["--model", "sd9"], "unknown model 'sd9'"),
+        (["--output", "config.txt"], "ends in .json"),
+    ],
+)
+def test_bad_arguments_are_one_clear_error(stats_file, arguments, message):
+    assert message in fail("--stats", stats_file, *arguments)
+    assert os.listdir(stats_file.parent) == []
+
+
+def test_the_statistics_are_not_overwritten(stats_file):
+    assert "not that of the statistics" in fail("--stats", stats_file, "--output", stats_file, "--force")
+
+
+def test_another_models_statistics_are_one_clear_error(stats_file, monkeypatch):
+    def other(cls):
+        adapter = tiny_adapter()
+        adapter.module.final_layer.linear.weight = adapter.module.final_layer.linear.weight + 1
+        return adapter
+
+    monkeypatch.setattr(MMDiTShapes, "pretrained", classmethod(other))
+    assert "collect them again from this model" in fail("--stats", stats_file)
+    assert os.listdir(stats_file.parent) == []
+
+
+def test_the_activation_track_from_its_first_step(tmp_path, monkeypatch):
+    """Trajectories, statistics, decisions: each command on what the one before wrote."""
+    monkeypatch.setattr(MMDiTShapes, "pretrained", classmethod(lambda cls: tiny_adapter()))
+    calib = ["--calib-dir", str(tmp_path)]
+    for verb, *options in (
+        ("generate-calibration-data", *calib, "--model", "mmdit-shapes", "--num-images", "1", "--num-steps", "4"),
+        ("collect-layer-activations", *calib, "--num-images", "1", "--stride", "2"),
+    ):
+        outcome = CliRunner().invoke(cli.main, [verb, *options])
+        assert outcome.exit_code == 0, outcome.output
+    facts, _ = succeed("--stats", tmp_path / "activations" / "layer_statistics.json")
+    config = QuantConfig.read(tmp_path / "activations" / "quant_config.json")
+    assert config.facts["calibration"] == artifacts.file_digest(tmp_path / "manifest.json")
+    assert config.facts["parents"] == {"layer_statistics.json": artifacts.file_digest(tmp_path / "activations" / "layer_statistics.json")}
+    assert config.step_keys == ("2", "0")
+    adapter = tiny_adapter()
+    assert set(config.plain) == {path for path in adapter.linears() if adapter.role(path) in ("attention", "mlp")}
+    assert facts["layers"] == len(config.plain)

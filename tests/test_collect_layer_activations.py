@@ -1,0 +1,117 @@
+"""The verb: what it promises on success, and one clear error on everything else."""
+
+import json
+
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from mlxquant import cli
+from mlxquant.models.mmdit_shapes import MMDiTShapes
+from mlxquant.pipeline import activation_stats, samples
+from mlxquant.pipeline.activation_stats import ActivationStats
+
+from conftest import tiny_adapter
+
+
+@pytest.fixture(autouse=True)
+def small_model(monkeypatch):
+    monkeypatch.setattr(MMDiTShapes, "pretrained", classmethod(lambda cls: tiny_adapter()))
+
+
+@pytest.fixture
+def calib(tmp_path):
+    adapter = tiny_adapter()
+    samples.draw(adapter, samples.open_folder(adapter, adapter.prompts("calibration", 5), 4, 2.0, 0, tmp_path / "c"))
+    return tmp_path / "c"
+
+
+def run(folder, *arguments):
+    return CliRunner().invoke(cli.main, [str(a) for a in ("collect-layer-activations", "--calib-dir", folder, *arguments)])
+
+
+def succeed(folder, *arguments):
+    outcome = run(folder, *arguments)
+    assert outcome.exit_code == 0, outcome.output
+    return json.loads(outcome.stdout.splitlines()[-1])
+
+
+def fail(folder, *arguments):
+    outcome = run(folder, *arguments)
+    assert outcome.exit_code == 1, outcome.output
+    assert isinstance(outcome.exception, SystemExit), outcome.exception
+    assert outcome.stdout == ""
+    return outcome.stderr
+
+
+def files(folder):
+    return {str(p.relative_to(folder)): p for p in folder.rglob("*") if p.is_file()}
+
+
+def test_the_folder_is_as_promised(calib):
+    facts = succeed(calib)
+    out = calib / "activations"
+    written = files(out)
+    steps = [f"timestep_stats/step_{step}{end}" for step in (0, 2) for end in (".npz", "_index.json")]
+    assert set(written) == {"layer_statistics.json", "ranges.png", *steps}
+    assert {k: facts[k] for k in ("layers", "timesteps", "model")} == {"layers": 21, "timesteps": 2, "model": "mmdit-shapes"}
+    assert facts["disk_bytes"] == sum(path.stat().st_size for name, path in written.items() if name != "ranges.png")
+    assert facts["seconds"] > 0
+    assert facts["peak_bytes"] > 1e6
+    notes = json.loads((out / "layer_statistics.json").read_text())
+    assert notes["step_keys"] == ["0", "2"]
+    assert notes["sigma_map"]["0"] == 1.0
+    assert notes["layers"]["multimodal_transformer_blocks.0.image_transformer_block.mlp.fc2"] == {
+        "leader": "multimodal_transformer_blocks.0.image_transformer_block.mlp.fc2",
+        "after": "gelu",
+        "width": 128,
+    }
+    with Image.open(out / "ranges.png") as image:
+        assert image.width > 1000
+
+
+def test_every_flag_counts(calib, tmp_path):
+    succeed(calib, "--output-dir", tmp_path / "s", "--num-images", 2, "--stride", 1, "--rows", 4, "--seed", 3, "--model", "mmdit-shapes")
+    stats = ActivationStats.read(tmp_path / "s" / "layer_statistics.json")
+    facts = stats.ledger.facts
+    assert {k: facts[k] for k in ("num_images", "stride", "rows", "seed")} == {"num_images": 2, "stride": 1, "rows": 4, "seed": 3}
+    assert stats.ranges(stats.layers[0]).rows.shape == (4, 4, 32)
+    assert not (calib / "activations").exists()
+
+
+def test_other_and_unknown_models_are_refused(calib):
+    assert "holds trajectories of mmdit-shapes, --model is sd9" in fail(calib, "--model", "sd9")
+    assert not (calib / "activations").exists()
+
+
+def test_what_is_missing_or_out_of_range_is_one_clear_error(calib, tmp_path):
+    assert "run 'mlxquant generate-calibration-data" in fail(tmp_path / "none")
+    assert "9 images wanted, it has 5" in fail(calib, "--num-images", 9)
+    assert run(calib, "--rows", 0).exit_code == 2
+    (tmp_path / "file").write_text("")
+    assert "part of the path is a file" in fail(calib, "--output-dir", tmp_path / "file" / "a")
+    assert not (calib / "activations").exists()
+
+
+def test_finished_is_finished_unless_forced_or_changed(calib, monkeypatch):
+    succeed(calib)
+    before = {name: path.read_bytes() for name, path in files(calib / "activations").items()}
+    with monkeypatch.context() as patch:
+        patch.setattr(activation_stats, "_run", None)
+        succeed(calib)
+    assert "--force" in fail(calib, "--rows", 4)
+    succeed(calib, "--force")
+    assert {name: path.read_bytes() for name, path in files(calib / "activations").items()} == before
+
+
+def test_no_resume_starts_over(calib, monkeypatch):
+    draw = activation_stats.draw_ranges
+    monkeypatch.setattr(activation_stats, "draw_ranges", lambda curves, path: (_ for _ in ()).throw(KeyboardInterrupt))
+    outcome = run(calib)
+    assert outcome.exit_code == 130
+    assert "Run the same command again" in outcome.stderr
+    monkeypatch.setattr(activation_stats, "draw_ranges", draw)
+    steps, seen = activation_stats._run, []
+    monkeypatch.setattr(activation_stats, "_run", lambda *a: (seen.append(a), steps(*a))[1])
+    succeed(calib, "--no-resume")
+    assert len(seen) == 2
