@@ -14,13 +14,15 @@ from click.testing import CliRunner
 from PIL import Image
 
 from mlxquant import analyze_activations, artifacts, cli
-from mlxquant.decisions import Layer, Options, decide, try_division
+from mlxquant.decisions import decide, try_division
 from mlxquant.errors import CalibrationError, RecipeError
 from mlxquant.folds import divide
-from mlxquant.methods.tiers import lowered, output_errors
+from mlxquant.input_tables import LayerInput, Options, decide_input
+from mlxquant.methods.tiers import OutputErrors, lowered, relative_errors
 from mlxquant.models.mmdit_shapes import MMDiTShapes
 from mlxquant.pipeline.quant_config import QuantConfig
 from mlxquant.rewrite import get_module, tapped
+from mlxquant.sensitivity import Sensitivity, measure
 from mlxquant.statistics import Collector
 
 from conftest import tiny_adapter
@@ -36,6 +38,7 @@ class Stats:
     source: str
     layers: list[str]
     collector: Collector
+    costs: Sensitivity
     gelu: set[str]
     model: str = "mmdit-shapes"
     sha256: str = "5" * 64
@@ -50,6 +53,9 @@ class Stats:
     def ranges(self, path):
         return self.collector[path].ranges
 
+    def sensitivity(self, path):
+        return self.costs.layers[path]
+
     def shift(self, path):
         ranges = self.ranges(path)
         return (ranges.least + ranges.most) / 2 + self.off_centre if path in self.gelu else None
@@ -60,8 +66,10 @@ def collect(adapter, steps=3):
     edges = adapter.edges()
     layers = [path for edge in edges for path in edge.consumers]
     collector = Collector()
+    sigmas, states = calibration.batches(adapter)
+    costs = measure(adapter, adapter.stages, sigmas, states, layers)
     with tapped(adapter.module, layers, collector):
-        for sigma, state in zip(*calibration.batches(adapter), strict=True):
+        for sigma, state in zip(sigmas, states, strict=True):
             collector.sigma = sigma
             with adapter.clock.at(sigma):
                 for stage in adapter.stages:
@@ -69,7 +77,7 @@ def collect(adapter, steps=3):
                 mx.eval(state)
     gelu = {path for edge in edges if edge.after == "gelu" for path in edge.consumers}
     keys = [f"step_{i}" for i in reversed(range(steps))]
-    return Stats(adapter.fingerprint, layers, collector, gelu, step_keys=keys)
+    return Stats(adapter.fingerprint, layers, collector, costs, gelu, step_keys=keys)
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +98,15 @@ def spiky():
     fc1 = get_module(adapter.module, FC2.replace("fc2", "fc1"))
     fc2, row = get_module(adapter.module, FC2), mx.where(mx.arange(fc1.weight.shape[0]) == 7, 8.0, 1.0)
     fc1.weight, fc1.bias, fc2.weight = fc1.weight * row[:, None], fc1.bias * row, fc2.weight / row
+    return adapter, collect(adapter)
+
+
+@pytest.fixture(scope="module")
+def skewed():
+    """Half of the channels after one GELU are far from zero."""
+    adapter = tiny_adapter()
+    fc1 = get_module(adapter.module, FC2.replace("fc2", "fc1"))
+    fc1.bias = fc1.bias + mx.where(mx.arange(128) < 64, 8.0, 0.0)
     return adapter, collect(adapter)
 
 
@@ -131,26 +148,42 @@ def test_nothing_that_was_seen_is_clipped(plain, rule):
 
 def test_the_error_rule_keeps_its_budget_or_says_eight(plain):
     adapter, stats = plain
-    for budget in (0.02, 0.1, 0.3):
+    for budget in (0.002, 0.02, 0.2):
         config = decide(stats, adapter, Options(budget=budget))
         for path, table in config.plain.items():
-            errors = output_errors(stats.ranges(path), weight(adapter, path), table)
+            ranges, w = stats.ranges(path), weight(adapter, path)
+            errors = OutputErrors(ranges, w, stats.sensitivity(path))(table)
             assert ((errors <= budget * 1.001) | (table.bits == 8)).all()
-            assert config.layers[path]["error"] == pytest.approx(float(np.sqrt((errors**2).mean())), rel=1e-3)
+            assert config.layers[path]["error"] == pytest.approx(errors.mean(), rel=1e-3)
+            people = float(np.sqrt((relative_errors(ranges, w, table) ** 2).mean()))
+            assert config.layers[path]["relative_error"] == pytest.approx(people, rel=1e-3)
     bits = [decide(stats, adapter, Options(budget=budget)).mean_bits for budget in (1e-6, 0.02, 0.1, 10)]
-    assert bits[0] == 8
     assert bits == sorted(bits, reverse=True)
+    assert bits[0] > 7.8  # what reaches no velocity has four
     assert bits[-1] == 4
 
 
-def test_the_shift_is_taken_where_it_helps_and_only_there(plain):
+def test_bits_go_where_errors_reach_the_velocity(plain):
+    """A layer whose errors cost a thousand times as much is given bits, the others are not, and at once for each timestep."""
     adapter, stats = plain
+    factors = np.array([1.0, 1e3, 1.0])[:, None]
+    dearer = {**stats.costs.layers, Q: stats.costs.layers[Q] * factors}
+    before, after = (decide(s, adapter, Options(budget=0.2)) for s in (stats, replace(stats, costs=replace(stats.costs, layers=dearer))))
+    np.testing.assert_array_equal(after.plain[Q].bits[[0, 2]], before.plain[Q].bits[[0, 2]])
+    assert (before.plain[Q].bits[1], after.plain[Q].bits[1]) == (4, 8)
+    for path in set(before.plain) - {Q}:
+        np.testing.assert_array_equal(after.plain[path].bits, before.plain[path].bits)
+
+
+def test_the_shift_is_taken_where_it_helps_and_only_there(skewed):
+    adapter, stats = skewed
     config, misled = (decide(s, adapter, Options()) for s in (stats, replace(stats, off_centre=30.0)))
     for path, facts in config.layers.items():
         assert ("error_shifted" in facts) == path.endswith("fc2")
         assert facts["shifted"] == (facts.get("error_shifted", 1.0) < facts.get("error_plain", 0.0))
         assert config.plain[path].shift.shape[1] == (weight(adapter, path).shape[1] if facts["shifted"] else 1)
-    assert any(facts["shifted"] for facts in config.layers.values())
+    assert config.layers[FC2]["shifted"]
+    assert config.layers[FC2]["error_shifted"] < 0.7 * config.layers[FC2]["error_plain"]
     # one number added to all channels is taken out again by the grid, so it changes nothing
     assert misled.layers[FC2]["error_shifted"] == pytest.approx(config.layers[FC2]["error_shifted"], rel=0.05)
 
@@ -183,6 +216,14 @@ def test_smoothing_is_found_applied_and_exact(spiky):
     assert (config.plain[Q].step * 2.0 ** config.plain[Q].bits > 2 * table.step * 2.0**table.bits).all()
 
 
+def test_a_division_does_not_help_what_costs_nothing(spiky):
+    adapter, stats = spiky
+    free = Sensitivity(stats.costs.sigma, {}, {path: 0 * costs for path, costs in stats.costs.layers.items()})
+    division = decide(replace(stats, costs=free), adapter, Options()).smoothquant[Q]
+    assert division.facts["error_before"] == division.facts["error_after"] == 0
+    assert not division.applied
+
+
 def test_by_thresholds_smoothing_is_worth_one_tier(spiky):
     adapter, stats = spiky
     config = decide(stats, adapter, Options(rule="threshold"))
@@ -194,7 +235,7 @@ def test_by_thresholds_smoothing_is_worth_one_tier(spiky):
 
 def test_a_division_that_hurts_is_recorded_and_not_applied(plain):
     adapter, stats = plain
-    layer = Layer.decided(stats.ranges(Q), weight(adapter, Q), None, Options())
+    layer = decide_input(LayerInput(stats.ranges(Q), weight(adapter, Q), stats.sensitivity(Q)), None, Options())
     bad = np.geomspace(1e-3, 1e3, 32).astype(np.float32)
     division = try_division({Q: layer}, bad, Options(), {"alpha": 0.5})
     assert not division.applied
@@ -279,6 +320,13 @@ def test_the_command_writes_what_it_promises(stats_file, plain):
     assert sum(facts["counts"].values()) == facts["layers"] * facts["timesteps"] == sum(t.bits.size for t in config.plain.values())
     assert facts["mean_bits"] == config.mean_bits
     assert "attn.q_proj" in said
+    assert "velocity" in said
+    q = [
+        line.split() for line in said.splitlines() if line.startswith("multimodal_transformer_blocks.*.image_transformer_block.attn.q_proj")
+    ]
+    kind = [facts for path, facts in config.layers.items() if path.endswith("image_transformer_block.attn.q_proj")]
+    for position, name in ((-2, "error"), (-1, "relative_error")):
+        assert float(q[0][position]) == pytest.approx(np.mean([facts[name] for facts in kind]), rel=0.02)
     assert config.facts["parents"] == {"layer_statistics.json": "5" * 64}
     assert config.facts["calibration"] == "c" * 64
     assert config.facts["options"]["rule"] == "error"

@@ -22,6 +22,28 @@ def test_names_carry_format_and_options():
     assert plan["blocks.0.mlp.fc1"].activation == ActivationSpec(6, per_timestep=False)
 
 
+def test_a_method_brings_its_options_along():
+    recipe = parse_recipe("taqdit-w4a6")
+    plan = recipe.plan(LAYERS)
+    assert recipe.sensitivity
+    assert plan["blocks.0.mlp.fc1"] == LayerSpec(WeightFormat(4), ActivationSpec(6, budget=0.002), "search", "gptq", reconstruct="adaround")
+    assert plan["blocks.0.ada"] == LayerSpec(WeightFormat(8), None, "search", "gptq")
+    for name in ("rtn-w4a8", "gptq-w4a8", "descent-w4a8", "adaround-w4a8"):
+        assert not parse_recipe(name).sensitivity
+        assert parse_recipe(name).plan(LAYERS)["blocks.0.mlp.fc1"].activation == ActivationSpec(8)
+
+
+@pytest.mark.parametrize("name", ["taqdit-w4a8", "taqdit-w4a16"])
+def test_overrides_keep_the_methods_options(name):
+    recipe = parse_recipe(name, ["*.fc2=w3a8-g64-sym-static", "blocks.*.ada=keep"])
+    assert recipe.sensitivity
+    assert recipe.name == f"{name},*.fc2=w3a8-g64-sym-static,blocks.*.ada=keep"
+    plan = recipe.plan(LAYERS)
+    activation = ActivationSpec(8, per_timestep=False, budget=0.002)
+    assert plan["blocks.0.mlp.fc2"] == LayerSpec(WeightFormat(3, 64, True), activation, "search", "gptq", reconstruct="adaround")
+    assert "blocks.0.ada" not in plan
+
+
 @pytest.mark.parametrize(
     "name", ["", "w4a8", "gptq", "gptq-", "magic-w4a8", "gptq-w9a8", "gptq-w4a5", "gptq-w4a8-g100", "rtn-w4a8-extra", "rtn-w4"]
 )
@@ -62,6 +84,9 @@ def test_recipe_that_quantizes_nothing_is_refused():
 def test_impossible_specifications_are_refused():
     with pytest.raises(RecipeError, match="activation bits"):
         ActivationSpec(5)
+    for budget in (0, -1, float("nan"), float("inf")):
+        with pytest.raises(RecipeError, match="budget of activations must be a positive number"):
+            ActivationSpec(8, budget=budget)
     with pytest.raises(RecipeError, match="bits must be 2 to 8"):
         WeightFormat(9)
     with pytest.raises(RecipeError, match="group"):

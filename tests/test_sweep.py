@@ -1,5 +1,7 @@
 """The sweep: gates, order, resumption, and what it refuses."""
 
+from dataclasses import replace
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -7,9 +9,13 @@ import pytest
 import mlxquant as mq
 from mlxquant import artifacts, store, streams, sweep
 from mlxquant.errors import ArtifactError, CalibrationError, NumericsError, RecipeError
+from mlxquant.input_tables import LayerInput, Options, decide_input
 from mlxquant.layers import QuantizedLinear
 from mlxquant.methods import registry
+from mlxquant.methods.adaround import Settings
 from mlxquant.recipe import parse_recipe
+from mlxquant.rewrite import get_module, tapped
+from mlxquant.statistics import Collector
 
 
 def calibrate(model, prompts=2, steps=2):
@@ -57,6 +63,107 @@ def test_every_timestep_has_its_own_scales_and_static_has_one(tiny):
     np.testing.assert_allclose(table.sigma, calib.sigmas[::-1], rtol=1e-6)
     assert len(set(table.step.tolist())) == 3
     assert len(mq.quantize(tiny, calib, "rtn-w8a8-static").layers[path].table.step) == 1
+
+
+FC2 = "multimodal_transformer_blocks.0.image_transformer_block.mlp.fc2"
+UNUSED = "multimodal_transformer_blocks.1.text_transformer_block.attn.q_proj"  # the last block drops what text asks
+
+
+def tiered(name="gptq-w4a8", budget=0.1, sensitivity=True, **changes):
+    """A recipe whose layers choose their bits; the budget is for the tiny model, whose velocities are not of unit variance."""
+    recipe = replace(parse_recipe(name), sensitivity=sensitivity)
+    activation = {"budget": budget, **changes}
+    rules = tuple((p, replace(s, activation=replace(s.activation, **activation)) if s.activation else s) for p, s in recipe.rules)
+    return replace(recipe, rules=rules)
+
+
+def tables(quantized):
+    return {path: layer.table for path, layer in quantized.layers.items() if layer.table is not None}
+
+
+@pytest.fixture
+def skewed(tiny):
+    """Half of the channels after one GELU are far from zero, so that shifting them pays."""
+    fc1 = get_module(tiny.adapter.module, FC2.replace("fc2", "fc1"))
+    fc1.bias = fc1.bias + mx.where(mx.arange(128) < 64, 8.0, 0.0)
+    return tiny
+
+
+def test_tiers_are_chosen_in_the_sweep_and_survive_the_disk(skewed, tmp_path):
+    tiny = skewed
+    calib = calibrate(tiny, steps=3)
+    quantized = mq.quantize(tiny, calib, tiered())
+    found = tables(quantized)
+    assert set(found) == {path for path in tiny.adapter.linears() if tiny.adapter.role(path) in ("attention", "mlp")}
+    assert {4, 6, 8} == {int(b) for table in found.values() for b in table.bits}
+    assert any(len(set(table.bits.tolist())) > 1 for table in found.values())
+    assert (found[UNUSED].bits == 4).all()
+    wide = {path for path, table in found.items() if table.shift.shape == (3, 128)}
+    assert FC2 in wide
+    assert all(path.endswith("mlp.fc2") or table.shift.shape == (3, 1) for path, table in found.items())
+    quantized.save(tmp_path / "q")
+    loaded = mq.load(tmp_path / "q")
+    assert_same(loaded, quantized)
+    for path, table in tables(loaded).items():
+        np.testing.assert_array_equal(table.bits, found[path].bits)
+        np.testing.assert_array_equal(table.shift, found[path].shift)
+    prompts = tiny.adapter.prompts("evaluation", 2)
+    np.testing.assert_array_equal(loaded.images(prompts, steps=3), quantized.images(prompts, steps=3))
+    np.testing.assert_array_equal(mq.load(tmp_path / "q").images(prompts, steps=4), quantized.images(prompts, steps=4))
+
+
+def test_a_wider_budget_takes_fewer_bits_and_never_more_than_the_recipes(tiny):
+    calib = calibrate(tiny, steps=3)
+    bits = [
+        np.concatenate([t.bits for p, t in tables(mq.quantize(tiny, calib, tiered("rtn-w8a6", budget))).items() if p != UNUSED])
+        for budget in (1e-9, 0.1, 1e9)
+    ]
+    assert [set(b.tolist()) for b in bits] == [{6}, {4, 6}, {4}]
+
+
+def test_a_static_recipe_chooses_once(skewed):
+    found = tables(mq.quantize(skewed, calibrate(skewed, steps=3), tiered("rtn-w8a8-static")))
+    assert {table.bits.shape for table in found.values()} == {(1,)}
+    assert found[FC2].shift.shape == (1, 128)
+    assert found[FC2.replace("fc2", "fc1")].shift.shape == (1, 1)
+    assert len({int(table.bits[0]) for table in found.values()}) > 1
+
+
+def test_without_a_sensitivity_the_budget_is_relative(tiny):
+    found = tables(mq.quantize(tiny, calibrate(tiny, steps=3), tiered("rtn-w8a8", 0.0012, sensitivity=False)))
+    assert {int(b) for table in found.values() for b in table.bits} == {6, 8}
+    loose = tables(mq.quantize(tiny, calibrate(tiny, steps=3), tiered("rtn-w8a8", 1.0, sensitivity=False)))
+    assert {int(b) for table in loose.values() for b in table.bits} == {4}
+
+
+def test_bits_are_those_that_the_measured_costs_allow(tiny):
+    """The first block, whose inputs are the exact model's: what was decided, against the rule on what the model really reads."""
+    calib, recipe = calibrate(tiny, steps=3), tiered("rtn-w8a8")
+    table = tables(mq.quantize(tiny, calib, recipe))[FC2]
+    sigmas, states = calib.batches(tiny.adapter)
+    plan = recipe.plan({path: tiny.adapter.role(path) for path in tiny.adapter.linears()})
+    costs = sweep.measured(tiny.adapter, tiny.adapter.stages, sigmas, states, plan, sweep.silent).of_outputs(FC2, table.sigma)
+    collector = Collector()
+    with tapped(tiny.adapter.module, [FC2], collector):
+        for sigma, state in zip(sigmas, states, strict=True):
+            collector.sigma = sigma
+            with tiny.adapter.clock.at(sigma):
+                for stage in tiny.adapter.stages:
+                    state = stage.run(state)
+                mx.eval(state)
+    ranges, weight = collector[FC2].ranges, np.array(tiny.adapter.linears()[FC2].weight)
+    expected = decide_input(LayerInput(ranges, weight, costs), (ranges.low + ranges.high) / 2, Options(budget=0.1)).table
+    np.testing.assert_array_equal(table.bits, expected.bits)
+    np.testing.assert_allclose(table.shift, expected.shift, rtol=0.05, atol=0.05)
+
+
+def test_taqdit_learns_with_tiers(tiny):
+    recipe = replace(tiered("taqdit-w4a8"), learning=Settings(iterations=20, batch=4))
+    quantized = mq.quantize(tiny, calibrate(tiny), recipe)
+    blocks = [stage for stage in quantized.facts["stages"] if "learning" in stage]
+    assert len(blocks) == 2
+    assert {int(b) for table in tables(quantized).values() for b in table.bits} >= {4, 8}
+    assert all(np.isfinite(stage["error"]) for stage in blocks)
 
 
 def test_stages_are_never_worse_than_rounding(tiny):

@@ -14,15 +14,16 @@ from .console import Command, peak_bytes, progress, result, say, verbose_option
 from .errors import AdapterError
 from .formats import WeightFormat
 from .methods.adaround import Settings
+from .models.adapter import Adapter
 from .models.catalog import pretrained
-from .pipeline.apply import prepare
+from .pipeline.apply import check, prepare
 from .pipeline.block_cache import BlockCache
 from .pipeline.cached_teacher import CachedTeacher
 from .pipeline.ledger import Ledger
 from .pipeline.quant_config import QuantConfig
 from .pipeline.weight_files import CONFIG, KIND, WeightFiles
 from .recipe import ActivationSpec, LayerSpec, Recipe
-from .sweep import Sweep
+from .sweep import Preset, Sweep, measured
 
 STARTS: dict[str, dict[str, Any]] = {
     "nearest": {"rounding": "rtn"},
@@ -34,6 +35,9 @@ DEFAULT = Settings()
 
 @click.command("adaround-optimize", cls=Command)
 @click.option("--cache-dir", type=click.Path(path_type=Path), required=True, help="Folder that 'mlxquant cache-adaround-data' wrote.")
+@click.option(
+    "--calib-dir", type=click.Path(path_type=Path), help="Where the trajectories are now.  [default: the folder around the cache's]"
+)
 @click.option("--output-dir", type=click.Path(path_type=Path), required=True, help="Folder for config.json and weights/mm*.npz.")
 @click.option("--bits-w", type=click.IntRange(2, 8), default=4, show_default=True, help="Bits of attention and MLP weights.")
 @click.option(
@@ -47,6 +51,7 @@ DEFAULT = Settings()
 @click.option(
     "--qdrop", type=click.FloatRange(0, 1), default=DEFAULT.drop, show_default=True, help="Probability to leave an activation unquantized."
 )
+@click.option("--sensitivity/--no-sensitivity", default=True, show_default=True, help="Weigh errors by what they do to the velocity.")
 @click.option("--quant-config", type=click.Path(path_type=Path), help="Round the weights as this file's folds and shifts change them.")
 @click.option("--model", "name", help="Checked against the cache.  [default: the cache's]")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of the minibatches.")
@@ -55,6 +60,7 @@ DEFAULT = Settings()
 @verbose_option
 def command(
     cache_dir: Path,
+    calib_dir: Path | None,
     output_dir: Path,
     bits_w: int,
     bits_a: str,
@@ -64,6 +70,7 @@ def command(
     learning_rate: float,
     pressure: float,
     qdrop: float,
+    sensitivity: bool,
     quant_config: Path | None,
     name: str | None,
     seed: int,
@@ -78,8 +85,12 @@ def command(
         raise AdapterError(f"{cache_dir} is of model {cache.model!r}, not of {name!r}; leave --model out or cache that model")
     adapter = pretrained(cache.model)
     cache.check(adapter)
-    decided = None if quant_config is None else QuantConfig.read(quant_config)
-    recipe = block_recipe(bits_w, int(bits_a), start, learning)
+    presets: dict[str, Preset] = {}
+    if quant_config is not None:
+        decided = QuantConfig.read(quant_config)
+        check(decided, cache.model, cache.source, cache.calibration, cache.ledger.path)
+        presets = prepare(adapter, decided)
+    recipe = block_recipe(bits_w, int(bits_a), start, learning, sensitivity)
     facts = {
         "model": cache.model,
         "source": cache.source,
@@ -91,24 +102,19 @@ def command(
         "iters": iters,
         "start": start,
         "recipe": recipe.to_dict(),
-        **artifacts.versions(),
+        "versions": artifacts.versions(),
     }
     ledger = Ledger.open(output_dir / CONFIG, KIND, facts, "adaround-optimize", force, resume)
-    presets = {} if decided is None else prepare(adapter, decided)
-    blocks = adapter.stages[1:-1]
-    linears = {path: layer for path, layer in adapter.linears().items() if any(stage.owns(path) for stage in blocks)}
-    store = WeightFiles(ledger, blocks, linears)
-    plan = recipe.plan({path: adapter.role(path) for path in linears})
-    sigmas, states = cache.inputs()
-    teacher = CachedTeacher(cache, adapter, sigmas, states, both=start == "qronos", progress=progress)
-    Sweep(adapter, recipe, plan, sigmas, teacher, presets, progress=progress).run(blocks, states, store)
-    ledger.save(complete=True)
+    if ledger.complete:
+        say(f"{output_dir} is finished already, with these settings; --force would learn it again")
+    else:
+        learn(adapter, recipe, cache, calib_dir, presets, ledger)
     report = ledger.notes["blocks"]
     say(f"{'block':<8}{'kept':<12}{'learned':>10}{'start':>10}{'rtn':>10}{'flipped':>9}{'steps':>7}")
-    for block, facts in report.items():
-        say(row(block, facts))
-    won = sum(facts["kept"] == "learned" for facts in report.values()) / len(report)
-    say(f"learned codes were kept in {won:.0%} of the blocks; {output_dir / CONFIG}")
+    for block, outcome in report.items():
+        say(row(block, outcome))
+    won = sum(wins(outcome["errors"]) for outcome in report.values()) / len(report)
+    say(f"learned codes are better than all others in {won:.0%} of the blocks; {output_dir / CONFIG}")
     result(
         {
             "output": str(output_dir),
@@ -120,19 +126,41 @@ def command(
     )
 
 
-def block_recipe(bits_w: int, bits_a: int, start: str, learning: Settings) -> Recipe:
+def learn(adapter: Adapter, recipe: Recipe, cache: BlockCache, calib_dir: Path | None, presets: dict[str, Preset], ledger: Ledger) -> None:
+    """Run the blocks through the sweep, from the cache's states towards the cache's targets, into the ledger's folder."""
+    blocks = adapter.stages[1:-1]
+    linears = {path: layer for path, layer in adapter.linears().items() if any(stage.owns(path) for stage in blocks)}
+    plan = recipe.plan({path: adapter.role(path) for path in linears})
+    sigmas, states = cache.inputs(adapter, calib_dir)
+    costs = measured(adapter, adapter.stages[1:], sigmas, states, plan, progress) if recipe.sensitivity else None
+    both = any(spec.corrected for spec in plan.values())
+    teacher = CachedTeacher(cache, adapter, sigmas, states, both, progress)
+    files = WeightFiles(ledger, blocks, linears)
+    Sweep(adapter, recipe, plan, sigmas, teacher, presets, costs, progress).run(blocks, states, files)
+    files.finish()
+
+
+def block_recipe(bits_w: int, bits_a: int, start: str, learning: Settings, sensitivity: bool) -> Recipe:
     """Attention and MLP weights learned, modulation rounded to 8 bits: at 4 its error enters every block at every step."""
     activation = None if bits_a == 16 else ActivationSpec(bits_a)
     main = LayerSpec(WeightFormat(bits_w), activation, steps="search", reconstruct="adaround", **STARTS[start])
     careful = LayerSpec(WeightFormat(8), None, steps="search", rounding="gptq")
-    return Recipe(f"adaround-{start}-w{bits_w}a{bits_a}", (("@modulation", careful), ("*", main)), learning=learning)
+    return Recipe(
+        f"adaround-{start}-w{bits_w}a{bits_a}", (("@modulation", careful), ("*", main)), learning=learning, sensitivity=sensitivity
+    )
+
+
+def wins(errors: dict[str, float]) -> bool:
+    """Whether the learned codes of a block are strictly better than everything else that was tried."""
+    return errors["learned"] < min(error for name, error in errors.items() if name != "learned")
 
 
 def row(block: str, facts: dict[str, Any]) -> str:
-    """A block's line in the table: relative squared errors of what it writes, hard-rounded."""
-    errors, learning = facts["errors"], facts["learning"]
+    """A block's line in the table: errors of what it writes, hard-rounded, and how it was learned where that was kept."""
+    errors, learning = facts["errors"], facts.get("learning")
     figures = "".join(f"{errors[name]:>10.2e}" if name in errors else f"{'':>10}" for name in ("learned", "calibrated", "rtn"))
-    return f"{block:<8}{facts['kept']:<12}{figures}{learning['flipped']:>9.1%}{learning['iterations']:>7}"
+    learned = "" if learning is None else f"{learning['flipped']:>9.1%}{learning['iterations']:>7}"
+    return f"{block:<8}{facts['kept']:<12}{figures}{learned}"
 
 
 if __name__ == "__main__":

@@ -11,9 +11,10 @@ import numpy as np
 from . import api
 from .artifacts import ensure_writable
 from .console import Command, progress, result, say, verbose_option
-from .decisions import Options, decide
+from .decisions import decide
 from .errors import ArtifactError
-from .methods.tiers import TIERS
+from .input_tables import Options
+from .methods.tiers import BUDGET, TIERS
 from .pipeline import temporal
 from .pipeline.activation_stats import ActivationStats
 from .pipeline.quant_config import QuantConfig
@@ -44,7 +45,12 @@ def two_numbers(context: click.Context, parameter: click.Parameter, value: str) 
     show_default=True,
     help="Fewest bits within an error budget, or by the magnitude of the range.",
 )
-@click.option("--budget", default=0.02, show_default=True, help="Relative error of a layer's output that --rule error allows.")
+@click.option(
+    "--budget",
+    default=BUDGET,
+    show_default=True,
+    help="Squared error of the velocity, summed over a latent's elements, that --rule error lets each layer's input cause.",
+)
 @click.option(
     "--thresholds", default="6,10", show_default=True, callback=two_numbers, help="Of --rule threshold: A4 below the first, A6 below."
 )
@@ -115,16 +121,19 @@ def check_outputs(stats_file: Path, paths: tuple[Path, ...], force: bool) -> Non
 
 
 def say_table(config: QuantConfig) -> None:
-    """Layers by kind: how many of their timesteps are in each tier."""
+    """Layers by kind: how many of their timesteps are in each tier, the mean squared velocity error that rounding a layer's input
+    causes, and the mean relative error of its output.
+    """
     kinds: dict[str, list[str]] = {}
     for path in config.plain:
         kinds.setdefault(temporal.starred(path), []).append(path)
     width = max(map(len, kinds))
-    say(f"{'layers':{width}} " + "".join(f"{f'A{tier}':>7}" for tier in TIERS) + f"{'mean':>7}{'error':>9}")
+    say(f"{'layers':{width}} " + "".join(f"{f'A{tier}':>7}" for tier in TIERS) + f"{'mean':>7}{'velocity':>11}{'output':>9}")
     for kind, paths in kinds.items():
         bits = np.stack([config.plain[path].bits for path in paths])
-        error = float(np.mean([config.layers[path]["error"] for path in paths]))
-        say(f"{kind:{width}} " + "".join(f"{int((bits == tier).sum()):7}" for tier in TIERS) + f"{bits.mean():7.2f}{error:9.4f}")
+        cost, error = (float(np.mean([config.layers[path][name] for path in paths])) for name in ("error", "relative_error"))
+        counts = "".join(f"{int((bits == tier).sum()):7}" for tier in TIERS)
+        say(f"{kind:{width}} {counts}{bits.mean():7.2f}{cost:11.2e}{error:9.4f}")
     tried = [layer for layer in config.layers.values() if "error_shifted" in layer]
     say(f"mean {config.mean_bits:.2f} bits; shifted: {sum(layer['shifted'] for layer in tried)} of {len(tried)} post-GELU inputs")
     say(f"SmoothQuant: {len(config.divisors)} of {len(config.smoothquant)} candidates lower the error; {len(config.migrations)} migrated")

@@ -19,13 +19,14 @@ from .errors import ArtifactError, CalibrationError, NumericsError, RecipeError
 from .layers import QuantizedLinear, find_quantized
 from .models.adapter import Adapter
 from .models.catalog import adapter_class, pretrained
+from .pipeline.apply import TrackFiles
 from .progress import Progress, silent
 from .prompts import Prompt
 from .recipe import LayerSpec, Recipe, parse_recipe
 from .report.comparison import Comparison, to_pil
 from .rewrite import parameters, set_module
 from .sampler import SamplerStep
-from .store import FolderStore, layer_arrays
+from .store import FolderStore, Store, layer_arrays
 from .sweep import sweep
 
 KIND = "quantized-model"
@@ -209,14 +210,20 @@ def plan(model: Model, recipe: Recipe) -> dict[str, LayerSpec]:
 
 
 def quantize(
-    model: Model, calib: Calibration, recipe: str | Recipe, work: str | Path | None = None, progress: Progress = silent
+    model: Model,
+    calib: Calibration,
+    recipe: str | Recipe,
+    work: str | Path | None = None,
+    progress: Progress = silent,
+    tracks: TrackFiles | None = None,
 ) -> QuantizedModel:
     """Quantize a copy of ``model``; the model itself stays as it is. With ``work``, a folder, a killed run resumes there.
 
+    ``tracks`` are files of the explicit pipeline whose blocks are taken as they are; the recipe then decides on the other layers.
     Raises RecipeError, CalibrationError or NumericsError before anything long starts where that can be known.
     """
     recipe = parse_recipe(recipe) if isinstance(recipe, str) else recipe
-    plan(model, recipe)
+    layers = plan(model, recipe)
     model.adapter.check_finite()
     if (calib.model, calib.source) != (model.name, model.adapter.fingerprint):
         raise CalibrationError(
@@ -227,7 +234,12 @@ def quantize(
         "recipe": recipe.to_dict(),
         "calibration": calib.facts | {"latents": artifacts.array_digest(calib.latents)},
     }
-    store = FolderStore(Path(work), artifacts.digest(facts | versions())) if work is not None else None
+    store: Store | None = None
+    if tracks is not None:
+        facts["tracks"] = tracks.digests
+        store = tracks.store(adapter, layers)
+    elif work is not None:
+        store = FolderStore(Path(work), artifacts.digest(facts | versions()))
     stages = sweep(adapter, calib, recipe, store, progress)
     return QuantizedModel(adapter, {**facts, "stages": stages})
 

@@ -22,7 +22,7 @@ from .pipeline.samples import Samples
 @click.option(
     "--tokens",
     type=click.IntRange(0),
-    help="Tokens of each stream of a block's output to keep; 0 keeps all.  [default: an eighth of them, at least 8]",
+    help="Tokens of each stream of a block's output to keep; 0 keeps all.  [default: an eighth of them, at least 4]",
 )
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Decides which tokens.")
 @click.option("--model", "name", help="[default: the model that drew the trajectories]")
@@ -40,7 +40,7 @@ def command(
     resume: bool,
     force: bool,
 ) -> None:
-    """Cache block inputs and outputs for adaround-optimize."""
+    """Cache what every block writes, for adaround-optimize."""
     start = time.perf_counter()
     samples = Samples.read(calib_dir)
     if name not in (None, samples.model):

@@ -62,6 +62,12 @@ class Calibration:
         mx.eval(states)
         return sigmas, states
 
+    def in_order(self, adapter: Adapter) -> tuple[list[float], list[State]]:
+        """As ``batches``, all prompts at once, with the rows prompt by prompt: a prompt's guided and unguided side follow each other."""
+        sigmas, states = self.batches(adapter, len(self.prompts))
+        rows = mx.arange(len(states[0]["t"])).reshape(-1, len(self.prompts)).T.flatten()
+        return sigmas, [{key: value[rows] for key, value in state.items()} for state in states]
+
     def save(self, path: Path) -> None:
         artifacts.write_tensors(path, "calibration", {"latents": self.latents}, {**self.facts, "sigmas": self.sigmas.tolist()})
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from . import api, artifacts, calibration
 from .api import Model, QuantizedModel
 from .calibration import Calibration
+from .pipeline.apply import TrackFiles
 from .progress import Progress
 from .prompts import Prompt
 from .recipe import Recipe
@@ -59,10 +60,12 @@ class Quantized:
     seconds: float  # of the sweep alone, in this run
 
 
-def quantized(model: Model, calib: Calibration, recipe: Recipe, work: Path, progress: Progress) -> Quantized:
+def quantized(
+    model: Model, calib: Calibration, recipe: Recipe, work: Path, progress: Progress, tracks: TrackFiles | None = None
+) -> Quantized:
     """Sweep with its progress in ``work``."""
     start = time.perf_counter()
-    done = api.quantize(model, calib, recipe, work / recipe_folder(recipe), progress)
+    done = api.quantize(model, calib, recipe, work / recipe_folder(recipe), progress, tracks)
     return Quantized(done, time.perf_counter() - start)
 
 

@@ -14,8 +14,7 @@ from .api import Model, QuantizedModel
 from .console import Command, peak_bytes, progress, result, say, verbose_option
 from .errors import AdapterError
 from .models.catalog import pretrained
-from .pipeline.apply import install, tracks
-from .pipeline.quant_config import QuantConfig
+from .pipeline.apply import TrackFiles, install
 from .pipeline.weight_files import WeightFiles
 from .prompts import Prompt
 from .recipe import LayerSpec
@@ -58,28 +57,28 @@ def command(
         raise AdapterError("--prompt is empty; describe the picture")
     if output_image.is_dir():
         raise AdapterError(f"--output-image {output_image} is a folder; name a PNG file")
-    artifacts.ensure_writable(output_image.absolute().parent)
     if folder is not None:
         artifacts.refuse_existing(folder, force)
     facts = WeightFiles.facts(adaround_output)
     if name not in (None, facts["model"]):
         raise AdapterError(f"{adaround_output} is of model {facts['model']!r}, not of {name!r}; leave --model out or optimize that model")
-    models = {"V1": assemble(adaround_output, quant_config, active=False)}
+    files = TrackFiles(adaround_output, quant_config)
+    models = {"V1": assemble(files, active=False)}
     if quant_config is not None:
-        models["V2"] = assemble(adaround_output, quant_config, active=True)
+        models["V2"] = assemble(files, active=True)
     final = next(reversed(models.values()))
     prompts = [Prompt(seed + index, text) for index, text in enumerate(texts)]
-    report: dict[str, Any] = {}
-    if compare or diff_stats:
-        reference = api.load(facts["model"])
-        everyone = {"FP": reference, "RTN": nearest(reference, final), **models}
-        images = {key: m.images(prompts, num_steps, cfg_weight, progress=progress) for key, m in everyone.items()}
-        comparison = Comparison.of(prompts, images, reference.adapter.attributes)
-        report = differences(comparison)
+    for path in (output_image, folder):
+        if path is not None:
+            artifacts.ensure_writable(path.absolute().parent)
+    drawn = {**references(final), **models} if compare or diff_stats else {"": final}
+    images = {key: model.images(prompts, num_steps, cfg_weight, progress=progress) for key, model in drawn.items()}
+    comparison = Comparison.of(prompts, images, final.adapter.attributes)
+    report = differences(comparison)
     if compare:
         comparison.save(output_image)
     else:
-        pictures = final.images(prompts, num_steps, cfg_weight, progress=progress)
+        *_, pictures = images.values()
         save_png(to_pil(np.concatenate(list(pictures), axis=1)), output_image)
     if diff_stats:
         artifacts.write_json(output_image.with_suffix(".diff.json"), "difference-statistics", {"models": report, "prompts": list(texts)})
@@ -95,31 +94,28 @@ def command(
     result({**facts, "saved": None if folder is None else str(folder)})
 
 
-def assemble(adaround_output: Path, quant_config: Path | None, active: bool) -> QuantizedModel:
+def assemble(files: TrackFiles, active: bool) -> QuantizedModel:
     """A model with the tracks' layers in its blocks and everything else in full precision; ``active`` quantizes the activations."""
-    adapter = pretrained(WeightFiles.facts(adaround_output)["model"])
-    blocks = adapter.stages[1:-1]
-    linears = adapter.linears()
-    weights = WeightFiles.read(adaround_output, blocks, linears)
-    config = None if quant_config is None else QuantConfig.read(quant_config)
-    digest = None if quant_config is None else artifacts.file_digest(quant_config)
-    stages = install(adapter, tracks(adapter, weights, config, digest, active), blocks)
+    made_from = WeightFiles.facts(files.weights)
+    adapter = pretrained(made_from["model"])
+    stages = install(adapter, files.store(adapter, active=active), adapter.stages[1:-1])
     facts = {
-        "recipe": weights.ledger.facts["recipe"],
-        "parents": {"config.json": weights.ledger.sha256} | ({"quant_config.json": digest} if active else {}),
-        "calibration": weights.ledger.facts["calibration"],
+        "recipe": made_from["recipe"],
+        "calibration": made_from["calibration"],
+        "tracks": files.digests,
         "stages": [stage.facts for stage in stages],
     }
     return QuantizedModel(adapter, facts)
 
 
-def nearest(reference: Model, like: QuantizedModel) -> Model:
-    """The reference with the same layers in the same formats, rounded to nearest, activations as they are."""
-    adapter = reference.clone()
+def references(like: QuantizedModel) -> dict[str, Model]:
+    """What a model is compared with: full precision, and the same layers in the same formats, rounded to nearest, with exact inputs."""
+    exact = api.load(like.name)
+    adapter = exact.clone()
     linears = adapter.linears()
     for path, layer in like.layers.items():
         set_module(adapter.module, path, round_to_nearest(linears[path], LayerSpec(layer.format)))
-    return Model(adapter)
+    return {"FP": exact, "RTN": Model(adapter)}
 
 
 def differences(comparison: Comparison) -> dict[str, Any]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import click
 
 from . import api, jobs
 from .console import Command, peak_bytes, progress, result, say, verbose_option
+from .errors import RecipeError
+from .pipeline.apply import TrackFiles
 from .prompts import read_prompts
 from .recipe import parse_recipe
 
@@ -31,6 +34,9 @@ from .recipe import parse_recipe
 @click.option("--steps", type=click.IntRange(1), help="Sampler steps of the calibration.  [default: the model's]")
 @click.option("--cfg-weight", type=click.FloatRange(0), help="Guidance of the calibration.  [default: the model's]")
 @click.option("--seed", default=0, show_default=True, help="Shifts the noise seeds of the model's own prompts.")
+@click.option("--iters", type=click.IntRange(1), help="Adam steps a block, for recipes that learn.  [default: 1000]")
+@click.option("--adaround-output", type=click.Path(path_type=Path), help="Take the blocks' weights from this folder of adaround-optimize.")
+@click.option("--quant-config", type=click.Path(path_type=Path), help="And their activation scales from this file of analyze-activations.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the quantized model.")
 @click.option("--force", is_flag=True, help="Replace an existing folder.")
 @click.option("--resume/--no-resume", default=True, show_default=True, help="Go on where a killed run of the same job was.")
@@ -44,12 +50,20 @@ def command(
     steps: int | None,
     cfg_weight: float | None,
     seed: int,
+    iters: int | None,
+    adaround_output: Path | None,
+    quant_config: Path | None,
     out: Path,
     force: bool,
     resume: bool,
 ) -> None:
     """Quantize a model with calibration and write it as a folder."""
     recipe = parse_recipe(recipe_name, override)
+    if iters is not None:
+        recipe = replace(recipe, learning=replace(recipe.learning, iterations=iters))
+    if quant_config is not None and adaround_output is None:
+        raise RecipeError("--quant-config has the activation scales for the weights of --adaround-output; pass both")
+    tracks = None if adaround_output is None else TrackFiles(adaround_output, quant_config)
     model = api.load(name)
     api.plan(model, recipe)
     adapter = model.adapter
@@ -57,7 +71,7 @@ def command(
     steps, cfg = adapter.steps if steps is None else steps, adapter.cfg if cfg_weight is None else cfg_weight
     with jobs.work_folder(out, force, resume) as work:
         calib = jobs.calibrated(model, prompts, steps, cfg, work, progress)
-        done = jobs.quantized(model, calib, recipe, work, progress)
+        done = jobs.quantized(model, calib, recipe, work, progress, tracks)
         done.model.save(out, force)
     size = done.model.size
     kept = {stage["stage"]: stage["kept"] for stage in done.model.facts["stages"]}

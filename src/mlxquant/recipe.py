@@ -11,12 +11,14 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
+from math import inf
 from typing import Any
 
 from .activations import BITS
 from .errors import RecipeError
 from .formats import WeightFormat
 from .methods.adaround import Settings
+from .methods.tiers import BUDGET
 
 ROLES = ("attention", "mlp", "modulation", "embedder", "output")
 
@@ -25,8 +27,9 @@ ROLES = ("attention", "mlp", "modulation", "embedder", "output")
 class ActivationSpec:
     """Static activation quantization: ``bits`` 4, 6 or 8; ``range`` a range method; one entry a timestep, or one for all.
 
-    With a ``budget`` each layer takes at each timestep the fewest bits, at most ``bits``, whose relative output error on calibration
-    data stays within it, and post-GELU inputs are shifted where that lowers the error.
+    With a ``budget`` each layer takes at each timestep the fewest bits, at most ``bits``, whose error on calibration data stays within
+    it, and post-GELU inputs are shifted where that lowers the error. The budget is squared velocity error, summed over a latent's
+    elements, in a recipe with ``sensitivity``, and relative squared error of the layer's output in one without.
     """
 
     bits: int = 8
@@ -37,6 +40,8 @@ class ActivationSpec:
     def __post_init__(self) -> None:
         if self.bits not in BITS[:-1]:
             raise RecipeError(f"activation bits must be one of {BITS[:-1]}, found {self.bits}; leave the activation out for 16")
+        if self.budget is not None and not 0 < self.budget < inf:
+            raise RecipeError(f"the error budget of activations must be a positive number, found {self.budget}; None fixes the bits")
 
 
 @dataclass(frozen=True)
@@ -98,17 +103,6 @@ class Recipe:
             raise RecipeError(f"recipe {self.name} quantizes no layer of this model")
         return plan
 
-    def overridden(self, overrides: Sequence[str]) -> Recipe:
-        """With rules ``PATTERN=SPEC`` in front; SPEC is a preset's name without its method, such as w8a16, or ``keep``."""
-        rules, main = [], next(spec for _, spec in reversed(self.rules) if spec is not None)
-        for text in overrides:
-            pattern, equals, spec = text.partition("=")
-            if not equals or not pattern:
-                raise RecipeError(f"override {text!r}: expected PATTERN=SPEC, such as '*.mlp.fc2=w8a16' or '@attention=keep'")
-            like = {"steps": main.steps, "rounding": main.rounding, "corrected": main.corrected, "reconstruct": main.reconstruct}
-            rules.append((pattern, None if spec == "keep" else parse_spec(spec, **like)))
-        return replace(self, name=",".join([self.name, *overrides]), rules=(*rules, *self.rules)) if rules else self
-
     def to_dict(self) -> dict[str, Any]:
         return {
             "name": self.name,
@@ -123,40 +117,66 @@ def _matches(pattern: str, path: str, role: str) -> bool:
     return role == pattern[1:] if pattern.startswith("@") else fnmatchcase(path, pattern)
 
 
-METHODS: dict[str, dict[str, Any]] = {
-    "rtn": {"steps": "extremes", "rounding": "rtn"},
-    "gptq": {"steps": "search", "rounding": "gptq"},
-    "descent": {"steps": "search", "rounding": "gptq-descent"},
-    "adaround": {"steps": "search", "rounding": "rtn", "reconstruct": "adaround"},
-    "taqdit": {"steps": "search", "rounding": "gptq", "reconstruct": "adaround"},
+@dataclass(frozen=True)
+class Method:
+    """What a recipe's METHOD stands for: how weights are rounded (see LayerSpec), the ``budget`` of quantized activations, and whether
+    the recipe weighs errors by ``sensitivity``."""
+
+    steps: str
+    rounding: str
+    reconstruct: str | None = None
+    budget: float | None = None
+    sensitivity: bool = False
+
+
+METHODS = {
+    "rtn": Method("extremes", "rtn"),
+    "gptq": Method("search", "gptq"),
+    "descent": Method("search", "gptq-descent"),
+    "adaround": Method("search", "rtn", reconstruct="adaround"),
+    "taqdit": Method("search", "gptq", reconstruct="adaround", budget=BUDGET, sensitivity=True),
 }
 _SPEC = re.compile(r"(w[2-8])a(4|6|8|16)((?:-tensor|-g\d+)?(?:-sym|-asym)?)(-static)?")
 
 
-def parse_spec(text: str, **method: Any) -> LayerSpec:
-    """``w4a8``, ``w4a16-g128``, ``w8a8-static`` …; raises RecipeError with the grammar."""
+def parse_spec(text: str, method: Method) -> LayerSpec:
+    """``w4a8``, ``w4a16-g128``, ``w8a8-static`` … by a method; raises RecipeError with the grammar."""
     match = _SPEC.fullmatch(text)
     if match is None:
         raise RecipeError(
             f"{text!r} is no specification; expected wBaB with weights of 2 to 8 bits and activations of 4, 6, 8 or 16, "
             "then optionally -g32/-g64/-g128/-tensor, -sym/-asym and -static"
         )
-    activation = None if match[2] == "16" else ActivationSpec(int(match[2]), per_timestep=match[4] is None)
-    return LayerSpec(WeightFormat.parse(match[1] + match[3]), activation, **method)
+    activation = None if match[2] == "16" else ActivationSpec(int(match[2]), per_timestep=match[4] is None, budget=method.budget)
+    weight = WeightFormat.parse(match[1] + match[3])
+    return LayerSpec(weight, activation, method.steps, method.rounding, reconstruct=method.reconstruct)
+
+
+def parse_override(text: str, method: Method) -> tuple[str, LayerSpec | None]:
+    """A rule ``PATTERN=SPEC``; SPEC is a preset's name without its method, such as w8a16, or ``keep``. Raises RecipeError."""
+    pattern, equals, spec = text.partition("=")
+    if not equals or not pattern:
+        raise RecipeError(f"override {text!r}: expected PATTERN=SPEC, such as '*.mlp.fc2=w8a16' or '@attention=keep'")
+    return pattern, None if spec == "keep" else parse_spec(spec, method)
 
 
 def parse_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
-    """A preset by name, ``METHOD-SPEC``. Modulation, embedders and the output layer keep at least 8 bits and unquantized inputs:
-    their error enters every block at every step."""
-    method, dash, text = name.partition("-")
-    if not dash or method not in METHODS:
+    """A preset by name, ``METHOD-SPEC``, behind the rules of ``overrides`` (see ``parse_override``), which keep its method.
+
+    Modulation, embedders and the output layer keep at least 8 bits and unquantized inputs: their error enters every block at every
+    step.
+    """
+    named, dash, text = name.partition("-")
+    if not dash or named not in METHODS:
         raise RecipeError(
             f"unknown recipe {name!r}; expected METHOD-SPEC with METHOD one of {sorted(METHODS)}, such as rtn-w4a8 or gptq-w4a8"
         )
+    method = METHODS[named]
     try:
-        main = parse_spec(text, **METHODS[method])
+        main = parse_spec(text, method)
     except RecipeError as error:
         raise RecipeError(f"unknown recipe {name!r}: {error}") from error
     careful = replace(main.start, weight=replace(main.weight, bits=8), activation=None)
-    rules = [(role, careful) for role in ("@modulation", "@embedder", "@output")]
-    return Recipe(name, (*rules, ("*", main))).overridden(overrides)
+    rules = [parse_override(text, method) for text in overrides]
+    rules += [(role, careful) for role in ("@modulation", "@embedder", "@output")]
+    return Recipe(",".join([name, *overrides]), (*rules, ("*", main)), sensitivity=method.sensitivity)

@@ -85,6 +85,11 @@ class SoftLinear(nn.Module):
         return q
 
 
+def _float32(value: mx.array) -> mx.array:
+    """Floating-point arrays in float32, others (indices) as they are."""
+    return value.astype(mx.float32) if mx.issubdtype(value.dtype, mx.floating) else value
+
+
 class Reconstruction:
     """A stage with soft weights for some of its layers, ready to be differentiated.
 
@@ -156,7 +161,7 @@ class Reconstruction:
         count = self._level.size
         rows = random.choice(count, min(self._settings.batch, count), replace=False)
         picked = mx.array(rows)
-        inputs, wanted = ({key: value[picked].astype(mx.float32) for key, value in d.items()} for d in (self._inputs, self._wanted))
+        inputs, wanted = ({key: _float32(value[picked]) for key, value in d.items()} for d in (self._inputs, self._wanted))
         return inputs, wanted, picked, mx.random.key(int(random.integers(2**31)))
 
     def loss(self, weights: dict[str, mx.array], inputs: State, wanted: State, rows: mx.array, key: mx.array) -> mx.array:

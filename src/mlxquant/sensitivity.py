@@ -5,6 +5,9 @@ J^T J: how much a unit of squared error in channel i there adds to the squared e
 for all places (Hutchinson's estimator of the Gauss-Newton diagonal, as BRECQ weighs block errors, arXiv 2102.05426, with the
 network's output in place of its loss). Errors of a sampler's steps add up with nearly the same sign, so a unit of velocity error costs
 about the same at any noise level; what differs between levels is how the model amplifies what happens inside it.
+
+Squared velocity error is summed over the elements of a latent here, not averaged: velocities have about unit variance, so that of a
+picture has about as many units as the latent has elements.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import mlx.nn as nn
 import numpy as np
 import numpy.typing as npt
 
+from .errors import NumericsError
 from .models.adapter import Adapter, Stage, State, written
 from .progress import Progress, silent
 from .rewrite import get_module, swapped
@@ -49,28 +53,35 @@ class _Gauged(nn.Module):
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """What a unit of squared error costs in squared velocity error, averaged over tokens, by noise level ``sigma`` [T] ascending.
+    """What a unit of mean squared error over a picture's tokens costs in squared velocity error, by noise level ``sigma`` [T] ascending.
 
-    ``stages`` by stage name and written tensor [T,D]; ``layers`` by path of a Linear, for each of its outputs [T,out].
+    Errors of different tokens and channels are taken as independent. ``stages`` by stage name and written tensor [T,D]; ``layers`` by
+    path of a Linear, for each of its outputs [T,out].
     """
 
     sigma: Array
     stages: dict[str, dict[str, Array]]
     layers: dict[str, Array]
 
-    def of_stage(self, name: str, sigmas: Sequence[float]) -> dict[str, Array] | None:
+    def of_stage(self, name: str, sigmas: Iterable[float]) -> dict[str, Array] | None:
         """By written tensor [len(sigmas), D], at the measured levels nearest to ``sigmas``; None for a stage that was not measured."""
         if name not in self.stages:
             return None
-        nearest = [int(np.abs(self.sigma - sigma).argmin()) for sigma in sigmas]
-        return {key: table[nearest] for key, table in self.stages[name].items()}
+        return {key: table[self._nearest(sigmas)] for key, table in self.stages[name].items()}
+
+    def of_outputs(self, path: str, sigmas: Iterable[float]) -> Array | None:
+        """Of a layer's outputs [len(sigmas), out], at the measured levels nearest to ``sigmas``; None for one that was not measured."""
+        return self.layers[path][self._nearest(sigmas)] if path in self.layers else None
+
+    def _nearest(self, sigmas: Iterable[float]) -> list[int]:
+        return [int(np.abs(self.sigma - sigma).argmin()) for sigma in sigmas]
 
     def of_layer(self, path: str, sigma: float) -> float:
         """Averaged over a layer's outputs, at the noise level nearest to ``sigma``, relative to the mean over levels; 1 if unknown."""
         if path not in self.layers:
             return 1.0
         costs = self.layers[path].mean(1)
-        return float(costs[int(np.abs(self.sigma - sigma).argmin())] / costs.mean()) if costs.mean() > 0 else 1.0
+        return float(costs[self._nearest([sigma])[0]] / costs.mean()) if costs.mean() > 0 else 1.0
 
 
 def measure(
@@ -84,7 +95,8 @@ def measure(
 ) -> Sensitivity:
     """Sensitivities of what ``stages`` write and of what Linears at the paths ``layers`` write.
 
-    ``stages`` is the end of the model's chain and ``states`` [rows, ...] enter the first of them at ``sigmas``.
+    ``stages`` is the end of the model's chain and ``states`` [rows, ...] enter the first of them at ``sigmas``; rows at the same level
+    are averaged. ``seed`` draws the random signs. Raises NumericsError, naming the place, when a sensitivity is not finite.
     """
     dials: dict[str, mx.array] = {}
     gauged = {path: _Gauged(get_module(adapter.module, path), path, dials) for path in layers}
@@ -113,6 +125,11 @@ def measure(
             rows[float(np.float32(sigma))] = rows.get(float(np.float32(sigma)), 0) + count
     order = sorted(totals)
     table = {name: np.stack([totals[s][name] / rows[s] for s in order]) for name in widths}
+    for name, costs in table.items():
+        if bad := [sigma for sigma, at in zip(order, costs, strict=True) if not np.isfinite(at).all()]:
+            raise NumericsError(
+                f"sigma {bad[0]:.4g}: the velocity's gradient with respect to {name} is NaN or infinite; the model overflows on these inputs"
+            )
     names = {stage.name: [n for n in table if n.startswith(stage.name + "/")] for stage in stages}
     return Sensitivity(
         np.array(order, np.float32),

@@ -21,10 +21,12 @@ import numpy.typing as npt
 from .activations import ActivationTable
 from .calibration import Calibration
 from .errors import MlxQuantError, NumericsError, RecipeError
+from .input_tables import LayerInput, Options, decide_input
 from .layers import QuantizedLinear
 from .methods import registry
 from .methods.correction import corrected_target
 from .methods.moments import Moments, output_error
+from .methods.tiers import TIERS
 from .models.adapter import Adapter, Stage, State
 from .progress import Progress, silent
 from .recipe import ActivationSpec, LayerSpec, Recipe
@@ -62,10 +64,19 @@ class Preset:
     divisor: Array | None = None
 
 
-def activation_table(ranges: InputRanges, spec: ActivationSpec, weight: Array) -> ActivationTable:
-    """The static scales of a layer's input by their specification, for the rounded ``weight`` [out,in]."""
-    find = registry.get("range", spec.range).function
-    return find(ranges if spec.per_timestep else ranges.merged(), weight, spec.bits)
+def activation_table(ranges: InputRanges, spec: ActivationSpec, rounded: Rounded, costs: Array | None, after: str) -> ActivationTable:
+    """The static scales of a layer's input by their specification.
+
+    With a budget bits are chosen for the layer's exact weight, errors weighed by ``costs`` [T,out] where there are any, and an input
+    that was written ``after`` a GELU may be shifted by the centre of each channel. Fixed bits are for the rounded weight.
+    """
+    if not spec.per_timestep:
+        ranges, costs = ranges.merged(), None if costs is None else costs.mean(0, keepdims=True)
+    if spec.budget is None:
+        return registry.get("range", spec.range).function(ranges, np.array(rounded.layer.dequantized()), spec.bits)
+    options = Options(budget=spec.budget, range=spec.range, tiers=tuple(bits for bits in TIERS if bits <= spec.bits))
+    centre = (ranges.low + ranges.high) / 2 if after == "gelu" else None
+    return decide_input(LayerInput(ranges, rounded.weight.astype(np.float32), costs), centre, options).table
 
 
 def quantize_layer(linear: nn.Linear, spec: LayerSpec, statistics: Collector, path: str, preset: Preset) -> Rounded:
@@ -165,13 +176,17 @@ class Sweep:
 
     def _round(self, stage: Stage, name: str, specs: Mapping[str, LayerSpec], statistics: Collector) -> dict[str, Rounded]:
         linears, rounded = self.adapter.linears(), {}
+        after = {path: edge.after for edge in self.adapter.edges() for path in edge.consumers}
         for path, spec in self.progress(specs.items(), f"{stage.name}: {name}"):
             preset = self.presets.get(path, Preset())
             rounded[path] = quantize_layer(linears[path], spec, statistics, path, preset)
             if spec.activation is not None:
-                layer = rounded[path].layer
-                table = preset.table or activation_table(statistics[path].ranges, spec.activation, np.array(layer.dequantized()))
-                layer.set_activations(table, self.adapter.clock)
+                table = preset.table
+                if table is None:
+                    ranges = statistics[path].ranges
+                    costs = None if self.sensitivity is None else self.sensitivity.of_outputs(path, ranges.sigma)
+                    table = activation_table(ranges, spec.activation, rounded[path], costs, after.get(path, ""))
+                rounded[path].layer.set_activations(table, self.adapter.clock)
         return rounded
 
     def _learn(

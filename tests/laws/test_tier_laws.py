@@ -30,8 +30,13 @@ def tables(ranges, weight=WEIGHT):
 
 def options(rule):
     """Every threshold, budget and ratio of a rule, with its default."""
-    parameters = inspect.signature(rule.function).parameters.values()
-    return {p.name: p.default for p in parameters if p.default is not p.empty}
+    parameters = list(inspect.signature(rule.function).parameters.values())
+    assert [p.name for p in parameters[:4]] == ["ranges", "weight", "tables", "costs"]
+    return {p.name: p.default for p in parameters[4:]}
+
+
+def costs_of(ranges, seed=3):
+    return np.random.default_rng(seed).random((len(ranges.sigma), len(WEIGHT))) / len(WEIGHT)
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda m: m.name)
@@ -44,12 +49,14 @@ def test_bits_are_tiers_one_for_each_timestep(rule, levels):
     assert set(bits.tolist()) <= set(TIERS)
 
 
+@pytest.mark.parametrize("weighed", [False, True])
 @pytest.mark.parametrize("rule", RULES, ids=lambda m: m.name)
-def test_loosening_never_raises_bits_and_every_tier_is_reached(rule):
+def test_loosening_never_raises_bits_and_every_tier_is_reached(rule, weighed):
     ranges = collect()
+    costs = costs_of(ranges) if weighed else None
     seen = []
-    for factor in np.geomspace(0.02, 50, 24):
-        bits = rule.function(ranges, WEIGHT, tables(ranges), **{name: factor * value for name, value in options(rule).items()})
+    for factor in np.geomspace(0.001, 1000, 40):
+        bits = rule.function(ranges, WEIGHT, tables(ranges), costs, **{name: factor * value for name, value in options(rule).items()})
         seen.append(bits)
     assert (np.diff(np.array(seen).astype(int), axis=0) <= 0).all()
     assert set(np.unique(seen)) == set(TIERS)
@@ -58,11 +65,29 @@ def test_loosening_never_raises_bits_and_every_tier_is_reached(rule):
 @pytest.mark.parametrize("rule", RULES, ids=lambda m: m.name)
 def test_timesteps_are_decided_one_by_one(rule):
     ranges = collect()
-    whole = rule.function(ranges, WEIGHT, tables(ranges))
+    costs = costs_of(ranges) * [[1e-4], [1e-2], [1e2]]
+    whole = rule.function(ranges, WEIGHT, tables(ranges), costs)
     for t in range(3):
         parts = {name: getattr(ranges, name)[t : t + 1] for name in ("sigma", "low", "high", "least", "most", "rows")}
         one = type(ranges)(**parts)
-        assert rule.function(one, WEIGHT, tables(one)) == whole[t]
+        assert rule.function(one, WEIGHT, tables(one), costs[t : t + 1]) == whole[t]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda m: m.name)
+def test_only_tiers_that_there_are_tables_for_are_taken(rule):
+    ranges = collect()
+    for tiers in ((4,), (4, 6)):
+        some = {tier: table for tier, table in tables(ranges).items() if tier in tiers}
+        strict = {name: value * 1e-6 for name, value in options(rule).items()}
+        assert set(rule.function(ranges, WEIGHT, some, **strict).tolist()) == {max(tiers)}
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda m: m.name)
+def test_dearer_errors_never_get_fewer_bits(rule):
+    ranges = collect()
+    costs = costs_of(ranges)
+    seen = [rule.function(ranges, WEIGHT, tables(ranges), costs * factor).astype(int) for factor in np.geomspace(1e-5, 1e5, 20)]
+    assert (np.diff(seen, axis=0) >= 0).all()
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda m: m.name)

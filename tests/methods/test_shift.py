@@ -8,7 +8,7 @@ from mlxquant.layers import QuantizedLinear
 from mlxquant.methods.ranges import average, extremes
 from mlxquant.methods.shift import centred, migration, shifted
 from mlxquant.methods.smoothquant import divided
-from mlxquant.methods.tiers import output_errors, quantized
+from mlxquant.methods.tiers import quantized, relative_errors
 from mlxquant.schedule import Clock
 from mlxquant.statistics import InputStatistics
 
@@ -50,7 +50,7 @@ def test_a_shift_shrinks_the_step_of_channels_that_lie_apart():
     plain, table = extremes(ranges, WEIGHT, 8), centred(ranges, centres(ranges), WEIGHT, 8)
     assert table.shift.shape == (2, 128)
     assert (table.step < plain.step / 5).all()
-    assert (output_errors(ranges, WEIGHT, table) < output_errors(ranges, WEIGHT, plain) / 4).all()
+    assert (relative_errors(ranges, WEIGHT, table) < relative_errors(ranges, WEIGHT, plain) / 4).all()
 
 
 def test_a_shifted_range_clips_nothing_and_uses_all_codes():

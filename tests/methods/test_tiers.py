@@ -8,7 +8,7 @@ from mlxquant.activations import ActivationTable
 from mlxquant.formats import WeightFormat, fit_extremes
 from mlxquant.layers import QuantizedLinear
 from mlxquant.methods.ranges import extremes
-from mlxquant.methods.tiers import combined_errors, error, lowered, mixed, output_errors, quantized, rms, threshold
+from mlxquant.methods.tiers import OutputErrors, error, lowered, mixed, quantized, relative_errors, rms, threshold
 from mlxquant.schedule import Clock
 from mlxquant.statistics import InputRanges
 
@@ -28,18 +28,30 @@ def tables(ranges, weight):
     return {bits: extremes(ranges, weight, bits) for bits in (4, 6, 8)}
 
 
-@pytest.mark.parametrize("out", [4, 400])  # through the weight, through the gram matrix
-def test_output_errors_match_float64(out):
-    ranges, weight = ranges_of(normal(30, 24), normal(30, 24, seed=1, scale=3)), normal(out, 24, seed=2)
-    for bits, table in tables(ranges, weight).items():
-        found = output_errors(ranges, weight, table)
-        for t, x in enumerate(ranges.rows.astype(np.float64)):
-            codes = np.clip(np.rint((x - table.shift[t]) / table.step[t]), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
-            noise = (codes * table.step[t] + table.shift[t] - x) @ weight.T.astype(np.float64)
-            np.testing.assert_allclose(found[t], np.linalg.norm(noise) / np.linalg.norm(x @ weight.T.astype(np.float64)), rtol=2e-3)
+def noise(ranges, weight, table, t):
+    """What a table makes of the outputs at timestep t, [R,out] float64, and the exact outputs."""
+    x, edge = ranges.rows[t].astype(np.float64), 2.0 ** (int(table.bits[t]) - 1)
+    codes = np.clip(np.rint((x - table.shift[t]) / table.step[t]), -edge, edge - 1)
+    return (codes * table.step[t] + table.shift[t] - x) @ weight.T.astype(np.float64), x @ weight.T.astype(np.float64)
 
 
-def test_combined_errors_are_those_of_the_layer_that_runs():
+def test_errors_match_float64():
+    ranges, weight = ranges_of(normal(30, 24), normal(30, 24, seed=1, scale=3)), normal(12, 24, seed=2)
+    costs = np.random.default_rng(3).random((2, 12))
+    for table in tables(ranges, weight).values():
+        weighed, plain, people = (
+            OutputErrors(ranges, weight, costs)(table),
+            OutputErrors(ranges, weight)(table),
+            relative_errors(ranges, weight, table),
+        )
+        for t in range(2):
+            wrong, exact = noise(ranges, weight, table, t)
+            np.testing.assert_allclose(weighed[t], (wrong**2).mean(0) @ costs[t], rtol=2e-3)
+            np.testing.assert_allclose(plain[t], (wrong**2).sum() / (exact**2).sum(), rtol=2e-3)
+            np.testing.assert_allclose(people[t], np.linalg.norm(wrong) / np.linalg.norm(exact), rtol=2e-3)
+
+
+def test_errors_with_a_rounded_weight_are_those_of_the_layer_that_runs():
     ranges, weight = ranges_of(normal(30, 32)), normal(12, 32, seed=2)
     grid, table = fit_extremes(weight, WeightFormat(4)), extremes(ranges, weight, 6)
     codes, clock = grid.quantize(weight), Clock()
@@ -47,19 +59,45 @@ def test_combined_errors_are_those_of_the_layer_that_runs():
     layer.set_activations(table, clock)
     with clock.at(float(ranges.sigma[0])):
         y = np.array(layer(mx.array(ranges.rows[0])))
-    exact = ranges.rows[0] @ weight.T
-    found = combined_errors(ranges, weight, grid.dequantize(codes), table)
-    np.testing.assert_allclose(found, np.linalg.norm(y - exact) / np.linalg.norm(exact), rtol=1e-4)
+    exact, costs = ranges.rows[0] @ weight.T, np.linspace(0, 2, 12)[None]
+    rounded = grid.dequantize(codes)
+    relative = np.linalg.norm(y - exact) ** 2 / np.linalg.norm(exact) ** 2
+    np.testing.assert_allclose(OutputErrors(ranges, weight)(table, rounded), relative, rtol=1e-4)
+    np.testing.assert_allclose(OutputErrors(ranges, weight, costs)(table, rounded), ((y - exact) ** 2).mean(0) @ costs[0], rtol=1e-4)
 
 
 def test_an_output_of_zero_is_no_division_by_zero():
     ranges, weight = ranges_of(normal(5, 4)), np.zeros((3, 4), np.float32)
-    assert output_errors(ranges, weight, extremes(ranges, weight, 4)) == 0
+    assert OutputErrors(ranges, weight)(extremes(ranges, weight, 4)) == 0
+
+
+def test_outputs_that_cost_nothing_need_no_bits_and_dear_ones_more():
+    ranges, weight = ranges_of(normal(40, 16), normal(40, 16, seed=1)), normal(8, 16, seed=2)
+    choices, measured = tables(ranges, weight), OutputErrors(ranges, weight, np.ones((2, 8)))
+    budget = float(measured(choices[6]).max())
+    ones = np.ones((2, 1)) * np.ones(8)
+    for factors, expected in (((0, 0), [4, 4]), ((1, 1), [6, 6]), ((100, 1), [8, 6]), ((1, 0), [6, 4])):
+        costs = ones * np.array(factors)[:, None]
+        np.testing.assert_array_equal(error(ranges, weight, choices, costs, budget=budget * 1.01), expected)
+
+
+def test_an_error_counts_at_the_output_where_it_is():
+    """The first input channel makes the error, and only the first output reads it."""
+    x = normal(40, 2)
+    x[:, 0] *= 100
+    x[:, 1] = np.rint(x[:, 1])
+    ranges, weight = ranges_of(x), np.eye(2, dtype=np.float32)
+    table = extremes(ranges, weight, 8)
+    first, second = (OutputErrors(ranges, weight, np.eye(2)[[o]])(table)[0] for o in range(2))
+    wrong, _ = noise(ranges, weight, table, 0)
+    np.testing.assert_allclose([first, second], (wrong**2).mean(0), rtol=1e-3)
+    assert abs(first - second) > 0.01 * first
 
 
 def test_thresholds_are_the_seeds():
     def bits(peak):
-        return int(threshold(ranges_of(np.linspace(-peak, peak, 20).reshape(5, 4)), None, {})[0])
+        ranges = ranges_of(np.linspace(-peak, peak, 20).reshape(5, 4))
+        return int(threshold(ranges, None, tables(ranges, None))[0])
 
     assert [bits(p) for p in (5.99, 6.0, 9.99, 10.0)] == [4, 6, 6, 8]
 
@@ -67,14 +105,15 @@ def test_thresholds_are_the_seeds():
 def test_heavy_tails_get_eight_bits_whatever_their_sign():
     x = normal(50, 8, scale=0.01)
     x[:, 0] = -3.0
-    assert threshold(ranges_of(x), None, {}) == 8
-    assert threshold(ranges_of(x), None, {}, outlier_ratio=1e6) == 4
+    ranges = ranges_of(x)
+    assert threshold(ranges, None, tables(ranges, None)) == 8
+    assert threshold(ranges, None, tables(ranges, None), outlier_ratio=1e6) == 4
 
 
 def test_the_error_rule_takes_the_fewest_bits_within_the_budget():
     ranges, weight = ranges_of(normal(40, 16), normal(40, 16, seed=1)), normal(16, 16, seed=2)
     choices = tables(ranges, weight)
-    measured = {bits: output_errors(ranges, weight, table) for bits, table in choices.items()}
+    measured = {bits: OutputErrors(ranges, weight)(table) for bits, table in choices.items()}
     assert measured[4].min() > measured[6].max() > measured[8].max()
     for budget, expected in ((measured[4].max(), 4), (measured[6].max(), 6), (measured[8].min() / 2, 8)):
         np.testing.assert_array_equal(error(ranges, weight, choices, budget=budget), expected)
@@ -85,16 +124,16 @@ def test_what_the_weight_ignores_does_not_count():
     x[:, 3] *= 1e3
     weight = normal(8, 16, seed=1)
     ranges = ranges_of(x)
-    assert error(ranges, weight, tables(ranges, weight), budget=0.05) == 6  # the outlier channel is the output
+    assert error(ranges, weight, tables(ranges, weight), budget=0.05**2) == 6  # the outlier channel is the output
     weight[:, 3] = 0
-    assert error(ranges, weight, tables(ranges, weight), budget=0.05) == 8  # and now the step that it needs is all there is
+    assert error(ranges, weight, tables(ranges, weight), budget=0.05**2) == 8  # and now the step that it needs is all there is
 
 
 def test_scaling_input_against_weight_changes_a_threshold_and_no_error():
     ranges, weight = ranges_of(normal(40, 16)), normal(8, 16, seed=1)
     larger = ranges_of(ranges.rows[0] * 4)
-    assert threshold(ranges, weight, {}) < threshold(larger, weight / 4, {})
-    errors = [output_errors(r, w, extremes(r, w, 6)) for r, w in ((ranges, weight), (larger, weight / 4))]
+    assert threshold(ranges, weight, tables(ranges, weight)) < threshold(larger, weight / 4, tables(larger, weight))
+    errors = [OutputErrors(r, w)(extremes(r, w, 6)) for r, w in ((ranges, weight), (larger, weight / 4))]
     np.testing.assert_allclose(*errors, rtol=1e-4)
 
 

@@ -1,5 +1,6 @@
 """Step 2 of the activation track: statistics that a plain NumPy reference agrees with, resumable, refused when stale or incomplete."""
 
+import json
 from dataclasses import replace
 
 import mlx.core as mx
@@ -15,6 +16,7 @@ from mlxquant.pipeline import ledger as ledgers
 from mlxquant.pipeline.activation_stats import HIST_EDGES, ActivationStats
 from mlxquant.pipeline.samples import Samples
 from mlxquant.rewrite import Tap, tapped
+from mlxquant.sensitivity import measure
 from mlxquant.statistics import MovingCentre, Picks
 
 from conftest import TINY, tiny_adapter
@@ -128,11 +130,44 @@ def test_layers_that_read_the_same_tensor_share_one_entry(calib):
         for name in ("attn.o_proj", "mlp.fc1", "mlp.fc2"):
             assert stats.leader(f"{stream}.{name}") == f"{stream}.{name}"
     with np.load(calib / "activations" / "timestep_stats" / "step_0.npz") as arrays:
-        names = {name.partition("__")[0] for name in arrays.files}
+        names = {name.partition("__")[0] for name in arrays.files if not name.endswith("__sensitivity")}
         assert names == {*stats.leaders, "hist_edges"}
         assert arrays[f"{IMAGE}.mlp.fc2__rows"].dtype == np.float16
         np.testing.assert_array_equal(arrays["hist_edges"], HIST_EDGES)
     assert len(stats.leaders) == len(stats.layers) - 4 * 2
+
+
+@pytest.mark.parametrize(("images", "cfg", "rows"), [(3, 2.0, (4, 2)), (3, 1.0, (2, 1))])
+def test_every_layer_has_the_sensitivity_of_its_own_outputs(tmp_path, images, cfg, rows):
+    """Of the first eight rows at most, as many at once as the model's batch has pictures."""
+    make_samples(tmp_path / "c", cfg)
+    stats, adapter, drawn = collect(tmp_path / "c", seed=7), tiny_adapter(), Samples.read(tmp_path / "c")
+    linears = adapter.linears()
+    for t, step in enumerate(stats.step_keys):
+        index = int(step) // STRIDE
+        calibration = drawn.calibration(images, STRIDE)
+        one = replace(calibration, sigmas=calibration.sigmas[index : index + 1], latents=calibration.latents[index : index + 1])
+        sigmas, states = one.batches(adapter, 2)
+        assert tuple(len(state["t"]) for state in states) == rows
+        expected = measure(adapter, adapter.stages, sigmas, states, stats.layers, 7 + index)
+        means = json.loads((tmp_path / "c" / "activations" / "timestep_stats" / f"step_{step}_index.json").read_text())["sensitivity"]
+        assert set(means) == set(stats.layers)
+        for path in stats.layers:
+            found = stats.sensitivity(path)
+            assert found.shape == (2, linears[path].weight.shape[0])
+            assert found.dtype == np.float32
+            np.testing.assert_allclose(found[t], expected.layers[path][0], rtol=1e-6)
+            assert means[path] == pytest.approx(float(found[t].mean()))
+    unused = "multimodal_transformer_blocks.1.text_transformer_block.attn.q_proj"  # the last block drops what text asks
+    assert {path for path in stats.layers if not stats.sensitivity(path).any()} == {unused}
+
+
+def test_sensitivities_are_of_the_first_rows_alone(calib, monkeypatch):
+    seen = []
+    monkeypatch.setattr(activation_stats, "SENSITIVITY_ROWS", 2)
+    monkeypatch.setattr(activation_stats, "measure", lambda *a: (seen.append([len(s["t"]) for s in a[3]]), measure(*a))[1])
+    collect(calib)
+    assert seen == [[2], [2]]
 
 
 def test_the_batch_size_does_not_matter(calib, monkeypatch):
@@ -337,14 +372,17 @@ def test_reading_is_lazy_and_verifies_once(calib, monkeypatch):
     for path in stats.layers:
         stats.ranges(path)
         stats.summary(path)
+        stats.sensitivity(path)
     assert sorted(digests) == ["step_0.npz", "step_0_index.json", "step_2.npz", "step_2_index.json"]
 
 
 def test_unknown_layers_and_missing_statistics_are_one_clear_error(calib):
     with pytest.raises(ArtifactError, match="run 'mlxquant collect-layer-activations' first"):
         ActivationStats.read(calib / "activations" / "layer_statistics.json")
-    with pytest.raises(ArtifactError, match=r"has no layer 'final_layer\.linear'; it has 21"):
-        collect(calib).ranges("final_layer.linear")
+    stats = collect(calib)
+    for ask in (stats.ranges, stats.sensitivity):
+        with pytest.raises(ArtifactError, match=r"has no layer 'final_layer\.linear'; it has 21"):
+            ask("final_layer.linear")
 
 
 def test_artifacts_hold_no_absolute_paths(calib):

@@ -96,8 +96,8 @@ class Settings:
 
     iterations: int = 1000
     batch: int = 16
-    rate: float = 0.03
-    pressure: float = 100.0
+    rate: float = 0.02
+    pressure: float = 1000.0
     warmup: float = 0.2
     trust: float = 0.5
     drop: float = 0.0
@@ -192,6 +192,11 @@ def adaround(
         sides = {name: np.array(alpha) >= 0 for name, alpha in held["alpha"].items()}
     state = [held, adam.state]
     step = mx.compile(step, inputs=state, outputs=state)
+
+    def undecided() -> int:
+        softs = (np.array(h(alpha)) for alpha in held["alpha"].values())
+        return sum(int(((soft > OPEN) & (soft < 1 - OPEN)).sum()) for soft in softs)
+
     done = first
     for i in progress(range(first, settings.iterations), label):
         share = i / settings.iterations
@@ -207,8 +212,7 @@ def adaround(
         alphas = {name: np.array(alpha) for name, alpha in held["alpha"].items()}
         still = all(np.array_equal(alpha >= 0, sides[name]) for name, alpha in alphas.items())
         sides = {name: alpha >= 0 for name, alpha in alphas.items()}
-        unsure = sum(int(((soft > OPEN) & (soft < 1 - OPEN)).sum()) for soft in (np.array(h(a)) for a in held["alpha"].values()))
-        quiet = quiet + EVERY if still and unsure == 0 else 0
+        quiet = quiet + EVERY if still and undecided() == 0 else 0
         if quiet >= settings.patience:
             break
         if checkpoint is not None and checkpoint.due:
@@ -216,4 +220,4 @@ def adaround(
             flat |= {f"alpha/{name}": alpha for name, alpha in held["alpha"].items()}
             checkpoint.save({**flat, "step": adam.state["step"]}, {"iteration": done, "quiet": quiet, "losses": losses})
     codes = {name: choices[name].codes(np.array(held["alpha"][name]), grids[name]) for name in choices}
-    return Learned(codes, {"iterations": done, "loss": losses[-1], "open": unsure / count})
+    return Learned(codes, {"iterations": done, "loss": losses[-1], "open": undecided() / count})

@@ -35,7 +35,9 @@ def written(outputs: State, inputs: State) -> list[str]:
 
 @dataclass(frozen=True)
 class Stage:
-    """One link of the chain: ``run`` maps state to state and uses only modules below ``prefixes``."""
+    """One link of the chain: ``run`` maps state to state and uses only modules below ``prefixes``. Blocks, the links between the first
+    and the last, pass on what they do not know.
+    """
 
     name: str
     prefixes: tuple[str, ...]

@@ -1,8 +1,8 @@
 """What the inputs of a model's attention and MLP layers look like at every timestep of real trajectories.
 
 A folder of ``timestep_stats/step_K.npz``, K the sampler's step, with per-channel arrays, and ``step_K_index.json`` with a few numbers of
-each layer, under ``layer_statistics.json``. Layers that read the same tensor (q, k and v) have one entry, their leader's. Modulation,
-embedders and the output layer keep their inputs and have none.
+each layer, under ``layer_statistics.json``. Layers that read the same tensor (q, k and v) have one entry, their leader's; what an error
+of its outputs costs in the velocity is each layer's own. Modulation, embedders and the output layer keep their inputs and have none.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from ..models.adapter import Adapter, State
 from ..progress import Progress, silent
 from ..report.ranges import RangeCurves, draw_ranges
 from ..rewrite import tapped
+from ..sensitivity import measure
 from ..statistics import InputRanges, Picks, StepCollector, StepInputs
 from .ledger import Array, Ledger
 from .samples import MANIFEST, Samples
@@ -32,6 +33,7 @@ STATISTICS, PICTURE = "layer_statistics.json", "ranges.png"
 COMMAND = "mlxquant collect-layer-activations"
 ROLES = ("attention", "mlp")
 MOMENTUM = 0.95
+SENSITIVITY_ROWS = 8  # an average over few suffices
 HIST_EDGES = np.concatenate([[0], np.logspace(-4, 5, 9 * 16 + 1)]).astype(np.float32)  # 16 bins a decade; what is larger is in the last
 
 
@@ -118,6 +120,11 @@ class ActivationStats:
         """The moving centre [T,in] float32 of each channel of an input that a GELU wrote, None for others."""
         return self._arrays(path).get("shift")
 
+    def sensitivity(self, path: str) -> Array:
+        """What a unit of mean squared error of each of the layer's outputs costs in squared velocity error, [T,out] float32."""
+        self._layer(path)
+        return self._stacked([name := f"{path}__sensitivity"])[name]
+
     def histogram(self, path: str) -> tuple[Array, Array]:
         """Edges [bins + 1] and counts [T,bins] of the absolute values of the sampled rows; the last bin has everything above it, too."""
         found = self._arrays(path)
@@ -152,14 +159,18 @@ class ActivationStats:
 
     def _read(self, leader: str) -> dict[str, Array]:
         names = ["avg_min", "avg_max", "min", "max", "hist", "rows", *(["shift"] if self.after(leader) == "gelu" else [])]
+        found = self._stacked(["hist_edges", *(f"{leader}__{name}" for name in names)])
+        own = {name: found[f"{leader}__{name}"] for name in names}
+        return {**own, "rows": own["rows"].astype(np.float32), "edges": found["hist_edges"][0]}
+
+    def _stacked(self, names: list[str]) -> dict[str, Array]:
+        """Arrays of the steps' files, over timesteps [T,...]."""
         parts: dict[str, list[Array]] = {name: [] for name in names}
         for step in self.step_keys:
             with np.load(self._file(array_name(step)), allow_pickle=False) as file:
-                edges = file["hist_edges"]
                 for name, values in parts.items():
-                    values.append(file[f"{leader}__{name}"])
-        stacked = {name: np.stack(values) for name, values in parts.items()}
-        return {**stacked, "rows": stacked["rows"].astype(np.float32), "edges": edges}
+                    values.append(file[name])
+        return {name: np.stack(values) for name, values in parts.items()}
 
 
 def quantized_layers(adapter: Adapter) -> list[str]:
@@ -185,10 +196,10 @@ def collect(
 ) -> ActivationStats:
     """Replay the first ``num_images`` trajectories at every ``stride``-th step and write the folder, one timestep at a time.
 
-    ``rows`` input rows are kept of each layer and timestep, drawn from ``seed``. A killed run goes on at its timestep and ends with
-    the same bytes. Raises CalibrationError when the samples are of other weights or fewer than wanted, ArtifactError when the folder
-    holds other statistics and ``force`` is not given, NumericsError, naming layer and timestep, on NaN, AdapterError when a layer is
-    never reached.
+    ``rows`` input rows are kept of each layer and timestep, drawn from ``seed``, as are the signs that sensitivities are measured with.
+    A killed run goes on at its timestep and ends with the same bytes. Raises CalibrationError when the samples are of other weights or
+    fewer than wanted, ArtifactError when the folder holds other statistics and ``force`` is not given, NumericsError, naming layer and
+    timestep, on NaN, AdapterError when a layer is never reached.
     """
     samples.check(adapter)
     adapter.check_finite()
@@ -202,6 +213,7 @@ def collect(
         "stride": stride,
         "rows": rows,
         "momentum": MOMENTUM,
+        "sensitivity_rows": SENSITIVITY_ROWS,
         "seed": seed,
         "batch": adapter.batch,
         "versions": artifacts.versions(),
@@ -224,7 +236,8 @@ def collect(
             "paths": paths,
             "layers": {path: {**layer, "width": widths[layer["leader"]]} for path, layer in layers.items()},
         }
-        _write(ledger, step, sigma_map[step], seen.layers, {leader for leader in seen.layers if after.get(leader) == "gelu"})
+        costs = _costs(adapter, at_step, paths, SENSITIVITY_ROWS // sides, seed + index, progress)
+        _write(ledger, step, sigma_map[step], seen.layers, {leader for leader in seen.layers if after.get(leader) == "gelu"}, costs)
         ledger.save()
     stats = ActivationStats(ledger)
     if not ledger.complete:
@@ -255,6 +268,13 @@ def _run(
     return collector
 
 
+def _costs(adapter: Adapter, calibration: Calibration, paths: list[str], images: int, seed: int, progress: Progress) -> dict[str, Array]:
+    """The sensitivity [out] float32 of each layer at the one timestep of ``calibration``, on its first ``images``."""
+    some = replace(calibration, prompts=calibration.prompts[:images], latents=calibration.latents[:, :images])
+    found = measure(adapter, adapter.stages, *some.batches(adapter, adapter.batch), paths, seed, progress)
+    return {path: costs[0].astype(np.float32) for path, costs in found.layers.items()}
+
+
 def _in_order(part: Calibration, adapter: Adapter) -> Iterator[tuple[float, State]]:
     """Chain inputs whose rows are samples in order: an image's guided and unguided side follow each other, whatever the batch size."""
     images = len(part.prompts)
@@ -263,9 +283,9 @@ def _in_order(part: Calibration, adapter: Adapter) -> Iterator[tuple[float, Stat
         yield sigma, {key: value[rows] for key, value in state.items()}
 
 
-def _write(ledger: Ledger, step: str, sigma: float, layers: dict[str, StepInputs], centred: set[str]) -> None:
-    """The two files of a timestep; ``centred`` are the leaders whose moving centre is kept."""
-    arrays: dict[str, Array] = {"hist_edges": HIST_EDGES}
+def _write(ledger: Ledger, step: str, sigma: float, layers: dict[str, StepInputs], centred: set[str], costs: dict[str, Array]) -> None:
+    """The two files of a timestep; ``centred`` are the leaders whose moving centre is kept, ``costs`` every layer's sensitivities."""
+    arrays: dict[str, Array] = {"hist_edges": HIST_EDGES, **{f"{path}__sensitivity": values for path, values in costs.items()}}
     index = {}
     for leader, inputs in layers.items():
         seen, magnitudes = inputs.ranges, np.abs(inputs.ranges.rows)
@@ -281,7 +301,10 @@ def _write(ledger: Ledger, step: str, sigma: float, layers: dict[str, StepInputs
             arrays[f"{leader}__shift"] = inputs.centre.value
         index[leader] = _summary(inputs, magnitudes)
     ledger.add_npz(array_name(step), arrays)
-    artifacts.write_json(ledger.path_of(index_name(step)), INDEX_KIND, {"step": step, "sigma": sigma, "layers": index})
+    means = {path: float(values.mean()) for path, values in costs.items()}
+    artifacts.write_json(
+        ledger.path_of(index_name(step)), INDEX_KIND, {"step": step, "sigma": sigma, "layers": index, "sensitivity": means}
+    )
     ledger.add([index_name(step)])
 
 

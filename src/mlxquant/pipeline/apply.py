@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
 
-from ..errors import ArtifactError, CalibrationError
+from .. import artifacts
+from ..errors import ArtifactError, CalibrationError, RecipeError
 from ..folds import divide
 from ..models.adapter import Adapter, Stage
+from ..recipe import LayerSpec
 from ..rewrite import set_module
 from ..schedule import Clock
 from ..store import Layers, StageCheckpoint, StageResult
 from ..sweep import Preset
 from .quant_config import QuantConfig
-from .weight_files import WeightFiles
+from .samples import check_source
+from .weight_files import CONFIG, WeightFiles
 
 
 def prepare(adapter: Adapter, config: QuantConfig) -> dict[str, Preset]:
     """Apply the divisions that ``config`` decided on, before the weights are rounded: what every layer's input then looks like.
 
     SmoothQuant's go into the layers that write the tensors; a migration has nothing to go into and is left to the quantized layer.
-    The model computes what it computed before. Raises CalibrationError when the config is of other weights.
+    The model computes what it computed before. ``check`` first that the config is the adapter's.
     """
-    check(config, adapter)
     by_consumer = {edge.consumers[0]: edge for edge in adapter.edges()}
     for path, divisor in config.divisors.items():
         divide(adapter.module, by_consumer[path], divisor)
@@ -29,14 +33,66 @@ def prepare(adapter: Adapter, config: QuantConfig) -> dict[str, Preset]:
     return {path: Preset(table, config.migrations.get(path)) for path, table in tables.items()}
 
 
-def check(config: QuantConfig, adapter: Adapter) -> None:
-    """Raise CalibrationError when a config was decided for other weights than the adapter's."""
+def check(config: QuantConfig, model: str, source: str, calibration: str, where: Path) -> None:
+    """Raise CalibrationError when a config was not decided for the ``model`` with the fingerprint ``source``, from the trajectories
+    whose manifest has the sha256 ``calibration``: those that ``where``, a file of the weight track, was made from.
+    """
     facts = config.facts
-    if (facts["model"], facts["source"]) != (adapter.name, adapter.fingerprint):
+    if (facts["model"], facts["source"]) != (model, source):
         raise CalibrationError(
-            f"the quantization config is of {facts['model']} with weights {facts['source'][:12]}…, not of {adapter.name} with "
-            f"{adapter.fingerprint[:12]}…; collect and analyze the activations of this model"
+            f"{where} is of {model} with weights {source[:12]}…, the quantization config of {facts['model']} with weights "
+            f"{facts['source'][:12]}…; collect and analyze the activations of this model"
         )
+    if facts["calibration"] != calibration:
+        raise CalibrationError(
+            f"{where} and the quantization config come from different calibration data ({calibration[:12]}… and "
+            f"{facts['calibration'][:12]}…); run both tracks on one --calib-dir"
+        )
+
+
+@dataclass(frozen=True)
+class TrackFiles:
+    """What the two tracks left on disk: ``weights`` the folder of adaround-optimize, ``config`` the file of analyze-activations.
+
+    Without a config activations stay as they are (V1); with one its tables run (V2).
+    """
+
+    weights: Path
+    config: Path | None = None
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """sha256 of both, by their usual names."""
+        found = {CONFIG: self.weights / CONFIG, "quant_config.json": self.config}
+        return {name: artifacts.file_digest(path) for name, path in found.items() if path is not None}
+
+    def store(self, adapter: Adapter, plan: Mapping[str, LayerSpec] | None = None, active: bool = True) -> Tracks:
+        """The store of both tracks for ``adapter``, to which the divisions that the weights were rounded with are applied first.
+
+        ``active`` False takes the folds but leaves the activations unquantized. Raises CalibrationError or ArtifactError when weights,
+        config and model were not made for each other, RecipeError when the weights are not in the formats that ``plan`` wants.
+        """
+        blocks = adapter.stages[1:-1]
+        linears = {path: layer for path, layer in adapter.linears().items() if any(stage.owns(path) for stage in blocks)}
+        weights = WeightFiles.read(self.weights, blocks, linears)
+        facts, where = weights.ledger.facts, weights.ledger.path
+        check_source(f"{where}: the learned weights", facts["model"], facts["source"], adapter)
+        config = None if self.config is None else QuantConfig.read(self.config)
+        digest = None if self.config is None else artifacts.file_digest(self.config)
+        rounded_with = facts["quant_config"]
+        if rounded_with is not None and rounded_with != digest:
+            raise ArtifactError(
+                f"{where}: these weights were rounded with a quantization config of sha256 {rounded_with[:12]}…, "
+                f"{'none was given' if digest is None else f'found {digest[:12]}…'}; pass that one with --quant-config"
+            )
+        if config is not None:
+            check(config, facts["model"], facts["source"], facts["calibration"], where)
+            if rounded_with is not None:
+                prepare(adapter, config)
+        for path, format in weights.formats().items():
+            if plan is not None and path in plan and plan[path].weight != format:
+                raise RecipeError(f"{where}: layer {path} is in format {format}, the recipe wants {plan[path].weight}; choose its recipe")
+        return Tracks(weights, config if active else None, divided=rounded_with is not None)
 
 
 class Tracks:
@@ -67,33 +123,6 @@ class Tracks:
 
     def checkpoint(self, stage: Stage) -> StageCheckpoint | None:
         return None
-
-
-def tracks(adapter: Adapter, weights: WeightFiles, config: QuantConfig | None, config_digest: str | None, active: bool = True) -> Tracks:
-    """The store of both tracks, after the divisions that the weights were rounded with were applied to ``adapter``.
-
-    ``config_digest`` is the sha256 of the config's file. ``active`` False leaves the activations unquantized. Raises ArtifactError
-    when weights and config were not made for each other.
-    """
-    facts, path = weights.ledger.facts, weights.ledger.path
-    if facts["source"] != adapter.fingerprint:
-        raise CalibrationError(f"{path}: these weights were learned from another {facts['model']}; optimize this model")
-    rounded_with = facts["quant_config"]
-    if rounded_with is not None and rounded_with != config_digest:
-        raise ArtifactError(
-            f"{path}: these weights were rounded with a quantization config of sha256 {rounded_with[:12]}…, "
-            f"{'none was given' if config_digest is None else f'found {config_digest[:12]}…'}; pass that one with --quant-config"
-        )
-    if config is not None:
-        check(config, adapter)
-        if config.facts["calibration"] != facts["calibration"]:
-            raise ArtifactError(
-                f"{path}: weights and quantization config come from different calibration data "
-                f"({facts['calibration'][:12]}… and {config.facts['calibration'][:12]}…); run both tracks on one --calib-dir"
-            )
-        if rounded_with is not None:
-            prepare(adapter, config)
-    return Tracks(weights, config if active else None, divided=rounded_with is not None)
 
 
 def install(adapter: Adapter, store: Tracks, stages: tuple[Stage, ...]) -> list[StageResult]:

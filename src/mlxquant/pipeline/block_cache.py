@@ -1,13 +1,14 @@
-"""What blocks read and write on real trajectories, so that each can be reconstructed without running the rest of the model.
+"""What blocks write on real trajectories, so that each can be reconstructed without running the full-precision model beside it.
 
-A folder of ``samples/IIII_SSS.npz`` under ``metadata.json``, in float16. Kept are the first block's input in full, from which
-a reconstruction runs its own chain of inputs, and what every block writes at a few tokens. Never kept are the inputs
-of later blocks and the text conditioning: that was 430 MB a sample, and both follow from what is here.
+A folder of ``samples/IIII_SSS.npz`` under ``metadata.json``, in float16: of every block's output a few tokens. Inputs are not kept
+and neither is the text conditioning: that was 430 MB a sample. The first block's input follows from the trajectory and its prompt, which
+the folder points to, and a later block's from the blocks before it, quantized as they then are.
 """
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from ..calibration import Calibration
 from ..errors import AdapterError, ArtifactError, NumericsError
 from ..models.adapter import Adapter, State, hooked, written
 from ..progress import Progress, silent
+from ..streams import run_stage
 from .ledger import Array, Ledger
 from .samples import MANIFEST, Samples, check_source, sample_name
 
@@ -28,14 +30,16 @@ METADATA = "metadata.json"
 COMMAND = "mlxquant cache-adaround-data"
 ARRAY_ALLOWANCE, FILE_ALLOWANCE = 600, 4096 + 128  # bytes of npz headers for each array; a file's last disk block and its ledger line
 
+TOKENS = "tokens/"  # before a stream's name: which of its tokens are kept
+
 Trace = dict[str, tuple[State, State]]  # by block: what it read and what it wrote
 
 
 @dataclass(frozen=True)
 class BlockCache:
-    """A folder of block inputs and outputs. ``calibration`` is the sha256 of the manifest whose trajectories were replayed,
-    ``blocks`` the stage names in order, ``sigmas`` the noise levels kept, descending, and ``tokens`` the token indices
-    [kept] kept of each stream of the blocks' outputs.
+    """A folder of block outputs. ``calibration`` is the sha256 of the manifest whose trajectories were replayed,
+    ``blocks`` the stage names in order, ``sigmas`` the noise levels kept, descending, and ``tokens`` how many tokens are kept of how
+    many, by stream; which ones differs from sample to sample, so that together they see every place.
     """
 
     ledger: Ledger
@@ -45,7 +49,7 @@ class BlockCache:
     sha256: str
     blocks: tuple[str, ...]
     sigmas: tuple[float, ...]
-    tokens: dict[str, mx.array]
+    tokens: dict[str, tuple[int, int]]
 
     @classmethod
     def read(cls, folder: Path, *, complete: bool = True) -> BlockCache:
@@ -54,25 +58,44 @@ class BlockCache:
         if complete:
             ledger.require_complete(COMMAND)
         facts = ledger.facts
-        tokens = {stream: mx.array(np.array(indices, np.int32)) for stream, indices in facts["tokens"].items()}
+        tokens = {stream: (kept, length) for stream, (kept, length) in facts["tokens"].items()}
         parent, blocks, sigmas = facts["parents"][MANIFEST], tuple(facts["blocks"]), tuple(facts["sigmas"])
         return cls(ledger, facts["model"], facts["source"], parent, ledger.sha256, blocks, sigmas, tokens)
 
     def check(self, adapter: Adapter) -> None:
         """Raise CalibrationError when the cache was made with other weights than the adapter's."""
-        check_source(f"{self.ledger.path}: the blocks' inputs and outputs", self.model, self.source, adapter)
+        check_source(f"{self.ledger.path}: the blocks' outputs", self.model, self.source, adapter)
 
-    def inputs(self) -> tuple[list[float], list[State]]:
-        """Noise levels, descending, and at each the first block's input, float32, every image's rows (guided, unguided) in turn."""
-        return list(self.sigmas), self._states("input__")
+    def inputs(self, adapter: Adapter, calib_dir: Path | None = None) -> tuple[list[float], list[State]]:
+        """Noise levels, descending, and at each the first block's input, float32, every image's rows (guided, unguided) in turn.
+
+        Beside it, under ``tokens/STREAM`` [rows, kept], which tokens of a stream there are targets for; blocks pass that on. Computed
+        from the trajectories, which are in ``calib_dir``, by default the folder around the cache's. Raises ArtifactError when they
+        are not there or are others.
+        """
+        folder = self.ledger.folder.absolute().parent if calib_dir is None else calib_dir
+        if not (folder / MANIFEST).exists():
+            raise ArtifactError(f"{folder}: holds no {MANIFEST}; pass the folder of the trajectories with --calib-dir")
+        samples = Samples.read(folder)
+        if samples.sha256 != self.calibration:
+            raise ArtifactError(
+                f"{folder}: its trajectories are not those that {self.ledger.folder} was made from (manifest {samples.sha256[:12]}…, "
+                f"expected {self.calibration[:12]}…); pass the right --calib-dir or make the cache anew"
+            )
+        images, stride = self.ledger.facts["num_images"], self.ledger.facts["stride"]
+        sigmas, states = samples.calibration(images, stride).in_order(adapter)
+        first = run_stage(adapter, adapter.stages[0], sigmas, states)
+        sides, seed = len(states[0]["t"]) // images, self.ledger.facts["seed"]
+        for index, state in enumerate(first):
+            for stream, tokens in chosen(self.tokens, seed, range(images), index * stride).items():
+                state[TOKENS + stream] = mx.repeat(tokens, sides, axis=0)
+        return sigmas, first
 
     def targets(self, block: int) -> list[State]:
-        """What a block writes at ``tokens``, [rows, tokens, ...] float32, for the same noise levels and rows as ``inputs``."""
+        """What a block writes at the tokens kept, [rows, kept, ...] float32, for the same noise levels and rows as ``inputs``."""
         if not 0 <= block < len(self.blocks):
             raise ArtifactError(f"{self.ledger.path}: no block {block}; it has blocks 0 to {len(self.blocks) - 1}")
-        return self._states(f"mm{block}__")
-
-    def _states(self, prefix: str) -> list[State]:
+        prefix = f"mm{block}__"
         images, stride = self.ledger.facts["num_images"], self.ledger.facts["stride"]
         states = []
         for index in range(len(self.sigmas)):
@@ -97,7 +120,7 @@ class Plan:
 def plan(adapter: Adapter, samples: Samples, num_images: int, stride: int, tokens: int | None = None, seed: int = 0) -> Plan:
     """Find out, by one forward pass, what a cache of these samples holds and weighs.
 
-    ``tokens`` is how many of each stream's tokens are kept (None: an eighth, at least 8; 0: all), drawn from ``seed``. Raises
+    ``tokens`` is how many of each stream's tokens are kept (None: an eighth, at least 4; 0: all), drawn from ``seed``. Raises
     CalibrationError when the samples are of other weights or fewer than wanted.
     """
     samples.check(adapter)
@@ -116,12 +139,12 @@ def plan(adapter: Adapter, samples: Samples, num_images: int, stride: int, token
         "cfg": samples.cfg,
         "batch": adapter.batch,
         "blocks": list(traced),
-        "tokens": draw_tokens(lengths, tokens, seed),
+        "tokens": {stream: [kept_tokens(length, tokens), length] for stream, length in sorted(lengths.items())},
         "seed": seed,
         "dtype": "float16",
         "versions": artifacts.versions(),
     }
-    kept = entries(traced, facts["tokens"])
+    kept = entries(traced, chosen(facts["tokens"], seed, range(1), 0))
     count = num_images * len(trajectories.sigmas)
     own = sum(2 * value.size for value in kept.values()) + ARRAY_ALLOWANCE * len(kept) + FILE_ALLOWANCE
     streams = [side[key] for pair in traced.values() for side in pair for key in lengths if key in side]
@@ -129,14 +152,26 @@ def plan(adapter: Adapter, samples: Samples, num_images: int, stride: int, token
     return Plan(facts, trajectories, count * own, count * theirs)
 
 
-def draw_tokens(lengths: dict[str, int], tokens: int | None, seed: int) -> dict[str, list[int]]:
-    """Which tokens of each stream to keep: sorted, distinct, equally likely; see ``plan`` for ``tokens``."""
-    rng = np.random.default_rng(seed)
-    drawn = {}
-    for stream, length in sorted(lengths.items()):
-        count = length if tokens == 0 else min(length, max(8, length // 8) if tokens is None else tokens)
-        drawn[stream] = sorted(rng.choice(length, count, replace=False).tolist())
-    return drawn
+def kept_tokens(length: int, tokens: int | None) -> int:
+    """How many of a stream's tokens are kept; see ``plan`` for ``tokens``."""
+    return length if tokens == 0 else min(length, max(4, length // 8) if tokens is None else tokens)
+
+
+def draw_tokens(counts: Mapping[str, Sequence[int]], seed: int, image: int, step: int) -> dict[str, Array]:
+    """Which tokens to keep of a sample's streams, of ``counts`` (kept, of how many): sorted, distinct, equally likely, int32."""
+    rng = np.random.default_rng([seed, image, step])
+    return {name: np.sort(rng.choice(length, kept, replace=False)).astype(np.int32) for name, (kept, length) in sorted(counts.items())}
+
+
+def chosen(counts: Mapping[str, Sequence[int]], seed: int, images: range, step: int) -> dict[str, mx.array]:
+    """Which tokens to keep of some images at a step, [images, kept] by stream."""
+    drawn = [draw_tokens(counts, seed, image, step) for image in images]
+    return {stream: mx.array(np.stack([some[stream] for some in drawn])) for stream in counts}
+
+
+def pick(values: mx.array, tokens: mx.array) -> mx.array:
+    """Of values [B,N,...] the tokens [B,kept] of each row."""
+    return mx.take_along_axis(values, tokens.reshape(*tokens.shape, *(1,) * (values.ndim - 2)), axis=1)
 
 
 def trace(adapter: Adapter, sigma: float, state: State) -> Trace:
@@ -158,13 +193,13 @@ def trace(adapter: Adapter, sigma: float, state: State) -> Trace:
     return seen
 
 
-def entries(traced: Trace, tokens: dict[str, list[int]]) -> dict[str, mx.array]:
-    """The arrays to keep under their names in a sample's file: ``input__KEY`` and ``mmI__KEY`` of block I."""
-    first, _ = next(iter(traced.values()))
-    kept = {f"input__{key}": value for key, value in first.items()}
+def entries(traced: Trace, tokens: dict[str, mx.array]) -> dict[str, mx.array]:
+    """The arrays to keep under their names in a sample's file: ``mmI__KEY`` of block I."""
+    kept = {}
     for index, (inputs, outputs) in enumerate(traced.values()):
         for key in written(outputs, inputs):
-            kept[f"mm{index}__{key}"] = mx.take(outputs[key], mx.array(tokens[key]), axis=1)
+            rows = outputs[key].shape[0] // tokens[key].shape[0]
+            kept[f"mm{index}__{key}"] = pick(outputs[key], mx.concatenate([tokens[key]] * rows))
     return kept
 
 
@@ -207,10 +242,12 @@ def _write_images(plan: Plan, adapter: Adapter, ledger: Ledger, start: int, prog
     if all(name in ledger.files for step in names for name in step):
         return
     label = f"block outputs, images {images[0]} to {images[-1]}"
-    for step, sigma, state in progress(list(zip(names, *part.batches(adapter, adapter.batch), strict=True)), label):
+    numbers = [index * stride for index in range(len(part.sigmas))]
+    for number, step, sigma, state in progress(list(zip(numbers, names, *part.batches(adapter, adapter.batch), strict=True)), label):
         if all(name in ledger.files for name in step):
             continue
-        arrays = half(entries(trace(adapter, sigma, state), plan.facts["tokens"]), plan.facts["blocks"], f"{step[0]} to {step[-1]}")
+        tokens = chosen(plan.facts["tokens"], plan.facts["seed"], images, number)
+        arrays = half(entries(trace(adapter, sigma, state), tokens), plan.facts["blocks"], f"{step[0]} to {step[-1]}")
         for row, name in enumerate(step):
             ledger.add_npz(name, {key: value[row :: len(images)] for key, value in arrays.items()})
         ledger.save()
@@ -225,9 +262,9 @@ def half(arrays: dict[str, mx.array], blocks: list[str], where: str) -> dict[str
         if not np.isfinite(value).all():
             largest = float(np.array(mx.abs(arrays[name].astype(mx.float32)).max()))
             source, stream = name.split("__", 1)
-            block = f"the input of block {blocks[0]}" if source == "input" else f"the output of block {blocks[int(source[2:])]}"
             raise NumericsError(
-                f"{where}: {block}, stream {stream!r}, reaches {largest:.4g}, and float16 ends at 65504; this model cannot be cached, "
+                f"{where}: the output of block {blocks[int(source[2:])]}, stream {stream!r}, reaches {largest:.4g}, and float16 ends at "
+                "65504; this model cannot be cached, "
                 "'mlxquant quantize' calibrates it without a cache"
             )
     return found

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import mlx.core as mx
-
 from ..models.adapter import Adapter, Stage, State
 from ..progress import Progress, silent
 from ..streams import ExactStream
-from .block_cache import BlockCache
+from .block_cache import TOKENS, BlockCache, pick
 
 
 class CachedTeacher:
@@ -29,4 +27,4 @@ class CachedTeacher:
         return self._exact.inputs()
 
     def pick(self, outputs: State) -> State:
-        return {key: mx.take(value, self._cache.tokens[key], axis=1) for key, value in outputs.items() if key in self._cache.tokens}
+        return {key: pick(value, outputs[TOKENS + key]) for key, value in outputs.items() if TOKENS + key in outputs}

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from .. import artifacts
 from ..activations import ActivationTable
-from ..errors import ArtifactError
+from ..errors import ArtifactError, MlxQuantError
 from ..formats import Grid, WeightFormat
 from ..layers import QuantizedLinear
 from ..models.adapter import Stage
@@ -32,6 +32,7 @@ Array = npt.NDArray[Any]
 KIND = "adaround-weights"
 CONFIG = "config.json"
 COMMAND = "mlxquant adaround-optimize"
+ANEW = f"run '{COMMAND}' again with --force --no-resume"
 TABLE = ("a_sigma", "a_scale", "a_shift", "a_bits")
 
 
@@ -70,6 +71,11 @@ class WeightFiles:
         """Whether this stage is one of the blocks that the folder is for."""
         return stage.name in self._index
 
+    def formats(self) -> dict[str, WeightFormat]:
+        """The format of every layer in the finished blocks, by path."""
+        blocks = self.ledger.notes.get("blocks", {}).values()
+        return {path: WeightFormat(**format) for block in blocks for path, format in block["formats"].items()}
+
     def _file(self, stage: Stage) -> str:
         return f"weights/{block_name(self._index[stage.name])}.npz"
 
@@ -83,24 +89,35 @@ class WeightFiles:
         named = {key.rsplit("__", 1)[0] for key in arrays}
         if named != set(formats) or not named <= own:
             strange = sorted((named ^ set(formats)) | (named - own))
-            raise ArtifactError(f"{self.ledger.folder / self._file(stage)}: its layers are not the model's, such as {strange[:3]}")
-        return StageResult({path: self._layer(path, WeightFormat(**formats[path]), arrays, clock) for path in formats}, facts)
+            raise ArtifactError(f"{self._where(stage)}: its layers are not the model's, such as {strange[:3]}; {ANEW}")
+        layers = {}
+        for path, format in formats.items():
+            try:
+                layers[path] = self._layer(path, WeightFormat(**format), arrays, clock)
+            except (KeyError, MlxQuantError) as error:
+                found = f"{error} is missing" if isinstance(error, KeyError) else error
+                raise ArtifactError(f"{self._where(stage)}: layer {path}: {found}; {ANEW}") from error
+        return StageResult(layers, facts)
+
+    def _where(self, stage: Stage) -> Path:
+        return self.ledger.folder / self._file(stage)
 
     def _layer(self, path: str, format: WeightFormat, arrays: Mapping[str, Array], clock: Clock) -> QuantizedLinear:
+        """A layer of ``format`` from its arrays; raises KeyError or an MlxQuantError when they are not what ``save`` wrote."""
         linear = self._linears[path]
         own = {key.removeprefix(path + "__"): value for key, value in arrays.items() if key.startswith(path + "__")}
-        try:
-            codes, scale = own["weight_int"].astype(np.int16) + format.zero_code, own["scale"]
-        except KeyError as error:
-            raise ArtifactError(f"{self.ledger.path}: layer {path} has no {error} in its file; run '{COMMAND} --force'") from error
+        codes, scale = own["weight_int"].astype(np.int16) + format.zero_code, own["scale"]
         if codes.shape != linear.weight.shape or scale.shape != codes.shape[:1] or codes.min() < 0 or codes.max() >= format.levels:
             raise ArtifactError(
-                f"{self.ledger.path}: layer {path} has codes {codes.shape} from {codes.min()} to {codes.max()} and {scale.shape} scales; "
-                f"expected {linear.weight.shape} codes of {format.bits} bits"
+                f"codes {codes.shape} from {codes.min() - format.zero_code} to {codes.max() - format.zero_code} and {scale.shape} scales "
+                f"found, {linear.weight.shape} codes of {format.bits} bits and {linear.weight.shape[:1]} scales expected"
             )
+        grid = Grid.symmetric(format, scale[:, None])
+        if not np.array_equal(grid.scales[:, 0], scale):
+            raise ArtifactError("its scales are not float16 values, so the codes were not rounded on them")
         divisor = mx.array(own["divisor"]) if "divisor" in own else None
         bias = linear.bias if "bias" in linear else None
-        layer = QuantizedLinear(codes.astype(np.uint8), Grid.symmetric(format, scale[:, None]), bias, divisor)
+        layer = QuantizedLinear(codes.astype(np.uint8), grid, bias, divisor)
         if "a_scale" in own:
             layer.set_activations(ActivationTable(*(own[name] for name in TABLE)), clock)
         return layer
@@ -122,5 +139,14 @@ class WeightFiles:
         self.ledger.save()
         self.checkpoint(stage).clear()
 
+    def finish(self) -> None:
+        """Mark the folder as complete. A run that was killed between a block's file and its checkpoint's end left the checkpoint."""
+        for index in self._index.values():
+            self._checkpoint(index).clear()
+        self.ledger.save(complete=True)
+
     def checkpoint(self, stage: Stage) -> StageCheckpoint:
-        return StageCheckpoint(self.ledger.folder / f"{block_name(self._index[stage.name])}.checkpoint.safetensors", self._job)
+        return self._checkpoint(self._index[stage.name])
+
+    def _checkpoint(self, index: int) -> StageCheckpoint:
+        return StageCheckpoint(self.ledger.folder / f"{block_name(index)}.checkpoint.safetensors", self._job)

@@ -1,0 +1,140 @@
+"""How the input of one layer is quantized: its bits at each timestep, its steps, and whether it is shifted after a GELU.
+
+A tier rule chooses the bits; the post-GELU shift is taken where it lowers the layer's error. Everything that was compared is recorded,
+also where it was not taken. Arrays only: whoever calls this knows which layer they are of.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .activations import ActivationTable
+from .errors import RecipeError
+from .methods import registry, smoothquant
+from .methods.shift import centred, shifted
+from .methods.tiers import BUDGET, TIERS, OutputErrors, mixed, relative_errors, rms
+from .statistics import InputRanges
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to decide: ``rule`` "error" with its ``budget`` (see ``methods.tiers.error`` for the units), or "threshold" with
+    ``thresholds`` (A4 below the first, A6 below the second); ``range`` a range method; ``alpha`` of SmoothQuant; whether to try
+    ``migration`` after a GELU; ``tiers``, the bit widths to choose among.
+    """
+
+    rule: str = "error"
+    budget: float = BUDGET
+    thresholds: tuple[float, float] = (6.0, 10.0)
+    range: str = "extremes"
+    alpha: float = 0.5
+    migration: bool = False
+    tiers: tuple[int, ...] = TIERS
+
+    def __post_init__(self) -> None:
+        if not (np.isfinite(self.budget) and self.budget > 0):
+            raise RecipeError(f"the error budget must be a positive number, found {self.budget}")
+        if not 0 < self.thresholds[0] <= self.thresholds[1] < np.inf:
+            raise RecipeError(f"thresholds must be two positive numbers, the smaller first, found {self.thresholds}; the default is 6,10")
+
+    def tier_options(self, after_shift: bool) -> dict[str, float]:
+        """Keyword arguments of the rule. A shifted input's thresholds are 5/6 and 8/10 of the others': 5 and 8 by default."""
+        if self.rule == "error":
+            return {"budget": self.budget}
+        a4, a6 = self.thresholds
+        return {"a4": a4 * 5 / 6, "a6": a6 * 8 / 10} if after_shift else {"a4": a4, "a6": a6}
+
+
+@dataclass(frozen=True)
+class LayerInput:
+    """The input of a layer: its ``ranges``, the ``weight`` [out,in] float32 that reads it, and what a unit of squared error of each
+    output costs, ``costs`` [T,out] (None: in proportion to the outputs' energy, see ``methods.tiers``).
+    """
+
+    ranges: InputRanges
+    weight: Array
+    costs: Array | None = None
+
+    @cached_property
+    def errors(self) -> OutputErrors:
+        return OutputErrors(self.ranges, self.weight, self.costs)
+
+    def divided(self, divisor: Array) -> LayerInput:
+        """With input channels divided by ``divisor`` [in] and the weight's columns multiplied: the same outputs."""
+        return LayerInput(smoothquant.divided(self.ranges, divisor), self.weight * divisor, self.costs)
+
+
+@dataclass(frozen=True)
+class TierTables:
+    """The tables of an input at every tier, by one range method, around ``shift`` [T,in] if there is one."""
+
+    layer: LayerInput
+    shift: Array | None
+    tables: dict[int, ActivationTable]
+    options: Options
+
+    @classmethod
+    def of(cls, layer: LayerInput, shift: Array | None, options: Options) -> TierTables:
+        find = registry.get("range", options.range).function
+        ranges, weight = layer.ranges, layer.weight
+        if shift is None:
+            return cls(layer, None, {bits: find(ranges, weight, bits) for bits in options.tiers}, options)
+        return cls(layer, shift, {bits: centred(ranges, shift, weight, bits, find) for bits in options.tiers}, options)
+
+    def bits(self) -> Array:
+        """By the tier rule, [T]: the error is of the output and needs x as it is; thresholds are for what is rounded, x - shift."""
+        ranges, options = self.layer.ranges, self.options
+        seen = ranges if self.shift is None or options.rule == "error" else shifted(ranges, self.shift)
+        rule = registry.get("tier", options.rule).function
+        chosen: Array = rule(seen, self.layer.weight, self.tables, self.layer.costs, **options.tier_options(self.shift is not None))
+        return chosen
+
+    def at(self, bits: Array) -> ActivationTable:
+        """The table with these bits [T]."""
+        return mixed(self.tables, bits)
+
+
+@dataclass(frozen=True)
+class DecidedInput:
+    """An input that was decided on: its table, the facts, and the shift [T,in] that was offered to it, None but after a GELU."""
+
+    layer: LayerInput
+    shift: Array | None
+    table: ActivationTable
+    facts: dict[str, Any]
+
+
+def decide_input(layer: LayerInput, shift: Array | None, options: Options) -> DecidedInput:
+    """Bits, steps and shift of a layer's input. The shift is tried at the bits that the plain input gets; where it wins, the rule
+    chooses again.
+
+    Facts are means over timesteps: ``error``, weighed (``error_plain`` and ``error_shifted`` where a shift was tried), and for people
+    ``relative_error`` of the output, not squared.
+    """
+    plain = TierTables.of(layer, None, options)
+    table = plain.at(plain.bits())
+    facts: dict[str, Any] = {"error": mean_error(layer, table), "shifted": False}
+    if shift is not None:
+        around = TierTables.of(layer, shift, options)
+        facts |= {"error_plain": facts["error"], "error_shifted": mean_error(layer, around.at(table.bits))}
+        if facts["error_shifted"] < facts["error_plain"]:
+            table = around.at(around.bits())
+            facts |= {"error": mean_error(layer, table), "shifted": True}
+    facts |= {
+        "relative_error": rms(relative_errors(layer.ranges, layer.weight, table)),
+        "always_a8": bool((table.bits == max(TIERS)).all()),
+        "mean_bits": float(table.bits.mean()),
+    }
+    return DecidedInput(layer, shift, table, facts)
+
+
+def mean_error(layer: LayerInput, table: ActivationTable, rounded: Array | None = None) -> float:
+    """The weighed error of a layer's output, averaged over timesteps, perhaps with a ``rounded`` weight [out,in]."""
+    return float(np.mean(layer.errors(table, rounded)))
