@@ -43,7 +43,7 @@ CALIBRATION = 16
 WEIGHTS = [f"{method}-w{bits}a16" for bits in (4, 3) for method in ("rtn", "gptq", "adaround", "taqdit")]
 TOGETHER = ["rtn-w4a8", "gptq-w4a8", "taqdit-w4a8", "taqdit-w4a8:weights"]
 THRESHOLDS = (1.0, 0.7, 0.5, 0.35, 0.25, 0.18, 0.1)
-BUDGETS = (0.1, 0.03, 0.01, 0.003, 0.002, 0.001, 0.0001)
+BUDGETS = (3e-5, 1e-5, 3e-6, 1e-6, 6.5e-7, 3e-7, 3e-8)
 
 
 def learning(recipe: Recipe, **changes: Any) -> Recipe:

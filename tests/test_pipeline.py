@@ -144,7 +144,7 @@ def test_every_file_names_its_parents(made):
     assert cache["parents"] == statistics["parents"] == {"manifest.json": sha["manifest.json"]}
     assert weights["parents"] == {"metadata.json": sha["metadata.json"]}
     assert config["made_from"]["parents"] == {"layer_statistics.json": sha["layer_statistics.json"]}
-    assert analysis["parents"] == {"quant_config.json": sha["quant_config.json"]}
+    assert analysis["parents"] == config["made_from"]["parents"]
     assert weights["calibration"] == config["made_from"]["calibration"] == Samples.read(calib).sha256
 
 

@@ -72,15 +72,15 @@ def measured(adapter):
 
 
 def exact(adapter, tokens, width, run):
-    """The diagonal of J^T J, summed over tokens, [width]: one row of J by each element of the velocity, 256 at a time; ``run`` adds
-    [B,tokens,width] inside the model and returns the velocity."""
+    """The diagonal of J^T J [width], summed over tokens and averaged over the velocity's elements: one row of J by each of those, 256 at
+    a time. ``run`` adds [B,tokens,width] inside the model and returns the velocity."""
     total, size = np.zeros(width), int(np.prod(adapter.latent_shape))
     for start in range(0, size, 256):
         state = states_of(adapter, copies=256)
         picked = mx.eye(size)[start : start + 256].reshape(256, *adapter.latent_shape)
         rows = mx.grad(lambda error, state=state, picked=picked: (run(error, state) * picked).sum())(mx.zeros((256, tokens, width)))
         total += np.array(mx.square(rows).sum((0, 1)), np.float64)
-    return total
+    return total / size
 
 
 def assert_close(found, expected):
@@ -113,12 +113,12 @@ def test_a_stages_costs_are_the_exact_diagonal(adapter, measured, key, tokens):
 
 @pytest.mark.parametrize("path", LAYERS)
 def test_noise_costs_what_is_predicted(adapter, measured, path):
-    """Small independent errors at every token and output, 128 draws, and the summed squared change of the velocity that they make."""
+    """Small independent errors at every token and output, 128 draws, and the mean squared change of the velocity that they make."""
     costs, state = measured.layers[path][0], states_of(adapter, copies=128)
     error = mx.random.normal((128, LAYERS[path], len(costs)), key=mx.random.key(1)) * 1e-2
     before = velocity(adapter, state)
     with disturbed(adapter, path, error):
-        change = float(mx.square(velocity(adapter, state) - before).sum()) / 128
+        change = float(mx.square(velocity(adapter, state) - before).mean())
     assert change == pytest.approx(1e-4 * costs.sum(), rel=0.2)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -11,7 +12,7 @@ import numpy as np
 from . import api
 from .artifacts import ensure_writable
 from .console import Command, progress, result, say, verbose_option
-from .decisions import decide
+from .decisions import decide, made_from
 from .errors import ArtifactError
 from .input_tables import Options
 from .methods.tiers import BUDGET, TIERS
@@ -49,7 +50,7 @@ def two_numbers(context: click.Context, parameter: click.Parameter, value: str) 
     "--budget",
     default=BUDGET,
     show_default=True,
-    help="Squared error of the velocity, summed over a latent's elements, that --rule error lets each layer's input cause.",
+    help="Mean squared error of the velocity that --rule error lets each layer's input cause.",
 )
 @click.option(
     "--thresholds", default="6,10", show_default=True, callback=two_numbers, help="Of --rule threshold: A4 below the first, A6 below."
@@ -82,16 +83,19 @@ def command(
     options = Options(rule, budget, thresholds, range_method, alpha, migration)
     output = output or stats_file.with_name("quant_config.json")
     analysis, picture = output.with_name(ANALYSIS), output.with_name(PICTURE)
-    check_outputs(stats_file, (output, output.with_suffix(".npz"), analysis, picture), force)
+    check_outputs(stats_file, output, analysis, force)
     stats = ActivationStats.read(stats_file)
     ensure_writable(output.absolute().parent)
-    config = decide(stats, api.load(name or stats.model).adapter, options, progress)
-    config.write(output)
+    if (found := finished(output, made_from(stats, options), force)) is not None:
+        say(f"{output} is finished already, with these settings")
+    config = found or decide(stats, api.load(name or stats.model).adapter, options, progress)
     facts = temporal.analyze(config)
-    temporal.write(analysis, facts, output)
     bits = {path: table.bits for path, table in config.plain.items()}
     title = f"{config.facts['model']}: {config.mean_bits:.2f} bits on average, by {rule}"
-    save_png(draw_tiers(config.sigmas, bits, temporal.ranges(config), title), picture)
+    if found is None:
+        save_png(draw_tiers(config.sigmas, bits, temporal.ranges(config), title), picture)
+        temporal.write(analysis, facts, config, output.name)
+        config.write(output)  # last: where it is, the rest is
     counts = Counter(int(b) for row in bits.values() for b in row)
     say_table(config)
     result(
@@ -110,14 +114,27 @@ def command(
     )
 
 
-def check_outputs(stats_file: Path, paths: tuple[Path, ...], force: bool) -> None:
-    """Raise ArtifactError, before any work, when the config cannot have its name or would replace what it may not."""
-    output = paths[0]
+def check_outputs(stats_file: Path, output: Path, analysis: Path, force: bool) -> None:
+    """Raise ArtifactError, before any work, when the config cannot have its name or its folder has another config's analysis."""
     if output.suffix != ".json" or output.absolute() == stats_file.absolute():
         raise ArtifactError(f"{output}: expected a name for the config that ends in .json and is not that of the statistics")
-    for path in paths:
-        if path.exists() and (path.is_dir() or not force):
-            raise ArtifactError(f"{path} exists; choose another --output, in a folder of its own, or pass --force to replace it")
+    if output.is_dir():
+        raise ArtifactError(f"{output} is a folder; choose a name for the config")
+    if analysis.exists() and not force and (other := temporal.config_of(analysis)) != output.name:
+        raise ArtifactError(
+            f"{analysis} exists and is of {other}; choose an --output in a folder of its own, or pass --force to replace it"
+        )
+
+
+def finished(output: Path, facts: dict[str, Any], force: bool) -> QuantConfig | None:
+    """The config that is there already, when it was decided from the same; raises ArtifactError when it is another and not ``force``."""
+    if force or not output.exists():
+        return None
+    config = QuantConfig.read(output)
+    if config.facts != facts:
+        changed = sorted(key for key in facts.keys() | config.facts.keys() if facts.get(key) != config.facts.get(key))
+        raise ArtifactError(f"{output} exists and was made from other {', '.join(changed)}; choose another --output or pass --force")
+    return config
 
 
 def say_table(config: QuantConfig) -> None:

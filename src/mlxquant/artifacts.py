@@ -7,6 +7,7 @@ sha256 covers everything in it, so a truncated or bit-flipped file is refused wi
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -53,6 +54,8 @@ def atomic_file(path: Path) -> Iterator[Path]:
     path = Path(path)
     temporary: Path | None = None
     try:
+        for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):  # by a run that was killed
+            left.unlink(missing_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
         os.close(handle)
         temporary = Path(name)

@@ -15,7 +15,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from .artifacts import versions
+from .artifacts import plain, versions
 from .errors import CalibrationError
 from .formats import WeightFormat, fit_extremes
 from .input_tables import DecidedInput, LayerInput, Options, TierTables, decide_input, mean_error
@@ -108,6 +108,20 @@ def read_together(layers: list[str], edges: tuple[Edge, ...]) -> Iterator[Edge]:
     yield from (Edge((path,)) for path in layers if not any(path in edge.consumers for edge in whole))
 
 
+def made_from(stats: Statistics, options: Options) -> dict[str, Any]:
+    """What determines the decisions, as plain data."""
+    return plain(
+        {
+            "model": stats.model,
+            "source": stats.source,
+            "parents": {"layer_statistics.json": stats.sha256},
+            "calibration": stats.calibration,
+            "options": asdict(options),
+            "versions": versions(),
+        }
+    )
+
+
 def decide(stats: Statistics, adapter: Adapter, options: Options, progress: Progress = silent) -> QuantConfig:
     """Decide on every layer of ``stats``; ``adapter`` has the model that they were collected from.
 
@@ -138,14 +152,7 @@ def decide(stats: Statistics, adapter: Adapter, options: Options, progress: Prog
                 migrations[path] = division
                 facts[path]["migration"] = division.applied
     return QuantConfig(
-        facts={
-            "model": stats.model,
-            "source": stats.source,
-            "parents": {"layer_statistics.json": stats.sha256},
-            "calibration": stats.calibration,
-            "options": asdict(options),
-            "versions": versions(),
-        },
+        facts=made_from(stats, options),
         step_keys=tuple(stats.step_keys),
         sigmas=np.asarray(stats.sigmas, np.float32),
         plain={path: tables[path] for path in paths},

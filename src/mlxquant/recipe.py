@@ -28,8 +28,8 @@ class ActivationSpec:
     """Static activation quantization: ``bits`` 4, 6 or 8; ``range`` a range method; one entry a timestep, or one for all.
 
     With a ``budget`` each layer takes at each timestep the fewest bits, at most ``bits``, whose error on calibration data stays within
-    it, and post-GELU inputs are shifted where that lowers the error. The budget is squared velocity error, summed over a latent's
-    elements, in a recipe with ``sensitivity``, and relative squared error of the layer's output in one without.
+    it, and post-GELU inputs are shifted where that lowers the error. The budget is mean squared
+    velocity error in a recipe with ``sensitivity``, and relative squared error of the layer's output in one without.
     """
 
     bits: int = 8

@@ -6,8 +6,7 @@ for all places (Hutchinson's estimator of the Gauss-Newton diagonal, as BRECQ we
 network's output in place of its loss). Errors of a sampler's steps add up with nearly the same sign, so a unit of velocity error costs
 about the same at any noise level; what differs between levels is how the model amplifies what happens inside it.
 
-Squared velocity error is summed over the elements of a latent here, not averaged: velocities have about unit variance, so that of a
-picture has about as many units as the latent has elements.
+Squared velocity error is averaged over the elements of a latent: velocities have about unit variance, so it is relative to them.
 """
 
 from __future__ import annotations
@@ -114,21 +113,21 @@ def measure(
     slope = mx.grad(probe)
     with swapped(adapter.module, dict(gauged)):
         for index, (sigma, state) in enumerate(progress(list(zip(sigmas, states, strict=True)), "sensitivity")):
-            count = state["latent"].shape[0]
+            count, elements = state["latent"].shape[0], state["latent"][0].size
             signs = mx.random.bernoulli(0.5, state["latent"].shape, mx.random.key(seed + index)).astype(mx.float32) * 2 - 1
             with adapter.clock.at(sigma):
                 slopes = slope({name: mx.zeros((count, width)) for name, width in widths.items()}, state, signs)
                 mx.eval(slopes)
             level = totals.setdefault(float(np.float32(sigma)), {name: np.zeros(width) for name, width in widths.items()})
             for name, value in slopes.items():
-                level[name] += np.array(value, np.float64).sum(0)
+                level[name] += np.array(value, np.float64).sum(0) / elements
             rows[float(np.float32(sigma))] = rows.get(float(np.float32(sigma)), 0) + count
     order = sorted(totals)
     table = {name: np.stack([totals[s][name] / rows[s] for s in order]) for name in widths}
     for name, costs in table.items():
         if bad := [sigma for sigma, at in zip(order, costs, strict=True) if not np.isfinite(at).all()]:
             raise NumericsError(
-                f"sigma {bad[0]:.4g}: the velocity's gradient with respect to {name} is NaN or infinite; the model overflows on these inputs"
+                f"sigma {bad[0]:.4g}: the velocity's gradient with respect to {name} is NaN or infinite; the model overflows on this input"
             )
     names = {stage.name: [n for n in table if n.startswith(stage.name + "/")] for stage in stages}
     return Sensitivity(

@@ -75,7 +75,7 @@ def activation_table(ranges: InputRanges, spec: ActivationSpec, rounded: Rounded
     if spec.budget is None:
         return registry.get("range", spec.range).function(ranges, np.array(rounded.layer.dequantized()), spec.bits)
     options = Options(budget=spec.budget, range=spec.range, tiers=tuple(bits for bits in TIERS if bits <= spec.bits))
-    centre = (ranges.low + ranges.high) / 2 if after == "gelu" else None
+    centre = (ranges.least + ranges.most) / 2 if after == "gelu" else None
     return decide_input(LayerInput(ranges, rounded.weight.astype(np.float32), costs), centre, options).table
 
 
@@ -143,18 +143,19 @@ class Sweep:
             return StageResult({}, {"stage": stage.name, "kept": "exact", "layers": {}})
         statistics = self._statistics(stage, specs, inputs)
         start, plain = ({path: getattr(spec, name) for path, spec in specs.items()} for name in ("start", "plain"))
+        report: dict[str, Any] = {}
         first = "rtn" if start == plain else "calibrated"
         rounded = self._round(stage, first, start, statistics)
         tried = [self._judge(stage, first, rounded, specs, inputs, targets)]
         if any(spec.reconstruct is not None for spec in specs.values()):
-            learned, facts = self._learn(stage, specs, rounded, tried[0], inputs, targets, checkpoint)
+            learned, learning = self._learn(stage, specs, rounded, tried[0], inputs, targets, checkpoint)
             tried.insert(0, self._judge(stage, "learned", learned, specs, inputs, targets))
-            tried[0].facts["learning"] = facts
+            report["learning"] = learning
         if self.recipe.gate and first != "rtn":
             tried.append(self._judge(stage, "rtn", self._round(stage, "rtn", plain, statistics), specs, inputs, targets))
         best = min(tried, key=lambda result: result.facts["error"])
         errors = {result.facts["kept"]: result.facts["error"] for result in tried}
-        return replace(best, facts={**best.facts, "errors": errors})
+        return replace(best, facts={**best.facts, **report, "errors": errors})
 
     def _statistics(self, stage: Stage, specs: Mapping[str, LayerSpec], inputs: list[State]) -> Collector:
         """What the stage's layers are given in the quantized stream and, where a specification asks for it, in the exact one."""

@@ -5,8 +5,8 @@ an error of each output costs; it returns one bit width a timestep. ``mixed`` th
 output on the sampled rows, because an error of the input counts only as far as the weight lets it through.
 
 One convention holds wherever errors are weighed: the error of a layer at timestep t is ``sum_o costs[t,o] mean_rows(e_o^2)``, squared,
-with e_o the error of output o. With the costs of ``sensitivity.measure`` that is the squared error of the velocity, summed over a
-latent's elements, to first order; without costs, ``costs[t,o] = 1 / sum_o mean_rows(y_o^2)``, the relative squared output error.
+with e_o the error of output o. With the costs of ``sensitivity.measure`` that is the mean squared error of the velocity, to first
+order; without costs, ``costs[t,o] = 1 / sum_o mean_rows(y_o^2)``, the relative squared output error.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .registry import register
 
 Array = npt.NDArray[Any]
 TIERS = (4, 6, 8)
-BUDGET = 0.002
+BUDGET = 6.5e-7  # of mean squared velocity error: one input may change the velocity by 8e-4 of its size
 Tables = Mapping[int, ActivationTable]
 TINY = float(np.finfo(np.float32).tiny)
 
@@ -56,9 +56,8 @@ def threshold(
 def error(ranges: InputRanges, weight: Array, tables: Tables, costs: Array | None = None, budget: float = BUDGET) -> Array:
     """The fewest bits whose error (see ``OutputErrors``) is at most ``budget``, the most of ``tables`` where none's is: uint8 [T].
 
-    The budget is in the units of the error: squared velocity error, summed over a latent's elements, with the ``costs`` [T,out] of a
-    sensitivity; relative squared output error without. On ``mmdit-shapes``, a latent of 3072 elements of about unit variance, 0.002
-    allows one input to change the velocity by 8e-4 of its size.
+    The budget is in the units of the error: mean squared velocity error with the ``costs`` [T,out] of a sensitivity, relative
+    squared output error without.
     """
     measure = OutputErrors(ranges, weight, costs)
     most, *fewer = sorted(tables, reverse=True)

@@ -81,6 +81,11 @@ def _ranks(values: Array) -> Array:
     return ranks
 
 
-def write(path: Path, analysis: Mapping[str, Any], config: Path) -> None:
-    """Write an analysis as the child of the config file that it is of."""
-    artifacts.write_json(path, KIND, {"parents": {config.name: artifacts.file_digest(config)}, **analysis})
+def write(path: Path, analysis: Mapping[str, Any], config: QuantConfig, name: str) -> None:
+    """Write the analysis of a config whose file is called ``name``, with the same parents."""
+    artifacts.write_json(path, KIND, {"config": name, "parents": config.facts["parents"], **analysis})
+
+
+def config_of(path: Path) -> str:
+    """The name of the config file that an analysis is of; raises ArtifactError when it is no analysis."""
+    return str(artifacts.read_json(path, KIND).get("config"))
