@@ -14,7 +14,8 @@ from click.testing import CliRunner
 from PIL import Image
 
 from mlxquant import analyze_activations, artifacts, cli
-from mlxquant.decisions import decide, try_division
+from mlxquant.decisions import decide
+from mlxquant.divisions import try_division
 from mlxquant.errors import CalibrationError, RecipeError
 from mlxquant.folds import divide
 from mlxquant.input_tables import LayerInput, Options, decide_input

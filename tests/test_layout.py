@@ -18,6 +18,7 @@ ORDER = [
     ["calibration", "folds", "streams", "store"],
     ["reconstruction", "sensitivity"],
     ["input_tables"],
+    ["divisions"],
     ["sweep"],
     ["pipeline"],
     ["decisions"],

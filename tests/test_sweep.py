@@ -9,6 +9,7 @@ import pytest
 import mlxquant as mq
 from mlxquant import artifacts, store, streams, sweep
 from mlxquant.errors import ArtifactError, CalibrationError, NumericsError, RecipeError
+from mlxquant.folds import divide
 from mlxquant.input_tables import LayerInput, Options, decide_input
 from mlxquant.layers import QuantizedLinear
 from mlxquant.methods import registry
@@ -16,6 +17,10 @@ from mlxquant.methods.adaround import Settings
 from mlxquant.recipe import parse_recipe
 from mlxquant.rewrite import get_module, tapped
 from mlxquant.statistics import Collector
+
+from conftest import tiny_adapter
+
+BLOCK = "multimodal_transformer_blocks.0"
 
 
 def calibrate(model, prompts=2, steps=2):
@@ -297,3 +302,43 @@ def test_calibration_is_saved_and_loaded(tiny, tmp_path):
 
 def test_equal_facts_give_equal_digests():
     assert artifacts.digest({"a": 1, "b": [2]}) == artifacts.digest({"b": [2], "a": 1})
+
+
+def spiky():
+    """The tiny model with one channel of two inputs forty times louder: the same function, an input that one step serves badly."""
+    model = mq.Model(tiny_adapter())
+    edges = {edge.consumers[0]: edge for edge in model.adapter.edges()}
+    for first in (f"{BLOCK}.image_transformer_block.attn.q_proj", f"{BLOCK}.image_transformer_block.mlp.fc1"):
+        quiet = np.ones(32, np.float32)
+        quiet[5] = 1 / 40
+        divide(model.adapter.module, edges[first], quiet)
+    return model
+
+
+def test_spiky_inputs_are_smoothed_inside_the_sweep(tmp_path):
+    model = spiky()
+    calib = calibrate(model, steps=3)
+    assert model.adapter.edges()[0].consumers[0] == f"{BLOCK}.image_transformer_block.attn.q_proj"
+    recipe = replace(tiered("gptq-w8a8"), gate=False)
+    quantized = mq.quantize(model, calib, recipe)
+    facts = quantized.facts["stages"][1]["smoothquant"]
+    assert set(facts) >= {f"{BLOCK}.image_transformer_block.{layer}" for layer in ("attn.q_proj", "mlp.fc1")}
+    for division in facts.values():
+        assert division["applied"] == (division["error_after"] < division["error_before"])
+    assert sum(division["applied"] for division in facts.values()) >= 2
+    rough = mq.quantize(model, calib, replace(tiered("gptq-w8a8", budget=None), gate=False))
+    prompts = model.adapter.prompts("evaluation", 2)
+    exact, both = (q.images(prompts, 3) for q in (model, quantized))
+    assert np.abs(exact - both).mean() < 0.02
+    table = quantized.layers[f"{BLOCK}.image_transformer_block.mlp.fc1"].table
+    assert (table.step * 2.0**table.bits < 0.5 * rough.layers[f"{BLOCK}.image_transformer_block.mlp.fc1"].table.step * 2.0**8).all()
+    quantized.save(tmp_path / "q")
+    np.testing.assert_array_equal(mq.load(tmp_path / "q").images(prompts, 3), both)
+
+
+def test_what_is_not_stored_is_not_divided():
+    """A fold into a layer that stays as it is would be lost when a killed sweep resumes."""
+    model = spiky()
+    recipe = parse_recipe("taqdit-w8a8", ["@modulation=keep"])
+    quantized = mq.quantize(model, calibrate(model, steps=3), replace(recipe, learning=Settings(iterations=2, batch=2)))
+    assert "smoothquant" not in quantized.facts["stages"][1]

@@ -1,13 +1,12 @@
 """Where activation statistics become decisions: bits, shifts and divisions of every layer's input.
 
-``input_tables`` decides on bits and shifts, a layer at a time; SmoothQuant and the integer migration are taken here, where they lower
-the error of inputs and 4-bit weights together. Everything that was compared is recorded, also where it was not taken. Methods see
-arrays and the adapter names the layers; only this file knows both.
+``input_tables`` decides on bits and shifts, a layer at a time, ``divisions`` on SmoothQuant and the integer migration. Everything that
+was compared is recorded, also where it was not taken. Methods see arrays and the adapter names the layers; this file knows both.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any, Protocol
 
@@ -16,19 +15,15 @@ import numpy as np
 import numpy.typing as npt
 
 from .artifacts import plain, versions
+from .divisions import migrated, smoothed
 from .errors import CalibrationError
-from .formats import WeightFormat, fit_extremes
-from .input_tables import DecidedInput, LayerInput, Options, TierTables, decide_input, mean_error
-from .methods import smoothquant
-from .methods.shift import migration
-from .methods.tiers import lowered
+from .input_tables import LayerInput, Options, decide_input
 from .models.adapter import Adapter, Edge
-from .pipeline.quant_config import Division, QuantConfig
+from .pipeline.quant_config import QuantConfig
 from .progress import Progress, silent
 from .statistics import InputRanges
 
 Array = npt.NDArray[Any]
-WEIGHTS = WeightFormat(bits=4)
 
 
 class Statistics(Protocol):
@@ -51,54 +46,6 @@ class Statistics(Protocol):
     def ranges(self, path: str) -> InputRanges: ...
     def shift(self, path: str) -> Array | None: ...  # [T,in], of what a GELU wrote
     def sensitivity(self, path: str) -> Array: ...  # [T,out], what a unit of squared error costs in squared velocity error
-
-
-def try_division(
-    layers: Mapping[str, DecidedInput], divisor: Array, options: Options, facts: dict[str, Any], one_tier_less: bool = False
-) -> Division:
-    """Divide the input of layers that read one tensor, and apply that where it lowers their mean error at unchanged bits, with 4-bit
-    weights rounded to nearest.
-
-    The divided input then gets bits of its own: one tier fewer, or what the rule says of it.
-    """
-    choices, before, after = {}, [], []
-    for path, decided in layers.items():
-        shift = None if decided.shift is None else decided.shift / divisor
-        choice = choices[path] = TierTables.of(decided.layer.divided(divisor), shift, options)
-        before.append(mean_error(decided.layer, decided.table, nearest(decided.layer.weight)))
-        after.append(mean_error(choice.layer, choice.at(decided.table.bits), nearest(choice.layer.weight)))
-    applied = float(np.mean(after)) < float(np.mean(before))
-    tables = {}
-    for path, choice in choices.items() if applied else ():
-        tables[path] = choice.at(lowered(layers[path].table.bits) if one_tier_less else choice.bits())
-    facts = {**facts, "error_before": float(np.mean(before)), "error_after": float(np.mean(after))}
-    return Division(tuple(layers), divisor, applied, facts, tables)
-
-
-def nearest(weight: Array) -> Array:
-    """A weight [out,in] rounded to nearest, 4 bits."""
-    grid = fit_extremes(weight, WEIGHTS)
-    return grid.dequantize(grid.quantize(weight))
-
-
-def smoothed(layers: Mapping[str, DecidedInput], options: Options) -> Division | None:
-    """SmoothQuant on the tensor that these layers read; None where it is no candidate. By thresholds it is worth one tier."""
-    peaks = np.max([smoothquant.peaks(decided.layer.ranges) for decided in layers.values()], axis=0)
-    if not smoothquant.candidate(peaks):
-        return None
-    facts = {"alpha": options.alpha, "ratio": smoothquant.spike(peaks)[0]}
-    divisor = smoothquant.divisor(peaks, [decided.layer.weight for decided in layers.values()], options.alpha)
-    return try_division(layers, divisor, options, facts, one_tier_less=options.rule == "threshold")
-
-
-def migrated(path: str, decided: DecidedInput, options: Options) -> Division | None:
-    """The integer migration of a shifted input; None where there is no shift, or no channel reaches further than the others."""
-    if decided.shift is None:
-        return None
-    divisor = migration(decided.layer.ranges, decided.shift)
-    if divisor.max() == 1:
-        return None
-    return try_division({path: decided}, divisor, options, {"largest": int(divisor.max()), "channels": int((divisor > 1).sum())})
 
 
 def read_together(layers: list[str], edges: tuple[Edge, ...]) -> Iterator[Edge]:

@@ -20,7 +20,9 @@ import numpy.typing as npt
 
 from .activations import ActivationTable
 from .calibration import Calibration
+from .divisions import smoothed
 from .errors import MlxQuantError, NumericsError, RecipeError
+from .folds import divide
 from .input_tables import LayerInput, Options, decide_input
 from .layers import QuantizedLinear
 from .methods import registry
@@ -33,7 +35,7 @@ from .recipe import ActivationSpec, LayerSpec, Recipe
 from .reconstruction import Reconstruction, reconstruct_stage
 from .rewrite import set_module, swapped, tapped
 from .sensitivity import Sensitivity, measure
-from .statistics import Collector, InputRanges
+from .statistics import Collector
 from .store import Layers, StageCheckpoint, StageResult, Store
 from .streams import ExactStream, Teacher, Weights, run_stage, stage_error
 
@@ -64,19 +66,23 @@ class Preset:
     divisor: Array | None = None
 
 
-def activation_table(ranges: InputRanges, spec: ActivationSpec, rounded: Rounded, costs: Array | None, after: str) -> ActivationTable:
+def activation_table(seen: LayerInput, spec: ActivationSpec, layer: QuantizedLinear, after: str) -> ActivationTable:
     """The static scales of a layer's input by their specification.
 
-    With a budget bits are chosen for the layer's exact weight, errors weighed by ``costs`` [T,out] where there are any, and an input
-    that was written ``after`` a GELU may be shifted by the centre of each channel. Fixed bits are for the rounded weight.
+    With a budget bits are chosen for the exact weight, and an input that was written ``after`` a GELU may be shifted by the centre of
+    each channel. Fixed bits are for the rounded weight, that of ``layer``.
     """
-    if not spec.per_timestep:
-        ranges, costs = ranges.merged(), None if costs is None else costs.mean(0, keepdims=True)
+    ranges = seen.ranges
     if spec.budget is None:
-        return registry.get("range", spec.range).function(ranges, np.array(rounded.layer.dequantized()), spec.bits)
-    options = Options(budget=spec.budget, range=spec.range, tiers=tuple(bits for bits in TIERS if bits <= spec.bits))
+        return registry.get("range", spec.range).function(ranges, np.array(layer.dequantized()), spec.bits)
     centre = (ranges.least + ranges.most) / 2 if after == "gelu" else None
-    return decide_input(LayerInput(ranges, rounded.weight.astype(np.float32), costs), centre, options).table
+    return decide_input(seen, centre, tier_options(spec)).table
+
+
+def tier_options(spec: ActivationSpec) -> Options:
+    """How a specification with a budget chooses: never more bits than it says."""
+    assert spec.budget is not None
+    return Options(budget=spec.budget, range=spec.range, tiers=tuple(bits for bits in TIERS if bits <= spec.bits))
 
 
 def quantize_layer(linear: nn.Linear, spec: LayerSpec, statistics: Collector, path: str, preset: Preset) -> Rounded:
@@ -142,8 +148,11 @@ class Sweep:
         if not specs:
             return StageResult({}, {"stage": stage.name, "kept": "exact", "layers": {}})
         statistics = self._statistics(stage, specs, inputs)
+        divisions = self._smooth(stage, specs, statistics)
+        if any(division["applied"] for division in divisions.values()):
+            statistics = self._statistics(stage, specs, inputs)  # the layers read divided inputs now
         start, plain = ({path: getattr(spec, name) for path, spec in specs.items()} for name in ("start", "plain"))
-        report: dict[str, Any] = {}
+        report: dict[str, Any] = {"smoothquant": divisions} if divisions else {}
         first = "rtn" if start == plain else "calibrated"
         rounded = self._round(stage, first, start, statistics)
         tried = [self._judge(stage, first, rounded, specs, inputs, targets)]
@@ -175,6 +184,36 @@ class Sweep:
         collector.exact = {}
         return collector
 
+    def _smooth(self, stage: Stage, specs: Mapping[str, LayerSpec], statistics: Collector) -> dict[str, dict[str, Any]]:
+        """Divide inputs with spiky channels where that pays, inside the full-precision stage, which goes on computing the same.
+
+        Only where bits are chosen by error, and only where everything that is changed will be quantized and stored. Returns facts on
+        every candidate by the first layer that reads it.
+        """
+        linears, facts = self.adapter.linears(), {}
+        tiered = {path: a for path, spec in specs.items() if (a := spec.activation) is not None and a.budget is not None}
+        open_ = tiered.keys() - {path for path, preset in self.presets.items() if preset.table is not None}
+        for edge in self.adapter.edges():
+            if not edge.folds or not {fold.path for fold in edge.folds} <= specs.keys() or not open_ >= set(edge.consumers):
+                continue
+            layers = {}
+            for path in edge.consumers:
+                weight = np.array(linears[path].weight.astype(mx.float32))
+                layers[path] = decide_input(self._input(path, tiered[path], statistics, weight), None, tier_options(tiered[path]))
+            if (division := smoothed(layers, tier_options(tiered[edge.consumers[0]]))) is not None:
+                facts[edge.consumers[0]] = {**division.facts, "applied": division.applied}
+                if division.applied:
+                    divide(self.adapter.module, edge, division.divisor)
+        return facts
+
+    def _input(self, path: str, spec: ActivationSpec, statistics: Collector, weight: Array) -> LayerInput:
+        """A layer's input at every noise level, or merged where one entry serves all, and what errors of its outputs cost."""
+        ranges = statistics[path].ranges
+        costs = None if self.sensitivity is None else self.sensitivity.of_outputs(path, ranges.sigma)
+        if not spec.per_timestep:
+            ranges, costs = ranges.merged(), None if costs is None else costs.mean(0, keepdims=True)
+        return LayerInput(ranges, weight.astype(np.float32), costs)
+
     def _round(self, stage: Stage, name: str, specs: Mapping[str, LayerSpec], statistics: Collector) -> dict[str, Rounded]:
         linears, rounded = self.adapter.linears(), {}
         after = {path: edge.after for edge in self.adapter.edges() for path in edge.consumers}
@@ -184,9 +223,8 @@ class Sweep:
             if spec.activation is not None:
                 table = preset.table
                 if table is None:
-                    ranges = statistics[path].ranges
-                    costs = None if self.sensitivity is None else self.sensitivity.of_outputs(path, ranges.sigma)
-                    table = activation_table(ranges, spec.activation, rounded[path], costs, after.get(path, ""))
+                    seen = self._input(path, spec.activation, statistics, rounded[path].weight)
+                    table = activation_table(seen, spec.activation, rounded[path].layer, after.get(path, ""))
                 rounded[path].layer.set_activations(table, self.adapter.clock)
         return rounded
 

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 
 from mlxquant import artifacts
+from mlxquant.divisions import Division
 from mlxquant.errors import ArtifactError, CalibrationError, RecipeError
 from mlxquant.formats import WeightFormat
 from mlxquant.layers import QuantizedLinear
 from mlxquant.methods.ranges import affine_table
 from mlxquant.pipeline.apply import TrackFiles, Tracks, check, install, prepare
 from mlxquant.pipeline.ledger import Ledger
-from mlxquant.pipeline.quant_config import Division, QuantConfig
+from mlxquant.pipeline.quant_config import QuantConfig
 from mlxquant.pipeline.weight_files import CONFIG, KIND, WeightFiles
 from mlxquant.recipe import LayerSpec, parse_recipe
 from mlxquant.rewrite import tapped

@@ -8,9 +8,10 @@ import pytest
 
 from mlxquant import artifacts
 from mlxquant.activations import ActivationTable
+from mlxquant.divisions import Division
 from mlxquant.errors import ArtifactError
 from mlxquant.methods.ranges import affine_table
-from mlxquant.pipeline.quant_config import Division, QuantConfig
+from mlxquant.pipeline.quant_config import QuantConfig
 
 SIGMAS = np.array([0.1, 0.5, 0.9], np.float32)
 

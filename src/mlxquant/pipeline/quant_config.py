@@ -20,26 +20,12 @@ import numpy.typing as npt
 
 from .. import artifacts
 from ..activations import ActivationTable
+from ..divisions import Division, Tables
 from ..errors import ArtifactError
 from .ledger import read_npz, write_npz
 
 Array = npt.NDArray[Any]
-Tables = dict[str, ActivationTable]
 KIND = "quant-config"
-
-
-@dataclass(frozen=True)
-class Division:
-    """What dividing the input of ``layers`` (they read one tensor) by ``divisor`` [in] float32 would do.
-
-    ``facts`` has the errors before and after. Where it was ``applied``, ``tables`` has each layer's table of the divided input.
-    """
-
-    layers: tuple[str, ...]
-    divisor: Array
-    applied: bool
-    facts: dict[str, Any]
-    tables: Tables
 
 
 @dataclass(frozen=True)
