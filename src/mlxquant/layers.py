@@ -66,7 +66,7 @@ class QuantizedLinear(nn.Module):
         format, (rows, width) = WeightFormat(**facts["format"]), facts["shape"]
         groups = width // format.columns(width)
         ones = np.ones((rows, groups), np.float32)
-        bias, divisor = mx.zeros(rows) if facts["bias"] else None, mx.ones(width) if facts["divisor"] else None
+        bias, divisor = mx.zeros(rows) if facts["bias"] else None, mx.ones(width) if facts.get("divisor") else None
         layer = cls(np.zeros((rows, width), np.uint8), Grid(format, ones, ones), bias, divisor)
         if facts["table"] is not None:
             entries, shifts = facts["table"]
