@@ -134,7 +134,7 @@ def test_comparison_has_four_models_and_their_differences(made, tmp_path):
 def test_difference_statistics_are_those_of_the_pictures(made, tmp_path):
     facts, said = succeed(*verb(made, tmp_path / "a.png", "w4", "activations/quant_config.json", (PROMPT,), "--diff-stats"))
     report = artifacts.read_json(tmp_path / "a.diff.json", "difference-statistics")
-    assert report["prompts"] == [PROMPT]
+    assert [text for _, text in report["prompts"]] == [PROMPT]
     assert report["models"] == facts["models"]
     assert set(report["models"]) == {"RTN", "V1", "V2"}
     tracks = TrackFiles(made / "w4", made / "activations" / "quant_config.json")
@@ -209,8 +209,8 @@ def test_a_saved_model_draws_the_same_picture(made, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"prompts": (" ",)}, "--prompt is empty"),
-        ({"prompts": (PROMPT, "")}, "--prompt is empty"),
+        ({"prompts": (" ",)}, "--prompt is empty or missing"),
+        ({"prompts": (PROMPT, "")}, "--prompt is empty or missing"),
         ({"prompts": ("a tabby cat sitting on a wooden table",)}, "cannot draw 'a tabby cat"),
         ({"weights": "w5"}, "run 'mlxquant adaround-optimize --output-dir"),
         ({"config": "none.json"}, "No such file"),
@@ -263,3 +263,12 @@ def test_places_that_cannot_be_written_are_refused(made, tmp_path):
     assert "part of the path is a file" in fail(*verb(made, tmp_path / "file" / "a.png"))
     assert "part of the path is a file" in fail(*verb(made, tmp_path / "a.png"), "--save", tmp_path / "file" / "m")
     assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_file_of_prompts_is_drawn_and_measured(made, tmp_path):
+    (tmp_path / "p.txt").write_text(f"3\t{PROMPT}\n4\t{OTHER}\n5\t{PROMPT}\n")
+    arguments = ["--adaround-output", made / "w4", "--prompts", tmp_path / "p.txt", "--num-prompts", 2, "--num-steps", 2]
+    facts, _ = succeed("load-adaround-model", *arguments, "--diff-stats", "--output-image", tmp_path / "a.png")
+    report = artifacts.read_json(tmp_path / "a.diff.json", "difference-statistics")
+    assert report["prompts"] == [[3, PROMPT], [4, OTHER]]
+    assert set(facts["models"]) == {"RTN", "V1"}

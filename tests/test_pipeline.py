@@ -14,8 +14,8 @@ What went wrong in the public TaQ-DiT scripts (shared/lessons.md), and the test 
 10 curves below the maximum, clipping  test_schedule: between_levels_the_range_is_the_envelope, test_analyze_activations: nothing_is_clipped
 11 layers skipped in silence           here: no_step_leaves_a_layer_out; swallowed errors: here; other prompts: pipeline/test_samples
 12 manifests at the end, paths, seeds  here: folders_can_be_moved, everything_is_a_function_of_the_settings; all resume tests
-13 152 GB of block inputs              pipeline/test_block_cache: the_folder_is_small
-14 histograms of everything            pipeline/test_activation_stats: rows_are_spread; pipeline/test_block_cache: one_forward_pass
+13 152 GB of block inputs              test_cache_adaround_data: the_folder_is_small
+14 histograms of everything            pipeline/test_activation_stats: rows_are_spread; test_cache_adaround_data: one_forward_pass
 15 metrics that measure nothing        not here: pictures are compared with full precision's, pixel by pixel (metrics/test_psnr)
 """
 

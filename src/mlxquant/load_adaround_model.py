@@ -16,7 +16,7 @@ from .errors import AdapterError
 from .models.catalog import pretrained
 from .pipeline.apply import TrackFiles, install
 from .pipeline.weight_files import WeightFiles
-from .prompts import Prompt
+from .prompts import Prompt, read_prompts
 from .recipe import LayerSpec
 from .report.comparison import Comparison, save_png, to_pil
 from .rewrite import set_module
@@ -26,7 +26,9 @@ from .sweep import round_to_nearest
 @click.command("load-adaround-model", cls=Command)
 @click.option("--adaround-output", type=click.Path(path_type=Path), required=True, help="Folder that 'mlxquant adaround-optimize' wrote.")
 @click.option("--quant-config", type=click.Path(path_type=Path), help="File that 'mlxquant analyze-activations' wrote: adds V2 (W4A8).")
-@click.option("--prompt", "texts", multiple=True, required=True, help="What to draw; may be given several times.")
+@click.option("--prompt", "texts", multiple=True, help="What to draw; may be given several times.")
+@click.option("--prompts", "prompt_file", type=click.Path(path_type=Path), help="And a file of prompts, one seed<TAB>prompt a line.")
+@click.option("--num-prompts", type=click.IntRange(1), help="Of the file, only the first N.")
 @click.option("--seed", default=42, show_default=True, type=click.IntRange(0), help="Of the first prompt; the next ones count up.")
 @click.option("--num-steps", type=click.IntRange(1), help="[default: the model's]")
 @click.option("--cfg-weight", type=click.FloatRange(0), help="[default: the model's]")
@@ -41,6 +43,8 @@ def command(
     adaround_output: Path,
     quant_config: Path | None,
     texts: tuple[str, ...],
+    prompt_file: Path | None,
+    num_prompts: int | None,
     seed: int,
     num_steps: int | None,
     cfg_weight: float | None,
@@ -53,8 +57,10 @@ def command(
 ) -> None:
     """Load learned weights, V1, and with --quant-config static activation scales for every timestep, V2; and draw with them."""
     start = time.perf_counter()
-    if not all(text.strip() for text in texts):
-        raise AdapterError("--prompt is empty; describe the picture")
+    prompts = [Prompt(seed + index, text) for index, text in enumerate(texts)]
+    prompts += read_prompts(prompt_file)[:num_prompts] if prompt_file is not None else []
+    if not prompts or not all(prompt.text.strip() for prompt in prompts):
+        raise AdapterError("--prompt is empty or missing; describe the picture, or pass a file of prompts with --prompts")
     if output_image.is_dir():
         raise AdapterError(f"--output-image {output_image} is a folder; name a PNG file")
     if folder is not None:
@@ -67,7 +73,6 @@ def command(
     if quant_config is not None:
         models["V2"] = assemble(files, active=True)
     final = next(reversed(models.values()))
-    prompts = [Prompt(seed + index, text) for index, text in enumerate(texts)]
     for path in (output_image, folder):
         if path is not None:
             artifacts.ensure_writable(path.absolute().parent)
@@ -81,7 +86,8 @@ def command(
         *_, pictures = images.values()
         save_png(to_pil(np.concatenate(list(pictures), axis=1)), output_image)
     if diff_stats:
-        artifacts.write_json(output_image.with_suffix(".diff.json"), "difference-statistics", {"models": report, "prompts": list(texts)})
+        data = {"models": report, "prompts": [[p.seed, p.text] for p in prompts]}
+        artifacts.write_json(output_image.with_suffix(".diff.json"), "difference-statistics", data)
     if report:
         say(f"{'against FP':<12}{'PSNR dB':>9}{'mean |d|':>10}{'max |d|':>9}{'> 1/255':>9}")
         for key, row in report.items():
