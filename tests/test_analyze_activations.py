@@ -387,6 +387,7 @@ def test_options_reach_the_decision(stats_file, tmp_path):
         (["--rule", "guess"], "guess"),
         (["--model", "sd9"], "unknown model 'sd9'"),
         (["--output", "config.txt"], "ends in .json"),
+        (["--output", "layer_temporal_analysis.json", "--force"], "the name of the temporal analysis"),
     ],
 )
 def test_bad_arguments_are_one_clear_error(stats_file, arguments, message):

@@ -272,3 +272,19 @@ def test_a_file_of_prompts_is_drawn_and_measured(made, tmp_path):
     report = artifacts.read_json(tmp_path / "a.diff.json", "difference-statistics")
     assert report["prompts"] == [[3, PROMPT], [4, OTHER]]
     assert set(facts["models"]) == {"RTN", "V1"}
+
+
+def test_quantize_refuses_foreign_tracks_before_it_calibrates(made, tmp_path):
+    def quantize(recipe, weights, *options):
+        return ("quantize", "--model", "mmdit-shapes", "--recipe", recipe, "--adaround-output", made / weights, *options)
+
+    out = ("--out", tmp_path / "m", "--num-prompts", 1, "--steps", 1)
+    assert "is in format w4, the recipe wants w3" in fail(*quantize("gptq-w3a8", "w4", *out))
+    kept = ("--override", "@attention=keep")
+    assert "the recipe wants it kept as it is" in fail(*quantize("gptq-w4a8", "w4", *kept, *out))
+    assert "run 'mlxquant adaround-optimize --output-dir" in fail(*quantize("gptq-w4a8", "w5", *out))
+    assert os.listdir(tmp_path) == []
+    _, said = succeed(*quantize("gptq-w4a8", "w4", *out))
+    assert "without --quant-config the blocks keep unquantized activations" in said
+    report = artifacts.read_json(tmp_path / "m" / "model.json", "quantized-model")["stages"][1]["layers"]
+    assert {facts["activation"] for facts in report.values()} == {16}

@@ -41,7 +41,11 @@ DEFAULT = Settings()
 @click.option("--output-dir", type=click.Path(path_type=Path), required=True, help="Folder for config.json and weights/mm*.npz.")
 @click.option("--bits-w", type=click.IntRange(2, 8), default=4, show_default=True, help="Bits of attention and MLP weights.")
 @click.option(
-    "--bits-a", type=click.Choice([str(b) for b in BITS]), default="8", show_default=True, help="Bits of activations; 16: as they are."
+    "--bits-a",
+    type=click.Choice([str(b) for b in BITS]),
+    default="8",
+    show_default=True,
+    help="Bits of activations, where --quant-config does not choose them; 16: as they are.",
 )
 @click.option("--iters", type=click.IntRange(1), default=DEFAULT.iterations, show_default=True, help="Adam steps a block.")
 @click.option("--start", type=click.Choice(list(STARTS)), default="gptq", show_default=True, help="Codes that learning starts from.")
@@ -108,8 +112,8 @@ def command(
     if ledger.complete:
         say(f"{output_dir} is finished already, with these settings; --force would learn it again")
     else:
-        learn(adapter, recipe, cache, calib_dir, presets, ledger)
-    report = ledger.notes["blocks"]
+        learn(adapter, recipe, cache, calib_dir, presets, ledger, resume)
+    report = dict(sorted(ledger.notes["blocks"].items(), key=lambda block: int(block[0].removeprefix("mm"))))
     say(f"{'block':<8}{'kept':<12}{'learned':>10}{'start':>10}{'rtn':>10}{'flipped':>9}{'steps':>7}")
     for block, outcome in report.items():
         say(row(block, outcome))
@@ -126,7 +130,15 @@ def command(
     )
 
 
-def learn(adapter: Adapter, recipe: Recipe, cache: BlockCache, calib_dir: Path | None, presets: dict[str, Preset], ledger: Ledger) -> None:
+def learn(
+    adapter: Adapter,
+    recipe: Recipe,
+    cache: BlockCache,
+    calib_dir: Path | None,
+    presets: dict[str, Preset],
+    ledger: Ledger,
+    resume: bool = True,
+) -> None:
     """Run the blocks through the sweep, from the cache's states towards the cache's targets, into the ledger's folder."""
     blocks = adapter.stages[1:-1]
     linears = {path: layer for path, layer in adapter.linears().items() if any(stage.owns(path) for stage in blocks)}
@@ -136,6 +148,8 @@ def learn(adapter: Adapter, recipe: Recipe, cache: BlockCache, calib_dir: Path |
     both = any(spec.corrected for spec in plan.values())
     teacher = CachedTeacher(cache, adapter, sigmas, states, both, progress)
     files = WeightFiles(ledger, blocks, linears)
+    if not resume:
+        files.clear_checkpoints()
     Sweep(adapter, recipe, plan, sigmas, teacher, presets, costs, progress).run(blocks, states, files)
     files.finish()
 

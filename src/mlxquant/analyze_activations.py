@@ -120,6 +120,8 @@ def check_outputs(stats_file: Path, output: Path, analysis: Path, force: bool) -
         raise ArtifactError(f"{output}: expected a name for the config that ends in .json and is not that of the statistics")
     if output.is_dir():
         raise ArtifactError(f"{output} is a folder; choose a name for the config")
+    if output == analysis:
+        raise ArtifactError(f"{output} is the name of the temporal analysis, which is written beside the config; choose another")
     if analysis.exists() and not force and (other := temporal.config_of(analysis)) != output.name:
         raise ArtifactError(
             f"{analysis} exists and is of {other}; choose an --output in a folder of its own, or pass --force to replace it"

@@ -1,4 +1,4 @@
-"""``mlxquant cache-adaround-data``: step 2 of the weight track, what each block reads and writes on the trajectories of step 1."""
+"""``mlxquant cache-adaround-data``: step 2 of the weight track, what each block writes on the trajectories of step 1."""
 
 from __future__ import annotations
 

@@ -65,7 +65,11 @@ def command(
         raise RecipeError("--quant-config has the activation scales for the weights of --adaround-output; pass both")
     tracks = None if adaround_output is None else TrackFiles(adaround_output, quant_config)
     model = api.load(name)
-    api.plan(model, recipe)
+    plan = api.plan(model, recipe)
+    if tracks is not None:
+        tracks.store(model.clone(), plan)  # refused now, if at all, and not after the calibration
+        if quant_config is None:
+            say("without --quant-config the blocks keep unquantized activations")
     adapter = model.adapter
     prompts = read_prompts(prompt_file)[:num_prompts] if prompt_file else adapter.prompts("calibration", num_prompts or 16, seed)
     steps, cfg = adapter.steps if steps is None else steps, adapter.cfg if cfg_weight is None else cfg_weight

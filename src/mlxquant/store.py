@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import mlx.core as mx
 
 from . import artifacts
+from .errors import ArtifactError
 from .layers import QuantizedLinear
 from .models.adapter import Stage, State
 from .rewrite import parameters
@@ -44,7 +45,10 @@ class StageCheckpoint:
         """What was saved by the same job, or None. A damaged file raises ArtifactError."""
         if not self._path.exists():
             return None
-        arrays, header = artifacts.read_tensors(self._path, "checkpoint")
+        try:
+            arrays, header = artifacts.read_tensors(self._path, "checkpoint")
+        except ArtifactError as error:
+            raise ArtifactError(f"{error}; or pass --no-resume, or remove the file: its stage then starts over") from error
         return (arrays, header["facts"]) if header["job"] == self._job else None
 
     def save(self, arrays: dict[str, mx.array], facts: dict[str, Any]) -> None:

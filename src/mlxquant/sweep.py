@@ -109,6 +109,11 @@ def round_to_nearest(linear: nn.Linear, spec: LayerSpec) -> QuantizedLinear:
     return QuantizedLinear(registry.get("round", "rtn").function(weight, grid), grid, linear.bias if "bias" in linear else None)
 
 
+def mean_bits(layer: QuantizedLinear) -> float:
+    """With how many bits a layer's input is quantized, averaged over noise levels; 16 where it is not."""
+    return 16.0 if layer.table is None else float(np.mean(layer.table.bits))
+
+
 @dataclass(frozen=True)
 class Sweep:
     """What stays the same from stage to stage: the model, what happens to its layers, the noise levels, and the teacher."""
@@ -158,7 +163,7 @@ class Sweep:
         tried = [self._judge(stage, first, rounded, specs, inputs, targets)]
         if any(spec.reconstruct is not None for spec in specs.values()):
             learned, learning = self._learn(stage, specs, rounded, tried[0], inputs, targets, checkpoint)
-            tried.insert(0, self._judge(stage, "learned", learned, specs, inputs, targets))
+            tried.append(self._judge(stage, "learned", learned, specs, inputs, targets))
             report["learning"] = learning
         if self.recipe.gate and first != "rtn":
             tried.append(self._judge(stage, "rtn", self._round(stage, "rtn", plain, statistics), specs, inputs, targets))
@@ -276,8 +281,7 @@ class Sweep:
             raise NumericsError(f"stage {stage.name}, quantized ({name}), writes NaN or infinite values; use more bits there or '=keep'")
         report = {}
         for path, r in rounded.items():
-            bits = 16.0 if r.layer.table is None else float(np.mean(r.layer.table.bits))
-            report[path] = {"weight": str(specs[path].weight), "activation": bits, "error": r.error}
+            report[path] = {"weight": str(specs[path].weight), "activation": mean_bits(r.layer), "error": r.error}
         return StageResult(layers, {"stage": stage.name, "kept": name, "error": error, "layers": report}, outputs)
 
 
@@ -303,6 +307,9 @@ def sweep(
 def measured(
     adapter: Adapter, stages: Sequence[Stage], sigmas: list[float], states: list[State], plan: Mapping[str, LayerSpec], progress: Progress
 ) -> Sensitivity:
-    """Sensitivities of the stages and of the planned layers, on the first rows of every batch: an average over few suffices."""
+    """Sensitivities of the stages and of the planned layers, on the first rows of every batch: an average over few suffices.
+
+    In batches as the sampler has them these are guided rows, whose errors guidance multiplies by more than the others'.
+    """
     few = [{key: value[:SENSITIVITY_ROWS] for key, value in state.items()} for state in states]
     return measure(adapter, stages, sigmas, few, plan, progress=progress)

@@ -99,7 +99,8 @@ def write_weights(folder, config, bits=8, **changes):
                 plain = round_to_nearest(linear, LayerSpec(WeightFormat(bits)))
                 bias = linear.bias if "bias" in linear else None
                 layers[path] = QuantizedLinear(plain.codes(), plain.grid(), bias, None if by is None else mx.array(by))
-        files.save(block, StageResult(layers, {"stage": block.name, "kept": "rtn", "error": 0.0}))
+        report = {path: {"activation": 8.0, "error": 0.5} for path in layers}
+        files.save(block, StageResult(layers, {"stage": block.name, "kept": "rtn", "error": 0.0, "layers": report}))
     files.finish()
     return folder
 
@@ -225,6 +226,21 @@ def test_formats_must_be_those_of_the_recipe(undivided):
     undivided.store(adapter, parse_recipe("taqdit-w8a8").plan(roles))
     with pytest.raises(RecipeError, match="is in format w8, the recipe wants w4; choose its recipe"):
         undivided.store(adapter, parse_recipe("taqdit-w4a8").plan(roles))
+    kept = parse_recipe("taqdit-w8a8", ["*.0.*.mlp.fc2=keep"]).plan(roles)
+    with pytest.raises(RecipeError, match=r"\.0\..*fc2 is in format w8, the recipe wants it kept as it is; choose its recipe"):
+        undivided.store(adapter, kept)
+
+
+def test_the_report_is_of_the_activations_that_run(undivided, config):
+    """Not of those that the weights were learned with: 8 bits everywhere."""
+    adapter = tiny_adapter()
+    block = adapter.stages[1]
+    for active in (False, True):
+        tracks = undivided.store(adapter, active=active)
+        report = tracks.load(block, adapter.clock).facts["layers"]
+        for path in (Q, FC1):
+            assert report[path]["activation"] == (config.plain[path].bits.mean() if active else 16)
+        assert report[Q]["error"] == 0.5
 
 
 def test_both_files_are_named_by_their_digests(files):

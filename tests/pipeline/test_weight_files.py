@@ -257,3 +257,15 @@ def test_the_checkpoint_of_another_job_is_not_used(tmp_path, model):
     opened(tmp_path, model).checkpoint(block).save({"alpha": mx.zeros(1)}, {})
     ledger = Ledger.open(tmp_path / CONFIG, KIND, FACTS | {"bits_w": 3}, "adaround-optimize")
     assert WeightFiles(ledger, model[1], model[2]).checkpoint(block).load() is None
+
+
+def test_a_damaged_checkpoint_says_how_to_start_over(tmp_path, model):
+    """And that works: nothing of it is left then."""
+    files, block = opened(tmp_path, model), model[1][0]
+    files.checkpoint(block).save({"alpha": mx.zeros(64)}, {})
+    path = tmp_path / "mm0.checkpoint.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with pytest.raises(ArtifactError, match=r"checksum does not match .*pass --no-resume, or remove the file"):
+        files.checkpoint(block).load()
+    files.clear_checkpoints()
+    assert files.checkpoint(block).load() is None

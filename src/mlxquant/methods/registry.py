@@ -2,8 +2,8 @@
 citation, and the law tests cover it.
 
 Kinds: "steps" chooses the grid of a weight, "round" its codes, "range" the activation table of a layer, "tier" how many
-bits its input gets at each timestep. "transform" and "reconstruct" are reserved for methods that change what is quantized and that
-optimise whole blocks.
+bits its input gets at each timestep, "reconstruct" learns the codes of a whole block. "transform" is reserved for methods that change
+what is quantized.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from ..recipe import LayerSpec
 from ..rewrite import set_module
 from ..schedule import Clock
 from ..store import Layers, StageCheckpoint, StageResult
-from ..sweep import Preset
+from ..sweep import Preset, mean_bits
 from .quant_config import QuantConfig
 from .samples import check_source
 from .weight_files import CONFIG, WeightFiles
@@ -90,8 +90,9 @@ class TrackFiles:
             if rounded_with is not None:
                 prepare(adapter, config)
         for path, format in weights.formats().items():
-            if plan is not None and path in plan and plan[path].weight != format:
-                raise RecipeError(f"{where}: layer {path} is in format {format}, the recipe wants {plan[path].weight}; choose its recipe")
+            wanted = None if plan is None else plan[path].weight if path in plan else "it kept as it is"
+            if wanted not in (None, format):
+                raise RecipeError(f"{where}: layer {path} is in format {format}, the recipe wants {wanted}; choose its recipe")
         return Tracks(weights, config if active else None, divided=rounded_with is not None)
 
 
@@ -116,7 +117,9 @@ class Tracks:
             if path in tables:
                 layer.set_activations(tables[path], clock)
             layers[path] = layer
-        return replace(result, layers=layers)
+        # the report of the weight track says with what activations it learned, not what runs now
+        report = {path: {**facts, "activation": mean_bits(layers[path])} for path, facts in result.facts["layers"].items()}
+        return replace(result, layers=layers, facts={**result.facts, "layers": report})
 
     def save(self, stage: Stage, result: StageResult) -> None:
         """Nothing to keep: what is not in the tracks takes seconds."""

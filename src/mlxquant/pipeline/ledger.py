@@ -29,18 +29,27 @@ def write_npz(path: Path, arrays: Mapping[str, Array]) -> str:
     return artifacts.file_digest(path)
 
 
-def read_npz(path: Path, sha256: str, prefix: str = "") -> dict[str, Array]:
-    """Read what ``write_npz`` wrote, or only the arrays whose names start with ``prefix``.
+def read_npz(path: Path, sha256: str) -> dict[str, Array]:
+    """Read what ``write_npz`` wrote; raises ArtifactError when the file is missing, damaged or another one."""
+    verify(path, sha256)
+    return load_npz(path)
 
-    Raises ArtifactError when the file is missing, damaged or another one.
-    """
+
+def verify(path: Path, sha256: str) -> None:
+    """Raise ArtifactError unless a file has this checksum."""
     if (found := artifacts.file_digest(path)) != sha256:
-        raise ArtifactError(f"{path}: sha256 {found[:12]}… is not the {sha256[:12]}… that was written; the file was changed, make it anew")
+        raise ArtifactError(
+            f"{path}: sha256 {found[:12]}… is not the {sha256[:12]}… that was written; it was changed, run its step again with --force"
+        )
+
+
+def load_npz(path: Path, prefix: str = "") -> dict[str, Array]:
+    """The arrays of a verified file whose names start with ``prefix``."""
     try:
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in file.files if name.startswith(prefix)}
     except (ValueError, zipfile.BadZipFile, EOFError) as error:
-        raise ArtifactError(f"{path}: not readable as npz ({error}); make it anew") from error
+        raise ArtifactError(f"{path}: not readable as npz ({error}); run its step again with --force") from error
 
 
 class Ledger:
@@ -50,6 +59,7 @@ class Ledger:
 
     def __init__(self, path: Path, kind: str, facts: dict[str, Any], files: dict[str, str], notes: dict[str, Any], complete: bool):
         self.path, self.kind, self.facts, self.files, self.notes, self.complete = path, kind, facts, files, notes, complete
+        self._verified: set[str] = set()
 
     @property
     def folder(self) -> Path:
@@ -67,7 +77,10 @@ class Ledger:
         facts = artifacts.plain(facts)
         artifacts.ensure_writable(path.parent)
         if path.exists():
-            old = cls.read(path, kind)
+            try:
+                old = cls.read(path, kind)
+            except ArtifactError as error:  # what it lists is unknown, so --force may not replace it either
+                raise ArtifactError(f"{error}; choose another folder, or remove this file to let {command} start over") from error
             same = old.facts == facts
             if not force and not same:
                 new, was = ({**some, **some.get("parents", {})} for some in (facts, old.facts))
@@ -116,12 +129,15 @@ class Ledger:
         return artifacts.file_digest(self.path)
 
     def arrays(self, name: str, prefix: str = "") -> dict[str, Array]:
-        """The arrays of a listed ``.npz`` file whose names start with ``prefix``, the file's checksum verified."""
+        """The arrays of a listed ``.npz`` file whose names start with ``prefix``; its checksum is verified the first time."""
         if name not in self.files:
             raise ArtifactError(
                 f"{self.path}: lists no file {name!r}; it has {len(self.files)}, such as {next(iter(self.files), 'none')!r}"
             )
-        return read_npz(self.folder / name, self.files[name], prefix)
+        if name not in self._verified:
+            verify(self.folder / name, self.files[name])
+            self._verified.add(name)
+        return load_npz(self.folder / name, prefix)
 
     def add_npz(self, name: str, arrays: Mapping[str, Array]) -> None:
         """Write arrays under ``name``; the file counts from the next ``save`` on."""

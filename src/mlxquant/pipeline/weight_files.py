@@ -141,9 +141,13 @@ class WeightFiles:
 
     def finish(self) -> None:
         """Mark the folder as complete. A run that was killed between a block's file and its checkpoint's end left the checkpoint."""
+        self.clear_checkpoints()
+        self.ledger.save(complete=True)
+
+    def clear_checkpoints(self) -> None:
+        """Forget how far any block's optimiser is."""
         for index in self._index.values():
             self._checkpoint(index).clear()
-        self.ledger.save(complete=True)
 
     def checkpoint(self, stage: Stage) -> StageCheckpoint:
         return self._checkpoint(self._index[stage.name])
