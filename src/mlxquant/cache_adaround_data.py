@@ -8,7 +8,6 @@ from pathlib import Path
 import click
 
 from .console import Command, peak_bytes, progress, result, say, verbose_option
-from .errors import CalibrationError
 from .models.catalog import pretrained
 from .pipeline import block_cache
 from .pipeline.samples import Samples
@@ -42,9 +41,7 @@ def command(
 ) -> None:
     """Cache what every block writes, for adaround-optimize."""
     start = time.perf_counter()
-    samples = Samples.read(calib_dir)
-    if name not in (None, samples.model):
-        raise CalibrationError(f"{calib_dir} holds trajectories of {samples.model}, --model is {name}; leave it out or draw them anew")
+    samples = Samples.read(calib_dir, name)
     adapter = pretrained(samples.model)
     out = calib_dir / "adaround_cache" if output_dir is None else output_dir
     plan = block_cache.plan(adapter, samples, num_images, stride, tokens, seed)

@@ -8,7 +8,6 @@ from pathlib import Path
 import click
 
 from .console import Command, peak_bytes, progress, result, say, verbose_option
-from .errors import CalibrationError
 from .models.catalog import pretrained
 from .pipeline import activation_stats
 from .pipeline.samples import Samples
@@ -38,9 +37,7 @@ def command(
 ) -> None:
     """Collect activation statistics for analyze-activations."""
     start = time.perf_counter()
-    samples = Samples.read(calib_dir)
-    if name not in (None, samples.model):
-        raise CalibrationError(f"{calib_dir} holds trajectories of {samples.model}, --model is {name}; leave it out or draw them anew")
+    samples = Samples.read(calib_dir, name)
     out = calib_dir / "activations" if output_dir is None else output_dir
     stats = activation_stats.collect(pretrained(samples.model), samples, num_images, stride, rows, seed, out, force, resume, progress)
     disk_bytes = stats.ledger.disk_bytes

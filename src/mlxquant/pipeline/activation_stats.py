@@ -7,19 +7,17 @@ of its outputs costs in the velocity is each layer's own. Modulation, embedders 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import numpy as np
 
 from .. import artifacts
 from ..calibration import Calibration
 from ..errors import AdapterError, ArtifactError, NumericsError
-from ..models.adapter import Adapter, State
+from ..models.adapter import Adapter
 from ..progress import Progress, silent
 from ..report.ranges import RangeCurves, draw_ranges
 from ..rewrite import tapped
@@ -255,7 +253,7 @@ def _run(
         for start in progress(range(0, len(calibration.prompts), adapter.batch), where):
             batch = slice(start, start + adapter.batch)
             part = replace(calibration, prompts=calibration.prompts[batch], latents=calibration.latents[:, batch])
-            for sigma, state in _in_order(part, adapter):
+            for sigma, state in zip(*part.in_order(adapter), strict=True):
                 with adapter.clock.at(sigma):
                     for stage in adapter.stages[:-1]:
                         state = collector.before(stage.run(state))
@@ -273,14 +271,6 @@ def _costs(adapter: Adapter, calibration: Calibration, paths: list[str], images:
     some = replace(calibration, prompts=calibration.prompts[:images], latents=calibration.latents[:, :images])
     found = measure(adapter, adapter.stages, *some.batches(adapter, adapter.batch), paths, seed, progress)
     return {path: costs[0].astype(np.float32) for path, costs in found.layers.items()}
-
-
-def _in_order(part: Calibration, adapter: Adapter) -> Iterator[tuple[float, State]]:
-    """Chain inputs whose rows are samples in order: an image's guided and unguided side follow each other, whatever the batch size."""
-    images = len(part.prompts)
-    for sigma, state in zip(*part.batches(adapter, images), strict=True):
-        rows = mx.arange(len(state["t"])).reshape(-1, images).T.flatten()
-        yield sigma, {key: value[rows] for key, value in state.items()}
 
 
 def _write(ledger: Ledger, step: str, sigma: float, layers: dict[str, StepInputs], centred: set[str], costs: dict[str, Array]) -> None:

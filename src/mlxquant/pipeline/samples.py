@@ -52,10 +52,14 @@ class Samples:
     sha256: str
 
     @classmethod
-    def read(cls, folder: Path) -> Samples:
-        """Raises ArtifactError when there is no manifest, or an unfinished, damaged or foreign one."""
+    def read(cls, folder: Path, model: str | None = None) -> Samples:
+        """Raises ArtifactError when there is no manifest, or an unfinished, damaged or foreign one; CalibrationError when these are
+        trajectories of another model than ``model``.
+        """
         ledger = Ledger.read(folder / MANIFEST, KIND, f"run '{COMMAND} --calib-dir {folder}' first").require_complete(COMMAND)
         facts = ledger.facts
+        if model not in (None, facts["model"]):
+            raise CalibrationError(f"{folder} holds trajectories of {facts['model']}, --model is {model}; leave it out or draw them anew")
         prompts = prompts_of(facts)
         sigmas = np.array(facts["sigmas"], np.float64)
         return cls(ledger, facts["model"], facts["source"], prompts, facts["num_steps"], facts["cfg"], sigmas, ledger.sha256)
