@@ -1,14 +1,13 @@
 """Step 3 of the weight track: what it promises, the same bytes after any interruption, and one clear error on everything else."""
 
-import json
 import shutil
+from functools import partial
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from click.testing import CliRunner
 
-from mlxquant import adaround_optimize, artifacts, cli, store, sweep
+from mlxquant import adaround_optimize, artifacts, store, sweep
 from mlxquant.folds import divide
 from mlxquant.methods import adaround
 from mlxquant.models.mmdit_shapes import MMDiTShapes
@@ -18,12 +17,15 @@ from mlxquant.pipeline.quant_config import QuantConfig
 from mlxquant.pipeline.weight_files import WeightFiles
 from mlxquant.rewrite import get_module
 
+import command_line
+from command_line import run, succeed
 from conftest import tiny_adapter
 
 Q = "multimodal_transformer_blocks.0.image_transformer_block.attn.q_proj"
 FC2 = "multimodal_transformer_blocks.0.image_transformer_block.mlp.fc2"
 SHORT = ("--iters", 12, "--batch-size", 4, "--learning-rate", 0.4)  # enough to flip codes
 ONE = ("--iters", 1)
+fail = partial(command_line.fail, code=1)
 
 
 def spiky_adapter():
@@ -36,25 +38,6 @@ def spiky_adapter():
     row = mx.where(mx.arange(128) == 7, 8.0, 1.0)
     fc1.weight, fc1.bias, fc2.weight = fc1.weight * row[:, None], fc1.bias * row, fc2.weight / row
     return adapter
-
-
-def run(*arguments):
-    return CliRunner().invoke(cli.main, [str(a) for a in arguments])
-
-
-def succeed(*arguments):
-    outcome = run(*arguments)
-    assert outcome.exit_code == 0, outcome.output
-    return json.loads(outcome.stdout.splitlines()[-1])
-
-
-def fail(*arguments):
-    outcome = run(*arguments)
-    assert outcome.exit_code == 1, outcome.output
-    assert isinstance(outcome.exception, SystemExit), outcome.exception
-    assert outcome.stdout == ""
-    assert "Traceback" not in outcome.stderr
-    return outcome.stderr
 
 
 def files(folder):
@@ -88,7 +71,7 @@ def calib(tmp_path_factory):
 def whole(calib, tmp_path_factory):
     """An uninterrupted run, and what it said."""
     folder = tmp_path_factory.mktemp("whole")
-    return folder, succeed(*verb(calib, folder))
+    return folder, succeed(*verb(calib, folder))[0]
 
 
 def verb(calib, out, *options, length=SHORT):
@@ -136,16 +119,15 @@ def test_learning_wins_and_says_how_much_it_changed(whole):
 
 
 def test_a_tie_is_no_win_and_a_block_that_lost_is_reported(calib, tmp_path, monkeypatch):
-    assert succeed(*verb(calib, tmp_path / "tie", length=ONE))["win_rate"] == 0  # one step flips nothing
+    assert succeed(*verb(calib, tmp_path / "tie", length=ONE))[0]["win_rate"] == 0  # one step flips nothing
 
     def broken(method, work, *rest):
         return {path: np.zeros(layer.shape, np.uint8) for path, layer in work._layers.items() if path in work.grids}, {"iterations": 1}
 
     monkeypatch.setattr(sweep, "reconstruct_stage", broken)
-    outcome = run(*verb(calib, tmp_path / "lost"))
-    assert outcome.exit_code == 0, outcome.output
-    assert json.loads(outcome.stdout.splitlines()[-1])["win_rate"] == 0
-    assert "calibrated" in outcome.stderr
+    facts, said = succeed(*verb(calib, tmp_path / "lost"))
+    assert facts["win_rate"] == 0
+    assert "calibrated" in said
     assert {block["kept"] for block in config_of(tmp_path / "lost")["blocks"].values()} <= {"calibrated", "rtn"}
 
 
@@ -209,7 +191,7 @@ def test_a_finished_folder_is_left_alone(calib, whole, monkeypatch):
     folder, facts = whole
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     monkeypatch.setattr(adaround_optimize, "learn", None)
-    again = succeed(*verb(calib, folder))
+    again, _ = succeed(*verb(calib, folder))
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
     assert {k: again[k] for k in ("output", "blocks", "win_rate")} == {k: facts[k] for k in ("output", "blocks", "win_rate")}
 

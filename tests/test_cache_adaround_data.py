@@ -1,14 +1,13 @@
 """Step 2 of the weight track: what is cached is what the blocks compute, small, resumable, and refused when stale."""
 
-import json
 import shutil
 from collections import namedtuple
 from dataclasses import replace
+from functools import partial
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from click.testing import CliRunner
 from mlx.utils import tree_map
 
 from mlxquant import cli
@@ -20,11 +19,16 @@ from mlxquant.pipeline import ledger as ledgers
 from mlxquant.pipeline.block_cache import BlockCache, draw_tokens
 from mlxquant.pipeline.samples import Samples
 
+import command_line
 from conftest import TINY, tiny_adapter
 
 IMAGES, STEPS, STRIDE = 3, 4, 2
 SMALL = ["--num-images", IMAGES, "--stride", STRIDE]
 Usage = namedtuple("Usage", "total used free")
+VERB = ("cache-adaround-data", *SMALL, "--calib-dir")
+run = partial(command_line.run, *VERB)
+succeed = partial(command_line.succeed, *VERB)
+fail = partial(command_line.fail, *VERB, code=1)
 
 
 @pytest.fixture(autouse=True)
@@ -42,24 +46,6 @@ def make_samples(folder, cfg=2.0, adapter=None):
 def calib(tmp_path):
     make_samples(tmp_path / "c")
     return tmp_path / "c"
-
-
-def run(folder, *arguments):
-    return CliRunner().invoke(cli.main, [str(a) for a in ("cache-adaround-data", "--calib-dir", folder, *SMALL, *arguments)])
-
-
-def succeed(folder, *arguments):
-    outcome = run(folder, *arguments)
-    assert outcome.exit_code == 0, outcome.output
-    return json.loads(outcome.stdout.splitlines()[-1])
-
-
-def fail(folder, *arguments):
-    outcome = run(folder, *arguments)
-    assert outcome.exit_code == 1, outcome.output
-    assert isinstance(outcome.exception, SystemExit), outcome.exception
-    assert outcome.stdout == ""
-    return outcome.stderr
 
 
 def files(folder):
@@ -128,7 +114,7 @@ def test_blocks_run_from_the_cached_inputs_reach_the_cached_targets(calib):
 
 def test_the_folder_is_small_and_holds_no_conditioning(calib):
     """Lessons 12 and 13: no inputs, outputs at a few tokens, float16, nothing that a prompt determines, no absolute paths."""
-    facts = succeed(calib)
+    facts, _ = succeed(calib)
     folder = calib / "adaround_cache"
     written = files(folder)
     assert set(written) == {"metadata.json", *(f"samples/000{i}_00{s}.npz" for i in range(IMAGES) for s in (0, 2))}

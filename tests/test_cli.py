@@ -1,6 +1,5 @@
 """The command line: what it promises on success, and one clear error on everything else."""
 
-import json
 import os
 import signal
 import subprocess
@@ -11,7 +10,6 @@ from pathlib import Path
 import click
 import numpy as np
 import pytest
-from click.testing import CliRunner
 from PIL import Image
 
 from mlxquant import artifacts, cli
@@ -20,6 +18,7 @@ from mlxquant.models import mmdit_shapes
 from mlxquant.models.mmdit_shapes import MMDiTShapes
 from mlxquant.store import FolderStore
 
+from command_line import fail, succeed
 from conftest import tiny_adapter
 
 PROMPT = "a large red circle at left on white background"
@@ -42,27 +41,8 @@ def small_model(monkeypatch):
     monkeypatch.setattr(MMDiTShapes, "pretrained", classmethod(lambda cls: tiny_adapter()))
 
 
-def run(*arguments):
-    return CliRunner().invoke(cli.main, [str(a) for a in arguments])
-
-
-def succeed(*arguments):
-    outcome = run(*arguments)
-    assert outcome.exit_code == 0, outcome.output
-    return json.loads(outcome.stdout.splitlines()[-1])
-
-
-def fail(*arguments):
-    outcome = run(*arguments)
-    assert outcome.exit_code != 0
-    assert isinstance(outcome.exception, SystemExit), outcome.exception
-    assert outcome.stdout == ""
-    assert "Traceback" not in outcome.stderr
-    return outcome.stderr
-
-
 def test_quantize_then_generate(tmp_path):
-    facts = succeed(*QUANTIZE, "--out", tmp_path / "q")
+    facts, _ = succeed(*QUANTIZE, "--out", tmp_path / "q")
     assert {"out", "recipe", "model_bytes", "bits_per_weight", "seconds_quantize", "peak_bytes", "kept"} <= set(facts)
     assert sorted(os.listdir(tmp_path)) == ["q"]
     picture = tmp_path / "a.png"
@@ -72,7 +52,9 @@ def test_quantize_then_generate(tmp_path):
     again = tmp_path / "b.png"
     succeed("generate", "--model", tmp_path / "q", "--prompt", PROMPT, "--seed", 7, "--steps", 2, "--output", again)
     assert picture.read_bytes() == again.read_bytes()
-    facts = succeed("generate", "--model", tmp_path / "q", "--compare", "mmdit-shapes", "--prompt", PROMPT, "--steps", 2, "--output", again)
+    facts, _ = succeed(
+        "generate", "--model", tmp_path / "q", "--compare", "mmdit-shapes", "--prompt", PROMPT, "--steps", 2, "--output", again
+    )
     assert facts["psnr_db"] > 0
     with Image.open(again) as image:
         assert image.width > 400
@@ -80,14 +62,14 @@ def test_quantize_then_generate(tmp_path):
 
 def test_own_prompts_and_overrides(tmp_path):
     (tmp_path / "p.txt").write_text(f"3\t{PROMPT}\n")
-    facts = succeed(*QUANTIZE, "--prompts", tmp_path / "p.txt", "--override", "*.mlp.fc2=w8a16", "--out", tmp_path / "q")
+    facts, _ = succeed(*QUANTIZE, "--prompts", tmp_path / "p.txt", "--override", "*.mlp.fc2=w8a16", "--out", tmp_path / "q")
     assert facts["recipe"] == "gptq-w4a8,*.mlp.fc2=w8a16"
     saved = artifacts.read_json(tmp_path / "q" / "model.json", "quantized-model")
     assert saved["calibration"]["prompts"] == [[3, PROMPT]]
 
 
 def test_demo_reports_what_later_checks_read(tmp_path):
-    facts = succeed("demo", "--out", tmp_path / "demo", "--num-prompts", 2, "--steps", 2)
+    facts, _ = succeed("demo", "--out", tmp_path / "demo", "--num-prompts", 2, "--steps", 2)
     assert {"out", "comparison", "seconds", "peak_bytes", "recipes", "fp"} <= set(facts)
     assert set(facts["recipes"]) == {"rtn-w4a8", "gptq-w4a8"}
     for row in facts["recipes"].values():

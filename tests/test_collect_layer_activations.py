@@ -1,17 +1,22 @@
 """The verb: what it promises on success, and one clear error on everything else."""
 
 import json
+from functools import partial
 
 import pytest
-from click.testing import CliRunner
 from PIL import Image
 
-from mlxquant import cli
 from mlxquant.models.mmdit_shapes import MMDiTShapes
 from mlxquant.pipeline import activation_stats, samples
 from mlxquant.pipeline.activation_stats import ActivationStats
 
+import command_line
 from conftest import tiny_adapter
+
+VERB = ("collect-layer-activations", "--calib-dir")
+run = partial(command_line.run, *VERB)
+succeed = partial(command_line.succeed, *VERB)
+fail = partial(command_line.fail, *VERB, code=1)
 
 
 @pytest.fixture(autouse=True)
@@ -26,30 +31,12 @@ def calib(tmp_path):
     return tmp_path / "c"
 
 
-def run(folder, *arguments):
-    return CliRunner().invoke(cli.main, [str(a) for a in ("collect-layer-activations", "--calib-dir", folder, *arguments)])
-
-
-def succeed(folder, *arguments):
-    outcome = run(folder, *arguments)
-    assert outcome.exit_code == 0, outcome.output
-    return json.loads(outcome.stdout.splitlines()[-1])
-
-
-def fail(folder, *arguments):
-    outcome = run(folder, *arguments)
-    assert outcome.exit_code == 1, outcome.output
-    assert isinstance(outcome.exception, SystemExit), outcome.exception
-    assert outcome.stdout == ""
-    return outcome.stderr
-
-
 def files(folder):
     return {str(p.relative_to(folder)): p for p in folder.rglob("*") if p.is_file()}
 
 
 def test_the_folder_is_as_promised(calib):
-    facts = succeed(calib)
+    facts, _ = succeed(calib)
     out = calib / "activations"
     written = files(out)
     steps = [f"timestep_stats/step_{step}{end}" for step in (0, 2) for end in (".npz", "_index.json")]

@@ -1,6 +1,5 @@
 """Step 4: both tracks in one model, pictures and figures of what each part costs, a folder that other commands read, and refusals."""
 
-import json
 import os
 import shutil
 from dataclasses import replace
@@ -8,11 +7,10 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 import pytest
-from click.testing import CliRunner
 from PIL import Image
 
 import mlxquant as mq
-from mlxquant import artifacts, cli, layers
+from mlxquant import artifacts, layers
 from mlxquant.activations import ActivationTable
 from mlxquant.layers import QuantizedLinear
 from mlxquant.load_adaround_model import assemble
@@ -20,29 +18,11 @@ from mlxquant.models.mmdit_shapes import MMDiTShapes
 from mlxquant.pipeline.apply import TrackFiles
 from mlxquant.pipeline.quant_config import QuantConfig
 
+from command_line import fail, succeed
 from conftest import tiny_adapter
 
 PROMPT = "a large red circle at left on white background"
 OTHER = "a small blue cross at top on pink background"
-
-
-def run(*arguments):
-    return CliRunner().invoke(cli.main, [str(a) for a in arguments])
-
-
-def succeed(*arguments):
-    outcome = run(*arguments)
-    assert outcome.exit_code == 0, outcome.output
-    return json.loads(outcome.stdout.splitlines()[-1]), outcome.stderr
-
-
-def fail(*arguments):
-    outcome = run(*arguments)
-    assert outcome.exit_code != 0
-    assert isinstance(outcome.exception, SystemExit), outcome.exception
-    assert outcome.stdout == ""
-    assert "Traceback" not in outcome.stderr
-    return outcome.stderr
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -11,7 +11,7 @@ What went wrong in the public TaQ-DiT scripts (shared/lessons.md), and the test 
  7 rounding lost in the export         pipeline/test_weight_files: the_learned_rounding_survives; here: what_was_learned_is_what_is_saved
  8 alpha at the wrong start            methods/test_adaround: it_starts_exactly_at_the_weight, a_resumed_run (raw alphas)
  9 signed percentiles, 0.95 momentum   laws/test_tier_laws: a_mirrored_input, pipeline/test_activation_stats: few_samples_do_not
-10 curves below the maximum, clipping  test_schedule: between_levels_the_range_is_the_envelope, test_analyze_activations: nothing_is_clipped
+10 curves below the maximum, clipping  test_schedule: between_levels_the_range_is_the_envelope, test_decisions: nothing_that_was_seen
 11 layers skipped in silence           here: no_step_leaves_a_layer_out; swallowed errors: here; other prompts: pipeline/test_samples
 12 manifests at the end, paths, seeds  here: folders_can_be_moved, everything_is_a_function_of_the_settings; all resume tests
 13 152 GB of block inputs              test_cache_adaround_data: the_folder_is_small
@@ -30,7 +30,6 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from click.testing import CliRunner
 from PIL import Image
 
 import mlxquant as mq
@@ -42,6 +41,7 @@ from mlxquant.pipeline.weight_files import WeightFiles
 from mlxquant.rewrite import set_module
 from mlxquant.streams import run_stage
 
+from command_line import succeed
 from conftest import tiny_adapter
 
 PROMPT = "a large red circle at left on white background"
@@ -76,20 +76,10 @@ def arguments(folder):
     )
 
 
-def run(verb, options):
-    return CliRunner().invoke(cli.main, [verb, *map(str, options)])
-
-
-def succeed(verb, options):
-    outcome = run(verb, options)
-    assert outcome.exit_code == 0, outcome.output
-    return json.loads(outcome.stdout.splitlines()[-1])
-
-
 def make(folder):
     folder.mkdir()
     for verb, options in arguments(folder).items():
-        succeed(verb, options)
+        succeed(verb, *options)
     return folder
 
 
@@ -161,8 +151,8 @@ def test_folders_can_be_moved(made, tmp_path):
     shutil.copytree(made, moved)
     before = {path: path.stat().st_mtime_ns for path in moved.rglob("*.npz")}
     for verb in VERBS[:4]:
-        succeed(verb, arguments(moved)[verb])
-    succeed(VERBS[5], [*arguments(moved)[VERBS[5]], "--force"])
+        succeed(verb, *arguments(moved)[verb])
+    succeed(VERBS[5], *arguments(moved)[VERBS[5]], "--force")
     assert {path: path.stat().st_mtime_ns for path in moved.rglob("*.npz")} == before
     assert files(moved) == files(made)
 
@@ -200,9 +190,9 @@ def test_the_optimiser_runs_the_real_block(made, tmp_path):
     with the model's own forward pass on the trajectories, each row with its own conditioning.
     """
     cache, out = tmp_path / "cache", tmp_path / "weights"
-    succeed("cache-adaround-data", [*arguments(made)["cache-adaround-data"], "--tokens", 0, "--output-dir", cache])
+    succeed("cache-adaround-data", *arguments(made)["cache-adaround-data"], "--tokens", 0, "--output-dir", cache)
     here = ["--cache-dir", cache, "--calib-dir", made / "calib", "--output-dir", out]
-    succeed("adaround-optimize", [*here, "--iters", 1, "--no-sensitivity"])
+    succeed("adaround-optimize", *here, "--iters", 1, "--no-sensitivity")
     adapter = tiny_adapter()
     sigmas, states = Samples.read(made / "calib").calibration(2, 2).batches(adapter)
     embed, block = adapter.stages[:2]

@@ -1,11 +1,11 @@
 """Step 1: real trajectories, resumable to the byte, refused when they are not what they say."""
 
 import json
+from functools import partial
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from click.testing import CliRunner
 from PIL import Image
 
 from mlxquant import cli
@@ -17,9 +17,14 @@ from mlxquant.prompts import write_prompts
 from mlxquant.report.comparison import to_pil
 from mlxquant.sampler import Conditioning
 
+import command_line
 from conftest import tiny_adapter
 
 SMALL = ["--model", "mmdit-shapes", "--num-images", 3, "--num-steps", 3, "--cfg-weight", 2]
+VERB = ("generate-calibration-data", *SMALL, "--calib-dir")
+run = partial(command_line.run, *VERB)
+succeed = partial(command_line.succeed, *VERB)
+fail = partial(command_line.fail, *VERB, code=1)
 
 
 @pytest.fixture(autouse=True)
@@ -28,30 +33,12 @@ def small_model(monkeypatch):
     monkeypatch.setattr(MMDiTShapes, "batch", 2)  # three images are two batches
 
 
-def run(folder, *arguments):
-    return CliRunner().invoke(cli.main, [str(a) for a in ("generate-calibration-data", *SMALL, "--calib-dir", folder, *arguments)])
-
-
-def succeed(folder, *arguments):
-    outcome = run(folder, *arguments)
-    assert outcome.exit_code == 0, outcome.output
-    return json.loads(outcome.stdout.splitlines()[-1])
-
-
-def fail(folder, *arguments):
-    outcome = run(folder, *arguments)
-    assert outcome.exit_code == 1, outcome.output
-    assert isinstance(outcome.exception, SystemExit), outcome.exception
-    assert outcome.stdout == ""
-    return outcome.stderr
-
-
 def files(folder):
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 def test_the_folder_holds_what_the_sampler_saw(tmp_path):
-    facts = succeed(tmp_path / "c")
+    facts, _ = succeed(tmp_path / "c")
     written = files(tmp_path / "c")
     samples = [f"samples/000{i}_00{s}.npz" for i in range(3) for s in range(3)]
     assert set(written) == {
@@ -134,7 +121,7 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(tmp_path, monkeypatch, wri
 
 
 def test_a_finished_folder_costs_no_sampling_and_a_lost_file_only_its_batch(tmp_path, monkeypatch):
-    first = succeed(tmp_path / "c")
+    first, _ = succeed(tmp_path / "c")
     before = files(tmp_path / "c")
     calls = []
     generate = MMDiTShapes.generate
