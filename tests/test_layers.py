@@ -1,5 +1,7 @@
 """The quantized layer equals integer arithmetic with one rescale, on every format, and survives saving."""
 
+import json
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -7,7 +9,7 @@ from mlx.utils import tree_flatten
 
 from mlxquant import layers as layers_module
 from mlxquant.activations import ActivationTable
-from mlxquant.errors import AdapterError
+from mlxquant.errors import AdapterError, RecipeError
 from mlxquant.formats import WeightFormat, fit_extremes
 from mlxquant.layers import QuantizedLinear, integer_matmul
 from mlxquant.schedule import Clock
@@ -148,8 +150,11 @@ def test_reading_many_timesteps_takes_bounded_memory():
     assert len(made._reader._entries) <= 256
 
 
-@pytest.mark.parametrize("format", ["w4", "w3-g64", "w8-tensor", "w7"])
-@pytest.mark.parametrize("activations", [None, table(6, 128)])
+STRUCTURES = ["w4", "w3-g64", "w8-tensor", "w7", "w5-asym"]
+
+
+@pytest.mark.parametrize("format", STRUCTURES)
+@pytest.mark.parametrize("activations", [None, table(6, 1), table(6, 128)])
 def test_structure_and_tensors_rebuild_the_layer(format, activations):
     made, x = layer(format, activations=activations), inputs()
     again = QuantizedLinear.blank(made.facts, CLOCK)
@@ -160,14 +165,88 @@ def test_structure_and_tensors_rebuild_the_layer(format, activations):
     assert again.facts == made.facts
 
 
+@pytest.mark.parametrize("format", STRUCTURES)
+@pytest.mark.parametrize("bias", [None, mx.float32, mx.float16, mx.bfloat16])
+@pytest.mark.parametrize("activations", [None, table(6, 128)])
+@pytest.mark.parametrize("divided", [False, True])
+def test_a_blank_has_the_shapes_and_dtypes_of_the_layer(format, bias, activations, divided):
+    plain = layer(format, width=128, bias=False)
+    vector = None if bias is None else mx.ones((12,), bias)
+    made = QuantizedLinear(plain.codes(), plain.grid(), vector, mx.ones(128) if divided else None)
+    if activations is not None:
+        made.set_activations(activations, CLOCK)
+    blank = QuantizedLinear.blank(json.loads(json.dumps(made.facts)), CLOCK)
+    assert structure(blank) == structure(made)
+    assert blank.facts == made.facts
+
+
+def structure(layer):
+    return {name: (value.shape, value.dtype) for name, value in tree_flatten(layer.parameters())}
+
+
+def test_a_layer_that_was_saved_before_biases_had_dtypes_is_float32():
+    facts = layer().facts
+    del facts["bias_dtype"]
+    assert QuantizedLinear.blank(facts, CLOCK).bias.dtype == mx.float32
+
+
+def test_a_blank_takes_no_memory():
+    facts = {"format": WeightFormat(8).to_dict(), "shape": [4096, 4096], "bias": True, "bias_dtype": "float16", "table": [28, 4096]}
+    before = mx.get_active_memory()
+    blank = QuantizedLinear.blank(facts, CLOCK)
+    assert blank.nbytes > 1 << 24
+    assert mx.get_active_memory() - before < 1 << 12
+
+
+def test_a_blank_that_was_not_filled_does_not_run():
+    blank = QuantizedLinear.blank(layer(activations=table()).facts, CLOCK)
+    with CLOCK.at(0.5), pytest.raises(RecipeError, match="every step must be positive"):
+        blank(inputs())
+
+
+@pytest.mark.parametrize("format", ["w4", "w4-tensor", "w4-asym", "w4-g64"])
+@pytest.mark.parametrize("shift_width", [1, 128])
+def test_new_weights_count_after_a_refresh(format, shift_width):
+    activations = table(8, shift_width)
+    made, other, x = layer(format, activations=activations), layer(format, activations=activations, seed=5), inputs()
+    with CLOCK.at(0.5):
+        before, wanted = np.array(made(x)), np.array(other(x))
+        made.load_weights(tree_flatten(other.parameters()))
+        made.refresh()
+        np.testing.assert_array_equal(np.array(made(x)), wanted)
+    assert np.abs(before - wanted).max() > 0.1
+
+
+@pytest.mark.parametrize("shift_width", [1, 128])
+@pytest.mark.parametrize("format", ["w4", "w8", "w4-tensor", "w4-asym"])
+def test_a_shift_costs_no_dequantized_weight(format, shift_width, monkeypatch):
+    """Beyond the row sums, which are computed once and are no parameter."""
+    made, x = layer(format, activations=table(8, shift_width)), inputs()
+    before = structure(made)
+    with CLOCK.at(0.5):
+        expected = np.array(made(x))
+        monkeypatch.delattr(QuantizedLinear, "dequantized")
+        np.testing.assert_array_equal(np.array(made(x)), expected)
+    assert structure(made) == before
+
+
+@pytest.mark.parametrize("format", ["w2", "w4", "w7", "w8", "w4-tensor", "w8-tensor-asym", "w4-asym", "w3-g64", "w4-g32-sym", "w7-g32"])
+def test_the_dequantized_weight_is_the_grids(format):
+    made = layer(format)
+    np.testing.assert_array_equal(np.array(made.dequantized()), made.grid().dequantize(made.codes()))
+
+
 def test_nothing_but_the_format_is_stored():
     made = layer("w4-g128", out=64, width=256)
     assert made.nbytes * 8 == 4.25 * 64 * 256
     assert sum(v.nbytes for k, v in tree_flatten(made.parameters()) if k != "bias") == made.nbytes
 
 
-def test_half_precision_inputs_keep_their_dtype():
-    made = layer(activations=table())
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+@pytest.mark.parametrize("activations", [None, table()])
+def test_half_precision_inputs_keep_their_dtype_and_lose_nothing_but_the_last_rounding(dtype, activations):
+    made, x = layer(activations=activations, bias=False), inputs().astype(dtype)
     with CLOCK.at(0.5):
-        assert made(inputs().astype(mx.float16)).dtype == mx.float16
-    assert layer()(inputs().astype(mx.float16)).dtype == mx.float16
+        y, exact = made(x), made(x.astype(mx.float32))
+    assert y.dtype == dtype
+    assert mx.array_equal(y, exact.astype(dtype))

@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import shutil
-import struct
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,15 +21,16 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
-import safetensors.numpy
 from mlx.utils import tree_flatten
 
+from . import tensor_layout
+from .array_memory import ArrayMemory
 from .errors import ArtifactError
+from .tensor_layout import DTYPES
 
 VERSION = 1
 KEY = "mlxquant"  # the one metadata key: safetensors keeps several in no fixed order, and equal runs must give equal bytes
-DTYPES = (mx.float32, mx.float16, mx.uint64, mx.uint32, mx.int32, mx.uint8, mx.int8)
+NO_SHA256 = "0" * 64  # in the place of a file's own checksum while that is computed
 
 
 def explain(error: OSError, path: Path) -> ArtifactError:
@@ -169,8 +169,9 @@ def file_digest(path: Path) -> str:
 
 def array_digest(value: mx.array) -> str:
     """sha256 over dtype, shape and bytes of an array."""
-    raw = np.array(value.view(mx.uint16) if value.dtype == mx.bfloat16 else value)
-    return hashlib.sha256(f"{value.dtype}{value.shape}".encode() + raw.tobytes()).hexdigest()
+    hasher = hashlib.sha256(f"{value.dtype}{value.shape}".encode())
+    hasher.update(tensor_layout.stored_bytes(value))
+    return hasher.hexdigest()
 
 
 def write_json(path: Path, kind: str, facts: Mapping[str, Any]) -> None:
@@ -215,44 +216,48 @@ def _check_header(path: Path, header: Mapping[str, Any], kind: str) -> None:
 
 
 def write_tensors(path: Path, kind: str, arrays: Mapping[str, mx.array], header: Mapping[str, Any] | None = None) -> None:
-    """Write arrays as safetensors with a checksummed header, atomically. Equal input gives equal bytes."""
+    """Write arrays as safetensors with a checksummed header, atomically and one at a time. Equal input gives equal bytes."""
     if unknown := {name: value.dtype for name, value in arrays.items() if value.dtype not in DTYPES}:
         raise ArtifactError(f"{path}: cannot store {unknown}; expected one of {[str(d) for d in DTYPES]}")
-    tensors = {name: np.array(arrays[name]) for name in sorted(arrays)}
     facts = {"kind": kind, "version": VERSION, **(header or {})}
-    blank = safetensors.numpy.save(tensors, {KEY: canonical({**facts, "sha256": "0" * 64})})
-    facts["sha256"] = hashlib.sha256(blank).hexdigest()
-    with atomic_file(path) as temporary:
-        temporary.write_bytes(safetensors.numpy.save(tensors, {KEY: canonical(facts)}))
+    blank = tensor_layout.header(arrays, {KEY: canonical({**facts, "sha256": NO_SHA256})})
+    hasher = hashlib.sha256(blank)
+    with atomic_file(path) as temporary, temporary.open("wb") as file:
+        file.write(blank)
+        for name in tensor_layout.in_order(arrays):
+            raw = tensor_layout.stored_bytes(arrays[name])
+            hasher.update(raw)
+            file.write(raw)
+        file.seek(0)
+        file.write(tensor_layout.header(arrays, {KEY: canonical({**facts, "sha256": hasher.hexdigest()})}))
 
 
-def read_tensors(path: Path, kind: str) -> tuple[dict[str, mx.array], dict[str, Any]]:
-    """Read what ``write_tensors`` wrote: arrays and header; raises ArtifactError on a missing, damaged, foreign or newer file."""
+def read_tensors(path: Path, kind: str, sha256: str | None = None) -> tuple[dict[str, mx.array], dict[str, Any]]:
+    """Read what ``write_tensors`` wrote: arrays and header. ``sha256`` is that of the whole file, where another file vouches for it;
+    it is checked in place of the file's own, so that the bytes are read and hashed once.
+
+    Raises ArtifactError on a missing, damaged, foreign or newer file, and on another than the one that is vouched for.
+    """
     path = Path(path)
     try:
         with path.open("rb") as file:
-            prefix = file.read(8)
-            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-            if not 0 < length <= path.stat().st_size - 8:
-                raise ValueError("its header is longer than the file")
-            head = file.read(length)
-            header = json.loads(json.loads(head)["__metadata__"][KEY])
-            claimed = str(header.pop("sha256"))
-            hasher = hashlib.sha256(prefix + head.replace(claimed.encode(), b"0" * 64))
-            while piece := file.read(1 << 20):
-                hasher.update(piece)
+            size = path.stat().st_size
+            head = tensor_layout.read_header(file, size)
+            entries = tensor_layout.entries(head)
+            header = json.loads(entries["__metadata__"][KEY])
+            own = str(header.pop("sha256"))
+            _check_header(path, header, kind)
+            hasher = hashlib.sha256(head.replace(own.encode(), NO_SHA256.encode()) if sha256 is None else head)
+            arrays = tensor_layout.read_arrays(file, entries, size - len(head), hasher.update)
     except OSError as error:
         raise explain(error, path) from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ArtifactError(f"{path}: not a tensor file of mlxquant, or a damaged one ({error!r}); write or download it anew") from error
-    _check_header(path, header, kind)
-    if hasher.hexdigest() != claimed:
+    if hasher.hexdigest() != (claimed := own if sha256 is None else sha256):
         raise ArtifactError(
             f"{path}: checksum does not match the contents (expected {claimed[:12]}…, found {hasher.hexdigest()[:12]}…); "
             "write or download it anew"
         )
-    arrays = mx.load(str(path), format="safetensors")
-    assert isinstance(arrays, dict)
     return arrays, header
 
 
@@ -272,11 +277,23 @@ def load_parameters(module: nn.Module, arrays: Mapping[str, mx.array], source: s
 
 
 def compact(value: mx.array) -> mx.array:
-    """float32 as float16 where that loses nothing."""
-    if value.dtype != mx.float32:
-        return value
-    half = value.astype(mx.float16)
-    return half if bool(mx.array_equal(half.astype(mx.float32), value).item()) else value
+    """float32 as float16 where that loses nothing; the result is not evaluated."""
+    return value.astype(mx.float16) if value.dtype == mx.float32 and _fits_float16(value) else value
+
+
+@ArrayMemory
+def _fits_float16(value: mx.array) -> bool:
+    return bool(mx.array_equal(value.astype(mx.float16).astype(mx.float32), value).item())
+
+
+def relative_place(place: str, folder: Path) -> str:
+    """A place as a file in ``folder`` may name it: a folder by its path from there, starting with a dot; a hub id, or "", as it is."""
+    return os.path.join(".", os.path.relpath(place, folder)) if place and Path(place).is_dir() else place
+
+
+def absolute_place(place: str, folder: Path) -> str:
+    """The inverse of ``relative_place``."""
+    return os.path.normpath(folder.absolute() / place) if place.startswith(".") else place
 
 
 def remove_folder(path: Path) -> None:

@@ -4,12 +4,12 @@
 W4A8, W8A8, W8A16, W4A16 are specifications of it, not classes. With a table it subtracts the shift, divides by the step, rounds and
 clips to integer codes, multiplies integers, and rescales once; the shift's share is folded into the bias. The integer part runs in
 float32, in chunks of the input short enough that every partial sum is an exact integer, so it equals int32 arithmetic bit for bit.
-Group-wise scales cannot leave the sum: there the integer activations meet dequantized weights.
+Group-wise scales cannot leave the sum: there the rounded input, back on its own scale, meets dequantized weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -36,42 +36,63 @@ class QuantizedLinear(nn.Module):
 
     def __init__(self, codes: npt.NDArray[Any], grid: Grid, bias: mx.array | None = None, divisor: mx.array | None = None):
         """codes uint8 [out, in] on ``grid``; bias [out] is kept as it is. Raises AdapterError when a divisor [in] does not fit."""
+        if divisor is not None and divisor.shape != codes.shape[1:]:
+            raise AdapterError(f"a divisor of shape {divisor.shape} does not fit an input of width {codes.shape[1]}")
+        self._lay_out(grid.format, codes.shape, None if bias is None else bias.dtype, divisor is not None)
+        rows = self.scales.shape[0]
+        values = {
+            "weight": mx.array(pack(codes, grid.format.bits)),
+            "scales": mx.array(grid.scales[:rows].astype(np.float16)),
+            "biases": None if grid.format.symmetric else mx.array(grid.biases[:rows].astype(np.float16)),
+            "bias": bias,
+            "act_divisor": None if divisor is None else divisor.astype(mx.float32),
+        }
+        self.load_weights([(name, value) for name, value in values.items() if value is not None])
+
+    def _lay_out(self, format: WeightFormat, shape: Sequence[int], bias: mx.Dtype | None, divisor: bool) -> None:
+        """Start over as a layer of this structure: every parameter in its shape and dtype, zero and not evaluated."""
         super().__init__()
-        self._format, self._shape = grid.format, (int(codes.shape[0]), int(codes.shape[1]))
-        self.weight = mx.array(pack(codes, grid.format.bits))
-        rows = 1 if grid.format.group == "tensor" else codes.shape[0]
-        self.scales = mx.array(grid.scales[:rows].astype(np.float16))
-        if not grid.format.symmetric:
-            self.biases = mx.array(grid.biases[:rows].astype(np.float16))
+        rows, width = shape
+        self._format, self._shape = format, (rows, width)
+        groups = (1 if format.group == "tensor" else rows, width // format.columns(width))
+        self.weight = mx.zeros((rows, pack(np.zeros((1, width), np.uint8), format.bits).shape[1]), mx.uint32)
+        self.scales = mx.zeros(groups, mx.float16)
+        if not format.symmetric:
+            self.biases = mx.zeros(groups, mx.float16)
         if bias is not None:
-            self.bias = bias
-        if divisor is not None:
-            if divisor.shape != (self._shape[1],):
-                raise AdapterError(f"a divisor of shape {divisor.shape} does not fit an input of width {self._shape[1]}")
-            self.act_divisor = divisor.astype(mx.float32)
+            self.bias = mx.zeros((rows,), bias)
+        if divisor:
+            self.act_divisor = mx.zeros((width,), mx.float32)
         self._clock: Clock | None = None
-        self._reader: TableReader | None = None
+        self.refresh()
         self.freeze()
 
     @property
     def facts(self) -> dict[str, Any]:
         """The layer's structure as plain data: what ``blank`` needs to rebuild it."""
-        table = None if self.table is None else list(self.table.shift.shape)
-        parts = {"bias": "bias" in self, "divisor": "act_divisor" in self, "table": table}
-        return {"format": self._format.to_dict(), "shape": list(self._shape), **parts}
+        return {
+            "format": self._format.to_dict(),
+            "shape": list(self._shape),
+            "bias": "bias" in self,
+            "bias_dtype": str(self.bias.dtype).removeprefix("mlx.core.") if "bias" in self else None,
+            "divisor": "act_divisor" in self,
+            "table": list(self.act_shift.shape) if "act_shift" in self else None,
+        }
 
     @classmethod
     def blank(cls, facts: Mapping[str, Any], clock: Clock) -> QuantizedLinear:
-        """A layer of the structure that ``facts`` describes, to be filled with ``load_weights`` and ``refresh``."""
-        format, (rows, width) = WeightFormat(**facts["format"]), facts["shape"]
-        groups = width // format.columns(width)
-        ones = np.ones((rows, groups), np.float32)
-        bias, divisor = mx.zeros(rows) if facts["bias"] else None, mx.ones(width) if facts.get("divisor") else None
-        layer = cls(np.zeros((rows, width), np.uint8), Grid(format, ones, ones), bias, divisor)
+        """A layer of the structure that ``facts`` describes, to be filled with ``load_weights`` and ``refresh``.
+
+        Its parameters are not evaluated, so a blank takes neither time nor memory.
+        """
+        layer = cls.__new__(cls)
+        bias = getattr(mx, facts.get("bias_dtype", "float32")) if facts["bias"] else None
+        layer._lay_out(WeightFormat(**facts["format"]), facts["shape"], bias, bool(facts.get("divisor")))
         if facts["table"] is not None:
             entries, shifts = facts["table"]
-            sigma, eight = np.arange(entries, dtype=np.float32), np.full(entries, 8, np.uint8)
-            layer.set_activations(ActivationTable(sigma, sigma + 1, np.zeros((entries, shifts), np.float32), eight), clock)
+            layer._clock = clock
+            layer.act_sigma, layer.act_step = mx.zeros((entries,), mx.float32), mx.zeros((entries,), mx.float32)
+            layer.act_shift, layer.act_bits = mx.zeros((entries, shifts), mx.float32), mx.zeros((entries,), mx.uint8)
         return layer
 
     def with_codes(self, codes: npt.NDArray[Any]) -> QuantizedLinear:
@@ -93,7 +114,8 @@ class QuantizedLinear(nn.Module):
 
     @property
     def table(self) -> ActivationTable | None:
-        return None if self._reader is None else self._reader.table
+        reader = self._table_reader()
+        return None if reader is None else reader.table
 
     @property
     def nbytes(self) -> int:
@@ -111,15 +133,28 @@ class QuantizedLinear(nn.Module):
 
     def drop_activations(self) -> None:
         """Run with unquantized inputs from now on."""
-        self._clock = self._reader = None
+        self._clock = None
         for name in ("act_sigma", "act_step", "act_shift", "act_bits"):
             self.pop(name, None)
+        self.refresh()
 
     def refresh(self) -> None:
-        """Read the table back from the parameters; call it after ``load_weights``."""
-        if self._clock is not None:
+        """Forget what was computed from the parameters, to compute it again when it is needed; call it after ``load_weights``."""
+        self._reader: TableReader | None = None
+        self._sums: mx.array | None = None
+
+    def _table_reader(self) -> TableReader | None:
+        if self._reader is None and self._clock is not None:
             arrays = (np.array(self[k]) for k in ("act_sigma", "act_step", "act_shift", "act_bits"))
             self._reader = TableReader(ActivationTable(*arrays), self._clock)
+        return self._reader
+
+    def _row_sums(self) -> mx.array:
+        """The sum of each row of the weight, float32 [out]."""
+        if self._sums is None:
+            self._sums = self.dequantized().sum(axis=1)
+            mx.eval(self._sums)  # now, so that it is not kept as a part of the caller's graph
+        return self._sums
 
     def codes(self) -> npt.NDArray[Any]:
         """The weight's codes, uint8 [out, in]."""
@@ -139,76 +174,100 @@ class QuantizedLinear(nn.Module):
             return self._format.group
         return next((g for g in reversed(GROUPS) if self._shape[1] % g == 0), None)
 
-    def packed_scales(self) -> tuple[mx.array, mx.array]:
-        """Scales and biases float16 [out, in / packed_group] for ``mx.quantized_matmul`` and ``mx.dequantize``."""
+    def packed_scales(self, dtype: mx.Dtype = mx.float16) -> tuple[mx.array, mx.array]:
+        """Scales and biases [out, in / packed_group] for ``mx.quantized_matmul`` and ``mx.dequantize``."""
         assert self.packed_group is not None
         shape = (self._shape[0], self._shape[1] // self.packed_group)
-        biases = self.biases if "biases" in self else self.scales * -self._format.zero_code
-        return mx.broadcast_to(self.scales, shape), mx.broadcast_to(biases, shape)
+        scales, biases = (mx.broadcast_to(v.astype(dtype), shape) for v in self._affine())
+        return scales, biases
+
+    def _affine(self) -> tuple[mx.array, mx.array]:
+        """What a code is multiplied by and what is added, float32 [out or 1, groups]."""
+        scales = self.scales.astype(mx.float32)
+        return scales, self.biases.astype(mx.float32) if "biases" in self else scales * -self._format.zero_code
 
     def centred_codes(self) -> mx.array:
         """Codes minus the zero code, float32 [out, in]: the integers that the matmul runs on."""
-        zero, group = self._format.zero_code, self.packed_group
-        if group is None:
-            return mx.array(self.codes().astype(np.float32) - zero)
-        ones = mx.ones((self._shape[0], self._shape[1] // group))
-        return mx.dequantize(self.weight, ones, ones * -zero, group_size=group, bits=self._format.bits)
+        if self.packed_group is None:
+            return mx.array(self.codes().astype(np.float32) - self._format.zero_code)
+        return mx.dequantize(self.weight, *self._unit_scales(), group_size=self.packed_group, bits=self._format.bits)
 
-    def dequantized(self, centred: mx.array | None = None) -> mx.array:
+    def _unit_scales(self) -> tuple[mx.array, mx.array]:
+        """The scales and biases float32 [out, in / packed_group] under which MLX's kernels read centred codes."""
+        assert self.packed_group is not None
+        ones = mx.ones((self._shape[0], self._shape[1] // self.packed_group))
+        return ones, ones * -self._format.zero_code
+
+    def dequantized(self) -> mx.array:
         """The weight as float32 [out, in], times the divisor where there is one."""
-        centred = self.centred_codes() if centred is None else centred
-        shape = (self._shape[0], self.scales.shape[1], -1)
-        weight = centred.reshape(shape) * self.scales[..., None].astype(mx.float32)
-        if "biases" in self:
-            weight = weight + self._offsets()[..., None]
-        return weight.reshape(self._shape)
-
-    def _offsets(self) -> mx.array:
-        """What a centred code of zero stands for on an asymmetric grid, float32 [out or 1, groups]."""
-        return self.biases.astype(mx.float32) + self._format.zero_code * self.scales.astype(mx.float32)
+        if self.packed_group is not None:
+            return mx.dequantize(self.weight, *self.packed_scales(mx.float32), group_size=self.packed_group, bits=self._format.bits)
+        scales, biases = self._affine()
+        codes = mx.array(self.codes().astype(np.float32)).reshape(self._shape[0], scales.shape[1], -1)
+        return (codes * scales[..., None] + biases[..., None]).reshape(self._shape)
 
     def __call__(self, x: mx.array) -> mx.array:
         """x [..., in] to [..., out], in x's dtype."""
         if "act_divisor" in self:
             x = x / self.act_divisor.astype(x.dtype)
-        if self._reader is None:
+        if (reader := self._table_reader()) is None:
             return self._weight_only(x)
-        entry = self._reader.read(x)
+        entry = reader.read(x)
         if entry.all_float:
             return self._weight_only(x)
         y = self._integer(x, entry)
         return mx.where(entry.is_float, self._weight_only(x), y) if entry.any_float else y
 
     def _weight_only(self, x: mx.array) -> mx.array:
-        if use_packed_kernels() and self.packed_group is not None:
-            scales, biases = (v.astype(x.dtype) for v in self.packed_scales())
-            y = mx.quantized_matmul(x, self.weight, scales, biases, group_size=self.packed_group, bits=self._format.bits)
-        else:
-            y = x @ self.dequantized().astype(x.dtype).T
+        y = self._multiply(x)
         return y + self.bias.astype(x.dtype) if "bias" in self else y
+
+    @property
+    def _runs_packed(self) -> bool:
+        return use_packed_kernels() and self.packed_group is not None
+
+    def _multiply(self, x: mx.array) -> mx.array:
+        """``x W^T`` in x's dtype; on the CPU by way of float32, the only dtype whose matmul is fast there."""
+        if self._runs_packed:
+            scales, biases = self.packed_scales(x.dtype)
+            return mx.quantized_matmul(x, self.weight, scales, biases, group_size=self.packed_group, bits=self._format.bits)
+        return (x.astype(mx.float32) @ self.dequantized().T).astype(x.dtype)
 
     def _integer(self, x: mx.array, entry: Entry) -> mx.array:
         step, shift = entry.step, entry.shift
         q = mx.clip(mx.round((x.astype(mx.float32) - shift) / step), -entry.edge, entry.edge - 1)
-        centred = self.centred_codes()
-        weight = self.dequantized(centred)
-        folded = shift @ _fold(weight, shift)
-        if self.scales.shape[1] == 1:
-            y = self._multiply_codes(q, centred, entry.limit) * (step * self.scales.astype(mx.float32)[:, 0])
-            if "biases" in self:
-                y = y + q.sum(-1, keepdims=True) * (step * self._offsets()[:, 0])
+        if self.scales.shape[1] > 1:
+            y = self._multiply(q * step + shift)
         else:
-            y = (q @ weight.T) * step
-        y = y + (folded + self.bias.astype(mx.float32) if "bias" in self else folded)
+            centred = self.centred_codes()
+            y = self._rescaled(self._multiply_codes(q, centred, entry.limit), q, step) + self._folded(shift, centred)
+        y = y + self.bias.astype(mx.float32) if "bias" in self else y
         return y.astype(x.dtype)
 
+    def _folded(self, shift: mx.array, centred: mx.array) -> mx.array:
+        """``shift W^T``, what a shift [...,1] or [...,in] adds to every output, float32 [...,out]."""
+        if shift.shape[-1] == 1:
+            return shift * self._row_sums()
+        return self._rescaled(self._multiply_packed(shift) if self._runs_packed else shift @ centred.T, shift, 1)
+
+    def _rescaled(self, product: mx.array, x: mx.array, step: mx.array | int) -> mx.array:
+        """``step x W^T`` float32 [...,out] from ``product = x C^T``, C the centred codes of a weight with one scale a row."""
+        scales, biases = (v[:, 0] for v in self._affine())
+        y = product * (step * scales)
+        if "biases" in self:
+            y = y + x.sum(-1, keepdims=True) * (step * (biases + self._format.zero_code * scales))
+        return y
+
     def _multiply_codes(self, q: mx.array, centred: mx.array, limit: int) -> mx.array:
-        """Integer product of activation codes [...,in] and weight codes, float32 [...,out]."""
-        zero, group = self._format.zero_code, self.packed_group
-        if use_packed_kernels() and group is not None and self._shape[1] * limit * zero <= EXACT:
-            ones = mx.ones((self._shape[0], self._shape[1] // group))
-            return mx.quantized_matmul(q, self.weight, ones, ones * -zero, group_size=group, bits=self._format.bits)
+        """``q C^T`` float32 [...,out], exact for integers q [...,in] with |q| <= limit; C are the centred codes."""
+        zero = self._format.zero_code
+        if self._runs_packed and self._shape[1] * limit * zero <= EXACT:
+            return self._multiply_packed(q)
         return integer_matmul(q, centred, limit, zero)
+
+    def _multiply_packed(self, x: mx.array) -> mx.array:
+        """``x C^T`` by MLX's packed kernels."""
+        return mx.quantized_matmul(x, self.weight, *self._unit_scales(), group_size=self.packed_group, bits=self._format.bits)
 
 
 def use_packed_kernels() -> bool:
@@ -219,11 +278,6 @@ def use_packed_kernels() -> bool:
 def find_quantized(module: nn.Module) -> dict[str, QuantizedLinear]:
     """Every quantized layer of a module, by path."""
     return {path: m for path, m in module.named_modules() if isinstance(m, QuantizedLinear)}
-
-
-def _fold(weight: mx.array, shift: mx.array) -> mx.array:
-    """What a shift [...,1] or [...,in] is multiplied with to give ``shift W^T``: row sums [1,out] or the transpose [in,out]."""
-    return weight.sum(axis=1)[None] if shift.shape[-1] == 1 else weight.T
 
 
 def integer_matmul(x: mx.array, weight: mx.array, x_limit: int, weight_limit: int) -> mx.array:
