@@ -77,26 +77,32 @@ class InputStatistics:
 
     def __init__(self, width: int, rows: int = 64, ranges: bool = True):
         self.moments = Moments.empty(width)
-        self._rows, self._ranges = rows, ranges
+        self._rows, self._wants_ranges = rows, ranges
         self._levels: dict[float, RunningRanges] = {}
+        self._ranges: InputRanges | None = None
 
     def add(self, x: mx.array, sigma: float, exact: mx.array | None = None, weight: float = 1.0) -> None:
         """x [B,...,in], all samples at one noise level, and what the full-precision model has there, where it is known.
 
         ``weight`` is how much an error on these tokens counts in the moments. Raises NumericsError when it is not finite.
         """
-        values = np.array(x.astype(mx.float32)).reshape(x.shape[0], -1, x.shape[-1])
-        root = np.float32(weight**0.5)
-        self.moments.add(values * root, None if exact is None else np.array(exact.astype(mx.float32)) * root)
-        if self._ranges:
+        values = np.asarray(x.astype(mx.float32)).reshape(x.shape[0], -1, x.shape[-1])
+        self.moments.add(values, None if exact is None else np.asarray(exact.astype(mx.float32)), weight)
+        if self._wants_ranges:
             level = self._levels.setdefault(float(np.float32(sigma)), RunningRanges(values.shape[-1]))
             flat = values.reshape(-1, values.shape[-1])
             rows = flat[np.linspace(0, len(flat) - 1, min(self._rows, len(flat))).astype(int)]
             level.add(values.min(1), values.max(1), rows)
+            self._ranges = None
 
     @property
     def ranges(self) -> InputRanges:
         """The ranges collected; raises NumericsError when there are none."""
+        if self._ranges is None:
+            self._ranges = self._collected()
+        return self._ranges
+
+    def _collected(self) -> InputRanges:
         if not self._levels:
             raise NumericsError("no activation ranges were collected for this layer; the calibration never reached it")
         order = sorted(self._levels)

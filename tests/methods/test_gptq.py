@@ -1,5 +1,8 @@
 """GPTQ against an independent textbook implementation, and its identity."""
 
+import gc
+import tracemalloc
+
 import numpy as np
 import pytest
 
@@ -53,6 +56,45 @@ def test_codes_and_identity_of_the_textbook(layer, text, damping):
     expected, losses = textbook(weight, grid, hessian)
     np.testing.assert_array_equal(codes, expected)
     np.testing.assert_allclose(energy(weight - exact(grid, codes), hessian), losses, rtol=1e-10)
+
+
+@pytest.mark.parametrize("text", ["w2", "w4", "w4-asym", "w4-g32", "w8"])
+def test_float32_moments_cost_nothing(layer, text):
+    weight, exact = layer
+    moments = Moments(exact.gram.astype(np.float32), exact.count)
+    grid = search(weight, WeightFormat.parse(text), exact)
+    error, reference = (energy(weight - grid.dequantize(gptq(weight.astype(m.gram.dtype), grid, m)), exact.gram) for m in (moments, exact))
+    assert error.sum() < 1.01 * reference.sum()
+    nearest = energy(weight - grid.dequantize(rtn(weight, grid)), exact.gram)
+    assert (error <= nearest * (1 + 1e-5)).all()
+
+
+def test_float32_survives_inputs_far_from_zero_and_outliers():
+    random = np.random.default_rng(3)
+    weight = random.standard_normal((12, 96))
+    inputs = (random.standard_normal((60, 96)) + 100 * random.standard_normal(96)).astype(np.float32)
+    inputs[:, :2] *= 1000
+    exact, moments = Moments.of(inputs.astype(np.float64)), Moments.of(inputs)
+    grid = search(weight, WeightFormat(4), exact)
+    error, reference = (energy(weight - grid.dequantize(gptq(weight, grid, m)), exact.gram).sum() for m in (moments, exact))
+    assert error < 1.05 * reference
+
+
+def test_memory_is_that_of_less_than_three_matrices():
+    random = np.random.default_rng(0)
+    weight, moments = random.standard_normal((16, 1024)).astype(np.float32), Moments.of(random.standard_normal((64, 1024), np.float32))
+    grid = extremes(weight, WeightFormat(4))
+    assert moments.gram.dtype == np.float32
+    gc.disable()
+    try:
+        tracemalloc.start()
+        gptq(weight, grid, moments)
+        left, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    finally:
+        gc.enable()
+    assert peak + moments.gram.nbytes < 2.6 * 1024**2 * 8
+    assert left < 0.1 * moments.gram.nbytes  # nothing waits for the garbage collector
 
 
 def test_it_earns_its_keep(layer):

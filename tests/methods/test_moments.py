@@ -1,10 +1,12 @@
 """Second moments: additive, checked, and enough to know a layer's output error."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
 from mlxquant.errors import CalibrationError, NumericsError
-from mlxquant.methods.moments import Moments, calibrated_gram, output_error
+from mlxquant.methods.moments import Moments, calibrated_gram, energy, output_error
 
 
 @pytest.fixture
@@ -12,14 +14,73 @@ def inputs():
     return np.random.default_rng(0).standard_normal((6, 10, 8)).astype(np.float32)
 
 
-def test_batches_add_up(inputs):
-    whole, parts = Moments.of(inputs), Moments.empty(8)
+def of_tokens(inputs):
+    tokens = inputs.reshape(-1, inputs.shape[-1]).astype(np.float64)
+    return sum(np.outer(x, x) for x in tokens)
+
+
+@pytest.mark.parametrize(("dtype", "roundings"), [(np.float32, 1e-6), (np.float64, 1e-14)])
+def test_batches_add_up(inputs, dtype, roundings):
+    inputs = inputs.astype(dtype)
+    whole, parts = Moments.of(inputs), Moments.empty(8, dtype)
     for batch in inputs:
         parts.add(batch)
     assert parts.count == whole.count == 60
-    np.testing.assert_allclose(parts.gram, whole.gram, rtol=1e-12)
-    tokens = inputs.reshape(-1, 8).astype(np.float64)
-    np.testing.assert_allclose(whole.gram, sum(np.outer(x, x) for x in tokens), rtol=1e-12)
+    exact = of_tokens(inputs)
+    bound = roundings * np.sqrt(np.outer(np.diagonal(exact), np.diagonal(exact)))
+    for moments in (whole, parts):
+        assert moments.gram.dtype == dtype
+        assert (np.abs(moments.gram - exact) <= bound).all()
+
+
+def test_inputs_may_count_more_or_less(inputs):
+    inputs = inputs.astype(np.float64)
+    other, moments, exact = inputs[::-1], Moments.empty(8, np.float64), Moments.empty(8, np.float64)
+    moments.add(inputs, other, weight=0.25)
+    exact.add(inputs, other)
+    np.testing.assert_allclose(moments.gram, exact.gram / 4, rtol=1e-12)
+    np.testing.assert_allclose(moments.cross, exact.cross / 4, rtol=1e-12)
+    assert moments.count == exact.count
+    moments.add(inputs, weight=0.1)
+    np.testing.assert_array_equal(moments.gram, moments.gram.T)
+
+
+@pytest.mark.parametrize("width", [3, 8, 9])
+def test_panels_do_not_show(width, monkeypatch):
+    random = np.random.default_rng(2)
+    inputs, exact = random.standard_normal((2, 4, 10, width))
+    rows = random.standard_normal((5, width))
+    whole = Moments.of(inputs[0])
+    whole.add(inputs[1], exact[1])
+    monkeypatch.setattr("mlxquant.methods.moments.PANEL", 4)
+    parts = Moments.of(inputs[0])
+    np.testing.assert_array_equal(parts.gram, parts.gram.T)  # asked for in between
+    parts.add(inputs[1], exact[1])
+    np.testing.assert_allclose(parts.gram, of_tokens(inputs[:2]), rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(parts.gram, whole.gram, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(parts.cross, whole.cross, rtol=1e-12, atol=1e-12)
+    np.testing.assert_array_equal(parts.gram, parts.gram.T)
+    np.testing.assert_allclose(energy(rows, parts.gram), [row @ whole.gram @ row for row in rows], rtol=1e-12)
+
+
+def test_adding_needs_little_more_than_the_gram_matrix(monkeypatch):
+    monkeypatch.setattr("mlxquant.methods.moments.PANEL", 128)
+    moments, inputs = Moments.empty(1024), np.ones((64, 1024), np.float32)
+    tracemalloc.start()
+    moments.add(inputs)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 0.3 * moments.gram.nbytes
+
+
+def test_the_moments_of_divided_inputs(inputs):
+    divisor = np.linspace(0.5, 2, 8)
+    inputs = inputs.astype(np.float64)
+    moments, divided = Moments.empty(8, np.float64), Moments.empty(8, np.float64)
+    moments.add(inputs, inputs + 1)
+    divided.add(inputs / divisor, (inputs + 1) / divisor)
+    np.testing.assert_allclose(moments.divided(divisor).gram, divided.gram, rtol=1e-12)
+    np.testing.assert_allclose(moments.divided(divisor).cross, divided.cross, rtol=1e-12)
 
 
 def test_float16_inputs_do_not_overflow():
@@ -46,7 +107,18 @@ def test_output_error_is_that_of_the_outputs(inputs):
     weight, quantized = random.standard_normal((2, 5, 8))
     tokens = inputs.reshape(-1, 8).astype(np.float64)
     expected = np.linalg.norm(tokens @ (weight - quantized).T) / np.linalg.norm(tokens @ weight.T)
-    assert output_error(weight, quantized, Moments.of(inputs)) == pytest.approx(expected, rel=1e-12)
+    assert output_error(weight, quantized, Moments.of(tokens)) == pytest.approx(expected, rel=1e-12)
+    assert output_error(weight, quantized, Moments.of(inputs)) == pytest.approx(expected, rel=1e-6)
+
+
+def test_float32_is_enough_far_from_zero():
+    random = np.random.default_rng(4)
+    inputs = (random.standard_normal((500, 64)) + 100 * random.standard_normal(64)).astype(np.float32)
+    weight = random.standard_normal((5, 64))
+    change = 0.01 * random.standard_normal((5, 64))
+    change -= np.outer(change @ inputs.mean(0), inputs.mean(0)) / np.square(inputs.mean(0)).sum()  # as feedback leaves it
+    exact = output_error(weight, weight - change, Moments.of(inputs.astype(np.float64)))
+    assert output_error(weight, weight - change, Moments.of(inputs)) == pytest.approx(exact, rel=0.01)
 
 
 def test_output_error_edges():

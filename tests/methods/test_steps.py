@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from mlxquant.formats import Grid, WeightFormat, fit_extremes
+from mlxquant.methods import steps
 from mlxquant.methods.moments import Moments
 from mlxquant.methods.steps import extremes, mse, search
 
@@ -92,3 +93,19 @@ def test_channels_that_never_fire_do_not_matter(weight):
     format = WeightFormat(4)
     found = search(loud, format, Moments(np.diag(power), 10))
     assert loss(loud, found, power).sum() < 0.1 * loss(loud, fit_extremes(loud, format), power).sum()
+
+
+@pytest.mark.parametrize("text", ["w2", "w3", "w4", "w4-asym", "w4-g32", "w8"])
+def test_stopping_early_changes_nothing(text, monkeypatch):
+    weight = np.random.default_rng(3).standard_t(4, (100, 32))  # few columns: errors rise and fall as the grid narrows
+    monkeypatch.setattr(steps, "CHUNK", 1)
+    found, offer = mse(weight, WeightFormat.parse(text)), steps._Best.offer
+
+    def never(self, scales, biases):
+        offer(self, scales, biases)
+        return np.float32(-np.inf)
+
+    monkeypatch.setattr(steps._Best, "offer", never)
+    whole = mse(weight, WeightFormat.parse(text))
+    np.testing.assert_array_equal(found.scales, whole.scales)
+    np.testing.assert_array_equal(found.biases, whole.biases)

@@ -89,9 +89,10 @@ def choose(weight: Array, grid: Grid, start: Array | None = None, trust: float =
 class Settings:
     """How long and how hard to learn.
 
-    ``iterations`` of Adam with learning rate ``rate``, on ``batch`` samples of mixed timesteps each; ``pressure`` is the weight of the
-    regulariser, which is off for the first ``warmup`` share; ``trust`` as in ``choose``; ``drop`` is QDrop's probability (2203.05740)
-    that an activation is left unquantized; ``patience`` iterations without a change of any code end the run once all choices are made.
+    ``iterations`` of Adam with learning rate ``rate``, each on ``batch`` samples of mixed timesteps, or on as many as the model allows;
+    ``pressure`` is the weight of the regulariser, which is off for the first ``warmup`` share; ``trust`` as in ``choose``; ``drop`` is
+    QDrop's probability (2203.05740) that an activation is left unquantized; ``patience`` iterations without a change of any code end
+    the run once all choices are made.
     """
 
     iterations: int = 1000
@@ -155,7 +156,7 @@ def adaround(
     ``checkpoint`` ends with the same codes, bit for bit. Raises NumericsError when the loss is not finite.
     """
     tops = {name: float(grid.format.levels - 1) for name, grid in grids.items()}
-    bases = {name: mx.array(choice.base.astype(np.float32)) for name, choice in choices.items()}
+    bases = {name: mx.array(choice.base) for name, choice in choices.items()}
     expanded = {n: [mx.array(g.expand(v, choices[n].base.shape[1])) for v in (g.scales, g.biases)] for n, g in grids.items()}
     count = sum(choice.base.size for choice in choices.values())
     held = {"alpha": {name: mx.array(choice.alpha) for name, choice in choices.items()}}

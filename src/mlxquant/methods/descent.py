@@ -34,15 +34,15 @@ def descend(weight: Array, grid: Grid, codes: Array, hessian: Array, *, passes: 
 
     In cyclic passes each column takes the codes that minimise the error with all others fixed, q_j + (DH)_j / H_jj rounded to the
     grid, until a pass changes nothing or ``passes`` are done. The gradient DH is formed for ``block`` columns at a time and kept
-    up to date inside the block. Columns with H_jj = 0 keep their codes.
+    up to date inside the block. Columns with H_jj = 0 keep their codes. Computed in the precision of ``hessian``.
 
     Source: 2309.01885, algorithm 1 (QuantEase), which starts from the unrounded weight; from GPTQ's codes it needs fewer passes.
     """
     width = weight.shape[1]
     group = np.arange(width) // grid.format.columns(width)
-    scales, biases = (np.ascontiguousarray(v.T, np.float64) for v in (grid.scales, grid.biases))
+    scales, biases = (np.ascontiguousarray(v.T, hessian.dtype) for v in (grid.scales, grid.biases))
     codes = codes.T.copy()
-    error = weight.T - (codes * scales[group] + biases[group])
+    error = weight.T.astype(hessian.dtype) - (codes * scales[group] + biases[group])
     for _ in range(passes):
         before = codes.copy()
         for start in range(0, width, block):

@@ -9,7 +9,8 @@ import numpy.typing as npt
 
 from ..errors import NumericsError
 from ..formats import Grid
-from .moments import Moments, calibrated_gram
+from .cholesky import factorize
+from .moments import PANEL, Moments, calibrated_gram
 from .registry import register
 from .rtn import better_rows, rtn
 
@@ -17,13 +18,13 @@ Array = npt.NDArray[Any]
 
 
 @register("round", "gptq", citation="gptq", summary="column by column with error feedback, largest inputs first")
-def gptq(weight: Array, grid: Grid, moments: Moments | None, *, damping: float = 0.01, block: int = 128) -> Array:
+def gptq(weight: Array, grid: Grid, moments: Moments | None, *, damping: float = 0.01, block: int = 32) -> Array:
     """Codes uint8 [out,in] for ``weight`` [out,in] that make the output error tr((W−Q)H(W−Q)ᵀ) small, H = ``moments.gram``.
 
-    ``damping`` times mean(diag H) is added to the diagonal of H: less trust in these inputs, less error on others. ``block``
-    columns share one matrix product; the result does not depend on it. Columns go by descending diag H (act-order) and the scales
-    of ``grid`` stay as they are. A dead column (H_jj = 0) gets the code nearest to zero. A row that ends up with more error than
-    rounded to nearest is rounded to nearest; the paper has no such guard.
+    ``damping`` times mean(diag H) is added to the diagonal of H: less trust in these inputs, less error on others. Feedback comes in
+    matrix products down to ``block`` columns, inside of which it comes column by column; the result does not depend on it. Columns
+    go by descending diag H (act-order) and the scales of ``grid`` stay as they are. A dead column (H_jj = 0) gets the code nearest to
+    zero. A row that ends up with more error than rounded to nearest is rounded to nearest; the paper has no such guard.
 
     Raises CalibrationError without moments or with those of another layer, NumericsError when weight or moments are not finite or
     the damped H is not positive definite, RecipeError when the grid's groups do not divide the width.
@@ -36,44 +37,74 @@ def gptq(weight: Array, grid: Grid, moments: Moments | None, *, damping: float =
 
 
 def damped_problem(weight: Array, gram: Array, damping: float) -> tuple[Array, Array]:
-    """The weight [out,in] to approximate, float64 with dead columns zero, and the damped Hessian [in,in], 1 where those cross."""
+    """The weight [out,in] to approximate, with dead columns zero, and the damped Hessian [in,in], 1 where those cross.
+
+    Both in the precision of ``gram``.
+    """
     power = np.diagonal(gram)
     hessian = gram.copy()
     np.fill_diagonal(hessian, np.where(power > 0, power + damping * power.mean(), 1.0))
-    return np.where(power > 0, weight.astype(np.float64), 0.0), hessian
+    return np.where(power > 0, weight.astype(gram.dtype, copy=False), gram.dtype.type(0)), hessian
 
 
-def nearest_plane(target: Array, grid: Grid, hessian: Array, block: int = 128) -> Array:
-    """GPTQ's codes uint8 [out,in] for ``target`` [out,in] float64 and a positive definite ``hessian`` [in,in].
+def nearest_plane(target: Array, grid: Grid, hessian: Array, block: int = 32) -> Array:
+    """GPTQ's codes uint8 [out,in] for ``target`` [out,in] and a positive definite ``hessian`` [in,in], in its precision.
 
     Source: 2210.17323, algorithm 1, computed as Babai's nearest plane (2507.18553), which gives the same codes. The paper factors
     H⁻¹ = UᵀU and subtracts e·U_i,i: from the columns to come, e = (w−q)/U_ii. With the columns reversed H = LLᵀ, L the reversed
     U⁻¹, and the value to round is w_i + Σ_j (w_j−q_j) L_ji / L_ii over the columns j done before: no inverse, no changed weights.
+    Only L is in float64 whatever the precision of the rest: inputs that hardly differ leave it little to divide by.
     """
     width = target.shape[1]
     order = np.argsort(np.diagonal(hessian), kind="stable")  # the last goes first
+    factor = np.zeros((width, width))  # untouched, half of it takes no memory
+    for start in range(0, width, PANEL):
+        stop = min(start + PANEL, width)
+        factor[start:stop, :stop] = hessian.take(order[start:stop], 0).take(order[:stop], 1)
     try:
-        factor = np.linalg.cholesky(hessian[np.ix_(order, order)])
+        factorize(factor)
     except np.linalg.LinAlgError as error:
         raise NumericsError(
             f"the Hessian of {width} inputs is not positive definite; use more damping (0.01 is usual) or more calibration tokens"
         ) from error
-    group = order // grid.format.columns(width)
-    scales, biases = (np.ascontiguousarray(v.T, np.float64) for v in (grid.scales, grid.biases))
-    target = np.ascontiguousarray(target.T[order])  # a column is rounded at once: keep it contiguous
-    errors = np.empty_like(target)
-    codes = np.empty(target.shape, np.uint8)
-    for stop in range(width, 0, -block):
-        start = max(stop - block, 0)
-        feedback = (factor[start:, start:stop] / np.diagonal(factor)[start:stop]).T
-        wanted = target[start:stop] + feedback[:, stop - start :] @ errors[stop:]
-        inside = np.ascontiguousarray(feedback[:, : stop - start])
+    columns = _Columns(target, grid, factor, order, hessian.dtype)
+    columns.settle(0, width, block)
+    codes = np.empty_like(columns.codes)
+    codes[order] = columns.codes
+    return np.ascontiguousarray(codes.T)
+
+
+class _Columns:
+    """The columns of a weight on their way to the nearest plane, in ``order`` [in]; ``factor`` L [in,in] is in that order too.
+
+    ``errors`` [in,out] are w − q of the columns that are done and w of the others, ``wanted`` [in,out] w and the feedback on it.
+    """
+
+    def __init__(self, target: Array, grid: Grid, factor: Array, order: Array, dtype: np.dtype[Any]):
+        self._factor, self._diagonal = factor, np.diagonal(factor)
+        self._group, self._top = order // grid.format.columns(len(order)), grid.format.levels - 1
+        self._scales, self._biases = (np.ascontiguousarray(v.T, dtype) for v in (grid.scales, grid.biases))
+        self._errors = target.T.take(order, 0)  # a column is rounded at once: keep it contiguous
+        self._wanted = self._errors.copy()
+        self.codes = np.empty(self._errors.shape, np.uint8)
+
+    def _feedback(self, done: slice, to: slice) -> Array:
+        """L_ji / L_ii [i,j], of the columns j that are ``done`` to columns i."""
+        scaled = np.divide(self._factor[done, to], self._diagonal[to], dtype=self._errors.dtype, casting="same_kind")
+        return scaled.T
+
+    def settle(self, start: int, stop: int, block: int) -> None:
+        """Round the columns from ``start`` to ``stop``, which have had the feedback of all after them: the later half first."""
+        if stop - start > block:
+            middle = (start + stop) // 2
+            self.settle(middle, stop, block)
+            self._wanted[start:middle] += self._feedback(slice(middle, stop), slice(start, middle)) @ self._errors[middle:stop]
+            self.settle(start, middle, block)
+            return
+        feedback = np.ascontiguousarray(self._feedback(slice(start, stop), slice(start, stop)))
         for i in reversed(range(start, stop)):
-            k, scale, bias = i - start, scales[group[i]], biases[group[i]]
-            value = wanted[k] + inside[k, k + 1 :] @ errors[i + 1 : stop]
-            code = np.clip(np.rint((value - bias) / scale), 0, grid.format.levels - 1)
-            errors[i] = target[i] - (code * scale + bias)
-            codes[i] = code
-    in_place = np.empty_like(codes)
-    in_place[order] = codes
-    return np.ascontiguousarray(in_place.T)
+            k, scale, bias = i - start, self._scales[self._group[i]], self._biases[self._group[i]]
+            value = self._wanted[i] + feedback[k, k + 1 :] @ self._errors[i + 1 : stop]
+            code = np.clip(np.rint((value - bias) / scale), 0, self._top)
+            self._errors[i] -= code * scale + bias
+            self.codes[i] = code

@@ -18,7 +18,7 @@ from .registry import register
 Array = npt.NDArray[Any]
 LADDER = np.geomspace(0.94, 0.1, 36, dtype=np.float32)  # widths to try, relative to the extremes; the refits fill the gaps
 REFITS = 5
-CHUNK = 2**16  # weights searched at a time: three float32 buffers of them stay in a core's cache
+CHUNK = 2**18  # weights searched at a time: three float32 buffers of them stay in a cache
 
 
 @register("steps", "extremes", summary="the grid spans the extremes; nothing is clipped")
@@ -58,21 +58,30 @@ def _search(weight: Array, format: WeightFormat, importance: Array) -> Grid:
         chunk = slice(start, start + rows)
         best = _Best(groups[chunk].astype(np.float32), importance, format, scales[chunk], biases[chunk])
         for width in LADDER:
-            best.offer(scales[chunk] * width, biases[chunk] * width)
+            clipped = best.offer(scales[chunk] * width, biases[chunk] * width)
+            if (clipped > best.errors).all():  # and narrower grids clip no less
+                break
         for _ in range(REFITS):
+            before = best.errors
             best.offer(*best.refit())
+            if (best.errors == before).all():
+                break
         scales[chunk], biases[chunk] = best.scales, best.biases
     return Grid(format, *(np.ascontiguousarray(np.broadcast_to(v, widest.scales.shape)) for v in (scales, biases)))
 
 
 class _Best:
-    """The best ``scales`` and ``biases`` [rows,groups] offered so far, group by group, for weights [rows,groups,columns]."""
+    """The best ``scales`` and ``biases`` [rows,groups] offered so far, group by group, for weights [rows,groups,columns].
+
+    ``errors`` [rows,groups] is what they leave.
+    """
 
     def __init__(self, weights: Array, importance: Array, format: WeightFormat, scales: Array, biases: Array):
         self._weights, self._importance, self._format = weights, importance[:, :, None], format
         self._places, self._codes = np.empty_like(weights), np.empty_like(weights)
         self.scales, self.biases = scales.copy(), biases.copy()
-        self._errors = self._round(scales, biases)
+        self._mass = self._importance[:, :, 0].sum(1)
+        self.errors = self._round(scales, biases)
 
     def _total(self, values: Array) -> Array:
         """Sums [rows,groups] over the columns of values [rows,groups,columns], weighted by importance."""
@@ -91,15 +100,20 @@ class _Best:
         errors: Array = self._total(places) * scales**2
         return errors
 
-    def offer(self, scales: Array, biases: Array) -> None:
-        """Take these, as they will be stored, for the groups that they suit better. Symmetric biases follow from the scales."""
+    def offer(self, scales: Array, biases: Array) -> Array:
+        """Take these, as they will be stored, for the groups that they suit better. Symmetric biases follow from the scales.
+
+        Returns the least error [rows,groups] that comes from clipping: inside a grid no weight is further from it than half a step.
+        """
         scales = snap(scales)
         biases = -self._format.zero_code * scales if self._format.symmetric else biases.astype(np.float16).astype(np.float32)
         errors = self._round(scales, biases)
-        better = errors < self._errors
-        self._errors = np.where(better, errors, self._errors)
+        better = errors < self.errors
+        self.errors = np.where(better, errors, self.errors)
         self.scales = np.where(better, scales, self.scales)
         self.biases = np.where(better, biases, self.biases)
+        clipped: Array = errors - self._mass * (scales / 2) ** 2
+        return clipped
 
     def refit(self) -> tuple[Array, Array]:
         """What fits the present codes best: weighted least squares of weight on code, through zero where symmetric."""
@@ -107,7 +121,7 @@ class _Best:
         if self._format.symmetric:
             weight_mean, code_mean = np.zeros_like(self.scales), np.full_like(self.scales, self._format.zero_code)
         else:
-            mass = np.maximum(self._importance[:, :, 0].sum(1), np.finfo(np.float32).tiny)
+            mass = np.maximum(self._mass, np.finfo(np.float32).tiny)
             weight_mean, code_mean = self._total(self._weights) / mass, self._total(self._codes) / mass
         offsets = self._codes - code_mean[:, :, None]
         spread = self._total(offsets * offsets)

@@ -1,0 +1,66 @@
+"""Our Cholesky factors against NumPy's, at sizes that are halved evenly and unevenly."""
+
+import tracemalloc
+
+import numpy as np
+import pytest
+
+from mlxquant.methods import cholesky
+from mlxquant.methods.cholesky import factorize
+
+
+def positive_definite(size, dtype=np.float64):
+    rows = np.random.default_rng(size).standard_normal((2 * size, size))
+    return (rows.T @ rows).astype(dtype)
+
+
+@pytest.mark.parametrize("size", [1, 2, 63, 64, 65, 129, 300])
+@pytest.mark.parametrize("panel", [40, 512])
+def test_it_is_the_factor_of_numpy(size, panel, monkeypatch):
+    monkeypatch.setattr(cholesky, "PANEL", panel)
+    matrix = positive_definite(size)
+    factor = matrix.copy()
+    factorize(factor)
+    np.testing.assert_allclose(np.tril(factor), np.linalg.cholesky(matrix), rtol=1e-9, atol=1e-12)
+
+
+def test_nearly_singular_matrices_are_factored_as_well():
+    rows = np.random.default_rng(0).standard_normal((30, 300))
+    matrix = rows.T @ rows + 1e-6 * np.eye(300)  # condition 1e9
+    factor = matrix.copy()
+    factorize(factor)
+    factor = np.tril(factor)
+    np.testing.assert_allclose(factor @ factor.T, matrix, atol=1e-11 * np.abs(matrix).max())
+
+
+def test_float32_stays_float32():
+    matrix = positive_definite(200, np.float32)
+    factor = matrix.copy()
+    factorize(factor)
+    assert factor.dtype == np.float32
+    np.testing.assert_allclose(np.tril(factor), np.linalg.cholesky(matrix), rtol=1e-3, atol=1e-3)
+
+
+def test_what_is_above_the_diagonal_is_not_read():
+    matrix = positive_definite(200)
+    factor, other = matrix.copy(), np.tril(matrix) + np.triu(np.full((200, 200), 7.0), 1)
+    factorize(factor)
+    factorize(other)
+    np.testing.assert_array_equal(np.tril(other), np.tril(factor))
+
+
+@pytest.mark.parametrize("place", [0, 70, 199])
+def test_a_matrix_that_is_not_positive_definite_is_refused(place):
+    matrix = positive_definite(200)
+    matrix[place, place] = -1
+    with pytest.raises(np.linalg.LinAlgError):
+        factorize(matrix)
+
+
+def test_it_works_in_place():
+    matrix = positive_definite(1024)
+    tracemalloc.start()
+    factorize(matrix)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 0.4 * matrix.nbytes

@@ -1,0 +1,66 @@
+"""What is collected of a layer's inputs: once, without copies of it, and up to date."""
+
+import tracemalloc
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlxquant.errors import NumericsError
+from mlxquant.statistics import InputStatistics
+
+
+def inputs(samples=3, tokens=20, width=8, seed=0):
+    return mx.array(np.random.default_rng(seed).standard_normal((samples, tokens, width)).astype(np.float32))
+
+
+def test_ranges_are_gathered_once_and_again_when_there_is_more():
+    statistics = InputStatistics(8)
+    statistics.add(inputs(), 0.5)
+    ranges = statistics.ranges
+    assert statistics.ranges is ranges
+    statistics.add(inputs(seed=1) * 10, 0.25)
+    assert statistics.ranges is not ranges
+    np.testing.assert_array_equal(statistics.ranges.sigma, np.array([0.25, 0.5], np.float32))
+    assert statistics.ranges.most.max() > ranges.most.max()
+
+
+def test_no_ranges_are_an_error():
+    for statistics in (InputStatistics(8), InputStatistics(8, ranges=False)):
+        with pytest.raises(NumericsError, match="no activation ranges"):
+            _ = statistics.ranges
+    statistics.add(inputs(), 0.5)
+    with pytest.raises(NumericsError, match="no activation ranges"):
+        _ = statistics.ranges
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
+def test_what_is_collected_is_that_of_the_inputs(dtype):
+    x, exact = inputs().astype(dtype), inputs(seed=1).astype(dtype)
+    statistics = InputStatistics(8, rows=5)
+    statistics.add(x, 0.5, exact, weight=2.0)
+    values, reference = (np.array(a.astype(mx.float32)).astype(np.float64).reshape(-1, 8) for a in (x, exact))
+    np.testing.assert_allclose(statistics.moments.gram, 2 * values.T @ values, rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(statistics.moments.cross, 2 * values.T @ reference, rtol=1e-5, atol=1e-4)
+    np.testing.assert_array_equal(statistics.ranges.least[0], values.min(0))
+    np.testing.assert_array_equal(statistics.ranges.rows[0], values[[0, 14, 29, 44, 59]])
+
+
+def test_what_is_kept_outlives_the_inputs():
+    x = inputs()
+    statistics, expected = InputStatistics(8), np.array(x)
+    statistics.add(x, 0.5)
+    del x
+    mx.eval([mx.zeros((3, 20, 8)) for _ in range(50)])  # whoever gets that memory next
+    np.testing.assert_allclose(statistics.ranges.low[0], expected.min(1).mean(0), rtol=1e-6)
+    np.testing.assert_array_equal(statistics.ranges.rows[0], expected.reshape(-1, 8))
+
+
+def test_inputs_are_not_copied():
+    x = inputs(4, 512, 2048)
+    statistics = InputStatistics(2048)
+    tracemalloc.start()
+    statistics.add(x, 0.5)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 0.7 * x.nbytes
