@@ -40,11 +40,12 @@ def block(tiny):
     job = sweep.Sweep(adapter, recipe(), plan, sigmas, teacher)
     targets = teacher.targets(stage)
     specs = {path: spec for path, spec in plan.items() if stage.owns(path)}
-    rounded = job._round(stage, "start", {p: s.start for p, s in specs.items()}, job._statistics(stage, specs, inputs))
-    start = job._judge(stage, "start", rounded, specs, inputs, targets)
-    goals = {path: rounded[path].target for path, spec in specs.items() if spec.reconstruct}
-    work = Reconstruction(adapter, stage, start.layers, goals, sigmas, inputs, teacher, targets, SHORT)
-    work.normalise(start.outputs)
+    trials, goals = job._round(stage, specs, job._statistics(stage, specs, inputs))
+    start = trials[0]
+    job._judge(stage, start, inputs, targets)
+    wanted = {path: rounded.target for path, rounded in goals.items()}
+    work = Reconstruction(adapter, stage, start.layers, wanted, sigmas, inputs, teacher, targets, SHORT)
+    work.normalise(start.errors)
     return work, start, adapter
 
 
@@ -106,7 +107,7 @@ def test_the_soft_stage_with_hard_weights_is_the_quantized_stage(block):
     weights = {path: start.layers[path].dequantized() for path in work.grids}
     rows = work._level.size
     with work.installed():
-        loss = work.loss(weights, work._inputs, work._wanted, mx.arange(rows), mx.random.key(0)).item()
+        loss = work.loss(weights, *work.samples(range(rows)), mx.arange(rows), mx.random.key(0)).item()
     assert rows == 12
     assert loss == pytest.approx(1, rel=2e-3)
 
@@ -119,6 +120,33 @@ def test_both_streams_count(block):
     with work.installed():
         losses = [work.loss(weights, inputs, {**wanted, k: wanted[k] + 1}, picked, key).item() for k in wanted]
         assert min(losses) > work.loss(weights, inputs, wanted, picked, key).item() + 0.1
+
+
+def test_a_minibatch_holds_the_rows_of_its_samples(block):
+    """Of whatever batches they are in: each row's input beside its target and its noise level."""
+    work, _, _ = block
+    inputs, wanted, picked, _ = work.minibatch(3)
+    assert picked.size == work.batch == 4
+    for place, row in enumerate(np.array(picked).tolist()):
+        batch, within = divmod(row, 4)
+        for found, states in ((inputs, work._inputs), (wanted, work._wanted)):
+            assert set(found) == set(states[batch])
+            for key, value in states[batch].items():
+                assert found[key].dtype == mx.float32
+                assert mx.array_equal(found[key][place], value[within])
+        assert int(work._level[row]) == 2 - batch
+
+
+@pytest.mark.parametrize(("allowed", "used"), [(2, 2), (16, 4)])
+def test_a_minibatch_has_no_more_rows_than_the_model_allows(tiny, monkeypatch, allowed, used):
+    seen, loss = set(), Reconstruction.loss
+    monkeypatch.setattr(type(tiny.adapter), "rows", allowed)
+    monkeypatch.setattr(
+        Reconstruction, "loss", lambda self, weights, inputs, *rest: (seen.add(len(inputs["image"])), loss(self, weights, inputs, *rest))[1]
+    )
+    stages = mq.quantize(tiny, calibrate(tiny), recipe(learning=Settings(iterations=2, batch=4))).facts["stages"]
+    assert seen == {used}
+    assert [stage["learning"]["batch"] for stage in stages[1:-1]] == [used, used]
 
 
 def test_minibatches_are_a_function_of_the_iteration(block):

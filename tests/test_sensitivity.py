@@ -16,6 +16,7 @@ from mlxquant.rewrite import get_module, swapped
 from mlxquant.sensitivity import Sensitivity, measure
 
 from conftest import tiny_adapter
+from synthetic_chain import Chain
 
 BLOCK = "multimodal_transformer_blocks.0"
 LAYERS = {  # path: tokens of its output
@@ -159,6 +160,40 @@ def test_rows_of_a_level_are_averaged_and_levels_ascend(adapter):
     for path in LAYERS:
         alone = [measure(adapter, adapter.stages, levels[i : i + 1], [x], [path], seed=i).layers[path][0] for i, x in enumerate(states)]
         np.testing.assert_allclose(found.layers[path], [alone[1], (alone[0] + 3 * alone[2]) / 4], rtol=1e-5)
+
+
+def test_rows_are_differentiated_as_many_as_the_model_allows_at_once(adapter):
+    """Two at a time give the same sums, and no pass through a block has more."""
+    state = states_of(adapter, rows=5)
+    whole = measure(adapter, adapter.stages, [SIGMA], [state], LAYERS)
+    careful, seen = tiny_adapter(), []
+    careful.rows = 2
+
+    def watched(stage):
+        return Stage(stage.name, stage.prefixes, lambda state: (seen.append(len(state["latent"])), stage.run(state))[1])
+
+    found = measure(careful, [watched(stage) for stage in careful.stages], [SIGMA], [state], LAYERS)
+    assert set(seen) == {1, 2}
+    for path in LAYERS:
+        np.testing.assert_allclose(found.layers[path], whole.layers[path], rtol=1e-4)
+    for name, tensors in whole.stages.items():
+        for key, table in tensors.items():
+            np.testing.assert_allclose(found.stages[name][key], table, rtol=1e-4)
+
+
+def test_only_what_enters_the_stages_is_held_for_all_of_them():
+    """A block more costs little more than the states that enter it, not what is inside of it."""
+    peaks = []
+    for blocks in (2, 12):
+        chain = Chain(blocks)
+        text = chain.encode(["x"] * 8)
+        state = chain.state(mx.zeros((8, *chain.latent_shape)), text.tokens, text.pooled, SIGMA)
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        measure(chain, chain.stages, [SIGMA], [state], chain.linears())
+        peaks.append(mx.get_peak_memory() - before)
+    entering = 8 * 256 * 64 * 4
+    assert peaks[1] - peaks[0] < 10 * entering * 1.2
 
 
 def test_equal_seeds_give_equal_bytes(adapter):

@@ -13,9 +13,10 @@ from .activations import BITS
 from .console import Command, peak_bytes, progress, result, say, verbose_option
 from .errors import AdapterError
 from .formats import WeightFormat
+from .layer_rounding import Preset
 from .methods.adaround import Settings
 from .models.adapter import Adapter
-from .models.catalog import pretrained
+from .models.catalog import model_name, pretrained
 from .pipeline.apply import check, prepare
 from .pipeline.block_cache import BlockCache
 from .pipeline.cached_teacher import CachedTeacher
@@ -23,7 +24,7 @@ from .pipeline.ledger import Ledger
 from .pipeline.quant_config import QuantConfig
 from .pipeline.weight_files import CONFIG, KIND, WeightFiles
 from .recipe import ActivationSpec, LayerSpec, Recipe
-from .sweep import Preset, Sweep, measured
+from .sweep import Sweep, measured
 
 STARTS: dict[str, dict[str, Any]] = {
     "nearest": {"rounding": "rtn"},
@@ -57,7 +58,7 @@ DEFAULT = Settings()
 )
 @click.option("--sensitivity/--no-sensitivity", default=True, show_default=True, help="Weigh errors by what they do to the velocity.")
 @click.option("--quant-config", type=click.Path(path_type=Path), help="Round the weights as this file's folds and shifts change them.")
-@click.option("--model", "name", help="Checked against the cache.  [default: the cache's]")
+@click.option("--model", "name", help="Where its weights are: a hub id or a folder.  [default: the cache's model]")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of the minibatches.")
 @click.option("--force", is_flag=True, help="Start over where the folder holds other weights.")
 @click.option("--resume/--no-resume", default=True, show_default=True, help="Go on where a killed run was.")
@@ -85,9 +86,9 @@ def command(
     began = time.perf_counter()
     learning = Settings(iters, batch_size, learning_rate, pressure, drop=qdrop, seed=seed)
     cache = BlockCache.read(cache_dir)
-    if name not in (None, cache.model):
+    if model_name(name) not in (None, cache.model):
         raise AdapterError(f"{cache_dir} is of model {cache.model!r}, not of {name!r}; leave --model out or cache that model")
-    adapter = pretrained(cache.model)
+    adapter = pretrained(name or cache.model)
     cache.check(adapter)
     presets: dict[str, Preset] = {}
     if quant_config is not None:
@@ -143,7 +144,7 @@ def learn(
     blocks = adapter.stages[1:-1]
     linears = {path: layer for path, layer in adapter.linears().items() if any(stage.owns(path) for stage in blocks)}
     plan = recipe.plan({path: adapter.role(path) for path in linears})
-    sigmas, states = cache.inputs(adapter, calib_dir)
+    sigmas, states = cache.inputs(adapter, calib_dir, adapter.batch)
     costs = measured(adapter, adapter.stages[1:], sigmas, states, plan, progress) if recipe.sensitivity else None
     both = any(spec.corrected for spec in plan.values())
     teacher = CachedTeacher(cache, adapter, sigmas, states, both, progress)

@@ -6,7 +6,8 @@ Only latents are kept; text is encoded again when it is needed. Everything is a 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +16,20 @@ import numpy as np
 import numpy.typing as npt
 
 from . import artifacts
-from .errors import CalibrationError
+from .errors import ArtifactError, CalibrationError
 from .models.adapter import Adapter, State
 from .progress import Progress, silent
 from .prompts import Prompt
 from .sampler import SamplerStep
+from .streams import OnDemand
 
 
 @dataclass(frozen=True)
 class Calibration:
     """``latents`` [steps, prompts, H, W, C] float32 before each Euler step, at ``sigmas`` [steps].
 
-    ``source`` is the fingerprint of the weights that drew them.
+    ``source`` is the fingerprint of the weights that drew them. ``samples`` limits how many (step, picture) pairs go through the model
+    again when it is quantized (None: all of them); see ``take_turns``.
     """
 
     model: str
@@ -36,37 +39,62 @@ class Calibration:
     cfg: float
     sigmas: npt.NDArray[np.float64]
     latents: mx.array
+    samples: int | None = None
+
+    @property
+    def pictures(self) -> list[list[int]]:
+        """Which pictures go through the model at each step."""
+        return take_turns(len(self.sigmas), len(self.prompts), self.samples)
+
+    @property
+    def trajectories(self) -> dict[str, Any]:
+        """What the latents were made from, as plain data."""
+        return {
+            "model": self.model,
+            "source": self.source,
+            "prompts": [[p.seed, p.text] for p in self.prompts],
+            "steps": self.steps,
+            "cfg": self.cfg,
+            "latent_shape": list(self.latents.shape[2:]),
+        }
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What this data was made from, as plain data."""
-        return facts(self.model, self.source, self.prompts, self.steps, self.cfg)
+        """What this data was made from, and what of it is used, as plain data."""
+        return {**self.trajectories, "samples": sum(map(len, self.pictures)), "pictures": self.pictures}
 
-    def batches(self, adapter: Adapter, size: int = 16) -> tuple[list[float], list[State]]:
-        """Noise levels and chain inputs, each batch at one noise level with at most ``size`` prompts.
+    def batches(self, adapter: Adapter, size: int | None = None) -> tuple[list[float], OnDemand]:
+        """Noise levels and chain inputs, each batch at one noise level with at most ``size`` pictures, by default as many as the adapter
+        samples at once.
 
-        Guided models see every latent with its prompt and with the empty prompt, as their sampler does.
+        Guided models see every latent with its prompt and with the empty prompt, as their sampler does: first all guided rows, then
+        all others. Inputs are put together when they are asked for; each distinct prompt is encoded once.
         """
-        texts = [p.text if self.cfg != 0 else "" for p in self.prompts]
-        text = adapter.encode(texts)
-        empty = adapter.encode([""] * len(texts)) if self.cfg not in (0, 1) else None
-        sigmas, states = [], []
-        for index, sigma in enumerate(self.sigmas):
-            for start in range(0, len(texts), size):
-                rows = slice(start, start + size)
-                latent, conditioning = self.latents[index, rows], text.take(rows)
-                if empty is not None:
-                    latent, conditioning = mx.concatenate([latent, latent]), conditioning.joined(empty.take(rows))
-                sigmas.append(float(sigma))
-                states.append(adapter.state(latent, conditioning.tokens, conditioning.pooled, float(sigma)))
-        mx.eval(states)
-        return sigmas, states
+        return self._states(adapter, adapter.batch if size is None else size, False)
 
-    def in_order(self, adapter: Adapter) -> tuple[list[float], list[State]]:
-        """As ``batches``, all prompts at once, with the rows prompt by prompt: a prompt's guided and unguided side follow each other."""
-        sigmas, states = self.batches(adapter, len(self.prompts))
-        rows = mx.arange(len(states[0]["t"])).reshape(-1, len(self.prompts)).T.flatten()
-        return sigmas, [{key: value[rows] for key, value in state.items()} for state in states]
+    def in_order(self, adapter: Adapter, size: int | None = None) -> tuple[list[float], OnDemand]:
+        """As ``batches``, by default all pictures at once, with the rows picture by picture: a picture's guided and unguided side follow
+        each other.
+        """
+        return self._states(adapter, len(self.prompts) if size is None else size, True)
+
+    def _states(self, adapter: Adapter, size: int, side_by_side: bool) -> tuple[list[float], OnDemand]:
+        parts = [(step, some[start : start + size]) for step, some in enumerate(self.pictures) for start in range(0, len(some), size)]
+        sides = [[prompt.text if self.cfg != 0 else "" for prompt in self.prompts]]
+        if self.cfg not in (0, 1):
+            sides.append([""] * len(self.prompts))
+        used = sorted({picture for _, some in parts for picture in some})
+        places = {text: place for place, text in enumerate(dict.fromkeys(side[picture] for side in sides for picture in used))}
+        text = adapter.encode(list(places))
+
+        def make(index: int) -> State:
+            step, some = parts[index]
+            rows = [(p, side[p]) for p in some for side in sides] if side_by_side else [(p, side[p]) for side in sides for p in some]
+            latent = self.latents[step][mx.array([picture for picture, _ in rows])]
+            read = mx.array([places[prompt] for _, prompt in rows])
+            return adapter.state(latent, text.tokens[read], text.pooled[read], float(self.sigmas[step]))
+
+        return [float(self.sigmas[step]) for step, _ in parts], OnDemand(make, range(len(parts)))
 
     def save(self, path: Path) -> None:
         artifacts.write_tensors(path, "calibration", {"latents": self.latents}, {**self.facts, "sigmas": self.sigmas.tolist()})
@@ -76,14 +104,19 @@ class Calibration:
         """Raises ArtifactError when the file is damaged or foreign."""
         arrays, header = artifacts.read_tensors(path, "calibration")
         prompts = tuple(Prompt(seed, text) for seed, text in header["prompts"])
-        return cls(
-            header["model"], header["source"], prompts, header["steps"], header["cfg"], np.array(header["sigmas"]), arrays["latents"]
-        )
+        made, sigmas = (header["model"], header["source"], prompts, header["steps"], header["cfg"]), np.array(header["sigmas"])
+        return cls(*made, sigmas, arrays["latents"], header.get("samples"))  # what was saved before there was a limit has none
 
 
-def facts(model: str, source: str, prompts: Sequence[Prompt], steps: int, cfg: float) -> dict[str, Any]:
-    """What determines calibration data."""
-    return {"model": model, "source": source, "prompts": [[p.seed, p.text] for p in prompts], "steps": steps, "cfg": cfg}
+def take_turns(steps: int, pictures: int, samples: int | None = None) -> list[list[int]]:
+    """Which of ``pictures`` to use at each of ``steps``, ``samples`` pairs in all (None: all pairs).
+
+    Every step has as many as any other, to within one, and at least one, even where ``samples`` is less than ``steps``. Pictures take
+    turns from step to step: each is used as often as any other, to within one.
+    """
+    total = steps * pictures if samples is None else min(max(samples, steps), steps * pictures)
+    edges = [step * total // steps for step in range(steps + 1)]
+    return [sorted(turn % pictures for turn in range(*edge)) for edge in pairwise(edges)]
 
 
 def collect(
@@ -92,22 +125,54 @@ def collect(
     steps: int,
     cfg: float,
     progress: Progress = silent,
-    size: int = 16,
+    samples: int | None = None,
+    path: Path | None = None,
 ) -> Calibration:
-    """Run the full-precision sampler over prompts and keep every latent; raises CalibrationError without prompts."""
+    """Run the full-precision sampler over prompts, ``adapter.batch`` at a time, and keep every latent.
+
+    With ``path`` finished batches are kept in that file, in the place of another job's: a killed run goes on after its last one and
+    ends with the same data, bit for bit. ``samples`` is as in ``Calibration``. Raises CalibrationError without prompts or samples,
+    NumericsError on NaN weights, ArtifactError when the file is damaged.
+    """
     if not prompts:
         raise CalibrationError("calibration needs at least one prompt")
-    adapter.check_finite()
-    parts: list[list[mx.array]] = []
-    for start in progress(range(0, len(prompts), size), "calibration"):
-        some = prompts[start : start + size]
+    if samples is not None and samples < 1:
+        raise CalibrationError(f"calibration needs at least one sample, found a limit of {samples}; None takes all")
+    sigmas, nothing = adapter.sigmas(steps)[:-1], mx.zeros((steps, 0, *adapter.latent_shape))
+    whole = Calibration(adapter.name, adapter.fingerprint, tuple(prompts), steps, cfg, sigmas, nothing, samples)
+    done = finished(whole, adapter.batch, path)
+    if len(done.prompts) < len(prompts):
+        adapter.check_finite()
+        adapter.encode(list(dict.fromkeys([*(p.text for p in prompts), ""])))  # where encoders are heavy, they are loaded once
+    for start in progress(range(len(done.prompts), len(prompts), adapter.batch), "calibration"):
+        some = prompts[start : start + adapter.batch]
         seen: list[mx.array] = []
 
         def keep(step: SamplerStep, seen: list[mx.array] = seen) -> None:
             seen.append(step.latent)
 
         adapter.generate([p.text for p in some], [p.seed for p in some], steps, cfg, keep)
-        parts.append(seen)
-    latents = mx.stack([mx.concatenate([part[i] for part in parts]) for i in range(steps)])
-    mx.eval(latents)
-    return Calibration(adapter.name, adapter.fingerprint, tuple(prompts), steps, cfg, adapter.sigmas(steps)[:-1], latents)
+        latents = mx.concatenate([done.latents, mx.stack(seen)], axis=1)
+        mx.eval(latents)
+        done = replace(done, prompts=(*done.prompts, *some), latents=latents)
+        if path is not None:
+            done.save(path)
+    return done
+
+
+def finished(whole: Calibration, batch: int, path: Path | None) -> Calibration:
+    """The first prompts of ``whole``, whose latents are yet to be drawn, with the latents that ``path`` has: of the same trajectories,
+    drawn in the same batches.
+    """
+    first = replace(whole, prompts=())
+    if path is None or not path.exists():
+        return first
+    try:
+        kept = Calibration.load(path)
+    except ArtifactError as error:
+        raise ArtifactError(f"{error}; or pass --no-resume, or remove the file: calibration then starts over") from error
+    count = min(len(kept.prompts), len(whole.prompts))
+    if len(kept.prompts) != len(whole.prompts):
+        count -= count % batch
+    mine, other = (replace(calibration, prompts=calibration.prompts[:count]) for calibration in (whole, kept))
+    return replace(mine, latents=kept.latents[:, :count]) if mine.trajectories == other.trajectories else first

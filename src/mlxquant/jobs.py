@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import api, artifacts, calibration
+from . import api, artifacts
 from .api import Model, QuantizedModel
 from .calibration import Calibration
 from .pipeline.apply import TrackFiles
@@ -43,15 +43,11 @@ def work_folder(out: Path, force: bool, resume: bool = True) -> Iterator[Path]:
     artifacts.remove_folder(work)
 
 
-def calibrated(model: Model, prompts: Sequence[Prompt], steps: int, cfg: float, work: Path, progress: Progress) -> Calibration:
-    """Calibration data of a job, from its progress folder where it is there and belongs to the same model, prompts and settings."""
-    path = work / "calibration.safetensors"
-    wanted = calibration.facts(model.name, model.adapter.fingerprint, prompts, steps, cfg)
-    if path.exists() and (kept := Calibration.load(path)).facts == wanted:
-        return kept
-    calib = api.calibrate(model, prompts, steps, cfg, progress=progress)
-    calib.save(path)
-    return calib
+def calibrated(
+    model: Model, prompts: Sequence[Prompt], steps: int, cfg: float, work: Path, progress: Progress, samples: int | None = None
+) -> Calibration:
+    """Calibration data of a job with its progress in ``work``."""
+    return api.calibrate(model, prompts, steps, cfg, progress=progress, samples=samples, work=work)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ its own conditioning, its own activation scales and its own targets. Everything 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -90,11 +90,17 @@ def _float32(value: mx.array) -> mx.array:
     return value.astype(mx.float32) if mx.issubdtype(value.dtype, mx.floating) else value
 
 
+def _joined(rows: Sequence[tuple[State, int]]) -> State:
+    """Single rows of states as one state in float32."""
+    return {key: mx.concatenate([_float32(state[key][row : row + 1]) for state, row in rows]) for key in rows[0][0]}
+
+
 class Reconstruction:
     """A stage with soft weights for some of its layers, ready to be differentiated.
 
     ``layers`` are all quantized layers of the stage; those in ``targets`` are learned, each towards its target weight [out,in], the
-    others run as they are, with unquantized inputs where they have no table.
+    others run as they are, with unquantized inputs where they have no table. ``inputs`` enter the stage and ``wanted`` is what it should
+    write, one state a batch at ``sigmas``; ``batch`` samples of them are differentiated at once, as many as ``adapter.rows`` allows.
     """
 
     def __init__(
@@ -103,10 +109,10 @@ class Reconstruction:
         stage: Stage,
         layers: Layers,
         targets: Mapping[str, Array],
-        sigmas: list[float],
-        inputs: list[State],
+        sigmas: Sequence[float],
+        inputs: Sequence[State],
         teacher: Teacher,
-        wanted: list[State],
+        wanted: Sequence[State],
         settings: Settings,
         weights: Weights | None = None,
     ):
@@ -119,10 +125,11 @@ class Reconstruction:
         self.grids = {path: layers[path].grid() for path in targets}
         self._layers, self._targets = layers, targets
         mx.eval([layer.weight for layer in self._soft.values()])
-        rows = [next(iter(state.values())).shape[0] for state in inputs]
+        rows = [next(iter(state.values())).shape[0] for state in wanted]
         self._level = mx.array(np.repeat(np.searchsorted(levels, np.array(sigmas, np.float32)), rows))
-        self._inputs = {key: mx.concatenate([state[key] for state in inputs]) for key in inputs[0]}
-        self._wanted = {key: mx.concatenate([state[key] for state in wanted]) for key in wanted[0]}
+        self._inputs, self._wanted = inputs, wanted
+        self._places = [(batch, row) for batch, count in enumerate(rows) for row in range(count)]
+        self.batch = min(settings.batch, adapter.rows, len(self._places))
         self._weights = None if weights is None else {k: mx.array(np.repeat(w, rows, 0).astype(np.float32)) for k, w in weights.items()}
         self._scale: dict[str, float] = {}
 
@@ -133,20 +140,14 @@ class Reconstruction:
             for path, target in self._targets.items()
         }
 
-    def normalise(self, outputs: list[State]) -> None:
-        """Measure the loss in units of the error that ``outputs``, the start of the search, has.
+    def normalise(self, errors: Mapping[str, float]) -> None:
+        """Measure the loss in units of the error that the start of the search has, ``Deviation.by_tensor``.
 
         Without weights each written tensor counts the same; with them, each counts as far as it changes the velocity.
         """
-        mine = {key: mx.concatenate([self._teacher.pick(o)[key] for o in outputs]) for key in self._wanted}
-        errors = {key: float(np.array(self._error(key, mine[key], wanted, self._all))) for key, wanted in self._wanted.items()}
         if self._weights is not None:
             errors = dict.fromkeys(errors, sum(errors.values()))
         self._scale = {key: max(error, 1e-30) * (len(errors) if self._weights is None else 1) for key, error in errors.items()}
-
-    @property
-    def _all(self) -> mx.array:
-        return mx.arange(self._level.size)
 
     def _error(self, key: str, output: mx.array, wanted: mx.array, rows: mx.array) -> mx.array:
         """The squared error of a tensor [B,...,D], averaged, or weighted, averaged over tokens and summed over channels."""
@@ -158,11 +159,14 @@ class Reconstruction:
     def minibatch(self, iteration: int) -> tuple[Any, ...]:
         """Inputs, targets, indices of the samples and a random key of an iteration: a function of the seed and the iteration alone."""
         random = np.random.default_rng([self._settings.seed, iteration])
-        count = self._level.size
-        rows = random.choice(count, min(self._settings.batch, count), replace=False)
-        picked = mx.array(rows)
-        inputs, wanted = ({key: _float32(value[picked]) for key, value in d.items()} for d in (self._inputs, self._wanted))
-        return inputs, wanted, picked, mx.random.key(int(random.integers(2**31)))
+        rows = random.choice(len(self._places), self.batch, replace=False)
+        return *self.samples(rows), mx.array(rows), mx.random.key(int(random.integers(2**31)))
+
+    def samples(self, rows: Iterable[int]) -> tuple[State, State]:
+        """Inputs and targets of some samples, counted over all batches, in float32."""
+        places = [self._places[row] for row in rows]
+        inputs, wanted = ([(states[batch], row) for batch, row in places] for states in (self._inputs, self._wanted))
+        return _joined(inputs), _joined(wanted)
 
     def loss(self, weights: dict[str, mx.array], inputs: State, wanted: State, rows: mx.array, key: mx.array) -> mx.array:
         """Error of what the stage writes for some samples ``rows`` [B], in units of the start's."""
@@ -185,7 +189,7 @@ class Reconstruction:
 def reconstruct_stage(
     method: str,
     work: Reconstruction,
-    start: list[State],
+    start: Mapping[str, float],
     nearest: bool,
     checkpoint: Checkpoint | None,
     settings: Settings,
@@ -194,10 +198,11 @@ def reconstruct_stage(
 ) -> tuple[dict[str, Array], dict[str, Any]]:
     """Learn the codes of a stage by a registered method: codes uint8 [out,in] by path, and facts about the run.
 
-    ``start`` is what the stage writes with its hard-rounded start; ``nearest`` starts from the weights instead of from those codes.
+    ``start`` is the error of what the stage writes with its hard-rounded start, by tensor; ``nearest`` starts from the weights instead
+    of from those codes.
     """
     work.normalise(start)
     learn = registry.get("reconstruct", method).function
     with work.installed():
         learned = learn(work.loss, work.choices(nearest), work.grids, work.minibatch, settings, checkpoint, progress, label)
-    return learned.codes, learned.facts
+    return learned.codes, {**learned.facts, "batch": work.batch}

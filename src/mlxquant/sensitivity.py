@@ -3,8 +3,11 @@
 For a small error d at some place the prediction changes by J d. With random signs r, E[(J^T r)_i^2] is the i-th diagonal entry of
 J^T J: how much a unit of squared error in channel i there adds to the squared error of the velocity. One backward pass a batch gives it
 for all places (Hutchinson's estimator of the Gauss-Newton diagonal, as BRECQ weighs block errors, arXiv 2102.05426, with the
-network's output in place of its loss). Errors of a sampler's steps add up with nearly the same sign, so a unit of velocity error costs
-about the same at any noise level; what differs between levels is how the model amplifies what happens inside it.
+network's output in place of its loss). It goes backward stage by stage, and each stage is computed again for it (arXiv 1604.06174), so
+what is held is what enters the stages and the inside of one of them.
+
+Errors of a sampler's steps add up with nearly the same sign, so a unit of velocity error costs about the same at any noise level; what
+differs between levels is how the model amplifies what happens inside it.
 
 Squared velocity error is averaged over the elements of a latent: velocities have about unit variance, so it is relative to them.
 """
@@ -36,7 +39,12 @@ def _gauge(x: mx.array, dial: mx.array) -> Any:
 
 @_gauge.vjp
 def _gauge_vjp(primals: Any, cotangent: mx.array, output: mx.array) -> Any:
-    return cotangent, mx.square(cotangent).reshape(cotangent.shape[0], -1, cotangent.shape[-1]).sum(1)
+    return cotangent, _energy(cotangent)
+
+
+def _energy(slope: mx.array) -> mx.array:
+    """Squares of a gradient [B,...,D], summed over tokens: [B,D] float32."""
+    return mx.square(slope.astype(mx.float32)).reshape(slope.shape[0], -1, slope.shape[-1]).sum(1)
 
 
 class _Gauged(nn.Module):
@@ -45,6 +53,7 @@ class _Gauged(nn.Module):
     def __init__(self, layer: nn.Module, path: str, dials: dict[str, mx.array]):
         super().__init__()
         self._layer, self._path, self._dials = layer, path, dials
+        self.width = layer.weight.shape[0]
 
     def __call__(self, x: mx.array) -> mx.array:
         return cast(mx.array, _gauge(self._layer(x), self._dials[self._path]))
@@ -86,64 +95,101 @@ class Sensitivity:
 def measure(
     adapter: Adapter,
     stages: Sequence[Stage],
-    sigmas: list[float],
-    states: list[State],
+    sigmas: Sequence[float],
+    states: Sequence[State],
     layers: Iterable[str],
     seed: int = 0,
     progress: Progress = silent,
 ) -> Sensitivity:
-    """Sensitivities of what ``stages`` write and of what Linears at the paths ``layers`` write.
+    """Sensitivities of what ``stages`` write and of what Linears inside them, at the paths ``layers``, write.
 
     ``stages`` is the end of the model's chain and ``states`` [rows, ...] enter the first of them at ``sigmas``; rows at the same level
-    are averaged. ``seed`` draws the random signs. Raises NumericsError, naming the place, when a sensitivity is not finite.
+    are averaged, ``adapter.rows`` of them are differentiated at once. ``seed`` draws the random signs. Raises NumericsError, naming
+    the place, when a sensitivity is not finite.
     """
-    dials: dict[str, mx.array] = {}
-    gauged = {path: _Gauged(get_module(adapter.module, path), path, dials) for path in layers}
-
-    def probe(at: dict[str, mx.array], state: State, signs: mx.array) -> mx.array:
-        dials.update(at)
-        for stage in stages[:-1]:
-            after = stage.run(state)
-            state = after | {key: cast(mx.array, _gauge(after[key], at[f"{stage.name}/{key}"])) for key in written(after, state)}
-        return (stages[-1].run(state)["velocity"] * signs).sum()
-
-    widths = _widths(adapter, stages, sigmas[0], states[0]) | {path: layer._layer.weight.shape[0] for path, layer in gauged.items()}
+    probe = _Probe(adapter, stages, layers)
     totals: dict[float, dict[str, Array]] = {}
     rows: dict[float, int] = {}
-    slope = mx.grad(probe)
-    with swapped(adapter.module, dict(gauged)):
-        for index, (sigma, state) in enumerate(progress(list(zip(sigmas, states, strict=True)), "sensitivity")):
+    with swapped(adapter.module, dict(probe.gauged)):
+        for index in progress(range(len(sigmas)), "sensitivity"):
+            state, sigma = states[index], float(np.float32(sigmas[index]))
             count, elements = state["latent"].shape[0], state["latent"][0].size
             signs = mx.random.bernoulli(0.5, state["latent"].shape, mx.random.key(seed + index)).astype(mx.float32) * 2 - 1
-            with adapter.clock.at(sigma):
-                slopes = slope({name: mx.zeros((count, width)) for name, width in widths.items()}, state, signs)
-                mx.eval(slopes)
-            level = totals.setdefault(float(np.float32(sigma)), {name: np.zeros(width) for name, width in widths.items()})
-            for name, value in slopes.items():
-                level[name] += np.array(value, np.float64).sum(0) / elements
-            rows[float(np.float32(sigma))] = rows.get(float(np.float32(sigma)), 0) + count
+            level = totals.setdefault(sigma, {})
+            for start in range(0, count, adapter.rows):
+                some = slice(start, start + adapter.rows)
+                for name, costs in probe.costs(sigmas[index], {k: v[some] for k, v in state.items()}, signs[some]).items():
+                    level[name] = level.get(name, 0.0) + np.array(costs, np.float64).sum(0) / elements
+            rows[sigma] = rows.get(sigma, 0) + count
     order = sorted(totals)
-    table = {name: np.stack([totals[s][name] / rows[s] for s in order]) for name in widths}
-    for name, costs in table.items():
-        if bad := [sigma for sigma, at in zip(order, costs, strict=True) if not np.isfinite(at).all()]:
+    table = {name: np.stack([totals[sigma][name] / rows[sigma] for sigma in order]) for name in probe.names}
+    for name, at in table.items():
+        if bad := [sigma for sigma, costs in zip(order, at, strict=True) if not np.isfinite(costs).all()]:
             raise NumericsError(
                 f"sigma {bad[0]:.4g}: the velocity's gradient with respect to {name} is NaN or infinite; the model overflows on this input"
             )
-    names = {stage.name: [n for n in table if n.startswith(stage.name + "/")] for stage in stages}
     return Sensitivity(
         np.array(order, np.float32),
-        {stage: {n.rsplit("/", 1)[1]: table[n] for n in found} for stage, found in names.items() if found},
-        {path: table[path] for path in gauged},
+        {stage.name: {key: table[f"{stage.name}/{key}"] for key in keys} for stage, keys in zip(stages, probe.wrote, strict=True) if keys},
+        {path: table[path] for path in probe.gauged},
     )
 
 
-def _widths(adapter: Adapter, stages: Sequence[Stage], sigma: float, state: State) -> dict[str, int]:
-    """Widths of what every stage but the last writes, by ``stage/tensor``."""
-    widths: dict[str, int] = {}
-    one = {key: value[:1] for key, value in state.items()}
-    with adapter.clock.at(sigma):
-        for stage in stages[:-1]:
-            after = stage.run(one)
-            widths |= {f"{stage.name}/{key}": after[key].shape[-1] for key in written(after, one)}
-            one = after
-    return widths
+class _Probe:
+    """One backward pass for some rows. ``gauged`` are the layers to put in place for it, by path."""
+
+    def __init__(self, adapter: Adapter, stages: Sequence[Stage], layers: Iterable[str]):
+        self._adapter, self._stages = adapter, stages
+        self._dials: dict[str, mx.array] = {}
+        self.gauged = {path: _Gauged(get_module(adapter.module, path), path, self._dials) for path in layers}
+        self.wrote: list[list[str]] = []  # by stage but the last, whose output is the velocity
+
+    @property
+    def names(self) -> list[str]:
+        """What there are costs of: ``stage/tensor`` for all but the last stage, then the layers."""
+        stages = [f"{stage.name}/{key}" for stage, keys in zip(self._stages, self.wrote, strict=True) for key in keys]
+        return stages + list(self.gauged)
+
+    def costs(self, sigma: float, state: State, signs: mx.array) -> dict[str, mx.array]:
+        """By name the squared gradient of ``velocity * signs`` [rows,H,W,C], summed over tokens: [rows,D] float32."""
+        costs: dict[str, mx.array] = {}
+        with self._adapter.clock.at(sigma):
+            entered = self._forward(state, len(signs))
+            slopes = {"velocity": signs}
+            for index in reversed(range(len(self._stages))):
+                slopes, inside = self._backward(index, entered.pop(), slopes)
+                costs |= inside
+                if index:
+                    before = self._stages[index - 1].name
+                    costs |= {f"{before}/{key}": _energy(slopes[key]) for key in self.wrote[index - 1]}
+                mx.eval(slopes, costs)
+        return costs
+
+    def _forward(self, state: State, rows: int) -> list[State]:
+        """What enters each stage."""
+        self._dials.update({path: mx.zeros((rows, layer.width)) for path, layer in self.gauged.items()})
+        entered, self.wrote = [state], []
+        for stage in self._stages[:-1]:
+            after = stage.run(entered[-1])
+            mx.eval(after)
+            self.wrote.append(written(after, entered[-1]))
+            entered.append(after)
+        self.wrote.append([])
+        return entered
+
+    def _backward(self, index: int, state: State, slopes: dict[str, mx.array]) -> tuple[dict[str, mx.array], dict[str, mx.array]]:
+        """From gradients of what a stage writes and passes on to gradients of what earlier stages wrote, and the costs of its layers."""
+        stage = self._stages[index]
+        keys = [key for key in state if any(key in earlier for earlier in self.wrote[:index])]
+        paths = [path for path in self.gauged if stage.owns(path)]
+        if not keys and not paths:
+            return {}, {}
+
+        def run(*arrays: mx.array) -> list[mx.array]:
+            self._dials.update(zip(paths, arrays[len(keys) :], strict=True))
+            after = stage.run(state | dict(zip(keys, arrays, strict=False)))
+            return [after[key].astype(slope.dtype) for key, slope in slopes.items()]
+
+        dials = [self._dials[path] for path in paths]
+        _, found = mx.vjp(run, [state[key] for key in keys] + dials, list(slopes.values()))
+        return dict(zip(keys, found, strict=False)), dict(zip(paths, found[len(keys) :], strict=True))

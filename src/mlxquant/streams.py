@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol, overload
 
 import mlx.core as mx
 import numpy as np
@@ -15,14 +15,48 @@ from .progress import Progress, silent
 Array = npt.NDArray[Any]
 
 
-def run_stage(adapter: Adapter, stage: Stage, sigmas: list[float], states: list[State], progress: Progress = silent) -> list[State]:
-    """One stage over all calibration batches."""
-    outputs = []
-    for sigma, state in progress(list(zip(sigmas, states, strict=True)), stage.name):
-        with adapter.clock.at(sigma):
-            outputs.append(stage.run(state))
-            mx.eval(outputs[-1])
+class OnDemand(Sequence[State]):
+    """States that are made anew by ``make(index)`` whenever they are asked for: whoever uses one decides how long it lives."""
+
+    def __init__(self, make: Callable[[int], State], indices: range):
+        self._make, self._indices = make, indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    @overload
+    def __getitem__(self, index: int) -> State: ...
+    @overload
+    def __getitem__(self, index: slice) -> OnDemand: ...
+    def __getitem__(self, index: int | slice) -> State | OnDemand:
+        found = self._indices[index]
+        return OnDemand(self._make, found) if isinstance(found, range) else self._make(found)
+
+    def clear(self) -> None:
+        """Be empty from now on, and forget what the states are made from."""
+        self._make, self._indices = lambda index: {}, range(0)
+
+
+def run_batch(adapter: Adapter, stage: Stage, sigma: float, state: State) -> State:
+    """One stage over one batch, evaluated."""
+    with adapter.clock.at(sigma):
+        outputs = stage.run(state)
+        mx.eval(outputs)
     return outputs
+
+
+def run_batches(
+    adapter: Adapter, stage: Stage, sigmas: Sequence[float], states: Sequence[State], progress: Progress, label: str
+) -> Iterator[tuple[State, State]]:
+    """One stage over all calibration batches: what it read and what it wrote, a batch at a time."""
+    for index in progress(range(len(sigmas)), label):
+        state = states[index]
+        yield state, run_batch(adapter, stage, sigmas[index], state)
+
+
+def run_stage(adapter: Adapter, stage: Stage, sigmas: Sequence[float], states: Sequence[State], progress: Progress = silent) -> list[State]:
+    """One stage over all calibration batches."""
+    return [outputs for _, outputs in run_batches(adapter, stage, sigmas, states, progress, stage.name)]
 
 
 class Teacher(Protocol):
@@ -32,7 +66,7 @@ class Teacher(Protocol):
         """What the stage writes, one state a batch; asked once for every stage, in the chain's order."""
         ...
 
-    def inputs(self) -> list[State]:
+    def inputs(self) -> Sequence[State]:
         """The full-precision states that enter the stage asked for last."""
         ...
 
@@ -42,18 +76,24 @@ class Teacher(Protocol):
 
 
 class ExactStream:
-    """The teacher that runs the full-precision model beside the quantized one."""
+    """The teacher that runs the full-precision model beside the quantized one. What entered a stage is kept for ``inputs`` only
+    where ``both`` sides of it are wanted: it is one more copy of all hidden states.
+    """
 
-    def __init__(self, adapter: Adapter, sigmas: list[float], states: list[State], progress: Progress = silent):
-        self._adapter, self._sigmas, self._progress = adapter, sigmas, progress
+    def __init__(self, adapter: Adapter, sigmas: list[float], states: Sequence[State], progress: Progress = silent, both: bool = True):
+        self._adapter, self._sigmas, self._progress, self._both = adapter, sigmas, progress, both
         self._states, self._inputs = states, states
 
     def targets(self, stage: Stage) -> list[State]:
-        self._inputs = self._states
-        self._states = run_stage(self._adapter, stage, self._sigmas, self._inputs, self._progress)
-        return [{key: o[key] for key in written(o, i)} for o, i in zip(self._states, self._inputs, strict=True)]
+        inputs, outputs, targets = self._states, list[State](), list[State]()
+        self._inputs = inputs if self._both else []
+        for state, wrote in run_batches(self._adapter, stage, self._sigmas, inputs, self._progress, stage.name):
+            outputs.append(wrote)
+            targets.append({key: wrote[key] for key in written(wrote, state)})
+        self._states = outputs
+        return targets
 
-    def inputs(self) -> list[State]:
+    def inputs(self) -> Sequence[State]:
         return self._inputs
 
     def pick(self, outputs: State) -> State:
@@ -63,29 +103,55 @@ class ExactStream:
 Weights = dict[str, Array]  # by written tensor, [batches, D]: what a unit of squared error in each channel costs
 
 
-def stage_error(outputs: Sequence[State], targets: Sequence[State], weights: Weights | None = None) -> float:
-    """How far a stage's outputs are from the targets, over all calibration batches.
+class Deviation:
+    """How far what a stage writes is from the targets, counted batch by batch so that no outputs have to be kept for it."""
 
-    Without ``weights`` the relative squared error, averaged over the tensors of the targets; with them the squared error that this
-    causes in the velocity, to first order: the weighted squared error averaged over tokens and samples and summed over channels.
-    """
-    errors = []
-    for key in targets[0]:
-        pairs = list(zip(outputs, targets, strict=True))
-        if weights is not None:
-            errors.append(float(np.mean([channel_errors(o[key], t[key]) @ w for (o, t), w in zip(pairs, weights[key], strict=True)])))
-            continue
-        difference = sum(energy(o[key] - t[key]) for o, t in pairs)
-        total = sum(energy(t[key]) for t in targets)
-        errors.append(difference / total if total > 0 else 0.0)
-    return float(np.mean(errors) if weights is None else np.sum(errors))
+    def __init__(self, weights: Weights | None = None):
+        self._weights, self._batches = weights, 0
+        self._noise, self._signal, self._size = dict[str, float](), dict[str, float](), dict[str, int]()
+
+    def add(self, outputs: State, targets: State) -> None:
+        """The next batch; its tensors are [rows,...,D]."""
+        for key, target in targets.items():
+            if self._weights is None:
+                noise, signal, size = energy(outputs[key].astype(mx.float32) - target), energy(target), target.size
+            else:
+                cost = float(channel_errors(outputs[key], target) @ self._weights[key][self._batches])
+                noise, signal, size = target.shape[0] * cost, 0.0, target.shape[0]
+            self._noise[key] = self._noise.get(key, 0.0) + noise
+            self._signal[key] = self._signal.get(key, 0.0) + signal
+            self._size[key] = self._size.get(key, 0) + size
+        self._batches += 1
+
+    @property
+    def by_tensor(self) -> dict[str, float]:
+        """The mean squared error of each tensor of the targets; with weights what that causes in the velocity, as in ``error``."""
+        return {key: noise / self._size[key] for key, noise in self._noise.items()}
+
+    @property
+    def error(self) -> float:
+        """Without weights the relative squared error, averaged over the tensors; with them the squared error that this causes in the
+        velocity, to first order: the weighted squared error averaged over tokens and samples and summed over channels and tensors.
+        """
+        if self._weights is not None:
+            return float(np.sum(list(self.by_tensor.values())))
+        relative = [noise / self._signal[key] if self._signal[key] > 0 else 0.0 for key, noise in self._noise.items()]
+        return float(np.mean(relative))
+
+
+def stage_error(outputs: Sequence[State], targets: Sequence[State], weights: Weights | None = None) -> float:
+    """``Deviation.error`` of a stage's outputs, over all calibration batches."""
+    deviation = Deviation(weights)
+    for output, target in zip(outputs, targets, strict=True):
+        deviation.add(output, target)
+    return deviation.error
 
 
 def channel_errors(output: mx.array, target: mx.array) -> Array:
     """Mean squared difference of each channel of [..., D], float64 [D]."""
-    return np.array(mx.square(output - target).reshape(-1, target.shape[-1]).mean(0), np.float64)
+    return np.array(mx.square(output.astype(mx.float32) - target).reshape(-1, target.shape[-1]).mean(0), np.float64)
 
 
 def energy(x: mx.array) -> float:
     """Sum of squares."""
-    return float(np.array(mx.square(x).sum()))
+    return float(np.array(mx.square(x.astype(mx.float32)).sum()))

@@ -9,12 +9,13 @@ from pathlib import Path
 from .. import artifacts
 from ..errors import ArtifactError, CalibrationError, RecipeError
 from ..folds import divide
+from ..layer_rounding import Preset
 from ..models.adapter import Adapter, Stage
 from ..recipe import LayerSpec
 from ..rewrite import set_module
 from ..schedule import Clock
 from ..store import Layers, StageCheckpoint, StageResult
-from ..sweep import Preset, mean_bits
+from ..sweep import mean_bits
 from .quant_config import QuantConfig
 from .samples import check_source
 from .weight_files import CONFIG, WeightFiles

@@ -66,8 +66,9 @@ class BlockCache:
         """Raise CalibrationError when the cache was made with other weights than the adapter's."""
         check_source(f"{self.ledger.path}: the blocks' outputs", self.model, self.source, adapter)
 
-    def inputs(self, adapter: Adapter, calib_dir: Path | None = None) -> tuple[list[float], list[State]]:
-        """Noise levels, descending, and at each the first block's input, float32, every image's rows (guided, unguided) in turn.
+    def inputs(self, adapter: Adapter, calib_dir: Path | None = None, size: int | None = None) -> tuple[list[float], list[State]]:
+        """Noise levels, descending, and at each the first block's input, float32, ``size`` images in a state (None: all of them), every
+        image's rows (guided, unguided) in turn.
 
         Beside it, under ``tokens/STREAM`` [rows, kept], which tokens of a stream there are targets for; blocks pass that on. Computed
         from the trajectories, which are in ``calib_dir``, by default the folder around the cache's. Raises ArtifactError when they
@@ -83,23 +84,29 @@ class BlockCache:
                 f"expected {self.calibration[:12]}…); pass the right --calib-dir or make the cache anew"
             )
         images, stride = self.ledger.facts["num_images"], self.ledger.facts["stride"]
-        sigmas, states = samples.calibration(images, stride).in_order(adapter)
+        sigmas, states = samples.calibration(images, stride).in_order(adapter, size)
         first = run_stage(adapter, adapter.stages[0], sigmas, states)
-        sides, seed = len(states[0]["t"]) // images, self.ledger.facts["seed"]
-        for index, state in enumerate(first):
-            for stream, tokens in chosen(self.tokens, seed, range(images), index * stride).items():
+        for state, (index, some) in zip(first, self._batches(size), strict=True):
+            sides = next(iter(state.values())).shape[0] // len(some)
+            for stream, tokens in chosen(self.tokens, self.ledger.facts["seed"], some, index * stride).items():
                 state[TOKENS + stream] = mx.repeat(tokens, sides, axis=0)
         return sigmas, first
 
-    def targets(self, block: int) -> list[State]:
+    def _batches(self, size: int | None) -> list[tuple[int, range]]:
+        """Which noise level and which images each state is of, with ``size`` images in each."""
+        images = self.ledger.facts["num_images"]
+        size = images if size is None else size
+        starts = range(0, images, size)
+        return [(index, range(start, min(start + size, images))) for index in range(len(self.sigmas)) for start in starts]
+
+    def targets(self, block: int, size: int | None = None) -> list[State]:
         """What a block writes at the tokens kept, [rows, kept, ...] float32, for the same noise levels and rows as ``inputs``."""
         if not 0 <= block < len(self.blocks):
             raise ArtifactError(f"{self.ledger.path}: no block {block}; it has blocks 0 to {len(self.blocks) - 1}")
         prefix = f"mm{block}__"
-        images, stride = self.ledger.facts["num_images"], self.ledger.facts["stride"]
-        states = []
-        for index in range(len(self.sigmas)):
-            parts = [self.ledger.arrays(sample_name(image, index * stride), prefix) for image in range(images)]
+        stride, states = self.ledger.facts["stride"], []
+        for index, images in self._batches(size):
+            parts = [self.ledger.arrays(sample_name(image, index * stride), prefix) for image in images]
             stacked = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
             states.append({name.removeprefix(prefix): mx.array(value.astype(np.float32)) for name, value in stacked.items()})
         return states
@@ -243,11 +250,12 @@ def _write_images(plan: Plan, adapter: Adapter, ledger: Ledger, start: int, prog
         return
     label = f"block outputs, images {images[0]} to {images[-1]}"
     numbers = [index * stride for index in range(len(part.sigmas))]
-    for number, step, sigma, state in progress(list(zip(numbers, names, *part.batches(adapter, adapter.batch), strict=True)), label):
+    sigmas, states = part.batches(adapter)
+    for index, (number, step) in enumerate(progress(list(zip(numbers, names, strict=True)), label)):
         if all(name in ledger.files for name in step):
             continue
         tokens = chosen(plan.facts["tokens"], plan.facts["seed"], images, number)
-        arrays = half(entries(trace(adapter, sigma, state), tokens), plan.facts["blocks"], f"{step[0]} to {step[-1]}")
+        arrays = half(entries(trace(adapter, sigmas[index], states[index]), tokens), plan.facts["blocks"], f"{step[0]} to {step[-1]}")
         for row, name in enumerate(step):
             ledger.add_npz(name, {key: value[row :: len(images)] for key, value in arrays.items()})
         ledger.save()

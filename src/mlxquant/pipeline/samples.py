@@ -128,6 +128,7 @@ def open_folder(
         "cfg": cfg,
         "seed": seed,
         "batch": adapter.batch,
+        "latent_shape": list(adapter.latent_shape),
         "sigmas": adapter.sigmas(steps)[:-1].tolist(),
         "versions": artifacts.versions(),
     }
