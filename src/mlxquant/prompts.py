@@ -21,21 +21,26 @@ class Prompt:
 def read_prompts(path: Path) -> list[Prompt]:
     """All prompts of a file; raises CalibrationError, naming the line, on anything else, and on a file without prompts."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise CalibrationError(f"{path}: not UTF-8 text ({error}); save the prompt file as UTF-8") from error
     except OSError as error:
         raise explain(error, path) from error
+    return parse_prompts(text, str(path))
+
+
+def parse_prompts(text: str, source: str) -> list[Prompt]:
+    """The prompts in the text of a prompt file; errors name ``source``."""
     prompts = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(text.splitlines(), 1):
         if not line.strip() or line.startswith("#"):
             continue
-        seed, tab, text = line.partition("\t")
-        if not tab or not seed.strip().isdecimal() or not text.strip():
-            raise CalibrationError(f"{path}, line {number}: expected 'seed<TAB>prompt' with a whole number as seed, found {line!r}")
-        prompts.append(Prompt(int(seed), text.strip()))
+        seed, tab, words = line.partition("\t")
+        if not tab or not seed.strip().isdecimal() or not words.strip():
+            raise CalibrationError(f"{source}, line {number}: expected 'seed<TAB>prompt' with a whole number as seed, found {line!r}")
+        prompts.append(Prompt(int(seed), words.strip()))
     if not prompts:
-        raise CalibrationError(f"{path} holds no prompts; expected one 'seed<TAB>prompt' a line")
+        raise CalibrationError(f"{source} holds no prompts; expected one 'seed<TAB>prompt' a line")
     return prompts
 
 
