@@ -1,14 +1,20 @@
 """What a notebook does: quantize, save, load, compare; the loaded model draws the same picture, bit for bit."""
 
+import hashlib
 import json
+import types
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFont
 
 import mlxquant as mq
 from mlxquant import artifacts
+from mlxquant.array_memory import ArrayMemory
 from mlxquant.errors import AdapterError, ArtifactError, CalibrationError
+from mlxquant.layers import QuantizedLinear
+from mlxquant.rewrite import set_module
 
 PROMPT = "a large red circle at left on white background"
 
@@ -74,12 +80,84 @@ def test_damaged_folders_are_refused(quantized, tmp_path, name, damage):
         mq.load(tmp_path / "q")
 
 
+def test_whole_weights_of_another_model_are_refused(quantized, tmp_path):
+    quantized.save(tmp_path / "q")
+    path = tmp_path / "q" / "weights.safetensors"
+    arrays, header = artifacts.read_tensors(path, "weights")
+    name = next(iter(arrays))
+    artifacts.write_tensors(path, "weights", {**arrays, name: arrays[name] + 1}, {"model": header["model"]})
+    artifacts.read_tensors(path, "weights")  # the file itself is in order
+    with pytest.raises(ArtifactError, match=r"weights\.safetensors: checksum does not match"):
+        mq.load(tmp_path / "q")
+
+
+@pytest.mark.parametrize("files", [{"weights.safetensors": ""}, {"weights.safetensors": None}, {}, {"../q/weights.safetensors": "0" * 64}])
+def test_weights_that_model_json_does_not_vouch_for_are_refused(quantized, tmp_path, files):
+    quantized.save(tmp_path / "q")
+    path = tmp_path / "q" / "model.json"
+    facts = {k: v for k, v in artifacts.read_json(path, "quantized-model").items() if k not in ("kind", "version")}
+    artifacts.write_json(path, "quantized-model", {**facts, "files": files})
+    with pytest.raises(ArtifactError):
+        mq.load(tmp_path / "q")
+
+
+class CountingHash:
+    """sha256 that counts the bytes it is given."""
+
+    def __init__(self, counts, data=b""):
+        self._counts, self._hash = counts, hashlib.sha256()
+        self.update(data)
+
+    def update(self, data):
+        self._counts.append(len(data))
+        self._hash.update(data)
+
+    def hexdigest(self):
+        return self._hash.hexdigest()
+
+
+def test_loading_hashes_every_byte_once(quantized, tmp_path, monkeypatch):
+    quantized.save(tmp_path / "q")
+    size = sum(path.stat().st_size for path in (tmp_path / "q").iterdir())
+    counts = []
+    counting = types.SimpleNamespace(sha256=lambda data=b"": CountingHash(counts, data), file_digest=None)
+    monkeypatch.setattr(artifacts, "hashlib", counting)
+    mq.load(tmp_path / "q")
+    assert size * 0.99 < sum(counts) < size * 1.01  # model.json is hashed without its checksum
+
+
+def test_half_precision_models_come_back_in_half_precision(tiny, tmp_path):
+    """Also the biases of quantized layers, which are stored as they are."""
+    layers = mq.quantize(tiny, mq.calibrate(tiny, prompts=1, steps=1), "rtn-w4a8").layers
+    half = mq.QuantizedModel(tiny.clone(), {"recipe": {"name": "x"}})
+    for path, layer in layers.items():
+        bias = layer.bias.astype(mx.float16) if "bias" in layer else None
+        set_module(half.adapter.module, path, QuantizedLinear(layer.codes(), layer.grid(), bias))
+    half.save(tmp_path / "q")
+    again = mq.load(tmp_path / "q")
+    assert {layer.bias.dtype for layer in again.layers.values() if "bias" in layer} == {mx.float16}
+    again.save(tmp_path / "again")
+    for name in ("weights.safetensors", "model.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "q" / name).read_bytes()
+
+
+def test_saving_looks_for_what_fits_half_precision_once(tiny, tmp_path, monkeypatch):
+    model = mq.quantize(tiny, mq.calibrate(tiny, prompts=1, steps=1), "rtn-w4a8")
+    asked = []
+    fits = artifacts._fits_float16
+    monkeypatch.setattr(artifacts, "_fits_float16", ArrayMemory(lambda value: asked.append(value.shape) or fits(value)))
+    model.save(tmp_path / "q")
+    count = len(asked)
+    assert model.size.model_bytes > 0
+    assert len(asked) == count > 0
+
+
 def test_unknown_models_and_foreign_folders_are_refused(tmp_path):
     with pytest.raises(AdapterError, match="unknown model 'sd9'"):
         mq.load("sd9")
-    with pytest.raises(ArtifactError, match="no such folder"):
+    with pytest.raises(AdapterError, match="none': neither a folder nor one of"):
         mq.load(tmp_path / "none")
-    with pytest.raises(ArtifactError, match=r"holds no model\.json"):
+    with pytest.raises(ArtifactError, match="holds no model: expected a folder written by 'mlxquant quantize'"):
         mq.load(tmp_path)
 
 

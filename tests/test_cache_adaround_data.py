@@ -278,7 +278,7 @@ def test_the_cache_never_mixes_with_the_trajectories(calib):
 
 
 def test_other_models_and_other_weights_are_refused(calib, monkeypatch):
-    assert "--model is other" in fail(calib, "--model", "other")
+    assert "--model is sd3-medium" in fail(calib, "--model", "sd3-medium")
     assert "6 images wanted, it has 3" in fail(calib, "--num-images", 6)
     succeed(calib, "--model", "mmdit-shapes")
     cache, adapter = BlockCache.read(calib / "adaround_cache"), tiny_adapter()

@@ -151,7 +151,7 @@ def test_truncated_model_is_one_clear_error(tmp_path):
     weights.write_bytes(weights.read_bytes()[:1000])
     message = fail("generate", "--model", tmp_path / "q", "--prompt", PROMPT, "--output", tmp_path / "a.png")
     assert "weights.safetensors" in message
-    assert "quantize again" in message
+    assert "write or download it anew" in message
 
 
 def subprocess_run(tmp_path, *arguments, **options):

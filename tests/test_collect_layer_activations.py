@@ -67,7 +67,7 @@ def test_every_flag_counts(calib, tmp_path):
 
 
 def test_other_and_unknown_models_are_refused(calib):
-    assert "holds trajectories of mmdit-shapes, --model is sd9" in fail(calib, "--model", "sd9")
+    assert "holds trajectories of mmdit-shapes, --model is sd3-medium" in fail(calib, "--model", "sd3-medium")
     assert not (calib / "activations").exists()
 
 

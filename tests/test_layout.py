@@ -7,7 +7,7 @@ import mlxquant
 
 ROOT = Path(mlxquant.__file__).parent
 ORDER = [
-    ["_blas", "errors", "progress"],
+    ["_blas", "array_memory", "errors", "progress", "tensor_layout"],
     ["artifacts", "formats", "schedule", "metrics"],
     ["activations", "prompts", "rewrite", "sampler", "methods.registry", "methods.moments", "methods.adaround"],
     ["layers", "statistics", "report"],
@@ -15,10 +15,10 @@ ORDER = [
     ["recipe"],
     ["models.adapter"],
     ["models"],
-    ["calibration", "folds", "streams", "store"],
-    ["reconstruction", "sensitivity"],
+    ["folds", "streams", "store"],
+    ["calibration", "reconstruction", "sensitivity"],
     ["input_tables"],
-    ["divisions"],
+    ["divisions", "layer_rounding"],
     ["sweep"],
     ["pipeline"],
     ["decisions"],

@@ -81,7 +81,7 @@ def test_without_a_config_it_draws_v1_and_with_one_v2(made, tmp_path):
     assert v1.shape == (32, 32, 3)
     assert 0 < np.abs(v1 - v2).mean() < 0.02  # activations are quantized, to 8 bits
     for name, active in (("v1", False), ("v2", True)):
-        model = assemble(TrackFiles(made / "w4", made / "activations" / "quant_config.json"), active)
+        model = assemble(mq.Model(tiny_adapter()), TrackFiles(made / "w4", made / "activations" / "quant_config.json"), active)
         expected = model.images([mq.Prompt(42, PROMPT)], 2)[0]
         np.testing.assert_allclose(picture(tmp_path / f"{name}.png"), np.clip(expected, 0, 1), atol=0.5 / 255 + 1e-6)
     assert sorted(os.listdir(tmp_path)) == ["v1.png", "v2.png"]
@@ -118,7 +118,9 @@ def test_difference_statistics_are_those_of_the_pictures(made, tmp_path):
     assert report["models"] == facts["models"]
     assert set(report["models"]) == {"RTN", "V1", "V2"}
     tracks = TrackFiles(made / "w4", made / "activations" / "quant_config.json")
-    exact, v2 = (m.images([mq.Prompt(42, PROMPT)], 2)[0] for m in (mq.Model(tiny_adapter()), assemble(tracks, active=True)))
+    exact, v2 = (
+        m.images([mq.Prompt(42, PROMPT)], 2)[0] for m in (mq.Model(tiny_adapter()), assemble(mq.Model(tiny_adapter()), tracks, active=True))
+    )
     gap = np.abs(exact - v2)
     row = report["models"]["V2"]
     assert row["max_abs"] == pytest.approx(gap.max(), rel=1e-5)
@@ -152,7 +154,7 @@ def test_v2_runs_on_integer_codes_of_every_tier(made, monkeypatch):
         return multiply(x, weight, x_limit, weight_limit)
 
     monkeypatch.setattr(layers, "integer_matmul", spy)
-    model = assemble(TrackFiles(made / "w4", made / "tiers.json"), active=True)
+    model = assemble(mq.Model(tiny_adapter()), TrackFiles(made / "w4", made / "tiers.json"), active=True)
     config = QuantConfig.read(made / "tiers.json")
     found = {path: m for path, m in model.adapter.module.named_modules() if isinstance(m, QuantizedLinear)}
     assert {path for path, layer in found.items() if layer.table is not None} == set(config.plain)
@@ -161,7 +163,7 @@ def test_v2_runs_on_integer_codes_of_every_tier(made, monkeypatch):
     model.images([mq.Prompt(1, PROMPT)], 3)
     assert seen == {8, 32, 128}  # 4, 6 and 8 bits
     seen.clear()
-    assemble(TrackFiles(made / "w4", made / "tiers.json"), active=False).images([mq.Prompt(1, PROMPT)], 3)
+    assemble(mq.Model(tiny_adapter()), TrackFiles(made / "w4", made / "tiers.json"), active=False).images([mq.Prompt(1, PROMPT)], 3)
     assert not seen
 
 
@@ -205,7 +207,7 @@ def test_what_does_not_fit_is_one_clear_error(made, tmp_path, change, message):
 
 
 def test_other_models_and_other_weights_are_refused(made, tmp_path, monkeypatch):
-    assert "is of model 'mmdit-shapes', not of 'sd9'" in fail(*verb(made, tmp_path / "a.png"), "--model", "sd9")
+    assert "is of model 'mmdit-shapes', not of 'sd3-medium'" in fail(*verb(made, tmp_path / "a.png"), "--model", "sd3-medium")
 
     def other(cls):
         adapter = tiny_adapter()

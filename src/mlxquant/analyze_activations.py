@@ -38,7 +38,7 @@ def two_numbers(context: click.Context, parameter: click.Parameter, value: str) 
     "--stats", "stats_file", type=click.Path(path_type=Path), required=True, help="layer_statistics.json of collect-layer-activations."
 )
 @click.option("--output", type=click.Path(path_type=Path), help="The config to write.  [default: quant_config.json beside the statistics]")
-@click.option("--model", "name", help="The model that the statistics are of.  [default: the one they name]")
+@click.option("--model", "name", help="Where the model is: a hub id or a folder.  [default: the model of the statistics]")
 @click.option(
     "--rule",
     type=click.Choice(["error", "threshold"]),

@@ -50,12 +50,13 @@ class Model:
         cfg: float | None = None,
         callback: Callable[[SamplerStep], None] | None = None,
         progress: Progress = silent,
-        size: int = 16,
+        size: int | None = None,
     ) -> npt.NDArray[np.float32]:
-        """Pictures [B,H,W,3] in [0,1], each from its prompt and seed, ``size`` at a time."""
+        """Pictures [B,H,W,3] in [0,1], each from its prompt and seed, ``size`` at a time, by default as the adapter has it."""
         if not prompts:
             raise CalibrationError("there are no prompts to draw")
-        parts = []
+        self.adapter.encode([*(p.text for p in prompts), ""])  # all at once: text encoders may have to be read for it
+        size, parts = self.adapter.batch if size is None else size, []
         for start in progress(range(0, len(prompts), size), "sampling"):
             some = prompts[start : start + size]
             latent = self.adapter.generate([p.text for p in some], [p.seed for p in some], steps, cfg, callback)
@@ -71,7 +72,7 @@ class Model:
 
     def clone(self) -> Adapter:
         """An adapter with the same weights (shared, not copied) that can be rewritten without touching this one."""
-        other: Adapter = type(self.adapter).blank(self.adapter.describe())
+        other = self.adapter.twin()
         for path, layer in find_quantized(self.adapter.module).items():
             set_module(other.module, path, QuantizedLinear.blank(layer.facts, other.clock))
         other.module.load_weights(list(parameters(self.adapter.module).items()))
@@ -140,7 +141,11 @@ class QuantizedModel(Model):
             artifacts.write_tensors(weights, "weights", self._arrays(), {"model": self.name})
             facts = {
                 **self.facts,
-                "model": {"name": self.name, **self.adapter.describe()},
+                "model": {
+                    "name": self.name,
+                    **self.adapter.describe(),
+                    "place": artifacts.relative_place(self.adapter.place, Path(folder)),
+                },
                 "layers": {path: layer.facts for path, layer in self.layers.items()},
                 "files": {weights.name: artifacts.file_digest(weights)},
                 **versions(),
@@ -149,26 +154,25 @@ class QuantizedModel(Model):
         return Path(folder)
 
 
-def load(name_or_folder: str | Path) -> Model:
-    """A model by name with its full-precision weights, or a folder that ``QuantizedModel.save`` wrote.
+def load(reference: str | Path, size: int | None = None) -> Model:
+    """A model with its full-precision weights by name, hub id or folder, or a folder that ``QuantizedModel.save`` wrote.
 
-    Raises AdapterError on an unknown name, ArtifactError on a damaged or foreign folder.
+    ``size`` is the pictures' side in pixels, for models that draw several. Raises AdapterError on an unknown name or an impossible
+    size, ArtifactError on a damaged or foreign folder.
     """
-    folder = Path(name_or_folder)
-    if folder.exists() or folder.suffix or len(folder.parts) > 1:
-        return QuantizedModel.load(folder)
-    return Model(pretrained(str(name_or_folder)))
+    folder = Path(reference)
+    model = QuantizedModel.load(folder) if (folder / "model.json").exists() else Model(pretrained(str(reference)))
+    if size is not None:
+        model.adapter.resize(size)
+    return model
 
 
 def _load_folder(folder: Path, facts: dict[str, Any]) -> QuantizedModel:
-    for name, expected in facts["files"].items():
-        if (found := artifacts.file_digest(folder / name)) != expected:
-            raise ArtifactError(
-                f"{folder / name}: sha256 {found[:12]}… differs from {expected[:12]}… in model.json; the file was changed or "
-                "damaged, quantize again"
-            )
-    arrays, _ = artifacts.read_tensors(folder / "weights.safetensors", "weights")
+    arrays: dict[str, mx.array] = {}
+    for name, sha256 in facts["files"].items():
+        arrays |= artifacts.read_tensors(folder / name, "weights", str(sha256))[0]
     adapter: Adapter = adapter_class(facts["model"]["name"]).blank(facts["model"])
+    adapter.place = artifacts.absolute_place(facts["model"].get("place", ""), folder)
     for path, structure in facts["layers"].items():
         set_module(adapter.module, path, QuantizedLinear.blank(structure, adapter.clock))
     artifacts.load_parameters(adapter.module, arrays, str(folder))
@@ -185,14 +189,22 @@ def calibrate(
     cfg: float | None = None,
     seed: int = 0,
     progress: Progress = silent,
+    samples: int | None = None,
+    work: str | Path | None = None,
 ) -> Calibration:
-    """Collect trajectories for ``quantize``.
+    """Collect trajectories for ``quantize``. With ``work``, a folder, a killed run resumes there.
 
     ``prompts`` is a number, to take that many of the model's own calibration prompts with their seeds shifted by ``seed``, or a list.
+    ``samples`` limits how many pairs of a picture and a sampler step go through the layers when they are quantized: all steps, the
+    pictures in turn. By default that is the model's own limit; mmdit-shapes has none.
     """
     adapter = model.adapter
     some = adapter.prompts("calibration", prompts, seed) if isinstance(prompts, int) else list(prompts)
-    return calibration.collect(adapter, some, adapter.steps if steps is None else steps, adapter.cfg if cfg is None else cfg, progress)
+    steps, cfg = adapter.steps if steps is None else steps, adapter.cfg if cfg is None else cfg
+    path = None if work is None else Path(work) / "calibration.safetensors"
+    if path is not None:
+        artifacts.ensure_writable(path.parent)
+    return calibration.collect(adapter, some, steps, cfg, progress, adapter.samples if samples is None else samples, path)
 
 
 def plan(model: Model, recipe: Recipe) -> dict[str, LayerSpec]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from .console import Command, peak_bytes, progress, result, say, verbose_option
-from .models.catalog import pretrained
+from .models.catalog import model_name, pretrained
 from .pipeline import block_cache
 from .pipeline.samples import Samples
 
@@ -24,7 +24,7 @@ from .pipeline.samples import Samples
     help="Tokens of each stream of a block's output to keep; 0 keeps all.  [default: an eighth of them, at least 4]",
 )
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Decides which tokens.")
-@click.option("--model", "name", help="[default: the model that drew the trajectories]")
+@click.option("--model", "name", help="Where its weights are: a hub id or a folder.  [default: the model that drew the trajectories]")
 @click.option("--resume/--no-resume", default=True, show_default=True, help="Go on where a killed run of the same settings was.")
 @click.option("--force", is_flag=True, help="Replace a cache that is there.")
 @verbose_option
@@ -41,8 +41,8 @@ def command(
 ) -> None:
     """Cache what every block writes, for adaround-optimize."""
     start = time.perf_counter()
-    samples = Samples.read(calib_dir, name)
-    adapter = pretrained(samples.model)
+    samples = Samples.read(calib_dir, model_name(name))
+    adapter = pretrained(name or samples.model)
     out = calib_dir / "adaround_cache" if output_dir is None else output_dir
     plan = block_cache.plan(adapter, samples, num_images, stride, tokens, seed)
     theirs = f"{plan.seed_layout_bytes / 1e6:.1f} MB with every block's inputs and outputs and the text conditioning of every step"

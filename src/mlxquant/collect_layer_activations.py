@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from .console import Command, peak_bytes, progress, result, say, verbose_option
-from .models.catalog import pretrained
+from .models.catalog import model_name, pretrained
 from .pipeline import activation_stats
 from .pipeline.samples import Samples
 
@@ -20,7 +20,7 @@ from .pipeline.samples import Samples
 @click.option("--stride", default=2, show_default=True, type=click.IntRange(1), help="Use every N-th step.")
 @click.option("--rows", default=32, show_default=True, type=click.IntRange(1), help="Input rows to keep of each layer and timestep.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of the rows, and of the sensitivities.")
-@click.option("--model", "name", help="[default: the model that drew the trajectories]")
+@click.option("--model", "name", help="Where its weights are: a hub id or a folder.  [default: the model that drew the trajectories]")
 @click.option("--resume/--no-resume", default=True, show_default=True, help="Go on where a killed run of the same settings was.")
 @click.option("--force", is_flag=True, help="Replace statistics that are there.")
 @verbose_option
@@ -37,9 +37,10 @@ def command(
 ) -> None:
     """Collect activation statistics for analyze-activations."""
     start = time.perf_counter()
-    samples = Samples.read(calib_dir, name)
+    samples = Samples.read(calib_dir, model_name(name))
     out = calib_dir / "activations" if output_dir is None else output_dir
-    stats = activation_stats.collect(pretrained(samples.model), samples, num_images, stride, rows, seed, out, force, resume, progress)
+    model = pretrained(name or samples.model)
+    stats = activation_stats.collect(model, samples, num_images, stride, rows, seed, out, force, resume, progress)
     disk_bytes = stats.ledger.disk_bytes
     say(f"{out}: {len(stats.layers)} layers with {len(stats.leaders)} inputs, {len(stats.sigmas)} timesteps, {disk_bytes / 1e6:.1f} MB")
     result(

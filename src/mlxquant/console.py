@@ -62,4 +62,6 @@ def verbosity(ctx: click.Context, parameter: click.Parameter, value: bool) -> No
         log.debug("MLX's CPU matmul runs on %s", prefer_fast_blas() or "its own BLAS")
 
 
+MODEL_HELP = "A model's name (mmdit-shapes, sd3-medium), a hub id, or a folder with its weights."
+size_option = click.option("--size", type=click.IntRange(1), help="Pixels of a picture's side.  [default: the model's]")
 verbose_option = click.option("--verbose", is_flag=True, expose_value=False, callback=verbosity, help="Say more on stderr.")

@@ -8,28 +8,38 @@ from pathlib import Path
 import click
 
 from . import api, artifacts
-from .console import Command, peak_bytes, progress, result, say, verbose_option
+from .console import MODEL_HELP, Command, peak_bytes, progress, result, say, size_option, verbose_option
 from .errors import AdapterError
 from .prompts import Prompt
 from .report.comparison import save_png, to_pil
 
 
 @click.command("generate", cls=Command)
-@click.option("--model", "name", required=True, help="A model's name or a folder that 'mlxquant quantize' wrote.")
+@click.option("--model", "name", required=True, help=f"{MODEL_HELP} Or a folder that 'mlxquant quantize' wrote.")
 @click.option("--prompt", "text", required=True)
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0))
 @click.option("--steps", type=click.IntRange(1), help="[default: the model's]")
 @click.option("--cfg-weight", type=click.FloatRange(0), help="[default: the model's]")
+@size_option
 @click.option("--compare", "reference", help="Another model: draw both and their difference side by side.")
 @click.option("--output", type=click.Path(path_type=Path), default="image.png", show_default=True)
 @verbose_option
-def command(name: str, text: str, seed: int, steps: int | None, cfg_weight: float | None, reference: str | None, output: Path) -> None:
+def command(
+    name: str,
+    text: str,
+    seed: int,
+    steps: int | None,
+    cfg_weight: float | None,
+    size: int | None,
+    reference: str | None,
+    output: Path,
+) -> None:
     """Draw one picture as a PNG."""
     if not text.strip():
         raise AdapterError("--prompt is empty; describe the picture")
     if output.is_dir():
         raise AdapterError(f"--output {output} is a folder; name a PNG file")
-    model = api.load(name)
+    model = api.load(name, size)
     artifacts.ensure_writable(output.absolute().parent)
     facts: dict[str, object] = {}
     label = Path(name).name
@@ -38,7 +48,10 @@ def command(name: str, text: str, seed: int, steps: int | None, cfg_weight: floa
         image = model.images([Prompt(seed, text)], steps, cfg_weight, progress=progress)[0]
         save_png(to_pil(image), output)
     else:
-        comparison = api.compare(api.load(reference), {label: model}, text, seed, steps, cfg_weight, progress)
+        other = api.load(reference, size)
+        if other.name == model.name:
+            other.adapter.latent_shape = model.adapter.latent_shape
+        comparison = api.compare(other, {label: model}, text, seed, steps, cfg_weight, progress)
         comparison.save(output)
         facts = {"psnr_db": float(comparison.psnr_db[label].mean())}
         say(f"{name} against {reference}: {comparison.figures(label)}")

@@ -7,15 +7,16 @@ from pathlib import Path
 
 import click
 
-from .console import Command, peak_bytes, progress, result, say, verbose_option
+from . import api
+from .console import MODEL_HELP, Command, peak_bytes, progress, result, say, size_option, verbose_option
 from .errors import CalibrationError
-from .models.catalog import pretrained
 from .pipeline import samples
 from .prompts import read_prompts
 
 
 @click.command("generate-calibration-data", cls=Command)
-@click.option("--model", "name", default="sd3-medium", show_default=True, help="A model's name, such as mmdit-shapes.")
+@click.option("--model", "name", default="sd3-medium", show_default=True, help=MODEL_HELP)
+@size_option
 @click.option("--num-images", default=50, show_default=True, type=click.IntRange(1))
 @click.option("--num-steps", default=50, show_default=True, type=click.IntRange(1), help="Sampler steps.")
 @click.option("--cfg-weight", default=7.5, show_default=True, type=click.FloatRange(0), help="Classifier-free guidance.")
@@ -32,6 +33,7 @@ from .prompts import read_prompts
 @verbose_option
 def command(
     name: str,
+    size: int | None,
     num_images: int,
     num_steps: int,
     cfg_weight: float,
@@ -43,7 +45,7 @@ def command(
 ) -> None:
     """Sample real trajectories and keep the latent before every step."""
     start = time.perf_counter()
-    adapter = pretrained(name)
+    adapter = api.load(name, size).adapter
     prompts = read_prompts(prompt_file) if prompt_file else adapter.prompts("calibration", num_images, seed)
     if len(prompts) < num_images:
         where = prompt_file or f"{name}'s own calibration set"

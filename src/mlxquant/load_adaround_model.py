@@ -11,9 +11,9 @@ import numpy as np
 
 from . import api, artifacts
 from .api import Model, QuantizedModel
-from .console import Command, peak_bytes, progress, result, say, verbose_option
+from .console import Command, peak_bytes, progress, result, say, size_option, verbose_option
 from .errors import AdapterError
-from .models.catalog import pretrained
+from .models.catalog import model_name
 from .pipeline.apply import TrackFiles, install
 from .pipeline.weight_files import WeightFiles
 from .prompts import Prompt, read_prompts
@@ -36,7 +36,8 @@ from .sweep import round_to_nearest
 @click.option("--compare", is_flag=True, help="Draw full precision, round-to-nearest, V1 and V2 side by side.")
 @click.option("--diff-stats", is_flag=True, help="Measure each against full precision; writes OUTPUT_IMAGE with the suffix .diff.json.")
 @click.option("--save", "folder", type=click.Path(path_type=Path), help="Write the model as a folder for 'mlxquant generate'.")
-@click.option("--model", "name", help="Checked against the weights.  [default: theirs]")
+@click.option("--model", "name", help="Where the model is: a hub id or a folder.  [default: the model of the weights]")
+@size_option
 @click.option("--force", is_flag=True, help="Replace an existing --save folder.")
 @verbose_option
 def command(
@@ -53,6 +54,7 @@ def command(
     diff_stats: bool,
     folder: Path | None,
     name: str | None,
+    size: int | None,
     force: bool,
 ) -> None:
     """Load learned weights, V1, and with --quant-config static activation scales for every timestep, V2; and draw with them."""
@@ -66,17 +68,18 @@ def command(
     if folder is not None:
         artifacts.refuse_existing(folder, force)
     facts = WeightFiles.facts(adaround_output)
-    if name not in (None, facts["model"]):
+    if model_name(name) not in (None, facts["model"]):
         raise AdapterError(f"{adaround_output} is of model {facts['model']!r}, not of {name!r}; leave --model out or optimize that model")
     files = TrackFiles(adaround_output, quant_config)
-    models = {"V1": assemble(files, active=False)}
+    exact = api.load(name or facts["model"], size)
+    models = {"V1": assemble(exact, files, active=False)}
     if quant_config is not None:
-        models["V2"] = assemble(files, active=True)
+        models["V2"] = assemble(exact, files, active=True)
     final = next(reversed(models.values()))
     for path in (output_image, folder):
         if path is not None:
             artifacts.ensure_writable(path.absolute().parent)
-    drawn = {**references(final), **models} if compare or diff_stats else {"": final}
+    drawn = {**references(exact, final), **models} if compare or diff_stats else {"": final}
     images = {key: model.images(prompts, num_steps, cfg_weight, progress=progress) for key, model in drawn.items()}
     comparison = Comparison.of(prompts, images, final.adapter.attributes)
     report = differences(comparison)
@@ -100,10 +103,10 @@ def command(
     result({**facts, "saved": None if folder is None else str(folder)})
 
 
-def assemble(files: TrackFiles, active: bool) -> QuantizedModel:
-    """A model with the tracks' layers in its blocks and everything else in full precision; ``active`` quantizes the activations."""
+def assemble(exact: Model, files: TrackFiles, active: bool) -> QuantizedModel:
+    """A model with the tracks' layers in its blocks and everything else as in ``exact``; ``active`` quantizes the activations."""
     made_from = WeightFiles.facts(files.weights)
-    adapter = pretrained(made_from["model"])
+    adapter = exact.clone()
     stages = install(adapter, files.store(adapter, active=active), adapter.stages[1:-1])
     facts = {
         "recipe": made_from["recipe"],
@@ -114,9 +117,8 @@ def assemble(files: TrackFiles, active: bool) -> QuantizedModel:
     return QuantizedModel(adapter, facts)
 
 
-def references(like: QuantizedModel) -> dict[str, Model]:
+def references(exact: Model, like: QuantizedModel) -> dict[str, Model]:
     """What a model is compared with: full precision, and the same layers in the same formats, rounded to nearest, with exact inputs."""
-    exact = api.load(like.name)
     adapter = exact.clone()
     linears = adapter.linears()
     for path, layer in like.layers.items():

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from . import api, jobs
-from .console import Command, peak_bytes, progress, result, say, verbose_option
+from .console import MODEL_HELP, Command, peak_bytes, progress, result, say, size_option, verbose_option
 from .errors import RecipeError
 from .pipeline.apply import TrackFiles
 from .prompts import read_prompts
@@ -16,7 +16,8 @@ from .recipe import parse_recipe
 
 
 @click.command("quantize", cls=Command)
-@click.option("--model", "name", required=True, help="A model's name, such as mmdit-shapes.")
+@click.option("--model", "name", required=True, help=MODEL_HELP)
+@size_option
 @click.option("--recipe", "recipe_name", required=True, help="METHOD-wBaB, such as gptq-w4a8, rtn-w4a16-g128, gptq-w3a8-static.")
 @click.option(
     "--override",
@@ -33,6 +34,11 @@ from .recipe import parse_recipe
 @click.option("--num-prompts", type=click.IntRange(1), help="Use the first N prompts.  [default: all of the file, 16 of the model's own]")
 @click.option("--steps", type=click.IntRange(1), help="Sampler steps of the calibration.  [default: the model's]")
 @click.option("--cfg-weight", type=click.FloatRange(0), help="Guidance of the calibration.  [default: the model's]")
+@click.option(
+    "--samples",
+    type=click.IntRange(1),
+    help="At most so many pairs of a picture and a step go through the layers; all steps do.  [default: the model's]",
+)
 @click.option("--seed", default=0, show_default=True, help="Shifts the noise seeds of the model's own prompts.")
 @click.option("--iters", type=click.IntRange(1), help="Adam steps a block, for recipes that learn.  [default: 1000]")
 @click.option("--adaround-output", type=click.Path(path_type=Path), help="Take the blocks' weights from this folder of adaround-optimize.")
@@ -43,12 +49,14 @@ from .recipe import parse_recipe
 @verbose_option
 def command(
     name: str,
+    size: int | None,
     recipe_name: str,
     override: tuple[str, ...],
     prompt_file: Path | None,
     num_prompts: int | None,
     steps: int | None,
     cfg_weight: float | None,
+    samples: int | None,
     seed: int,
     iters: int | None,
     adaround_output: Path | None,
@@ -64,7 +72,7 @@ def command(
     if quant_config is not None and adaround_output is None:
         raise RecipeError("--quant-config has the activation scales for the weights of --adaround-output; pass both")
     tracks = None if adaround_output is None else TrackFiles(adaround_output, quant_config)
-    model = api.load(name)
+    model = api.load(name, size)
     plan = api.plan(model, recipe)
     if tracks is not None:
         tracks.store(model.clone(), plan)  # refused now, if at all, and not after the calibration
@@ -74,12 +82,12 @@ def command(
     prompts = read_prompts(prompt_file)[:num_prompts] if prompt_file else adapter.prompts("calibration", num_prompts or 16, seed)
     steps, cfg = adapter.steps if steps is None else steps, adapter.cfg if cfg_weight is None else cfg_weight
     with jobs.work_folder(out, force, resume) as work:
-        calib = jobs.calibrated(model, prompts, steps, cfg, work, progress)
+        calib = jobs.calibrated(model, prompts, steps, cfg, work, progress, samples)
         done = jobs.quantized(model, calib, recipe, work, progress, tracks)
         done.model.save(out, force)
-    size = done.model.size
+    stored = done.model.size
     kept = {stage["stage"]: stage["kept"] for stage in done.model.facts["stages"]}
-    say(f"{out}: {size.model_bytes / 1e6:.2f} MB, {size.bits_per_weight:.2f} bits per weight, {done.seconds:.0f} s")
+    say(f"{out}: {stored.model_bytes / 1e6:.2f} MB, {stored.bits_per_weight:.2f} bits per weight, {done.seconds:.0f} s")
     for stage, which in kept.items():
         if which == "rtn":
             say(f"  {stage}: round-to-nearest was better and was kept")
@@ -87,9 +95,9 @@ def command(
         {
             "out": str(out),
             "recipe": recipe.name,
-            "model_bytes": size.model_bytes,
-            "bits_per_weight": size.bits_per_weight,
-            "bits_per_quantized_weight": size.bits_per_quantized_weight,
+            "model_bytes": stored.model_bytes,
+            "bits_per_weight": stored.bits_per_weight,
+            "bits_per_quantized_weight": stored.bits_per_quantized_weight,
             "seconds_quantize": done.seconds,
             "peak_bytes": peak_bytes(),
             "kept": kept,

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .. import artifacts
+from ..array_memory import ArrayMemory
 from ..errors import AdapterError, NumericsError
 from ..prompts import Prompt
 from ..rewrite import find_linears, parameters
@@ -26,6 +27,7 @@ from ..sampler import Conditioning, SamplerStep, sample, seeded_noise
 from ..schedule import Clock, Sigmas, flow_sigmas
 
 State = dict[str, mx.array]
+_digest = ArrayMemory(artifacts.array_digest)
 
 
 def written(outputs: State, inputs: State) -> list[str]:
@@ -96,7 +98,10 @@ class Adapter(ABC):
     steps: int = 28  # default number of sampler steps
     cfg: float = 1.0  # default guidance
     batch: int = 16  # pictures that are sampled at once
+    samples: int | None = None  # default number of (picture, step) pairs that calibrate a sweep; None takes all
+    rows: int = 16  # of a batch that one backward pass through a block may have
     latent_shape: tuple[int, int, int]  # H, W, C
+    place: str = ""  # where weights that ``module`` does not hold come from: a folder, a hub id, or "" for the usual one
     _hooks: Mapping[str, StageHook] = MappingProxyType({})  # by stage, set by ``hooked``
 
     @property
@@ -125,6 +130,14 @@ class Adapter(ABC):
     def blank(cls, description: dict[str, Any]) -> Adapter:
         """The same structure with unspecified weights, for loading."""
 
+    def twin(self) -> Adapter:
+        """The same structure with unspecified weights; what is outside of ``module`` is shared."""
+        return type(self).blank(self.describe())
+
+    def resize(self, size: int) -> None:
+        """Draw pictures of this many pixels a side from now on; AdapterError where the model cannot."""
+        raise AdapterError(f"{self.name} draws pictures of one size only; leave --size out")
+
     @abstractmethod
     def prompts(self, purpose: str, count: int, seed: int = 0) -> list[Prompt]:
         """The model's own prompts for "calibration" or "evaluation", disjoint; ``seed`` shifts the noise seeds."""
@@ -142,8 +155,8 @@ class Adapter(ABC):
 
     @property
     def fingerprint(self) -> str:
-        """sha256 over all parameters."""
-        return artifacts.digest({name: artifacts.array_digest(value) for name, value in parameters(self.module).items()})
+        """sha256 over all parameters; an array is hashed again only when it is another or has changed."""
+        return artifacts.digest({name: _digest(value) for name, value in parameters(self.module).items()})
 
     def check_finite(self) -> None:
         """Raise NumericsError, naming the tensor, when a parameter holds NaN or infinity."""

@@ -1,28 +1,74 @@
-"""Model names to adapters. A new model is one file and one line here."""
+"""Model references to adapters. A new model is one file and one line here."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
-from ..errors import AdapterError
+from ..errors import AdapterError, ArtifactError
 from .adapter import Adapter
 
-MODELS = {"mmdit-shapes": ("mlxquant.models.mmdit_shapes", "MMDiTShapes")}
-PLANNED = {"sd3-medium": "needs the DiffusionKit adapter, which comes with a later release of mlxquant"}
+
+@dataclass(frozen=True)
+class Entry:
+    """Where an adapter is, the hub ids that stand for its model, and the file by which a local folder with its weights is known."""
+
+    module: str
+    adapter: str
+    hub_ids: tuple[str, ...] = ()
+    checkpoint: str = ""
+
+
+MODELS = {
+    "mmdit-shapes": Entry("mlxquant.models.mmdit_shapes", "MMDiTShapes"),
+    "sd3-medium": Entry(
+        "mlxquant.models.sd3_medium", "SD3Medium", ("argmaxinc/mlx-stable-diffusion-3-medium",), checkpoint="sd3_medium.safetensors"
+    ),
+}
+
+
+def find_model(reference: str) -> tuple[str, str]:
+    """The model's name, and where its weights are: a hub id, a folder, or "" for the model's usual place.
+
+    ``reference`` is a name, one of the hub ids, or a folder with a checkpoint. Raises ArtifactError on a folder without one, AdapterError,
+    listing what there is, on anything else.
+    """
+    if reference in MODELS:
+        return reference, ""
+    for name, entry in MODELS.items():
+        if reference in entry.hub_ids:
+            return name, reference
+    folder = Path(reference)
+    if not folder.is_dir():
+        known = [*MODELS, *(hub_id for entry in MODELS.values() for hub_id in entry.hub_ids)]
+        raise AdapterError(f"unknown model {reference!r}: neither a folder nor one of {known}")
+    for name, entry in MODELS.items():
+        if entry.checkpoint and (folder / entry.checkpoint).exists():
+            return name, str(folder)
+    wanted = [entry.checkpoint for entry in MODELS.values() if entry.checkpoint]
+    raise ArtifactError(
+        f"{folder} holds no model: expected a folder written by 'mlxquant quantize' (model.json), or one with {' or '.join(wanted)}"
+    )
+
+
+def model_name(reference: str | None) -> str | None:
+    """The name of the model that a reference stands for; None for None. Raises AdapterError as ``find_model`` does."""
+    return None if reference is None else find_model(reference)[0]
 
 
 def adapter_class(name: str) -> Any:
-    """The adapter of a model; raises AdapterError, listing the known names, on an unknown one."""
-    if name in PLANNED:
-        raise AdapterError(f"model {name!r} {PLANNED[name]}; this release has {sorted(MODELS)}, choose one with --model")
+    """The adapter of a model by its name; raises AdapterError, listing the known names, on an unknown one."""
     if name not in MODELS:
-        raise AdapterError(f"unknown model {name!r}: neither a folder written by mlxquant nor one of {sorted(MODELS)}")
-    module, attribute = MODELS[name]
-    return getattr(import_module(module), attribute)
+        raise AdapterError(f"unknown model {name!r}; this release has {sorted(MODELS)}")
+    entry = MODELS[name]
+    return getattr(import_module(entry.module), entry.adapter)
 
 
-def pretrained(name: str) -> Adapter:
-    """A model with its full-precision weights."""
-    adapter: Adapter = adapter_class(name).pretrained()
+def pretrained(reference: str) -> Adapter:
+    """A model with its full-precision weights; see ``find_model``."""
+    name, place = find_model(reference)
+    kind = adapter_class(name)
+    adapter: Adapter = kind.pretrained(place) if place else kind.pretrained()
     return adapter

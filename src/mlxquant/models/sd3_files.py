@@ -1,0 +1,83 @@
+"""Where the parts of SD3-Medium lie: in the hub's cache, under the ids that DiffusionKit downloads, or in one local folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..errors import AdapterError, ArtifactError
+
+HUB = "argmaxinc/mlx-stable-diffusion-3-medium"
+TEXT_HUB = "argmaxinc/stable-diffusion"
+T5_HUB = "google/t5-v1_1-xxl"
+CHECKPOINT = "sd3_medium.safetensors"  # transformer and VAE
+T5_FOLDER = "t5"
+
+
+class Files:
+    """The files of one copy of the model. A local folder holds ``sd3_medium.safetensors`` and the folders ``clip_l``, ``clip_g``,
+    ``tokenizer_l``, ``tokenizer_g`` and ``t5`` as on the hub, and T5's config and tokenizer in ``t5``, too.
+    """
+
+    def __init__(self, place: str = ""):
+        """``place``: a hub id for the checkpoint, or a folder; the text encoders of a hub id come from where DiffusionKit has them."""
+        self.place = place or HUB
+        self.folder = Path(place) if place and Path(place).is_dir() else None
+        if self.folder is None and self.place != HUB:
+            raise ArtifactError(
+                f"{place}: no such folder, and not the hub id {HUB}; the model's text encoders and VAE are expected there, as they were "
+                "when it was made: put them back, or a link"
+            )
+
+    def path(self, name: str) -> Path:
+        """A file on this disk, downloaded where that is needed and allowed; raises ArtifactError, saying how to get it."""
+        if self.folder is not None:
+            path = self.folder / name
+            if not path.is_file():
+                raise ArtifactError(
+                    f"{path} is missing; download it from the hub ('hf download {HUB if name == CHECKPOINT else TEXT_HUB} {name}') and put "
+                    "it there"
+                )
+            return path
+        return _download(self.place if name == CHECKPOINT else TEXT_HUB, name)
+
+    @property
+    def t5(self) -> str:
+        """What transformers reads T5's config and tokenizer from: a folder or a hub id."""
+        if self.folder is None:
+            return T5_HUB
+        folder = self.folder / T5_FOLDER
+        if not (folder / "config.json").is_file():
+            raise ArtifactError(
+                f"{folder / 'config.json'} is missing; get T5's config and tokenizer there with "
+                f"'hf download {T5_HUB} config.json tokenizer_config.json special_tokens_map.json spiece.model --local-dir {folder}'"
+            )
+        return str(folder)
+
+
+def _download(repository: str, name: str) -> Path:
+    """A file of a hub repository; HF_HUB_CACHE, HF_HUB_OFFLINE and HF_TOKEN are honoured."""
+    try:
+        from huggingface_hub import errors, hf_hub_download
+    except ImportError as error:
+        raise AdapterError("this model comes from the hub; install huggingface_hub with pip install 'mlxquant[diffusionkit]'") from error
+    try:
+        return Path(hf_hub_download(repository, name))
+    except errors.GatedRepoError as error:
+        raise ArtifactError(
+            f"{repository}: access is restricted; accept the licence at https://huggingface.co/{repository} with your account, then run "
+            "'hf auth login' or set HF_TOKEN"
+        ) from error
+    except errors.EntryNotFoundError as error:
+        if isinstance(error, errors.LocalEntryNotFoundError):
+            raise ArtifactError(
+                f"{repository}: {name} is not in the cache and the hub cannot be reached; download it with 'hf download {repository} "
+                f"{name}' on a connected machine without HF_HUB_OFFLINE, or pass a local folder with --model"
+            ) from error
+        raise ArtifactError(f"{repository} has no file {name}; the repository has changed, pass a local folder with --model") from error
+    except errors.RepositoryNotFoundError as error:
+        raise ArtifactError(
+            f"{repository}: not found, or not visible with your token; accept its licence at https://huggingface.co/{repository}, then run "
+            "'hf auth login' or set HF_TOKEN"
+        ) from error
+    except (errors.HfHubHTTPError, OSError) as error:
+        raise ArtifactError(f"{repository}: {name} could not be downloaded ({error}); try again, what is there is kept") from error

@@ -1,0 +1,202 @@
+"""``sd3-medium``: Stable Diffusion 3 Medium on DiffusionKit's own modules.
+
+The transformer is DiffusionKit's, with its weights in float16 and everything it computes in float32, as DiffusionKit has it with
+``w16`` and without ``a16``. Text encoders and VAE are loaded when they are first needed, and what they were given is encoded once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.resources import files
+from typing import Any, Protocol
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import AdapterError
+from ..prompts import Prompt, parse_prompts
+from ..sampler import Conditioning
+from ..schedule import Clock
+from .adapter import Adapter, Edge, Stage, State
+from .diffusionkit import build_mmdit, host, modulations
+from .mmdit import MMDiTConfig, mmdit_edges, mmdit_role
+from .sd3_checkpoint import fill, mmdit_weights, vae_decoder
+from .sd3_files import CHECKPOINT, Files
+from .sd3_text import TextEncoders
+
+PIXELS = 8  # for one of a latent
+SIZE = 512  # default of a picture's side
+KEPT = 256  # prompts, of 5 MB each in float16
+SCALE, SHIFT = 1.5305, 0.0609  # of the VAE's latents
+
+
+class Encoder(Protocol):
+    def encode(self, prompts: Sequence[str]) -> list[tuple[mx.array, mx.array]]:
+        """Token embeddings [T,E] and pooled embedding [P] of each prompt."""
+        ...
+
+
+class Components:
+    """What stands around the transformer: text encoders and VAE. Adapters that differ in the transformer alone share one of these.
+
+    ``text`` may be set to something else that encodes; conditioning of the last ``KEPT`` prompts is kept.
+    """
+
+    def __init__(self, place: str):
+        self.place = place
+        self.text: Encoder | None = None  # those of ``place`` when it is first asked for
+        self._decoder: Any = None
+        self._encoded: dict[str, tuple[mx.array, mx.array]] = {}
+
+    def encoded(self, prompts: Sequence[str]) -> Conditioning:
+        """Conditioning of prompts; each is encoded once, and the encoders are released in between."""
+        if fresh := [text for text in dict.fromkeys(prompts) if text not in self._encoded]:
+            encoder = TextEncoders(Files(self.place)) if self.text is None else self.text
+            self._encoded |= dict(zip(fresh, encoder.encode(fresh), strict=True))
+        pairs = [self._encoded[text] for text in prompts]
+        for text in list(self._encoded)[:-KEPT]:
+            del self._encoded[text]
+        tokens, pooled = (mx.stack([pair[side] for pair in pairs]).astype(mx.float32) for side in (0, 1))
+        return Conditioning(tokens, pooled)
+
+    @property
+    def decoder(self) -> Any:
+        if self._decoder is None:
+            self._decoder = vae_decoder(Files(self.place).path(CHECKPOINT))
+        return self._decoder
+
+
+class SD3Medium(Adapter):
+    name = "sd3-medium"
+    shift = 3.0
+    cfg = 5.0
+    batch = 2
+    samples = 64
+    rows = 2
+
+    def __init__(self, module: Any, config: MMDiTConfig, clock: Clock, components: Components, size: int):
+        self.module = module
+        self.clock = clock
+        self.config = config
+        self.components = components
+        self.resize(size)
+        self._stages = _stages(module, config.depth_multimodal)
+
+    @classmethod
+    def pretrained(cls, place: str = "") -> SD3Medium:
+        """The weights at ``place``: the hub id that DiffusionKit uses, or a local folder (see ``sd3_files``).
+
+        Raises ArtifactError, saying how to get the file, when one is missing or damaged, AdapterError without DiffusionKit.
+        """
+        checkpoint = Files(place).path(CHECKPOINT)
+        config, weights = mmdit_weights(checkpoint)
+        adapter = cls._built(config, Components(place), min(SIZE, PIXELS * config.max_latent_resolution))
+        fill(adapter.module, weights, mx.float16, str(checkpoint))
+        return adapter
+
+    @classmethod
+    def _built(cls, config: MMDiTConfig, components: Components, size: int) -> SD3Medium:
+        clock = Clock()
+        return cls(build_mmdit(config, clock, mx.float16), config, clock, components, size)
+
+    @classmethod
+    def blank(cls, description: dict[str, Any]) -> SD3Medium:
+        return cls._built(MMDiTConfig.from_dict(description["config"]), Components(""), description["size"])
+
+    def twin(self) -> SD3Medium:
+        return self._built(self.config, self.components, self.size)
+
+    def describe(self) -> dict[str, Any]:
+        return {"config": asdict(self.config), "size": self.size}
+
+    @property
+    def place(self) -> str:
+        return self.components.place
+
+    @place.setter
+    def place(self, place: str) -> None:
+        self.components = Components(place)
+
+    @property
+    def size(self) -> int:
+        """Of a picture's side, in pixels."""
+        return self.latent_shape[0] * PIXELS
+
+    def resize(self, size: int) -> None:
+        multiple = PIXELS * self.config.patch_size
+        largest = PIXELS * self.config.max_latent_resolution
+        if size % multiple or not multiple <= size <= largest:
+            raise AdapterError(f"{self.name} draws squares of a multiple of {multiple} pixels, at most {largest}; {size} is none")
+        self.latent_shape = (size // PIXELS, size // PIXELS, self.config.vae_latent_dim)
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        return self._stages
+
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        return self.components.encoded(prompts)
+
+    def decode(self, latent: mx.array) -> npt.NDArray[np.float32]:
+        pictures = []
+        for one in latent:
+            picture = self.components.decoder((one / SCALE + SHIFT)[None])
+            pictures.append(np.array(mx.clip(picture / 2 + 0.5, 0, 1), np.float32))
+            mx.clear_cache()
+        return np.concatenate(pictures)
+
+    def role(self, path: str) -> str:
+        return mmdit_role(path)
+
+    def edges(self) -> tuple[Edge, ...]:
+        return mmdit_edges(self.config)
+
+    def pipeline(self) -> Any:
+        """DiffusionKit's ``DiffusionPipeline`` around this model; see ``sd3_pipeline``."""
+        from .sd3_pipeline import pipeline
+
+        return pipeline(self)
+
+    def prompts(self, purpose: str, count: int, seed: int = 0) -> list[Prompt]:
+        if purpose not in ("calibration", "evaluation"):
+            raise AdapterError(f"prompts are for 'calibration' or 'evaluation', not {purpose!r}")
+        text = (files("mlxquant.assets") / f"{purpose}.txt").read_text(encoding="utf-8")
+        some = parse_prompts(text, f"{purpose}.txt")[:count]
+        return [Prompt(seed + prompt.seed, prompt.text) for prompt in some]
+
+
+def _stages(model: Any, depth: int) -> tuple[Stage, ...]:
+    """The chain of DiffusionKit's MMDiT. States hold the latent [B,H,W,C], image [B,N,D], text [B,T,D] and c [B,D], which is what the
+    modulations are computed from; the last block drops the text.
+    """
+
+    def embed(state: State) -> State:
+        latent, c = state["latent"], model.y_embedder(state["pooled"]) + model.t_embedder(state["t"])[:, 0, 0]
+        image = model.x_embedder(latent) + model.x_pos_embedder(latent)
+        text = model.context_embedder(state["tokens"])
+        return {"latent": latent, "image": image.reshape(len(latent), -1, image.shape[-1]), "text": text, "c": c}
+
+    def block(index: int) -> Stage:
+        prefix = f"multimodal_transformer_blocks.{index}"
+
+        def run(state: State) -> State:
+            here: Any = model.multimodal_transformer_blocks[index]
+            c = state["c"][:, None, None]
+            streams = (here.image_transformer_block, here.text_transformer_block)
+            with modulations([(stream, stream.adaLN_modulation(c)) for stream in streams]) as now:
+                image, text = here(state["image"][:, :, None], state["text"][:, :, None], now)
+            kept = {key: value for key, value in state.items() if key != "text"} | {"image": image[:, :, 0]}
+            return kept if text is None else kept | {"text": text[:, :, 0]}
+
+        return Stage(prefix, (prefix,), run)
+
+    def head(state: State) -> State:
+        last, latent = model.final_layer, state["latent"]
+        with modulations([(last, last.adaLN_modulation(state["c"][:, None, None]))]) as now:
+            tokens = last(state["image"][:, :, None], now)
+        _, height, width, channels = latent.shape
+        return {"velocity": host().mmdit.unpatchify(tokens, model.config.patch_size, height, width, channels)}
+
+    embedders = ("x_embedder", "x_pos_embedder", "y_embedder", "t_embedder", "context_embedder")
+    return (Stage("embed", embedders, embed), *(block(i) for i in range(depth)), Stage("head", ("final_layer",), head))

@@ -1,0 +1,146 @@
+"""SD3's text conditioning through DiffusionKit's encoders (two CLIPs and T5), each in memory only while it encodes.
+
+T5-XXL has 4.7 B parameters. Its layers are read one after the other and released at once, so that encoding any number of prompts takes
+the memory of one layer; what DiffusionKit's ``encode_text`` returns stays the same.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_unflatten
+
+from ..errors import AdapterError, ArtifactError
+from .diffusionkit import host
+from .sd3_checkpoint import fill, read_tensors
+from .sd3_files import Files
+
+CLIP_TOKENS, T5_TOKENS = 77, 512
+WIDTH = 4096  # of token embeddings: T5's, and CLIP's after padding
+CHUNK = 8  # prompts that go through a layer at once
+
+log = logging.getLogger("mlxquant")
+
+
+class TextEncoders:
+    """Encodes prompts; nothing is kept in memory between two calls."""
+
+    def __init__(self, files: Files):
+        self._files = files
+
+    def encode(self, prompts: Sequence[str]) -> list[tuple[mx.array, mx.array]]:
+        """Token embeddings [77 + 512, 4096] and pooled embedding [P] of each prompt.
+
+        float16 on Metal, float32 on the CPU, where half precision is slow.
+        """
+        dtype = mx.float32 if mx.default_device() == mx.cpu else mx.float16
+        log.info("text encoders: %d prompts, %.2f GB in use", len(prompts), mx.get_active_memory() / 1e9)
+        clips = [self._clip("l", prompts, dtype), self._clip("g", prompts, dtype)]
+        last = self._t5(prompts, dtype)
+        encoded = []
+        for index in range(len(prompts)):
+            tokens = mx.concatenate([clip[index][0] for clip in clips], axis=-1)
+            if tokens.shape[-1] > WIDTH or last[index].shape[-1] != WIDTH:
+                raise ArtifactError(
+                    f"{self._files.place}: CLIP and T5 write {tokens.shape[-1]} and {last[index].shape[-1]} channels, SD3 takes {WIDTH}"
+                )
+            tokens = mx.pad(tokens, [(0, 0), (0, WIDTH - tokens.shape[-1])])
+            encoded.append((mx.concatenate([tokens, last[index]]), mx.concatenate([clip[index][1] for clip in clips], axis=-1)))
+        mx.eval(encoded)
+        del clips, last
+        mx.clear_cache()
+        log.info("text encoders released: %.2f GB in use, at most %.2f", mx.get_active_memory() / 1e9, mx.get_peak_memory() / 1e9)
+        return encoded
+
+    def _clip(self, which: str, prompts: Sequence[str], dtype: mx.Dtype) -> list[tuple[mx.array, mx.array]]:
+        """Hidden states before the last layer [77, C] and pooled output [P] of one CLIP."""
+        kit, files = host(), self._files
+        path = files.path(f"clip_{which}/config.json")
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+            projected = "WithProjection" in config["architectures"][0]
+            model = kit.clip.CLIPTextModel(
+                kit.config.CLIPTextModelConfig(
+                    num_layers=config["num_hidden_layers"],
+                    model_dims=config["hidden_size"],
+                    num_heads=config["num_attention_heads"],
+                    max_length=config["max_position_embeddings"],
+                    vocab_size=config["vocab_size"],
+                    projection_dim=config["projection_dim"] if projected else None,
+                    hidden_act=config.get("hidden_act", "quick_gelu"),
+                )
+            )
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            raise ArtifactError(f"{path}: not the config of a CLIP text encoder ({error!r}); download it again") from error
+        weights = files.path(f"clip_{which}/model.fp16.safetensors")
+        renamed = dict(pair for item in read_tensors(weights).items() for pair in kit.model_io.map_clip_text_encoder_weights(*item))
+        fill(model, renamed, dtype, str(weights))
+        tokenizer = self._clip_tokenizer(which)
+        pad = tokenizer.eos_token if tokenizer.pad_with_eos else 0
+        ids = [self._padded(tokenizer.tokenize, text, pad, CLIP_TOKENS) for text in prompts]
+        outputs = []
+        for start in range(0, len(ids), CHUNK):
+            found = model(mx.array(ids[start : start + CHUNK]))
+            hidden, pooled = found.hidden_states[-2], found.pooled_output
+            mx.eval(hidden, pooled)
+            outputs += [(hidden[i], pooled[i]) for i in range(len(hidden))]
+        return outputs
+
+    def _clip_tokenizer(self, which: str) -> Any:
+        vocabulary, merges = self._files.path(f"tokenizer_{which}/vocab.json"), self._files.path(f"tokenizer_{which}/merges.txt")
+        try:
+            pairs = [tuple(line.split()) for line in merges.read_text(encoding="utf-8").strip().split("\n")[1 : 49152 - 256 - 2 + 1]]
+            vocab = json.loads(vocabulary.read_text(encoding="utf-8"))
+            return host().tokenizer.Tokenizer({pair: rank for rank, pair in enumerate(pairs)}, vocab, which == "l")
+        except (ValueError, KeyError) as error:
+            raise ArtifactError(f"{vocabulary}: not a CLIP tokenizer ({error!r}); download it and merges.txt again") from error
+
+    @staticmethod
+    def _padded(tokenize: Callable[[str], list[int]], text: str, pad: int, length: int) -> list[int]:
+        try:
+            ids = list(tokenize(text))
+        except KeyError as error:
+            raise AdapterError(f"prompt {text!r}: CLIP's tokenizer has no token for {error.args[0]!r}; leave it out") from error
+        return (ids + [pad] * (length - len(ids)))[:length]
+
+    def _t5(self, prompts: Sequence[str], dtype: mx.Dtype) -> list[mx.array]:
+        """T5's last hidden state [512, 4096] of each prompt, without a mask over the padding, as DiffusionKit has it."""
+        kit, files = host(), self._files
+        weights, place = files.path("t5/t5xxl.safetensors"), files.t5
+        try:
+            from transformers import AutoTokenizer, T5Config
+
+            config = T5Config.from_pretrained(place)
+            tokenizer = AutoTokenizer.from_pretrained(place, legacy=False, model_max_length=T5_TOKENS)
+            arrays = kit.model_io.t5_encoder_state_dict_adjustments(read_tensors(weights), prefix="")
+        except (OSError, ValueError) as error:
+            raise ArtifactError(f"{place}: T5's config or tokenizer cannot be read ({error}); download {place} again") from error
+        except KeyError as error:
+            raise ArtifactError(f"{weights}: not T5's encoder, {error} is missing; download it again") from error
+        model = kit.t5.SD3T5Encoder(config, low_memory_mode=False)
+        model.update(tree_unflatten([(name, value.astype(dtype)) for name, value in arrays.items()]))
+        del arrays
+
+        def tokenize(text: str) -> list[int]:
+            return list(tokenizer(text, max_length=T5_TOKENS, truncation=True)["input_ids"])
+
+        ids = mx.array([self._padded(tokenize, text, 0, T5_TOKENS) for text in prompts])
+        encoder = model.encoder
+        bias = encoder.relative_attention_bias(T5_TOKENS, T5_TOKENS)
+        hidden = [model.wte(ids[start : start + CHUNK]) for start in range(0, len(prompts), CHUNK)]
+        mx.eval(hidden, bias)
+        model.wte = None
+        while encoder.layers:
+            layer = encoder.layers.pop(0)
+            for index, states in enumerate(hidden):
+                hidden[index] = layer(states, mask=bias)
+                mx.eval(hidden[index])
+            del layer
+            mx.clear_cache()
+        last = [encoder.ln(states).astype(dtype) for states in hidden]
+        mx.eval(last)
+        return [states[i] for states in last for i in range(len(states))]

@@ -1,0 +1,187 @@
+"""SD3-Medium from its first file to its last picture: recipes, the six steps, saved models, DiffusionKit's pipeline, what can go wrong."""
+
+import json
+import shutil
+from importlib import import_module
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from PIL import Image
+
+import mlxquant as mq
+from mlxquant.errors import ArtifactError
+from mlxquant.rewrite import find_linears
+
+from command_line import fail, succeed
+
+pytestmark = pytest.mark.diffusionkit
+PROMPT = "a cat on a mat"
+HUB = "argmaxinc/mlx-stable-diffusion-3-medium"
+
+
+@pytest.fixture(scope="module")
+def made(sd3_folder, tmp_path_factory):
+    """A quantized model, saved, and the same in memory."""
+    folder = tmp_path_factory.mktemp("made")
+    model = mq.load(sd3_folder, size=64)
+    calib = mq.calibrate(model, prompts=2, steps=3, cfg=4.0)
+    quantized = mq.quantize(model, calib, "gptq-w4a8")
+    quantized.save(folder / "w4a8")
+    return folder / "w4a8", quantized
+
+
+def test_diffusionkits_pipeline_draws_with_a_loaded_model(made, tmp_path):
+    """Calibrate, quantize, load, generate_image, PNG; per-timestep activation scales find their time in its sampler, too."""
+    folder, quantized = made
+    loaded = mq.load(folder)
+    layers = loaded.layers
+    assert len(layers) == len(find_linears(mq.load(loaded.adapter.place).adapter.module))
+    assert sum(layer.table is not None for layer in layers.values()) == 21
+    image, _ = loaded.adapter.pipeline().generate_image(PROMPT, num_steps=3, cfg_weight=4.0, latent_size=(8, 8), seed=5)
+    image.save(tmp_path / "cat.png")
+    ours = quantized.generate(PROMPT, seed=5, steps=3, cfg=4.0)
+    with Image.open(tmp_path / "cat.png") as saved:
+        assert np.abs(np.array(saved, np.int32) - np.array(ours, np.int32)).max() <= 1
+        assert saved.size == (64, 64)
+    np.testing.assert_array_equal(np.array(loaded.generate(PROMPT, seed=5, steps=3, cfg=4.0)), np.array(ours))
+
+
+def test_a_hundred_alternating_prompts(made):
+    """On one loaded model memory does not grow, and the first and the last picture of a seed are the same."""
+    model = mq.load(made[0])
+    pipe = model.adapter.pipeline()
+    held, first, last = [], {}, {}
+    for index in range(100):
+        which = index % 2
+        if index % 10 < 8:
+            image = model.generate(f"{PROMPT} number {which}", seed=which, steps=1)
+        else:
+            image, _ = pipe.generate_image(f"{PROMPT} number {which}", num_steps=1, cfg_weight=5.0, latent_size=(8, 8), seed=which)
+        kind = (which, index % 10 < 8)
+        first.setdefault(kind, np.array(image))
+        last[kind] = np.array(image)
+        mx.clear_cache()
+        held.append(mx.get_active_memory())
+    assert held[-1] <= held[19]
+    for kind, image in first.items():
+        np.testing.assert_array_equal(image, last[kind])
+
+
+@pytest.mark.parametrize("recipe", ["taqdit-w4a8", "adaround-w3a16", "rtn-w4a8-g128", "descent-w8a8-static"])
+def test_recipes_run_and_survive_saving(sd3_folder, tmp_path, recipe):
+    arguments = ["--steps", 2, "--num-prompts", 2, "--size", 64, "--iters", 3]
+    facts, _ = succeed("quantize", "--model", sd3_folder, "--recipe", recipe, "--out", tmp_path / "model", *arguments)
+    assert facts["bits_per_weight"] < 16
+    assert "inf" not in json.dumps(facts)
+    picture, _ = succeed("generate", "--model", tmp_path / "model", "--prompt", PROMPT, "--steps", 2, "--output", tmp_path / "a.png")
+    with Image.open(picture["output"]) as image:
+        assert image.size == (64, 64)
+
+
+def test_the_six_steps(sd3_folder, tmp_path):
+    calib, where = tmp_path / "calib", ["--model", sd3_folder]
+    succeed("generate-calibration-data", *where, "--num-images", 2, "--num-steps", 3, "--calib-dir", calib, "--size", 64)
+    succeed("cache-adaround-data", *where, "--calib-dir", calib, "--num-images", 2, "--stride", 2)
+    succeed("adaround-optimize", *where, "--cache-dir", calib / "adaround_cache", "--output-dir", tmp_path / "weights", "--iters", 3)
+    succeed("collect-layer-activations", *where, "--calib-dir", calib, "--num-images", 2, "--stride", 2)
+    succeed("analyze-activations", *where, "--stats", calib / "activations" / "layer_statistics.json")
+    tracks = ["--adaround-output", tmp_path / "weights", "--quant-config", calib / "activations" / "quant_config.json"]
+    drawing = ["--prompt", PROMPT, "--num-steps", 2, "--size", 64, "--output-image", tmp_path / "a.png", "--compare", "--diff-stats"]
+    facts, _ = succeed("load-adaround-model", *where, *tracks, *drawing, "--save", tmp_path / "model")
+    assert set(facts["models"]) == {"RTN", "V1", "V2"}
+    assert all(np.isfinite(row["psnr_db"]) for row in facts["models"].values())
+    loaded = mq.load(tmp_path / "model")
+    blocks = [path for path in mq.load(sd3_folder).adapter.linears() if loaded.adapter.role(path) in ("attention", "mlp")]
+    assert set(blocks) <= loaded.layers.keys()
+    assert loaded.generate(PROMPT, steps=1).size[0] > 0
+
+
+def test_the_hub_ids_are_the_folder(hub_cache, sd3_folder):
+    by_name, by_id, by_folder = (mq.load(where).adapter for where in ("sd3-medium", HUB, sd3_folder))
+    assert by_name.fingerprint == by_id.fingerprint == by_folder.fingerprint
+    text = [adapter.encode([PROMPT]) for adapter in (by_name, by_folder)]
+    np.testing.assert_array_equal(np.array(text[0].tokens), np.array(text[1].tokens))
+
+
+def test_a_saved_model_finds_its_text_encoders(made, sd3_folder, tmp_path):
+    """It names them by a path from its own place, so that both can move together; where they are not, the error says so."""
+    stated = json.loads((made[0] / "model.json").read_text())["model"]["place"]
+    assert stated.startswith(".")
+    shutil.copytree(sd3_folder, tmp_path / "there" / "sd3")
+    (tmp_path / "moved").mkdir()
+    model = mq.load(sd3_folder, size=64)
+    mq.quantize(model, mq.calibrate(model, prompts=1, steps=1), "rtn-w4a16").save(tmp_path / "first")
+    adapter = mq.load(tmp_path / "there" / "sd3", size=64)
+    mq.quantize(adapter, mq.calibrate(adapter, prompts=1, steps=1), "rtn-w4a16").save(tmp_path / "there" / "model")
+    expected = np.array(mq.load(tmp_path / "there" / "model").generate(PROMPT, steps=1))
+    shutil.move(tmp_path / "there", tmp_path / "moved" / "here")
+    np.testing.assert_array_equal(np.array(mq.load(tmp_path / "moved" / "here" / "model").generate(PROMPT, steps=1)), expected)
+    shutil.rmtree(tmp_path / "moved" / "here" / "sd3")
+    with pytest.raises(ArtifactError, match="text encoders and VAE are expected there"):
+        mq.load(tmp_path / "moved" / "here" / "model").generate(PROMPT, steps=1)
+
+
+def test_a_hub_model_needs_no_checkpoint_to_load(hub_cache, tmp_path, monkeypatch):
+    """A quantized folder has the whole transformer: of the full-precision file only the VAE is read, and that when a picture is drawn."""
+    model = mq.load("sd3-medium", size=64)
+    mq.quantize(model, mq.calibrate(model, prompts=1, steps=1), "rtn-w4a16").save(tmp_path / "model")
+    assert json.loads((tmp_path / "model" / "model.json").read_text())["model"]["place"] in ("", HUB)
+    from mlxquant.models import sd3_medium
+
+    monkeypatch.setattr(sd3_medium, "mmdit_weights", lambda path: pytest.fail("the full-precision transformer was read"))
+    assert mq.load(tmp_path / "model").generate(PROMPT, steps=1).size == (64, 64)
+
+
+def test_a_missing_file_is_named_with_the_command_that_gets_it(sd3_folder, tmp_path):
+    for name in ("clip_l/model.fp16.safetensors", "tokenizer_g/vocab.json", "t5/t5xxl.safetensors", "t5/config.json"):
+        folder = tmp_path / name.replace("/", "-")
+        shutil.copytree(sd3_folder, folder)
+        (folder / name).unlink()
+        said = fail("generate", "--model", folder, "--size", 64, "--prompt", PROMPT, "--steps", 1, "--output", tmp_path / "a.png")
+        assert f"{folder / name} is missing" in said
+        assert "hf download" in said
+        assert not (tmp_path / "a.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("clip_g/config.json", "not the config of a CLIP text encoder"),
+        ("tokenizer_l/vocab.json", "not a CLIP tokenizer"),
+        ("clip_l/model.fp16.safetensors", "not a safetensors file"),
+        ("t5/t5xxl.safetensors", "not a safetensors file"),
+        ("t5/config.json", "T5's config or tokenizer cannot be read"),
+    ],
+)
+def test_a_damaged_file_is_named(sd3_folder, tmp_path, name, message):
+    shutil.copytree(sd3_folder, tmp_path / "sd3")
+    (tmp_path / "sd3" / name).write_text("{")
+    said = fail("generate", "--model", tmp_path / "sd3", "--size", 64, "--prompt", PROMPT, "--steps", 1, "--output", tmp_path / "a.png")
+    assert message in said
+    assert "again" in said
+
+
+def test_a_hub_that_refuses_says_what_to_do(monkeypatch):
+    """Gated, offline without the file, unknown: each has its own remedy."""
+    httpx, hub = import_module("httpx"), import_module("huggingface_hub")
+    errors = import_module("huggingface_hub.errors")
+    response = httpx.Response(401, request=httpx.Request("GET", "https://huggingface.co"))
+    cases = {
+        "accept the licence at https://huggingface.co/argmaxinc": errors.GatedRepoError("gated", response=response),
+        "not found, or not visible with your token": errors.RepositoryNotFoundError("gone", response=response),
+        "without HF_HUB_OFFLINE": errors.LocalEntryNotFoundError("offline"),
+        "could not be downloaded": errors.HfHubHTTPError("500", response=response),
+    }
+    for message, error in cases.items():
+
+        def refuse(*arguments, error=error):
+            raise error
+
+        monkeypatch.setattr(hub, "hf_hub_download", refuse)
+        assert message in fail("generate", "--model", "sd3-medium", "--prompt", PROMPT)
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path):
+    assert "sd3_medium.safetensors" in fail("generate", "--model", tmp_path, "--prompt", PROMPT)
+    assert "neither a folder nor one of" in fail("generate", "--model", "sd4-medium", "--prompt", PROMPT)

@@ -1,0 +1,49 @@
+"""References to models: names, hub ids, folders; and what is said where DiffusionKit is not installed."""
+
+import subprocess
+import sys
+
+import pytest
+
+from mlxquant.errors import AdapterError, ArtifactError
+from mlxquant.models import catalog, diffusionkit
+
+HUB = "argmaxinc/mlx-stable-diffusion-3-medium"
+
+
+def test_names_hub_ids_and_folders(tmp_path):
+    assert catalog.find_model("mmdit-shapes") == ("mmdit-shapes", "")
+    assert catalog.find_model("sd3-medium") == ("sd3-medium", "")
+    assert catalog.find_model(HUB) == ("sd3-medium", HUB)
+    (tmp_path / "sd3_medium.safetensors").write_text("")
+    assert catalog.find_model(str(tmp_path)) == ("sd3-medium", str(tmp_path))
+    assert catalog.model_name(str(tmp_path)) == "sd3-medium"
+    assert catalog.model_name(None) is None
+
+
+@pytest.mark.parametrize("reference", ["sd9", "stabilityai/stable-diffusion-3-medium", "none/here"])
+def test_unknown_references_are_told_what_there_is(reference):
+    with pytest.raises(AdapterError, match=f"unknown model '{reference}'.*mmdit-shapes.*{HUB}"):
+        catalog.find_model(reference)
+
+
+def test_a_folder_without_weights_is_told_what_it_lacks(tmp_path):
+    with pytest.raises(ArtifactError, match=r"model\.json.*sd3_medium\.safetensors"):
+        catalog.find_model(str(tmp_path))
+
+
+def test_without_diffusionkit_the_error_says_how_to_install_it(tmp_path, monkeypatch):
+    (tmp_path / "sd3_medium.safetensors").write_text("")
+    monkeypatch.setitem(sys.modules, "diffusionkit", None)
+    monkeypatch.setitem(sys.modules, "diffusionkit.mlx", None)
+    diffusionkit.host.cache_clear()
+    with pytest.raises(AdapterError, match=r"pip install 'mlxquant\[diffusionkit\]'"):
+        diffusionkit.host()
+    diffusionkit.host.cache_clear()
+
+
+def test_importing_mlxquant_imports_neither_torch_nor_diffusionkit():
+    heavy = ("torch", "diffusionkit", "transformers")
+    code = f"import mlxquant, mlxquant.models.sd3_medium, sys; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
