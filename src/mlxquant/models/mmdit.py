@@ -119,8 +119,8 @@ class TimestepAdapter(nn.Module):
         self._half, self._max_period = config.frequency_embed_dim // 2, config.max_period
 
     def __call__(self, t: mx.array) -> mx.array:
-        exponent = mx.arange(self._half, dtype=mx.float32) / self._half
-        angles = t[:, None].astype(mx.float32) * mx.power(mx.array(float(self._max_period)), -exponent)[None]
+        falling = -mx.log(mx.array(float(self._max_period))) * mx.arange(self._half, dtype=mx.float32)
+        angles = t[:, None].astype(mx.float32) * mx.exp(falling / self._half)[None]  # to the last digit as DiffusionKit has it
         features = mx.concatenate([mx.cos(angles), mx.sin(angles)], axis=-1)
         return self.mlp(features)
 
