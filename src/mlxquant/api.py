@@ -15,7 +15,7 @@ from PIL import Image
 from . import artifacts, calibration
 from .artifacts import versions
 from .calibration import Calibration
-from .errors import ArtifactError, CalibrationError, NumericsError, RecipeError
+from .errors import AdapterError, ArtifactError, CalibrationError, NumericsError, RecipeError
 from .layers import QuantizedLinear, find_quantized
 from .models.adapter import Adapter
 from .models.catalog import adapter_class, pretrained
@@ -50,15 +50,15 @@ class Model:
         cfg: float | None = None,
         callback: Callable[[SamplerStep], None] | None = None,
         progress: Progress = silent,
-        size: int | None = None,
+        at_once: int | None = None,
     ) -> npt.NDArray[np.float32]:
-        """Pictures [B,H,W,3] in [0,1], each from its prompt and seed, ``size`` at a time, by default as the adapter has it."""
+        """Pictures [B,H,W,3] in [0,1], each from its prompt and seed, ``at_once`` together, by default as the adapter has it."""
         if not prompts:
             raise CalibrationError("there are no prompts to draw")
         self.adapter.encode([*(p.text for p in prompts), ""])  # all at once: text encoders may have to be read for it
-        size, parts = self.adapter.batch if size is None else size, []
-        for start in progress(range(0, len(prompts), size), "sampling"):
-            some = prompts[start : start + size]
+        at_once, parts = self.adapter.batch if at_once is None else at_once, []
+        for start in progress(range(0, len(prompts), at_once), "sampling"):
+            some = prompts[start : start + at_once]
             latent = self.adapter.generate([p.text for p in some], [p.seed for p in some], steps, cfg, callback)
             parts.append(self.adapter.decode(latent))
         images = np.concatenate(parts)
@@ -268,6 +268,12 @@ def compare(
     """The same prompts and seeds from the reference and from others, side by side, with the differences measured."""
     some = [Prompt(seed, prompts)] if isinstance(prompts, str) else list(prompts)
     named = {"quantized": others} if isinstance(others, Model) else dict(others)
+    for name, model in named.items():
+        if model.adapter.latent_shape != reference.adapter.latent_shape:
+            raise AdapterError(
+                f"{name} draws latents of {model.adapter.latent_shape}, {reference.name} of {reference.adapter.latent_shape}; load "
+                "both with the same size"
+            )
     first = "reference" if isinstance(reference, QuantizedModel) or "FP" in named else "FP"
     images = {name: m.images(some, steps, cfg, progress=progress) for name, m in {first: reference, **named}.items()}
     return Comparison.of(some, images, reference.adapter.attributes)

@@ -24,7 +24,9 @@ from .pipeline.samples import Samples
     help="Tokens of each stream of a block's output to keep; 0 keeps all.  [default: an eighth of them, at least 4]",
 )
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Decides which tokens.")
-@click.option("--model", "name", help="Where its weights are: a hub id or a folder.  [default: the model that drew the trajectories]")
+@click.option(
+    "--model", "name", help="Where its weights are: a hub id or a folder.  [default: the name of the model that drew the trajectories]"
+)
 @click.option("--resume/--no-resume", default=True, show_default=True, help="Go on where a killed run of the same settings was.")
 @click.option("--force", is_flag=True, help="Replace a cache that is there.")
 @verbose_option

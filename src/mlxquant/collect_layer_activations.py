@@ -20,7 +20,9 @@ from .pipeline.samples import Samples
 @click.option("--stride", default=2, show_default=True, type=click.IntRange(1), help="Use every N-th step.")
 @click.option("--rows", default=32, show_default=True, type=click.IntRange(1), help="Input rows to keep of each layer and timestep.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of the rows, and of the sensitivities.")
-@click.option("--model", "name", help="Where its weights are: a hub id or a folder.  [default: the model that drew the trajectories]")
+@click.option(
+    "--model", "name", help="Where its weights are: a hub id or a folder.  [default: the name of the model that drew the trajectories]"
+)
 @click.option("--resume/--no-resume", default=True, show_default=True, help="Go on where a killed run of the same settings was.")
 @click.option("--force", is_flag=True, help="Replace statistics that are there.")
 @verbose_option

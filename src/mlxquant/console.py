@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import mlx.core as mx
 from tqdm import tqdm
 
 from ._blas import prefer_fast_blas
@@ -49,9 +50,9 @@ def result(facts: dict[str, Any]) -> None:
 
 
 def peak_bytes() -> int:
-    """The largest resident memory of this process so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return int(peak if sys.platform == "darwin" else peak * 1024)
+    """The most memory of this process so far: resident, or MLX's own where that is more, for Metal's buffers may not be resident."""
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return max(resident if sys.platform == "darwin" else resident * 1024, mx.get_peak_memory())
 
 
 def verbosity(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:

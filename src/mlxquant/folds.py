@@ -37,7 +37,7 @@ def divide(module: nn.Module, edge: Edge, divisor: Array) -> Callable[[], None]:
     before = {path: (layer.weight, layer.bias if "bias" in layer else None) for path, layer in layers.items()}
     d = mx.array(divisor.astype(np.float32))
     for path in edge.consumers:
-        layers[path].weight = layers[path].weight * d.astype(layers[path].weight.dtype)
+        layers[path].weight = (layers[path].weight.astype(mx.float32) * d).astype(layers[path].weight.dtype)
     for fold in edge.folds:
         _divide_rows(layers[fold.path], fold.start, fold.stop, fold.plus_one, d)
 

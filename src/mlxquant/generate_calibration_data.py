@@ -45,7 +45,10 @@ def command(
 ) -> None:
     """Sample real trajectories and keep the latent before every step."""
     start = time.perf_counter()
-    adapter = api.load(name, size).adapter
+    model = api.load(name, size)
+    if isinstance(model, api.QuantizedModel):
+        raise CalibrationError(f"{name} is quantized; draw the trajectories with the full-precision model")
+    adapter = model.adapter
     prompts = read_prompts(prompt_file) if prompt_file else adapter.prompts("calibration", num_images, seed)
     if len(prompts) < num_images:
         where = prompt_file or f"{name}'s own calibration set"

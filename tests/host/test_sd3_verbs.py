@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 import mlxquant as mq
-from mlxquant.errors import ArtifactError
+from mlxquant.errors import AdapterError, ArtifactError
+from mlxquant.models.sd3_text import TextEncoders
 from mlxquant.rewrite import find_linears
 
 from command_line import fail, succeed
@@ -151,6 +152,7 @@ def test_a_missing_file_is_named_with_the_command_that_gets_it(sd3_folder, tmp_p
         ("tokenizer_l/vocab.json", "not a CLIP tokenizer"),
         ("clip_l/model.fp16.safetensors", "not a safetensors file"),
         ("t5/t5xxl.safetensors", "not a safetensors file"),
+        ("tokenizer_g/vocab.json", "not a CLIP tokenizer"),
         ("t5/config.json", "T5's config or tokenizer cannot be read"),
     ],
 )
@@ -164,22 +166,116 @@ def test_a_damaged_file_is_named(sd3_folder, tmp_path, name, message):
 
 def test_a_hub_that_refuses_says_what_to_do(monkeypatch):
     """Gated, offline without the file, unknown: each has its own remedy."""
-    httpx, hub = import_module("httpx"), import_module("huggingface_hub")
-    errors = import_module("huggingface_hub.errors")
-    response = httpx.Response(401, request=httpx.Request("GET", "https://huggingface.co"))
-    cases = {
-        "accept the licence at https://huggingface.co/argmaxinc": errors.GatedRepoError("gated", response=response),
-        "not found, or not visible with your token": errors.RepositoryNotFoundError("gone", response=response),
-        "without HF_HUB_OFFLINE": errors.LocalEntryNotFoundError("offline"),
-        "could not be downloaded": errors.HfHubHTTPError("500", response=response),
-    }
-    for message, error in cases.items():
+    hub, errors = import_module("huggingface_hub"), import_module("huggingface_hub.errors")
+
+    class Response:
+        headers = {}  # noqa: RUF012
+        request = url = None
+
+        def __init__(self, status):
+            self.status_code = status
+
+    def of(kind, status):
+        error = kind.__new__(kind)
+        Exception.__init__(error, f"status {status}\nand more")
+        error.response = Response(status)
+        return error
+
+    forbidden = errors.LocalEntryNotFoundError("offline")
+    forbidden.__cause__ = of(errors.HfHubHTTPError, 403)
+    cases = [
+        ("accept the licence at https://huggingface.co/argmaxinc", of(errors.GatedRepoError, 401)),
+        ("accept the licence at", of(errors.RepositoryNotFoundError, 404)),
+        ("accept the licence at", of(errors.HfHubHTTPError, 401)),
+        ("fine-grained token", forbidden),
+        ("without HF_HUB_OFFLINE", errors.LocalEntryNotFoundError("offline")),
+        ("has no file sd3_medium.safetensors", errors.EntryNotFoundError("no")),
+        ("could not be downloaded (status 500); run the same command again", of(errors.HfHubHTTPError, 500)),
+        ("could not be downloaded (timed out)", TimeoutError("timed out")),
+        ("could not be downloaded (xet)", RuntimeError("xet")),
+    ]
+    for message, error in cases:
 
         def refuse(*arguments, error=error):
             raise error
 
         monkeypatch.setattr(hub, "hf_hub_download", refuse)
         assert message in fail("generate", "--model", "sd3-medium", "--prompt", PROMPT)
+
+
+def test_incomplete_encoders_are_refused(sd3_folder, tmp_path):
+    """T5 without a tensor, or with one of another shape, would encode noise."""
+    shutil.copytree(sd3_folder, tmp_path / "sd3")
+    path = tmp_path / "sd3" / "t5" / "t5xxl.safetensors"
+    arrays = mx.load(str(path))
+    name = "encoder.block.0.layer.1.DenseReluDense.wo.weight"
+    more = {**arrays, **{key.replace("block.0", "block.1"): value for key, value in arrays.items() if "block.0" in key}}
+    for message, tensors in {
+        "tensors are missing": {key: value for key, value in arrays.items() if key != name},
+        "has shape": {**arrays, name: arrays[name][:5]},
+        "more layers than": {key: value for key, value in more.items() if "block.1.layer.0.SelfAttention.relative" not in key},
+    }.items():
+        path.unlink()
+        mx.save_safetensors(str(path), tensors)
+        assert message in fail("generate", "--model", tmp_path / "sd3", "--size", 64, "--prompt", PROMPT, "--output", tmp_path / "a.png")
+
+
+def test_a_missing_vae_is_missed_before_sampling(made, tmp_path):
+    """Whoever has only the quantized folder learns at once that the VAE comes from the full-precision files."""
+    model = mq.load(made[0])
+    model.adapter.place = str(tmp_path)
+    steps = []
+    for draw in (
+        lambda: model.images([mq.Prompt(1, PROMPT)], 2, callback=steps.append),
+        lambda: model.adapter.pipeline().generate_image(PROMPT, num_steps=2),
+    ):
+        with pytest.raises(ArtifactError, match="is missing; get it with 'hf download"):
+            draw()
+    assert steps == []
+
+
+def test_text_is_encoded_once_a_step(sd3_folder, tmp_path, monkeypatch):
+    """Loading T5 costs more than a batch of pictures does."""
+    calls = []
+    original = TextEncoders.encode
+    monkeypatch.setattr(TextEncoders, "encode", lambda self, prompts: calls.append(len(prompts)) or original(self, prompts))
+    calib, where = tmp_path / "calib", ["--model", sd3_folder]
+    succeed("generate-calibration-data", *where, "--num-images", 4, "--num-steps", 2, "--calib-dir", calib, "--size", 64)
+    assert calls == [5]
+    succeed("collect-layer-activations", *where, "--calib-dir", calib, "--num-images", 4, "--stride", 1)
+    assert calls[1:] == [5]
+    succeed("cache-adaround-data", *where, "--calib-dir", calib, "--num-images", 4, "--stride", 1)
+    assert sum(calls[2:]) <= 6  # and perhaps one of them before, to see what a block writes
+
+
+def test_quantized_models_are_not_calibrated(made, tmp_path):
+    said = fail("generate-calibration-data", "--model", made[0], "--num-images", 1, "--calib-dir", tmp_path / "calib")
+    assert "is quantized; draw the trajectories with the full-precision model" in said
+    assert "holds a quantized model; this needs the full-precision one" in fail(
+        "cache-adaround-data", "--model", made[0], "--calib-dir", tmp_path
+    )
+    assert not (tmp_path / "calib").exists()
+
+
+def test_pictures_of_two_sizes_are_not_compared(made, sd3_folder, tmp_path):
+    with pytest.raises(AdapterError, match="load both with the same size"):
+        mq.compare(mq.load(sd3_folder, size=128), mq.load(made[0]), PROMPT)
+    arguments = ["--compare", sd3_folder, "--prompt", PROMPT, "--steps", 1, "--output", tmp_path / "a.png"]
+    facts, _ = succeed("generate", "--model", made[0], *arguments)  # the reference draws in the quantized model's size
+    assert np.isfinite(facts["psnr_db"])
+
+
+def test_more_prompts_than_there_are_is_an_error(sd3_folder):
+    with pytest.raises(AdapterError, match=r"has 144 prompts of its own for calibration, 500 were asked for"):
+        mq.load(sd3_folder, size=64).adapter.prompts("calibration", 500)
+
+
+def test_a_folder_may_be_left(sd3_folder, monkeypatch, tmp_path):
+    """A path that was given from where one stood then still holds where one stands now."""
+    monkeypatch.chdir(sd3_folder.parent)
+    model = mq.load(sd3_folder.name, size=64)
+    monkeypatch.chdir(tmp_path)
+    assert model.generate(PROMPT, steps=1).size == (64, 64)
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path):

@@ -105,6 +105,11 @@ class Adapter(ABC):
     _hooks: Mapping[str, StageHook] = MappingProxyType({})  # by stage, set by ``hooked``
 
     @property
+    def size(self) -> int:
+        """Pixels of a picture's side; here for models whose latents are pixels."""
+        return self.latent_shape[0]
+
+    @property
     @abstractmethod
     def stages(self) -> tuple[Stage, ...]:
         """The chain, from {latent, tokens, pooled, t} to {velocity}."""

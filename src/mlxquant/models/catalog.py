@@ -9,6 +9,7 @@ from typing import Any
 
 from ..errors import AdapterError, ArtifactError
 from .adapter import Adapter
+from .sd3_files import CHECKPOINT, HUB
 
 
 @dataclass(frozen=True)
@@ -23,9 +24,7 @@ class Entry:
 
 MODELS = {
     "mmdit-shapes": Entry("mlxquant.models.mmdit_shapes", "MMDiTShapes"),
-    "sd3-medium": Entry(
-        "mlxquant.models.sd3_medium", "SD3Medium", ("argmaxinc/mlx-stable-diffusion-3-medium",), checkpoint="sd3_medium.safetensors"
-    ),
+    "sd3-medium": Entry("mlxquant.models.sd3_medium", "SD3Medium", (HUB,), checkpoint=CHECKPOINT),
 }
 
 
@@ -46,7 +45,11 @@ def find_model(reference: str) -> tuple[str, str]:
         raise AdapterError(f"unknown model {reference!r}: neither a folder nor one of {known}")
     for name, entry in MODELS.items():
         if entry.checkpoint and (folder / entry.checkpoint).exists():
-            return name, str(folder)
+            return name, str(folder.absolute())
+    if (folder / "model.json").exists():
+        raise ArtifactError(
+            f"{folder} holds a quantized model; this needs the full-precision one: a name, a hub id or a folder with its weights"
+        )
     wanted = [entry.checkpoint for entry in MODELS.values() if entry.checkpoint]
     raise ArtifactError(
         f"{folder} holds no model: expected a folder written by 'mlxquant quantize' (model.json), or one with {' or '.join(wanted)}"

@@ -74,6 +74,10 @@ class MMDiTShapes(Adapter):
         return {"config": self.module.config.to_dict()}
 
     @property
+    def size(self) -> int:
+        return shapes.SIDE
+
+    @property
     def stages(self) -> tuple[Stage, ...]:
         return self._stages
 

@@ -21,7 +21,7 @@ GROUPS = 32  # of the VAE's group norms
 Arrays = dict[str, mx.array]
 
 
-def read_tensors(path: Path) -> Arrays:
+def lazy_tensors(path: Path) -> Arrays:
     """All tensors of a safetensors file, not read from the disk before they are used; ArtifactError when it is damaged."""
     try:
         arrays = mx.load(str(path), format="safetensors")
@@ -33,12 +33,12 @@ def read_tensors(path: Path) -> Arrays:
 
 def mmdit_weights(path: Path) -> tuple[MMDiTConfig, Arrays]:
     """Sizes and parameters of the transformer in a checkpoint; ArtifactError when it is another model's."""
-    arrays = {name: value for name, value in read_tensors(path).items() if name.startswith(MMDIT_PREFIX)}
+    arrays = {name: value for name, value in lazy_tensors(path).items() if name.startswith(MMDIT_PREFIX)}
     needed = [MMDIT_PREFIX + name for name in ("x_embedder.proj.weight", "pos_embed", "joint_blocks.0.x_block.attn.qkv.weight")]
     if missing := [name for name in needed if name not in arrays]:
         raise ArtifactError(f"{path}: holds no SD3 transformer (no {missing[0]}); expected Stability AI's sd3_medium.safetensors")
-    if other := next((name for name in arrays if ".attn2." in name), None):
-        raise ArtifactError(f"{path}: {other} is of SD3.5-Medium's transformer, which DiffusionKit does not run; expected SD3-Medium")
+    if other := next((name for name in arrays if ".attn2." in name or ".ln_q." in name), None):
+        raise ArtifactError(f"{path}: {other} is of an SD3.5 transformer; expected SD3-Medium's")
     try:
         weights = host().model_io.mmdit_state_dict_adjustments(arrays, prefix=MMDIT_PREFIX)
         return _config(weights), weights
@@ -62,7 +62,6 @@ def _config(weights: Arrays) -> MMDiTConfig:
         pooled_text_embed_dim=weights["y_embedder.mlp.layers.0.weight"].shape[1],
         token_level_text_embed_dim=weights["context_embedder.weight"].shape[1],
         frequency_embed_dim=weights["t_embedder.mlp.layers.0.weight"].shape[1],
-        use_qk_norm=f"{first}.qk_norm.q_norm.weight" in weights,
     )
 
 
@@ -97,7 +96,7 @@ def _levels(weights: Arrays, blocks: str) -> tuple[list[int], int]:
 
 
 def _vae(path: Path, prefix: str, adjust: Callable[..., Arrays], build: Callable[[Arrays], Any]) -> Any:
-    arrays = {name: value for name, value in read_tensors(path).items() if name.startswith(prefix)}
+    arrays = {name: value for name, value in lazy_tensors(path).items() if name.startswith(prefix)}
     if not arrays:
         raise ArtifactError(f"{path}: holds no tensors {prefix}*; expected Stability AI's sd3_medium.safetensors")
     try:

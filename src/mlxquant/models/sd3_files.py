@@ -25,20 +25,17 @@ class Files:
         if self.folder is None and self.place != HUB:
             raise ArtifactError(
                 f"{place}: no such folder, and not the hub id {HUB}; the model's text encoders and VAE are expected there, as they were "
-                "when it was made: put them back, or a link"
+                "when it was made: put them back, or a link, or set model.adapter.place"
             )
 
     def path(self, name: str) -> Path:
         """A file on this disk, downloaded where that is needed and allowed; raises ArtifactError, saying how to get it."""
-        if self.folder is not None:
-            path = self.folder / name
-            if not path.is_file():
-                raise ArtifactError(
-                    f"{path} is missing; download it from the hub ('hf download {HUB if name == CHECKPOINT else TEXT_HUB} {name}') and put "
-                    "it there"
-                )
-            return path
-        return _download(self.place if name == CHECKPOINT else TEXT_HUB, name)
+        if self.folder is None:
+            return _download(self.place if name == CHECKPOINT else TEXT_HUB, name)
+        path = self.folder / name
+        if not path.is_file():
+            raise ArtifactError(f"{path} is missing; get it with '{self.command(name)}'")
+        return path
 
     @property
     def t5(self) -> str:
@@ -47,11 +44,19 @@ class Files:
             return T5_HUB
         folder = self.folder / T5_FOLDER
         if not (folder / "config.json").is_file():
-            raise ArtifactError(
-                f"{folder / 'config.json'} is missing; get T5's config and tokenizer there with "
-                f"'hf download {T5_HUB} config.json tokenizer_config.json special_tokens_map.json spiece.model --local-dir {folder}'"
-            )
+            raise ArtifactError(f"{folder / 'config.json'} is missing; get it and T5's tokenizer with '{self.t5_command}'")
         return str(folder)
+
+    def command(self, name: str) -> str:
+        """The command that downloads a file anew."""
+        repository = HUB if name == CHECKPOINT else TEXT_HUB
+        return f"hf download {repository} {name} " + ("--force-download" if self.folder is None else f"--local-dir {self.folder}")
+
+    @property
+    def t5_command(self) -> str:
+        """The command that downloads T5's config and tokenizer anew."""
+        where = "--force-download" if self.folder is None else f"--local-dir {self.folder / T5_FOLDER}"
+        return f"hf download {T5_HUB} config.json tokenizer_config.json special_tokens_map.json spiece.model {where}"
 
 
 def _download(repository: str, name: str) -> Path:
@@ -62,22 +67,26 @@ def _download(repository: str, name: str) -> Path:
         raise AdapterError("this model comes from the hub; install huggingface_hub with pip install 'mlxquant[diffusionkit]'") from error
     try:
         return Path(hf_hub_download(repository, name))
-    except errors.GatedRepoError as error:
-        raise ArtifactError(
-            f"{repository}: access is restricted; accept the licence at https://huggingface.co/{repository} with your account, then run "
-            "'hf auth login' or set HF_TOKEN"
-        ) from error
-    except errors.EntryNotFoundError as error:
+    except Exception as error:  # the hub's, httpx's and xet's errors have no base in common
+        refused = isinstance(error, errors.RepositoryNotFoundError) or {_status(error), _status(error.__cause__)} & {401, 403}
+        if refused:
+            raise ArtifactError(
+                f"{repository}: not visible to you; accept the licence at https://huggingface.co/{repository} with your account, then run "
+                "'hf auth login' or set HF_TOKEN (a fine-grained token needs access to public gated repositories)"
+            ) from error
         if isinstance(error, errors.LocalEntryNotFoundError):
             raise ArtifactError(
                 f"{repository}: {name} is not in the cache and the hub cannot be reached; download it with 'hf download {repository} "
                 f"{name}' on a connected machine without HF_HUB_OFFLINE, or pass a local folder with --model"
             ) from error
-        raise ArtifactError(f"{repository} has no file {name}; the repository has changed, pass a local folder with --model") from error
-    except errors.RepositoryNotFoundError as error:
+        if isinstance(error, errors.EntryNotFoundError):
+            raise ArtifactError(f"{repository} has no file {name}; the repository has changed, pass a local folder with --model") from error
+        said = (str(error) or type(error).__name__).splitlines()[0]
         raise ArtifactError(
-            f"{repository}: not found, or not visible with your token; accept its licence at https://huggingface.co/{repository}, then run "
-            "'hf auth login' or set HF_TOKEN"
+            f"{repository}: {name} could not be downloaded ({said}); run the same command again, what is there is kept"
         ) from error
-    except (errors.HfHubHTTPError, OSError) as error:
-        raise ArtifactError(f"{repository}: {name} could not be downloaded ({error}); try again, what is there is kept") from error
+
+
+def _status(error: BaseException | None) -> int | None:
+    """The HTTP status that an error is about, if any."""
+    return getattr(getattr(error, "response", None), "status_code", None)

@@ -1,7 +1,8 @@
 """``sd3-medium``: Stable Diffusion 3 Medium on DiffusionKit's own modules.
 
-The transformer is DiffusionKit's, with its weights in float16 and everything it computes in float32, as DiffusionKit has it with
-``w16`` and without ``a16``. Text encoders and VAE are loaded when they are first needed, and what they were given is encoded once.
+The transformer is DiffusionKit's, with its weights and its embedding of time in float16 and everything else in float32, as
+DiffusionKit has it with ``w16`` and without ``a16``. Text encoders and VAE are loaded when they are first needed, and what they were
+given is encoded once.
 """
 
 from __future__ import annotations
@@ -41,22 +42,27 @@ class Encoder(Protocol):
 class Components:
     """What stands around the transformer: text encoders and VAE. Adapters that differ in the transformer alone share one of these.
 
-    ``text`` may be set to something else that encodes; conditioning of the last ``KEPT`` prompts is kept.
+    ``text`` may be set to something else that encodes. Conditioning of the last ``KEPT`` prompts is kept, and of more where more were
+    asked for at once.
     """
 
     def __init__(self, place: str):
         self.place = place
         self.text: Encoder | None = None  # those of ``place`` when it is first asked for
         self._decoder: Any = None
-        self._encoded: dict[str, tuple[mx.array, mx.array]] = {}
+        self._encoded: dict[str, tuple[mx.array, mx.array]] = {}  # the last used last
+        self._kept = KEPT
 
     def encoded(self, prompts: Sequence[str]) -> Conditioning:
         """Conditioning of prompts; each is encoded once, and the encoders are released in between."""
         if fresh := [text for text in dict.fromkeys(prompts) if text not in self._encoded]:
             encoder = TextEncoders(Files(self.place)) if self.text is None else self.text
             self._encoded |= dict(zip(fresh, encoder.encode(fresh), strict=True))
+        self._kept = max(self._kept, len(set(prompts)))
+        for text in prompts:
+            self._encoded[text] = self._encoded.pop(text)
         pairs = [self._encoded[text] for text in prompts]
-        for text in list(self._encoded)[:-KEPT]:
+        for text in list(self._encoded)[: -self._kept]:
             del self._encoded[text]
         tokens, pooled = (mx.stack([pair[side] for pair in pairs]).astype(mx.float32) for side in (0, 1))
         return Conditioning(tokens, pooled)
@@ -121,15 +127,18 @@ class SD3Medium(Adapter):
 
     @property
     def size(self) -> int:
-        """Of a picture's side, in pixels."""
         return self.latent_shape[0] * PIXELS
 
     def resize(self, size: int) -> None:
+        self.check_size(size)
+        self.latent_shape = (size // PIXELS, size // PIXELS, self.config.vae_latent_dim)
+
+    def check_size(self, size: int) -> None:
+        """Raise AdapterError where a picture's side cannot be this many pixels."""
         multiple = PIXELS * self.config.patch_size
         largest = PIXELS * self.config.max_latent_resolution
         if size % multiple or not multiple <= size <= largest:
-            raise AdapterError(f"{self.name} draws squares of a multiple of {multiple} pixels, at most {largest}; {size} is none")
-        self.latent_shape = (size // PIXELS, size // PIXELS, self.config.vae_latent_dim)
+            raise AdapterError(f"{self.name} draws sides of a multiple of {multiple} pixels, at most {largest}; {size} is none")
 
     @property
     def stages(self) -> tuple[Stage, ...]:
@@ -137,6 +146,10 @@ class SD3Medium(Adapter):
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         return self.components.encoded(prompts)
+
+    def generate(self, *arguments: Any, **options: Any) -> mx.array:
+        Files(self.place).path(CHECKPOINT)  # the VAE: missed now, not after the last step
+        return super().generate(*arguments, **options)
 
     def decode(self, latent: mx.array) -> npt.NDArray[np.float32]:
         pictures = []
@@ -162,8 +175,12 @@ class SD3Medium(Adapter):
         if purpose not in ("calibration", "evaluation"):
             raise AdapterError(f"prompts are for 'calibration' or 'evaluation', not {purpose!r}")
         text = (files("mlxquant.assets") / f"{purpose}.txt").read_text(encoding="utf-8")
-        some = parse_prompts(text, f"{purpose}.txt")[:count]
-        return [Prompt(seed + prompt.seed, prompt.text) for prompt in some]
+        there = parse_prompts(text, f"{purpose}.txt")
+        if count > len(there):
+            raise AdapterError(
+                f"{self.name} has {len(there)} prompts of its own for {purpose}, {count} were asked for; pass a file of prompts"
+            )
+        return [Prompt(seed + prompt.seed, prompt.text) for prompt in there[:count]]
 
 
 def _stages(model: Any, depth: int) -> tuple[Stage, ...]:

@@ -1,7 +1,7 @@
 """SD3's text conditioning through DiffusionKit's encoders (two CLIPs and T5), each in memory only while it encodes.
 
-T5-XXL has 4.7 B parameters. Its layers are read one after the other and released at once, so that encoding any number of prompts takes
-the memory of one layer; what DiffusionKit's ``encode_text`` returns stays the same.
+T5-XXL has 4.7 B parameters. Its layers are read one after the other and released at once, so that encoding takes the memory of one
+layer and some 10 MB a prompt; what DiffusionKit's ``encode_text`` returns stays the same.
 """
 
 from __future__ import annotations
@@ -12,33 +12,46 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
-from mlx.utils import tree_unflatten
 
 from ..errors import AdapterError, ArtifactError
 from .diffusionkit import host
-from .sd3_checkpoint import fill, read_tensors
+from .sd3_checkpoint import fill, lazy_tensors
 from .sd3_files import Files
 
 CLIP_TOKENS, T5_TOKENS = 77, 512
 WIDTH = 4096  # of token embeddings: T5's, and CLIP's after padding
 CHUNK = 8  # prompts that go through a layer at once
 
+FILES = (
+    *(f"clip_{which}/{name}" for which in "lg" for name in ("config.json", "model.fp16.safetensors")),
+    *(f"tokenizer_{which}/{name}" for which in "lg" for name in ("vocab.json", "merges.txt")),
+    "t5/t5xxl.safetensors",
+)
+
 log = logging.getLogger("mlxquant")
+
+
+def _gigabytes() -> tuple[float, float]:
+    """In use, and the peak."""
+    return mx.get_active_memory() / 1e9, mx.get_peak_memory() / 1e9
 
 
 class TextEncoders:
     """Encodes prompts; nothing is kept in memory between two calls."""
 
-    def __init__(self, files: Files):
+    def __init__(self, files: Files, dtype: mx.Dtype | None = None):
+        """``dtype`` of weights and results: by default float16 on Metal, and float32 on the CPU, where half precision is slow."""
         self._files = files
+        self._dtype = (mx.float32 if mx.default_device() == mx.cpu else mx.float16) if dtype is None else dtype
 
     def encode(self, prompts: Sequence[str]) -> list[tuple[mx.array, mx.array]]:
         """Token embeddings [77 + 512, 4096] and pooled embedding [P] of each prompt.
 
-        float16 on Metal, float32 on the CPU, where half precision is slow.
+        Raises ArtifactError on a missing or damaged file, all of which are looked for first, AdapterError on a prompt with characters
+        that CLIP does not know.
         """
-        dtype = mx.float32 if mx.default_device() == mx.cpu else mx.float16
-        log.info("text encoders: %d prompts, %.2f GB in use", len(prompts), mx.get_active_memory() / 1e9)
+        dtype, _ = self._dtype, [self._files.path(name) for name in FILES]
+        log.info("text encoders for %d prompts: %.2f GB in use, peak so far %.2f GB", len(prompts), *_gigabytes())
         clips = [self._clip("l", prompts, dtype), self._clip("g", prompts, dtype)]
         last = self._t5(prompts, dtype)
         encoded = []
@@ -53,7 +66,7 @@ class TextEncoders:
         mx.eval(encoded)
         del clips, last
         mx.clear_cache()
-        log.info("text encoders released: %.2f GB in use, at most %.2f", mx.get_active_memory() / 1e9, mx.get_peak_memory() / 1e9)
+        log.info("text encoders released: %.2f GB in use, peak so far %.2f GB", *_gigabytes())
         return encoded
 
     def _clip(self, which: str, prompts: Sequence[str], dtype: mx.Dtype) -> list[tuple[mx.array, mx.array]]:
@@ -75,9 +88,10 @@ class TextEncoders:
                 )
             )
         except (ValueError, KeyError, TypeError, IndexError) as error:
-            raise ArtifactError(f"{path}: not the config of a CLIP text encoder ({error!r}); download it again") from error
+            again = files.command(f"clip_{which}/config.json")
+            raise ArtifactError(f"{path}: not the config of a CLIP text encoder ({error!r}); get it again with '{again}'") from error
         weights = files.path(f"clip_{which}/model.fp16.safetensors")
-        renamed = dict(pair for item in read_tensors(weights).items() for pair in kit.model_io.map_clip_text_encoder_weights(*item))
+        renamed = dict(pair for item in lazy_tensors(weights).items() for pair in kit.model_io.map_clip_text_encoder_weights(*item))
         fill(model, renamed, dtype, str(weights))
         tokenizer = self._clip_tokenizer(which)
         pad = tokenizer.eos_token if tokenizer.pad_with_eos else 0
@@ -95,9 +109,12 @@ class TextEncoders:
         try:
             pairs = [tuple(line.split()) for line in merges.read_text(encoding="utf-8").strip().split("\n")[1 : 49152 - 256 - 2 + 1]]
             vocab = json.loads(vocabulary.read_text(encoding="utf-8"))
-            return host().tokenizer.Tokenizer({pair: rank for rank, pair in enumerate(pairs)}, vocab, which == "l")
-        except (ValueError, KeyError) as error:
-            raise ArtifactError(f"{vocabulary}: not a CLIP tokenizer ({error!r}); download it and merges.txt again") from error
+            tokenizer = host().tokenizer.Tokenizer({pair: rank for rank, pair in enumerate(pairs)}, vocab, which == "l")
+            _ = tokenizer.bos_token, tokenizer.eos_token
+            return tokenizer
+        except (ValueError, KeyError, TypeError) as error:
+            again = self._files.command(f"tokenizer_{which}/vocab.json tokenizer_{which}/merges.txt")
+            raise ArtifactError(f"{vocabulary}: not a CLIP tokenizer ({error!r}); get it again with '{again}'") from error
 
     @staticmethod
     def _padded(tokenize: Callable[[str], list[int]], text: str, pad: int, length: int) -> list[int]:
@@ -110,19 +127,24 @@ class TextEncoders:
     def _t5(self, prompts: Sequence[str], dtype: mx.Dtype) -> list[mx.array]:
         """T5's last hidden state [512, 4096] of each prompt, without a mask over the padding, as DiffusionKit has it."""
         kit, files = host(), self._files
-        weights, place = files.path("t5/t5xxl.safetensors"), files.t5
+        weights, place, again = files.path("t5/t5xxl.safetensors"), files.t5, files.command("t5/t5xxl.safetensors")
         try:
             from transformers import AutoTokenizer, T5Config
 
             config = T5Config.from_pretrained(place)
             tokenizer = AutoTokenizer.from_pretrained(place, legacy=False, model_max_length=T5_TOKENS)
-            arrays = kit.model_io.t5_encoder_state_dict_adjustments(read_tensors(weights), prefix="")
-        except (OSError, ValueError) as error:
-            raise ArtifactError(f"{place}: T5's config or tokenizer cannot be read ({error}); download {place} again") from error
+            arrays = kit.model_io.t5_encoder_state_dict_adjustments(lazy_tensors(weights), prefix="")
+        except (OSError, ValueError, ImportError) as error:
+            said = str(error).splitlines()[0]
+            raise ArtifactError(
+                f"{place}: T5's config or tokenizer cannot be read ({said}); get them again with '{files.t5_command}'"
+            ) from error
         except KeyError as error:
-            raise ArtifactError(f"{weights}: not T5's encoder, {error} is missing; download it again") from error
+            raise ArtifactError(f"{weights}: not T5's encoder, {error} is missing; get it again with '{again}'") from error
+        if any(name.startswith(f"encoder.layers.{config.num_layers}.") for name in arrays):
+            raise ArtifactError(f"{weights}: more layers than the {config.num_layers} of {place}; get it again with '{again}'")
         model = kit.t5.SD3T5Encoder(config, low_memory_mode=False)
-        model.update(tree_unflatten([(name, value.astype(dtype)) for name, value in arrays.items()]))
+        fill(model, arrays, dtype, str(weights))
         del arrays
 
         def tokenize(text: str) -> list[int]:
@@ -141,6 +163,8 @@ class TextEncoders:
                 mx.eval(hidden[index])
             del layer
             mx.clear_cache()
-        last = [encoder.ln(states).astype(dtype) for states in hidden]
-        mx.eval(last)
+        last = []
+        while hidden:
+            last.append(encoder.ln(hidden.pop(0)).astype(dtype))
+            mx.eval(last[-1])
         return [states[i] for states in last for i in range(len(states))]
