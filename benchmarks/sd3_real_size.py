@@ -1,0 +1,338 @@
+"""The whole way of SD3-Medium at its real size on random weights: seconds, memory and bytes of every stage.
+
+    python benchmarks/sd3_real_size.py --work FOLDER
+
+Writes a checkpoint of 2.085 B parameters, calibrates, quantizes, saves, loads and draws one picture, each in a process of its own whose
+peak resident memory is its own, too. Text encoders are stubs at their real output shapes, the VAE is real. A run that was killed goes
+on where it was: FOLDER/state.json has the finished stages, and calibration and sweep keep their own progress. ``--size tiny`` does the
+same in seconds. The last line on stdout is one JSON object.
+
+The projection is for this machine, 512x512 pixels, 50 prompts and 28 steps, from what was measured:
+- one row (a latent with one side of the guidance) through the transformer costs ``12 n d^2 + 2 n^2 d`` multiplications a block for n
+  tokens (a quarter of the latent's pixels, and 589 of text) of width d: Linears and attention;
+- calibration runs prompts x steps rows on each side of the guidance, all of them;
+- in the sweep statistics and comparisons scale with rows and their cost, of which there are as many (picture, step) pairs as the
+  model's own limit has it; rounding the layers does not depend on either;
+- decoding scales with pixels; loading and saving do not change.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import threading
+import time
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+from PIL import Image
+
+import mlxquant as mq  # before mlx
+
+# isort: split
+import mlx.core as mx
+
+from mlxquant import artifacts, jobs
+from mlxquant.api import Model, QuantizedModel
+from mlxquant.calibration import Calibration
+from mlxquant.console import peak_bytes, progress, result, say
+from mlxquant.models.catalog import adapter_class
+from mlxquant.progress import Progress
+from mlxquant.recipe import parse_recipe
+from random_sd3 import SIZES, write_folder
+
+CLIP_TOKENS, T5_TOKENS, TOKEN = 77, 512, 4096
+BY_ROWS = ("statistics", "states", "calibrated", "rtn")  # parts of a sweep that run rows through the model
+INTERVAL = 1.0  # seconds between two notes of how long the running stage has taken
+PROMPT = "a tabby cat on a table"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a work folder is for."""
+
+    work: str
+    size: str
+    pixels: int
+    prompts: int
+    steps: int
+    recipe: str
+
+    @property
+    def checkpoint(self) -> Path:
+        return Path(self.work) / "checkpoint"
+
+    @property
+    def quantized(self) -> Path:
+        return Path(self.work) / "quantized"
+
+    def parts(self, stage: str) -> Parts:
+        return Parts(Path(self.work) / f"{stage}.parts.json")
+
+
+class StubText:
+    """Text encoders without weights: noise for each prompt, in the shape and about the scale of the real ones."""
+
+    def __init__(self, pooled: int):
+        self._pooled = pooled
+
+    def encode(self, prompts: Sequence[str]) -> list[tuple[mx.array, mx.array]]:
+        """Token embeddings [589,4096], CLIP's padded with zeros, and pooled embedding [P], float32."""
+        pairs = []
+        for prompt in prompts:
+            random = np.random.default_rng(zlib.crc32(prompt.encode()))
+            tokens = np.zeros((CLIP_TOKENS + T5_TOKENS, TOKEN), np.float32)
+            tokens[:CLIP_TOKENS, : self._pooled] = random.standard_normal((CLIP_TOKENS, self._pooled), np.float32)
+            tokens[CLIP_TOKENS:] = 0.2 * random.standard_normal((T5_TOKENS, TOKEN), np.float32)
+            pairs.append((mx.array(tokens), mx.array(random.standard_normal(self._pooled, np.float32))))
+        return pairs
+
+
+def stubbed(model: Model, job: Job) -> Model:
+    """A model with stubs for text encoders and the checkpoint's VAE."""
+    adapter: Any = model.adapter
+    adapter.place = str(job.checkpoint)
+    adapter.components.text = StubText(adapter.config.pooled_text_embed_dim)
+    return model
+
+
+def full_precision(job: Job) -> Model:
+    return stubbed(mq.load(job.checkpoint, job.pixels), job)
+
+
+class Parts:
+    """Seconds of each kind of work in a stage, kept in a file so that a killed attempt is counted, too."""
+
+    def __init__(self, path: Path):
+        self._path, self._saved = path, time.monotonic()
+        self.seconds: dict[str, float] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+    def add(self, name: str, seconds: float) -> None:
+        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+        if time.monotonic() - self._saved > INTERVAL:
+            with artifacts.atomic_file(self._path) as temporary:
+                temporary.write_text(artifacts.canonical(self.seconds), encoding="utf-8")
+            self._saved = time.monotonic()
+
+    def progress(self, rest: str) -> Progress:
+        """Progress bars whose time is added under what their label says after the stage's name, or under ``rest``."""
+
+        def run(items: Iterable[Any], label: str) -> Iterator[Any]:
+            for item in progress(items, label):
+                start = time.perf_counter()
+                yield item
+                self.add(label.partition(": ")[2] or rest, time.perf_counter() - start)
+
+        return run
+
+
+def size_of(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def write(job: Job) -> dict[str, Any]:
+    write_folder(job.checkpoint, SIZES[job.size], text=False)
+    return {"bytes": size_of(job.checkpoint)}
+
+
+def calibration(model: Model, job: Job, work: Path, bars: Progress) -> Calibration:
+    prompts = model.adapter.prompts("calibration", job.prompts)
+    return jobs.calibrated(model, prompts, job.steps, model.adapter.cfg, work, bars)
+
+
+def calibrate(job: Job) -> dict[str, Any]:
+    model, work, parts = full_precision(job), jobs.partial_folder(job.quantized), job.parts("calibrate")
+    artifacts.ensure_writable(work)
+    calib = calibration(model, job, work, parts.progress("sampling"))
+    return {"parts": parts.seconds, "pairs": calib.facts["samples"], "bytes": size_of(work)}
+
+
+def quantize(job: Job) -> dict[str, Any]:
+    parts = job.parts("quantize")
+    with jobs.work_folder(job.quantized, force=True) as work:
+        model = full_precision(job)
+        calib = calibration(model, job, work, progress)
+        done = jobs.quantized(model, calib, parse_recipe(job.recipe), work, parts.progress("states"))
+        start = time.perf_counter()
+        done.model.save(job.quantized, force=True)
+        parts.add("save", time.perf_counter() - start)
+    size = done.model.size
+    return {
+        "parts": parts.seconds,
+        "bytes": size_of(job.quantized),
+        "bits_per_weight": size.bits_per_weight,
+        "bits_per_quantized_weight": size.bits_per_quantized_weight,
+        "kept": dict(Counter(stage["kept"] for stage in done.model.facts["stages"])),
+    }
+
+
+def load(job: Job) -> dict[str, Any]:
+    model = mq.load(job.quantized)
+    assert isinstance(model, QuantizedModel)
+    mx.eval(model.adapter.module.parameters())
+    return {"layers": len(model.layers)}
+
+
+def draw(job: Job) -> dict[str, Any]:
+    start = time.perf_counter()
+    model = stubbed(mq.load(job.quantized), job)
+    mx.eval(model.adapter.module.parameters())
+    loaded = time.perf_counter()
+    latent = model.adapter.generate([PROMPT], [7], job.steps)
+    sampled = time.perf_counter()
+    picture = model.adapter.decode(latent)[0]
+    decoded = time.perf_counter()
+    Image.fromarray((255 * picture).round().astype(np.uint8)).save(Path(job.work) / "image.png")
+    parts = {"load": loaded - start, "sampling": sampled - loaded, "decoding": decoded - sampled}
+    return {"parts": parts, "finite": bool(np.isfinite(picture).all()), "std": float(picture.std())}
+
+
+STAGES: dict[str, Callable[[Job], dict[str, Any]]] = {
+    "write": write,
+    "calibrate": calibrate,
+    "quantize": quantize,
+    "load": load,
+    "image": draw,
+}
+
+
+def exit_with_parent() -> None:
+    """End this process as soon as the one that reads its results is gone, killed or not: nobody else may be working in the folder."""
+
+    def wait() -> None:
+        while os.read(sys.stdin.fileno(), 1):
+            pass
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def run_stage(name: str, job: Job) -> None:
+    """One stage in this process; its figures are the last line on stdout."""
+    exit_with_parent()
+    start = time.perf_counter()
+    facts = STAGES[name](job)
+    result({**facts, "seconds": time.perf_counter() - start, "peak_bytes": peak_bytes()})
+
+
+class State:
+    """FOLDER/state.json: the job, the figures of its finished stages, and for how long the unfinished ones have run so far."""
+
+    def __init__(self, job: Job):
+        self._path, wanted = Path(job.work) / "state.json", artifacts.plain(asdict(job) | {"work": "."})
+        self._data: dict[str, Any] = {"job": wanted, "stages": {}, "spent": {}}
+        if self._path.exists():
+            self._data = json.loads(self._path.read_text(encoding="utf-8"))
+        if self._data["job"] != wanted:
+            raise click.ClickException(f"{self._path} is of another run, {self._data['job']}; choose another --work or remove it")
+
+    @property
+    def stages(self) -> dict[str, dict[str, Any]]:
+        return self._data["stages"]
+
+    def attempts(self, stage: str) -> list[float]:
+        """Seconds of each attempt at a stage."""
+        return list(self._data["spent"].get(stage, []))
+
+    def save(self, **changes: dict[str, Any]) -> None:
+        for key, change in changes.items():
+            self._data[key] |= change
+        with artifacts.atomic_file(self._path) as temporary:
+            temporary.write_text(artifacts.canonical(self._data), encoding="utf-8")
+
+
+def finish(name: str, job: Job, state: State) -> dict[str, Any]:
+    """Run a stage in a process of its own, noting how long it takes; exits when it fails."""
+    before, start = state.attempts(name), time.perf_counter()
+    options = [f"--{key}={value}" for key, value in asdict(job).items()]
+    command = [sys.executable, str(Path(__file__).absolute()), *options, f"--stage={name}"]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    while True:
+        seconds = time.perf_counter() - start
+        state.save(spent={name: [*before, seconds]})
+        try:
+            process.wait(INTERVAL)
+            break
+        except subprocess.TimeoutExpired:
+            continue
+    assert process.stdout is not None
+    lines = process.stdout.read().decode().splitlines()
+    if process.returncode:
+        sys.exit(f"stage {name} ended with {process.returncode}; run the same command again to go on")
+    attempts = [*before, time.perf_counter() - start]
+    return {**json.loads(lines[-1]), "attempts": attempts, "process_seconds": sum(attempts)}
+
+
+def row_cost(pixels: int, hidden: int) -> float:
+    """Multiplications of one row in one block."""
+    tokens = (pixels // 16) ** 2 + CLIP_TOKENS + T5_TOKENS
+    return 12.0 * tokens * hidden**2 + 2.0 * tokens**2 * hidden
+
+
+def projection(job: Job, stages: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """Seconds for 512x512, 50 prompts and 28 steps on this machine; see the module's docstring."""
+    sizes, rows = SIZES[job.size], 50 * 28
+    cost = row_cost(512, sizes.hidden) / row_cost(job.pixels, sizes.hidden)
+    pairs = min(adapter_class("sd3-medium").samples, rows) / stages["calibrate"]["pairs"]
+    sampling, image = stages["calibrate"]["parts"]["sampling"], stages["image"]["parts"]
+    sweep = sum(stages["quantize"]["parts"].get(part, 0.0) for part in BY_ROWS)
+    return {
+        "calibrate": stages["calibrate"]["process_seconds"] + sampling * (rows / (job.prompts * job.steps) * cost - 1),
+        "quantize": stages["quantize"]["process_seconds"] + sweep * (pairs * cost - 1),
+        "image": image["load"] + image["sampling"] * 28 / job.steps * cost + image["decoding"] * (512 / job.pixels) ** 2,
+    }
+
+
+def table(stages: dict[str, dict[str, Any]]) -> str:
+    rows = [f"{'stage':<12}{'seconds':>10}{'attempts':>10}{'peak GB':>10}{'disk GB':>10}  parts"]
+    for name, facts in stages.items():
+        disk = f"{facts['bytes'] / 1e9:.3f}" if "bytes" in facts else ""
+        parts = ", ".join(f"{part} {seconds:.1f}" for part, seconds in facts.get("parts", {}).items())
+        figures = f"{facts['process_seconds']:>10.1f}{len(facts['attempts']):>10}{facts['peak_bytes'] / 1e9:>10.2f}{disk:>10}"
+        rows.append(f"{name:<12}{figures}  {parts}")
+    return "\n".join(rows)
+
+
+def machine() -> dict[str, Any]:
+    return {"platform": platform.platform(), "cores": os.cpu_count(), "python": platform.python_version(), **artifacts.versions()}
+
+
+@click.command()
+@click.option("--work", required=True, help="Folder for everything: 6.5 GB at the real size.")
+@click.option("--size", type=click.Choice(list(SIZES)), default="sd3-medium", show_default=True)
+@click.option("--pixels", default=256, show_default=True, type=click.IntRange(16), help="Of a picture's side.")
+@click.option("--prompts", default=2, show_default=True, type=click.IntRange(1))
+@click.option("--steps", default=4, show_default=True, type=click.IntRange(1))
+@click.option("--recipe", default="gptq-w4a8", show_default=True)
+@click.option("--stage", type=click.Choice(list(STAGES)), hidden=True, help="This stage alone, in this process.")
+def main(stage: str | None, **options: Any) -> None:
+    """Write, calibrate, quantize, load and draw."""
+    job = Job(**options)
+    if stage is not None:
+        run_stage(stage, job)
+        return
+    Path(job.work).mkdir(parents=True, exist_ok=True)
+    state = State(job)
+    for name in STAGES:
+        if name not in state.stages:
+            state.save(stages={name: finish(name, job, state)})
+    stages, projected = state.stages, projection(job, state.stages)
+    seconds, peak = sum(facts["process_seconds"] for facts in stages.values()), max(facts["peak_bytes"] for facts in stages.values())
+    say(table(stages))
+    say(f"{seconds / 60:.1f} minutes, at most {peak / 1e9:.2f} GB resident, {stages['quantize']['bits_per_weight']:.2f} bits per weight")
+    say("projection for 512x512, 50 prompts, 28 steps here: " + ", ".join(f"{k} {v / 60:.0f} min" for k, v in projected.items()))
+    report = {"job": asdict(job), "stages": stages, "seconds": seconds, "peak_bytes": peak, "machine": machine()}
+    result({**report, "projection_512px_50_prompts_28_steps_seconds": projected})
+
+
+if __name__ == "__main__":
+    main()
