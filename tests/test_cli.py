@@ -185,7 +185,7 @@ def test_killed_quantize_resumes_to_the_same_bytes(tmp_path, stages):
 
 
 def test_interrupt_says_how_to_go_on(tmp_path):
-    process = subprocess_run(tmp_path, "demo", "--out", tmp_path / "demo")
+    process = subprocess_run(tmp_path, "demo", "--out", tmp_path / "demo", "--steps", 60)  # long enough to be interrupted
     deadline = time.monotonic() + 60
     while not (tmp_path / "demo.partial" / "calibration.safetensors").exists():
         assert time.monotonic() < deadline

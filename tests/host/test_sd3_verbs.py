@@ -84,7 +84,18 @@ def test_the_six_steps(sd3_folder, tmp_path):
     calib, where = tmp_path / "calib", ["--model", sd3_folder]
     succeed("generate-calibration-data", *where, "--num-images", 2, "--num-steps", 3, "--calib-dir", calib, "--size", 64)
     succeed("cache-adaround-data", *where, "--calib-dir", calib, "--num-images", 2, "--stride", 2)
-    succeed("adaround-optimize", *where, "--cache-dir", calib / "adaround_cache", "--output-dir", tmp_path / "weights", "--iters", 3)
+    succeed(
+        "adaround-optimize",
+        *where,
+        "--cache-dir",
+        calib / "adaround_cache",
+        "--output-dir",
+        tmp_path / "weights",
+        "--iters",
+        3,
+        "--start",
+        "qronos",
+    )
     succeed("collect-layer-activations", *where, "--calib-dir", calib, "--num-images", 2, "--stride", 2)
     succeed("analyze-activations", *where, "--stats", calib / "activations" / "layer_statistics.json")
     tracks = ["--adaround-output", tmp_path / "weights", "--quant-config", calib / "activations" / "quant_config.json"]
