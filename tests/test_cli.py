@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import click
@@ -185,7 +186,8 @@ def test_killed_quantize_resumes_to_the_same_bytes(tmp_path, stages):
 
 
 def test_interrupt_says_how_to_go_on(tmp_path):
-    process = subprocess_run(tmp_path, "demo", "--out", tmp_path / "demo", "--steps", 60)  # long enough to be interrupted
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it, and so would their children
+    process = subprocess_run(tmp_path, "demo", "--out", tmp_path / "demo", "--steps", 60, preexec_fn=heard)
     deadline = time.monotonic() + 60
     while not (tmp_path / "demo.partial" / "calibration.safetensors").exists():
         assert time.monotonic() < deadline
