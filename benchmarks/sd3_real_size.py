@@ -146,7 +146,7 @@ def write(job: Job) -> dict[str, Any]:
 
 def calibration(model: Model, job: Job, work: Path, bars: Progress) -> Calibration:
     prompts = model.adapter.prompts("calibration", job.prompts)
-    return jobs.calibrated(model, prompts, job.steps, model.adapter.cfg, work, bars)
+    return mq.calibrate(model, prompts, job.steps, progress=bars, work=work)
 
 
 def calibrate(job: Job) -> dict[str, Any]:

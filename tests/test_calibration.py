@@ -10,11 +10,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlxquant import artifacts, jobs
+from mlxquant import artifacts
 from mlxquant.calibration import Calibration, collect, take_turns
 from mlxquant.errors import ArtifactError, CalibrationError
 from mlxquant.models.mmdit_shapes import MMDiTShapes
-from mlxquant.progress import silent
 
 from command_line import fail, succeed
 from conftest import tiny_adapter
@@ -223,7 +222,7 @@ def test_a_job_and_a_notebook_draw_the_same(tmp_path):
     prompts = adapter.prompts("calibration", 5)
     calib = mq.calibrate(mq.Model(adapter), prompts, steps=3)
     assert calib.facts["samples"] == 6
-    again = jobs.calibrated(mq.Model(Chain()), prompts, 3, adapter.cfg, tmp_path, silent, samples=6)
+    again = mq.calibrate(mq.Model(Chain()), prompts, 3, samples=6, work=tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [FILE]
     assert again.facts == calib.facts
     assert mx.array_equal(again.latents, calib.latents)

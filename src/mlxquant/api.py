@@ -55,7 +55,7 @@ class Model:
         """Pictures [B,H,W,3] in [0,1], each from its prompt and seed, ``at_once`` together, by default as the adapter has it."""
         if not prompts:
             raise CalibrationError("there are no prompts to draw")
-        self.adapter.encode([*(p.text for p in prompts), ""])  # all at once: text encoders may have to be read for it
+        self.adapter.prepare(prompts)
         at_once, parts = self.adapter.batch if at_once is None else at_once, []
         for start in progress(range(0, len(prompts), at_once), "sampling"):
             some = prompts[start : start + at_once]

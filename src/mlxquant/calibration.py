@@ -143,7 +143,7 @@ def collect(
     done = finished(whole, adapter.batch, path)
     if len(done.prompts) < len(prompts):
         adapter.check_finite()
-        adapter.encode(list(dict.fromkeys([*(p.text for p in prompts), ""])))  # where encoders are heavy, they are loaded once
+        adapter.prepare(prompts)
     for start in progress(range(len(done.prompts), len(prompts), adapter.batch), "calibration"):
         some = prompts[start : start + adapter.batch]
         seen: list[mx.array] = []

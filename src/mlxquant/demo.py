@@ -38,7 +38,7 @@ def command(out: Path, seed: int, num_prompts: int, steps: int | None, force: bo
     recipes = [parse_recipe(name) for name in RECIPES]
     with jobs.work_folder(out, force) as work:
         prompts = adapter.prompts("calibration", 16, seed)
-        calib = jobs.calibrated(model, prompts, steps or adapter.steps, adapter.cfg, work, progress)
+        calib = api.calibrate(model, prompts, steps, progress=progress, work=work)
         done = {recipe.name: jobs.quantized(model, calib, recipe, work, progress) for recipe in recipes}
         models = {name: d.model for name, d in done.items()}
         comparison = api.compare(model, models, adapter.prompts("evaluation", num_prompts, seed), steps=steps, progress=progress)

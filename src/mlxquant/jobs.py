@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,6 @@ from .api import Model, QuantizedModel
 from .calibration import Calibration
 from .pipeline.apply import TrackFiles
 from .progress import Progress
-from .prompts import Prompt
 from .recipe import Recipe
 
 
@@ -41,13 +40,6 @@ def work_folder(out: Path, force: bool, resume: bool = True) -> Iterator[Path]:
             work.rmdir()
         raise
     artifacts.remove_folder(work)
-
-
-def calibrated(
-    model: Model, prompts: Sequence[Prompt], steps: int, cfg: float, work: Path, progress: Progress, samples: int | None = None
-) -> Calibration:
-    """Calibration data of a job with its progress in ``work``."""
-    return api.calibrate(model, prompts, steps, cfg, progress=progress, samples=samples, work=work)
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,7 @@ def command(
     prompts = read_prompts(prompt_file)[:num_prompts] if prompt_file else adapter.prompts("calibration", num_prompts or 16, seed)
     steps, cfg = adapter.steps if steps is None else steps, adapter.cfg if cfg_weight is None else cfg_weight
     with jobs.work_folder(out, force, resume) as work:
-        calib = jobs.calibrated(model, prompts, steps, cfg, work, progress, samples)
+        calib = api.calibrate(model, prompts, steps, cfg, progress=progress, samples=samples, work=work)
         done = jobs.quantized(model, calib, recipe, work, progress, tracks)
         done.model.save(out, force)
     stored = done.model.size

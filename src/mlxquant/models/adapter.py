@@ -118,6 +118,10 @@ class Adapter(ABC):
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Text conditioning of prompts; the empty prompt is the unconditional one."""
 
+    def prepare(self, prompts: Iterable[Prompt]) -> None:
+        """Encode prompts, and the empty one, all at once: an adapter that remembers them reads heavy text encoders only here."""
+        self.encode([*dict.fromkeys(prompt.text for prompt in prompts), ""])
+
     @abstractmethod
     def decode(self, latent: mx.array) -> npt.NDArray[np.float32]:
         """Latents [B,H,W,C] to pictures [B,height,width,3] in [0,1]."""

@@ -90,20 +90,10 @@ def build_mmdit(config: MMDiTConfig, clock: Clock, dtype: mx.Dtype) -> Any:
     Attention and GELU are exact ones that are also fast on the CPU; these are attributes of this module alone.
     """
     kit = host()
+    same = {name: value for name, value in config.to_dict().items() if name != "hidden_size"}  # our config has DiffusionKit's names
     sizes = kit.config.MMDiTConfig(
-        num_heads=config.num_heads,
-        depth_multimodal=config.depth_multimodal,
-        mlp_ratio=config.mlp_ratio,
-        vae_latent_dim=config.vae_latent_dim,
-        layer_norm_eps=config.layer_norm_eps,
-        use_qk_norm=config.use_qk_norm,
+        **same,
         hidden_size_override=config.hidden_size,
-        max_latent_resolution=config.max_latent_resolution,
-        patch_size=config.patch_size,
-        pooled_text_embed_dim=config.pooled_text_embed_dim,
-        token_level_text_embed_dim=config.token_level_text_embed_dim,
-        frequency_embed_dim=config.frequency_embed_dim,
-        max_period=config.max_period,
         dtype=dtype,
         float16_dtype=dtype,
         low_memory_mode=False,  # passes an argument that current MLX does not have

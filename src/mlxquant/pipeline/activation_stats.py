@@ -219,7 +219,7 @@ def collect(
     sides = 1 if calibration.cfg in (0, 1) else 2
     ledger = Ledger.open(folder / STATISTICS, KIND, facts, COMMAND, force, resume)
     if not ledger.complete:
-        adapter.encode([*dict.fromkeys(p.text for p in calibration.prompts), ""])  # where encoders are heavy, they are loaded once
+        adapter.prepare(calibration.prompts)
     sigma_map = {str(index * stride): float(sigma) for index, sigma in enumerate(calibration.sigmas)}
     for index, step in progress(list(enumerate(sigma_map)), "timesteps"):
         if array_name(step) in ledger.files and index_name(step) in ledger.files:

@@ -221,7 +221,7 @@ def write(plan: Plan, adapter: Adapter, folder: Path, force: bool = False, resum
     ensure_space(folder, plan.disk_bytes)
     ledger = Ledger.open(folder / METADATA, KIND, plan.facts, COMMAND, force, resume)
     if not ledger.complete:
-        adapter.encode([*dict.fromkeys(p.text for p in plan.trajectories.prompts), ""])  # where encoders are heavy, they are loaded once
+        adapter.prepare(plan.trajectories.prompts)
         for start in range(0, len(plan.trajectories.prompts), adapter.batch):
             _write_images(plan, adapter, ledger, start, progress)
         ledger.save(complete=True)

@@ -143,7 +143,7 @@ def draw(adapter: Adapter, ledger: Ledger, progress: Progress = silent) -> Sampl
     """
     prompts, steps = prompts_of(ledger.facts), ledger.facts["num_steps"]
     if not ledger.complete:
-        adapter.encode([*dict.fromkeys(p.text for p in prompts), ""])  # where encoders are heavy, they are loaded once
+        adapter.prepare(prompts)
         for start in progress(range(0, len(prompts), adapter.batch), "trajectories"):
             images = range(start, min(start + adapter.batch, len(prompts)))
             if not all(name in ledger.files for image in images for name in _names(image, steps)):
