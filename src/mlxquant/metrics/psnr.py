@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import NumericsError
+from .images import Images, checked_pair
 
 CEILING_DB = 100.0  # stands for identical images, whose ratio is infinite
 
 
-def psnr(images: npt.NDArray[Any], reference: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+def psnr(images: Images, reference: Images) -> npt.NDArray[np.float64]:
     """Decibels [B] of images [B,H,W,3] in [0,1] against a reference of the same shape, at most 100.
 
-    Raises NumericsError on shapes that differ and on values that are not finite.
+    Raises NumericsError on shapes that differ and on values that are not finite or not in [0,1].
     """
-    if images.shape != reference.shape or images.ndim != 4:
-        raise NumericsError(f"psnr: expected two batches [B,H,W,C] of equal shape, found {images.shape} and {reference.shape}")
-    if not (np.isfinite(images).all() and np.isfinite(reference).all()):
-        raise NumericsError("psnr: an image holds NaN or infinite values")
+    images, reference = checked_pair(images, reference, "psnr")
     error = ((images.astype(np.float64) - reference.astype(np.float64)) ** 2).mean(axis=(1, 2, 3))
     return np.minimum(-10 * np.log10(np.maximum(error, 10 ** (-CEILING_DB / 10))), CEILING_DB)
