@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from mlxquant.formats import WeightFormat
+from mlxquant.methods.cholesky import Factor
 from mlxquant.methods.descent import descend, gptq_descent
 from mlxquant.methods.gptq import damped_problem, gptq, nearest_plane
 from mlxquant.methods.moments import Moments, energy
@@ -69,7 +70,7 @@ def test_it_starts_from_gptq_and_improves_it():
     weight, moments = layer(40, 128)
     grid = search(weight, WeightFormat(3), moments)
     target, hessian = damped_problem(weight, moments.gram, 0.01)
-    before = energy(weight - grid.dequantize(nearest_plane(target, grid, hessian)), hessian)
+    before = energy(weight - grid.dequantize(nearest_plane(target, grid, Factor.of(hessian))), hessian)
     after = energy(weight - grid.dequantize(gptq_descent(weight, grid, moments)), hessian)
     assert (after <= before * (1 + 1e-6)).all()
     assert after.sum() < 0.95 * before.sum()

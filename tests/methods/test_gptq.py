@@ -8,6 +8,7 @@ import pytest
 
 from mlxquant.errors import CalibrationError, NumericsError
 from mlxquant.formats import WeightFormat
+from mlxquant.methods.cholesky import Factor
 from mlxquant.methods.gptq import damped_problem, gptq, nearest_plane
 from mlxquant.methods.moments import Moments, energy
 from mlxquant.methods.rtn import rtn
@@ -52,7 +53,7 @@ def test_codes_and_identity_of_the_textbook(layer, text, damping):
     grid = search(weight, WeightFormat.parse(text), moments)
     target, hessian = damped_problem(weight, moments.gram, damping)
     np.testing.assert_allclose(hessian, moments.gram + damping * np.diagonal(moments.gram).mean() * np.eye(64))
-    codes = nearest_plane(target, grid, hessian)
+    codes = nearest_plane(target, grid, Factor.of(hessian))
     expected, losses = textbook(weight, grid, hessian)
     np.testing.assert_array_equal(codes, expected)
     np.testing.assert_allclose(energy(weight - exact(grid, codes), hessian), losses, rtol=1e-10)
@@ -110,7 +111,7 @@ def test_rows_that_gptq_would_spoil_are_rounded_to_nearest():
     weight, moments = random.standard_normal((100, 32)), Moments.of(random.standard_normal((2500, 32)))
     grid, damping = extremes(weight, WeightFormat(3)), 0.01
     target, hessian = damped_problem(weight, moments.gram, damping)
-    raw, nearest = nearest_plane(target, grid, hessian), rtn(weight, grid)
+    raw, nearest = nearest_plane(target, grid, Factor.of(hessian)), rtn(weight, grid)
     loss = {name: energy(weight - grid.dequantize(c), moments.gram) for name, c in (("raw", raw), ("nearest", nearest))}
     codes = gptq(weight, grid, moments, damping=damping)
     worse = loss["raw"] > loss["nearest"]

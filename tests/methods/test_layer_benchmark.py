@@ -3,10 +3,13 @@
 import json
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+from mlxquant.methods.damping import CANDIDATES, TARGETS
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "layer_methods.py"
 
@@ -51,6 +54,8 @@ def test_figures_are_those_of_the_weight_that_is_written(folder):
         ("--w W.npy --x X.npy --group-size 64", "groups of 64 do not divide an input width of 32"),
         ("--w W.npy --x X.npy --xq XT.npy", "found 50 tokens, expected the 100"),
         ("--w W.npy", "--w and --x go together"),
+        ("--w W.npy --x X.npy --held-out --damping 0.1", "give one of them"),
+        ("--w W.npy --x X.npy --method qronos", "cross"),
     ],
 )
 def test_bad_input_is_one_line_on_stderr(folder, arguments, message):
@@ -59,3 +64,33 @@ def test_bad_input_is_one_line_on_stderr(folder, arguments, message):
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
     assert not done.stdout
+
+
+def test_the_drawn_layer_with_two_inputs_and_dampings_chosen(folder):
+    drawn = "--data drawn --width 48 --tokens 240 --two-inputs".split()
+    reports = []
+    for arguments in ("--method gptq", "--method qronos", "--method gptq-descent --corrected --held-out --refine --out Q.npy"):
+        done = run(folder, *drawn, *arguments.split())
+        assert done.returncode == 0, done.stderr
+        reports.append(json.loads(done.stdout.splitlines()[-1]))
+    plain, corrected, chosen = reports
+    assert corrected["rel_error"] < 0.8 * plain["rel_error"]
+    assert (plain["damping"], plain["damping_of_target"], plain["tokens"]) == (None, None, 240)
+    assert chosen["damping"] in CANDIDATES
+    assert chosen["damping_of_target"] in TARGETS
+    names = ("W", "X_test", "X_test_quant")
+    weight, exact, seen = (np.load(folder / "drawn/48-inputs-240-tokens" / f"{name}.npy").astype(np.float64) for name in names)
+    outputs = exact @ weight.T
+    error = np.linalg.norm(outputs - seen @ np.load(folder / "Q.npy").T.astype(np.float64)) / np.linalg.norm(outputs)
+    assert chosen["rel_error_heldout"] == pytest.approx(error)
+
+
+@pytest.mark.parametrize("method", ["gptq", "qronos"])
+def test_growth_is_timed_over_widths(method, monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    benchmark = import_module("layer_methods")
+    monkeypatch.setattr(benchmark, "WIDTHS", (32, 64))
+    report = benchmark.growth(benchmark.Plan(benchmark.WeightFormat(4), "search", method), 2)
+    assert report["widths"] == [32, 64]
+    assert len(report["seconds"]) == 2
+    assert report["powers"] == [pytest.approx(np.log2(report["seconds"][1] / report["seconds"][0]))]

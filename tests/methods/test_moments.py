@@ -83,6 +83,40 @@ def test_the_moments_of_divided_inputs(inputs):
     np.testing.assert_allclose(moments.divided(divisor).cross, divided.cross, rtol=1e-12)
 
 
+def test_the_moments_of_inputs_after_a_linear_map(inputs):
+    inputs, matrix = inputs.astype(np.float64), np.random.default_rng(3).standard_normal((8, 8))
+    moments, mapped = Moments.empty(8, np.float64), Moments.empty(8, np.float64)
+    exact = inputs[::-1] + 1
+    for part, held_out in ((slice(0, 2), True), (slice(2, 6), False)):
+        moments.add(inputs[part], exact[part], held_out=held_out)
+        mapped.add(inputs[part] @ matrix, exact[part] @ matrix, held_out=held_out)
+    found = moments.mapped(lambda rows: rows @ matrix)
+    for one, other in ((found, mapped), (found.held_out, mapped.held_out)):
+        np.testing.assert_allclose(one.gram, other.gram, rtol=1e-12, atol=1e-12)
+        np.testing.assert_allclose(one.cross, other.cross, rtol=1e-12, atol=1e-12)
+        assert one.count == other.count
+    assert moments.mapped(lambda rows: rows[:, ::-1]).gram[0, 1] == moments.gram[7, 6]
+    assert Moments.of(inputs.astype(np.float32)).mapped(lambda rows: rows @ matrix).gram.dtype == np.float32
+
+
+def test_some_tokens_may_be_held_out(inputs):
+    inputs, exact = inputs.astype(np.float64), inputs[::-1].astype(np.float64)
+    moments, whole = Moments.empty(8, np.float64), Moments.empty(8, np.float64)
+    assert moments.training is moments
+    for part, held_out in ((slice(0, 3), False), (slice(3, 4), True), (slice(4, 6), False)):
+        moments.add(inputs[part], exact[part], 0.5, held_out=held_out)
+    whole.add(inputs, exact, 0.5)
+    rest = [0, 1, 2, 4, 5]
+    for found, some in ((moments, slice(None)), (moments.held_out, [3]), (moments.training, rest)):
+        expected = Moments.empty(8, np.float64)
+        expected.add(inputs[some], exact[some], 0.5)
+        np.testing.assert_allclose(found.gram, expected.gram, rtol=1e-12, atol=1e-12)
+        np.testing.assert_allclose(found.cross, expected.cross, rtol=1e-12, atol=1e-12)
+        assert found.count == expected.count
+    divisor = np.linspace(0.5, 2, 8)
+    np.testing.assert_allclose(moments.divided(divisor).held_out.gram, moments.held_out.gram / np.outer(divisor, divisor))
+
+
 def test_float16_inputs_do_not_overflow():
     assert Moments.of(np.full((2, 3), 60000, np.float16)).gram[0, 0] == 2 * 60000.0**2
 

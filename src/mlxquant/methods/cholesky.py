@@ -5,14 +5,56 @@ The matrix is halved until its pieces are small, and nearly all of the work beco
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from ..errors import NumericsError
+
 Array = npt.NDArray[Any]
 SMALL = 128  # up to here LAPACK factorizes and inverts; below, products are too small to pay
 PANEL = 512  # of a symmetric product both triangles are computed inside pieces of this width, one outside
+ROWS = 512  # rows solved for at a time
+
+
+@dataclass(frozen=True)
+class Factor:
+    """``H[order][:, order] = L Lᵀ`` with ``lower`` L float64 [n,n], whatever the precision of H: inputs that hardly differ leave it
+    little to divide by. What is above L's diagonal means nothing. ``order`` [n] is by ascending diagonal: who goes first is last.
+    """
+
+    order: Array
+    lower: Array
+
+    @classmethod
+    def of(cls, hessian: Array) -> Factor:
+        """The factor of a ``hessian`` [n,n]; raises NumericsError when that is not positive definite."""
+        width = len(hessian)
+        order = np.argsort(np.diagonal(hessian), kind="stable")
+        lower = np.zeros((width, width))  # untouched, half of it takes no memory
+        for start in range(0, width, PANEL):
+            stop = min(start + PANEL, width)
+            lower[start:stop, :stop] = hessian.take(order[start:stop], 0).take(order[:stop], 1)
+        try:
+            factorize(lower)
+        except np.linalg.LinAlgError as error:
+            raise NumericsError(
+                f"the Hessian of {width} inputs is not positive definite; use more damping (0.01 is usual) or more calibration tokens"
+            ) from error
+        return cls(order, lower)
+
+    def solve(self, rows: Array) -> Array:
+        """X [m,n] with X H = ``rows`` [m,n], in the precision of those."""
+        found = np.empty_like(rows)
+        for start in range(0, len(rows), ROWS):
+            some = slice(start, start + ROWS)
+            ordered = rows[some].take(self.order, 1).astype(np.float64)
+            solve_transposed(self.lower, ordered)
+            solve_lower(self.lower, ordered)
+            found[some][:, self.order] = ordered
+        return found
 
 
 def factorize(matrix: Array) -> None:
@@ -26,12 +68,12 @@ def factorize(matrix: Array) -> None:
     half = len(matrix) // 2
     first, below, last = matrix[:half, :half], matrix[half:, :half], matrix[half:, half:]
     factorize(first)
-    _solve(first, below)
+    solve_transposed(first, below)
     _subtract_square(last, below)
     factorize(last)
 
 
-def _solve(factor: Array, rows: Array) -> None:
+def solve_transposed(factor: Array, rows: Array) -> None:
     """Replace ``rows`` B [m,n] by X with X Lᵀ = B, L the [n,n] that ``factorize`` left: its smallest pieces are zero above the diagonal.
 
     Those are inverted: a product takes a third of the time of a solution, and costs no digits unless a piece is itself near singular.
@@ -41,9 +83,21 @@ def _solve(factor: Array, rows: Array) -> None:
         return
     half = len(factor) // 2
     first, last = rows[:, :half], rows[:, half:]
-    _solve(factor[:half, :half], first)
+    solve_transposed(factor[:half, :half], first)
     last -= first @ factor[half:, :half].T
-    _solve(factor[half:, half:], last)
+    solve_transposed(factor[half:, half:], last)
+
+
+def solve_lower(factor: Array, rows: Array) -> None:
+    """Replace ``rows`` B [m,n] by X with X L = B, L the [n,n] that ``factorize`` left."""
+    if len(factor) <= SMALL:
+        rows[:] = rows @ np.linalg.inv(factor)
+        return
+    half = len(factor) // 2
+    first, last = rows[:, :half], rows[:, half:]
+    solve_lower(factor[half:, half:], last)
+    first -= last @ factor[half:, :half]
+    solve_lower(factor[:half, :half], first)
 
 
 def _subtract_square(matrix: Array, rows: Array) -> None:

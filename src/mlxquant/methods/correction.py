@@ -2,37 +2,31 @@
 
 With X the full-precision model's inputs and X~ those of the partly quantized one, the best unquantized layer on X~ is
 
-    W* = argmin_V ||X W^T - X~ V^T||^2 + damping ||W - V||^2,   W*^T = (H + damping I)^-1 (G + damping I) W^T
+    W* = argmin_V ‖X Wᵀ − X~ Vᵀ‖² + λ ‖W − V‖²,   W*ᵀ = (H + λI)⁻¹ (G + λI) Wᵀ = Wᵀ + (H + λI)⁻¹ (G − H) Wᵀ
 
-with H = X~^T X~ and G = X~^T X, and for any Q: ||XW - X~Q||^2 = ||XW - X~W*||^2 + ||X~(W* - Q)||^2 without damping. So the correction
-is a target that any rounding method can inherit. Our departure: Qronos interleaves the correction with the rounding of the first
-column; aiming GPTQ at W* ties or beats that.
+with H = X~ᵀX~ and G = X~ᵀX, and for any Q: ‖XW − X~Q‖² = ‖XW − X~W*‖² + ‖X~(W* − Q)‖² without damping. So the correction is a target
+that any rounding method can inherit. The last form is the one computed: where both models see the same it is W to the last digit.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
-from ..errors import CalibrationError, NumericsError
-from .moments import Moments, calibrated_gram
+from .cholesky import Factor
+from .gptq import damped_problem
+from .moments import Moments, calibrated_gram, shortfall
 
 Array = npt.NDArray[Any]
 
 
 def corrected_target(weight: Array, moments: Moments, damping: float = 1e-3) -> Array:
-    """W* [out,in] float64 for ``weight`` [out,in]; ``damping`` is relative to mean(diag H).
+    """W* [out,in] for ``weight`` [out,in], in the precision of the gram matrix; ``damping`` is λ relative to mean(diag H).
 
-    Raises CalibrationError when the moments have no cross term, NumericsError when the damped H is singular.
+    A dead column (H_jj = 0) keeps its weight. Takes the memory of two gram matrices more. Raises CalibrationError when the moments
+    have no cross term, NumericsError when they are not finite or the damped H is singular.
     """
     gram = calibrated_gram(moments, weight.shape[1])
-    if moments.cross is None:
-        raise CalibrationError("a corrected target needs the inputs of both streams; collect moments with their cross term")
-    width = weight.shape[1]
-    ridge = damping * float(np.diagonal(gram).mean()) * np.eye(width)
-    try:
-        return np.linalg.solve(gram + ridge, (moments.cross + ridge) @ weight.astype(np.float64).T).T
-    except np.linalg.LinAlgError as error:
-        raise NumericsError(f"the Hessian of {width} inputs is singular; use more damping or more calibration tokens") from error
+    missing = shortfall(weight, moments)
+    return weight.astype(gram.dtype, copy=False) + Factor.of(damped_problem(weight, gram, damping)[1]).solve(missing)

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..formats import Grid
+from .cholesky import Factor
 from .gptq import damped_problem, nearest_plane
 from .moments import Moments, calibrated_gram
 from .registry import register
@@ -25,7 +26,7 @@ def gptq_descent(weight: Array, grid: Grid, moments: Moments | None, *, damping:
     gram = calibrated_gram(moments, weight.shape[1])
     target, hessian = damped_problem(weight, gram, damping)
     nearest = rtn(target, grid)
-    codes = descend(target, grid, nearest_plane(target, grid, hessian, block), hessian, passes=passes, block=block)
+    codes = descend(target, grid, nearest_plane(target, grid, Factor.of(hessian)), hessian, passes=passes, block=block)
     return better_rows(target, grid, codes, nearest, gram)
 
 

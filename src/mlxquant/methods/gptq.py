@@ -7,10 +7,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import NumericsError
 from ..formats import Grid
-from .cholesky import factorize
-from .moments import PANEL, Moments, calibrated_gram
+from .cholesky import Factor
+from .moments import Moments, calibrated_gram
 from .registry import register
 from .rtn import better_rows, rtn
 
@@ -32,7 +31,7 @@ def gptq(weight: Array, grid: Grid, moments: Moments | None, *, damping: float =
     gram = calibrated_gram(moments, weight.shape[1])
     target, hessian = damped_problem(weight, gram, damping)
     nearest = rtn(target, grid)
-    codes = nearest_plane(target, grid, hessian, block)
+    codes = nearest_plane(target, grid, Factor.of(hessian), block)
     return better_rows(target, grid, codes, nearest, gram)
 
 
@@ -47,45 +46,36 @@ def damped_problem(weight: Array, gram: Array, damping: float) -> tuple[Array, A
     return np.where(power > 0, weight.astype(gram.dtype, copy=False), gram.dtype.type(0)), hessian
 
 
-def nearest_plane(target: Array, grid: Grid, hessian: Array, block: int = 32) -> Array:
-    """GPTQ's codes uint8 [out,in] for ``target`` [out,in] and a positive definite ``hessian`` [in,in], in its precision.
+def nearest_plane(target: Array, grid: Grid, factor: Factor, block: int = 32, first: Array | None = None) -> Array:
+    """GPTQ's codes uint8 [out,in] for ``target`` [out,in] and the ``factor`` of the Hessian, in the precision of the target.
+
+    ``first`` [out] is what the column that goes first is rounded from, where that is not its target.
 
     Source: 2210.17323, algorithm 1, computed as Babai's nearest plane (2507.18553), which gives the same codes. The paper factors
     H⁻¹ = UᵀU and subtracts e·U_i,i: from the columns to come, e = (w−q)/U_ii. With the columns reversed H = LLᵀ, L the reversed
     U⁻¹, and the value to round is w_i + Σ_j (w_j−q_j) L_ji / L_ii over the columns j done before: no inverse, no changed weights.
-    Only L is in float64 whatever the precision of the rest: inputs that hardly differ leave it little to divide by.
     """
-    width = target.shape[1]
-    order = np.argsort(np.diagonal(hessian), kind="stable")  # the last goes first
-    factor = np.zeros((width, width))  # untouched, half of it takes no memory
-    for start in range(0, width, PANEL):
-        stop = min(start + PANEL, width)
-        factor[start:stop, :stop] = hessian.take(order[start:stop], 0).take(order[:stop], 1)
-    try:
-        factorize(factor)
-    except np.linalg.LinAlgError as error:
-        raise NumericsError(
-            f"the Hessian of {width} inputs is not positive definite; use more damping (0.01 is usual) or more calibration tokens"
-        ) from error
-    columns = _Columns(target, grid, factor, order, hessian.dtype)
-    columns.settle(0, width, block)
+    columns = _Columns(target, grid, factor)
+    if first is not None:
+        columns.wanted[-1] = first
+    columns.settle(0, target.shape[1], block)
     codes = np.empty_like(columns.codes)
-    codes[order] = columns.codes
+    codes[factor.order] = columns.codes
     return np.ascontiguousarray(codes.T)
 
 
 class _Columns:
-    """The columns of a weight on their way to the nearest plane, in ``order`` [in]; ``factor`` L [in,in] is in that order too.
+    """The columns of a weight on their way to the nearest plane, in the order of the factor.
 
     ``errors`` [in,out] are w − q of the columns that are done and w of the others, ``wanted`` [in,out] w and the feedback on it.
     """
 
-    def __init__(self, target: Array, grid: Grid, factor: Array, order: Array, dtype: np.dtype[Any]):
-        self._factor, self._diagonal = factor, np.diagonal(factor)
-        self._group, self._top = order // grid.format.columns(len(order)), grid.format.levels - 1
-        self._scales, self._biases = (np.ascontiguousarray(v.T, dtype) for v in (grid.scales, grid.biases))
-        self._errors = target.T.take(order, 0)  # a column is rounded at once: keep it contiguous
-        self._wanted = self._errors.copy()
+    def __init__(self, target: Array, grid: Grid, factor: Factor):
+        self._factor, self._diagonal = factor.lower, np.diagonal(factor.lower)
+        self._group, self._top = factor.order // grid.format.columns(len(factor.order)), grid.format.levels - 1
+        self._scales, self._biases = (np.ascontiguousarray(v.T, target.dtype) for v in (grid.scales, grid.biases))
+        self._errors = target.T.take(factor.order, 0)  # a column is rounded at once: keep it contiguous
+        self.wanted = self._errors.copy()
         self.codes = np.empty(self._errors.shape, np.uint8)
 
     def _feedback(self, done: slice, to: slice) -> Array:
@@ -98,13 +88,13 @@ class _Columns:
         if stop - start > block:
             middle = (start + stop) // 2
             self.settle(middle, stop, block)
-            self._wanted[start:middle] += self._feedback(slice(middle, stop), slice(start, middle)) @ self._errors[middle:stop]
+            self.wanted[start:middle] += self._feedback(slice(middle, stop), slice(start, middle)) @ self._errors[middle:stop]
             self.settle(start, middle, block)
             return
         feedback = np.ascontiguousarray(self._feedback(slice(start, stop), slice(start, stop)))
         for i in reversed(range(start, stop)):
             k, scale, bias = i - start, self._scales[self._group[i]], self._biases[self._group[i]]
-            value = self._wanted[i] + feedback[k, k + 1 :] @ self._errors[i + 1 : stop]
+            value = self.wanted[i] + feedback[k, k + 1 :] @ self._errors[i + 1 : stop]
             code = np.clip(np.rint((value - bias) / scale), 0, self._top)
             self._errors[i] -= code * scale + bias
             self.codes[i] = code

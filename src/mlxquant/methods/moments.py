@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,12 +20,15 @@ class Moments:
     ``cross`` [in,in] is the sum of x~ xᵀ with x the same token's input in the full-precision model, for methods that correct the
     error of the layers before (Qronos, arXiv 2505.11695); None where only one stream was seen.
 
+    ``held_out`` are the moments of those tokens among them that were added with ``held_out=True``: a method may be tried on ``training``,
+    the rest, and judged on them (``damping``). None where no token was.
+
     The precision of the gram matrix, float32 or float64, is that of what is computed from it: products with it are most of a rounding
     method's work. An entry H_ij is only known to a few float32 roundings of √(H_ii H_jj), which is far below what damping adds.
     """
 
-    def __init__(self, gram: Array, count: int, cross: Array | None = None):
-        self._gram, self.count, self.cross = gram, count, cross
+    def __init__(self, gram: Array, count: int, cross: Array | None = None, held_out: Moments | None = None):
+        self._gram, self.count, self.cross, self.held_out = gram, count, cross, held_out
         self._mirrored = True
 
     @classmethod
@@ -57,10 +61,19 @@ class Moments:
     def width(self) -> int:
         return int(self._gram.shape[0])
 
-    def add(self, inputs: Array, exact: Array | None = None, weight: float = 1.0) -> None:
+    @property
+    def training(self) -> Moments:
+        """Those of the tokens that are not held out: all of them where none are."""
+        if (held := self.held_out) is None:
+            return self
+        cross = None if self.cross is None or held.cross is None else self.cross - held.cross
+        return Moments(self.gram - held.gram, self.count - held.count, cross)
+
+    def add(self, inputs: Array, exact: Array | None = None, weight: float = 1.0, held_out: bool = False) -> None:
         """Add inputs [...,in], and the same tokens' ``exact`` inputs in the full-precision model where ``cross`` is wanted, in place.
 
-        They count ``weight`` times. Raises NumericsError when they are not finite, CalibrationError on another width.
+        They count ``weight`` times, and among the ``held_out`` where it says so. Raises NumericsError when they are not finite,
+        CalibrationError on another width.
         """
         if inputs.shape[-1] != self.width:
             raise CalibrationError(f"inputs of shape {inputs.shape} do not belong to a layer of input width {self.width}")
@@ -83,12 +96,27 @@ class Moments:
                 self.cross[here] += panel @ reference
         self._mirrored = False
         self.count += len(tokens)
+        if held_out:
+            self.held_out = self.held_out or Moments.empty(self.width, dtype)
+            self.held_out.add(inputs, exact, weight)
 
     def divided(self, divisor: Array) -> Moments:
         """The moments of inputs whose channels are divided by ``divisor`` [in]."""
-        inverse = (1 / divisor).astype(self._gram.dtype)
+        inverse = 1 / divisor.astype(self._gram.dtype)
         cross = None if self.cross is None else self.cross * inverse * inverse[:, None]
-        return Moments(self.gram * inverse * inverse[:, None], self.count, cross)
+        held_out = None if self.held_out is None else self.held_out.divided(divisor)
+        return Moments(self.gram * inverse * inverse[:, None], self.count, cross, held_out)
+
+    def mapped(self, map_rows: Callable[[Array], Array]) -> Moments:
+        """The moments of inputs that go through a linear map, given by what it does to rows [n,in]: x M for each row x."""
+
+        def both_sides(gram: Array) -> Array:
+            """Mᵀ G M, in G's precision."""
+            half = map_rows(map_rows(gram).T)
+            return np.ascontiguousarray(half.T).astype(gram.dtype, copy=False)
+
+        cross = None if self.cross is None else both_sides(self.cross)
+        return Moments(both_sides(self.gram), self.count, cross, None if self.held_out is None else self.held_out.mapped(map_rows))
 
 
 def output_error(weight: Array, quantized: Array, moments: Moments) -> float:
@@ -114,6 +142,37 @@ def energy(rows: Array, gram: Array) -> Array:
         product += rows[:, here] @ gram[here, here]
         energies += np.einsum("oi,oi->o", product, rows[:, here])
     return np.maximum(energies, 0)
+
+
+def excess(change: Array, gram: Array, missing: Array | None = None) -> Array:
+    """By how much each row's squared output error grows when its weight w is replaced by q = w − d, d in ``change`` [out,in]: float64
+    [out].
+
+    Without ``missing`` that is ``energy``. With it, the ``shortfall`` of w, it is ‖Xw−X~q‖² − ‖Xw−X~w‖² = d H dᵀ + 2 d·(G−H)w, which
+    no longer cancels large numbers and is negative where q makes up for some of the error of the layers before.
+    """
+    grown = energy(change, gram)
+    return grown if missing is None else grown + 2 * np.einsum("oi,oi->o", change, missing, dtype=np.float64)
+
+
+def shortfall(weight: Array, moments: Moments) -> Array:
+    """(G − H) w of each row w of ``weight`` [out,in]: what of its full-precision output the inputs X~ miss. [out,in], gram's precision.
+
+    H = X~ᵀX~ is the gram matrix and G = X~ᵀX the cross term; zero where both models see the same. Raises CalibrationError without a
+    cross term, NumericsError when it is not finite.
+    """
+    gram = calibrated_gram(moments, weight.shape[1])
+    if moments.cross is None:
+        raise CalibrationError("this needs the inputs of both the quantized and the full-precision model; collect the cross moments")
+    weight = weight.astype(gram.dtype, copy=False)
+    missing = np.empty_like(weight)
+    for start in range(0, moments.width, PANEL):
+        here = slice(start, start + PANEL)
+        change = moments.cross[here] - gram[here]
+        if not np.isfinite(change).all():
+            raise NumericsError(f"the cross moments of {moments.width} inputs hold NaN or infinite values; calibrate again")
+        missing[:, here] = weight @ change.T
+    return missing
 
 
 def calibrated_gram(moments: Moments | None, width: int) -> Array:

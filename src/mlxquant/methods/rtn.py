@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..formats import Grid, grouped
-from .moments import Moments, energy
+from .moments import Moments, excess
 from .registry import register
 
 Array = npt.NDArray[Any]
@@ -30,10 +30,11 @@ def rtn(weight: Array, grid: Grid, moments: Moments | None = None) -> Array:
     return codes
 
 
-def better_rows(weight: Array, grid: Grid, codes: Array, nearest: Array, gram: Array) -> Array:
+def better_rows(weight: Array, grid: Grid, codes: Array, nearest: Array, gram: Array, missing: Array | None = None) -> Array:
     """``codes`` [out,in], but row by row ``nearest`` where that has less output error d H dᵀ, d = w − q.
 
-    Greedy methods have no guarantee of their own: clipping or an unlucky order can cost a row more than the method gained.
+    Greedy methods have no guarantee of their own: clipping or an unlucky order can cost a row more than the method gained. With
+    ``missing`` [out,in], the ``moments.shortfall`` of the weight, errors are those against the full-precision model's outputs.
     """
-    ours, theirs = (energy(weight - grid.dequantize(c), gram) for c in (codes, nearest))
+    ours, theirs = (excess(weight - grid.dequantize(c), gram, missing) for c in (codes, nearest))
     return np.where((ours > theirs)[:, None], nearest, codes)
