@@ -63,6 +63,38 @@ def test_constant_and_zero_inputs_are_survived(method):
         assert abs(code * table.step[0] + table.shift[0, 0] - value) < 1e-5
 
 
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
+def test_schedules_that_hit_the_same_noise_level_get_the_same_entry(method):
+    table = method.function(collect(levels=(0.1, 0.3, 0.6, 0.95)), WEIGHT, 8)
+    one, other = np.array([0.05, 0.3, 0.42, 0.95]), np.array([0.3, 0.35, 0.42, 0.8, 0.95, 1.0])
+    shared = [np.isin(sigma, [0.3, 0.42, 0.95]) for sigma in (one, other)]
+    for a, b in zip(table.at(one), table.at(other), strict=True):
+        np.testing.assert_array_equal(a[shared[0]], b[shared[1]])
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
+def test_tables_are_the_same_every_time_and_leave_their_input_alone(method):
+    ranges = collect()
+    before = {k: getattr(ranges, k).copy() for k in ("sigma", "low", "high", "least", "most", "rows")}
+    first, second = (method.function(ranges, WEIGHT, 4) for _ in range(2))
+    np.testing.assert_array_equal(first.step, second.step)
+    np.testing.assert_array_equal(first.shift, second.shift)
+    for name, value in before.items():
+        np.testing.assert_array_equal(getattr(ranges, name), value)
+
+
+def test_error_search_knows_that_rows_miss_the_extremes():
+    """64 rows of 4000 hold none of the few large values: by them alone, clipping them looks free."""
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=(1, 4000, 16)).astype(np.float32)
+    x[0, 30:46] += 9 * np.eye(16, dtype=np.float32)  # between the first two rows that are kept, 0 and 63
+    statistics = InputStatistics(16, rows=64)
+    statistics.add(mx.array(x), 0.5)
+    assert np.abs(statistics.ranges.rows).max() < 5 < 8 < x.max()
+    searched, plain = (get("range", name).function(statistics.ranges, WEIGHT, 8) for name in ("error", "extremes"))
+    assert output_error(searched, x) < 1.05 * output_error(plain, x)
+
+
 @pytest.mark.parametrize("bits", [4, 6, 8])
 def test_error_search_is_never_worse_than_the_extremes(bits):
     ranges = collect()
@@ -72,10 +104,11 @@ def test_error_search_is_never_worse_than_the_extremes(bits):
         assert output_error(searched, ranges.rows) < 0.8 * output_error(plain, ranges.rows)
 
 
-def test_extremes_clip_nothing_that_was_seen():
-    ranges = collect()
-    table = get("range", "extremes").function(ranges, WEIGHT, 8)
-    for t, x in enumerate(ranges.rows):
+@pytest.mark.parametrize("name", ["extremes", "envelope"])
+def test_extremes_and_their_envelope_clip_nothing_that_was_seen(name):
+    ranges = collect(levels=np.linspace(0.02, 1, 12))
+    table = get("range", name).function(ranges, WEIGHT, 8)
+    for t, x in enumerate(np.stack([ranges.least, ranges.most], axis=1)):
         codes = (x - table.shift[t]) / table.step[t]
         assert codes.min() > -128.5
         assert codes.max() < 127.5

