@@ -1,0 +1,165 @@
+"""Quantized layers as files hold them: format, shape, where the codes are, and how they become weights again.
+
+Two layouts: packed as MLX packs (``path.weight`` uint32 with scales and biases; ours and mlx-lm's), and signed codes in npz files
+(``path__weight_int``). What is stored says which grid it is on, or a file beside it does; nothing is guessed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import ArtifactError, RecipeError
+from ..formats import Grid, WeightFormat, unpack
+from .arrays import StoredArray
+
+Array = npt.NDArray[Any]
+PACKED = ("weight", "scales", "biases", "low_up", "low_down")  # what stands for a weight; a model's size counts them as that
+STORED = (*PACKED, "act_divisor")
+
+
+@dataclass(frozen=True)
+class StoredLayer:
+    """A quantized layer: ``shape`` (out, in), ``parts`` its arrays by the name that they have in it, ``rotation`` the channels of its
+    input that are rotated together, ``error`` its relative output error when it was made, where that is known.
+    """
+
+    path: str
+    shape: tuple[int, int]
+    format: WeightFormat
+    parts: dict[str, StoredArray]
+    rotation: int = 1
+    error: float | None = None
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits of codes, scales, biases, divisor and branch; for signed codes, when they will be packed."""
+        if "weight_int" in self.parts:
+            divisor = self.parts["divisor"].nbytes if "divisor" in self.parts else 0
+            return self.format.bits_per_weight(self.shape) + 8 * divisor / self.weights
+        return 8 * sum(part.nbytes for name, part in self.parts.items() if name in STORED) / self.weights
+
+    @property
+    def extras(self) -> str:
+        """What happens to the input before it is rounded, and beside the integer weight, in words."""
+        rank = self.parts["low_down"].shape[0] if "low_down" in self.parts else 0
+        found = {
+            "divided": "act_divisor" in self.parts or "divisor" in self.parts,
+            f"rotated by {self.rotation}": self.rotation > 1,
+            f"rank {rank} beside": rank > 0,
+            "logarithmic": "act_log" in self.parts,
+        }
+        return ", ".join(text for text, there in found.items() if there)
+
+    @property
+    def weights(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+    def table(self) -> tuple[Array, Array, Array] | None:
+        """Noise levels [T] ascending, activation steps [T] and bits [T]; None where the input stays as it is."""
+        names = ("act_sigma", "act_step", "act_bits") if "act_step" in self.parts else ("a_sigma", "a_scale", "a_bits")
+        if not all(name in self.parts for name in names):
+            return None
+        sigma, step, bits = (self.parts[name].read() for name in names)
+        return sigma, step, bits
+
+    def codes(self, stride: int = 1) -> Array:
+        """Signed codes int16 [rows, in] around the code that means zero on a symmetric grid, of every ``stride``-th output."""
+        if "weight_int" in self.parts:
+            return self.parts["weight_int"].read(stride).astype(np.int16)
+        return unpack(self.parts["weight"].read(stride), self.format.bits, self.shape[1]).astype(np.int16) - self.format.zero_code
+
+    def weight(self, stride: int = 1) -> Array:
+        """The weight float32 [rows, in] of every ``stride``-th output, as the layer multiplies its transformed input by it."""
+        codes = self.codes(stride) + self.format.zero_code
+        scales = self._rows("scale" if "weight_int" in self.parts else "scales", stride)
+        biases = self._rows("biases", stride) if "biases" in self.parts else -self.format.zero_code * scales
+        return Grid(self.format, scales, biases).dequantize(codes)
+
+    def _rows(self, name: str, stride: int) -> Array:
+        """Scales or biases float32 [rows or 1, groups]."""
+        part = self.parts[name]
+        values = part.read(stride if part.shape[0] > 1 else 1).astype(np.float32)
+        return values.reshape(len(values), -1)
+
+
+def stored_layers(
+    formats: Mapping[str, Mapping[str, Any]], arrays: Sequence[StoredArray], errors: Mapping[str, float] | None = None
+) -> list[StoredLayer]:
+    """Layers whose formats a file of ours gives, by path; raises ArtifactError when their arrays are not there or do not fit."""
+    named = {array.name: array for array in arrays}
+    found = []
+    for path, facts in formats.items():
+        start = f"{path}." if f"{path}.weight" in named else f"{path}__"
+        parts = {name.removeprefix(start): array for name, array in named.items() if name.startswith(start)}
+        main = parts.get("weight") or parts.get("weight_int")
+        scales = parts.get("scales") or parts.get("scale")
+        if main is None or scales is None:
+            raise ArtifactError(f"layer {path}: its codes and scales are not in the files that are there; write them anew")
+        format = WeightFormat(**facts.get("format", facts))
+        rows, width = facts.get("shape", main.shape)
+        expected = (rows, -(-width * format.bits // 32) if "weight" in parts else width)
+        if main.shape != expected:
+            raise ArtifactError(f"layer {path}: codes of shape {main.shape} in {main.file}, expected {expected}; write it anew")
+        found.append(StoredLayer(path, (rows, width), format, parts, int(facts.get("rotation", 1)), (errors or {}).get(path)))
+    return found
+
+
+def foreign_layers(quantization: Mapping[str, Any], arrays: Sequence[StoredArray]) -> list[StoredLayer]:
+    """Layers of a checkpoint that MLX quantized: affine, packed, with the bits and group sizes that its config.json gives."""
+    named = {array.name: array for array in arrays}
+    found = []
+    for name, scales in named.items():
+        path = name.removesuffix(".scales")
+        packed = named.get(f"{path}.weight")
+        own = quantization.get(path, {})
+        if path == name or packed is None or packed.dtype != "uint32" or len(packed.shape) != 2 or own is False:
+            continue
+        facts = {**quantization, **(own if isinstance(own, Mapping) else {})}
+        parts = {part: named[f"{path}.{part}"] for part in ("weight", "scales", "biases") if f"{path}.{part}" in named}
+        try:
+            bits, group = int(facts["bits"]), int(facts["group_size"])
+            format = WeightFormat(bits, group, symmetric=False)
+        except (KeyError, TypeError, ValueError, RecipeError):
+            continue
+        rows, width = packed.shape[0], packed.shape[1] * 32 // bits
+        if facts.get("mode", "affine") == "affine" and "biases" in parts and scales.shape == (rows, width // group):
+            found.append(StoredLayer(path, (rows, width), format, parts))
+    return found
+
+
+def unnamed_layers(layers: Sequence[StoredLayer], arrays: Sequence[StoredArray]) -> int:
+    """How many layers look packed (uint32 with scales) and are not among ``layers``, because nothing says on which grid they are."""
+    known = {layer.path for layer in layers}
+    names = {array.name for array in arrays}
+    packed = (a.name.removesuffix(".weight") for a in arrays if a.dtype == "uint32" and a.name.endswith(".weight"))
+    return sum(path not in known and f"{path}.scales" in names for path in packed)
+
+
+def activation_text(layer: StoredLayer) -> str:
+    """How a layer's input is quantized: ``A8 x28`` for 8 bits at 28 noise levels, ``A4-8`` where levels differ, ``-`` for not at all."""
+    table = layer.table()
+    if table is None:
+        return "-"
+    bits = np.unique(table[2])
+    return f"A{bits[0]}{f'-{bits[-1]}' if len(bits) > 1 else ''} x{len(table[2])}"
+
+
+def without_parts(arrays: Sequence[StoredArray], layers: Sequence[StoredLayer]) -> list[StoredArray]:
+    """The arrays that belong to no quantized layer."""
+    used = {id(part) for layer in layers for part in layer.parts.values()}
+    return [array for array in arrays if id(array) not in used]
+
+
+def bits_per_weight(arrays: Sequence[StoredArray], layers: Sequence[StoredLayer]) -> float:
+    """Stored bits over parameters of everything in the files, as ``Size.bits_per_weight``: a quantized weight counts once, what stands
+    for it and what quantizes its input not at all. Only for packed layers.
+    """
+    packed = {id(part) for layer in layers for name, part in layer.parts.items() if name in PACKED}
+    others = sum(array.size for array in arrays if id(array) not in packed and ".act_" not in array.name)
+    total = others + sum(layer.weights for layer in layers)
+    return 8 * sum(array.nbytes for array in arrays) / total if total else 0.0
