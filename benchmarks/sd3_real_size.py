@@ -46,8 +46,8 @@ from mlxquant.api import Model, QuantizedModel
 from mlxquant.calibration import Calibration
 from mlxquant.console import peak_bytes, progress, result, say
 from mlxquant.models.catalog import adapter_class
+from mlxquant.presets import parse_recipe
 from mlxquant.progress import Progress
-from mlxquant.recipe import parse_recipe
 from random_sd3 import SIZES, write_folder
 
 CLIP_TOKENS, T5_TOKENS, TOKEN = 77, 512, 4096

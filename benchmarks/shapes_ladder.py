@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
 
 import mlxquant as mq  # before mlx, so that MLX gets a fast BLAS
 
@@ -23,10 +22,11 @@ import mlxquant as mq  # before mlx, so that MLX gets a fast BLAS
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxquant.activations import TableReader
+from mlxquant.activations import TableReader, represented
 from mlxquant.api import Model, QuantizedModel
 from mlxquant.artifacts import atomic_file, canonical
 from mlxquant.console import progress, result, say
+from mlxquant.metrics.bootstrap import interval
 from mlxquant.metrics.psnr import psnr
 from mlxquant.rewrite import set_module
 
@@ -45,9 +45,7 @@ class QuantizedInput(nn.Module):
         self._linear, self._reader = linear, reader
 
     def __call__(self, x: mx.array) -> mx.array:
-        entry = self._reader.read(x)
-        codes = mx.clip(mx.round((x - entry.shift) / entry.step), -entry.edge, entry.edge - 1)
-        return self._linear(codes * entry.step + entry.shift)
+        return self._linear(represented(x, self._reader.read(x)))
 
 
 def activations_alone(model: Model, quantized: QuantizedModel) -> Model:
@@ -74,12 +72,6 @@ def build(name: str, model: Model, calib: mq.calibration.Calibration) -> Model:
     recipe = name.removesuffix("-same-weights")
     quantized = mq.quantize(model, calib, recipe, progress=progress)
     return quantized if name == recipe else without_tables(quantized)
-
-
-def interval(values: np.ndarray, seed: int = 0, draws: int = 2000) -> list[float]:
-    """Bootstrap 95 % interval of a mean over prompts."""
-    picks = np.random.default_rng(seed).integers(0, len(values), (draws, len(values)))
-    return [float(v) for v in np.percentile(values[picks].mean(1), [2.5, 97.5])]
 
 
 @click.command()

@@ -21,7 +21,7 @@ import click
 import numpy as np
 
 import mlxquant as mq  # before mlx, so that MLX gets a fast BLAS
-from shapes_ladder import QuantizedInput, interval, without_tables
+from shapes_ladder import QuantizedInput, without_tables
 
 # isort: split
 import mlx.core as mx
@@ -33,10 +33,12 @@ from mlxquant.calibration import Calibration
 from mlxquant.console import progress, result, say
 from mlxquant.decisions import decide
 from mlxquant.input_tables import Options
+from mlxquant.metrics.bootstrap import interval
 from mlxquant.metrics.psnr import psnr
 from mlxquant.pipeline.activation_stats import ActivationStats, collect
 from mlxquant.pipeline.samples import Samples, draw, open_folder
-from mlxquant.recipe import Recipe, parse_recipe
+from mlxquant.presets import parse_recipe
+from mlxquant.recipe import Recipe
 from mlxquant.rewrite import set_module
 
 CALIBRATION = 16

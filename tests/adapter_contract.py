@@ -8,7 +8,8 @@ import pytest
 
 from mlxquant.errors import AdapterError
 from mlxquant.models.adapter import Adapter
-from mlxquant.rewrite import find_linears, tapped
+from mlxquant.models.attention import ShownAttention
+from mlxquant.rewrite import find_linears, swapped, tapped
 
 ROLES = {"attention", "mlp", "modulation", "embedder", "output"}
 
@@ -58,6 +59,16 @@ class AdapterContract(ABC):
         with tapped(adapter.module, adapter.linears(), lambda path, x: seen.add(path)):
             adapter.velocity(*inputs, 0.5)
         assert seen == set(adapter.linears())
+
+    def test_an_attention_that_can_be_opened_is_where_its_model_computes_it(self, adapter, inputs):
+        exact, shown = np.array(adapter.velocity(*inputs, 0.5)), {path: [] for path in adapter.attentions()}
+        for path in shown:
+            assert sum(stage.owns(path) for stage in adapter.stages) == 1, path
+        with swapped(adapter.module, {path: ShownAttention(seen.append) for path, seen in shown.items()}):
+            np.testing.assert_allclose(np.array(adapter.velocity(*inputs, 0.5)), exact, atol=2e-3 * np.abs(exact).max())
+        for path, seen in shown.items():
+            assert len(seen) == 1, path
+            np.testing.assert_allclose(np.array(seen[0].sum(-1)), 1, atol=1e-4)
 
     def test_clock_runs_only_during_forward_passes(self, adapter, inputs):
         adapter.velocity(*inputs, 0.5)

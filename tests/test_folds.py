@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from mlxquant.errors import NumericsError
-from mlxquant.folds import divide
+from mlxquant.folds import divide, fold, foldable, remaining
+from mlxquant.methods.hadamard import block_size
 from mlxquant.rewrite import get_module, parameters, tapped
+from mlxquant.transform import Transform
 
 from conftest import tiny_adapter
 
@@ -103,3 +105,47 @@ def test_bad_divisors_are_refused_and_change_nothing(adapter, bad):
             divide(adapter.module, edge, wrong)
     for name, value in snapshot(adapter).items():
         np.testing.assert_array_equal(value, original[name])
+
+
+def some_transform(adapter, edge):
+    """Everything at once that any transform method may propose for an edge."""
+    size = width(adapter, edge)
+    order = np.random.default_rng(1).permutation(size) if edge.reorders else None
+    return Transform(divisor(adapter, edge), order, edge.mixes if edge.mixes > 1 else block_size(size))
+
+
+@pytest.mark.parametrize("edge", EDGES, ids=lambda e: e.consumers[0])
+def test_what_is_folded_and_what_is_left_to_the_layers_make_the_whole(adapter, edge):
+    before, inputs = velocity(adapter), {}
+    with tapped(adapter.module, edge.consumers, lambda path, x: inputs.update({path: np.array(x)})):
+        velocity(adapter)
+    transform = some_transform(adapter, edge)
+    folded = foldable(edge, transform)
+    rest = remaining(transform, folded)
+    undo, seen = fold(adapter.module, edge, folded), {}
+    with tapped(adapter.module, edge.consumers, lambda path, x: seen.update({path: np.array(x)})):
+        after = velocity(adapter)
+    assert np.linalg.norm(after - before) < 1e-5 * np.linalg.norm(before)
+    for path, x in inputs.items():
+        wanted = transform.inputs(x)
+        np.testing.assert_allclose(rest.inputs(seen[path]), wanted, rtol=1e-3, atol=1e-4 * np.abs(wanted).max())
+    undo()
+    np.testing.assert_array_equal(velocity(adapter), before)
+
+
+def test_rotations_of_values_are_free_and_channels_change_places_through_gelu():
+    by_name = {edge.consumers[0].rpartition(".")[2]: edge for edge in EDGES}
+    assert foldable(by_name["o_proj"], Transform(block=16)).block == 16
+    assert foldable(by_name["o_proj"], Transform(block=64)).block == 1  # wider than a head
+    assert foldable(by_name["q_proj"], Transform(block=16)).block == 1
+    order = np.arange(128)[::-1]
+    assert foldable(by_name["fc2"], Transform(order=order)).order is order
+    assert remaining(Transform(order=order, block=64), Transform(order=order)).block == 64
+
+
+def test_what_cannot_be_folded_is_refused(adapter):
+    edge = next(edge for edge in EDGES if edge.after == "gelu")
+    with pytest.raises(ValueError, match=r"what writes the input of .*fc2 cannot absorb all"):
+        fold(adapter.module, edge, Transform(block=16))
+    with pytest.raises(ValueError, match="nothing can absorb the new order"):
+        remaining(Transform(order=np.arange(4)), Transform())

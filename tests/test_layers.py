@@ -12,7 +12,9 @@ from mlxquant.activations import ActivationTable
 from mlxquant.errors import AdapterError, RecipeError
 from mlxquant.formats import WeightFormat, fit_extremes
 from mlxquant.layers import QuantizedLinear, integer_matmul
+from mlxquant.methods.lowrank import LowRank
 from mlxquant.schedule import Clock
+from mlxquant.transform import Transform
 
 CLOCK = Clock()
 
@@ -250,3 +252,122 @@ def test_half_precision_inputs_keep_their_dtype_and_lose_nothing_but_the_last_ro
         y, exact = made(x), made(x.astype(mx.float32))
     assert y.dtype == dtype
     assert mx.array_equal(y, exact.astype(dtype))
+
+
+# What is done to the input first, and the low-rank branch beside the integer weight
+
+
+BRANCH = LowRank(*(np.random.default_rng(7).normal(0, 0.3, shape).astype(np.float16) for shape in ((12, 3), (3, 128))))
+DIVISOR = np.random.default_rng(8).uniform(0.5, 2, 128).astype(np.float32)
+PARTS = [(None, 1, None), (DIVISOR, 1, None), (None, 64, None), (None, 1, BRANCH), (DIVISOR, 16, None), (DIVISOR, 64, BRANCH)]
+every_part = pytest.mark.parametrize(
+    ("divisor", "rotation", "branch"), PARTS, ids=["plain", "divisor", "rotation", "branch", "both", "everything"]
+)
+
+
+def transformed_layer(divisor, rotation, branch, format="w4", activations=None):
+    """A layer whose integer weight and branch together stand, up to rounding, for the returned weight float64 [12,128]."""
+    weight = np.random.default_rng(0).normal(0, 0.05, (12, 128))
+    low = 0 if branch is None else branch.weight.astype(np.float64)
+    transform = Transform(divisor=divisor, block=rotation)
+    grid = fit_extremes(transform.weight(weight) - low, WeightFormat.parse(format))
+    codes = grid.quantize(transform.weight(weight) - low)
+    bias = mx.array(np.random.default_rng(1).normal(size=12).astype(np.float32))
+    made = QuantizedLinear(codes, grid, bias, None if divisor is None else mx.array(divisor), rotation, branch)
+    if activations is not None:
+        made.set_activations(activations, CLOCK)
+    return made, weight
+
+
+@every_part
+@pytest.mark.parametrize("format", ["w4", "w8", "w4-g64"])
+def test_a_transformed_layer_is_the_plain_function(divisor, rotation, branch, format):
+    """Against float64: x R D^-1 meets what the integers and the branch stand for, and that is the weight up to half a step."""
+    made, weight = transformed_layer(divisor, rotation, branch, format)
+    x = inputs()
+    integers = made.grid().dequantize(made.codes()).astype(np.float64)
+    low = 0 if branch is None else branch.up.astype(np.float64) @ branch.down.astype(np.float64)
+    seen = Transform(divisor=divisor, block=rotation).inputs(np.array(x).astype(np.float64))
+    np.testing.assert_allclose(np.array(made.transformed(x)), seen, atol=1e-5)
+    np.testing.assert_allclose(np.array(made(x)), seen @ (integers + low).T + np.array(made.bias), atol=2e-5)
+    if format == "w8":
+        np.testing.assert_allclose(np.array(made(x)), np.array(x) @ weight.T + np.array(made.bias), atol=0.2)
+
+
+@every_part
+@pytest.mark.parametrize("bits_a", [4, 8])
+def test_the_integer_part_stays_exact_and_the_branch_reads_unquantized_inputs(divisor, rotation, branch, bits_a):
+    activations = table(bits_a)
+    made, _ = transformed_layer(divisor, rotation, branch, activations=activations)
+    bare = QuantizedLinear(made.codes(), made.grid(), made.bias)
+    bare.set_activations(activations, CLOCK)
+    x = made.transformed(inputs())
+    with CLOCK.at(0.5):
+        y, integers = np.array(made(inputs())), np.array(bare(x))
+    if branch is None:
+        np.testing.assert_array_equal(y, integers)
+    else:
+        low = np.array(x).astype(np.float64) @ branch.down.astype(np.float64).T @ branch.up.astype(np.float64).T
+        np.testing.assert_allclose(y, integers + low, atol=2e-5)
+        assert np.abs(low).max() > 1
+
+
+@every_part
+@pytest.mark.parametrize("activations", [None, table(6, 128)])
+def test_transforms_and_branches_survive_saving_and_new_codes(divisor, rotation, branch, activations):
+    made, _ = transformed_layer(divisor, rotation, branch, activations=activations)
+    facts, x = json.loads(json.dumps(made.facts)), inputs()
+    again = QuantizedLinear.blank(facts, CLOCK)
+    assert structure(again) == structure(made)
+    again.load_weights(tree_flatten(made.parameters()))
+    again.refresh()
+    flipped = made.with_codes(15 - made.codes())
+    with CLOCK.at(0.4):
+        y = np.array(made(x))
+        np.testing.assert_array_equal(np.array(again(x)), y)
+        np.testing.assert_array_equal(np.array(flipped.with_codes(made.codes())(x)), y)
+        assert np.abs(np.array(flipped(x)) - y).max() > 0
+    assert again.facts == flipped.facts == made.facts
+    assert again.rotation == rotation
+    assert (again.branch is None) == (branch is None)
+    if branch is not None:
+        np.testing.assert_array_equal(again.branch.up, branch.up)
+        np.testing.assert_array_equal(again.branch.down, branch.down)
+
+
+def test_layers_that_were_saved_before_transforms_load():
+    facts = layer(activations=table()).facts
+    for name in ("rotation", "rank", "divisor", "log"):
+        facts.pop(name)
+    blank = QuantizedLinear.blank(facts, CLOCK)
+    assert blank.rotation == 1
+    assert blank.branch is None
+
+
+def test_everything_that_stands_for_the_weight_is_counted():
+    made, _ = transformed_layer(DIVISOR, 64, BRANCH)
+    assert made.nbytes == 12 * 128 // 2 + 2 * 12 + 4 * 128 + 2 * 3 * (12 + 128)
+
+
+@pytest.mark.parametrize("rotation", [2, 3, 8, 256])
+def test_blocks_that_do_not_fit_are_refused(rotation):
+    plain = layer()
+    with pytest.raises(AdapterError, match=f"blocks of {rotation} cannot rotate an input of width 128"):
+        QuantizedLinear(plain.codes(), plain.grid(), rotation=rotation)
+
+
+def test_parts_of_another_width_are_refused():
+    plain = layer()
+    with pytest.raises(AdapterError, match="a divisor of shape"):
+        QuantizedLinear(plain.codes(), plain.grid(), divisor=mx.ones(64))
+    with pytest.raises(AdapterError, match="a branch of"):
+        QuantizedLinear(plain.codes(), plain.grid(), branch=LowRank(BRANCH.up, BRANCH.down[:, :64]))
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+def test_half_precision_goes_through_transforms_and_branches(dtype):
+    made, _ = transformed_layer(DIVISOR, 64, BRANCH)
+    x = inputs().astype(dtype)
+    y, exact = made(x), made(x.astype(mx.float32))
+    assert y.dtype == dtype
+    np.testing.assert_allclose(np.array(y.astype(mx.float32)), np.array(exact), atol=0.1 if dtype == mx.bfloat16 else 0.02)

@@ -5,7 +5,8 @@ import pytest
 from mlxquant.errors import RecipeError
 from mlxquant.formats import WeightFormat
 from mlxquant.methods.tiers import BUDGET
-from mlxquant.recipe import ActivationSpec, LayerSpec, Recipe, parse_recipe
+from mlxquant.presets import parse_recipe
+from mlxquant.recipe import ActivationSpec, LayerSpec, Recipe
 
 LAYERS = {"blocks.0.mlp.fc1": "mlp", "blocks.0.mlp.fc2": "mlp", "blocks.0.ada": "modulation", "out": "output"}
 
@@ -28,7 +29,7 @@ def test_a_method_brings_its_options_along():
     plan = recipe.plan(LAYERS)
     assert recipe.sensitivity
     assert plan["blocks.0.mlp.fc1"] == LayerSpec(
-        WeightFormat(4), ActivationSpec(6, budget=BUDGET), "search", "gptq", reconstruct="adaround"
+        WeightFormat(4), ActivationSpec(6, budget=BUDGET, shift=True), "search", "gptq", reconstruct="adaround", transforms=("smoothquant",)
     )
     assert plan["blocks.0.ada"] == LayerSpec(WeightFormat(8), None, "search", "gptq")
     for name in ("rtn-w4a8", "gptq-w4a8", "descent-w4a8", "adaround-w4a8"):
@@ -42,8 +43,10 @@ def test_overrides_keep_the_methods_options(name):
     assert recipe.sensitivity
     assert recipe.name == f"{name},*.fc2=w3a8-g64-sym-static,blocks.*.ada=keep"
     plan = recipe.plan(LAYERS)
-    activation = ActivationSpec(8, per_timestep=False, budget=BUDGET)
-    assert plan["blocks.0.mlp.fc2"] == LayerSpec(WeightFormat(3, 64, True), activation, "search", "gptq", reconstruct="adaround")
+    activation = ActivationSpec(8, per_timestep=False, budget=BUDGET, shift=True)
+    assert plan["blocks.0.mlp.fc2"] == LayerSpec(
+        WeightFormat(3, 64, True), activation, "search", "gptq", reconstruct="adaround", transforms=("smoothquant",)
+    )
     assert "blocks.0.ada" not in plan
 
 

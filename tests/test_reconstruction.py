@@ -9,11 +9,18 @@ import pytest
 
 import mlxquant as mq
 from mlxquant import store, streams, sweep
+from mlxquant.activations import ActivationTable, round_through
 from mlxquant.errors import ArtifactError, RecipeError
+from mlxquant.formats import WeightFormat, fit_extremes
+from mlxquant.layers import QuantizedLinear
 from mlxquant.methods.adaround import Settings
-from mlxquant.recipe import parse_recipe
-from mlxquant.reconstruction import Reconstruction, round_through
+from mlxquant.methods.lowrank import LowRank
+from mlxquant.presets import parse_recipe
+from mlxquant.reconstruction import Minibatch, Reconstruction, SoftLinear
 from mlxquant.rewrite import get_module
+from mlxquant.schedule import Clock
+from mlxquant.transform import Transform
+from mlxquant.trials import Rounding
 
 SHORT = Settings(iterations=60, batch=4)
 BLOCK = "multimodal_transformer_blocks.0"
@@ -40,10 +47,9 @@ def block(tiny):
     job = sweep.Sweep(adapter, recipe(), plan, sigmas, teacher)
     targets = teacher.targets(stage)
     specs = {path: spec for path, spec in plan.items() if stage.owns(path)}
-    trials, goals = job._round(stage, specs, job._statistics(stage, specs, inputs))
-    start = trials[0]
+    start = Rounding(job, stage, specs, inputs, {}).first()[0]
     job._judge(stage, start, inputs, targets)
-    wanted = {path: rounded.target for path, rounded in goals.items()}
+    wanted = {path: rounded.target for path, rounded in start.goals.items()}
     work = Reconstruction(adapter, stage, start.layers, wanted, sigmas, inputs, teacher, targets, SHORT)
     work.normalise(start.errors)
     return work, start, adapter
@@ -75,7 +81,7 @@ def test_the_gradient_reaches_every_layer_of_both_streams(block):
 def test_without_the_straight_through_estimator_query_and_fc1_learn_nothing(block, monkeypatch):
     """What the public predecessor did; this is the difference that the estimator makes."""
     work, start, _ = block
-    monkeypatch.setattr("mlxquant.reconstruction.round_through", mx.round)
+    monkeypatch.setattr("mlxquant.activations.round_through", mx.round)
     weights = {path: start.layers[path].dequantized() for path in work.grids}
     with work.installed():
         slopes = mx.grad(lambda w: work.loss(w, *work.minibatch(0)))(weights)
@@ -83,6 +89,40 @@ def test_without_the_straight_through_estimator_query_and_fc1_learn_nothing(bloc
         for layer in ("attn.v_proj", "mlp.fc1"):
             assert float(mx.abs(slopes[f"{BLOCK}.{stream}_transformer_block.{layer}"]).max()) == 0
         assert float(mx.abs(slopes[f"{BLOCK}.{stream}_transformer_block.mlp.fc2"]).max()) > 0
+
+
+@pytest.fixture
+def transformed():
+    """A layer that divides, rotates and has a branch, its soft twin, inputs [2,5,64] and their noise level."""
+    rng = np.random.default_rng(0)
+    weight, divisor = rng.normal(size=(6, 64)), rng.uniform(0.5, 2, 64).astype(np.float32)
+    branch = LowRank(*(rng.normal(0, 0.3, shape).astype(np.float16) for shape in ((6, 3), (3, 64))))
+    grid = fit_extremes(weight, WeightFormat(4))
+    clock = Clock()
+    layer = QuantizedLinear(grid.quantize(weight), grid, mx.array(rng.normal(size=6), mx.float32), mx.array(divisor), 16, branch)
+    minibatch = Minibatch(level=mx.array([0, 0]))
+    x = mx.array(rng.normal(size=(2, 5, 64)).astype(np.float32))
+    return layer, lambda: SoftLinear(layer, np.float32([0.5]), minibatch, 0.0, 0), x, clock
+
+
+def test_a_soft_layer_transforms_and_branches_as_the_layer_that_runs(transformed):
+    layer, soften, x, clock = transformed
+    np.testing.assert_allclose(np.array(soften()(x)), np.array(layer(x)), atol=1e-5)
+    table = ActivationTable(np.float32([0.5]), np.float32([0.03]), np.full((1, 64), 0.1, np.float32), np.uint8([6]))
+    layer.set_activations(table, clock)
+    with clock.at(0.5):
+        quantized = np.array(layer(x))
+    np.testing.assert_allclose(np.array(soften()(x)), quantized, atol=1e-4)
+    assert sorted(soften().parameters()) == ["weight"]
+
+
+def test_the_gradient_passes_division_rotation_and_branch(transformed):
+    layer, soften, x, _ = transformed
+    slope, soft = mx.array(np.random.default_rng(1).normal(size=(2, 5, 6)).astype(np.float32)), soften()
+    found = np.array(mx.grad(lambda v: (soft(v) * slope).sum())(x))
+    rows = Transform(divisor=np.array(layer.act_divisor), block=16).inputs(np.eye(64))  # row i: what channel i becomes
+    wanted = np.array(slope).astype(np.float64) @ (np.array(layer.dequantized()) + layer.branch.weight) @ rows.T
+    np.testing.assert_allclose(found, wanted, atol=1e-4)
 
 
 def test_a_minibatch_mixes_timesteps_and_every_sample_keeps_its_own(block):

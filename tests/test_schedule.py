@@ -57,7 +57,7 @@ def make(sigma=(0.0, 0.5, 1.0), step=(1.0, 2.0, 4.0), bits=(8, 8, 8)):
 def test_calibrated_levels_are_exact_also_in_float32():
     sigma = flow_sigmas(28, 3.0)[:-1][::-1].astype(np.float32)
     table = make(sigma, np.arange(1, 29), [8] * 28)
-    step, shift, _ = table.at((sigma.astype(np.float64) * 1000).astype(np.float32) / np.float32(1000))
+    step, shift, *_ = table.at((sigma.astype(np.float64) * 1000).astype(np.float32) / np.float32(1000))
     np.testing.assert_array_equal(step, table.step)
     np.testing.assert_array_equal(shift, table.shift)
 
@@ -73,7 +73,7 @@ def test_between_levels_the_range_is_the_envelope_of_the_neighbours(bits, width)
     shift = np.random.default_rng(0).normal(0, 50, (3, width)).astype(np.float32)
     table = ActivationTable(np.float32([0, 0.5, 1]), np.float32([1, 2, 4]), shift, np.uint8(bits))
     for sigma, neighbours in ((0.25, (0, 1)), (0.8, (1, 2))):
-        step, moved, wide = table.at(np.float32([sigma]))
+        step, moved, wide, _ = table.at(np.float32([sigma]))
         assert wide[0] == max(bits[i] for i in neighbours)
         low, high = span(step, moved, wide)
         for i in neighbours:
@@ -86,7 +86,7 @@ def test_between_levels_the_range_is_the_envelope_of_the_neighbours(bits, width)
 
 
 def test_outside_the_levels_the_nearest_entry_holds():
-    step, shift, _ = make().at(np.float32([2.0, -1.0]))
+    step, shift, *_ = make().at(np.float32([2.0, -1.0]))
     np.testing.assert_array_equal(step, [4, 1])
     np.testing.assert_array_equal(shift[:, 0], [2, 0])
 

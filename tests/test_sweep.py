@@ -8,16 +8,17 @@ import numpy as np
 import pytest
 
 import mlxquant as mq
-from mlxquant import artifacts, store, streams, sweep
+from mlxquant import artifacts, store, streams, sweep, trials
 from mlxquant.errors import ArtifactError, CalibrationError, NumericsError, RecipeError
 from mlxquant.folds import divide
 from mlxquant.input_tables import LayerInput, Options, decide_input
 from mlxquant.layers import QuantizedLinear
 from mlxquant.methods import registry
 from mlxquant.methods.adaround import Settings
-from mlxquant.recipe import parse_recipe
+from mlxquant.presets import parse_recipe
 from mlxquant.rewrite import get_module, tapped
 from mlxquant.statistics import Collector
+from mlxquant.trials import Rounding
 
 from conftest import tiny_adapter
 from synthetic_chain import Chain
@@ -79,7 +80,7 @@ UNUSED = "multimodal_transformer_blocks.1.text_transformer_block.attn.q_proj"  #
 def tiered(name="gptq-w4a8", budget=1e-5, sensitivity=True, **changes):
     """A recipe whose layers choose their bits; the budget is for the tiny model, whose velocities are not of unit variance."""
     recipe = replace(parse_recipe(name), sensitivity=sensitivity)
-    activation = {"budget": budget, **changes}
+    activation = {"budget": budget, "shift": True, **changes}
     rules = tuple((p, replace(s, activation=replace(s.activation, **activation)) if s.activation else s) for p, s in recipe.rules)
     return replace(recipe, rules=rules)
 
@@ -186,7 +187,7 @@ def test_a_method_that_hurts_is_dropped_and_it_says_so(tiny, monkeypatch):
     plain = mq.quantize(tiny, calibrate(tiny), "rtn-w4a16")
     broken = registry.Method("gptq", "round", lambda w, grid, moments: np.zeros(w.shape, np.uint8), None, "broken")
     get = registry.get
-    monkeypatch.setattr(sweep.registry, "get", lambda kind, name: broken if name == "gptq" else get(kind, name))
+    monkeypatch.setattr(registry, "get", lambda kind, name: broken if name == "gptq" else get(kind, name))
     quantized = mq.quantize(tiny, calibrate(tiny), "gptq-w4a16")
     assert {stage["kept"] for stage in quantized.facts["stages"]} == {"rtn"}
     assert_same(quantized, plain)
@@ -321,13 +322,12 @@ def test_spiky_inputs_are_smoothed_inside_the_sweep(tmp_path):
     model = spiky()
     calib = calibrate(model, steps=3)
     assert model.adapter.edges()[0].consumers[0] == f"{BLOCK}.image_transformer_block.attn.q_proj"
-    recipe = replace(tiered("gptq-w8a8"), gate=False)
+    recipe = replace(tiered("gptq+smoothquant-w8a8"), gate=False)
     quantized = mq.quantize(model, calib, recipe)
-    facts = quantized.facts["stages"][1]["smoothquant"]
-    assert set(facts) >= {f"{BLOCK}.image_transformer_block.{layer}" for layer in ("attn.q_proj", "mlp.fc1")}
-    for division in facts.values():
-        assert division["applied"] == (division["error_after"] < division["error_before"])
-    assert sum(division["applied"] for division in facts.values()) >= 2
+    facts = quantized.facts["stages"][1]["transforms"]["smoothquant"]
+    assert facts["kept"]
+    assert set(facts["tensors"]) >= {f"{BLOCK}.image_transformer_block.{layer}" for layer in ("attn.q_proj", "mlp.fc1")}
+    assert all(tensor["error_after"] < tensor["error_before"] for tensor in facts["tensors"].values())
     rough = mq.quantize(model, calib, replace(tiered("gptq-w8a8", budget=None), gate=False))
     prompts = model.adapter.prompts("evaluation", 2)
     exact, both = (q.images(prompts, 3) for q in (model, quantized))
@@ -343,7 +343,12 @@ def test_what_is_not_stored_is_not_divided():
     model = spiky()
     recipe = parse_recipe("taqdit-w8a8", ["@modulation=keep"])
     quantized = mq.quantize(model, calibrate(model, steps=3), replace(recipe, learning=Settings(iterations=2, batch=2)))
-    assert "smoothquant" not in quantized.facts["stages"][1]
+    facts = quantized.facts["stages"][1]["transforms"]["smoothquant"]
+    assert facts["kept"]
+    assert facts["tensors"]
+    for path in facts["tensors"]:
+        folded = path.endswith("o_proj")  # into values, which are quantized; adaLN is not, so the layer divides while it runs
+        assert ("act_divisor" in quantized.layers[path]) != folded
 
 
 def peak_copies(recipe):
@@ -384,7 +389,7 @@ def test_states_are_freed_when_they_have_left_their_stage():
 def test_moments_are_gone_before_the_stage_is_run(tiny, monkeypatch):
     """They are the largest thing beside the states, and only rounding needs them."""
     calib, alive = calibrate(tiny), []
-    statistics, judge = sweep.Sweep._statistics, sweep.Sweep._judge
+    statistics, judge = Rounding._statistics, sweep.Sweep._judge
 
     def watched(self, *arguments):
         found = statistics(self, *arguments)
@@ -395,7 +400,7 @@ def test_moments_are_gone_before_the_stage_is_run(tiny, monkeypatch):
         assert [ref for ref in alive if ref() is not None] == []
         return judge(self, *arguments, **options)
 
-    monkeypatch.setattr(sweep.Sweep, "_statistics", watched)
+    monkeypatch.setattr(Rounding, "_statistics", watched)
     monkeypatch.setattr(sweep.Sweep, "_judge", judged)
     mq.quantize(tiny, calib, "gptq-w4a8")
     assert len(alive) > 20
@@ -404,7 +409,7 @@ def test_moments_are_gone_before_the_stage_is_run(tiny, monkeypatch):
 def test_moments_go_layer_by_layer(tiny, monkeypatch):
     """Layers that read one tensor share theirs, which are gone after the last of them."""
     calib, groups, counts = calibrate(tiny), {}, []
-    statistics, quantize = sweep.Sweep._statistics, sweep.quantize_layer
+    statistics, quantize = Rounding._statistics, trials.quantize_layer
 
     def watched(self, *arguments):
         found = statistics(self, *arguments)
@@ -412,14 +417,14 @@ def test_moments_go_layer_by_layer(tiny, monkeypatch):
         groups.update({path: (id(layer.moments), weakref.ref(layer.moments)) for path, layer in found.items()})
         return found
 
-    def rounded(linear, spec, seen, path, preset):
+    def rounded(linear, spec, moments, path, transform):
         alive = {number for number, ref in groups.values() if ref() is not None}
         counts.append(len(alive))
         assert alive == {number for number, _ in list(groups.values())[list(groups).index(path) :]}
-        return quantize(linear, spec, seen, path, preset)
+        return quantize(linear, spec, moments, path, transform)
 
-    monkeypatch.setattr(sweep.Sweep, "_statistics", watched)
-    monkeypatch.setattr(sweep, "quantize_layer", rounded)
+    monkeypatch.setattr(Rounding, "_statistics", watched)
+    monkeypatch.setattr(trials, "quantize_layer", rounded)
     mq.quantize(tiny, calib, "gptq-w4a8")
     assert min(counts) == 1
     assert max(counts) > 5

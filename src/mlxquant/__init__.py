@@ -19,17 +19,22 @@ from ._blas import prefer_fast_blas
 prefer_fast_blas()  # before anything imports mlx.core
 
 from .api import Model, QuantizedModel, calibrate, compare, load, quantize  # noqa: E402
+from .citations import citation  # noqa: E402
 from .errors import MlxQuantError  # noqa: E402
+from .fake_quant_linear import FakeQuantLinear  # noqa: E402
+from .presets import parse_recipe  # noqa: E402
 from .prompts import Prompt, read_prompts  # noqa: E402
-from .recipe import Recipe, parse_recipe  # noqa: E402
+from .recipe import Recipe  # noqa: E402
 
 __all__ = [
+    "FakeQuantLinear",
     "MlxQuantError",
     "Model",
     "Prompt",
     "QuantizedModel",
     "Recipe",
     "calibrate",
+    "citation",
     "compare",
     "load",
     "parse_recipe",

@@ -146,7 +146,7 @@ def learn(
     plan = recipe.plan({path: adapter.role(path) for path in linears})
     sigmas, states = cache.inputs(adapter, calib_dir, adapter.batch)
     costs = measured(adapter, adapter.stages[1:], sigmas, states, plan, progress) if recipe.sensitivity else None
-    both = any(spec.corrected for spec in plan.values())
+    both = any(spec.cross for spec in plan.values())
     teacher = CachedTeacher(cache, adapter, sigmas, states, both, progress)
     files = WeightFiles(ledger, blocks, linears)
     if not resume:

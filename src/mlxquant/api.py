@@ -8,29 +8,34 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
 from . import artifacts, calibration
+from .allocation import allocate, stored_bits
 from .artifacts import versions
 from .calibration import Calibration
 from .errors import AdapterError, ArtifactError, CalibrationError, NumericsError, RecipeError
 from .layers import QuantizedLinear, find_quantized
 from .models.adapter import Adapter
+from .models.attention import QuantizedAttention, find_quantized_attentions
 from .models.catalog import adapter_class, pretrained
 from .pipeline.apply import TrackFiles
+from .presets import parse_recipe
 from .progress import Progress, silent
 from .prompts import Prompt
-from .recipe import LayerSpec, Recipe, parse_recipe
+from .recipe import LayerSpec, Recipe
 from .report.comparison import Comparison, to_pil
 from .rewrite import parameters, set_module
 from .sampler import SamplerStep
-from .store import FolderStore, Store, layer_arrays
+from .store import FolderStore, Store, layer_arrays, module_facts
 from .sweep import sweep
 
 KIND = "quantized-model"
-SAVED = ("kind", "version", "model", "layers", "files", "mlxquant", "mlx")  # what ``save`` adds to the facts
+SAVED = ("kind", "version", "model", "layers", "attentions", "files", "mlxquant", "mlx")  # what ``save`` adds to the facts
+PACKED = ("weight", "scales", "biases", "low_up", "low_down")  # what stands for a quantized weight
 
 
 class Model:
@@ -75,10 +80,17 @@ class Model:
         other = self.adapter.twin()
         for path, layer in find_quantized(self.adapter.module).items():
             set_module(other.module, path, QuantizedLinear.blank(layer.facts, other.clock))
+        for path, attention in find_quantized_attentions(self.adapter.module).items():
+            set_module(other.module, path, QuantizedAttention.blank(attention.facts, other.clock))
         other.module.load_weights(list(parameters(self.adapter.module).items()))
-        for layer in find_quantized(other.module).values():
-            layer.refresh()
+        _refresh(other.module)
         return other
+
+
+def _refresh(module: nn.Module) -> None:
+    """Let everything quantized in a module know that its parameters were loaded."""
+    for part in (*find_quantized(module).values(), *find_quantized_attentions(module).values()):
+        part.refresh()
 
 
 @dataclass(frozen=True)
@@ -123,14 +135,14 @@ class QuantizedModel(Model):
         codes = sum(layer.nbytes for layer in layers.values())
         weights = sum(layer.shape[0] * layer.shape[1] for layer in layers.values())
         tables = sum(value.size for name, value in arrays.items() if ".act_" in name)
-        packed = sum(v.size for layer in layers.values() for k, v in layer.items() if k in ("weight", "scales", "biases"))
+        packed = sum(v.size for layer in layers.values() for k, v in layer.items() if k in PACKED)
         total = sum(v.size for v in arrays.values()) - packed - tables + weights
         stored = sum(v.nbytes for v in arrays.values())
         return Size(stored, 8 * stored / total, 8 * codes / weights)
 
     def _arrays(self) -> dict[str, mx.array]:
         """Everything that is stored: quantized layers as they run, other parameters as float16 where that loses nothing."""
-        quantized = layer_arrays(self.layers)
+        quantized = layer_arrays(self.layers) | layer_arrays(find_quantized_attentions(self.adapter.module))
         everything = parameters(self.adapter.module)
         return {name: value if name in quantized else artifacts.compact(value) for name, value in everything.items()}
 
@@ -146,7 +158,8 @@ class QuantizedModel(Model):
                     **self.adapter.describe(),
                     "place": artifacts.relative_place(self.adapter.place, Path(folder)),
                 },
-                "layers": {path: layer.facts for path, layer in self.layers.items()},
+                "layers": module_facts(self.layers),
+                "attentions": module_facts(find_quantized_attentions(self.adapter.module)),
                 "files": {weights.name: artifacts.file_digest(weights)},
                 **versions(),
             }
@@ -175,11 +188,11 @@ def _load_folder(folder: Path, facts: dict[str, Any]) -> QuantizedModel:
     adapter.place = artifacts.absolute_place(facts["model"].get("place", ""), folder)
     for path, structure in facts["layers"].items():
         set_module(adapter.module, path, QuantizedLinear.blank(structure, adapter.clock))
+    for path, structure in facts.get("attentions", {}).items():
+        set_module(adapter.module, path, QuantizedAttention.blank(structure, adapter.clock))
     artifacts.load_parameters(adapter.module, arrays, str(folder))
-    model = QuantizedModel(adapter, {k: v for k, v in facts.items() if k not in SAVED})
-    for layer in model.layers.values():
-        layer.refresh()
-    return model
+    _refresh(adapter.module)
+    return QuantizedModel(adapter, {k: v for k, v in facts.items() if k not in SAVED})
 
 
 def calibrate(
@@ -231,7 +244,9 @@ def quantize(
 ) -> QuantizedModel:
     """Quantize a copy of ``model``; the model itself stays as it is. With ``work``, a folder, a killed run resumes there.
 
-    ``tracks`` are files of the explicit pipeline whose blocks are taken as they are; the recipe then decides on the other layers.
+    Where the recipe limits the average bits, each layer first gets its own (``allocation``); where it has several rounds, each after
+    the first calibrates on what the model quantized so far draws from the same prompts. ``tracks`` are files of the explicit pipeline whose
+    blocks are taken as they are; the recipe then decides on the other layers.
     Raises RecipeError, CalibrationError or NumericsError before anything long starts where that can be known.
     """
     recipe = parse_recipe(recipe) if isinstance(recipe, str) else recipe
@@ -241,19 +256,46 @@ def quantize(
         raise CalibrationError(
             f"the calibration data is of other weights ({calib.model}) than the model's ({model.name}); calibrate this model"
         )
+    facts: dict[str, Any] = {}
+    if recipe.mixed or recipe.bits_per_weight is not None or recipe.bits_per_activation is not None:
+        limit = stored_bits(model.adapter, layers) if recipe.mixed and recipe.bits_per_weight is None else recipe.bits_per_weight
+        given = allocate(model.adapter, calib, recipe, limit, recipe.bits_per_activation, progress=progress)
+        recipe, facts["allocation"] = given.recipe, given.facts
+    drawn, done = calib, None
+    for turn in range(recipe.rounds):
+        folder = None if work is None else Path(work) / f"round-{turn + 1}" if recipe.rounds > 1 else Path(work)
+        if done is not None:
+            path = None
+            if folder is not None:
+                artifacts.ensure_writable(folder)
+                path = folder / "calibration.safetensors"
+            drawn = calibration.collect(done.adapter, calib.prompts, calib.steps, calib.cfg, progress, calib.samples, path)
+        done = _quantize_once(model, drawn, recipe, layers, facts, folder, progress, tracks)
+    assert done is not None
+    return done
+
+
+def _quantize_once(
+    model: Model,
+    calib: Calibration,
+    recipe: Recipe,
+    layers: Mapping[str, LayerSpec],
+    facts: Mapping[str, Any],
+    work: Path | None,
+    progress: Progress,
+    tracks: TrackFiles | None,
+) -> QuantizedModel:
+    """One round of ``quantize``; ``facts`` are added to those of the result."""
     adapter = model.clone()
-    facts: dict[str, Any] = {
-        "recipe": recipe.to_dict(),
-        "calibration": calib.facts | {"latents": artifacts.array_digest(calib.latents)},
-    }
+    made = {**facts, "recipe": recipe.to_dict(), "calibration": calib.facts | {"latents": artifacts.array_digest(calib.latents)}}
     store: Store | None = None
     if tracks is not None:
-        facts["tracks"] = tracks.digests
+        made["tracks"] = tracks.digests
         store = tracks.store(adapter, layers)
     elif work is not None:
-        store = FolderStore(Path(work), artifacts.digest(facts | versions()))
+        store = FolderStore(work, artifacts.digest(made | versions()))
     stages = sweep(adapter, calib, recipe, store, progress)
-    return QuantizedModel(adapter, {**facts, "stages": stages})
+    return QuantizedModel(adapter, {**made, "stages": stages})
 
 
 def compare(

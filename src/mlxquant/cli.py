@@ -9,14 +9,23 @@ import click
 VERBS = (
     "adaround-optimize",
     "analyze-activations",
+    "benchmark-final",
     "cache-adaround-data",
+    "calibrate-snr",
     "collect-layer-activations",
+    "compare-images",
     "demo",
+    "evaluate",
     "generate",
     "generate-calibration-data",
+    "inspect",
     "load-adaround-model",
+    "methods",
     "quantize",
+    "quantize-qronos",
+    "visualize",
 )
+MODULES = {"methods": "list_methods"}  # where the verb's own name is taken
 
 
 class Verbs(click.Group):
@@ -26,7 +35,8 @@ class Verbs(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in VERBS:
             return None
-        command: click.Command = import_module(f"mlxquant.{cmd_name.replace('-', '_')}").command
+        module = MODULES.get(cmd_name, cmd_name.replace("-", "_"))
+        command: click.Command = import_module(f"mlxquant.{module}").command
         return command
 
 

@@ -10,7 +10,7 @@ import click
 
 from . import api, artifacts, jobs
 from .console import Command, peak_bytes, progress, result, say, verbose_option
-from .recipe import parse_recipe
+from .presets import parse_recipe
 from .report.comparison import Comparison
 
 MODEL = "mmdit-shapes"

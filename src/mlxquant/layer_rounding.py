@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import mlx.core as mx
@@ -13,32 +13,40 @@ import numpy.typing as npt
 
 from .activations import ActivationTable
 from .errors import MlxQuantError
+from .formats import Grid
 from .input_tables import LayerInput, Options, decide_input
 from .layers import QuantizedLinear
 from .methods import registry
 from .methods.correction import corrected_target
+from .methods.damping import CANDIDATES, TARGETS, Choice, choose_damping
+from .methods.lowrank import LowRank
 from .methods.moments import Moments, output_error
 from .methods.tiers import TIERS
 from .recipe import ActivationSpec, LayerSpec
-from .statistics import Collector, InputStatistics
+from .transform import Transform
 
 Array = npt.NDArray[Any]
-Statistics = Mapping[str, InputStatistics] | Collector  # of layers' inputs, by path
 
 
 @dataclass(frozen=True)
 class Rounded:
-    """A quantized layer beside the weight [out,in] that it stands for, the one that its rounding aimed at, and its inputs' moments."""
+    """A quantized layer beside the weight [out,in] that it stands for, that which its codes aimed at, and its inputs' moments.
+
+    The aim differs from the weight where it is corrected, or where a branch takes a part of it.
+    """
 
     layer: QuantizedLinear
     weight: Array
     target: Array
     moments: Moments
+    damping: float | None = None  # where it was chosen
 
     @property
     def error(self) -> float:
         """Relative output error on the calibration inputs."""
-        return output_error(self.weight, self.layer.grid().dequantize(self.layer.codes()), self.moments)
+        quantized = self.layer.grid().dequantize(self.layer.codes())
+        branch = self.layer.branch
+        return output_error(self.weight, quantized if branch is None else quantized + branch.weight, self.moments)
 
 
 @dataclass(frozen=True)
@@ -52,34 +60,77 @@ class Preset:
 def activation_table(seen: LayerInput, spec: ActivationSpec, layer: QuantizedLinear, after: str) -> ActivationTable:
     """The static scales of a layer's input by their specification.
 
-    With a budget bits are chosen for the exact weight, and an input that was written ``after`` a GELU may be shifted by the centre of
-    each channel. Fixed bits are for the rounded weight, that of ``layer``.
+    With a budget bits are chosen for the exact weight; where a shift is wanted, an input that was written ``after`` a GELU may be shifted
+    by the centre of each channel. Otherwise scales are for the rounded weight, that of ``layer``.
     """
     ranges = seen.ranges
-    if spec.budget is None:
+    if spec.budget is None and not spec.shift:
         return registry.get("range", spec.range).function(ranges, np.array(layer.dequantized()), spec.bits)
-    centre = (ranges.least + ranges.most) / 2 if after == "gelu" else None
+    centre = (ranges.least + ranges.most) / 2 if spec.shift and after == "gelu" else None
     return decide_input(seen, centre, tier_options(spec)).table
 
 
 def tier_options(spec: ActivationSpec) -> Options:
-    """How a specification with a budget chooses: never more bits than it says."""
-    assert spec.budget is not None
+    """How bits are chosen by a specification: with a budget never more than it says, without one just those."""
+    if spec.budget is None:
+        return Options(range=spec.range, tiers=(spec.bits,))
     return Options(budget=spec.budget, range=spec.range, tiers=tuple(bits for bits in TIERS if bits <= spec.bits))
 
 
-def quantize_layer(linear: nn.Linear, spec: LayerSpec, statistics: Statistics, path: str, preset: Preset) -> Rounded:
-    """The weight of one layer by its specification; errors name the layer."""
-    weight = np.array(linear.weight.astype(mx.float32)).astype(np.float64)
-    moments: Moments = statistics[path].moments
-    if preset.divisor is not None:
-        weight, moments = weight * preset.divisor, moments.divided(preset.divisor)
+def quantize_layer(linear: nn.Linear, spec: LayerSpec, moments: Moments, path: str, transform: Transform) -> Rounded:
+    """The weight of one layer by its specification; errors name the layer at ``path``.
+
+    ``transform`` is what the layer does to its input while it runs, and ``moments`` are of inputs that went through it.
+    """
+    weight = transform.weight(np.array(linear.weight.astype(mx.float32)).astype(np.float64))
     try:
-        target = corrected_target(weight, moments) if spec.corrected else weight
-        grid = registry.get("steps", spec.steps).function(target, spec.weight, moments)
-        codes = registry.get("round", spec.rounding).function(target, grid, moments)
+        choice = _choose_damping(weight, spec, moments)
+        damping = None if choice is None else choice.damping
+        target, branch, grid, codes = _quantized(weight, spec, moments, damping)
     except MlxQuantError as error:
         raise type(error)(f"layer {path}: {error}") from error
     bias = linear.bias if "bias" in linear else None
-    divisor = None if preset.divisor is None else mx.array(preset.divisor, mx.float32)
-    return Rounded(QuantizedLinear(codes, grid, bias, divisor), weight, target, moments)
+    divisor = None if transform.divisor is None else mx.array(transform.divisor, mx.float32)
+    return Rounded(QuantizedLinear(codes, grid, bias, divisor, transform.block, branch), weight, target, moments, damping)
+
+
+def _choose_damping(weight: Array, spec: LayerSpec, moments: Moments) -> Choice | None:
+    """By held-out tokens, for whatever the specification damps first: the corrected target or the rounding."""
+    if not spec.held_out or not (spec.corrected or _is_damped(spec.rounding)):
+        return None
+
+    def quantize(rows: Array, seen: Moments, damping: float) -> Array:
+        _, branch, grid, codes = _quantized(rows, spec, seen, damping)
+        return grid.dequantize(codes) if branch is None else grid.dequantize(codes) + branch.weight
+
+    return choose_damping(weight, quantize, moments, TARGETS if spec.cross else CANDIDATES)
+
+
+def _is_damped(rounding: str) -> bool:
+    return "damping" in signature(registry.get("round", rounding).function).parameters
+
+
+def _quantized(weight: Array, spec: LayerSpec, moments: Moments, damping: float | None) -> tuple[Array, LowRank | None, Grid, Array]:
+    """What the integers of a weight [rows,in] aim at, the branch beside them, their grid and their codes uint8 [rows,in].
+
+    ``damping`` None leaves it to each method.
+    """
+    given = {} if damping is None else {"damping": damping}
+    target = corrected_target(weight, moments, **given) if spec.corrected else weight
+    options = given if not spec.corrected and _is_damped(spec.rounding) else {}
+
+    def rounded(values: Array) -> tuple[Grid, Array]:
+        grid = registry.get("steps", spec.steps).function(values, spec.weight, moments)
+        codes = registry.get("round", spec.rounding).function(values, grid, moments, **options)
+        return registry.get("refine", "refit").function(values, grid, codes, moments, **options) if spec.refine else (grid, codes)
+
+    def dequantized(values: Array) -> Array:
+        grid, codes = rounded(values)
+        return grid.dequantize(codes)
+
+    branch = None
+    if spec.branch is not None:
+        rank = min(spec.rank, *weight.shape)
+        branch = registry.get("branch", spec.branch).function(target, moments, rank, dequantized)
+        target = target - branch.weight
+    return target, branch, *rounded(target)

@@ -4,7 +4,8 @@
 W4A8, W8A8, W8A16, W4A16 are specifications of it, not classes. With a table it subtracts the shift, divides by the step, rounds and
 clips to integer codes, multiplies integers, and rescales once; the shift's share is folded into the bias. The integer part runs in
 float32, in chunks of the input short enough that every partial sum is an exact integer, so it equals int32 arithmetic bit for bit.
-Group-wise scales cannot leave the sum: there the rounded input, back on its own scale, meets dequantized weights.
+Group-wise scales cannot leave the sum, and the levels of logarithmic entries are no multiples of a step: there the rounded input, back
+on its own scale, meets dequantized weights.
 """
 
 from __future__ import annotations
@@ -17,28 +18,46 @@ import mlx.nn as nn
 import numpy as np
 import numpy.typing as npt
 
-from .activations import ActivationTable, Entry, TableReader
+from .activations import ActivationTable, Entry, TableReader, represented
 from .errors import AdapterError
 from .formats import GROUPS, Grid, WeightFormat, pack, unpack
+from .integer_matmul import EXACT, integer_matmul
+from .methods.hadamard import block_size, regular_hadamard
+from .methods.lowrank import LowRank
+from .rewrite import parameters
 from .schedule import Clock
 
-EXACT = 2**24  # integers up to this magnitude are exact in float32
+TABLE = ("act_sigma", "act_step", "act_shift", "act_bits", "act_log")  # parameters, in the order of ActivationTable's fields
 
 
 class QuantizedLinear(nn.Module):
     """``y = x W^T + b`` with integer W.
 
     Parameters: ``weight`` uint32 [out, words], ``scales`` float16 [out or 1, groups], ``biases`` likewise on asymmetric grids,
-    ``bias`` [out] optional, and, with a table, ``act_sigma``, ``act_step``, ``act_shift``, ``act_bits`` (see ActivationTable).
-    ``act_divisor`` float32 [in], optional: the input's channels are divided by it first, and the integer weight stands for
-    ``W diag(act_divisor)``, so the function is the same; the table then describes the divided input.
+    ``bias`` [out] optional, and, with a table, ``act_sigma``, ``act_step``, ``act_shift``, ``act_bits`` and, where an entry is
+    logarithmic, ``act_log`` (see ActivationTable).
+    ``act_divisor`` float32 [in], optional: the input's channels are divided by it first. With a ``rotation`` above 1, blocks of so many
+    channels are then rotated by a regular Hadamard matrix. The integer weight stands for ``W' = W diag(act_divisor) R``, so the function
+    is the same, and the table describes the transformed input. With ``low_up`` [out,r] and ``low_down`` [r,in] float16, the integer
+    weight stands for ``W' - low_up low_down`` instead, and those two multiply the transformed input as it is, never quantized.
     """
 
-    def __init__(self, codes: npt.NDArray[Any], grid: Grid, bias: mx.array | None = None, divisor: mx.array | None = None):
-        """codes uint8 [out, in] on ``grid``; bias [out] is kept as it is. Raises AdapterError when a divisor [in] does not fit."""
+    def __init__(
+        self,
+        codes: npt.NDArray[Any],
+        grid: Grid,
+        bias: mx.array | None = None,
+        divisor: mx.array | None = None,
+        rotation: int = 1,
+        branch: LowRank | None = None,
+    ):
+        """codes uint8 [out, in] on ``grid``; bias [out] is kept as it is. Raises AdapterError when one of the others does not fit."""
         if divisor is not None and divisor.shape != codes.shape[1:]:
             raise AdapterError(f"a divisor of shape {divisor.shape} does not fit an input of width {codes.shape[1]}")
-        self._lay_out(grid.format, codes.shape, None if bias is None else bias.dtype, divisor is not None)
+        if branch is not None and (branch.up.shape[0], branch.down.shape[1]) != codes.shape:
+            raise AdapterError(f"a branch of {branch.up.shape} and {branch.down.shape} does not fit a weight of shape {codes.shape}")
+        rank = 0 if branch is None else branch.rank
+        self._lay_out(grid.format, codes.shape, None if bias is None else bias.dtype, divisor is not None, rotation, rank)
         rows = self.scales.shape[0]
         values = {
             "weight": mx.array(pack(codes, grid.format.bits)),
@@ -46,14 +65,20 @@ class QuantizedLinear(nn.Module):
             "biases": None if grid.format.symmetric else mx.array(grid.biases[:rows].astype(np.float16)),
             "bias": bias,
             "act_divisor": None if divisor is None else divisor.astype(mx.float32),
+            "low_up": None if branch is None else mx.array(branch.up, mx.float16),
+            "low_down": None if branch is None else mx.array(branch.down, mx.float16),
         }
         self.load_weights([(name, value) for name, value in values.items() if value is not None])
 
-    def _lay_out(self, format: WeightFormat, shape: Sequence[int], bias: mx.Dtype | None, divisor: bool) -> None:
+    def _lay_out(
+        self, format: WeightFormat, shape: Sequence[int], bias: mx.Dtype | None, divisor: bool, rotation: int = 1, rank: int = 0
+    ) -> None:
         """Start over as a layer of this structure: every parameter in its shape and dtype, zero and not evaluated."""
         super().__init__()
         rows, width = shape
-        self._format, self._shape = format, (rows, width)
+        if rotation != block_size(width, rotation):
+            raise AdapterError(f"blocks of {rotation} cannot rotate an input of width {width}; expected a power of 4 that divides it")
+        self._format, self._shape, self._rotation = format, (rows, width), rotation
         groups = (1 if format.group == "tensor" else rows, width // format.columns(width))
         self.weight = mx.zeros((rows, pack(np.zeros((1, width), np.uint8), format.bits).shape[1]), mx.uint32)
         self.scales = mx.zeros(groups, mx.float16)
@@ -63,6 +88,8 @@ class QuantizedLinear(nn.Module):
             self.bias = mx.zeros((rows,), bias)
         if divisor:
             self.act_divisor = mx.zeros((width,), mx.float32)
+        if rank:
+            self.low_up, self.low_down = mx.zeros((rows, rank), mx.float16), mx.zeros((rank, width), mx.float16)
         self._clock: Clock | None = None
         self.refresh()
         self.freeze()
@@ -76,31 +103,36 @@ class QuantizedLinear(nn.Module):
             "bias": "bias" in self,
             "bias_dtype": str(self.bias.dtype).removeprefix("mlx.core.") if "bias" in self else None,
             "divisor": "act_divisor" in self,
+            "rotation": self._rotation,
+            "rank": self.low_up.shape[1] if "low_up" in self else 0,
             "table": list(self.act_shift.shape) if "act_shift" in self else None,
+            "log": "act_log" in self,
         }
 
     @classmethod
-    def blank(cls, facts: Mapping[str, Any], clock: Clock) -> QuantizedLinear:
+    def blank(cls, facts: Mapping[str, Any], clock: Clock | None) -> QuantizedLinear:
         """A layer of the structure that ``facts`` describes, to be filled with ``load_weights`` and ``refresh``.
 
         Its parameters are not evaluated, so a blank takes neither time nor memory.
         """
         layer = cls.__new__(cls)
         bias = getattr(mx, facts.get("bias_dtype", "float32")) if facts["bias"] else None
-        layer._lay_out(WeightFormat(**facts["format"]), facts["shape"], bias, bool(facts.get("divisor")))
+        rotation, rank = facts.get("rotation", 1), facts.get("rank", 0)
+        layer._lay_out(WeightFormat(**facts["format"]), facts["shape"], bias, bool(facts.get("divisor")), rotation, rank)
         if facts["table"] is not None:
             entries, shifts = facts["table"]
             layer._clock = clock
             layer.act_sigma, layer.act_step = mx.zeros((entries,), mx.float32), mx.zeros((entries,), mx.float32)
             layer.act_shift, layer.act_bits = mx.zeros((entries, shifts), mx.float32), mx.zeros((entries,), mx.uint8)
+            if facts.get("log"):
+                layer.act_log = mx.zeros((entries,), mx.uint8)
         return layer
 
     def with_codes(self, codes: npt.NDArray[Any]) -> QuantizedLinear:
         """The same layer with other codes uint8 [out, in]."""
-        divisor = self.act_divisor if "act_divisor" in self else None
-        other = QuantizedLinear(codes, self.grid(), self.bias if "bias" in self else None, divisor)
-        if self.table is not None and self._clock is not None:
-            other.set_activations(self.table, self._clock)
+        other = QuantizedLinear.blank(self.facts, self._clock)
+        other.load_weights(list(parameters(self).items()))
+        other.weight = mx.array(pack(codes, self._format.bits))
         return other
 
     @property
@@ -118,23 +150,35 @@ class QuantizedLinear(nn.Module):
         return None if reader is None else reader.table
 
     @property
+    def rotation(self) -> int:
+        """In blocks of how many channels the input is rotated; 1 where it is not."""
+        return self._rotation
+
+    @property
+    def branch(self) -> LowRank | None:
+        return LowRank(np.array(self.low_up), np.array(self.low_down)) if "low_up" in self else None
+
+    @property
     def nbytes(self) -> int:
-        """Bytes of the stored weight: codes, scales and biases."""
-        return int(self.weight.nbytes + self.scales.nbytes + (self.biases.nbytes if "biases" in self else 0))
+        """Bytes of what is stored in place of the weight: codes, scales and biases, the input's divisor, the branch."""
+        return sum(self[name].nbytes for name in ("weight", "scales", "biases", "act_divisor", "low_up", "low_down") if name in self)
 
     def set_activations(self, table: ActivationTable, clock: Clock) -> None:
         """Quantize the input from now on, by ``table`` at the time that ``clock`` shows."""
         if table.shift.shape[1] not in (1, self._shape[1]):
             raise AdapterError(f"activation shift of width {table.shift.shape[1]} does not fit an input of width {self._shape[1]}")
+        self.drop_activations()
         self._clock = clock
         self.act_sigma, self.act_step = mx.array(table.sigma, mx.float32), mx.array(table.step, mx.float32)
         self.act_shift, self.act_bits = mx.array(table.shift, mx.float32), mx.array(table.bits, mx.uint8)
+        if table.log.any():
+            self.act_log = mx.array(table.log, mx.uint8)
         self.refresh()
 
     def drop_activations(self) -> None:
         """Run with unquantized inputs from now on."""
         self._clock = None
-        for name in ("act_sigma", "act_step", "act_shift", "act_bits"):
+        for name in TABLE:
             self.pop(name, None)
         self.refresh()
 
@@ -145,8 +189,7 @@ class QuantizedLinear(nn.Module):
 
     def _table_reader(self) -> TableReader | None:
         if self._reader is None and self._clock is not None:
-            arrays = (np.array(self[k]) for k in ("act_sigma", "act_step", "act_shift", "act_bits"))
-            self._reader = TableReader(ActivationTable(*arrays), self._clock)
+            self._reader = TableReader(ActivationTable(*(np.array(self[name]) for name in TABLE if name in self)), self._clock)
         return self._reader
 
     def _row_sums(self) -> mx.array:
@@ -199,7 +242,7 @@ class QuantizedLinear(nn.Module):
         return ones, ones * -self._format.zero_code
 
     def dequantized(self) -> mx.array:
-        """The weight as float32 [out, in], times the divisor where there is one."""
+        """The integer weight as float32 [out, in]: what a transformed input is multiplied by, without the branch."""
         if self.packed_group is not None:
             return mx.dequantize(self.weight, *self.packed_scales(mx.float32), group_size=self.packed_group, bits=self._format.bits)
         scales, biases = self._affine()
@@ -208,8 +251,27 @@ class QuantizedLinear(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         """x [..., in] to [..., out], in x's dtype."""
+        x = self.transformed(x)
+        return self.add_branch(self._multiply_quantized(x), x)
+
+    def transformed(self, x: mx.array) -> mx.array:
+        """x [..., in] as the weight reads it, divided and rotated, in x's dtype."""
         if "act_divisor" in self:
             x = x / self.act_divisor.astype(x.dtype)
+        if self._rotation > 1:
+            blocks = x.astype(mx.float32).reshape(*x.shape[:-1], -1, self._rotation)
+            x = (blocks @ mx.array(regular_hadamard(self._rotation))).reshape(x.shape).astype(x.dtype)
+        return x
+
+    def add_branch(self, y: mx.array, x: mx.array) -> mx.array:
+        """y [..., out], in its dtype, and what the branch makes of a transformed input x [..., in], in float32."""
+        if "low_up" not in self:
+            return y
+        up, down = self.low_up.astype(mx.float32), self.low_down.astype(mx.float32)
+        return (y.astype(mx.float32) + (x.astype(mx.float32) @ down.T) @ up.T).astype(y.dtype)
+
+    def _multiply_quantized(self, x: mx.array) -> mx.array:
+        """The integer weight times a transformed input [..., in], with the bias: [..., out], in x's dtype."""
         if (reader := self._table_reader()) is None:
             return self._weight_only(x)
         entry = reader.read(x)
@@ -234,12 +296,11 @@ class QuantizedLinear(nn.Module):
         return (x.astype(mx.float32) @ self.dequantized().T).astype(x.dtype)
 
     def _integer(self, x: mx.array, entry: Entry) -> mx.array:
-        step, shift = entry.step, entry.shift
-        q = mx.clip(mx.round((x.astype(mx.float32) - shift) / step), -entry.edge, entry.edge - 1)
-        if self.scales.shape[1] > 1:
-            y = self._multiply(q * step + shift)
+        if self.scales.shape[1] > 1 or entry.any_log:
+            y = self._multiply(represented(x, entry))
         else:
-            centred = self.centred_codes()
+            step, shift, centred = entry.step, entry.shift, self.centred_codes()
+            q = mx.clip(mx.round((x.astype(mx.float32) - shift) / step), -entry.edge, entry.edge - 1)
             y = self._rescaled(self._multiply_codes(q, centred, entry.limit), q, step) + self._folded(shift, centred)
         y = y + self.bias.astype(mx.float32) if "bias" in self else y
         return y.astype(x.dtype)
@@ -278,20 +339,3 @@ def use_packed_kernels() -> bool:
 def find_quantized(module: nn.Module) -> dict[str, QuantizedLinear]:
     """Every quantized layer of a module, by path."""
     return {path: m for path, m in module.named_modules() if isinstance(m, QuantizedLinear)}
-
-
-def integer_matmul(x: mx.array, weight: mx.array, x_limit: int, weight_limit: int) -> mx.array:
-    """``x W^T`` of integer-valued float32 arrays with |x| <= x_limit and |W| <= weight_limit, equal to int32 arithmetic.
-
-    x [..., in], weight [out, in]. The input is cut where a partial sum could pass 2^24; the parts are added as int32. Returns the
-    float32 nearest to the exact sum.
-    """
-    width = weight.shape[1]
-    chunk = max(1, EXACT // (x_limit * weight_limit))
-    if width <= chunk:
-        return x @ weight.T
-    parts = [(x[..., i : i + chunk] @ weight[:, i : i + chunk].T).astype(mx.int32) for i in range(0, width, chunk)]
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    return total.astype(mx.float32)

@@ -20,7 +20,7 @@ from .prompts import Prompt, read_prompts
 from .recipe import LayerSpec
 from .report.comparison import Comparison, save_png, to_pil
 from .rewrite import set_module
-from .sweep import round_to_nearest
+from .trials import round_to_nearest
 
 
 @click.command("load-adaround-model", cls=Command)

@@ -11,14 +11,14 @@ from . import api, jobs
 from .console import MODEL_HELP, Command, peak_bytes, progress, result, say, size_option, verbose_option
 from .errors import RecipeError
 from .pipeline.apply import TrackFiles
+from .presets import parse_recipe
 from .prompts import read_prompts
-from .recipe import parse_recipe
 
 
 @click.command("quantize", cls=Command)
 @click.option("--model", "name", required=True, help=MODEL_HELP)
 @size_option
-@click.option("--recipe", "recipe_name", required=True, help="METHOD-wBaB, such as gptq-w4a8, rtn-w4a16-g128, gptq-w3a8-static.")
+@click.option("--recipe", "recipe_name", required=True, help="METHOD[+INGREDIENT…]-wBaB, such as gptq-w4a8; see 'mlxquant methods'.")
 @click.option(
     "--override",
     multiple=True,
@@ -40,6 +40,10 @@ from .recipe import parse_recipe
     help="At most so many pairs of a picture and a step go through the layers; all steps do.  [default: the model's]",
 )
 @click.option("--seed", default=0, show_default=True, help="Shifts the noise seeds of the model's own prompts.")
+@click.option(
+    "--bits-per-weight", type=click.FloatRange(2, 8), help="Give each layer its own bits, so many on average, scales included."
+)
+@click.option("--bits-per-activation", type=click.FloatRange(4, 8), help="The same for inputs, by the arithmetic they take part in.")
 @click.option("--iters", type=click.IntRange(1), help="Adam steps a block, for recipes that learn.  [default: 1000]")
 @click.option("--adaround-output", type=click.Path(path_type=Path), help="Take the blocks' weights from this folder of adaround-optimize.")
 @click.option("--quant-config", type=click.Path(path_type=Path), help="And their activation scales from this file of analyze-activations.")
@@ -58,6 +62,8 @@ def command(
     cfg_weight: float | None,
     samples: int | None,
     seed: int,
+    bits_per_weight: float | None,
+    bits_per_activation: float | None,
     iters: int | None,
     adaround_output: Path | None,
     quant_config: Path | None,
@@ -66,7 +72,7 @@ def command(
     resume: bool,
 ) -> None:
     """Quantize a model with calibration and write it as a folder."""
-    recipe = parse_recipe(recipe_name, override)
+    recipe = replace(parse_recipe(recipe_name, override), bits_per_weight=bits_per_weight, bits_per_activation=bits_per_activation)
     if iters is not None:
         recipe = replace(recipe, learning=replace(recipe.learning, iterations=iters))
     if quant_config is not None and adaround_output is None:

@@ -1,14 +1,12 @@
 """Recipes: which format and which methods for which layer.
 
 A recipe is an ordered list of rules; the first rule whose pattern matches a layer's path decides. A pattern is a glob over the
-dotted path, or ``@role`` for a role that the model's adapter names. Presets are parsed from their names, such as ``gptq-w4a8``,
-``rtn-w3a16-g128`` or ``gptq-w8a8-static``.
+dotted path, or ``@role`` for a role that the model's adapter names. ``presets`` has recipes by name.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
 from math import inf
@@ -17,8 +15,8 @@ from typing import Any
 from .activations import BITS
 from .errors import RecipeError
 from .formats import WeightFormat
+from .methods import registry
 from .methods.adaround import Settings
-from .methods.tiers import BUDGET
 
 ROLES = ("attention", "mlp", "modulation", "embedder", "output")
 
@@ -28,14 +26,15 @@ class ActivationSpec:
     """Static activation quantization: ``bits`` 4, 6 or 8; ``range`` a range method; one entry a timestep, or one for all.
 
     With a ``budget`` each layer takes at each timestep the fewest bits, at most ``bits``, whose error on calibration data stays within
-    it, and post-GELU inputs are shifted where that lowers the error. The budget is mean squared
-    velocity error in a recipe with ``sensitivity``, and relative squared error of the layer's output in one without.
+    it. The budget is mean squared velocity error in a recipe with ``sensitivity``, and relative squared error of the layer's output in
+    one without. With ``shift`` post-GELU inputs are shifted where that lowers the error.
     """
 
     bits: int = 8
     range: str = "extremes"
     per_timestep: bool = True
     budget: float | None = None
+    shift: bool = False
 
     def __post_init__(self) -> None:
         if self.bits not in BITS[:-1]:
@@ -48,8 +47,10 @@ class ActivationSpec:
 class LayerSpec:
     """What happens to a layer: weight format, how its steps are chosen, how it is rounded, and its activations (None: not quantized).
 
-    ``corrected`` aims the rounding at weights that make up for the error of the layers before. ``reconstruct`` names the method that
-    then learns the codes of a stage together, starting from these.
+    Before that ``transforms`` are tried on its input, in this order, and a ``branch`` of the given ``rank`` takes what low-rank float16
+    factors can from the weight. ``corrected`` aims the rounding at weights that make up for the error of the layers before; with
+    ``held_out`` the damping of the rounding is chosen on tokens that it has not seen; ``refine`` then improves steps and codes by
+    turns. ``reconstruct`` names the method that learns the codes of a stage together, starting from these.
     """
 
     weight: WeightFormat
@@ -58,16 +59,32 @@ class LayerSpec:
     rounding: str = "rtn"
     corrected: bool = False
     reconstruct: str | None = None
+    transforms: tuple[str, ...] = ()
+    branch: str | None = None
+    rank: int = 0
+    held_out: bool = False
+    refine: bool = False
 
     @property
     def plain(self) -> LayerSpec:
         """The same format by round-to-nearest: what every method has to beat."""
-        return replace(self, steps="extremes", rounding="rtn", corrected=False, reconstruct=None)
+        return LayerSpec(self.weight, self.activation)
 
     @property
     def start(self) -> LayerSpec:
         """What a reconstruction starts from."""
         return replace(self, reconstruct=None)
+
+    @property
+    def careful(self) -> LayerSpec:
+        """At least 8 bits and nothing that changes or quantizes the input: for layers whose error enters every block at every step."""
+        weight = replace(self.weight, bits=max(8, self.weight.bits))
+        return replace(self.start, weight=weight, activation=None, transforms=(), branch=None, rank=0)
+
+    @property
+    def cross(self) -> bool:
+        """Whether the rounding looks at the full-precision model's inputs, too."""
+        return self.corrected or registry.get("round", self.rounding).cross
 
 
 @dataclass(frozen=True)
@@ -75,7 +92,11 @@ class Recipe:
     """``rules``: pattern and specification (None keeps the layer as it is), in order. ``gate``: keep round-to-nearest where it wins.
 
     ``learning`` is for the layers that are reconstructed. With ``sensitivity`` errors inside the model count as far as they change
-    what it predicts; without, all channels and noise levels count the same.
+    what it predicts; without, all channels and noise levels count the same. ``sequential`` rounds a block's layers one after the
+    other, each on what the rounded ones before it write. ``rounds`` above 1 calibrates again on what the quantized model draws (TCAQ-DM's
+    progressive alignment) and quantizes again. ``probabilities`` are the bits of attention probabilities, None leaves those as they are.
+    ``bits_per_weight`` and ``bits_per_activation`` limit averages over the quantized layers, which then get bits of their own; ``mixed``
+    alone limits weights to what the recipe's own formats take.
     """
 
     name: str
@@ -83,6 +104,12 @@ class Recipe:
     gate: bool = True
     learning: Settings = field(default_factory=Settings)
     sensitivity: bool = False
+    sequential: bool = False
+    rounds: int = 1
+    probabilities: int | None = None
+    mixed: bool = False
+    bits_per_weight: float | None = None
+    bits_per_activation: float | None = None
 
     def plan(self, layers: Mapping[str, str]) -> dict[str, LayerSpec]:
         """Layers (path to role) to what happens to each; raises RecipeError when a glob matches no layer at all."""
@@ -109,74 +136,15 @@ class Recipe:
             "gate": self.gate,
             "learning": asdict(self.learning),
             "sensitivity": self.sensitivity,
+            "sequential": self.sequential,
+            "rounds": self.rounds,
+            "probabilities": self.probabilities,
+            "mixed": self.mixed,
+            "bits_per_weight": self.bits_per_weight,
+            "bits_per_activation": self.bits_per_activation,
             "rules": [[pattern, None if spec is None else asdict(spec)] for pattern, spec in self.rules],
         }
 
 
 def _matches(pattern: str, path: str, role: str) -> bool:
     return role == pattern[1:] if pattern.startswith("@") else fnmatchcase(path, pattern)
-
-
-@dataclass(frozen=True)
-class Method:
-    """What a recipe's METHOD stands for: how weights are rounded (see LayerSpec), the ``budget`` of quantized activations, and whether
-    the recipe weighs errors by ``sensitivity``."""
-
-    steps: str
-    rounding: str
-    reconstruct: str | None = None
-    budget: float | None = None
-    sensitivity: bool = False
-
-
-METHODS = {
-    "rtn": Method("extremes", "rtn"),
-    "gptq": Method("search", "gptq"),
-    "descent": Method("search", "gptq-descent"),
-    "adaround": Method("search", "rtn", reconstruct="adaround"),
-    "taqdit": Method("search", "gptq", reconstruct="adaround", budget=BUDGET, sensitivity=True),
-}
-_SPEC = re.compile(r"(w[2-8])a(4|6|8|16)((?:-tensor|-g\d+)?(?:-sym|-asym)?)(-static)?")
-
-
-def parse_spec(text: str, method: Method) -> LayerSpec:
-    """``w4a8``, ``w4a16-g128``, ``w8a8-static`` … by a method; raises RecipeError with the grammar."""
-    match = _SPEC.fullmatch(text)
-    if match is None:
-        raise RecipeError(
-            f"{text!r} is no specification; expected wBaB with weights of 2 to 8 bits and activations of 4, 6, 8 or 16, "
-            "then optionally -g32/-g64/-g128/-tensor, -sym/-asym and -static"
-        )
-    activation = None if match[2] == "16" else ActivationSpec(int(match[2]), per_timestep=match[4] is None, budget=method.budget)
-    weight = WeightFormat.parse(match[1] + match[3])
-    return LayerSpec(weight, activation, method.steps, method.rounding, reconstruct=method.reconstruct)
-
-
-def parse_override(text: str, method: Method) -> tuple[str, LayerSpec | None]:
-    """A rule ``PATTERN=SPEC``; SPEC is a preset's name without its method, such as w8a16, or ``keep``. Raises RecipeError."""
-    pattern, equals, spec = text.partition("=")
-    if not equals or not pattern:
-        raise RecipeError(f"override {text!r}: expected PATTERN=SPEC, such as '*.mlp.fc2=w8a16' or '@attention=keep'")
-    return pattern, None if spec == "keep" else parse_spec(spec, method)
-
-
-def parse_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
-    """A preset by name, ``METHOD-SPEC``, behind the rules of ``overrides`` (see ``parse_override``), which keep its method.
-
-    Modulation, embedders and the output layer keep at least 8 bits and unquantized inputs: their error enters every block at every
-    step.
-    """
-    named, dash, text = name.partition("-")
-    if not dash or named not in METHODS:
-        raise RecipeError(
-            f"unknown recipe {name!r}; expected METHOD-SPEC with METHOD one of {sorted(METHODS)}, such as rtn-w4a8 or gptq-w4a8"
-        )
-    method = METHODS[named]
-    try:
-        main = parse_spec(text, method)
-    except RecipeError as error:
-        raise RecipeError(f"unknown recipe {name!r}: {error}") from error
-    careful = replace(main.start, weight=replace(main.weight, bits=8), activation=None)
-    rules = [parse_override(text, method) for text in overrides]
-    rules += [(role, careful) for role in ("@modulation", "@embedder", "@output")]
-    return Recipe(",".join([name, *overrides]), (*rules, ("*", main)), sensitivity=method.sensitivity)

@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import numpy.typing as npt
 
+from .activations import Entry, represented
 from .layers import QuantizedLinear
 from .methods import registry
 from .methods.adaround import Checkpoint, Choice, Settings, choose
@@ -29,17 +30,6 @@ from .streams import Teacher, Weights
 Array = npt.NDArray[Any]
 
 
-@mx.custom_function
-def round_through(x: mx.array) -> Any:
-    """Round to nearest, with the gradient of the identity: MLX's own rounding has none."""
-    return mx.round(x)
-
-
-@round_through.vjp
-def _round_through_vjp(primals: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:
-    return cotangent
-
-
 @dataclass
 class Minibatch:
     """What the soft layers need to know of the running minibatch: each sample's noise level, and a key for QDrop."""
@@ -49,7 +39,7 @@ class Minibatch:
 
 
 class SoftLinear(nn.Module):
-    """A quantized layer with a weight that is set from outside, its activations quantized with a straight-through estimator.
+    """A quantized layer with an integer weight that is set from outside, its activations quantized with a straight-through estimator.
 
     ``levels`` [T] are the noise levels of the calibration; ``minibatch.level`` [B] holds indices into them.
     """
@@ -58,27 +48,19 @@ class SoftLinear(nn.Module):
         super().__init__()
         self.weight = layer.dequantized()
         self._bias = layer.bias if "bias" in layer else None
-        self._divisor = layer.act_divisor if "act_divisor" in layer else None
+        self._transformed, self._add_branch = layer.transformed, layer.add_branch
         self._minibatch, self._drop, self._salt = minibatch, drop, salt
-        self._entries: tuple[mx.array, ...] | None = None
-        if layer.table is not None:
-            step, shift, bits = layer.table.at(levels)
-            edge = 2.0 ** (bits.astype(np.float32) - 1)
-            self._entries = mx.array(step[:, None]), mx.array(shift), mx.array(edge[:, None]), mx.array(bits[:, None] == 16)
+        self._entries = None if layer.table is None else Entry.of(layer.table, levels)
 
     def __call__(self, x: mx.array) -> mx.array:
-        if self._divisor is not None:
-            x = x / self._divisor
-        if self._entries is not None:
-            x = self._quantized(x, self._entries)
-        y = x @ self.weight.T
+        x = self._transformed(x)
+        y = (x if self._entries is None else self._quantized(x, self._entries)) @ self.weight.T
+        y = self._add_branch(y, x)
         return y if self._bias is None else y + self._bias
 
-    def _quantized(self, x: mx.array, entries: tuple[mx.array, ...]) -> mx.array:
-        lead = (x.shape[0], *(1,) * (x.ndim - 2), -1)
-        step, shift, edge, is_float = (v[self._minibatch.level].reshape(lead) for v in entries)
-        codes = mx.clip(cast(mx.array, round_through((x - shift) / step)), -edge, edge - 1)
-        q = mx.where(is_float, x, codes * step + shift)
+    def _quantized(self, x: mx.array, entries: Entry) -> mx.array:
+        assert self._minibatch.level is not None
+        q = represented(x, entries.rows(self._minibatch.level).shaped(x.ndim))
         if self._drop and self._minibatch.key is not None:
             key = mx.random.split(self._minibatch.key, self._salt + 1)[self._salt]
             q = mx.where(mx.random.bernoulli(self._drop, x.shape, key), x, q)

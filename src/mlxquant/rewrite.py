@@ -67,7 +67,7 @@ def swapped(root: nn.Module, layers: dict[str, nn.Module]) -> Iterator[None]:
 class Tap(nn.Module):
     """Shows a layer's input to an observer and passes the call on."""
 
-    def __init__(self, path: str, layer: nn.Module, observe: Callable[[str, mx.array], None]):
+    def __init__(self, path: str, layer: nn.Module, observe: Callable[[str, mx.array], object]):
         super().__init__()
         self._path, self._layer, self._observe = path, layer, observe
 
@@ -77,7 +77,7 @@ class Tap(nn.Module):
 
 
 @contextmanager
-def tapped(root: nn.Module, paths: Iterable[str], observe: Callable[[str, mx.array], None]) -> Iterator[None]:
+def tapped(root: nn.Module, paths: Iterable[str], observe: Callable[[str, mx.array], object]) -> Iterator[None]:
     """Call ``observe(path, input)`` for each of these layers during the forward passes inside."""
     with swapped(root, {path: Tap(path, get_module(root, path), observe) for path in paths}):
         yield

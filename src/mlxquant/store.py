@@ -3,30 +3,44 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from . import artifacts
 from .errors import ArtifactError
 from .layers import QuantizedLinear
 from .models.adapter import Stage, State
+from .models.attention import QuantizedAttention
 from .rewrite import parameters
 from .schedule import Clock
 
 Layers = dict[str, QuantizedLinear]
+Attentions = dict[str, QuantizedAttention]
+Quantized = TypeVar("Quantized", QuantizedLinear, QuantizedAttention)
 INTERVAL = 20.0  # seconds between two checkpoints of a stage
 
 
 @dataclass(frozen=True)
 class StageResult:
-    """What became of a stage: its quantized layers, facts for the report, and, fresh from quantizing, what the stage now writes."""
+    """What became of a stage: its quantized layers, facts for the report, and, fresh from quantizing, what the stage now writes.
+
+    ``attentions`` are those whose probabilities are quantized.
+    """
 
     layers: Layers
     facts: dict[str, Any]
     outputs: list[State] | None = None
+    attentions: Attentions = field(default_factory=dict)
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """All that takes the place of something in the stage."""
+        return {**self.layers, **self.attentions}
 
 
 class StageCheckpoint:
@@ -89,29 +103,43 @@ class FolderStore:
         if not self._path(stage).exists():
             return None
         arrays, header = artifacts.read_tensors(self._path(stage), "stage")
-        return StageResult(restore_layers(header["layers"], arrays, clock), header["facts"]) if header["job"] == self._job else None
+        if header["job"] != self._job:
+            return None
+        attentions = restore_modules(QuantizedAttention, header["attentions"], arrays, clock)
+        return StageResult(restore_layers(header["layers"], arrays, clock), header["facts"], attentions=attentions)
 
     def save(self, stage: Stage, result: StageResult) -> None:
-        header = {"job": self._job, "facts": result.facts, "layers": {path: layer.facts for path, layer in result.layers.items()}}
-        artifacts.write_tensors(self._path(stage), "stage", layer_arrays(result.layers), header)
+        structure = {"layers": module_facts(result.layers), "attentions": module_facts(result.attentions)}
+        header = {"job": self._job, "facts": result.facts, **structure}
+        artifacts.write_tensors(self._path(stage), "stage", layer_arrays(result.modules), header)
         self.checkpoint(stage).clear()
 
     def checkpoint(self, stage: Stage) -> StageCheckpoint:
         return StageCheckpoint(self.folder / f"{stage.name}.checkpoint.safetensors", self._job)
 
 
-def layer_arrays(layers: Layers) -> dict[str, mx.array]:
+def module_facts(modules: Mapping[str, Quantized]) -> dict[str, Any]:
+    """The structure of quantized modules, by path."""
+    return {path: module.facts for path, module in modules.items()}
+
+
+def layer_arrays(layers: Mapping[str, nn.Module]) -> dict[str, mx.array]:
     """All tensors of some layers under their full paths."""
     return {f"{path}.{name}": value for path, layer in layers.items() for name, value in parameters(layer).items()}
 
 
 def restore_layers(facts: dict[str, Any], arrays: dict[str, mx.array], clock: Clock) -> Layers:
     """The inverse of ``layer_arrays``, with the structure from each layer's ``facts``."""
-    layers = {}
+    return restore_modules(QuantizedLinear, facts, arrays, clock)
+
+
+def restore_modules(kind: type[Quantized], facts: dict[str, Any], arrays: dict[str, mx.array], clock: Clock) -> dict[str, Quantized]:
+    """Modules of one class with their structure from ``facts``, by path, and their parameters from ``arrays``."""
+    modules = {}
     for path, structure in facts.items():
-        layer = QuantizedLinear.blank(structure, clock)
+        module = kind.blank(structure, clock)
         own = {name.removeprefix(path + "."): value for name, value in arrays.items() if name.startswith(path + ".")}
-        artifacts.load_parameters(layer, own, path)
-        layer.refresh()
-        layers[path] = layer
-    return layers
+        artifacts.load_parameters(module, own, path)
+        module.refresh()
+        modules[path] = module
+    return modules

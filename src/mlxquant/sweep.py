@@ -14,79 +14,29 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from math import inf
+from dataclasses import replace
 from typing import Any
 
-import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
-import numpy.typing as npt
 
 from .calibration import Calibration
-from .divisions import smoothed
 from .errors import NumericsError, RecipeError
-from .folds import divide
-from .input_tables import LayerInput, decide_input
-from .layer_rounding import Preset, Rounded, Statistics, activation_table, quantize_layer, tier_options
-from .layers import QuantizedLinear
-from .methods import registry
 from .models.adapter import Adapter, Stage, State
+from .probabilities import quantize_probabilities
 from .progress import Progress, silent
-from .recipe import ActivationSpec, LayerSpec, Recipe
+from .recipe import LayerSpec, Recipe
 from .reconstruction import Reconstruction, reconstruct_stage
-from .rewrite import set_module, swapped, tapped
+from .rewrite import set_module, swapped
 from .sensitivity import Sensitivity, measure
-from .statistics import Collector, InputStatistics
-from .store import Layers, StageCheckpoint, StageResult, Store
-from .streams import Deviation, ExactStream, OnDemand, Teacher, Weights, run_batches, run_stage
+from .store import Attentions, StageCheckpoint, StageResult, Store
+from .streams import Deviation, ExactStream, OnDemand, Weights, run_batches, run_stage
+from .trials import Job, Rounding, Transforms, Trial
 
-Array = npt.NDArray[Any]
 SENSITIVITY_ROWS = 8
 
 
-def round_to_nearest(linear: nn.Linear, spec: LayerSpec) -> QuantizedLinear:
-    """One layer in a specification's weight format, without calibration and with its inputs as they are."""
-    weight = np.array(linear.weight.astype(mx.float32)).astype(np.float64)
-    grid = registry.get("steps", "extremes").function(weight, spec.weight)
-    return QuantizedLinear(registry.get("round", "rtn").function(weight, grid), grid, linear.bias if "bias" in linear else None)
-
-
-def mean_bits(layer: QuantizedLinear) -> float:
-    """With how many bits a layer's input is quantized, averaged over noise levels; 16 where it is not."""
-    return 16.0 if layer.table is None else float(np.mean(layer.table.bits))
-
-
-@dataclass
-class Trial:
-    """Layers that a stage was tried with, what there is to report of each, and, once it was run with them, how far what it then wrote
-    was from the targets: ``error``, as ``Deviation`` has it, and ``errors`` by tensor.
-    """
-
-    name: str
-    layers: Layers = field(default_factory=dict)
-    report: dict[str, dict[str, Any]] = field(default_factory=dict)
-    error: float = inf
-    errors: dict[str, float] = field(default_factory=dict)
-    outputs: list[State] | None = None
-
-    def add(self, path: str, spec: LayerSpec, rounded: Rounded) -> None:
-        self.layers[path] = rounded.layer
-        self.report[path] = {"weight": str(spec.weight), "activation": mean_bits(rounded.layer), "error": rounded.error}
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """What stays the same from stage to stage: the model, what happens to its layers, the noise levels, and the teacher."""
-
-    adapter: Adapter
-    recipe: Recipe
-    plan: Mapping[str, LayerSpec]
-    sigmas: list[float]
-    teacher: Teacher
-    presets: Mapping[str, Preset] = field(default_factory=dict)
-    sensitivity: Sensitivity | None = None
-    progress: Progress = silent
+class Sweep(Job):
+    """Goes through the stages of a model and quantizes one after the other."""
 
     def run(self, stages: Sequence[Stage], states: list[State] | OnDemand, store: Store | None = None) -> list[dict[str, Any]]:
         """Quantize ``adapter.module`` in place; ``states`` enter the first of ``stages``. Returns one dictionary of facts a stage.
@@ -101,8 +51,8 @@ class Sweep:
                 result = self.quantize(stage, states, targets, None if store is None else store.checkpoint(stage))
                 if store is not None:
                     store.save(stage, result)
-            for path, layer in result.layers.items():
-                set_module(self.adapter.module, path, layer)
+            for path, module in result.modules.items():
+                set_module(self.adapter.module, path, module)
             left, states = states, result.outputs or run_stage(self.adapter, stage, self.sigmas, states, self.progress)
             left.clear()
             facts.append(result.facts)
@@ -114,127 +64,63 @@ class Sweep:
         """Quantize one stage on the quantized stream's ``inputs`` towards what the full-precision stream writes.
 
         The stage's layers in ``adapter.module`` are still full-precision and stay so; the result holds the quantized ones. Of what
-        was tried (learned codes, what they started from, round to nearest) the hard-rounded stage with the least error is kept. What
-        was likely to be the best is tried last, and the result has outputs only if it was.
+        was tried (learned codes, what they started from, round to nearest) the hard-rounded stage with the least error is kept; of the
+        transforms each that lowers the error is. What was likely to be the best is tried last, and the result has outputs only if it was.
         """
         specs = {path: spec for path, spec in self.plan.items() if stage.owns(path)}
         if not specs:
             return StageResult({}, {"stage": stage.name, "kept": "exact", "layers": {}})
-        statistics = self._statistics(stage, specs, inputs)
-        divisions = self._smooth(stage, specs, statistics)
-        if any(division["applied"] for division in divisions.values()):
-            statistics.clear()  # the layers read divided inputs now
-            statistics = self._statistics(stage, specs, inputs)
-        report: dict[str, Any] = {"smoothquant": divisions} if divisions else {}
-        (start, *others), goals = self._round(stage, specs, statistics)
+        bits, attentions = self.recipe.probabilities, Attentions()
+        if bits is not None:
+            attentions = quantize_probabilities(self.adapter, stage, inputs, self.sigmas, bits, self.progress)
+        rounding = Rounding(self, stage, specs, inputs, attentions)
+        start, *others = rounding.first()
         for plain in others:
             self._judge(stage, plain, inputs, targets)
-        self._judge(stage, start, inputs, targets, keep=not goals)
-        tried = [start, *others]
-        if goals:
-            learned, learning = self._learn(stage, specs, goals, start, inputs, targets, checkpoint)
+        self._judge(stage, start, inputs, targets, keep=not start.goals and not rounding.transforms)
+        tried, report = [start, *others], dict[str, Any]()
+        if rounding.transforms:
+            start, report["transforms"] = self._transform(stage, rounding, start, inputs, targets)
+            tried.insert(0, start)
+        if start.goals:
+            learned, learning = self._learn(stage, specs, start, inputs, targets, checkpoint)
             self._judge(stage, learned, inputs, targets, keep=True)
             tried.insert(1, learned)
             report["learning"] = learning
         best = min(tried, key=lambda trial: trial.error)
         errors = {trial.name: trial.error for trial in tried}
         facts = {"stage": stage.name, "kept": best.name, "error": best.error, "layers": best.report, **report, "errors": errors}
-        return StageResult(best.layers, facts, best.outputs)
+        return StageResult(best.layers, facts, best.outputs, best.attentions)
 
-    def _statistics(self, stage: Stage, specs: Mapping[str, LayerSpec], inputs: Sequence[State]) -> dict[str, InputStatistics]:
-        """What the stage's layers are given in the quantized stream and, where a specification asks for it, in the exact one."""
-        ranges = any(spec.activation is not None for spec in specs.values())
-        collector = Collector(ranges) if self.sensitivity is None else Collector(ranges, self.sensitivity.of_layer)
-        corrected = any(spec.corrected for spec in specs.values())
-        exact = self.teacher.inputs() if corrected else inputs
-        for index in self.progress(range(len(self.sigmas)), f"{stage.name}: statistics"):
-            collector.sigma, collector.exact = self.sigmas[index], {}
-            with self.adapter.clock.at(self.sigmas[index]):
-                if corrected:
-                    with tapped(self.adapter.module, specs, collector.exact.__setitem__):
-                        mx.eval(stage.run(exact[index]))
-                with tapped(self.adapter.module, specs, collector):
-                    mx.eval(stage.run(inputs[index]))
-        return {path: collector[path] for path in specs}
-
-    def _smooth(self, stage: Stage, specs: Mapping[str, LayerSpec], statistics: Statistics) -> dict[str, dict[str, Any]]:
-        """Divide inputs with spiky channels where that pays, inside the full-precision stage, which goes on computing the same.
-
-        Only where bits are chosen by error, and only where everything that is changed will be quantized and stored. Returns facts on
-        every candidate by the first layer that reads it.
-        """
-        linears, facts = self.adapter.linears(), {}
-        tiered = {path: a for path, spec in specs.items() if (a := spec.activation) is not None and a.budget is not None}
-        open_ = tiered.keys() - {path for path, preset in self.presets.items() if preset.table is not None}
-        for edge in self.adapter.edges():
-            if not edge.folds or not {fold.path for fold in edge.folds} <= specs.keys() or not open_ >= set(edge.consumers):
+    def _transform(
+        self, stage: Stage, rounding: Rounding, start: Trial, inputs: Sequence[State], targets: Sequence[State]
+    ) -> tuple[Trial, dict[str, Any]]:
+        """Try one transform after the other on top of what has helped so far; the best trial, and facts about each."""
+        best, kept, facts = start, Transforms(), dict[str, Any]()
+        for method in rounding.transforms:
+            proposals = rounding.propose(method, kept)
+            facts[method] = {"kept": False, "tensors": {name: proposal.facts for name, proposal in proposals.items()}}
+            if not proposals:
                 continue
-            layers = {}
-            for path in edge.consumers:
-                weight = np.array(linears[path].weight.astype(mx.float32))
-                layers[path] = decide_input(self._input(path, tiered[path], statistics, weight), None, tier_options(tiered[path]))
-            if (division := smoothed(layers, tier_options(tiered[edge.consumers[0]]))) is not None:
-                facts[edge.consumers[0]] = {**division.facts, "applied": division.applied}
-                if division.applied:
-                    divide(self.adapter.module, edge, division.divisor)
-        return facts
-
-    def _input(self, path: str, spec: ActivationSpec, statistics: Statistics, weight: Array) -> LayerInput:
-        """A layer's input at every noise level, or merged where one entry serves all, and what errors of its outputs cost."""
-        ranges = statistics[path].ranges
-        costs = None if self.sensitivity is None else self.sensitivity.of_outputs(path, ranges.sigma)
-        if not spec.per_timestep:
-            ranges, costs = ranges.merged(), None if costs is None else costs.mean(0, keepdims=True)
-        return LayerInput(ranges, weight.astype(np.float32), costs)
-
-    def _round(
-        self, stage: Stage, specs: Mapping[str, LayerSpec], statistics: dict[str, InputStatistics]
-    ) -> tuple[list[Trial], dict[str, Rounded]]:
-        """The stage's layers as their specifications have them before anything is learned and, for the gate, rounded to nearest; and
-        those of the first whose codes are to be learned. ``statistics`` is used up, layer by layer: it is most of what is in memory.
-        """
-        plain = all(spec.start == spec.plain for spec in specs.values())
-        trials = [Trial(name) for name in (["rtn"] if plain else ["calibrated", "rtn"] if self.recipe.gate else ["calibrated"])]
-        goals: dict[str, Rounded] = {}
-        linears = self.adapter.linears()
-        after = {path: edge.after for edge in self.adapter.edges() for path in edge.consumers}
-        for path, spec in self.progress(specs.items(), f"{stage.name}: rounding"):
-            goal = self._round_layer(trials, path, spec, linears[path], statistics.pop(path), after.get(path, ""))
-            if goal is not None:
-                goals[path] = goal
-        return trials, goals
-
-    def _round_layer(
-        self, trials: list[Trial], path: str, spec: LayerSpec, linear: nn.Linear, statistics: InputStatistics, after: str
-    ) -> Rounded | None:
-        """Add a layer, with its activation table, to each of the trials; returns that of the first where its codes are to be learned.
-
-        ``after`` is the nonlinearity that wrote its input.
-        """
-        preset, seen, made = self.presets.get(path, Preset()), {path: statistics}, list[Rounded]()
-        for trial, way in zip(trials, (spec.start, spec.plain), strict=False):
-            rounded = quantize_layer(linear, way, seen, path, preset)
-            if way.activation is not None:
-                table = preset.table
-                if table is None:
-                    read = self._input(path, way.activation, seen, rounded.weight)
-                    table = activation_table(read, way.activation, rounded.layer, after)
-                rounded.layer.set_activations(table, self.adapter.clock)
-            trial.add(path, way, rounded)
-            made.append(rounded)
-        return made[0] if spec.reconstruct is not None else None
+            wanted = kept | {name: proposal.transform for name, proposal in proposals.items()}
+            trial = rounding.transformed(f"{best.name}+{method}", wanted)
+            self._judge(stage, trial, inputs, targets)
+            facts[method] |= {"kept": trial.error < best.error, "error": trial.error}
+            if trial.error < best.error:
+                best, kept = trial, wanted
+        return best, facts
 
     def _learn(
         self,
         stage: Stage,
         specs: Mapping[str, LayerSpec],
-        goals: Mapping[str, Rounded],
         start: Trial,
         inputs: Sequence[State],
         targets: Sequence[State],
         checkpoint: StageCheckpoint | None,
     ) -> tuple[Trial, dict[str, Any]]:
-        """The layers of ``start`` with learned codes for those in ``goals``; and facts about the run."""
+        """The layers of ``start`` with learned codes for its goals; and facts about the run."""
+        goals = start.goals
         ways = {(str(specs[path].reconstruct), specs[path].rounding == "rtn") for path in goals}
         if len(ways) > 1:
             raise RecipeError(f"stage {stage.name}: a stage is reconstructed by one method from one start, found {sorted(ways)}")
@@ -245,7 +131,7 @@ class Sweep:
         )
         label = f"{stage.name}: {method}"
         codes, facts = reconstruct_stage(method, work, start.errors, nearest, checkpoint, settings, self.progress, label)
-        learned = Trial("learned", dict(start.layers), dict(start.report))
+        learned = Trial("learned", dict(start.layers), dict(start.report), attentions=start.attentions)
         for path, values in codes.items():
             learned.add(path, specs[path], replace(goals[path], layer=goals[path].layer.with_codes(values)))
         changed = sum(int((values != goals[path].layer.codes()).sum()) for path, values in codes.items())
@@ -257,7 +143,7 @@ class Sweep:
     def _judge(self, stage: Stage, trial: Trial, inputs: Sequence[State], targets: Sequence[State], keep: bool = False) -> None:
         """Run the stage with a trial's layers, hard-rounded, and measure how far what it writes is from the targets; ``keep`` that."""
         deviation, kept = Deviation(self._weights(stage)), list[State]()
-        with swapped(self.adapter.module, dict(trial.layers)):
+        with swapped(self.adapter.module, trial.modules):
             batches = run_batches(self.adapter, stage, self.sigmas, inputs, self.progress, f"{stage.name}: {trial.name}")
             for (_, outputs), target in zip(batches, targets, strict=True):
                 deviation.add(self.teacher.pick(outputs), target)
@@ -283,7 +169,7 @@ def sweep(
     """
     plan = recipe.plan({path: adapter.role(path) for path in adapter.linears()})
     sigmas, states = calibration.batches(adapter)
-    teacher = ExactStream(adapter, sigmas, states, progress, both=any(spec.corrected for spec in plan.values()))
+    teacher = ExactStream(adapter, sigmas, states, progress, both=any(spec.cross for spec in plan.values()))
     sensitivity = measured(adapter, adapter.stages, sigmas, states, plan, progress) if recipe.sensitivity else None
     job = Sweep(adapter, recipe, plan, sigmas, teacher, sensitivity=sensitivity, progress=progress)
     return job.run(adapter.stages, states, store)

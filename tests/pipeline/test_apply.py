@@ -19,11 +19,12 @@ from mlxquant.pipeline.apply import TrackFiles, Tracks, check, install, prepare
 from mlxquant.pipeline.ledger import Ledger
 from mlxquant.pipeline.quant_config import QuantConfig
 from mlxquant.pipeline.weight_files import CONFIG, KIND, WeightFiles
-from mlxquant.recipe import LayerSpec, parse_recipe
+from mlxquant.presets import parse_recipe
+from mlxquant.recipe import LayerSpec
 from mlxquant.rewrite import tapped
 from mlxquant.statistics import Collector
 from mlxquant.store import StageResult
-from mlxquant.sweep import round_to_nearest
+from mlxquant.trials import round_to_nearest
 
 from conftest import tiny_adapter
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -57,6 +58,20 @@ def test_everything_comes_back(tmp_path):
     np.testing.assert_array_equal(read.divisors["b.0.q"], [1, 2])
     np.testing.assert_array_equal(read.migrations["b.0.fc2"], [1, 4])
     assert read.mean_bits == 6
+
+
+def test_logarithmic_entries_come_back_and_are_the_only_ones_to_be_marked(tmp_path):
+    log = np.array([True, False, True])
+    mixed = replace(config(), plain={"b.0.q": replace(table(), log=log), "b.0.fc2": replace(table(2), log=~log), "b.1.q": table()})
+    mixed.write(tmp_path / "quant_config.json")
+    read = QuantConfig.read(tmp_path / "quant_config.json")
+    assert {path: t.log.tolist() for path, t in read.plain.items()} == {path: t.log.tolist() for path, t in mixed.plain.items()}
+    entries = json.loads((tmp_path / "quant_config.json").read_text())["per_timestep"]
+    assert [[path for path, e in sorted(entries[key].items()) if "log" in e] for key in mixed.step_keys] == [
+        ["b.0.q"],
+        ["b.0.fc2"],
+        ["b.0.q"],
+    ]
 
 
 def test_divided_entries_stand_beside_the_plain_ones():

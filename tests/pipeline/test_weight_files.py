@@ -135,6 +135,18 @@ def test_loaded_layers_compute_what_the_saved_ones_did(folder, model, results):
         np.testing.assert_array_equal(getattr(table, name), getattr(saved[FC2].table, name))
 
 
+def test_logarithmic_entries_survive(tmp_path, model):
+    adapter, (block, *_), linears = model
+    result = learned(adapter, block, linears)
+    path, layer = next((path, layer) for path, layer in result.layers.items() if layer.table is not None)
+    layer.set_activations(replace(layer.table, log=np.array([True, False, True])), adapter.clock)
+    files = opened(tmp_path, model)
+    files.save(block, result)
+    read = files.load(block, adapter.clock).layers
+    assert read[path].table.log.tolist() == [True, False, True]
+    assert not any(other.table.log.any() for name, other in read.items() if name != path and other.table is not None)
+
+
 def test_the_weight_is_what_the_codes_say_over_the_divisor(folder, model):
     adapter, blocks, linears = model
     layer = read(folder, model).load(blocks[0], adapter.clock).layers[FC2]

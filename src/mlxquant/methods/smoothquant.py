@@ -14,10 +14,19 @@ import numpy as np
 import numpy.typing as npt
 
 from ..statistics import InputRanges
+from ..transform import Place, Transform
+from .registry import register
 
 Array = npt.NDArray[Any]
 SPIKE, FEW = 5.0, 0.05
 BOUND = 1e4
+ALPHAS = (0.15, 0.3, 0.5, 0.7, 0.85)
+
+
+@register("transform", "smoothquant", citation="smoothquant", summary="divide channels by how much larger inputs are than weights")
+def smoothquant(ranges: InputRanges, weights: Sequence[Array], place: Place) -> list[Transform]:
+    """The ``divisor`` for a few alphas; the paper takes 0.5 for most models and searches for the others."""
+    return [Transform(divisor=divisor(peaks(ranges), weights, alpha)) for alpha in ALPHAS]
 
 
 def spike(channel_peaks: Array) -> tuple[float, float]:
@@ -48,8 +57,7 @@ def divisor(channel_peaks: Array, weights: Sequence[Array], alpha: float = 0.5) 
     per-row step and keeps the folded producers in the range of float16, and kept within 1e-4 to 1e4; a channel that is dead in the
     inputs or in the weights has nothing to trade and gets 1.
     """
-    columns = np.max([np.abs(weight).max(0) for weight in weights], axis=0).astype(np.float64)
-    peaks = channel_peaks.astype(np.float64)
+    columns, peaks = column_peaks(weights).astype(np.float64), channel_peaks.astype(np.float64)
     live = (peaks > 0) & (columns > 0)
     log = alpha * np.log(np.where(live, peaks, 1)) - (1 - alpha) * np.log(np.where(live, columns, 1))
     centre = log[live].mean() if live.any() else 0.0
@@ -64,4 +72,16 @@ def divided(ranges: InputRanges, divisor: Array) -> InputRanges:
 
 def peaks(ranges: InputRanges) -> Array:
     """max |x| of each channel over all timesteps, [in]."""
-    return np.maximum(np.abs(ranges.least), np.abs(ranges.most)).max(0)
+    most: Array = timestep_peaks(ranges).max(0)
+    return most
+
+
+def timestep_peaks(ranges: InputRanges) -> Array:
+    """max |x| of each channel at each timestep, [T,in]."""
+    return np.maximum(np.abs(ranges.least), np.abs(ranges.most))
+
+
+def column_peaks(weights: Sequence[Array]) -> Array:
+    """max |W| of each input channel over all of some weights [out,in], [in]."""
+    most: Array = np.max([np.abs(weight).max(0) for weight in weights], axis=0)
+    return most

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..activations import ActivationTable
+from ..activations import ActivationTable, nearest_levels
 from ..statistics import InputRanges
 from .registry import register
 
@@ -73,7 +73,8 @@ def mixed(tables: Tables, bits: Array) -> ActivationTable:
     entry = [order.index(int(b)) for b in bits], np.arange(len(bits))
     step = np.stack([tables[tier].step for tier in order])[entry]
     shift = np.stack(np.broadcast_arrays(*(tables[tier].shift for tier in order)))[entry]
-    return ActivationTable(tables[order[0]].sigma, step, shift, np.asarray(bits, np.uint8))
+    log = np.stack([tables[tier].log for tier in order])[entry]
+    return ActivationTable(tables[order[0]].sigma, step, shift, np.asarray(bits, np.uint8), log)
 
 
 def lowered(bits: Array) -> Array:
@@ -83,9 +84,9 @@ def lowered(bits: Array) -> Array:
 
 def quantized(table: ActivationTable, t: int, x: Array) -> Array:
     """x [...,in] as entry ``t`` of a table of 4 to 8 bits represents it, float32: what a layer makes of it at that noise level."""
-    edge = 2.0 ** (int(table.bits[t]) - 1)
-    codes = np.clip(np.rint((x.astype(np.float32) - table.shift[t]) / table.step[t]), -edge, edge - 1)
-    return (codes * table.step[t] + table.shift[t]).astype(np.float32)
+    edge, offset = 2.0 ** (int(table.bits[t]) - 1), (x.astype(np.float32) - table.shift[t]) / table.step[t]
+    levels = nearest_levels(offset, int(table.bits[t])) if table.log[t] else np.clip(np.rint(offset), -edge, edge - 1)
+    return (levels * table.step[t] + table.shift[t]).astype(np.float32)
 
 
 class OutputErrors:
@@ -101,11 +102,11 @@ class OutputErrors:
             costs = np.broadcast_to(1 / np.maximum(energy, TINY)[:, None], (len(self._rows), len(weight)))
         self._costs = costs
 
-    def __call__(self, table: ActivationTable, rounded: Array | None = None) -> Array:
-        """Errors [T] float64 with inputs on ``table`` and, where it is given, with the ``rounded`` weight [out,in] in place of W."""
+    def __call__(self, table: ActivationTable | None, rounded: Array | None = None) -> Array:
+        """Errors [T] float64 with inputs on ``table``, or as they are, and with the ``rounded`` weight [out,in] in place of W, if any."""
         errors = np.empty(len(self._rows))
         for t, x in enumerate(self._rows):
-            seen = quantized(table, t, x)
+            seen = x if table is None else quantized(table, t, x)
             wrong = (seen - x) @ self._weight.T if rounded is None else seen @ rounded.astype(np.float32).T - x @ self._weight.T
             errors[t] = np.square(wrong).mean(0) @ self._costs[t]
         return errors

@@ -25,6 +25,7 @@ from ..prompts import Prompt
 from ..rewrite import find_linears, parameters
 from ..sampler import Conditioning, SamplerStep, sample, seeded_noise
 from ..schedule import Clock, Sigmas, flow_sigmas
+from .attention import SoftmaxAttention, find_attentions
 
 State = dict[str, mx.array]
 _digest = ArrayMemory(artifacts.array_digest)
@@ -79,13 +80,17 @@ class Fold:
 @dataclass(frozen=True)
 class Edge:
     """``consumers`` read one and the same tensor. Where ``folds`` are given, its channels can be divided by any positive vector by
-    changing those producers alone; where there are none, whoever wants to divide has to do it while the model runs. ``after`` names
-    the nonlinearity that wrote the tensor, such as "gelu", and with it the skew of what is in it.
+    changing those producers alone; where there are none, whoever wants to divide has to do it while the model runs. Inside of runs of
+    ``mixes`` channels (1: none) the producers can absorb any linear mixing as well. ``reorders`` are producers whose rows are the
+    tensor's channels up to a nonlinearity, so that its channels can be put in any order. ``after`` names the nonlinearity that wrote
+    the tensor, such as "gelu", and with it the skew of what is in it.
     """
 
     consumers: tuple[str, ...]
     folds: tuple[Fold, ...] = ()
     after: str = ""
+    mixes: int = 1
+    reorders: tuple[Fold, ...] = ()
 
 
 class Adapter(ABC):
@@ -161,6 +166,10 @@ class Adapter(ABC):
 
     def linears(self) -> dict[str, nn.Linear]:
         return find_linears(self.module)
+
+    def attentions(self) -> dict[str, SoftmaxAttention]:
+        """The attentions that can be opened, by path: ``set_module`` may put a ``QuantizedAttention`` there. Empty where it has none."""
+        return find_attentions(self.module)
 
     @property
     def fingerprint(self) -> str:

@@ -20,7 +20,8 @@ import numpy as np
 from ..errors import AdapterError
 from ..rewrite import parameters
 from ..schedule import Clock
-from .fast_cpu import attention, gelu
+from .attention import SoftmaxAttention
+from .fast_cpu import gelu
 from .mmdit import MMDiTConfig
 
 NOW = 0.0  # the key under which a block finds the modulations of the running forward pass
@@ -87,7 +88,8 @@ def host() -> SimpleNamespace:
 def build_mmdit(config: MMDiTConfig, clock: Clock, dtype: mx.Dtype) -> Any:
     """DiffusionKit's transformer of these sizes with unspecified weights of ``dtype``; it computes its time features in ``dtype``, too.
 
-    Attention and GELU are exact ones that are also fast on the CPU; these are attributes of this module alone.
+    Attention and GELU are exact ones that are also fast on the CPU, the attention a module that can be replaced; these are attributes
+    of this model alone.
     """
     kit = host()
     same = {name: value for name, value in config.to_dict().items() if name != "hidden_size"}  # our config has DiffusionKit's names
@@ -101,16 +103,11 @@ def build_mmdit(config: MMDiTConfig, clock: Clock, dtype: mx.Dtype) -> Any:
     model = kit.TimedMMDiT(sizes, clock)
     model.set_dtype(dtype)
     for block in model.multimodal_transformer_blocks:
-        block.sdpa = _attention
+        block.sdpa = SoftmaxAttention()
         for stream in (block.image_transformer_block, block.text_transformer_block):
             if "mlp" in stream:
                 stream.mlp.act_fn = gelu
     return model
-
-
-def _attention(q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
-    """DiffusionKit's call of MLX's attention; ``scale`` is always 1/sqrt(d)."""
-    return attention(q, k, v)
 
 
 @contextmanager

@@ -89,10 +89,14 @@ def _softmax_vjp(primals: mx.array, cotangent: mx.array, output: mx.array) -> mx
     return cast(mx.array, _softmax_backward(output, cotangent, (output * cotangent).sum(axis=-1, keepdims=True)))
 
 
+def probabilities(q: mx.array, k: mx.array) -> mx.array:
+    """Softmax(q k^T / sqrt(d)) [B,heads,N,N] float32, of q and k [B,heads,N,d]; on the CPU exact to about 1e-5 relative."""
+    scores = (q.astype(mx.float32) * q.shape[-1] ** -0.5) @ k.astype(mx.float32).swapaxes(-1, -2)
+    return cast(mx.array, _softmax(scores)) if mx.default_device() == mx.cpu else mx.softmax(scores, axis=-1)
+
+
 def attention(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
     """Softmax(q k^T / sqrt(d)) v; q, k, v [B,heads,N,d]. Float32 on the CPU is exact to about 1e-5 relative, elsewhere MLX's own."""
-    scale = q.shape[-1] ** -0.5
     if q.dtype == mx.float32 and mx.default_device() == mx.cpu:
-        weights = cast(mx.array, _softmax((q * scale) @ k.swapaxes(-1, -2)))
-        return weights @ v
-    return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale)
+        return probabilities(q, k) @ v
+    return mx.fast.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5)

@@ -16,7 +16,8 @@ import mlx.nn as nn
 
 from ..errors import AdapterError
 from .adapter import Edge, Fold, Stage, State
-from .fast_cpu import attention, gelu
+from .attention import SoftmaxAttention
+from .fast_cpu import gelu
 
 
 @dataclass(frozen=True)
@@ -198,6 +199,7 @@ class MultiModalTransformerBlock(nn.Module):
         super().__init__()
         self.image_transformer_block = TransformerBlock(config)
         self.text_transformer_block = TransformerBlock(config, kv_only=last)
+        self.sdpa = SoftmaxAttention()
         self._last = last
 
     def __call__(self, image: mx.array, text: mx.array, c: mx.array) -> tuple[mx.array, mx.array | None]:
@@ -205,7 +207,7 @@ class MultiModalTransformerBlock(nn.Module):
         stream_i, stream_t = self.image_transformer_block, self.text_transformer_block
         mod_i, mod_t = stream_i.modulation(c), stream_t.modulation(c)
         q, k, v = (mx.concatenate(list(pair), axis=2) for pair in zip(stream_i.qkv(image, mod_i), stream_t.qkv(text, mod_t), strict=True))
-        attended = attention(q, k, v)
+        attended = self.sdpa(q, k, v)
         attended = attended.transpose(0, 2, 1, 3).reshape(image.shape[0], -1, image.shape[-1])
         n = image.shape[1]
         image = stream_i.finish(image, attended[:, :n], mod_i)
@@ -294,7 +296,7 @@ def mmdit_stages(model: MMDiT) -> tuple[Stage, ...]:
 
 def mmdit_edges(config: MMDiTConfig) -> tuple[Edge, ...]:
     """Who reads the same tensor in an MMDiT's blocks: q, k, v and fc1 read what adaLN modulates; o_proj reads a mixture of both
-    streams' values, so both streams' o_proj divide together; between GELU and fc2 nothing can be folded.
+    streams' values, head by head, so both streams' o_proj change together; between GELU and fc2 channels can only change places.
     """
     d, edges = config.hidden_size, []
     for index in range(config.depth_multimodal):
@@ -308,9 +310,11 @@ def mmdit_edges(config: MMDiTConfig) -> tuple[Edge, ...]:
             return Fold(adaln, chunk * d, (chunk + 1) * d), Fold(adaln, (chunk + 1) * d, (chunk + 2) * d, plus_one=True)
 
         edges += [Edge(tuple(f"{s}.attn.{name}_proj" for name in "qkv"), modulated(s, 0)) for s in streams]
-        edges.append(Edge(tuple(f"{s}.attn.o_proj" for s in finished), tuple(Fold(f"{s}.attn.v_proj", 0, d) for s in streams)))
+        values = tuple(Fold(f"{s}.attn.v_proj", 0, d) for s in streams)
+        edges.append(Edge(tuple(f"{s}.attn.o_proj" for s in finished), values, mixes=d // config.num_heads))
         edges += [Edge((f"{s}.mlp.fc1",), modulated(s, 3)) for s in finished]
-        edges += [Edge((f"{s}.mlp.fc2",), after="gelu") for s in finished]
+        wide = d * config.mlp_ratio
+        edges += [Edge((f"{s}.mlp.fc2",), after="gelu", reorders=(Fold(f"{s}.mlp.fc1", 0, wide),)) for s in finished]
     return tuple(edges)
 
 

@@ -15,7 +15,7 @@ from ..recipe import LayerSpec
 from ..rewrite import set_module
 from ..schedule import Clock
 from ..store import Layers, StageCheckpoint, StageResult
-from ..sweep import mean_bits
+from ..trials import mean_bits
 from .quant_config import QuantConfig
 from .samples import check_source
 from .weight_files import CONFIG, WeightFiles

@@ -92,6 +92,7 @@ class QuantConfig:
                     "bits": int(table.bits[t]),
                     "scale": float(table.step[t]),
                     "shift": None if path in wide else float(table.shift[t, 0]),
+                    **({"log": True} if table.log[t] else {}),
                 }
                 for path, table in tables.items()
             }
@@ -147,7 +148,7 @@ class _Reader:
         step, bits = np.array([e["scale"] for e in column], np.float32), np.array([e["bits"] for e in column], np.uint8)
         wide = column[0]["shift"] is None
         shift = self.vectors[f"{layer}__{name}"] if wide else np.array([[e["shift"]] for e in column], np.float32)
-        return ActivationTable(self.sigmas, step, shift, bits)
+        return ActivationTable(self.sigmas, step, shift, bits, np.array([e.get("log", False) for e in column]))
 
     def division(self, first: str, facts: Mapping[str, Any], name: str) -> Division:
         rest = {key: value for key, value in facts.items() if key not in ("layers", "applied", "per_timestep")}

@@ -42,7 +42,7 @@ def analyze(config: QuantConfig) -> dict[str, Any]:
 
 def ranges(config: QuantConfig) -> dict[str, Array]:
     """What each layer's codes span, [T]."""
-    return {path: table.step.astype(np.float64) * (2.0**table.bits - 1) for path, table in config.plain.items()}
+    return {path: table.span for path, table in config.plain.items()}
 
 
 def starred(path: str) -> str:

@@ -3,8 +3,8 @@
 A block's file holds, for every Linear of the block under its full path: ``{path}__weight_int`` int8 [out,in], the codes around zero;
 ``{path}__scale`` float32 [out] (exactly representable in float16, as it will be stored); and, where the block was reconstructed with
 quantized activations, ``{path}__a_scale`` float32 [T], the steps of its input, with ``__a_sigma`` [T], ``__a_shift`` [T, 1 or in] and
-``__a_bits`` [T]. ``{path}__divisor`` float32 [in] is there when the codes stand for ``W diag(divisor)``. The weight is
-``scale * weight_int / divisor``, exactly; nothing has to be rounded again.
+``__a_bits`` [T] and, if any entry is logarithmic, ``__a_log`` [T]. ``{path}__divisor`` float32 [in] is there when the codes stand for
+``W diag(divisor)``. The weight is ``scale * weight_int / divisor``, exactly; nothing has to be rounded again.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ KIND = "adaround-weights"
 CONFIG = "config.json"
 COMMAND = "mlxquant adaround-optimize"
 ANEW = f"run '{COMMAND}' again with --force --no-resume"
-TABLE = ("a_sigma", "a_scale", "a_shift", "a_bits")
+TABLE, LOG = ("a_sigma", "a_scale", "a_shift", "a_bits"), "a_log"
 
 
 def block_name(index: int) -> str:
@@ -119,7 +119,8 @@ class WeightFiles:
         bias = linear.bias if "bias" in linear else None
         layer = QuantizedLinear(codes.astype(np.uint8), grid, bias, divisor)
         if "a_scale" in own:
-            layer.set_activations(ActivationTable(*(own[name] for name in TABLE)), clock)
+            columns = [*(own[name] for name in TABLE), own.get(LOG, np.array(False))]
+            layer.set_activations(ActivationTable(*columns), clock)
         return layer
 
     def save(self, stage: Stage, result: StageResult) -> None:
@@ -132,6 +133,8 @@ class WeightFiles:
             if (table := layer.table) is not None:
                 values = (table.sigma, table.step, table.shift, table.bits)
                 arrays |= {f"{path}__{name}": value for name, value in zip(TABLE, values, strict=True)}
+                if table.log.any():
+                    arrays[f"{path}__{LOG}"] = table.log
         self.ledger.add_npz(self._file(stage), arrays)
         formats = {path: layer.format.to_dict() for path, layer in result.layers.items()}
         blocks = self.ledger.notes.setdefault("blocks", {})

@@ -1,0 +1,166 @@
+"""Which method is best, and at what: ``python benchmarks/which_method.py --work FOLDER``.
+
+Every method at six formats on ``mmdit-shapes``: PSNR of the decoded picture against full precision at the same seed on held-out
+prompts (mean and bootstrap 95 % interval), the paired difference to ``gptq`` in the same format with its interval, attribute accuracy,
+stored bits a weight of the whole model, and CPU seconds to quantize. Calibration is the same for all: 16 prompts, 28 steps. Rows that
+are in ``--work`` already are not computed again, so several processes may share it. ``--table`` prints what is there. The last line of
+stdout is one JSON object.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+import mlxquant as mq  # before mlx, so that MLX gets a fast BLAS
+
+# isort: split
+from mlxquant.api import Model
+from mlxquant.artifacts import atomic_file, canonical
+from mlxquant.console import progress, result, say
+from mlxquant.metrics.bootstrap import interval
+from mlxquant.metrics.psnr import psnr
+
+FORMATS = ("w8a8", "w4a16", "w4a8", "w4a4", "w3a8", "w2a16")
+WEIGHTS = [
+    "rtn",
+    "gptq",
+    "gptq+damped",
+    "gptq+sensitivity",
+    "descent",
+    "descent+refit",
+    "gptq+corrected",
+    "qronos",
+    "gptaq",
+    "smoothquant",
+    "gptq+smoothquant",
+    "gptq+ptq4dit",
+    "gptq+tcaq",
+    "quarot",
+    "gptq+smoothquant+rotation",
+    "svdquant",
+    "gptq+svd8",
+    "gptq+whitened8",
+]
+RANGES = ["average", "error", "grouped", "envelope", "tdq", "logsnr", "dynamic"]
+LEARNED = ["adaround", "tcaqdm", "taqdit"]
+BEST = ["gptq+smoothquant+rotation+sensitivity", "taqdit+rotation"]
+MIXED = ["mixed"]  # below 8 bits: to 4.5, 3.5 and 2.5 stored bits a quantized weight
+
+
+def rows() -> list[str]:
+    """What is measured, the quick rows first."""
+    quick = [f"{method}-{form}" for method in WEIGHTS for form in FORMATS]
+    quick += [f"gptq+{method}-{form}" for method in RANGES for form in FORMATS if not form.endswith("a16")]
+    quick += [f"gptq+softmax{form[3:]}-{form}" for form in FORMATS if not form.endswith("a16")]
+    quick += [f"gptq+progressive-{form}" for form in FORMATS if not form.endswith("a16")]
+    return quick + [f"{method}-{form}" for method in (*BEST, *LEARNED) for form in FORMATS]
+
+
+class Bench:
+    """Pictures of the reference, and what was measured of others, kept in a folder."""
+
+    def __init__(self, num_prompts: int, work: Path):
+        self.model = mq.load("mmdit-shapes")
+        self.prompts = self.model.adapter.prompts("evaluation", num_prompts)
+        self.work = work / f"{num_prompts}-{self.model.adapter.fingerprint[:8]}"
+        self.work.mkdir(parents=True, exist_ok=True)
+        self._calibration: mq.calibration.Calibration | None = None
+        self._reference: np.ndarray | None = None
+
+    @property
+    def reference(self) -> np.ndarray:
+        if self._reference is None:
+            self._reference = self.model.images(self.prompts, progress=progress)
+        return self._reference
+
+    def accuracy(self, images: np.ndarray) -> float:
+        return self.model.adapter.attributes(images, [p.text for p in self.prompts])["mean"]
+
+    def measure(self, recipe: str) -> dict[str, Any]:
+        if self._calibration is None:
+            self._calibration = mq.calibrate(self.model, 16, progress=progress)
+        start = time.process_time()
+        done = mq.quantize(self.model, self._calibration, recipe, progress=progress)
+        seconds = time.process_time() - start
+        images = Model(done.adapter).images(self.prompts, progress=progress)
+        stages = [s for s in done.facts["stages"] if "errors" in s]
+        transforms = [kept["kept"] for s in stages for kept in s.get("transforms", {}).values()]
+        widths = [float(np.mean(layer.table.bits)) for layer in done.layers.values() if layer.table is not None]
+        return {
+            "psnr_each": psnr(images, self.reference).tolist(),
+            "accuracy": self.accuracy(images),
+            "bits_per_weight": done.size.bits_per_weight,
+            "activation_bits": float(np.mean(widths)) if widths else 16.0,
+            "seconds_quantize": seconds,
+            "kept": [s["kept"] for s in stages],
+            "transforms_kept": f"{sum(transforms)} of {len(transforms)}" if transforms else "",
+        }
+
+    def path(self, name: str) -> Path:
+        return self.work / f"{name.replace('+', '.')}.json"
+
+    def row(self, name: str) -> dict[str, Any]:
+        """A row from the folder, or made now."""
+        path = self.path(name)
+        if not path.exists():
+            made = self.measure(name)
+            with atomic_file(path) as temporary:
+                temporary.write_text(canonical(made))
+        return json.loads(path.read_text())
+
+
+def summary(bench: Bench, name: str, row: dict[str, Any]) -> dict[str, Any]:
+    """The figures of a row, with the paired difference to gptq in the same format where that is there."""
+    each = np.array(row["psnr_each"])
+    figures = {key: row[key] for key in ("accuracy", "bits_per_weight", "activation_bits", "seconds_quantize", "transforms_kept")}
+    figures |= {"psnr_db": float(each.mean()), "psnr_95": interval(each)}
+    base = bench.path(f"gptq-{name.rpartition('-')[2]}")
+    if base.exists():
+        gain = each - np.array(json.loads(base.read_text())["psnr_each"])
+        figures |= {"gain_db": float(gain.mean()), "gain_95": interval(gain)}
+    return figures
+
+
+def line(name: str, figures: dict[str, Any]) -> str:
+    low, high = figures["psnr_95"]
+    gain = ""
+    if "gain_db" in figures:
+        gain = f"{figures['gain_db']:+.2f} ({figures['gain_95'][0]:+.2f} to {figures['gain_95'][1]:+.2f})"
+    return (
+        f"| `{name}` | {figures['psnr_db']:.2f} | {low:.1f} to {high:.1f} | {gain} | {figures['accuracy']:.1%} "
+        f"| {figures['bits_per_weight']:.2f} | {figures['activation_bits']:.1f} | {figures['seconds_quantize']:.0f} |"
+    )
+
+
+@click.command(help=__doc__)
+@click.option("--num-prompts", default=64, show_default=True)
+@click.option("--row", "names", multiple=True, help="Only these rows, such as qronos-w3a8; any recipe will do.")
+@click.option("--table", is_flag=True, help="Print the rows that are in the folder, and measure nothing.")
+@click.option("--work", type=click.Path(path_type=Path), required=True, help="Folder that keeps finished rows.")
+def main(num_prompts: int, names: tuple[str, ...], table: bool, work: Path) -> None:
+    bench = Bench(num_prompts, work)
+    wanted = list(names) or rows()
+    if table:
+        wanted = [name for name in wanted if bench.path(name).exists()]
+    found = {name: bench.row(name) for name in wanted}
+    figures = {name: summary(bench, name, row) for name, row in found.items()}
+    say(
+        "| recipe | PSNR dB | 95 % | against gptq | accuracy | bits a weight | activation bits | CPU seconds |\n"
+        "|---|---|---|---|---|---|---|---|"
+    )
+    for form in FORMATS:
+        for name in sorted((n for n in wanted if n.endswith(f"-{form}")), key=lambda n: -figures[n]["psnr_db"]):
+            say(line(name, figures[name]))
+    exact = {"accuracy": bench.accuracy(bench.reference)}
+    result({"num_prompts": num_prompts, "full_precision": exact, "platform": platform.platform(), "rows": figures})
+
+
+if __name__ == "__main__":
+    main()

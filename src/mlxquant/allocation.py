@@ -1,0 +1,266 @@
+"""Mixed precision: bits where errors change the prediction most for what they cost.
+
+One pass over the full-precision model sees every layer's inputs and measures how much an error in each of its outputs changes the
+velocity (``sensitivity``). With that, what a layer's weight loses at so many bits has the same unit in all layers, and so has what its
+input loses; bytes and bits go where they buy most. What comes out is a recipe like any other, with one rule a layer.
+
+Errors of different layers, tokens and channels are taken as small and independent, and transforms, low-rank branches and learned codes
+are left out of account: all that matters is how layers compare. This is the allocation of HAWQ-V2 (arXiv 1911.03852, eq. 2.11)
+with the Gauss-Newton diagonal in place of the Hessian's trace, each output at its own cost, and the error of a layer's output in place
+of that of its weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+from .calibration import Calibration
+from .errors import RecipeError
+from .formats import WeightFormat
+from .input_tables import LayerInput, Options, TierTables
+from .methods import knapsack, registry
+from .methods.moments import Moments, energy
+from .methods.tiers import TIERS
+from .models.adapter import Adapter, State
+from .progress import Progress, silent
+from .recipe import ActivationSpec, LayerSpec, Recipe
+from .rewrite import tapped
+from .sensitivity import Sensitivity
+from .statistics import Collector, InputRanges
+from .streams import run_batch
+from .sweep import measured
+
+Array = npt.NDArray[Any]
+WIDTHS = (2, 3, 4, 5, 6, 8)  # bits of a weight that MLX's kernels read
+PINNED = 8  # a layer that a recipe gives so many bits keeps them
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """A recipe with one rule a layer, and as plain data how it came about; see ``allocate``."""
+
+    recipe: Recipe
+    facts: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What bits buy in one layer, in mean squared velocity error: ``weight`` [widths] at each width its weight may have, and ``input``
+    [tiers,T] at each number of bits its input may have and each noise level, None where that is not asked for.
+
+    ``work`` counts the multiply-accumulates of all calibration data.
+    """
+
+    weight: Array
+    input: Array | None
+    work: float
+
+
+def allocate(
+    adapter: Adapter,
+    calibration: Calibration,
+    recipe: Recipe,
+    bits_per_weight: float | None = None,
+    bits_per_activation: float | None = None,
+    widths: Sequence[int] = WIDTHS,
+    progress: Progress = silent,
+) -> Allocation:
+    """``recipe`` with other bits in each layer, those with the least predicted velocity error; None leaves weights or inputs as they are.
+
+    ``bits_per_weight`` limits what is stored by weight of the quantized layers, scales, biases and branches included: the model's
+    ``Size.bits_per_quantized_weight`` will not be more, but for divisors that transforms may add. What a recipe keeps in full precision
+    is not counted. Layers to which it gives fewer than 8 bits get one of ``widths``, in its own format; those to which it gives 8
+    (modulation, embedders, output) keep them, and are counted.
+
+    ``bits_per_activation`` is an average over quantized inputs and noise levels. An input counts by the multiply-accumulates that
+    read it, for arithmetic is all that its bits cost: it is never stored. Each layer gets its own ``ActivationSpec.budget``, so it takes
+    bits at each noise level for what the quantized model really sees there; the average is met exactly on full-precision inputs.
+
+    Facts: ``layers`` by path, each with its weight format, ``bytes`` and predicted ``error``, and ``activation``, the mean bits of its
+    input, with ``input_error``; in all ``error``, ``error_before`` (of the recipe's own weights), ``input_error``, and what is reached of
+    both limits. Deterministic. Raises RecipeError, before anything long starts, where a limit cannot be met.
+    """
+    linears = adapter.linears()
+    plan = recipe.plan({path: adapter.role(path) for path in linears})
+    formats = {path: candidates(spec, widths) for path, spec in plan.items()}
+    sizes = {
+        path: np.array([stored_bytes(replace(spec, weight=form), linears[path].weight.shape) for form in formats[path]])
+        for path, spec in plan.items()
+    }
+    count = sum(linears[path].weight.size for path in plan)
+    check_limits(recipe, plan, list(sizes.values()), count, bits_per_weight, bits_per_activation)
+    surveys = survey(adapter, calibration, plan, formats, bits_per_activation is not None, progress)
+
+    before = {path: formats[path].index(spec.weight) for path, spec in plan.items()}
+    chosen = before
+    if bits_per_weight is not None:
+        found = knapsack.allocate([surveys[path].weight for path in plan], list(sizes.values()), bits_per_weight * count / 8)
+        chosen = dict(zip(plan, found, strict=True))
+    specs = {path: replace(spec, weight=formats[path][chosen[path]]) for path, spec in plan.items()}
+    report: dict[str, dict[str, Any]] = {
+        path: {"weight": str(spec.weight), "bytes": int(sizes[path][chosen[path]]), "error": float(surveys[path].weight[chosen[path]])}
+        for path, spec in specs.items()
+    }
+    facts: dict[str, Any] = {
+        "error": sum(row["error"] for row in report.values()),
+        "error_before": float(sum(surveys[path].weight[before[path]] for path in plan)),
+        "bits_per_weight": 8 * sum(row["bytes"] for row in report.values()) / count,
+        "layers": report,
+    }
+    if bits_per_activation is not None:
+        specs, inputs = limit_inputs(specs, surveys, bits_per_activation)
+        for path, row in inputs.items():
+            report[path] |= row
+        works = [surveys[path].work for path in inputs]
+        facts["bits_per_activation"] = float(np.average([row["activation"] for row in inputs.values()], weights=works))
+        facts["input_error"] = sum(row["input_error"] for row in inputs.values())
+    sensitivity = recipe.sensitivity or bits_per_activation is not None  # budgets are of the velocity's error
+    return Allocation(replace(recipe, rules=tuple(specs.items()), sensitivity=sensitivity), facts)
+
+
+def candidates(spec: LayerSpec, widths: Sequence[int]) -> list[WeightFormat]:
+    """The formats that a layer's weight may have, by ascending bits; its own is one of them."""
+    own = spec.weight.bits
+    return [replace(spec.weight, bits=bits) for bits in ([own] if own >= PINNED else sorted({own, *widths}))]
+
+
+def stored_bytes(spec: LayerSpec, shape: Sequence[int]) -> int:
+    """Bytes of a layer [out,in] as ``QuantizedLinear`` stores it: codes in whole words a row, scales, biases and a branch where it has
+    them. What a transform may add, at most one number for each input, is not known beforehand.
+    """
+    form, (rows, width) = spec.weight, shape
+    scales = 1 if form.group == "tensor" else rows * (width // form.columns(width))
+    branch = 0 if spec.branch is None else min(spec.rank, rows, width) * (rows + width)
+    return rows * 4 * -(-width * form.bits // 32) + scales * (2 if form.symmetric else 4) + 2 * branch
+
+
+def stored_bits(adapter: Adapter, plan: Mapping[str, LayerSpec]) -> float:
+    """What a plan's own formats take by weight of the layers in it, as ``bits_per_weight`` counts."""
+    shapes = {path: layer.weight.shape for path, layer in adapter.linears().items() if path in plan}
+    return 8 * sum(stored_bytes(plan[path], shape) for path, shape in shapes.items()) / sum(r * c for r, c in shapes.values())
+
+
+def check_limits(
+    recipe: Recipe,
+    plan: Mapping[str, LayerSpec],
+    sizes: Sequence[Array],
+    count: int,
+    bits_per_weight: float | None,
+    bits_per_activation: float | None,
+) -> None:
+    """Raise RecipeError where a limit is below the least possible; ``sizes`` are bytes by layer and format, ascending, ``count`` all
+    weights."""
+    least, most = (8 * sum(int(size[end]) for size in sizes) / count for end in (0, -1))
+    if bits_per_weight is not None and not bits_per_weight >= least:
+        pinned = sum(spec.weight.bits >= PINNED for spec in plan.values())
+        raise RecipeError(
+            f"recipe {recipe.name}: {bits_per_weight:g} bits per weight cannot be met; its {len(plan)} layers, {pinned} of which keep 8 "
+            f"bits, take {least:.3f} to {most:.3f} with their scales; ask for more, or give large layers fewer bits by an override"
+        )
+    if bits_per_activation is None:
+        return
+    tiers = [tiers_of(spec.activation) for spec in plan.values() if spec.activation is not None]
+    if not tiers:
+        raise RecipeError(
+            f"recipe {recipe.name} quantizes no inputs; an average of {bits_per_activation:g} bits needs one with a8, a6 or a4"
+        )
+    if not bits_per_activation >= min(TIERS):
+        raise RecipeError(
+            f"recipe {recipe.name}: {bits_per_activation:g} bits per activation cannot be met; inputs take {min(TIERS)} to "
+            f"{max(map(max, tiers))}"
+        )
+
+
+def tiers_of(spec: ActivationSpec) -> tuple[int, ...]:
+    """The bits that an input may have, ascending: never more than its specification says."""
+    return tuple(bits for bits in TIERS if bits <= spec.bits)
+
+
+def survey(
+    adapter: Adapter,
+    calibration: Calibration,
+    plan: Mapping[str, LayerSpec],
+    formats: Mapping[str, Sequence[WeightFormat]],
+    inputs: bool,
+    progress: Progress = silent,
+) -> dict[str, Survey]:
+    """What bits buy in each planned layer, seen while the full-precision model runs over the calibration data.
+
+    ``inputs`` asks for quantized inputs, too. A stage at a time: only the moments of one are in memory, and the states that enter and
+    leave it.
+    """
+    sigmas, batches = calibration.batches(adapter)
+    states: Sequence[State] = batches
+    costs = measured(adapter, adapter.stages, sigmas, states, plan, progress)
+    linears, found = adapter.linears(), dict[str, Survey]()
+    after = {path: edge.after for edge in adapter.edges() for path in edge.consumers}
+    for stage in adapter.stages:
+        paths, left = [path for path in plan if stage.owns(path)], list[State]()
+        collector = Collector(inputs and any(plan[path].activation is not None for path in paths), costs.of_layer)
+        with tapped(adapter.module, paths, collector):
+            for index in progress(range(len(sigmas)), f"{stage.name}: inputs"):
+                collector.sigma = sigmas[index]
+                left.append(run_batch(adapter, stage, sigmas[index], states[index]))
+        states = left
+        for path in progress(paths, f"{stage.name}: bits"):
+            weight, seen, spec = np.array(linears[path].weight.astype(mx.float32)), collector[path], plan[path]
+            on_weight, on_input = weight_errors(path, spec, formats[path], seen.moments, weight, costs), None
+            if inputs and spec.activation is not None:
+                on_input = input_errors_of(path, spec.activation, seen.ranges, weight, costs, after.get(path, "") == "gelu")
+            found[path] = Survey(on_weight, on_input, float(seen.moments.count * weight.size))
+    return {path: found[path] for path in plan}
+
+
+def weight_errors(
+    path: str, spec: LayerSpec, formats: Sequence[WeightFormat], moments: Moments, weight: Array, costs: Sensitivity
+) -> Array:
+    """The velocity error [formats] that a layer's weight causes in each format, rounded as its specification says.
+
+    How much error a method leaves of rounding to nearest's differs between layers by two orders of magnitude, so no other will do.
+    ``moments`` weigh noise levels by what errors cost there, and each output counts by its cost averaged over them: as if the two were
+    independent of each other. Methods that look at both streams find that they do not differ.
+    """
+    find, rounding = registry.get("steps", spec.steps).function, registry.get("round", spec.rounding).function
+    alike, by_output, errors = Moments(moments.gram, moments.count, moments.gram), costs.layers[path].mean(0), []
+    for form in formats:
+        grid = find(weight, form, alike)
+        wrong = weight - grid.dequantize(rounding(weight, grid, alike))
+        errors.append(float(energy(wrong, alike.gram) @ by_output) / alike.count)
+    return np.array(errors)
+
+
+def input_errors_of(path: str, spec: ActivationSpec, ranges: InputRanges, weight: Array, costs: Sensitivity, after_gelu: bool) -> Array:
+    """The velocity error [tiers,T] of quantizing a layer's input; where a shift may be taken, with the better of the two at each tier."""
+    by_output = costs.of_outputs(path, ranges.sigma)
+    if not spec.per_timestep:
+        ranges, by_output = ranges.merged(), None if by_output is None else by_output.mean(0, keepdims=True)
+    layer, options = LayerInput(ranges, weight, by_output), Options(range=spec.range, tiers=tiers_of(spec))
+    centres = [None, (ranges.least + ranges.most) / 2] if spec.shift and after_gelu else [None]
+    tables = [TierTables.of(layer, centre, options).tables for centre in centres]
+    return np.array([min((layer.errors(table[bits]) for table in tables), key=np.mean) for bits in options.tiers])
+
+
+def limit_inputs(
+    specs: Mapping[str, LayerSpec], surveys: Mapping[str, Survey], average: float
+) -> tuple[dict[str, LayerSpec], dict[str, dict[str, float]]]:
+    """Specifications with the error budgets that let inputs have ``average`` bits; and what each quantized input then has."""
+    wanted = {path: spec.activation for path, spec in specs.items() if spec.activation is not None}
+    errors = {path: found for path in wanted if (found := surveys[path].input) is not None}
+    tiers = {path: tiers_of(spec) for path, spec in wanted.items()}
+    works = np.array([surveys[path].work for path in wanted])
+    shares = dict(zip(wanted, (works / works.sum()).tolist(), strict=True))
+    unit = knapsack.shared_budget(list(errors.values()), list(tiers.values()), list(shares.values()), average)
+    done, facts = dict(specs), dict[str, dict[str, float]]()
+    for path, spec in wanted.items():
+        budget = max(unit * shares[path], float(np.finfo(np.float32).tiny))
+        bits = knapsack.fewest_bits(errors[path], tiers[path], budget)
+        taken = errors[path][np.searchsorted(tiers[path], bits), np.arange(len(bits))]
+        done[path] = replace(specs[path], activation=replace(spec, budget=budget))
+        facts[path] = {"activation": float(bits.mean()), "input_error": float(taken.mean())}
+    return done, facts

@@ -1,0 +1,166 @@
+"""``mlxquant evaluate``: what quantization does to pictures, size and speed, as a report that people look at."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+from . import api, artifacts, jobs
+from .console import MODEL_HELP, Command, peak_bytes, progress, result, say, size_option, verbose_option
+from .errors import AdapterError
+from .evaluation.contender import Contender, distinct
+from .evaluation.drawings import Drawings
+from .evaluation.figures import Judge
+from .evaluation.paired import FLOOR, Evaluation
+from .evaluation.quantizing import quantized_contender
+from .evaluation.report_folder import put, say_report, summarise, write_report
+from .metrics import catalog
+from .presets import parse_recipe
+from .prompts import Prompt, read_prompts
+from .recipe import Recipe
+
+PROMPTS, CALIBRATION_PROMPTS = 64, 16
+
+
+@click.command("evaluate", cls=Command)
+@click.option(
+    "--model",
+    "names",
+    multiple=True,
+    required=True,
+    help=f"{MODEL_HELP} Or a folder that 'mlxquant quantize' wrote. The first is the reference; again for more to compare with it.",
+)
+@click.option("--recipe", "recipe_names", multiple=True, metavar="RECIPE", help="Quantize the first model by this recipe; again for more.")
+@size_option
+@click.option(
+    "--prompts",
+    "prompt_file",
+    type=click.Path(path_type=Path),
+    help="Prompts to draw, one seed<TAB>prompt a line.  [default: the model's own, held out from calibration]",
+)
+@click.option("--num-prompts", type=click.IntRange(1), help="Use the first N prompts.  [default: all of the file, 64 of the model's own]")
+@click.option("--steps", type=click.IntRange(1), help="Sampler steps, of the calibration too.  [default: the model's]")
+@click.option("--cfg-weight", type=click.FloatRange(0), help="Guidance, of the calibration too.  [default: the model's]")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Shifts the noise seeds of the model's own prompts.")
+@click.option(
+    "--metric",
+    "asked",
+    multiple=True,
+    type=click.Choice(list(catalog.METRICS)),
+    help="A further metric, whose network is downloaded where it is not there yet; again for more.",
+)
+@click.option("--calibration-prompts", type=click.Path(path_type=Path), help="A prompt file for the recipes.  [default: the model's own]")
+@click.option("--num-calibration-prompts", type=click.IntRange(1), help="Its first N.  [default: all of the file, 16 of the model's own]")
+@click.option("--samples", type=click.IntRange(1), help="As of 'mlxquant quantize'.")
+@click.option("--iters", type=click.IntRange(1), help="As of 'mlxquant quantize'.")
+@click.option("--floor/--no-floor", default=True, show_default=True, help="Also draw the reference in float16: the least difference.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the report.")
+@click.option("--force", is_flag=True, help="Replace an existing folder.")
+@click.option("--resume/--no-resume", default=True, show_default=True, help="Go on where a killed run of the same job was.")
+@verbose_option
+def command(
+    names: tuple[str, ...],
+    recipe_names: tuple[str, ...],
+    size: int | None,
+    prompt_file: Path | None,
+    num_prompts: int | None,
+    steps: int | None,
+    cfg_weight: float | None,
+    seed: int,
+    asked: tuple[str, ...],
+    calibration_prompts: Path | None,
+    num_calibration_prompts: int | None,
+    samples: int | None,
+    iters: int | None,
+    floor: bool,
+    out: Path,
+    force: bool,
+    resume: bool,
+) -> None:
+    """Judge quantized models against a reference on the same prompts and seeds.
+
+    Recipes quantize the reference first. Writes report.html, report.json, report.csv, every picture, and the quantized models.
+    """
+    start = time.perf_counter()
+    if len(names) + len(recipe_names) < 2:
+        raise AdapterError(f"--model {names[0]} alone has nothing to be compared with; add --recipe, or --model again")
+    judged = [catalog.metric(name) for name in dict.fromkeys((*catalog.DEFAULT, *asked))]
+    recipes = [with_iterations(parse_recipe(name), iters) for name in dict.fromkeys(recipe_names)]
+    models = load(names, size)
+    adapter = models[0].adapter
+    for recipe in recipes:
+        api.plan(models[0], recipe)
+    steps, cfg = adapter.steps if steps is None else steps, adapter.cfg if cfg_weight is None else cfg_weight
+    prompts = chosen(adapter, prompt_file, num_prompts, PROMPTS, "evaluation", seed)
+    examples = []
+    if recipes:
+        examples = chosen(adapter, calibration_prompts, num_calibration_prompts, CALIBRATION_PROMPTS, "calibration", seed)
+    judge = Judge(judged, [prompt.text for prompt in prompts], adapter.attributes)
+    loaded = [label(name, model) for name, model in zip(names, models, strict=True)]
+    _, *labels = distinct([FLOOR, *loaded, *(recipe.name for recipe in recipes)])
+    with jobs.work_folder(out, force, resume) as work:
+        for model in models:
+            model.adapter.check_finite()
+        contenders = [Contender(*own, model, model.adapter.fingerprint) for own, model in zip(labels, models, strict=False)]
+        if recipes:
+            calib = api.calibrate(models[0], examples, steps, cfg, progress=progress, samples=samples, work=work)
+        for recipe, own in zip(recipes, labels[len(models) :], strict=True):
+            contenders.append(quantized_contender(models[0], calib, recipe, own, work, progress))
+        most = peak_bytes()  # now, for measuring the models' own peaks starts MLX's count over
+        drawings = Drawings(work / "drawings", contenders[0], tuple(prompts), steps, cfg)
+        settings: dict[str, Any] = {
+            "model": adapter.name,
+            "steps": steps,
+            "cfg_weight": cfg,
+            "size": adapter.size,
+            "seed": seed,
+            "batch": adapter.batch,
+            "calibration": {"prompts": len(examples), "steps": steps, "cfg_weight": cfg, "seed": seed} if recipes else None,
+        }
+        report, pictures = Evaluation(drawings, contenders[1:], judge, work, progress).report(settings, floor)
+        with artifacts.atomic_folder(out, force) as temporary:
+            for one, facts in zip(contenders[1:], report["results"], strict=True):
+                if facts["quantized"]:
+                    put(work / "layers" / f"{one.folder}.json", temporary / "layers" / f"{one.folder}.json")
+                if one.seconds is not None:
+                    put(work / "models" / one.folder, temporary / "models" / one.folder)
+            write_report(temporary, report, pictures, progress)
+    say_report(report)
+    say(f"{out / 'report.html'}")
+    result({**summarise(report), "out": str(out), "seconds": time.perf_counter() - start, "peak_bytes": max(most, peak_bytes())})
+
+
+def load(names: tuple[str, ...], size: int | None) -> list[api.Model]:
+    """The models, all drawing pictures of one size: that of the first, where none is asked for."""
+    models = [api.load(name, size) for name in names]
+    for name, model in zip(names, models, strict=True):
+        if size is None and model.adapter.latent_shape != models[0].adapter.latent_shape:
+            model.adapter.resize(models[0].adapter.size)
+        if model.adapter.latent_shape != models[0].adapter.latent_shape:
+            raise AdapterError(
+                f"{name} draws latents of {model.adapter.latent_shape}, {names[0]} of {models[0].adapter.latent_shape}; "
+                "only models of one kind can be compared"
+            )
+    return models
+
+
+def label(reference: str, model: api.Model) -> str:
+    """What people call a model that was loaded: its folder's name, or its own."""
+    return Path(reference).name or model.name
+
+
+def chosen(adapter: Any, file: Path | None, count: int | None, default: int, purpose: str, seed: int) -> list[Prompt]:
+    """The first ``count`` prompts of a file, or of the model's own."""
+    return read_prompts(file)[:count] if file is not None else adapter.prompts(purpose, count or default, seed)
+
+
+def with_iterations(recipe: Recipe, iterations: int | None) -> Recipe:
+    return recipe if iterations is None else replace(recipe, learning=replace(recipe.learning, iterations=iterations))
+
+
+if __name__ == "__main__":
+    command()

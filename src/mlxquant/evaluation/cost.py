@@ -1,0 +1,87 @@
+"""What a model costs to run: seconds a sampler step, and memory.
+
+Models take turns, so that a machine that is busy for a while slows all of them: the ratio to the first is over pairs of neighbours.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from .. import artifacts
+from ..api import Model, QuantizedModel
+from ..progress import Progress
+from ..prompts import Prompt
+from ..rewrite import parameters
+from ..sampler import SamplerStep
+
+ROUNDS, STEPS = 8, 4  # of the sampler, in each round
+MEASURED = ("latency_s", "latency_p95_s", "latency_ratio", "peak_bytes")
+
+
+def measure_costs(models: Sequence[Model], prompt: Prompt, cfg: float, progress: Progress) -> list[dict[str, float]]:
+    """For each model ``latency_s`` and ``latency_p95_s``: median and 95th percentile seconds of one sampler step of one picture, both
+    sides of its guidance, after a round to warm up; ``latency_ratio``: the median over rounds of its median to the first model's; and
+    ``peak_bytes``: see ``peak``.
+    """
+    peaks = [peak(model, prompt, cfg) for model in models]
+    seconds = np.empty((ROUNDS, len(models), STEPS - 1))
+    for turn in progress(range(ROUNDS), "latency"):
+        for index in np.roll(range(len(models)), turn).tolist():
+            seconds[turn, index] = step_seconds(models[index], prompt, cfg)
+    medians = np.median(seconds, axis=2)
+    return [
+        {
+            "latency_s": float(np.median(seconds[:, index])),
+            "latency_p95_s": float(np.percentile(seconds[:, index], 95)),
+            "latency_ratio": float(np.median(medians[:, index] / medians[:, 0])),
+            "peak_bytes": bytes_,
+        }
+        for index, bytes_ in enumerate(peaks)
+    ]
+
+
+def step_seconds(model: Model, prompt: Prompt, cfg: float) -> list[float]:
+    """Seconds [STEPS - 1] from one sampler step to the next."""
+    times: list[float] = []
+
+    def stamp(step: SamplerStep) -> None:
+        mx.eval(step.velocity)
+        times.append(time.perf_counter())
+
+    model.adapter.generate([prompt.text], [prompt.seed], STEPS, cfg, stamp)
+    return list(np.diff(times))
+
+
+def peak(model: Model, prompt: Prompt, cfg: float) -> int:
+    """Bytes of the model's own weights, as they are held, and of the most that MLX held beside them while it sampled one picture.
+
+    Other models in this process do not count, nor do text encoders, the decoder, and Python itself.
+    """
+    model.adapter.encode([prompt.text, ""])
+    held = parameters(model.adapter.module)
+    mx.eval(held)
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    step_seconds(model, prompt, cfg)
+    return sum(value.nbytes for value in held.values()) + max(0, mx.get_peak_memory() - before)
+
+
+def sizes(model: Model) -> dict[str, Any]:
+    """``model_bytes``, ``bits_per_weight`` and ``bits_per_quantized_weight`` (None in full precision), as ``QuantizedModel.size`` has them:
+    other parameters count as float16 where that loses nothing.
+    """
+    if isinstance(model, QuantizedModel):
+        size = model.size
+        return {
+            "model_bytes": size.model_bytes,
+            "bits_per_weight": size.bits_per_weight,
+            "bits_per_quantized_weight": size.bits_per_quantized_weight,
+        }
+    arrays = [artifacts.compact(value) for value in parameters(model.adapter.module).values()]
+    stored, count = sum(value.nbytes for value in arrays), sum(value.size for value in arrays)
+    return {"model_bytes": stored, "bits_per_weight": 8 * stored / count, "bits_per_quantized_weight": None}

@@ -1,0 +1,127 @@
+"""The same prompts and seeds drawn by several models, batch by batch, each batch kept in a file: a killed run draws only what is missing.
+
+Pictures are kept in float32, for every figure is computed on what the model drew and not on 8-bit files. Batches are those of
+``Model.images``, so pictures are the same, bit for bit, as anywhere else. Of the sampler's trajectory the reference's latents are
+kept, and of the others how far theirs are from them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+from .. import artifacts
+from ..artifacts import versions
+from ..errors import ArtifactError
+from ..metrics.trajectory import trajectory_error
+from ..progress import Progress
+from ..prompts import Prompt
+from ..sampler import SamplerStep
+from .contender import Contender
+
+Array = npt.NDArray[Any]
+KIND = "drawing"
+
+
+@dataclass(frozen=True)
+class Drawings:
+    """Pictures of ``prompts`` by ``reference`` and others, in ``folder``."""
+
+    folder: Path
+    reference: Contender
+    prompts: tuple[Prompt, ...]
+    steps: int
+    cfg: float
+
+    @property
+    def starts(self) -> range:
+        """The first prompt of each batch; the batches are the reference's, for everyone."""
+        return range(0, len(self.prompts), self.reference.model.adapter.batch)
+
+    @cached_property
+    def sigmas(self) -> Array:
+        """[steps + 1], descending to 0."""
+        return self.reference.model.adapter.sigmas(self.steps)
+
+    def draw(self, contenders: Sequence[Contender], progress: Progress) -> None:
+        """Draw what is missing, model by model within a batch. Raises NumericsError when a picture is not finite, ArtifactError on a
+        damaged or full disk.
+        """
+        missing = [(start, one) for start in self.starts for one in (self.reference, *contenders) if not self._finished(one, start)]
+        for one in {one.folder: one for _, one in missing}.values():
+            one.model.adapter.prepare(self.prompts)
+        for start, one in progress(missing, "pictures"):
+            self._draw(one, start)
+
+    def _draw(self, one: Contender, start: int) -> None:
+        some, latents = self._batch(start), list[mx.array]()
+
+        def follow(step: SamplerStep) -> None:
+            latents.append(step.latent)
+            if step.index == self.steps - 1:
+                latents.append(step.latent + step.velocity * float(self.sigmas[-1] - self.sigmas[-2]))
+
+        images = one.model.images(some, self.steps, self.cfg, follow, at_once=len(some))
+        arrays = {"images": mx.array(images)}
+        if one is self.reference:
+            arrays["latents"] = mx.stack(latents)
+        else:
+            arrays["trajectory"] = mx.array(self._deviation(latents, start).astype(np.float32))
+        path = self._path(one, start)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        artifacts.write_tensors(path, KIND, arrays, {"job": self.job(one, start)})
+
+    def _deviation(self, latents: Sequence[mx.array], start: int) -> Array:
+        """[steps + 1, batch]"""
+        exact = self._read(self.reference, start)["latents"]
+        return trajectory_error([np.array(latent) for latent in latents], list(np.array(exact)))
+
+    def images(self, one: Contender) -> Iterator[Array]:
+        """A model's pictures [batch,H,W,3] in [0,1], batch by batch."""
+        for start in self.starts:
+            yield np.array(self._read(one, start)["images"])
+
+    def trajectory(self, one: Contender) -> Array:
+        """Relative deviation [steps + 1, prompts] of the latents that enter each step, and of the last, from the reference's."""
+        return np.concatenate([np.array(self._read(one, start)["trajectory"]) for start in self.starts], axis=1)
+
+    def latents(self, count: int) -> mx.array:
+        """The reference's latents [steps, count, H, W, C] before each step, of the first prompts: at most a batch."""
+        return self._read(self.reference, 0)["latents"][:-1, :count]
+
+    def _batch(self, start: int) -> Sequence[Prompt]:
+        return self.prompts[start : start + self.starts.step]
+
+    def _path(self, one: Contender, start: int) -> Path:
+        return self.folder / one.folder / f"{start:04d}.safetensors"
+
+    def job(self, one: Contender, start: int) -> str:
+        """What determines a batch of drawings, as one digest."""
+        facts = {
+            "model": one.source,
+            "reference": self.reference.source,
+            "prompts": [[p.seed, p.text] for p in self._batch(start)],
+            "steps": self.steps,
+            "cfg": self.cfg,
+            "latent_shape": one.model.adapter.latent_shape,
+        }
+        return artifacts.digest(facts | versions())
+
+    def _finished(self, one: Contender, start: int) -> bool:
+        path = self._path(one, start)
+        if not path.exists():
+            return False
+        try:
+            return bool(artifacts.read_tensors(path, KIND)[1]["job"] == self.job(one, start))
+        except ArtifactError as error:
+            raise ArtifactError(f"{error}; or pass --no-resume, or remove the file: its pictures are then drawn again") from error
+
+    def _read(self, one: Contender, start: int) -> dict[str, mx.array]:
+        return artifacts.read_tensors(self._path(one, start), KIND)[0]

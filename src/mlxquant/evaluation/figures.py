@@ -1,0 +1,144 @@
+"""The figures of a report: what every metric says of pictures, with intervals, picture by picture and over all.
+
+The intervals are paired: all models are resampled by the same prompts. What cannot be said (no interval from one picture, no text to
+score against) is None, never NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..metrics.bootstrap import interval
+from ..metrics.catalog import Metric
+from ..progress import Progress
+
+Array = npt.NDArray[Any]
+Attributes = Callable[[Array, Sequence[str]], dict[str, float] | None]
+ACCURACY = {
+    "key": "accuracy",
+    "title": "Attribute accuracy",
+    "unit": "",
+    "higher_is_better": True,
+    "network": "",
+    "source": "",
+    "per_image": True,
+}
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Pictures of one model: ``batches()`` gives them [b,H,W,3] in [0,1], in the order of the prompts, in the same batches for all."""
+
+    name: str
+    folder: str
+    batches: Callable[[], Iterator[Array]]
+
+    def each(self) -> Iterator[Array]:
+        """One picture [H,W,3] after the other."""
+        for batch in self.batches():
+            yield from batch
+
+
+class Judge:
+    """Scores pictures against a reference; ``texts`` are the prompts, where they are known, ``attributes`` the model's own judge.
+
+    The networks of ``metrics`` are loaded now: a missing file is an ArtifactError before anything is drawn.
+    """
+
+    def __init__(self, metrics: Sequence[Metric], texts: Sequence[str] | None = None, attributes: Attributes = lambda images, texts: None):
+        self._metrics, self._texts, self._attributes = metrics, texts, attributes
+        self._scores: dict[str, Any] = {metric.name: metric.load() for metric in metrics}
+        self._features: dict[tuple[str, str], Array] = {}  # of a set metric and a reference
+        self.notes: list[str] = []
+
+    def table(self, accuracy: bool) -> list[dict[str, Any]]:
+        """What a report says about the metrics, in the order of its columns."""
+        rows = [
+            {
+                "key": self.key(metric),
+                "title": metric.title if self.key(metric) == metric.key else self.key(metric).replace("_", " ").capitalize(),
+                "unit": metric.unit,
+                "higher_is_better": metric.higher_is_better,
+                "network": metric.network,
+                "source": metric.source,
+                "per_image": metric.needs != "sets",
+            }
+            for metric in self._metrics
+        ]
+        return [*rows, ACCURACY] if accuracy else rows
+
+    def key(self, metric: Metric) -> str:
+        """What a report calls it: a distance between sets is called by the network that was really loaded."""
+        return str(self._scores[metric.name].name) if metric.needs == "sets" else metric.key
+
+    def score(self, pictures: Pictures, reference: Pictures | None, progress: Progress) -> dict[str, Any]:
+        """Every metric of ``pictures``: its value, ``_interval``, and in ``each`` one value a picture. Without a ``reference``, which is
+        how that itself is scored, there is nothing to pair with.
+        """
+        figures: dict[str, Any] = {}
+        each: dict[str, list[float]] = {}
+        for metric in self._metrics:
+            if metric.needs == "sets":
+                figures |= self._set_distance(metric, pictures, reference)
+            elif metric.needs != "pairs" or reference is not None:
+                each[metric.key] = self._one_by_one(metric, pictures, reference, progress)
+            else:
+                figures |= {metric.key: None, f"{metric.key}_interval": None}
+        marks = self._marks(pictures)
+        if marks is not None:
+            each["accuracy"] = marks[1]
+        for key, values in each.items():
+            figures |= {key: float(np.mean(values)), f"{key}_interval": interval(np.array(values))}
+        if marks is not None:
+            figures["accuracy"] = marks[0]["mean"]
+        return figures | {"attributes": None if marks is None else marks[0], "each": each}
+
+    def _one_by_one(self, metric: Metric, pictures: Pictures, reference: Pictures | None, progress: Progress) -> list[float]:
+        values, score, first = list[float](), self._scores[metric.name], 0
+        batches = zip(pictures.batches(), reference.batches() if reference else pictures.batches(), strict=True)
+        for batch, exact in progress(batches, f"{pictures.name}: {metric.title}"):
+            texts = [] if self._texts is None else list(self._texts[first : first + len(batch)])
+            arguments = {"pairs": (batch, exact), "prompts": (batch, texts), "alone": (batch,)}[metric.needs]
+            values += [float(value) for value in score(*arguments)]
+            first += len(batch)
+        return values
+
+    def _set_distance(self, metric: Metric, pictures: Pictures, reference: Pictures | None) -> dict[str, Any]:
+        key = self.key(metric)
+        if reference is None:
+            return dict.fromkeys((key, f"{key}_interval", f"{key}_samples"))
+        score, known = self._scores[metric.name], (metric.name, reference.folder)
+        if known not in self._features:
+            self._features[known] = score.encode(reference.batches())
+        distance = score.between(score.encode(pictures.batches()), self._features[known])
+        if distance.warning is not None and distance.warning not in self.notes:
+            self.notes.append(distance.warning)
+        return {key: float(distance.value), f"{key}_interval": None, f"{key}_samples": distance.samples}
+
+    def _marks(self, pictures: Pictures) -> tuple[dict[str, float], list[float]] | None:
+        """The model's own judgement of all pictures together and of each; None where it has none."""
+        if self._texts is None or self._attributes(next(pictures.batches())[:1], self._texts[:1]) is None:
+            return None
+        images = np.concatenate(list(pictures.batches()))
+        total = self._attributes(images, self._texts)
+        single = [self._attributes(images[i : i + 1], self._texts[i : i + 1]) for i in range(len(images))]
+        assert total is not None
+        return total, [marks["mean"] for marks in single if marks is not None]
+
+
+def differences(metrics: Sequence[Mapping[str, Any]], reference: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """Paired differences with intervals: every result against the first, and what the models judge alone against the reference too."""
+    pairs = [(result, results[0]) for result in results[1:]] + [(result, reference) for result in results]
+    rows = []
+    for metric in metrics:
+        key = metric["key"]
+        for a, b in pairs:
+            if key in a["each"] and key in b["each"]:
+                values = np.array(a["each"][key]) - np.array(b["each"][key])
+                rows.append({"metric": key, "a": a["name"], "b": b["name"], "mean": float(values.mean()), "interval": interval(values)})
+    return rows

@@ -1,0 +1,55 @@
+"""Seconds of a long job that may be killed: what has gone by is kept in a file every second, and a resumed job counts on from there."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from .. import artifacts
+from ..progress import Progress
+
+INTERVAL = 1.0  # seconds between two writes
+
+
+class Stopwatch:
+    """Runs from its making on. ``job`` binds the file to one job; another's seconds are not counted.
+
+    What was done between the last write and a kill is not counted either: the resumed job does it again. Raises ArtifactError when the
+    file is damaged.
+    """
+
+    def __init__(self, path: Path, job: str):
+        self._path, self._job = path, job
+        self._before = kept_seconds(path, job) or 0.0
+        self._start = self._written = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        return self._before + time.perf_counter() - self._start
+
+    def keep(self) -> float:
+        """Write the seconds so far, and return them."""
+        seconds, self._written = self.seconds, time.perf_counter()
+        artifacts.write_json(self._path, "stopwatch", {"job": self._job, "seconds": seconds})
+        return seconds
+
+    def watching(self, progress: Progress) -> Progress:
+        """The same report of progress, which also keeps the seconds while work goes on."""
+
+        def watched(items: Iterable[Any], label: str) -> Iterator[Any]:
+            for item in progress(items, label):
+                yield item
+                if time.perf_counter() - self._written >= INTERVAL:
+                    self.keep()
+
+        return watched
+
+
+def kept_seconds(path: Path, job: str) -> float | None:
+    """What the stopwatch of this job showed last; None where there is none. Raises ArtifactError when the file is damaged."""
+    if not path.exists():
+        return None
+    kept = artifacts.read_json(path, "stopwatch")
+    return float(kept["seconds"]) if kept["job"] == job else None

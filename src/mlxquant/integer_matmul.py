@@ -1,0 +1,24 @@
+"""Integer matrix products in float32, exact: MLX has none of its own."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+EXACT = 2**24  # integers up to this magnitude are exact in float32
+
+
+def integer_matmul(x: mx.array, weight: mx.array, x_limit: int, weight_limit: int) -> mx.array:
+    """``x W^T`` of integer-valued float32 arrays with |x| <= x_limit and |W| <= weight_limit, equal to int32 arithmetic.
+
+    x [..., in], weight [out, in]. The input is cut where a partial sum could pass 2^24; the parts are added as int32. Returns the
+    float32 nearest to the exact sum.
+    """
+    width = weight.shape[1]
+    chunk = max(1, EXACT // (x_limit * weight_limit))
+    if width <= chunk:
+        return x @ weight.T
+    parts = [(x[..., i : i + chunk] @ weight[:, i : i + chunk].T).astype(mx.int32) for i in range(0, width, chunk)]
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total.astype(mx.float32)

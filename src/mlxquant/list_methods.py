@@ -1,0 +1,77 @@
+"""``mlxquant methods``: what can be named in a recipe, and the paper behind it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict
+from typing import Any
+
+import click
+
+from .console import Command, result, say, verbose_option
+from .methods import registry
+from .presets import INGREDIENTS, METHODS, Method
+
+
+@click.command("methods", cls=Command)
+@click.option("--json", "only_json", is_flag=True, help="Only the line for programs, without the table.")
+@verbose_option
+def command(only_json: bool) -> None:
+    """List every method with its paper, and what recipes are made of.
+
+    A recipe is METHOD[+INGREDIENT...]-wBaB. A METHOD is one of those below or the name of any way to round; an INGREDIENT is one of
+    those below, or a transform, range or branch.
+    """
+    found = catalogue()
+    if not only_json:
+        for line in table(found):
+            say(line)
+    result(found)
+
+
+def catalogue() -> dict[str, Any]:
+    """The registry's methods by kind, and what the names in recipes stand for, as plain data."""
+    return {
+        "methods": [
+            {"kind": kind, "name": method.name, "summary": method.summary, "citation": method.citation_key, "paper": paper(method)}
+            for kind in registry.KINDS
+            for method in registry.members(kind)
+        ],
+        "recipes": {name: differences(method) for name, method in METHODS.items()},
+        "ingredients": dict(INGREDIENTS),
+    }
+
+
+def paper(method: registry.Method) -> str | None:
+    """The arXiv id of the paper that a method is from; None for what nobody claims."""
+    if method.citation_key is None:
+        return None
+    found = re.search(r"arXiv:(\d{4}\.\d{4,5})", registry.CITATIONS[method.citation_key])
+    return None if found is None else found[1]
+
+
+def differences(method: Method) -> dict[str, Any]:
+    """How weights are rounded, and what else is not as it would be if nothing was said."""
+    usual = asdict(Method())
+    return {name: value for name, value in asdict(method).items() if name in ("steps", "rounding") or value != usual[name]}
+
+
+def table(found: dict[str, Any]) -> list[str]:
+    """Lines for people."""
+    lines, last = [f"{'kind':<12}{'name':<14}{'arXiv':<12}what it does"], ""
+    for row in found["methods"]:
+        lines.append(f"{row['kind'] if row['kind'] != last else '':<12}{row['name']:<14}{row['paper'] or '':<12}{row['summary']}")
+        last = row["kind"]
+    for title, part in (("METHOD", found["recipes"]), ("INGREDIENT", found["ingredients"])):
+        lines += ["", f"{title:<14}stands for", *(f"{name:<14}{words(parts)}" for name, parts in part.items())]
+    return [*lines, "", "A recipe is METHOD[+INGREDIENT...]-wBaB; METHOD may be any round, INGREDIENT any transform, range or branch."]
+
+
+def words(parts: dict[str, Any]) -> str:
+    """Fields of a method in words: ``rounding gptq, transforms rotation, sequential``."""
+    shown = {name: "+".join(value) if isinstance(value, (tuple, list)) else value for name, value in parts.items()}
+    return ", ".join(name if value is True else f"{name} {value}" for name, value in shown.items()).replace("_", " ")
+
+
+if __name__ == "__main__":
+    command()

@@ -1,0 +1,153 @@
+"""Low-rank branches: float16 factors beside the integer weight that take what few directions can from its error.
+
+``W = L + R`` with L = up · down of small rank; R is quantized, L is not, and L reads the unquantized input. Both members fit L to what
+the integers do not hold, quantize the rest, and go on by turns, best first; they differ in the norm of the fit. The residual is always
+taken against the factors as stored, so that rounding them to float16 costs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import NumericsError
+from .moments import Moments, calibrated_gram, energy
+from .registry import register
+
+Array = npt.NDArray[Any]
+Quantize = Callable[[Array], Array]  # a residual [out,in] to its dequantized codes [out,in]
+TURNS, TRIAL_TURNS = 6, 2
+DAMPING, DAMPINGS = 10.0, (1.0, 10.0, 100.0)
+LAST_DAMPING = 0.1
+SPARE, DEPTH = 8, 6  # of the Krylov space: more directions than asked for, and how often they are multiplied
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """``up`` float16 [out,r] and ``down`` float16 [r,in]: ``y += (x downᵀ) upᵀ``."""
+
+    up: Array
+    down: Array
+
+    @property
+    def weight(self) -> Array:
+        """What the branch stands for, float32 [out,in]."""
+        product: Array = self.up.astype(np.float32) @ self.down.astype(np.float32)
+        return product
+
+    @property
+    def rank(self) -> int:
+        return int(self.up.shape[1])
+
+
+@dataclass(frozen=True)
+class Metric:
+    """The squared norm ``tr(E M Eᵀ)`` of errors E [out,in], M = ``gram`` [in,in] + ``ridge`` I; without a gram matrix that of E itself."""
+
+    gram: Array | None = None
+    ridge: float = 1.0
+
+    def __call__(self, columns: Array) -> Array:
+        """M times columns [in,n]."""
+        own = columns * columns.dtype.type(self.ridge)
+        return own if self.gram is None else own + self.gram @ columns
+
+
+def leading_directions(weight: Array, metric: Metric, rank: int) -> Array:
+    """U [out,rank] orthonormal, the leading eigenvectors of W M Wᵀ for W = ``weight`` [out,in], in its precision.
+
+    By block Krylov iteration (arXiv 1504.05477, algorithm 2) from a fixed random start, because only few of them are wanted: for 32 of
+    1536 a thirtieth of the time of an eigendecomposition, and no matrix but W and M. ``rank`` is at most out.
+    """
+    block = min(len(weight), rank + SPARE)
+    pieces = [np.random.default_rng(0).standard_normal((len(weight), block)).astype(weight.dtype)]
+    for _ in range(DEPTH):
+        pieces.append(np.linalg.qr(weight @ metric(weight.T @ pieces[-1]))[0])
+    space = np.linalg.qr(np.concatenate(pieces[1:], axis=1))[0]
+    seen = weight.T @ space
+    vectors = np.linalg.eigh(seen.T @ metric(seen))[1]
+    directions: Array = space @ vectors[:, : -rank - 1 : -1]
+    return directions
+
+
+def fitted(weight: Array, metric: Metric, rank: int) -> LowRank:
+    """The branch of at most ``rank`` that is closest to ``weight`` [out,in] by ``metric``, rounded to float16.
+
+    With M = C Cᵀ the best L is (W C)_r C⁻¹ = U Uᵀ W, U the leading left singular vectors of W C: no factor of M is needed. The factors
+    share the scale of each direction evenly, which keeps both inside float16.
+    """
+    directions = leading_directions(weight, metric, min(rank, *weight.shape))
+    down = directions.T @ weight
+    size = np.sqrt(np.linalg.norm(down, axis=1))
+    inverse = np.divide(1, size, out=np.zeros_like(size), where=size > 0)
+    return LowRank((directions * size).astype(np.float16), (down * inverse[:, None]).astype(np.float16))
+
+
+def by_turns(weight: Array, gram: Array, rank: int, quantize: Quantize, metric: Metric, turns: int = TURNS) -> tuple[LowRank, float]:
+    """Fit a branch to ``weight`` [out,in], quantize the residual, fit again to what that left, and so on while it helps.
+
+    Returns the branch whose quantized residual left the least squared output error, and that error; ``gram`` [in,in] judges.
+    """
+    if not np.isfinite(weight).all():
+        raise NumericsError(f"weight of shape {weight.shape} holds NaN or infinite values; repair or re-download the checkpoint")
+    weight = weight.astype(gram.dtype, copy=False)
+    branch = best = fitted(weight, metric, rank)
+    least = np.inf
+    for _ in range(turns):
+        residual = weight - branch.weight
+        rounded = quantize(residual)
+        error = float(energy(residual - rounded, gram).sum())
+        if error >= least:
+            break
+        best, least = branch, error
+        branch = fitted(weight - rounded, metric, rank)
+    return best, least
+
+
+@register("branch", "svd", citation="svdquant", summary="what the weight's largest singular directions hold")
+def svd(weight: Array, moments: Moments | None, rank: int, quantize: Quantize) -> LowRank:
+    """L = SVD_r(W), then of what its quantized residual left (SVDQuant, arXiv 2411.05007, section 4.2); the best by output error stays."""
+    return by_turns(weight, calibrated_gram(moments, weight.shape[1]), rank, quantize, Metric())[0]
+
+
+@register("branch", "whitened", citation="qera", summary="what the output hangs on the most: low rank in the norm of the inputs")
+def whitened(weight: Array, moments: Moments | None, rank: int, quantize: Quantize) -> LowRank:
+    """L closest to W, then to what its quantized residual left, by the error of the output: ‖X (W − L)ᵀ‖ with damping.
+
+    In that norm the fit has a closed form (QERA, arXiv 2410.06040, theorem 1, there for the error of one quantization). ``DAMPING`` is
+    relative to mean(diag H), and large: a branch that only follows the inputs leaves wide steps to the residual; with all the damping
+    there is it is ``svd``. Where tokens are held out, it is the one of ``DAMPINGS`` that does best on them after ``TRIAL_TURNS``.
+    """
+    gram = calibrated_gram(moments, weight.shape[1])
+    assert moments is not None
+    damping = DAMPING if moments.held_out is None else _best_damping(weight, moments, rank, quantize)
+    return by_turns(weight, gram, rank, quantize, damped(gram, damping))[0]
+
+
+def damped(gram: Array, damping: float) -> Metric:
+    """The norm of the output's error for inputs with this gram matrix [in,in] and, in all directions, ``damping`` mean(diag) more."""
+    return Metric(gram, damping * float(np.diagonal(gram).mean()))
+
+
+def _best_damping(weight: Array, moments: Moments, rank: int, quantize: Quantize) -> float:
+    """The one of ``DAMPINGS`` that does best on the held-out tokens when the branch is fitted to the others."""
+    assert moments.held_out is not None
+    training, judge = moments.training.gram, moments.held_out.gram
+    errors = {by_turns(weight, judge, rank, quantize, damped(training, damping), TRIAL_TURNS)[1]: damping for damping in DAMPINGS}
+    return errors[min(errors)]
+
+
+def refitted(branch: LowRank, weight: Array, rounded: Array, moments: Moments, damping: float = LAST_DAMPING) -> LowRank:
+    """The branch of the same rank fitted once more, to what a weight [out,in] keeps beside its ``rounded`` residual [out,in].
+
+    Now that nothing will be rounded any more, only the output counts. The one given stays where it leaves less error of it.
+    """
+    gram = calibrated_gram(moments, weight.shape[1])
+    left = (weight - rounded).astype(gram.dtype, copy=False)
+    other = fitted(left, damped(gram, damping), branch.rank)
+    errors = [energy(left - candidate.weight, gram).sum() for candidate in (branch, other)]
+    return other if errors[1] < errors[0] else branch

@@ -1,0 +1,108 @@
+"""The seam in a model's attention: modules without weights that compute softmax(q k^T / sqrt(d)) v, so that it can be found and opened.
+
+``QuantizedAttention`` quantizes the probabilities, a table entry a noise level. It is a simulation: the probabilities are put on the
+levels of the table and multiplied as floats, whether the levels are uniform or logarithmic. Queries, keys and values stay as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from ..activations import ActivationTable, TableReader, represented
+from ..errors import AdapterError
+from ..layers import TABLE
+from ..schedule import Clock
+from .fast_cpu import attention, probabilities
+
+
+class SoftmaxAttention(nn.Module):
+    """Softmax(q k^T / sqrt(d)) v; queries, keys and values [B,heads,N,d]. A host may say the ``scale``, which is always 1/sqrt(d)."""
+
+    def __call__(self, q: mx.array, k: mx.array, v: mx.array, scale: float | None = None) -> mx.array:
+        return attention(q, k, v)
+
+
+class ShownAttention(SoftmaxAttention):
+    """Shows its probabilities [B,heads,N,N] to an observer, not evaluated yet."""
+
+    def __init__(self, observe: Callable[[mx.array], None]):
+        super().__init__()
+        self._observe = observe
+
+    def __call__(self, q: mx.array, k: mx.array, v: mx.array, scale: float | None = None) -> mx.array:
+        p = probabilities(q, k)
+        self._observe(p)
+        return (p @ v.astype(p.dtype)).astype(v.dtype)
+
+
+class QuantizedAttention(SoftmaxAttention):
+    """``Q(P) v`` with P = softmax(q k^T / sqrt(d)) on the levels of a table with one shift an entry.
+
+    Parameters: ``act_sigma``, ``act_step``, ``act_shift``, ``act_bits`` and, where an entry is logarithmic, ``act_log``, as in a
+    ``QuantizedLinear``. The quantized probabilities of a row need not sum to 1, as in TCAQ-DM (arXiv 2412.16700).
+    """
+
+    def __init__(self, table: ActivationTable, clock: Clock):
+        """Raises AdapterError when the table has a shift a channel."""
+        super().__init__()
+        if table.shift.shape[1] != 1:
+            raise AdapterError(f"probabilities have one shift for all, found a table with shifts of width {table.shift.shape[1]}")
+        values = (table.sigma, table.step, table.shift, table.bits, table.log)
+        self._lay_out({"table": len(table.sigma), "log": bool(table.log.any())}, clock)
+        self.load_weights([(k, mx.array(v, self[k].dtype)) for k, v in zip(TABLE, values, strict=True) if k in self])
+
+    def _lay_out(self, facts: Mapping[str, Any], clock: Clock) -> None:
+        count = int(facts["table"])
+        self.act_sigma, self.act_step = mx.zeros((count,), mx.float32), mx.zeros((count,), mx.float32)
+        self.act_shift, self.act_bits = mx.zeros((count, 1), mx.float32), mx.zeros((count,), mx.uint8)
+        if facts["log"]:
+            self.act_log = mx.zeros((count,), mx.uint8)
+        self._clock = clock
+        self.refresh()
+        self.freeze()
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Its structure as plain data: what ``blank`` needs to rebuild it."""
+        return {"table": self.act_sigma.size, "log": "act_log" in self}
+
+    @classmethod
+    def blank(cls, facts: Mapping[str, Any], clock: Clock) -> QuantizedAttention:
+        """One of the structure that ``facts`` describes, to be filled with ``load_weights`` and ``refresh``."""
+        made = cls.__new__(cls)
+        nn.Module.__init__(made)
+        made._lay_out(facts, clock)
+        return made
+
+    def refresh(self) -> None:
+        """Forget what was computed from the parameters; call it after ``load_weights``."""
+        self._reader: TableReader | None = None
+
+    @property
+    def table(self) -> ActivationTable:
+        return self._table_reader().table
+
+    def _table_reader(self) -> TableReader:
+        if self._reader is None:
+            self._reader = TableReader(ActivationTable(*(np.array(self[name]) for name in TABLE if name in self)), self._clock)
+        return self._reader
+
+    def __call__(self, q: mx.array, k: mx.array, v: mx.array, scale: float | None = None) -> mx.array:
+        p = probabilities(q, k)
+        p = represented(p, self._table_reader().read(p))
+        return (p @ v.astype(p.dtype)).astype(v.dtype)
+
+
+def find_attentions(module: nn.Module) -> dict[str, SoftmaxAttention]:
+    """Every attention of a module that is still exact, by path."""
+    return {path: m for path, m in module.named_modules() if type(m) is SoftmaxAttention}
+
+
+def find_quantized_attentions(module: nn.Module) -> dict[str, QuantizedAttention]:
+    """Every attention of a module whose probabilities are quantized, by path."""
+    return {path: m for path, m in module.named_modules() if isinstance(m, QuantizedAttention)}

@@ -1,0 +1,169 @@
+"""Recipes by name: ``METHOD[+INGREDIENT...]-SPEC``, such as ``gptq-w4a8``, ``rtn-w3a16-g128`` or ``qronos+rotation+whitened16-w4a4``.
+
+Every registered rounding method is a METHOD, with its steps searched, beside those in ``METHODS``. Every registered transform, range and
+branch is an INGREDIENT, beside those in ``INGREDIENTS``; so what is registered can be named at once.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from .activations import BITS
+from .errors import RecipeError
+from .formats import WeightFormat
+from .methods import registry
+from .methods.tiers import BUDGET
+from .recipe import ActivationSpec, LayerSpec, Recipe
+
+RANK = 32  # of a branch that names none, as in SVDQuant
+
+
+@dataclass(frozen=True)
+class Method:
+    """What the name before a recipe's SPEC stands for: see ``LayerSpec``, ``ActivationSpec`` and ``Recipe``."""
+
+    steps: str = "search"
+    rounding: str = "gptq"
+    reconstruct: str | None = None
+    corrected: bool = False
+    transforms: tuple[str, ...] = ()
+    branch: str | None = None
+    rank: int = 0
+    held_out: bool = False
+    refine: bool = False
+    range: str = "extremes"
+    shift: bool = False
+    budget: float | None = None
+    sensitivity: bool = False
+    sequential: bool = False
+    rounds: int = 1
+    probabilities: int | None = None
+    mixed: bool = False
+
+    def layer(self, weight: WeightFormat, activation: ActivationSpec | None) -> LayerSpec:
+        return LayerSpec(
+            weight,
+            activation,
+            self.steps,
+            self.rounding,
+            self.corrected,
+            self.reconstruct,
+            self.transforms,
+            self.branch,
+            self.rank,
+            self.held_out,
+            self.refine,
+        )
+
+
+METHODS = {
+    "rtn": Method("extremes", "rtn"),
+    "gptq": Method(),
+    "descent": Method(rounding="gptq-descent"),
+    "qronos": Method(rounding="qronos", sequential=True),
+    "gptaq": Method(rounding="gptaq", sequential=True),
+    "smoothquant": Method("extremes", "rtn", transforms=("smoothquant",)),
+    "quarot": Method(transforms=("rotation",)),
+    "svdquant": Method(transforms=("smoothquant",), branch="svd", rank=RANK),
+    "adaround": Method(rounding="rtn", reconstruct="adaround"),
+    "tcaqdm": Method(rounding="rtn", reconstruct="adaround", transforms=("tcaq",), range="dynamic", rounds=2, probabilities=8),
+    "mixed": Method(sensitivity=True, mixed=True),
+    "taqdit": Method(reconstruct="adaround", transforms=("smoothquant",), shift=True, budget=BUDGET, sensitivity=True),
+}
+INGREDIENTS: dict[str, dict[str, Any]] = {
+    "shift": {"shift": True},
+    "corrected": {"corrected": True},
+    "sequential": {"sequential": True},
+    "sensitivity": {"sensitivity": True},
+    "damped": {"held_out": True},
+    "refit": {"refine": True},
+    "learned": {"reconstruct": "adaround"},
+    "tiers": {"budget": BUDGET, "sensitivity": True},
+    "progressive": {"rounds": 2},
+    **{f"softmax{bits}": {"probabilities": bits} for bits in BITS[:-1]},
+}
+_SPEC = re.compile(r"(w[2-8])a(4|6|8|16)((?:-tensor|-g\d+)?(?:-sym|-asym)?)(-static)?")
+
+
+def ingredients() -> list[str]:
+    """What can stand after a ``+``: those with a name of their own, then transforms, branches and ranges as they are registered."""
+    return [*INGREDIENTS, *(method.name for kind in ("transform", "branch", "range") for method in registry.members(kind))]
+
+
+def parse_method(text: str) -> Method:
+    """``METHOD[+INGREDIENT...]``; raises RecipeError that lists what there is."""
+    named, *added = text.split("+")
+    rounding = [method.name for method in registry.members("round")]
+    if named not in METHODS and named not in rounding:
+        raise RecipeError(f"unknown method {named!r}; known: {', '.join(sorted({*METHODS, *rounding}))}")
+    method = METHODS.get(named, Method(rounding=named))
+    for ingredient in added:
+        method = _with(method, ingredient)
+    return method
+
+
+def _with(method: Method, ingredient: str) -> Method:
+    """A method with one more ingredient."""
+    branches = {branch.name for branch in registry.members("branch")}
+    name, rank = ingredient.rstrip("0123456789"), ingredient[len(ingredient.rstrip("0123456789")) :]
+    if ingredient in INGREDIENTS:
+        return replace(method, **INGREDIENTS[ingredient])
+    if ingredient in {transform.name for transform in registry.members("transform")}:
+        return replace(method, transforms=(*method.transforms, ingredient))
+    if ingredient in {found.name for found in registry.members("range")}:
+        return replace(method, range=ingredient)
+    if name in branches and rank != "0":
+        return replace(method, branch=name, rank=int(rank or RANK))
+    raise RecipeError(f"unknown ingredient {ingredient!r}; known: {', '.join(sorted(ingredients()))}, and a rank after {sorted(branches)}")
+
+
+def parse_spec(text: str, method: Method) -> LayerSpec:
+    """``w4a8``, ``w4a16-g128``, ``w8a8-static`` … by a method; raises RecipeError with the grammar."""
+    match = _SPEC.fullmatch(text)
+    if match is None:
+        raise RecipeError(
+            f"{text!r} is no specification; expected wBaB with weights of 2 to 8 bits and activations of {BITS}, "
+            "then optionally -g32/-g64/-g128/-tensor, -sym/-asym and -static"
+        )
+    activation = None
+    if match[2] != "16":
+        activation = ActivationSpec(int(match[2]), method.range, match[4] is None, method.budget, method.shift)
+    return method.layer(WeightFormat.parse(match[1] + match[3]), activation)
+
+
+def parse_override(text: str, method: Method) -> tuple[str, LayerSpec | None]:
+    """A rule ``PATTERN=SPEC``; SPEC is a preset's name without its method, such as w8a16, or ``keep``. Raises RecipeError."""
+    pattern, equals, spec = text.partition("=")
+    if not equals or not pattern:
+        raise RecipeError(f"override {text!r}: expected PATTERN=SPEC, such as '*.mlp.fc2=w8a16' or '@attention=keep'")
+    return pattern, None if spec == "keep" else parse_spec(spec, method)
+
+
+def parse_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
+    """A preset by name behind the rules of ``overrides`` (see ``parse_override``), which keep its method.
+
+    Modulation, embedders and the output layer keep at least 8 bits and unquantized inputs: their error enters every block at every
+    step.
+    """
+    match = re.fullmatch(r"(.+?)-(w\d.*)", name)
+    try:
+        if match is None:
+            raise RecipeError("expected METHOD[+INGREDIENT...]-SPEC, such as rtn-w4a8 or qronos+rotation-w4a4")
+        method = parse_method(match[1])
+        main = parse_spec(match[2], method)
+    except RecipeError as error:
+        raise RecipeError(f"unknown recipe {name!r}: {error}") from error
+    rules = [parse_override(text, method) for text in overrides]
+    rules += [(role, main.careful) for role in ("@modulation", "@embedder", "@output")]
+    return Recipe(
+        ",".join([name, *overrides]),
+        (*rules, ("*", main)),
+        sensitivity=method.sensitivity,
+        sequential=method.sequential,
+        rounds=method.rounds,
+        probabilities=method.probabilities,
+        mixed=method.mixed,
+    )

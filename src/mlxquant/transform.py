@@ -1,0 +1,90 @@
+"""What can be done to the input of a layer without changing the layer's output: divide its channels, reorder them, rotate them in blocks.
+
+``x' = ((x / divisor)[order]) R`` and ``W' = (W diag(divisor))[:, order] R`` with R block-diagonal and orthogonal give ``x' W'^T = x W^T``.
+Methods of the kind "transform" propose such changes; whoever applies them folds what can be folded into what writes the tensor, and
+leaves the rest to the layer that reads it (``QuantizedLinear``). Arrays only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .methods.hadamard import rotated
+from .methods.moments import Moments
+from .statistics import InputRanges
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor stands in its model, as far as transforms care.
+
+    ``after`` names the nonlinearity that wrote it. Whatever writes it can absorb a mixing of channels inside of runs of ``mixes``
+    channels (1: none), and with ``reorders`` any order of the channels.
+    """
+
+    after: str = ""
+    mixes: int = 1
+    reorders: bool = False
+
+
+@dataclass(frozen=True)
+class Transform:
+    """``divisor`` float32 [in] > 0, ``order`` int [in] a permutation, ``block`` the size of the Hadamard blocks; none by default."""
+
+    divisor: Array | None = None
+    order: Array | None = None
+    block: int = 1
+
+    @property
+    def nothing(self) -> bool:
+        return self.divisor is None and self.order is None and self.block == 1
+
+    def then(self, other: Transform) -> Transform:
+        """This and then ``other``, as one: ``other.inputs(self.inputs(x))``. Raises ValueError when it would have to undo a rotation."""
+        if self.block > 1 and not other.nothing:
+            raise ValueError("what was rotated can only be divided, reordered or rotated again while the model runs")
+        order = other.order if self.order is None else self.order if other.order is None else self.order[other.order]
+        divisor = self.divisor
+        if other.divisor is not None:
+            theirs = other.divisor if self.order is None else other.divisor[np.argsort(self.order)]
+            divisor = theirs if divisor is None else divisor * theirs
+        return Transform(divisor, order, max(self.block, other.block))
+
+    def inputs(self, x: Array) -> Array:
+        """x [...,in] as the layer will see it."""
+        if self.divisor is not None:
+            x = x / self.divisor
+        if self.order is not None:
+            x = x[..., self.order]
+        return rotated(x, self.block)
+
+    def weight(self, weight: Array) -> Array:
+        """A weight [out,in] to match."""
+        if self.divisor is not None:
+            weight = weight * self.divisor
+        if self.order is not None:
+            weight = weight[:, self.order]
+        return rotated(weight, self.block)
+
+    def moments(self, moments: Moments) -> Moments:
+        """The moments of transformed inputs."""
+        if self.divisor is not None:
+            moments = moments.divided(self.divisor)
+        if self.order is None and self.block == 1:
+            return moments
+        return moments.mapped(lambda rows: replace(self, divisor=None).inputs(rows))
+
+    def ranges(self, ranges: InputRanges) -> InputRanges:
+        """The ranges of transformed inputs; where channels are mixed, as far as the sampled rows tell."""
+        rows = self.inputs(ranges.rows).astype(np.float32)
+        if self.block > 1:
+            low, high = rows.min(1), rows.max(1)
+            return replace(ranges, low=low, high=high, least=low, most=high, rows=rows)
+        moved = {name: self.inputs(getattr(ranges, name)).astype(np.float32) for name in ("low", "high", "least", "most")}
+        return replace(ranges, rows=rows, **moved)

@@ -1,0 +1,253 @@
+"""What a stage is tried with: its layers rounded, perhaps after their inputs were transformed.
+
+A tensor that several layers read gets one transform for all of them. What the layers that write it can absorb is folded into them while
+the stage is rounded; the rest the quantized layers do while they run. The full-precision stage stays as it is afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import inf
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from .folds import fold, foldable, remaining
+from .input_tables import LayerInput
+from .layer_rounding import Preset, Rounded, activation_table, quantize_layer
+from .layers import QuantizedLinear
+from .methods import registry
+from .models.adapter import Adapter, Edge, Stage, State
+from .progress import Progress, silent
+from .recipe import ActivationSpec, LayerSpec, Recipe
+from .rewrite import swapped, tapped
+from .sensitivity import Sensitivity
+from .statistics import Collector, InputRanges, InputStatistics, Sharing
+from .store import Attentions, Layers
+from .streams import Teacher
+from .transform import Place, Transform
+from .transforming import Proposal, Reader, propose
+
+
+@dataclass(frozen=True)
+class Job:
+    """What stays the same from stage to stage: the model, what happens to its layers, the noise levels, and the teacher."""
+
+    adapter: Adapter
+    recipe: Recipe
+    plan: Mapping[str, LayerSpec]
+    sigmas: list[float]
+    teacher: Teacher
+    presets: Mapping[str, Preset] = field(default_factory=dict)
+    sensitivity: Sensitivity | None = None
+    progress: Progress = silent
+
+
+@dataclass
+class Trial:
+    """Layers that a stage was tried with, what there is to report of each, and, once it was run with them, how far what it then wrote
+    was from the targets: ``error``, as ``Deviation`` has it, and ``errors`` by tensor. ``goals`` are the layers whose codes may be learned;
+    ``attentions`` have quantized probabilities.
+    """
+
+    name: str
+    layers: Layers = field(default_factory=dict)
+    report: dict[str, dict[str, Any]] = field(default_factory=dict)
+    goals: dict[str, Rounded] = field(default_factory=dict)
+    attentions: Attentions = field(default_factory=dict)
+    error: float = inf
+    errors: dict[str, float] = field(default_factory=dict)
+    outputs: list[State] | None = None
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """All that takes the place of something in the stage."""
+        return {**self.layers, **self.attentions}
+
+    def add(self, path: str, spec: LayerSpec, rounded: Rounded) -> None:
+        self.layers[path] = rounded.layer
+        self.report[path] = {"weight": str(spec.weight), "activation": mean_bits(rounded.layer), "error": rounded.error}
+        if rounded.damping is not None:
+            self.report[path]["damping"] = rounded.damping
+        if spec.reconstruct is not None:
+            self.goals[path] = rounded
+
+
+def mean_bits(layer: QuantizedLinear) -> float:
+    """With how many bits a layer's input is quantized, averaged over noise levels; 16 where it is not."""
+    return 16.0 if layer.table is None else float(np.mean(layer.table.bits))
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """What ``edge.consumers`` read, all of them layers that are quantized; ``edge`` has only producers that are quantized with them."""
+
+    edge: Edge
+
+    @property
+    def name(self) -> str:
+        return self.edge.consumers[0]
+
+    @property
+    def place(self) -> Place:
+        return Place(self.edge.after, self.edge.mixes if self.edge.folds else 1, bool(self.edge.reorders))
+
+
+Transforms = dict[str, Transform]  # by name of the tensor
+
+
+class Rounding:
+    """Rounds the layers of one stage, as often as there is something to try. ``inputs`` enter the quantized stage, in which the
+    probabilities of ``attentions`` are quantized.
+    """
+
+    def __init__(self, job: Job, stage: Stage, specs: Mapping[str, LayerSpec], inputs: Sequence[State], attentions: Attentions):
+        self._job, self._stage, self._specs, self._inputs, self._attentions = job, stage, specs, inputs, attentions
+        self._linears = {path: layer for path, layer in job.adapter.linears().items() if path in specs}
+        self._after = {path: edge.after for edge in job.adapter.edges() for path in edge.consumers}
+        self._ranges: dict[str, InputRanges] = {}
+
+    @property
+    def transforms(self) -> list[str]:
+        """The transforms that any layer of the stage is to be tried with, in their order."""
+        return list(dict.fromkeys(name for spec in self._specs.values() for name in spec.transforms))
+
+    @cached_property
+    def _leader(self) -> dict[str, str]:
+        """By layer, in the order in which they run, the first layer that reads the same tensor."""
+        sharing = Sharing()
+        with self._job.adapter.clock.at(self._job.sigmas[0]), tapped(self._job.adapter.module, self._specs, sharing.leads):
+            self._stage.run(self._inputs[0])  # never evaluated
+        return {path: sharing[path] for path in sorted(self._specs, key=list(sharing.leader).index)}
+
+    @cached_property
+    def _tensors(self) -> list[Tensor]:
+        return list(self._find_tensors())
+
+    def _find_tensors(self) -> Iterator[Tensor]:
+        edges = [edge for edge in self._job.adapter.edges() if any(path in self._specs for path in edge.consumers)]
+        for edge in edges:
+            mine = tuple(path for path in edge.consumers if path in self._specs)
+            whole = len(mine) == len(edge.consumers)
+            writers = (*edge.folds, *edge.reorders)
+            yield Tensor(edge if whole and all(w.path in self._specs for w in writers) else Edge(mine, after=edge.after))
+        known = {path for edge in edges for path in edge.consumers}
+        for leader in dict.fromkeys(self._leader.values()):
+            if alone := tuple(path for path, first in self._leader.items() if first == leader and path not in known):
+                yield Tensor(Edge(alone))
+
+    def first(self) -> list[Trial]:
+        """The layers as their specifications have them before anything is transformed or learned and, for the gate, rounded to nearest."""
+        plain = all(spec.start == spec.plain for spec in self._specs.values())
+        names = ["rtn"] if plain else ["calibrated", "rtn"] if self._job.recipe.gate else ["calibrated"]
+        return self._trials(names, {}, keep_ranges=bool(self.transforms))
+
+    def propose(self, method: str, current: Transforms) -> dict[str, Proposal]:
+        """What a transform method would change, by tensor; its readers must all be open to it. ``first`` must have run."""
+        found = {}
+        for tensor in self._tensors:
+            readers = {path: self._specs[path] for path in tensor.edge.consumers}
+            if all(method in spec.transforms and path not in self._job.presets for path, spec in readers.items()):
+                given = [Reader(self._input(path, spec.activation, self._ranges[path]), spec) for path, spec in readers.items()]
+                proposal = propose(method, given, tensor.place, current.get(tensor.name, Transform()))
+                if proposal.after < proposal.before:
+                    found[tensor.name] = proposal
+        return found
+
+    def transformed(self, name: str, transforms: Transforms) -> Trial:
+        """The layers as their specifications have them, their inputs transformed."""
+        return self._trials([name], transforms)[0]
+
+    def _trials(self, names: list[str], transforms: Transforms, keep_ranges: bool = False) -> list[Trial]:
+        trials = [Trial(name, attentions=self._attentions) for name in names]
+        with self._applied(transforms) as online:
+            for group in self._groups():
+                statistics = self._statistics(group, online, trials[0].modules)
+                if keep_ranges:
+                    self._ranges |= {path: statistics[path].ranges for path in group}
+                for path in self._job.progress(group, f"{self._stage.name}: rounding"):
+                    self._round(trials, path, statistics.pop(path), online[path])
+        for trial in trials:  # in the order of the model, not of the rounding
+            trial.layers = {path: trial.layers[path] for path in self._specs}
+            trial.report = {path: trial.report[path] for path in self._specs}
+        return trials
+
+    def _groups(self) -> list[list[str]]:
+        """Layers that are rounded together: all of them, or in a sequential recipe those that read a tensor and their like in other
+        streams, in the order in which they run.
+        """
+        if not self._job.recipe.sequential:
+            return [list(self._specs)]
+        groups: dict[str, list[str]] = {}
+        for path, leader in self._leader.items():
+            groups.setdefault(leader.rpartition(".")[2], []).append(path)
+        return list(groups.values())
+
+    @contextmanager
+    def _applied(self, transforms: Transforms) -> Iterator[dict[str, Transform]]:
+        """With tensors transformed as far as what writes them can absorb that; by path, what the layers have to do themselves."""
+        presets = self._job.presets
+        online = {path: Transform(presets[path].divisor) if path in presets else Transform() for path in self._specs}
+        with ExitStack() as undo:
+            for tensor in self._tensors if transforms else ():
+                if (transform := transforms.get(tensor.name)) is not None:
+                    folded = foldable(tensor.edge, transform)
+                    if not folded.nothing:
+                        undo.callback(fold(self._job.adapter.module, tensor.edge, folded))
+                    online |= dict.fromkeys(tensor.edge.consumers, remaining(transform, folded))
+            yield online
+
+    def _statistics(self, paths: Sequence[str], online: Mapping[str, Transform], done: dict[str, nn.Module]) -> dict[str, InputStatistics]:
+        """What layers are given in the quantized stream, with those that are ``done`` in place, and where a specification asks for it
+        in the exact one.
+        """
+        job, change = self._job, {path: online[path].inputs for path in paths if not online[path].nothing}
+        ranges = any(self._specs[path].activation is not None for path in paths) or bool(self.transforms)
+        weight = (lambda path, sigma: 1.0) if job.sensitivity is None else job.sensitivity.of_layer
+        collector = Collector(ranges, weight, change, hold_out=any(self._specs[path].held_out for path in paths))
+        cross = any(self._specs[path].cross for path in paths)
+        exact = job.teacher.inputs() if cross else self._inputs
+        for index in job.progress(range(len(job.sigmas)), f"{self._stage.name}: statistics"):
+            collector.sigma, collector.exact = job.sigmas[index], {}
+            with job.adapter.clock.at(job.sigmas[index]):
+                if cross:
+                    with tapped(job.adapter.module, paths, collector.exact.__setitem__):
+                        mx.eval(self._stage.run(exact[index]))
+                with swapped(job.adapter.module, done), tapped(job.adapter.module, paths, collector):
+                    mx.eval(self._stage.run(self._inputs[index]))
+        return {path: collector[path] for path in paths}
+
+    def _input(self, path: str, spec: ActivationSpec | None, ranges: InputRanges, weight: Any = None) -> LayerInput:
+        """A layer's input at every noise level, or merged where one entry serves all, and what errors of its outputs cost."""
+        if weight is None:
+            weight = np.array(self._linears[path].weight.astype(mx.float32))
+        costs = None if self._job.sensitivity is None else self._job.sensitivity.of_outputs(path, ranges.sigma)
+        if spec is not None and not spec.per_timestep:
+            ranges, costs = ranges.merged(), None if costs is None else costs.mean(0, keepdims=True)
+        return LayerInput(ranges, weight.astype(np.float32), costs)
+
+    def _round(self, trials: list[Trial], path: str, statistics: InputStatistics, transform: Transform) -> None:
+        """Add a layer, with its activation table, to each of the trials; the second is the one rounded to nearest."""
+        spec, preset = self._specs[path], self._job.presets.get(path, Preset())
+        after = self._after.get(path, "") if transform.block == 1 else ""
+        for trial, way in zip(trials, (spec, spec.plain), strict=False):
+            rounded = quantize_layer(self._linears[path], way, statistics.moments, path, transform)
+            if way.activation is not None:
+                table = preset.table
+                if table is None:
+                    read = self._input(path, way.activation, statistics.ranges, rounded.weight)
+                    table = activation_table(read, way.activation, rounded.layer, after)
+                rounded.layer.set_activations(table, self._job.adapter.clock)
+            trial.add(path, way, rounded)
+
+
+def round_to_nearest(linear: nn.Linear, spec: LayerSpec) -> QuantizedLinear:
+    """One layer in a specification's weight format, without calibration and with its inputs as they are."""
+    weight = np.array(linear.weight.astype(mx.float32)).astype(np.float64)
+    grid = registry.get("steps", "extremes").function(weight, spec.weight)
+    return QuantizedLinear(registry.get("round", "rtn").function(weight, grid), grid, linear.bias if "bias" in linear else None)

@@ -1,0 +1,43 @@
+"""``mlxquant methods``: complete, and the same for people and programs."""
+
+from mlxquant.citations import citation
+from mlxquant.methods import registry
+from mlxquant.presets import INGREDIENTS, METHODS
+
+from command_line import run, succeed
+
+
+def test_every_method_is_listed_with_its_paper():
+    facts, said = succeed("methods")
+    members = [(kind, method) for kind in registry.KINDS for method in registry.members(kind)]
+    assert [(row["kind"], row["name"]) for row in facts["methods"]] == [(kind, method.name) for kind, method in members]
+    for row, (_, method) in zip(facts["methods"], members, strict=True):
+        line = next(line for line in said.splitlines() if method.summary in line)
+        assert method.name in line
+        assert (row["paper"] is None) == (method.citation_key is None)
+        if row["paper"] is not None:
+            assert row["paper"] in line
+            assert row["paper"] in registry.CITATIONS[row["citation"]]
+
+
+def test_what_recipes_are_made_of_is_listed():
+    facts, said = succeed("methods")
+    assert set(facts["recipes"]) == set(METHODS)
+    assert set(facts["ingredients"]) == set(INGREDIENTS)
+    assert facts["recipes"]["gptq"] == {"steps": "search", "rounding": "gptq"}
+    assert "taqdit        steps search, rounding gptq, reconstruct adaround, transforms smoothquant" in said
+    for name in facts["recipes"]:
+        assert citation(f"{name}-w4a8") is not None
+
+
+def test_json_alone():
+    facts, said = succeed("methods", "--json")
+    assert said == ""
+    assert facts == succeed("methods")[0]
+
+
+def test_it_is_a_module_too():
+    from mlxquant import list_methods
+
+    assert run("methods", "--help").stdout.splitlines()[0].endswith("methods [OPTIONS]")
+    assert list_methods.command.name == "methods"

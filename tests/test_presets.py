@@ -1,0 +1,85 @@
+"""Recipes by name: methods, ingredients, and what is registered."""
+
+import pytest
+
+from mlxquant.errors import RecipeError
+from mlxquant.formats import WeightFormat
+from mlxquant.methods import registry
+from mlxquant.presets import INGREDIENTS, METHODS, Method, ingredients, parse_method, parse_recipe
+from mlxquant.recipe import ActivationSpec, LayerSpec
+
+LAYERS = {"blocks.0.mlp.fc1": "mlp", "blocks.0.ada": "modulation", "out": "output"}
+
+
+def main(name):
+    return parse_recipe(name).plan(LAYERS)["blocks.0.mlp.fc1"]
+
+
+def test_ingredients_add_up():
+    spec = main("qronos+smoothquant+rotation+whitened16+tdq-w4a4")
+    assert spec == LayerSpec(
+        WeightFormat(4),
+        ActivationSpec(4, range="tdq"),
+        "search",
+        "qronos",
+        transforms=("smoothquant", "rotation"),
+        branch="whitened",
+        rank=16,
+    )
+    recipe = parse_recipe("gptq+sensitivity+sequential+progressive+softmax8-w4a8")
+    assert (recipe.sensitivity, recipe.sequential, recipe.rounds, recipe.probabilities) == (True, True, 2, 8)
+
+
+@pytest.mark.parametrize("kind", ["transform", "range", "branch"])
+def test_whatever_is_registered_is_an_ingredient(kind):
+    for method in registry.members(kind):
+        assert method.name in ingredients()
+        assert parse_method(f"rtn+{method.name}") != parse_method("rtn") or method.name == "extremes"
+
+
+def test_whatever_rounds_is_a_method():
+    for method in registry.members("round"):
+        assert parse_method(method.name).rounding == METHODS.get(method.name, Method(rounding=method.name)).rounding
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_named_methods_use_what_exists(name):
+    method = METHODS[name]
+    wanted = [("steps", method.steps), ("round", method.rounding), ("range", method.range)]
+    wanted += [("transform", transform) for transform in method.transforms]
+    wanted += [(kind, found) for kind, found in (("branch", method.branch), ("reconstruct", method.reconstruct)) if found is not None]
+    for kind, found in wanted:
+        assert registry.get(kind, found).name == found
+    assert main(f"{name}-w4a8").weight == WeightFormat(4)
+
+
+def test_names_do_not_clash():
+    assert len(ingredients()) == len(set(ingredients()))
+    assert not set(INGREDIENTS) & {m.name for kind in ("transform", "range", "branch") for m in registry.members(kind)}
+
+
+def test_careful_layers_are_only_rounded():
+    spec = parse_recipe("taqdit+rotation+svd8-w4a8").plan(LAYERS)["blocks.0.ada"]
+    assert spec == LayerSpec(WeightFormat(8), None, "search", "gptq")
+
+
+def test_only_some_methods_look_at_both_streams():
+    assert main("qronos-w4a8").cross
+    assert main("gptq+corrected-w4a8").cross
+    assert not main("gptq-w4a8").cross
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("magic-w4a8", "unknown method 'magic'; known: adaround"),
+        ("gptq+magic-w4a8", "unknown ingredient 'magic'; known: "),
+        ("gptq+svd0-w4a8", "unknown ingredient 'svd0'"),
+        ("gptq+-w4a8", "unknown ingredient ''"),
+        ("gptq", r"expected METHOD\[\+INGREDIENT"),
+        ("gptq+tdq", r"expected METHOD\[\+INGREDIENT"),
+    ],
+)
+def test_unknown_names_are_refused(name, message):
+    with pytest.raises(RecipeError, match=message):
+        parse_recipe(name)

@@ -1,0 +1,155 @@
+"""What a stage is tried with: transforms, the order of rounding, branches, damping, rounds and attention probabilities."""
+
+from dataclasses import replace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+import mlxquant as mq
+from mlxquant import trials
+from mlxquant.errors import RecipeError
+from mlxquant.methods import registry
+from mlxquant.models.attention import find_quantized_attentions
+from mlxquant.presets import parse_recipe
+from mlxquant.rewrite import parameters
+
+from conftest import tiny_adapter
+from synthetic_chain import Chain
+
+BLOCK = "multimodal_transformer_blocks.0"
+
+
+@pytest.fixture(scope="module")
+def spiky():
+    """A tiny model that writes a few channels much larger than the others before every GELU and in every value."""
+    adapter = tiny_adapter()
+    for path, layer in adapter.linears().items():
+        if path.endswith(("v_proj", "mlp.fc1")):
+            layer.weight = layer.weight * mx.where(mx.arange(layer.weight.shape[0]) % 16 == 3, 12.0, 1.0)[:, None]
+    return mq.Model(adapter)
+
+
+@pytest.fixture(scope="module")
+def calib(spiky):
+    return mq.calibrate(spiky, prompts=4, steps=3)
+
+
+def arrays(model):
+    return {name: np.array(value) for name, value in parameters(model.adapter.module).items()}
+
+
+def velocity(model):
+    latent = mx.random.normal((2, *model.adapter.latent_shape), key=mx.random.key(0))
+    text = model.adapter.encode(["a large red circle at left on white background", ""])
+    return np.array(model.adapter.velocity(latent, text.tokens, text.pooled, 1.0))
+
+
+@pytest.mark.parametrize("name", [method.name for method in registry.members("transform")])
+def test_a_transform_is_kept_only_where_the_block_gains_and_leaves_the_model(spiky, calib, name):
+    before = arrays(spiky)
+    done = mq.quantize(spiky, calib, f"gptq+{name}-w4a4")
+    for key, value in arrays(spiky).items():
+        np.testing.assert_array_equal(value, before[key])
+    for stage in done.facts["stages"]:
+        for method, facts in stage.get("transforms", {}).items():
+            assert method == name
+            assert all(tensor["error_after"] < tensor["error_before"] for tensor in facts["tensors"].values())
+            if facts["tensors"]:
+                assert facts["kept"] == (facts["error"] < stage["errors"].get("calibrated", np.inf) or "calibrated" not in stage["errors"])
+                assert (stage["kept"] == f"calibrated+{name}") <= facts["kept"]
+
+
+@pytest.mark.parametrize("recipe", ["rtn", "smoothquant", "quarot", "gptq+smoothquant+rotation+whitened4"])
+def test_at_high_precision_nothing_but_rounding_is_left(spiky, calib, recipe):
+    """Transforms and branches are exact: whatever was kept, 8-bit weights alone hardly change the velocity."""
+    done = mq.quantize(spiky, calib, replace(parse_recipe(f"{recipe}-w8a16"), gate=False))
+    exact = velocity(spiky)
+    assert np.linalg.norm(velocity(done) - exact) < 0.03 * np.linalg.norm(exact)
+
+
+def test_rotated_and_divided_layers_survive_the_disk(spiky, calib, tmp_path):
+    done = mq.quantize(spiky, calib, "gptq+smoothquant+rotation+whitened4-w4a4")
+    layers = done.layers.values()
+    assert any(layer.rotation > 1 for layer in layers)
+    assert any(layer.branch is not None for layer in layers)
+    done.save(tmp_path / "q")
+    loaded = mq.load(tmp_path / "q")
+    np.testing.assert_array_equal(velocity(loaded), velocity(done))
+    assert loaded.size == done.size
+
+
+def test_a_killed_sweep_with_transforms_ends_with_the_same_bytes(spiky, calib, tmp_path):
+    recipe = "gptq+smoothquant+rotation+softmax8-w4a4"
+    whole = mq.quantize(spiky, calib, recipe)
+    mq.quantize(spiky, calib, recipe, work=tmp_path)
+    next(tmp_path.glob(f"{BLOCK.rpartition('.')[0]}*1.safetensors")).unlink()
+    again = mq.quantize(spiky, calib, recipe, work=tmp_path)
+    for name, value in arrays(again).items():
+        np.testing.assert_array_equal(value, arrays(whole)[name])
+
+
+def test_sequential_recipes_show_each_layer_what_rounded_ones_write(spiky, calib, monkeypatch):
+    groups, statistics = [], trials.Rounding._statistics
+
+    def watched(self, paths, online, done):
+        groups.append((list(paths), set(done)))
+        return statistics(self, paths, online, done)
+
+    monkeypatch.setattr(trials.Rounding, "_statistics", watched)
+    mq.quantize(spiky, calib, "gptq+sequential-w4a16")
+    block = [(paths, done) for paths, done in groups if any(path.startswith(BLOCK) for path in paths)]
+    names = [{path.rpartition(".")[2] for path in paths} for paths, _ in block]
+    assert names[-4:] == [{"q_proj", "k_proj", "v_proj"}, {"o_proj"}, {"fc1"}, {"fc2"}]
+    assert all(any("text" in path for path in paths) and any("image" in path for path in paths) for paths, _ in block)
+    for index, (_, done) in enumerate(block):
+        assert done == {path for paths, _ in block[:index] for path in paths}
+
+
+def test_damping_is_chosen_and_recorded(spiky, calib):
+    done = mq.quantize(spiky, calib, "gptq+damped-w4a16")
+    rows = [row for stage in done.facts["stages"] for row in stage["layers"].values()]
+    assert {row["damping"] for row in rows if "damping" in row} <= {0.003, 0.01, 0.03, 0.1, 0.3}
+    assert sum("damping" in row for row in rows) > 10
+
+
+@pytest.mark.parametrize("recipe", ["qronos-w4a8", "gptaq-w4a8", "gptq+corrected+damped-w4a8", "descent+refit-w3a16", "svdquant-w4a4"])
+def test_methods_run_end_to_end_and_beat_rounding(spiky, calib, recipe):
+    done = mq.quantize(spiky, calib, recipe)
+    compared = [stage for stage in done.facts["stages"] if "rtn" in stage["errors"]]
+    assert all(stage["error"] <= stage["errors"]["rtn"] for stage in compared)
+    assert any(stage["kept"].startswith("calibrated") for stage in compared)
+
+
+def test_a_second_round_calibrates_on_what_the_quantized_model_draws(spiky, calib, tmp_path):
+    once, twice = (mq.quantize(spiky, calib, f"{name}-w4a4", work=tmp_path / name) for name in ("gptq", "gptq+progressive"))
+    latents = [mq.calibration.Calibration.load(path).latents for path in (tmp_path / "gptq+progressive").rglob("calibration.safetensors")]
+    assert len(latents) == 1
+    assert latents[0].shape == calib.latents.shape
+    np.testing.assert_array_equal(np.array(latents[0][0]), np.array(calib.latents[0]))  # the same noise
+    drawn = once.images(list(calib.prompts), steps=3)
+    assert np.abs(drawn - spiky.images(list(calib.prompts), steps=3)).max() > 0
+    assert not np.array_equal(np.array(latents[0][-1]), np.array(calib.latents[-1]))
+    assert any(not np.array_equal(value, arrays(once)[name]) for name, value in arrays(twice).items() if name in arrays(once))
+
+
+def test_probabilities_are_quantized_and_survive_the_disk(spiky, calib, tmp_path):
+    done, plain = (mq.quantize(spiky, calib, f"gptq{extra}-w8a16") for extra in ("+softmax4", ""))
+    assert len(find_quantized_attentions(done.adapter.module)) == len(spiky.adapter.attentions()) > 0
+    assert not np.array_equal(velocity(done), velocity(plain))
+    done.save(tmp_path / "q")
+    np.testing.assert_array_equal(velocity(mq.load(tmp_path / "q")), velocity(done))
+    np.testing.assert_array_equal(velocity(mq.Model(done.clone())), velocity(done))
+
+
+def test_a_model_whose_attention_cannot_be_opened_says_so():
+    chain = mq.Model(Chain())
+    with pytest.raises(RecipeError, match="attention cannot be opened"):
+        mq.quantize(chain, mq.calibrate(chain, prompts=2, steps=2), "gptq+softmax8-w4a8")
+
+
+def test_bits_are_given_where_they_buy_most(spiky, calib):
+    done, uniform = (mq.quantize(spiky, calib, f"{method}-w4a16") for method in ("mixed", "gptq+sensitivity"))
+    assert done.size.bits_per_quantized_weight <= uniform.size.bits_per_quantized_weight
+    assert len({layer.format.bits for layer in done.layers.values()}) > 2
+    assert done.facts["allocation"]["layers"].keys() == done.layers.keys()
