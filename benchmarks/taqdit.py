@@ -77,8 +77,8 @@ ABLATIONS: dict[str, tuple[str, Callable[[Recipe], Recipe], int]] = {
     "taqdit-w4a8": ("taqdit-w4a8", lambda r: r, CALIBRATION),
     "taqdit-w4a8, 64 calibration prompts": ("taqdit-w4a8", lambda r: r, 64),
     "QDrop 0.5": ("taqdit-w4a8", lambda r: learning(r, drop=0.5), CALIBRATION),
-    "all inputs 8 bits": ("taqdit-w4a8", lambda r: inputs(r, budget=None), CALIBRATION),
-    "one step for all timesteps, 8 bits": ("taqdit-w4a8", lambda r: inputs(r, budget=None, per_timestep=False), CALIBRATION),
+    "all inputs 8 bits": ("taqdit-w4a8", lambda r: inputs(r, budget=None, shift=False), CALIBRATION),
+    "one step for all timesteps, 8 bits": ("taqdit-w4a8", lambda r: inputs(r, budget=None, shift=False, per_timestep=False), CALIBRATION),
 }
 
 

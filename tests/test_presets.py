@@ -76,6 +76,8 @@ def test_only_some_methods_look_at_both_streams():
         ("gptq+magic-w4a8", "unknown ingredient 'magic'; known: "),
         ("gptq+svd0-w4a8", "unknown ingredient 'svd0'"),
         ("gptq+-w4a8", "unknown ingredient ''"),
+        ("gptq+rotation+smoothquant-w4a8", "'smoothquant' comes after 'rotation', which must be the last"),
+        ("quarot+rotation-w4a8", "'rotation' comes after 'rotation'"),
         ("gptq", r"expected METHOD\[\+INGREDIENT"),
         ("gptq+tdq", r"expected METHOD\[\+INGREDIENT"),
     ],

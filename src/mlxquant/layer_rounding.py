@@ -19,7 +19,7 @@ from .layers import QuantizedLinear
 from .methods import registry
 from .methods.correction import corrected_target
 from .methods.damping import CANDIDATES, TARGETS, Choice, choose_damping
-from .methods.lowrank import LowRank
+from .methods.lowrank import LowRank, refitted
 from .methods.moments import Moments, output_error
 from .methods.tiers import TIERS
 from .recipe import ActivationSpec, LayerSpec
@@ -128,9 +128,10 @@ def _quantized(weight: Array, spec: LayerSpec, moments: Moments, damping: float 
         grid, codes = rounded(values)
         return grid.dequantize(codes)
 
-    branch = None
-    if spec.branch is not None:
-        rank = min(spec.rank, *weight.shape)
-        branch = registry.get("branch", spec.branch).function(target, moments, rank, dequantized)
-        target = target - branch.weight
-    return target, branch, *rounded(target)
+    if spec.branch is None:
+        return target, None, *rounded(target)
+    rank = min(spec.rank, *weight.shape)
+    branch = registry.get("branch", spec.branch).function(target, moments, rank, dequantized)
+    grid, codes = rounded(target - branch.weight)
+    branch = refitted(branch, target, grid.dequantize(codes), moments)  # to what the rounding has left
+    return target - branch.weight, branch, grid, codes

@@ -112,6 +112,10 @@ def _with(method: Method, ingredient: str) -> Method:
     if ingredient in INGREDIENTS:
         return replace(method, **INGREDIENTS[ingredient])
     if ingredient in {transform.name for transform in registry.members("transform")}:
+        if "rotation" in method.transforms:
+            raise RecipeError(
+                f"{ingredient!r} comes after 'rotation', which must be the last: mixed channels have no scales"
+            )
         return replace(method, transforms=(*method.transforms, ingredient))
     if ingredient in {found.name for found in registry.members("range")}:
         return replace(method, range=ingredient)

