@@ -30,6 +30,14 @@ def test_ingredients_add_up():
     assert (recipe.sensitivity, recipe.sequential, recipe.rounds, recipe.probabilities) == (True, True, 2, 8)
 
 
+def test_mixed_recipes_may_say_their_size():
+    assert parse_recipe("mixed-w4a8").mixed
+    assert parse_recipe("mixed-w4a8").bits_per_weight is None
+    recipe = parse_recipe("gptq+rotation+mixed4.5-w4a4")
+    assert (recipe.mixed, recipe.bits_per_weight) == (True, 4.5)
+    assert recipe.name == "gptq+rotation+mixed4.5-w4a4"
+
+
 @pytest.mark.parametrize("kind", ["transform", "range", "branch"])
 def test_whatever_is_registered_is_an_ingredient(kind):
     for method in registry.members(kind):

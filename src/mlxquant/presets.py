@@ -42,6 +42,7 @@ class Method:
     rounds: int = 1
     probabilities: int | None = None
     mixed: bool = False
+    bits_per_weight: float | None = None
 
     def layer(self, weight: WeightFormat, activation: ActivationSpec | None) -> LayerSpec:
         return LayerSpec(
@@ -70,7 +71,7 @@ METHODS = {
     "svdquant": Method(transforms=("smoothquant",), branch="svd", rank=RANK),
     "adaround": Method(rounding="rtn", reconstruct="adaround"),
     "tcaqdm": Method(rounding="rtn", reconstruct="adaround", transforms=("tcaq",), range="dynamic", rounds=2, probabilities=8),
-    "mixed": Method(sensitivity=True, mixed=True),
+    "mixed": Method(mixed=True),
     "taqdit": Method(reconstruct="adaround", transforms=("smoothquant",), shift=True, budget=BUDGET, sensitivity=True),
 }
 INGREDIENTS: dict[str, dict[str, Any]] = {
@@ -83,6 +84,7 @@ INGREDIENTS: dict[str, dict[str, Any]] = {
     "learned": {"reconstruct": "adaround"},
     "tiers": {"budget": BUDGET, "sensitivity": True},
     "progressive": {"rounds": 2},
+    "mixed": {"mixed": True},
     **{f"softmax{bits}": {"probabilities": bits} for bits in BITS[:-1]},
 }
 _SPEC = re.compile(r"(w[2-8])a(4|6|8|16)((?:-tensor|-g\d+)?(?:-sym|-asym)?)(-static)?")
@@ -113,12 +115,12 @@ def _with(method: Method, ingredient: str) -> Method:
         return replace(method, **INGREDIENTS[ingredient])
     if ingredient in {transform.name for transform in registry.members("transform")}:
         if "rotation" in method.transforms:
-            raise RecipeError(
-                f"{ingredient!r} comes after 'rotation', which must be the last: mixed channels have no scales"
-            )
+            raise RecipeError(f"{ingredient!r} comes after 'rotation', which must be the last: mixed channels have no scales")
         return replace(method, transforms=(*method.transforms, ingredient))
     if ingredient in {found.name for found in registry.members("range")}:
         return replace(method, range=ingredient)
+    if limit := re.fullmatch(r"mixed(\d+(?:\.\d+)?)", ingredient):
+        return replace(method, mixed=True, bits_per_weight=float(limit[1]))
     if name in branches and rank != "0":
         return replace(method, branch=name, rank=int(rank or RANK))
     raise RecipeError(f"unknown ingredient {ingredient!r}; known: {', '.join(sorted(ingredients()))}, and a rank after {sorted(branches)}")
@@ -170,4 +172,5 @@ def parse_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
         rounds=method.rounds,
         probabilities=method.probabilities,
         mixed=method.mixed,
+        bits_per_weight=method.bits_per_weight,
     )

@@ -13,6 +13,7 @@ from .errors import RecipeError
 from .pipeline.apply import TrackFiles
 from .presets import parse_recipe
 from .prompts import read_prompts
+from .recipe import Recipe
 
 
 @click.command("quantize", cls=Command)
@@ -70,7 +71,7 @@ def command(
     resume: bool,
 ) -> None:
     """Quantize a model with calibration and write it as a folder."""
-    recipe = replace(parse_recipe(recipe_name, override), bits_per_weight=bits_per_weight, bits_per_activation=bits_per_activation)
+    recipe = limited(parse_recipe(recipe_name, override), bits_per_weight, bits_per_activation)
     if iters is not None:
         recipe = replace(recipe, learning=replace(recipe.learning, iterations=iters))
     if quant_config is not None and adaround_output is None:
@@ -107,6 +108,15 @@ def command(
             "kept": kept,
         }
     )
+
+
+def limited(recipe: Recipe, bits_per_weight: float | None, bits_per_activation: float | None) -> Recipe:
+    """A recipe with limits on its average bits, which its name then says."""
+    if bits_per_weight is not None:
+        recipe = replace(recipe, name=f"{recipe.name},bits-per-weight={bits_per_weight:g}", bits_per_weight=bits_per_weight)
+    if bits_per_activation is not None:
+        recipe = replace(recipe, name=f"{recipe.name},bits-per-activation={bits_per_activation:g}", bits_per_activation=bits_per_activation)
+    return recipe
 
 
 if __name__ == "__main__":

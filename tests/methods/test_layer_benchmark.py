@@ -67,7 +67,7 @@ def test_bad_input_is_one_line_on_stderr(folder, arguments, message):
 
 
 def test_the_drawn_layer_with_two_inputs_and_dampings_chosen(folder):
-    drawn = "--data drawn --width 48 --tokens 240 --two-inputs".split()
+    drawn = ["--data", "drawn", "--width", "48", "--tokens", "240", "--two-inputs"]
     reports = []
     for arguments in ("--method gptq", "--method qronos", "--method gptq-descent --corrected --held-out --refine --out Q.npy"):
         done = run(folder, *drawn, *arguments.split())

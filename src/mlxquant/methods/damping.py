@@ -17,7 +17,7 @@ from .moments import Moments, excess, shortfall
 
 Array = npt.NDArray[Any]
 CANDIDATES = (0.003, 0.01, 0.03, 0.1, 0.3)  # of a rounding, relative to mean(diag H), as all methods take it
-TARGETS = (1e-4, 1e-3, 1e-2, 1e-1)  # of a corrected target, whose many tokens for each of few directions need less
+TARGETS = (1e-4, 1e-3, 1e-2, 1e-1)  # of a corrected target, in which there is no rounding noise to fit
 ROWS = 128
 Quantize = Callable[[Array, Moments, float], Array]
 
