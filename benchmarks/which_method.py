@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import platform
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +48,11 @@ WEIGHTS = [
     "svdquant",
     "gptq+svd8",
     "gptq+whitened8",
+    "mixed",
 ]
 RANGES = ["average", "error", "grouped", "envelope", "tdq", "logsnr", "dynamic"]
 LEARNED = ["adaround", "tcaqdm", "taqdit"]
 BEST = ["gptq+smoothquant+rotation+sensitivity", "taqdit+rotation"]
-MIXED = ["mixed"]  # below 8 bits: to 4.5, 3.5 and 2.5 stored bits a quantized weight
 
 
 def rows() -> list[str]:
@@ -60,7 +61,7 @@ def rows() -> list[str]:
     quick += [f"gptq+{method}-{form}" for method in RANGES for form in FORMATS if not form.endswith("a16")]
     quick += [f"gptq+softmax{form[3:]}-{form}" for form in FORMATS if not form.endswith("a16")]
     quick += [f"gptq+progressive-{form}" for form in FORMATS if not form.endswith("a16")]
-    return quick + [f"{method}-{form}" for method in (*BEST, *LEARNED) for form in FORMATS]
+    return quick + [f"{method}-{form}" for method in BEST for form in FORMATS] + [f"{m}-{form}@300" for m in LEARNED for form in FORMATS]
 
 
 class Bench:
@@ -83,7 +84,12 @@ class Bench:
     def accuracy(self, images: np.ndarray) -> float:
         return self.model.adapter.attributes(images, [p.text for p in self.prompts])["mean"]
 
-    def measure(self, recipe: str) -> dict[str, Any]:
+    def measure(self, name: str) -> dict[str, Any]:
+        """A recipe, perhaps with ``@N``: N iterations where it learns."""
+        recipe_name, _, iterations = name.partition("@")
+        recipe = mq.parse_recipe(recipe_name)
+        if iterations:
+            recipe = replace(recipe, learning=replace(recipe.learning, iterations=int(iterations)))
         if self._calibration is None:
             self._calibration = mq.calibrate(self.model, 16, progress=progress)
         start = time.process_time()
@@ -121,11 +127,15 @@ def summary(bench: Bench, name: str, row: dict[str, Any]) -> dict[str, Any]:
     each = np.array(row["psnr_each"])
     figures = {key: row[key] for key in ("accuracy", "bits_per_weight", "activation_bits", "seconds_quantize", "transforms_kept")}
     figures |= {"psnr_db": float(each.mean()), "psnr_95": interval(each)}
-    base = bench.path(f"gptq-{name.rpartition('-')[2]}")
+    base = bench.path(f"gptq-{format_of(name)}")
     if base.exists():
         gain = each - np.array(json.loads(base.read_text())["psnr_each"])
         figures |= {"gain_db": float(gain.mean()), "gain_95": interval(gain)}
     return figures
+
+
+def format_of(name: str) -> str:
+    return name.partition("@")[0].rpartition("-")[2]
 
 
 def line(name: str, figures: dict[str, Any]) -> str:
@@ -156,7 +166,7 @@ def main(num_prompts: int, names: tuple[str, ...], table: bool, work: Path) -> N
         "|---|---|---|---|---|---|---|---|"
     )
     for form in FORMATS:
-        for name in sorted((n for n in wanted if n.endswith(f"-{form}")), key=lambda n: -figures[n]["psnr_db"]):
+        for name in sorted((n for n in wanted if format_of(n) == form), key=lambda n: -figures[n]["psnr_db"]):
             say(line(name, figures[name]))
     exact = {"accuracy": bench.accuracy(bench.reference)}
     result({"num_prompts": num_prompts, "full_precision": exact, "platform": platform.platform(), "rows": figures})

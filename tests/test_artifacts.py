@@ -36,21 +36,32 @@ def test_equal_input_gives_equal_bytes(tensors, tmp_path):
     assert again.read_bytes() == tensors.read_bytes()
 
 
-def test_every_flipped_byte_is_noticed(tensors):
+def read(path):
+    return artifacts.read_tensors(path, "thing")
+
+
+def test_a_file_is_verified_without_its_arrays(tensors, monkeypatch):
+    monkeypatch.setattr(artifacts, "PIECE", 5)
+    assert artifacts.verify_tensors(tensors) == read(tensors)[1]
+
+
+@pytest.mark.parametrize("reader", [read, artifacts.verify_tensors])
+def test_every_flipped_byte_is_noticed(tensors, reader):
     good = tensors.read_bytes()
     for position in range(0, len(good), 7):
         bad = bytearray(good)
         bad[position] ^= 0x10
         tensors.write_bytes(bad)
         with pytest.raises(ArtifactError, match=r"x\.safetensors"):
-            artifacts.read_tensors(tensors, "thing")
+            reader(tensors)
 
 
+@pytest.mark.parametrize("reader", [read, artifacts.verify_tensors])
 @pytest.mark.parametrize("length", [0, 4, 8, 20, 300, -1])
-def test_truncation_is_noticed(tensors, length):
+def test_truncation_is_noticed(tensors, length, reader):
     tensors.write_bytes(tensors.read_bytes()[:length])
     with pytest.raises(ArtifactError):
-        artifacts.read_tensors(tensors, "thing")
+        reader(tensors)
 
 
 def test_foreign_files_are_refused(tensors, tmp_path):
@@ -58,10 +69,18 @@ def test_foreign_files_are_refused(tensors, tmp_path):
         artifacts.read_tensors(tensors, "other")
     foreign = tmp_path / "foreign.safetensors"
     mx.save_safetensors(str(foreign), ARRAYS)
-    with pytest.raises(ArtifactError, match="not a tensor file of mlxquant"):
-        artifacts.read_tensors(foreign, "thing")
-    with pytest.raises(ArtifactError, match="No such file"):
-        artifacts.read_tensors(tmp_path / "none", "thing")
+    for reader in (read, artifacts.verify_tensors):
+        with pytest.raises(ArtifactError, match="not a tensor file of mlxquant"):
+            reader(foreign)
+        with pytest.raises(ArtifactError, match="No such file"):
+            reader(tmp_path / "none")
+
+
+@pytest.mark.parametrize("reader", [read, artifacts.verify_tensors])
+def test_other_versions_are_refused(tensors, monkeypatch, reader):
+    monkeypatch.setattr(artifacts, "VERSION", 2)
+    with pytest.raises(ArtifactError, match="written in version 1, this mlxquant reads version 2"):
+        reader(tensors)
 
 
 def test_json_comes_back_and_is_checked(tmp_path):

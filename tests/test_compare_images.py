@@ -2,6 +2,7 @@
 
 import math
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +11,8 @@ from PIL import Image
 from mlxquant import artifacts
 from mlxquant.evaluation import report_folder
 from mlxquant.evaluation.image_folders import read_picture
+from mlxquant.metrics import inception, sets
+from mlxquant.metrics.catalog import METRICS
 from mlxquant.metrics.psnr import psnr
 from mlxquant.metrics.ssim import ssim
 
@@ -111,8 +114,27 @@ def test_arguments_are_checked_first(folders, tmp_path):
     assert "--prompts" in fail("compare-images", *folders, "--metric", "clip-score", "--out", tmp_path / "r")
     (tmp_path / "p.txt").write_text("1\ta cat\n")
     assert "1 prompts for 2 pictures" in fail("compare-images", *folders, "--prompts", tmp_path / "p.txt", "--out", tmp_path / "r")
+    wrong = fail("compare-images", tmp_path / "none", folders[1], "--metric", "fid", "--weights", "fad=x", "--out", tmp_path / "r")
+    assert "no metric 'fad'" in wrong
     succeed("compare-images", *folders, "--out", tmp_path / "r")
     assert "--force" in fail("compare-images", *folders, "--out", tmp_path / "r")
+
+
+def test_local_weights_are_used_and_named(folders, tmp_path, monkeypatch):
+    """Of a network that is not the published one nothing is called FID."""
+    networks = []
+
+    def load(place):
+        networks.append(place)
+        return sets.frechet(lambda images: images.mean((1, 2)), f"net of {place.name}", inception=False)
+
+    monkeypatch.setitem(METRICS, "fid", replace(METRICS["fid"], _load=load))
+    file = tmp_path / inception.WEIGHTS.files[0]
+    file.touch()
+    succeed("compare-images", *folders, "--metric", "fid", "--weights", f"fid={file}", "--out", tmp_path / "r")
+    assert networks == [file]
+    row = next(row for row in report_of(tmp_path / "r")["metrics"] if row["key"] == "frechet_distance")
+    assert row["network"] == f"net of {file.name}"
 
 
 def test_transparency_shows_white_and_grey_is_three_channels(tmp_path):

@@ -283,6 +283,7 @@ def test_what_another_job_left_is_not_used_and_damage_is_one_clear_error(whole, 
         (["--model", "mmdit-shapes", "--recipe", "rtn-w4a8", "--prompts", "none.txt"], "No such file"),
         (["--model", "mmdit-shapes", "--recipe", "rtn-w4a8", "--num-prompts", "0"], "0 is not in the range"),
         (["--model", "mmdit-shapes", "--recipe", "rtn-w4a8", "--metric", "vmaf"], "vmaf"),
+        (["--model", "sd9", "--recipe", "rtn-w4a8", "--metric", "fid", "--weights", "fid=none.pth"], "none.pth: no such file or folder"),
     ],
 )
 def test_bad_arguments_are_one_clear_error(tmp_path, arguments, message):

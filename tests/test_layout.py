@@ -8,7 +8,7 @@ import mlxquant
 ROOT = Path(mlxquant.__file__).parent
 ORDER = [
     ["_blas", "array_memory", "errors", "progress", "tensor_layout"],
-    ["artifacts", "formats", "schedule"],
+    ["artifacts", "formats", "hub", "schedule"],
     ["activations", "metrics", "prompts", "rewrite", "sampler", "methods.registry", "methods.moments", "methods.adaround"],
     ["integer_matmul", "methods.hadamard", "methods.lowrank"],
     ["layers", "statistics", "report"],

@@ -5,7 +5,7 @@ import mlx.nn as nn
 import pytest
 
 from mlxquant.errors import AdapterError
-from mlxquant.rewrite import find_linears, get_module, set_module, swapped, tapped
+from mlxquant.rewrite import find_linears, get_module, set_module, starred, swapped, tapped
 
 
 class Net(nn.Module):
@@ -25,6 +25,11 @@ def test_linears_are_found_in_numeric_order():
     assert len(paths) == 23
     assert paths[:3] == ["blocks.0.layers.0", "blocks.0.layers.2", "blocks.1.layers.0"]
     assert paths.index("blocks.2.layers.0") < paths.index("blocks.10.layers.0")
+
+
+def test_layers_of_all_blocks_share_a_starred_name():
+    assert starred("blocks.10.image.mlp.fc1") == starred("blocks.2.image.mlp.fc1") == "blocks.*.image.mlp.fc1"
+    assert starred("head") == "head"
 
 
 def test_tap_sees_the_input_and_changes_nothing():

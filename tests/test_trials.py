@@ -111,6 +111,10 @@ def test_damping_is_chosen_and_recorded(spiky, calib):
     rows = [row for stage in done.facts["stages"] for row in stage["layers"].values()]
     assert {row["damping"] for row in rows if "damping" in row} <= {0.003, 0.01, 0.03, 0.1, 0.3}
     assert sum("damping" in row for row in rows) > 10
+    aimed = mq.quantize(spiky, calib, "gptq+corrected+damped-w4a16")
+    rows = [row for stage in aimed.facts["stages"] for row in stage["layers"].values()]
+    assert {row["target_damping"] for row in rows if "target_damping" in row} <= {1e-4, 1e-3, 1e-2, 1e-1}
+    assert all(("target_damping" in row) == ("damping" in row) for row in rows)
 
 
 @pytest.mark.parametrize("recipe", ["qronos-w4a8", "gptaq-w4a8", "gptq+corrected+damped-w4a8", "descent+refit-w3a16", "svdquant-w4a4"])

@@ -21,6 +21,7 @@ from .pipeline.activation_stats import ActivationStats
 from .pipeline.quant_config import QuantConfig
 from .report.comparison import save_png
 from .report.tiers import draw_tiers
+from .rewrite import starred
 
 ANALYSIS, PICTURE = "layer_temporal_analysis.json", "quant_ranges.png"
 
@@ -145,7 +146,7 @@ def say_table(config: QuantConfig) -> None:
     """
     kinds: dict[str, list[str]] = {}
     for path in config.plain:
-        kinds.setdefault(temporal.starred(path), []).append(path)
+        kinds.setdefault(starred(path), []).append(path)
     width = max(map(len, kinds))
     say(f"{'layers':{width}} " + "".join(f"{f'A{tier}':>7}" for tier in TIERS) + f"{'mean':>7}{'velocity':>11}{'output':>9}")
     for kind, paths in kinds.items():

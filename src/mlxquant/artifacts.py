@@ -13,9 +13,10 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from .tensor_layout import DTYPES
 VERSION = 1
 KEY = "mlxquant"  # the one metadata key: safetensors keeps several in no fixed order, and equal runs must give equal bytes
 NO_SHA256 = "0" * 64  # in the place of a file's own checksum while that is computed
+PIECE = 2**24  # bytes of a file that are only checked, at a time
 
 
 def explain(error: OSError, path: Path) -> ArtifactError:
@@ -238,27 +240,49 @@ def read_tensors(path: Path, kind: str, sha256: str | None = None) -> tuple[dict
 
     Raises ArtifactError on a missing, damaged, foreign or newer file, and on another than the one that is vouched for.
     """
-    path = Path(path)
+    with _checked(Path(path), kind, sha256) as (file, entries, header, seen):
+        return tensor_layout.read_arrays(file, entries, os.fstat(file.fileno()).st_size - file.tell(), seen), header
+
+
+def verify_tensors(path: Path) -> dict[str, Any]:
+    """The header of what ``write_tensors`` wrote, of any kind, after all bytes were read, in pieces, and found to be those that were
+    written. Raises ArtifactError as ``read_tensors`` does.
+    """
+    with _checked(Path(path)) as (file, _, header, seen):
+        while piece := file.read(PIECE):
+            seen(piece)
+        return header
+
+
+@contextmanager
+def _checked(
+    path: Path, kind: str | None = None, sha256: str | None = None
+) -> Iterator[tuple[BufferedReader, dict[str, Any], dict[str, Any], Callable[[bytes | memoryview], None]]]:
+    """An open tensor file at its first tensor, its entries, our header in it, and the function that has to be shown all bytes of its
+    tensors in order: afterwards these, with what stands before them, are checked.
+    """
     try:
         with path.open("rb") as file:
-            size = path.stat().st_size
-            head = tensor_layout.read_header(file, size)
+            head = tensor_layout.read_header(file, path.stat().st_size)
             entries = tensor_layout.entries(head)
             header = json.loads(entries["__metadata__"][KEY])
-            own = str(header.pop("sha256"))
-            _check_header(path, header, kind)
-            hasher = hashlib.sha256(head.replace(own.encode(), NO_SHA256.encode()) if sha256 is None else head)
-            arrays = tensor_layout.read_arrays(file, entries, size - len(head), hasher.update)
+            claimed = str(header.pop("sha256"))
+            _check_header(path, header, kind or header["kind"])
+            if sha256 is None:
+                head = head.replace(claimed.encode(), NO_SHA256.encode())
+            else:
+                claimed = sha256
+            hasher = hashlib.sha256(head)
+            yield file, entries, header, hasher.update
     except OSError as error:
         raise explain(error, path) from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ArtifactError(f"{path}: not a tensor file of mlxquant, or a damaged one ({error!r}); write or download it anew") from error
-    if hasher.hexdigest() != (claimed := own if sha256 is None else sha256):
+    if hasher.hexdigest() != claimed:
         raise ArtifactError(
             f"{path}: checksum does not match the contents (expected {claimed[:12]}…, found {hasher.hexdigest()[:12]}…); "
             "write or download it anew"
         )
-    return arrays, header
 
 
 def load_parameters(module: nn.Module, arrays: Mapping[str, mx.array], source: str) -> None:

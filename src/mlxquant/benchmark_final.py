@@ -11,7 +11,7 @@ import click
 
 from .console import MODEL_HELP, Command, size_option, verbose_option
 from .evaluate import command as evaluate
-from .metrics import catalog
+from .evaluation.metric_options import metric_option, weights_option
 
 RECIPES = ("rtn+logsnr-w8a8", "gptq+sequential-w4a8", "qronos+damped-w4a8", "qronos+damped-w4a4")
 
@@ -24,7 +24,8 @@ RECIPES = ("rtn+logsnr-w8a8", "gptq+sequential-w4a8", "qronos+damped-w4a8", "qro
 @click.option("--num-prompts", type=click.IntRange(1), help="Use the first N prompts.")
 @click.option("--steps", type=click.IntRange(1), help="Sampler steps.  [default: the model's]")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Shifts the noise seeds of the model's own prompts.")
-@click.option("--metric", "metrics", multiple=True, type=click.Choice(list(catalog.METRICS)), help="A further metric; again for more.")
+@metric_option
+@weights_option
 @click.option("--out", type=click.Path(path_type=Path), default="benchmark-final", show_default=True, help="Folder for the report.")
 @click.option("--force", is_flag=True, help="Replace an existing folder.")
 @verbose_option
@@ -38,7 +39,8 @@ def command(
     num_prompts: int | None,
     steps: int | None,
     seed: int,
-    metrics: tuple[str, ...],
+    asked: tuple[str, ...],
+    weights: tuple[str, ...],
     out: Path,
     force: bool,
 ) -> None:
@@ -52,7 +54,8 @@ def command(
         num_prompts=num_prompts,
         steps=steps,
         seed=seed,
-        asked=metrics,
+        asked=asked,
+        weights=weights,
         out=out,
         force=force,
     )

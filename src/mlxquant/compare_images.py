@@ -14,9 +14,9 @@ from .errors import ArtifactError
 from .evaluation.contender import distinct
 from .evaluation.figures import Judge, Pictures, differences
 from .evaluation.image_folders import paired, read_picture
+from .evaluation.metric_options import chosen_metrics, metric_option, weights_option
 from .evaluation.paired import blank, few
 from .evaluation.report_folder import machine, say_report, summarise, write_report
-from .metrics import catalog
 from .prompts import read_prompts
 
 
@@ -29,24 +29,27 @@ from .prompts import read_prompts
     type=click.Path(path_type=Path),
     help="What the pictures show, one seed<TAB>prompt a line in the order of their names; for metrics that look at the text.",
 )
-@click.option(
-    "--metric",
-    "asked",
-    multiple=True,
-    type=click.Choice(list(catalog.METRICS)),
-    help="A further metric, whose network is downloaded where it is not there yet; again for more.",
-)
+@metric_option
+@weights_option
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the report.")
 @click.option("--force", is_flag=True, help="Replace an existing folder.")
 @verbose_option
-def command(reference: Path, others: tuple[Path, ...], prompt_file: Path | None, asked: tuple[str, ...], out: Path, force: bool) -> None:
+def command(
+    reference: Path,
+    others: tuple[Path, ...],
+    prompt_file: Path | None,
+    asked: tuple[str, ...],
+    weights: tuple[str, ...],
+    out: Path,
+    force: bool,
+) -> None:
     """Compare pictures in folders with those of the folder REFERENCE.
 
     Pictures are paired by name, cat.png with cat.jpg too; a pair is of one size. Writes report.html, report.json, report.csv and
     every picture.
     """
     start = time.perf_counter()
-    metrics = [catalog.metric(name) for name in dict.fromkeys((*catalog.DEFAULT, *asked))]
+    metrics, places = chosen_metrics(asked, weights)
     folders = [reference, *others]
     names, files = paired(folders)
     prompts = None if prompt_file is None else read_prompts(prompt_file)
@@ -57,7 +60,7 @@ def command(reference: Path, others: tuple[Path, ...], prompt_file: Path | None,
         raise ArtifactError(f"--metric {texting[0]} looks at the text of each picture; pass it with --prompts")
     artifacts.refuse_existing(out, force)
     artifacts.ensure_writable(out.absolute().parent)
-    judge = Judge(metrics, None if prompts is None else [prompt.text for prompt in prompts])
+    judge = Judge(metrics, None if prompts is None else [prompt.text for prompt in prompts], places=places)
     labels = distinct(folder.absolute().name for folder in folders)
     pictures = [Pictures(*own, partial(map, read_picture, paths)) for own, paths in zip(labels, files, strict=True)]
     facts = [

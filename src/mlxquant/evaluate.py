@@ -15,10 +15,10 @@ from .errors import AdapterError
 from .evaluation.contender import Contender, distinct
 from .evaluation.drawings import Drawings
 from .evaluation.figures import Judge
+from .evaluation.metric_options import chosen_metrics, metric_option, weights_option
 from .evaluation.paired import FLOOR, Evaluation
 from .evaluation.quantizing import quantized_contender
 from .evaluation.report_folder import put, say_report, summarise, write_report
-from .metrics import catalog
 from .presets import parse_recipe
 from .prompts import Prompt, read_prompts
 from .recipe import Recipe
@@ -46,13 +46,8 @@ PROMPTS, CALIBRATION_PROMPTS = 64, 16
 @click.option("--steps", type=click.IntRange(1), help="Sampler steps, of the calibration too.  [default: the model's]")
 @click.option("--cfg-weight", type=click.FloatRange(0), help="Guidance, of the calibration too.  [default: the model's]")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Shifts the noise seeds of the model's own prompts.")
-@click.option(
-    "--metric",
-    "asked",
-    multiple=True,
-    type=click.Choice(list(catalog.METRICS)),
-    help="A further metric, whose network is downloaded where it is not there yet; again for more.",
-)
+@metric_option
+@weights_option
 @click.option("--calibration-prompts", type=click.Path(path_type=Path), help="A prompt file for the recipes.  [default: the model's own]")
 @click.option("--num-calibration-prompts", type=click.IntRange(1), help="Its first N.  [default: all of the file, 16 of the model's own]")
 @click.option("--samples", type=click.IntRange(1), help="As of 'mlxquant quantize'.")
@@ -72,6 +67,7 @@ def command(
     cfg_weight: float | None,
     seed: int,
     asked: tuple[str, ...],
+    weights: tuple[str, ...],
     calibration_prompts: Path | None,
     num_calibration_prompts: int | None,
     samples: int | None,
@@ -88,7 +84,7 @@ def command(
     start = time.perf_counter()
     if len(names) + len(recipe_names) < 2:
         raise AdapterError(f"--model {names[0]} alone has nothing to be compared with; add --recipe, or --model again")
-    judged = [catalog.metric(name) for name in dict.fromkeys((*catalog.DEFAULT, *asked))]
+    metrics, places = chosen_metrics(asked, weights)
     recipes = [with_iterations(parse_recipe(name), iters) for name in dict.fromkeys(recipe_names)]
     models = load(names, size)
     adapter = models[0].adapter
@@ -99,7 +95,7 @@ def command(
     examples = []
     if recipes:
         examples = chosen(adapter, calibration_prompts, num_calibration_prompts, CALIBRATION_PROMPTS, "calibration", seed)
-    judge = Judge(judged, [prompt.text for prompt in prompts], adapter.attributes)
+    judge = Judge(metrics, [prompt.text for prompt in prompts], adapter.attributes, places)
     loaded = [label(name, model) for name, model in zip(names, models, strict=True)]
     _, *labels = distinct([FLOOR, *loaded, *(recipe.name for recipe in recipes)])
     with jobs.work_folder(out, force, resume) as work:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from inspect import signature
 from typing import Any
 
@@ -29,6 +29,19 @@ Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
+class Dampings:
+    """Chosen dampings of the corrected ``target`` and of the ``rounding``, None where it is the method's own."""
+
+    target: float | None = None
+    rounding: float | None = None
+
+    @property
+    def facts(self) -> dict[str, float]:
+        named = {"target_damping": self.target, "damping": self.rounding}
+        return {name: value for name, value in named.items() if value is not None}
+
+
+@dataclass(frozen=True)
 class Rounded:
     """A quantized layer beside the weight [out,in] that it stands for, that which its codes aimed at, and its inputs' moments.
 
@@ -39,7 +52,7 @@ class Rounded:
     weight: Array
     target: Array
     moments: Moments
-    damping: float | None = None  # where it was chosen
+    dampings: Dampings
 
     @property
     def error(self) -> float:
@@ -84,40 +97,44 @@ def quantize_layer(linear: nn.Linear, spec: LayerSpec, moments: Moments, path: s
     """
     weight = transform.weight(np.array(linear.weight.astype(mx.float32)).astype(np.float64))
     try:
-        choice = _choose_damping(weight, spec, moments)
-        damping = None if choice is None else choice.damping
-        target, branch, grid, codes = _quantized(weight, spec, moments, damping)
+        dampings = _choose_dampings(weight, spec, moments)
+        target, branch, grid, codes = _quantized(weight, spec, moments, dampings)
     except MlxQuantError as error:
         raise type(error)(f"layer {path}: {error}") from error
     bias = linear.bias if "bias" in linear else None
     divisor = None if transform.divisor is None else mx.array(transform.divisor, mx.float32)
-    return Rounded(QuantizedLinear(codes, grid, bias, divisor, transform.block, branch), weight, target, moments, damping)
+    return Rounded(QuantizedLinear(codes, grid, bias, divisor, transform.block, branch), weight, target, moments, dampings)
 
 
-def _choose_damping(weight: Array, spec: LayerSpec, moments: Moments) -> Choice | None:
-    """By held-out tokens, for whatever the specification damps first: the corrected target or the rounding."""
-    if not spec.held_out or not (spec.corrected or _is_damped(spec.rounding)):
-        return None
+def _choose_dampings(weight: Array, spec: LayerSpec, moments: Moments) -> Dampings:
+    """Where a specification wants it, by held-out tokens: first that of the corrected target, then, with it, that of the rounding."""
+    chosen = Dampings()
+    if spec.held_out and spec.corrected:
+        chosen = Dampings(target=_damping(choose_damping(weight, corrected_target, moments, TARGETS)))
+    if spec.held_out and _is_damped(spec.rounding):
 
-    def quantize(rows: Array, seen: Moments, damping: float) -> Array:
-        _, branch, grid, codes = _quantized(rows, spec, seen, damping)
-        return grid.dequantize(codes) if branch is None else grid.dequantize(codes) + branch.weight
+        def quantize(rows: Array, seen: Moments, damping: float) -> Array:
+            _, branch, grid, codes = _quantized(rows, spec, seen, replace(chosen, rounding=damping))
+            return grid.dequantize(codes) if branch is None else grid.dequantize(codes) + branch.weight
 
-    return choose_damping(weight, quantize, moments, TARGETS if spec.cross else CANDIDATES)
+        candidates = TARGETS if registry.get("round", spec.rounding).cross else CANDIDATES
+        chosen = replace(chosen, rounding=_damping(choose_damping(weight, quantize, moments, candidates)))
+    return chosen
+
+
+def _damping(choice: Choice | None) -> float | None:
+    return None if choice is None else choice.damping
 
 
 def _is_damped(rounding: str) -> bool:
     return "damping" in signature(registry.get("round", rounding).function).parameters
 
 
-def _quantized(weight: Array, spec: LayerSpec, moments: Moments, damping: float | None) -> tuple[Array, LowRank | None, Grid, Array]:
-    """What the integers of a weight [rows,in] aim at, the branch beside them, their grid and their codes uint8 [rows,in].
-
-    ``damping`` None leaves it to each method.
-    """
-    given = {} if damping is None else {"damping": damping}
-    target = corrected_target(weight, moments, **given) if spec.corrected else weight
-    options = given if not spec.corrected and _is_damped(spec.rounding) else {}
+def _quantized(weight: Array, spec: LayerSpec, moments: Moments, dampings: Dampings) -> tuple[Array, LowRank | None, Grid, Array]:
+    """What the integers of a weight [rows,in] aim at, the branch beside them, their grid and their codes uint8 [rows,in]."""
+    aim = {} if dampings.target is None else {"damping": dampings.target}
+    target = corrected_target(weight, moments, **aim) if spec.corrected else weight
+    options = {} if dampings.rounding is None else {"damping": dampings.rounding}
 
     def rounded(values: Array) -> tuple[Grid, Array]:
         grid = registry.get("steps", spec.steps).function(values, spec.weight, moments)

@@ -65,6 +65,13 @@ class LayerSpec:
     held_out: bool = False
     refine: bool = False
 
+    def __post_init__(self) -> None:
+        if (self.corrected or self.refine) and registry.get("round", self.rounding).cross:
+            wrong = "corrected" if self.corrected else "refit"
+            raise RecipeError(
+                f"{self.rounding} makes up for the layers before by itself; for {wrong!r} use gptq+corrected or descent+corrected"
+            )
+
     @property
     def plain(self) -> LayerSpec:
         """The same format by round-to-nearest: what every method has to beat."""

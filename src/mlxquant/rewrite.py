@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -27,6 +28,11 @@ def find_linears(module: nn.Module) -> dict[str, nn.Linear]:
 
 def _natural(path: str) -> list[tuple[int, int | str]]:
     return [(0, int(part)) if part.isdigit() else (1, part) for part in path.split(".")]
+
+
+def starred(path: str) -> str:
+    """A path with its numbers starred: one name for the same layer of all blocks."""
+    return re.sub(r"\b\d+\b", "*", path)
 
 
 def _step(parent: Any, part: str) -> Any:

@@ -71,9 +71,8 @@ class Trial:
 
     def add(self, path: str, spec: LayerSpec, rounded: Rounded) -> None:
         self.layers[path] = rounded.layer
-        self.report[path] = {"weight": str(spec.weight), "activation": mean_bits(rounded.layer), "error": rounded.error}
-        if rounded.damping is not None:
-            self.report[path]["damping"] = rounded.damping
+        facts = {"weight": str(spec.weight), "activation": mean_bits(rounded.layer), "error": rounded.error}
+        self.report[path] = {**facts, **rounded.dampings.facts}
         if spec.reconstruct is not None:
             self.goals[path] = rounded
 

@@ -1,5 +1,7 @@
 """Values, intervals and differences, against plain NumPy."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -87,7 +89,31 @@ def test_distances_of_sets_carry_their_size_and_a_warning():
     assert encoded == [2, 1, 2, 1, 2, 1]  # the reference once
     (row,) = judge.table(accuracy=False)
     assert (row["key"], row["title"], row["per_image"]) == ("frechet_distance", "Frechet distance", False)
+    assert row["network"] == "means"
     assert judge.score(pictures("a", EXACT), None, silent)["frechet_distance"] is None
+
+
+def test_a_network_looks_once_for_all_metrics_with_its_weights():
+    """FID and KID share Inception's features, unless one of them was given weights of its own."""
+    looked = []
+
+    def load(place):
+        def encode(images):
+            looked.append((place, len(images)))
+            return images.mean((1, 2)) * (1 if place is None else 2)
+
+        return SetMetric("kid", encode, lambda x, y: float(np.abs(x.mean(0) - y.mean(0)).sum()), "means")
+
+    rows = [Metric(name, name, name, "sets", False, "", load) for name in ("a", "b", "c")]
+    judge = Judge(rows[:2])
+    judge.score(pictures("b", OTHER), pictures("a", EXACT), silent)
+    judge.score(pictures("c", OTHER), pictures("a", EXACT), silent)
+    assert looked == [(None, 2), (None, 1)] * 3
+    looked.clear()
+    own = Path("own.pth")
+    judge = Judge([rows[0], rows[2]], places={"c": own})
+    judge.score(pictures("b", OTHER), pictures("a", EXACT), silent)
+    assert looked == [*[(None, 2), (None, 1)] * 2, *[(own, 2), (own, 1)] * 2]
 
 
 def test_differences_are_paired():

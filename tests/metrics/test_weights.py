@@ -19,6 +19,8 @@ from mlxquant.metrics import clip_files, torch_file
 from mlxquant.metrics.torch_file import read_checkpoint
 from mlxquant.metrics.weights import Weights, fitted, read_tensors
 
+from hub_stand_in import stand_in
+
 WEIGHTS = Weights("Net", "someone/net", ("sub/model.safetensors", "tokenizer.json"), "MIT")
 
 
@@ -39,14 +41,8 @@ def test_a_missing_file_names_the_command(tmp_path):
         WEIGHTS.paths(tmp_path)
 
 
-def hub(monkeypatch, download):
-    module = types.ModuleType("huggingface_hub")
-    module.hf_hub_download = download
-    monkeypatch.setitem(sys.modules, "huggingface_hub", module)
-
-
 def test_the_hub_is_asked_by_id_and_file(monkeypatch, tmp_path):
-    hub(monkeypatch, lambda repository, name: str(tmp_path / repository / name))
+    stand_in(monkeypatch, lambda repository, name: str(tmp_path / repository / name))
     assert WEIGHTS.paths() == [tmp_path / "someone/net" / name for name in WEIGHTS.files]
 
 
@@ -54,8 +50,8 @@ def test_an_unreachable_hub_is_one_line(monkeypatch):
     def download(repository, name):
         raise ConnectionError("no network\nand more")
 
-    hub(monkeypatch, download)
-    with pytest.raises(ArtifactError, match=r"^someone/net: .*\(no network\); get it with 'hf download someone/net [^\n]*$"):
+    stand_in(monkeypatch, download)
+    with pytest.raises(ArtifactError, match=r"^someone/net: .*\(no network\)[^\n]* or give a local file or folder with --weights$"):
         WEIGHTS.paths()
 
 

@@ -281,3 +281,28 @@ def test_a_damaged_checkpoint_says_how_to_start_over(tmp_path, model):
         files.checkpoint(block).load()
     files.clear_checkpoints()
     assert files.checkpoint(block).load() is None
+
+
+def changed(layer, **facts):
+    """A layer of another structure in the place of one; its values do not matter."""
+    return QuantizedLinear.blank({**layer.facts, **facts}, None)
+
+
+@pytest.mark.parametrize(
+    ("facts", "what"),
+    [
+        ({"rotation": 4}, "a rotation"),
+        ({"rank": 2}, "a low-rank branch"),
+        ({"format": WeightFormat(4, 32).to_dict()}, "the format w4-g32-sym"),
+        ({"format": WeightFormat(4, symmetric=False).to_dict()}, "the format w4-asym"),
+    ],
+)
+def test_what_the_files_cannot_hold_is_refused(tmp_path, model, facts, what):
+    """Left out silently, the layer would come back as another one."""
+    adapter, (block, *_), linears = model
+    result = learned(adapter, block, linears)
+    result.layers[Q] = changed(result.layers[Q], **facts)
+    files = opened(tmp_path, model)
+    with pytest.raises(ArtifactError, match=rf"mm0\.npz: layer {Q} has {what}, .* expected .*; use 'mlxquant quantize'"):
+        files.save(block, result)
+    assert not (tmp_path / "weights").exists()

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from .. import artifacts, tensor_layout
-from ..artifacts import KEY, NO_SHA256, VERSION
+from .. import artifacts
+from ..artifacts import KEY
 from ..errors import ArtifactError
 from ..pipeline.activation_stats import KIND as STATISTICS_KIND
 from ..pipeline.activation_stats import ActivationStats
 from ..pipeline.ledger import Ledger, verify
 from ..pipeline.quant_config import KIND as CONFIG_KIND
 from ..pipeline.quant_config import QuantConfig
-from .arrays import AGAIN, DAMAGED, StoredArray, check_npz, list_arrays
+from .arrays import AGAIN, StoredArray, check_npz, list_arrays
 from .layers import StoredLayer, foreign_layers, stored_layers, unnamed_layers
 
 MODEL_KIND = "quantized-model"
@@ -38,7 +37,6 @@ BULK = (
     "complete",
     "pictures",
 )
-CHUNK = 2**24
 
 
 @dataclass(frozen=True)
@@ -197,7 +195,7 @@ def _read_checkpoint(path: Path, shards: list[Path]) -> Contents:
         found.arrays.extend(arrays)
         name = str(shard.relative_to(folder))
         if KEY in metadata:
-            headers.append(header := _verified_header(shard))
+            headers.append(header := artifacts.verify_tensors(shard))
             layers = stored_layers(header.get("layers", {}), arrays, _errors(header))
             found.layers.extend(layers)
             found.checks[name] = "sha256"
@@ -219,29 +217,3 @@ def _read_checkpoint(path: Path, shards: list[Path]) -> Contents:
 def _errors(header: Mapping[str, Any]) -> dict[str, float]:
     layers = header.get("facts", {}).get("layers", {})
     return {path: layer["error"] for path, layer in layers.items() if "error" in layer}
-
-
-def _verified_header(path: Path) -> dict[str, Any]:
-    """Our header in a tensor file whose bytes were read, in pieces, and found to be those that it was written with."""
-    try:
-        with path.open("rb") as file:
-            head = tensor_layout.read_header(file, path.stat().st_size)
-            header: dict[str, Any] = json.loads(tensor_layout.entries(head)["__metadata__"][KEY])
-            own = str(header.pop("sha256"))
-            hasher = hashlib.sha256(head.replace(own.encode(), NO_SHA256.encode()))
-            for piece in _pieces(file):
-                hasher.update(piece)
-    except DAMAGED as error:
-        raise ArtifactError(f"{path}: not a tensor file of mlxquant, or a damaged one ({error!r}); {AGAIN}") from error
-    if header.get("version") != VERSION:
-        raise ArtifactError(
-            f"{path}: written in version {header.get('version')!r}, this mlxquant reads version {VERSION}; install its release"
-        )
-    if hasher.hexdigest() != own:
-        raise ArtifactError(f"{path}: checksum does not match the contents (expected {own[:12]}…); {AGAIN}")
-    return header
-
-
-def _pieces(file: Any) -> Iterator[bytes]:
-    while piece := file.read(CHUNK):
-        yield piece

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from ..progress import Progress
 
 Array = npt.NDArray[Any]
 Attributes = Callable[[Array, Sequence[str]], dict[str, float] | None]
+Features = dict[tuple[str, Path | None, str], Array]  # by network, place of its weights, and folder of the pictures
 ACCURACY = {
     "key": "accuracy",
     "title": "Attribute accuracy",
@@ -47,13 +49,20 @@ class Pictures:
 class Judge:
     """Scores pictures against a reference; ``texts`` are the prompts, where they are known, ``attributes`` the model's own judge.
 
-    The networks of ``metrics`` are loaded now: a missing file is an ArtifactError before anything is drawn.
+    The networks of ``metrics`` are loaded now, from ``places`` by the metric's name or else from the hub: a missing file is an
+    ArtifactError before anything is drawn.
     """
 
-    def __init__(self, metrics: Sequence[Metric], texts: Sequence[str] | None = None, attributes: Attributes = lambda images, texts: None):
-        self._metrics, self._texts, self._attributes = metrics, texts, attributes
-        self._scores: dict[str, Any] = {metric.name: metric.load() for metric in metrics}
-        self._features: dict[tuple[str, str], Array] = {}  # of a set metric and a reference
+    def __init__(
+        self,
+        metrics: Sequence[Metric],
+        texts: Sequence[str] | None = None,
+        attributes: Attributes = lambda images, texts: None,
+        places: Mapping[str, Path] | None = None,
+    ):
+        self._metrics, self._texts, self._attributes, self._places = metrics, texts, attributes, places or {}
+        self._scores: dict[str, Any] = {metric.name: metric.load(self._places.get(metric.name)) for metric in metrics}
+        self._features: Features = {}  # of references
         self.notes: list[str] = []
 
     def table(self, accuracy: bool) -> list[dict[str, Any]]:
@@ -64,7 +73,7 @@ class Judge:
                 "title": metric.title if self.key(metric) == metric.key else self.key(metric).replace("_", " ").capitalize(),
                 "unit": metric.unit,
                 "higher_is_better": metric.higher_is_better,
-                "network": metric.network,
+                "network": self._scores[metric.name].features if metric.needs == "sets" else metric.network,
                 "source": metric.source,
                 "per_image": metric.needs != "sets",
             }
@@ -82,9 +91,10 @@ class Judge:
         """
         figures: dict[str, Any] = {}
         each: dict[str, list[float]] = {}
+        features: Features = {}
         for metric in self._metrics:
             if metric.needs == "sets":
-                figures |= self._set_distance(metric, pictures, reference)
+                figures |= self._set_distance(metric, pictures, reference, features)
             elif metric.needs != "pairs" or reference is not None:
                 each[metric.key] = self._one_by_one(metric, pictures, reference, progress)
             else:
@@ -108,17 +118,23 @@ class Judge:
             first += len(batch)
         return values
 
-    def _set_distance(self, metric: Metric, pictures: Pictures, reference: Pictures | None) -> dict[str, Any]:
+    def _set_distance(self, metric: Metric, pictures: Pictures, reference: Pictures | None, features: Features) -> dict[str, Any]:
         key = self.key(metric)
         if reference is None:
             return dict.fromkeys((key, f"{key}_interval", f"{key}_samples"))
-        score, known = self._scores[metric.name], (metric.name, reference.folder)
-        if known not in self._features:
-            self._features[known] = score.encode(reference.batches())
-        distance = score.between(score.encode(pictures.batches()), self._features[known])
+        exact = self._encoded(metric, reference, self._features)
+        distance = self._scores[metric.name].between(self._encoded(metric, pictures, features), exact)
         if distance.warning is not None and distance.warning not in self.notes:
             self.notes.append(distance.warning)
         return {key: float(distance.value), f"{key}_interval": None, f"{key}_samples": distance.samples}
+
+    def _encoded(self, metric: Metric, pictures: Pictures, known: Features) -> Array:
+        """What the network of a set metric makes of pictures: once for all metrics that look through the same weights."""
+        score = self._scores[metric.name]
+        key = (score.features, self._places.get(metric.name), pictures.folder)
+        if key not in known:
+            known[key] = score.encode(pictures.batches())
+        return known[key]
 
     def _marks(self, pictures: Pictures) -> tuple[dict[str, float], list[float]] | None:
         """The model's own judgement of all pictures together and of each; None where it has none."""

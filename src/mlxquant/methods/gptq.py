@@ -9,9 +9,9 @@ import numpy.typing as npt
 
 from ..formats import Grid
 from .cholesky import Factor
-from .moments import Moments, calibrated_gram
+from .moments import Moments, calibrated_gram, energy
 from .registry import register
-from .rtn import better_rows, rtn
+from .rtn import rtn
 
 Array = npt.NDArray[Any]
 
@@ -31,8 +31,11 @@ def gptq(weight: Array, grid: Grid, moments: Moments | None, *, damping: float =
     gram = calibrated_gram(moments, weight.shape[1])
     target, hessian = damped_problem(weight, gram, damping)
     nearest = rtn(target, grid)
-    codes = nearest_plane(target, grid, Factor.of(hessian), block)
-    return better_rows(target, grid, codes, nearest, gram)
+    columns = _Columns(target, grid, Factor.of(hessian))
+    columns.settle(0, target.shape[1], block)
+    ours = columns.losses(np.diagonal(hessian) - np.diagonal(gram))
+    theirs = energy(target - grid.dequantize(nearest), gram)
+    return np.where((ours > theirs)[:, None], nearest, columns.rounded())
 
 
 def damped_problem(weight: Array, gram: Array, damping: float) -> tuple[Array, Array]:
@@ -59,24 +62,23 @@ def nearest_plane(target: Array, grid: Grid, factor: Factor, block: int = 32, fi
     if first is not None:
         columns.wanted[-1] = first
     columns.settle(0, target.shape[1], block)
-    codes = np.empty_like(columns.codes)
-    codes[factor.order] = columns.codes
-    return np.ascontiguousarray(codes.T)
+    return columns.rounded()
 
 
 class _Columns:
     """The columns of a weight on their way to the nearest plane, in the order of the factor.
 
-    ``errors`` [in,out] are w − q of the columns that are done and w of the others, ``wanted`` [in,out] w and the feedback on it.
+    ``errors`` [in,out] are w − q of the columns that are done and w of the others; ``wanted`` [in,out] w and the feedback on it, or e
+    of the columns that are done.
     """
 
     def __init__(self, target: Array, grid: Grid, factor: Factor):
-        self._factor, self._diagonal = factor.lower, np.diagonal(factor.lower)
+        self._order, self._factor, self._diagonal = factor.order, factor.lower, np.diagonal(factor.lower)
         self._group, self._top = factor.order // grid.format.columns(len(factor.order)), grid.format.levels - 1
         self._scales, self._biases = (np.ascontiguousarray(v.T, target.dtype) for v in (grid.scales, grid.biases))
         self._errors = target.T.take(factor.order, 0)  # a column is rounded at once: keep it contiguous
         self.wanted = self._errors.copy()
-        self.codes = np.empty(self._errors.shape, np.uint8)
+        self._codes = np.empty(self._errors.shape, np.uint8)
 
     def _feedback(self, done: slice, to: slice) -> Array:
         """L_ji / L_ii [i,j], of the columns j that are ``done`` to columns i."""
@@ -96,5 +98,23 @@ class _Columns:
             k, scale, bias = i - start, self._scales[self._group[i]], self._biases[self._group[i]]
             value = self.wanted[i] + feedback[k, k + 1 :] @ self._errors[i + 1 : stop]
             code = np.clip(np.rint((value - bias) / scale), 0, self._top)
-            self._errors[i] -= code * scale + bias
-            self.codes[i] = code
+            rounded = code * scale + bias
+            self._errors[i] -= rounded
+            self.wanted[i] = (value - rounded) * self._diagonal[i]
+            self._codes[i] = code
+
+    def rounded(self) -> Array:
+        """The codes uint8 [out,in], in the weight's own order."""
+        codes = np.empty_like(self._codes)
+        codes[self._order] = self._codes
+        return np.ascontiguousarray(codes.T)
+
+    def losses(self, damping: Array) -> Array:
+        """What is left of each row's error, float64 [out], without the ``damping`` [in] that was added to H's diagonal.
+
+        Damped it is Σ e² (2210.17323), which spares a product with H.
+        """
+        added = damping[self._order]
+        return np.einsum("io,io->o", self.wanted, self.wanted, dtype=np.float64) - np.einsum(
+            "io,io,i->o", self._errors, self._errors, added, dtype=np.float64
+        )

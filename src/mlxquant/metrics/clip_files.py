@@ -19,7 +19,7 @@ def tokenizer(path: Path, positions: int) -> Callable[[str], list[int]]:
     try:
         from tokenizers import Tokenizer
     except ImportError as error:
-        raise AdapterError(f"CLIP's texts need the package tokenizers: {EXTRA}") from error
+        raise AdapterError(f"CLIP's texts need the package tokenizers: pip install 'mlxquant[{EXTRA}]'") from error
     try:
         loaded: Any = Tokenizer.from_file(str(path))
     except Exception as error:  # the package raises Exception itself

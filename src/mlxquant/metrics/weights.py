@@ -16,13 +16,15 @@ from weakref import WeakValueDictionary
 import mlx.core as mx
 
 from ..artifacts import file_digest
-from ..errors import AdapterError, ArtifactError
+from ..errors import ArtifactError
+from ..hub import hub_files, lazy_tensors
 from .torch_file import read_checkpoint
 
 Tensors = dict[str, mx.array]
 Shapes = Mapping[str, tuple[int, ...]]
 Network = TypeVar("Network")
-EXTRA = "pip install 'mlxquant[evaluate]'"
+EXTRA = "evaluate"
+INSTEAD = "give a local file or folder with --weights"
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Weights:
         Raises ArtifactError when one is missing, AdapterError when it takes a download and huggingface_hub is not installed.
         """
         if place is None:
-            return [self._download(name) for name in self.files]
+            return hub_files(self.repository, self.files, EXTRA, INSTEAD)
         folder = Path(place)
         if folder.is_file():
             found = [folder, *(folder.parent / Path(name).name for name in self.files[1:])]
@@ -60,23 +62,6 @@ class Weights:
     def is_published(self, path: Path) -> bool:
         """Whether a file is byte for byte the published one; False, too, where no digest is known."""
         return bool(self.sha256) and file_digest(path).startswith(self.sha256)
-
-    def _download(self, name: str) -> Path:
-        """HF_HUB_CACHE, HF_HUB_OFFLINE and HF_TOKEN are honoured."""
-        try:
-            from huggingface_hub import hf_hub_download
-        except ImportError as error:
-            raise AdapterError(
-                f"{self.repository} comes from the hub: install huggingface_hub with {EXTRA}, or give a local file"
-            ) from error
-        try:
-            return Path(hf_hub_download(self.repository, name))
-        except Exception as error:  # the hub's, httpx's and xet's errors have no base in common
-            said = (str(error) or type(error).__name__).splitlines()[0]
-            raise ArtifactError(
-                f"{self.repository}: {name} is not in the cache and could not be downloaded ({said}); get it with '{self.command}' on a "
-                "connected machine without HF_HUB_OFFLINE, or give a local file"
-            ) from error
 
 
 def shared(load: Callable[[str | Path | None], Network]) -> Callable[[str | Path | None], Network]:
@@ -98,12 +83,7 @@ def read_tensors(path: Path) -> Tensors:
     if path.suffix != ".safetensors":
         found = read_checkpoint(path)
         return {name: mx.array(found.pop(name)) for name in list(found)}  # not twice in memory
-    try:
-        arrays = mx.load(str(path), format="safetensors")
-    except (RuntimeError, ValueError) as error:
-        raise ArtifactError(f"{path}: not a safetensors file, or a damaged one ({error}); download it again") from error
-    assert isinstance(arrays, dict)
-    return arrays
+    return lazy_tensors(path)
 
 
 def fitted(arrays: Mapping[str, mx.array], shapes: Shapes, source: str) -> Tensors:

@@ -11,6 +11,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from ..errors import ArtifactError
+from ..hub import lazy_tensors
 from .diffusionkit import host
 from .mmdit import MMDiTConfig
 
@@ -19,16 +20,6 @@ HEAD_DIM = 64  # of every SD3 model
 GROUPS = 32  # of the VAE's group norms
 
 Arrays = dict[str, mx.array]
-
-
-def lazy_tensors(path: Path) -> Arrays:
-    """All tensors of a safetensors file, not read from the disk before they are used; ArtifactError when it is damaged."""
-    try:
-        arrays = mx.load(str(path), format="safetensors")
-    except (RuntimeError, ValueError) as error:
-        raise ArtifactError(f"{path}: not a safetensors file, or a damaged one ({error}); download it again") from error
-    assert isinstance(arrays, dict)
-    return arrays
 
 
 def mmdit_weights(path: Path) -> tuple[MMDiTConfig, Arrays]:

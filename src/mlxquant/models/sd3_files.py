@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..errors import AdapterError, ArtifactError
+from ..errors import ArtifactError
+from ..hub import hub_files
 
 HUB = "argmaxinc/mlx-stable-diffusion-3-medium"
 TEXT_HUB = "argmaxinc/stable-diffusion"
 T5_HUB = "google/t5-v1_1-xxl"
 CHECKPOINT = "sd3_medium.safetensors"  # transformer and VAE
 T5_FOLDER = "t5"
+INSTEAD = "pass a local folder with --model"
 
 
 class Files:
@@ -31,7 +33,7 @@ class Files:
     def path(self, name: str) -> Path:
         """A file on this disk, downloaded where that is needed and allowed; raises ArtifactError, saying how to get it."""
         if self.folder is None:
-            return _download(self.place if name == CHECKPOINT else TEXT_HUB, name)
+            return hub_files(self.place if name == CHECKPOINT else TEXT_HUB, [name], "diffusionkit", INSTEAD)[0]
         path = self.folder / name
         if not path.is_file():
             raise ArtifactError(f"{path} is missing; get it with '{self.command(name)}'")
@@ -57,36 +59,3 @@ class Files:
         """The command that downloads T5's config and tokenizer anew."""
         where = "--force-download" if self.folder is None else f"--local-dir {self.folder / T5_FOLDER}"
         return f"hf download {T5_HUB} config.json tokenizer_config.json special_tokens_map.json spiece.model {where}"
-
-
-def _download(repository: str, name: str) -> Path:
-    """A file of a hub repository; HF_HUB_CACHE, HF_HUB_OFFLINE and HF_TOKEN are honoured."""
-    try:
-        from huggingface_hub import errors, hf_hub_download
-    except ImportError as error:
-        raise AdapterError("this model comes from the hub; install huggingface_hub with pip install 'mlxquant[diffusionkit]'") from error
-    try:
-        return Path(hf_hub_download(repository, name))
-    except Exception as error:  # the hub's, httpx's and xet's errors have no base in common
-        refused = isinstance(error, errors.RepositoryNotFoundError) or {_status(error), _status(error.__cause__)} & {401, 403}
-        if refused:
-            raise ArtifactError(
-                f"{repository}: not visible to you; accept the licence at https://huggingface.co/{repository} with your account, then run "
-                "'hf auth login' or set HF_TOKEN (a fine-grained token needs access to public gated repositories)"
-            ) from error
-        if isinstance(error, errors.LocalEntryNotFoundError):
-            raise ArtifactError(
-                f"{repository}: {name} is not in the cache and the hub cannot be reached; download it with 'hf download {repository} "
-                f"{name}' on a connected machine without HF_HUB_OFFLINE, or pass a local folder with --model"
-            ) from error
-        if isinstance(error, errors.EntryNotFoundError):
-            raise ArtifactError(f"{repository} has no file {name}; the repository has changed, pass a local folder with --model") from error
-        said = (str(error) or type(error).__name__).splitlines()[0]
-        raise ArtifactError(
-            f"{repository}: {name} could not be downloaded ({said}); run the same command again, what is there is kept"
-        ) from error
-
-
-def _status(error: BaseException | None) -> int | None:
-    """The HTTP status that an error is about, if any."""
-    return getattr(getattr(error, "response", None), "status_code", None)

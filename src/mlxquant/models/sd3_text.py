@@ -14,8 +14,9 @@ from typing import Any
 import mlx.core as mx
 
 from ..errors import AdapterError, ArtifactError
+from ..hub import lazy_tensors
 from .diffusionkit import host
-from .sd3_checkpoint import fill, lazy_tensors
+from .sd3_checkpoint import fill
 from .sd3_files import Files
 
 CLIP_TOKENS, T5_TOKENS = 77, 512

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .. import artifacts
+from ..rewrite import starred
 from .quant_config import QuantConfig
 
 Array = npt.NDArray[Any]
@@ -43,11 +43,6 @@ def analyze(config: QuantConfig) -> dict[str, Any]:
 def ranges(config: QuantConfig) -> dict[str, Array]:
     """What each layer's codes span, [T]."""
     return {path: table.span for path, table in config.plain.items()}
-
-
-def starred(path: str) -> str:
-    """A path with its numbers starred: one name for the same layer of all blocks."""
-    return re.sub(r"\b\d+\b", "*", path)
 
 
 def stream(path: str) -> str:

@@ -4,7 +4,8 @@ A block's file holds, for every Linear of the block under its full path: ``{path
 ``{path}__scale`` float32 [out] (exactly representable in float16, as it will be stored); and, where the block was reconstructed with
 quantized activations, ``{path}__a_scale`` float32 [T], the steps of its input, with ``__a_sigma`` [T], ``__a_shift`` [T, 1 or in] and
 ``__a_bits`` [T] and, if any entry is logarithmic, ``__a_log`` [T]. ``{path}__divisor`` float32 [in] is there when the codes stand for
-``W diag(divisor)``. The weight is ``scale * weight_int / divisor``, exactly; nothing has to be rounded again.
+``W diag(divisor)``. The weight is ``scale * weight_int / divisor``, exactly; nothing has to be rounded again. Groups of columns,
+asymmetric grids, rotations and low-rank branches have no place in these files and are refused.
 """
 
 from __future__ import annotations
@@ -38,6 +39,15 @@ TABLE, LOG = ("a_sigma", "a_scale", "a_shift", "a_bits"), "a_log"
 
 def block_name(index: int) -> str:
     return f"mm{index}"
+
+
+def _beyond(layer: QuantizedLinear) -> str | None:
+    """What of a layer these files have no place for; None for nothing."""
+    if isinstance(layer.format.group, int) or not layer.format.symmetric:
+        return f"the format {layer.format}"
+    if layer.rotation > 1:
+        return "a rotation"
+    return "a low-rank branch" if "low_up" in layer else None
 
 
 class WeightFiles:
@@ -124,8 +134,14 @@ class WeightFiles:
         return layer
 
     def save(self, stage: Stage, result: StageResult) -> None:
+        """Write a block's layers; raises ArtifactError, before anything is written, when the files cannot hold one of them."""
         arrays: dict[str, Array] = {}
         for path, layer in result.layers.items():
+            if (strange := _beyond(layer)) is not None:
+                raise ArtifactError(
+                    f"{self._where(stage)}: layer {path} has {strange}, which these files cannot hold; expected symmetric codes with "
+                    "one scale a row and nothing beside them; use 'mlxquant quantize' for this recipe"
+                )
             arrays[f"{path}__weight_int"] = (layer.codes().astype(np.int16) - layer.format.zero_code).astype(np.int8)
             arrays[f"{path}__scale"] = layer.grid().scales[:, 0]
             if "act_divisor" in layer:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ..rewrite import starred
 from . import page_plots as plots
 from .page_tables import dot, legend, plain
 
@@ -18,8 +19,8 @@ SHOWN = 12  # ranges of so many layers a model
 
 def kind(path: str) -> str:
     """A layer's path with its numbers starred, without what stands before the block's number."""
-    starred = re.sub(r"\b\d+\b", "*", path)
-    return starred.split("*.", 1)[1] if "*." in starred and not starred.startswith("*.") else starred
+    name = starred(path)
+    return name.split("*.", 1)[1] if "*." in name and not name.startswith("*.") else name
 
 
 def section(report: Json, layers: Mapping[str, Json]) -> str:
