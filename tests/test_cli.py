@@ -236,7 +236,8 @@ def test_every_verb_is_a_module_too():
     for verb in cli.VERBS:
         command = cli.main.get_command(click.Context(cli.main), verb)
         assert command.help
-        source = Path(cli.__file__).with_name(f"{verb.replace('-', '_')}.py").read_text()
+        module = cli.MODULES.get(verb, verb.replace("-", "_"))
+        source = Path(cli.__file__).with_name(f"{module}.py").read_text()
         assert source.endswith('if __name__ == "__main__":\n    command()\n')
 
 

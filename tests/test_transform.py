@@ -44,3 +44,11 @@ def test_two_as_one(first, second):
     both = first.then(second)
     np.testing.assert_allclose(both.inputs(x), second.inputs(first.inputs(x)), rtol=1e-12)
     np.testing.assert_allclose(both.weight(x), second.weight(first.weight(x)), rtol=1e-12)
+
+
+@pytest.mark.parametrize("transform", PARTS.values(), ids=PARTS)
+def test_costs_are_of_the_errors_that_are_undone(transform):
+    """An error in one transformed channel costs what it is in the channels themselves."""
+    costs = np.random.default_rng(1).random((3, 8))
+    undone = np.linalg.inv(transform.inputs(np.eye(8)))  # x' = x M, so e = e' M^-1; its rows are unit errors
+    np.testing.assert_allclose(transform.costs(costs), costs @ np.square(undone).T, rtol=1e-12)

@@ -3,16 +3,19 @@
 from dataclasses import replace
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 
 import mlxquant as mq
-from mlxquant import trials
-from mlxquant.errors import RecipeError
+from mlxquant import sweep, trials
+from mlxquant.errors import NumericsError, RecipeError
 from mlxquant.methods import registry
 from mlxquant.models.attention import find_quantized_attentions
 from mlxquant.presets import parse_recipe
 from mlxquant.rewrite import parameters
+from mlxquant.transform import Transform
+from mlxquant.transforming import propose
 
 from conftest import tiny_adapter
 from synthetic_chain import Chain
@@ -89,6 +92,27 @@ def test_a_killed_sweep_with_transforms_ends_with_the_same_bytes(spiky, calib, t
         np.testing.assert_array_equal(value, arrays(whole)[name])
 
 
+def test_costs_follow_what_is_folded_into_a_layers_rows(spiky, calib, monkeypatch):
+    """What its outputs are worth in all is the same before and after: a row that was divided writes less, and its errors cost more."""
+    worth, rows, read = {}, {}, trials.Rounding._input
+
+    def watched(self, path, spec, ranges, weight=None, folded=None):
+        found = read(self, path, spec, ranges, weight, folded)
+        if weight is not None:
+            outputs = np.square(found.ranges.rows @ found.weight.T).mean(1)
+            worth.setdefault(path, []).append((outputs * found.costs).sum())
+            rows.setdefault(path, []).append(np.linalg.norm(found.weight, axis=1))
+        return found
+
+    monkeypatch.setattr(trials.Rounding, "_input", watched)
+    monkeypatch.setattr(trials, "propose", lambda *given: replace(propose(*given), before=np.inf))  # so that everything is tried
+    mq.quantize(spiky, calib, "gptq+smoothquant+tiers-w4a8")
+    values = [path for path in worth if path.endswith("v_proj")]
+    assert any(not np.allclose(rows[path][-1], rows[path][0], rtol=0.01) for path in values)
+    for path in values:
+        np.testing.assert_allclose(worth[path], worth[path][0], rtol=1e-3)
+
+
 def test_sequential_recipes_show_each_layer_what_rounded_ones_write(spiky, calib, monkeypatch):
     groups, statistics = [], trials.Rounding._statistics
 
@@ -104,6 +128,48 @@ def test_sequential_recipes_show_each_layer_what_rounded_ones_write(spiky, calib
     assert all(any("text" in path for path in paths) and any("image" in path for path in paths) for paths, _ in block)
     for index, (_, done) in enumerate(block):
         assert done == {path for paths, _ in block[:index] for path in paths}
+
+
+@pytest.mark.parametrize("recipe", ["gptq+sequential-w4a16", "gptq+rotation-w4a16"])
+def test_a_layer_that_never_runs_is_named_with_the_remedy(recipe):
+    chain = Chain()
+    chain.module.idle = nn.Linear(64, 64)
+    embed, *others = chain.stages
+    chain._stages = (replace(embed, prefixes=(*embed.prefixes, "idle")), *others)
+    model = mq.Model(chain)
+    with pytest.raises(NumericsError, match="layer idle was never reached.*'idle=keep'"):
+        mq.quantize(model, mq.calibrate(model, prompts=2, steps=2), recipe)
+
+
+def test_a_transform_that_overflows_is_not_kept_and_it_says_so(spiky, calib, monkeypatch):
+    huge = registry.Method("smoothquant", "transform", lambda ranges, weights, place: [Transform(np.full(32, 1e-38, np.float32))], None, "")
+    get = registry.get
+    monkeypatch.setattr(registry, "get", lambda kind, name: huge if name == "smoothquant" else get(kind, name))
+    monkeypatch.setattr(trials, "propose", lambda *given: replace(propose(*given), transform=huge.function(None, None, None)[0], after=-1))
+    stages = mq.quantize(spiky, calib, "gptq+smoothquant-w4a16").facts["stages"]
+    found = [stage["transforms"]["smoothquant"] for stage in stages if stage.get("transforms", {}).get("smoothquant", {}).get("tensors")]
+    assert found
+    assert all(not facts["kept"] and "NaN or infinite" in facts["failed"] for facts in found)
+    assert {stage["kept"] for stage in stages} <= {"calibrated", "rtn"}
+
+
+def test_only_the_trial_that_is_learned_from_keeps_what_learning_takes(spiky, calib, monkeypatch):
+    """Moments and float64 weights of a stage's layers are half a gigabyte in SD3-Medium's blocks."""
+    losers, transform = [], sweep.Sweep._transform
+
+    def watched(self, stage, rounding, start, *rest):
+        made, trial = [start], rounding.transformed
+        rounding.transformed = lambda *given: (made.append(trial(*given)), made[-1])[1]
+        best, facts = transform(self, stage, rounding, start, *rest)
+        losers.extend(trial for trial in made if trial is not best)
+        assert best.goals or not start.layers
+        return best, facts
+
+    monkeypatch.setattr(sweep.Sweep, "_transform", watched)
+    recipe = parse_recipe("gptq+smoothquant+rotation+learned-w4a16")
+    mq.quantize(spiky, calib, replace(recipe, learning=replace(recipe.learning, iterations=1)))
+    assert losers
+    assert not any(trial.goals for trial in losers)
 
 
 def test_damping_is_chosen_and_recorded(spiky, calib):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from .console import MODEL_HELP, Command, size_option, verbose_option
+from .console import MODEL_HELP, Command, force_option, size_option, verbose_option
 from .evaluate import command as evaluate
 from .evaluation.metric_options import metric_option, weights_option
 
@@ -27,7 +27,7 @@ RECIPES = ("rtn+logsnr-w8a8", "gptq+sequential-w4a8", "qronos+damped-w4a8", "qro
 @metric_option
 @weights_option
 @click.option("--out", type=click.Path(path_type=Path), default="benchmark-final", show_default=True, help="Folder for the report.")
-@click.option("--force", is_flag=True, help="Replace an existing folder.")
+@force_option
 @verbose_option
 @click.pass_context
 def command(

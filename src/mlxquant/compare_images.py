@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from . import artifacts
-from .console import Command, peak_bytes, progress, result, say, verbose_option
+from .console import Command, force_option, peak_bytes, progress, result, say, verbose_option
 from .errors import ArtifactError
 from .evaluation.contender import distinct
 from .evaluation.figures import Judge, Pictures, differences
@@ -32,7 +32,7 @@ from .prompts import read_prompts
 @metric_option
 @weights_option
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the report.")
-@click.option("--force", is_flag=True, help="Replace an existing folder.")
+@force_option
 @verbose_option
 def command(
     reference: Path,

@@ -65,4 +65,6 @@ def verbosity(ctx: click.Context, parameter: click.Parameter, value: bool) -> No
 
 MODEL_HELP = "A model's name (mmdit-shapes, sd3-medium), a hub id, or a folder with its weights."
 size_option = click.option("--size", type=click.IntRange(1), help="Pixels of a picture's side.  [default: the model's]")
+force_option = click.option("--force", is_flag=True, help="Replace an existing folder.")
+resume_option = click.option("--resume/--no-resume", default=True, show_default=True, help="Go on where a killed run of the same job was.")
 verbose_option = click.option("--verbose", is_flag=True, expose_value=False, callback=verbosity, help="Say more on stderr.")

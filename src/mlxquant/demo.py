@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from . import api, artifacts, jobs
-from .console import Command, peak_bytes, progress, result, say, verbose_option
+from .console import Command, force_option, peak_bytes, progress, result, say, verbose_option
 from .presets import parse_recipe
 from .report.comparison import Comparison
 
@@ -28,7 +28,7 @@ RECIPES = ("rtn-w4a8", "gptq-w4a8")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Shifts the noise seeds of calibration and evaluation.")
 @click.option("--num-prompts", default=32, show_default=True, type=click.IntRange(1), help="Held-out prompts to draw and measure.")
 @click.option("--steps", type=click.IntRange(1), help="Sampler steps, of the calibration too.  [default: the model's, 28]")
-@click.option("--force", is_flag=True, help="Replace an existing folder.")
+@force_option
 @verbose_option
 def command(out: Path, seed: int, num_prompts: int, steps: int | None, force: bool) -> None:
     """Quantize the embedded model to W4A8, rounded and calibrated, and compare the pictures."""

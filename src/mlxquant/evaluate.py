@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from . import api, artifacts, jobs
-from .console import MODEL_HELP, Command, peak_bytes, progress, result, say, size_option, verbose_option
+from .console import MODEL_HELP, Command, force_option, peak_bytes, progress, result, resume_option, say, size_option, verbose_option
 from .errors import AdapterError
 from .evaluation.contender import Contender, distinct
 from .evaluation.drawings import Drawings
@@ -54,8 +54,8 @@ PROMPTS, CALIBRATION_PROMPTS = 64, 16
 @click.option("--iters", type=click.IntRange(1), help="As of 'mlxquant quantize'.")
 @click.option("--floor/--no-floor", default=True, show_default=True, help="Also draw the reference in float16: the least difference.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the report.")
-@click.option("--force", is_flag=True, help="Replace an existing folder.")
-@click.option("--resume/--no-resume", default=True, show_default=True, help="Go on where a killed run of the same job was.")
+@force_option
+@resume_option
 @verbose_option
 def command(
     names: tuple[str, ...],

@@ -54,6 +54,11 @@ def remaining(transform: Transform, folded: Transform) -> Transform:
     return Transform(divisor, None, 1 if folded.block > 1 else transform.block)
 
 
+def producers(edge: Edge, transform: Transform) -> tuple[Fold, ...]:
+    """Who absorbs a transform that is ``foldable``."""
+    return edge.reorders if transform.order is not None else edge.folds
+
+
 def fold(module: nn.Module, edge: Edge, transform: Transform) -> Undo:
     """Fold a transform into the edge's producers and the columns of its consumers, in place; returns what undoes it exactly.
 
@@ -68,14 +73,14 @@ def fold(module: nn.Module, edge: Edge, transform: Transform) -> Undo:
     divisor = transform.divisor
     if divisor is not None and (divisor.shape != (width,) or not np.isfinite(divisor).all() or np.any(divisor <= 0)):
         raise NumericsError(f"{edge.consumers[0]}: a divisor of shape {divisor.shape} must be positive and finite for {width} channels")
-    producers = edge.reorders if transform.order is not None else edge.folds
-    layers = {path: get_module(module, path) for path in (*edge.consumers, *(fold.path for fold in producers))}
+    changed = producers(edge, transform)
+    layers = {path: get_module(module, path) for path in (*edge.consumers, *(where.path for where in changed))}
     before = {path: (layer.weight, layer.bias if "bias" in layer else None) for path, layer in layers.items()}
     for path in edge.consumers:
         weight = np.array(layers[path].weight.astype(mx.float32))
         layers[path].weight = mx.array(transform.weight(weight)).astype(layers[path].weight.dtype)
-    for producer in producers:
-        _change_rows(layers[producer.path], producer, transform)
+    for where in changed:
+        _change_rows(layers[where.path], where, transform)
 
     def undo() -> None:
         for path, (weight, bias) in before.items():

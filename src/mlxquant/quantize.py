@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from . import api, jobs
-from .console import MODEL_HELP, Command, peak_bytes, progress, result, say, size_option, verbose_option
+from .console import MODEL_HELP, Command, force_option, peak_bytes, progress, result, resume_option, say, size_option, verbose_option
 from .errors import RecipeError
 from .pipeline.apply import TrackFiles
 from .presets import parse_recipe
@@ -47,8 +47,8 @@ from .recipe import Recipe
 @click.option("--adaround-output", type=click.Path(path_type=Path), help="Take the blocks' weights from this folder of adaround-optimize.")
 @click.option("--quant-config", type=click.Path(path_type=Path), help="And their activation scales from this file of analyze-activations.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the quantized model.")
-@click.option("--force", is_flag=True, help="Replace an existing folder.")
-@click.option("--resume/--no-resume", default=True, show_default=True, help="Go on where a killed run of the same job was.")
+@force_option
+@resume_option
 @verbose_option
 def command(
     name: str,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from .console import MODEL_HELP, Command, size_option, verbose_option
+from .console import MODEL_HELP, Command, force_option, resume_option, size_option, verbose_option
 from .quantize import command as quantize
 
 MODEL = "mmdit-shapes"
@@ -25,8 +25,8 @@ def recipe_command(name: str, method: str, weight_bits: int, input_bits: int, su
     @click.option("--num-prompts", type=click.IntRange(1), help="Use the first N prompts.")
     @click.option("--steps", type=click.IntRange(1), help="Sampler steps of the calibration.  [default: the model's]")
     @click.option("--seed", default=0, show_default=True, help="Shifts the noise seeds of the model's own prompts.")
-    @click.option("--force", is_flag=True, help="Replace an existing folder.")
-    @click.option("--resume/--no-resume", default=True, show_default=True, help="Go on where a killed run of the same job was.")
+    @force_option
+    @resume_option
     @verbose_option
     @click.pass_context
     def command(

@@ -72,6 +72,21 @@ class Transform:
             weight = weight[:, self.order]
         return rotated(weight, self.block)
 
+    def costs(self, costs: Array) -> Array:
+        """What errors of channels cost [...,n] when those are written transformed, from what errors of the channels themselves do.
+
+        An error of x' is one of ``x = (x' Rᵀ)[order back] divisor``; where channels are mixed that of one costs the mean of its block,
+        errors of different channels being taken as independent, as in ``sensitivity``.
+        """
+        if self.divisor is not None:
+            costs = costs * np.square(self.divisor)
+        if self.order is not None:
+            costs = costs[..., self.order]
+        if self.block == 1:
+            return costs
+        means = costs.reshape(*costs.shape[:-1], -1, self.block).mean(-1)
+        return np.repeat(means, self.block, axis=-1)
+
     def moments(self, moments: Moments) -> Moments:
         """The moments of transformed inputs."""
         if self.divisor is not None:

@@ -17,12 +17,12 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from .folds import fold, foldable, remaining
+from .folds import fold, foldable, producers, remaining
 from .input_tables import LayerInput
 from .layer_rounding import Preset, Rounded, activation_table, quantize_layer
 from .layers import QuantizedLinear
 from .methods import registry
-from .models.adapter import Adapter, Edge, Stage, State
+from .models.adapter import Adapter, Edge, Fold, Stage, State
 from .progress import Progress, silent
 from .recipe import ActivationSpec, LayerSpec, Recipe
 from .rewrite import swapped, tapped
@@ -98,6 +98,7 @@ class Tensor:
 
 
 Transforms = dict[str, Transform]  # by name of the tensor
+Folded = list[tuple[Fold, Transform]]  # rows that write something else than they did, and what
 
 
 class Rounding:
@@ -122,7 +123,8 @@ class Rounding:
         sharing = Sharing()
         with self._job.adapter.clock.at(self._job.sigmas[0]), tapped(self._job.adapter.module, self._specs, sharing.leads):
             self._stage.run(self._inputs[0])  # never evaluated
-        return {path: sharing[path] for path in sorted(self._specs, key=list(sharing.leader).index)}
+        leader = {path: sharing[path] for path in self._specs}
+        return {path: leader[path] for path in sharing.leader}
 
     @cached_property
     def _tensors(self) -> list[Tensor]:
@@ -164,13 +166,13 @@ class Rounding:
 
     def _trials(self, names: list[str], transforms: Transforms, keep_ranges: bool = False) -> list[Trial]:
         trials = [Trial(name, attentions=self._attentions) for name in names]
-        with self._applied(transforms) as online:
+        with self._applied(transforms) as (online, folded):
             for group in self._groups():
                 statistics = self._statistics(group, online, trials[0].modules)
                 if keep_ranges:
                     self._ranges |= {path: statistics[path].ranges for path in group}
                 for path in self._job.progress(group, f"{self._stage.name}: rounding"):
-                    self._round(trials, path, statistics.pop(path), online[path])
+                    self._round(trials, path, statistics.pop(path), online[path], folded)
         for trial in trials:  # in the order of the model, not of the rounding
             trial.layers = {path: trial.layers[path] for path in self._specs}
             trial.report = {path: trial.report[path] for path in self._specs}
@@ -188,9 +190,11 @@ class Rounding:
         return list(groups.values())
 
     @contextmanager
-    def _applied(self, transforms: Transforms) -> Iterator[dict[str, Transform]]:
-        """With tensors transformed as far as what writes them can absorb that; by path, what the layers have to do themselves."""
-        presets = self._job.presets
+    def _applied(self, transforms: Transforms) -> Iterator[tuple[dict[str, Transform], Folded]]:
+        """With tensors transformed as far as what writes them can absorb that; by path, what the layers have to do themselves, and
+        whose rows have changed.
+        """
+        presets, rows = self._job.presets, Folded()
         online = {path: Transform(presets[path].divisor) if path in presets else Transform() for path in self._specs}
         with ExitStack() as undo:
             for tensor in self._tensors if transforms else ():
@@ -198,8 +202,9 @@ class Rounding:
                     folded = foldable(tensor.edge, transform)
                     if not folded.nothing:
                         undo.callback(fold(self._job.adapter.module, tensor.edge, folded))
+                        rows += [(where, folded) for where in producers(tensor.edge, folded)]
                     online |= dict.fromkeys(tensor.edge.consumers, remaining(transform, folded))
-            yield online
+            yield online, rows
 
     def _statistics(self, paths: Sequence[str], online: Mapping[str, Transform], done: dict[str, nn.Module]) -> dict[str, InputStatistics]:
         """What layers are given in the quantized stream, with those that are ``done`` in place, and where a specification asks for it
@@ -221,16 +226,24 @@ class Rounding:
                     mx.eval(self._stage.run(self._inputs[index]))
         return {path: collector[path] for path in paths}
 
-    def _input(self, path: str, spec: ActivationSpec | None, ranges: InputRanges, weight: Any = None) -> LayerInput:
-        """A layer's input at every noise level, or merged where one entry serves all, and what errors of its outputs cost."""
+    def _input(
+        self, path: str, spec: ActivationSpec | None, ranges: InputRanges, weight: Any = None, folded: Folded | None = None
+    ) -> LayerInput:
+        """A layer's input at every noise level, or merged where one entry serves all, and what errors of its outputs cost, also where
+        something was ``folded`` into its rows.
+        """
         if weight is None:
             weight = np.array(self._linears[path].weight.astype(mx.float32))
         costs = None if self._job.sensitivity is None else self._job.sensitivity.of_outputs(path, ranges.sigma)
+        for where, transform in folded or []:
+            if costs is not None and where.path == path:
+                before, rows, after = np.split(costs, [where.start, where.stop], axis=1)
+                costs = np.concatenate([before, transform.costs(rows), after], axis=1)
         if spec is not None and not spec.per_timestep:
             ranges, costs = ranges.merged(), None if costs is None else costs.mean(0, keepdims=True)
         return LayerInput(ranges, weight.astype(np.float32), costs)
 
-    def _round(self, trials: list[Trial], path: str, statistics: InputStatistics, transform: Transform) -> None:
+    def _round(self, trials: list[Trial], path: str, statistics: InputStatistics, transform: Transform, folded: Folded) -> None:
         """Add a layer, with its activation table, to each of the trials; the second is the one rounded to nearest."""
         spec, preset = self._specs[path], self._job.presets.get(path, Preset())
         after = self._after.get(path, "") if transform.block == 1 else ""
@@ -239,7 +252,7 @@ class Rounding:
             if way.activation is not None:
                 table = preset.table
                 if table is None:
-                    read = self._input(path, way.activation, statistics.ranges, rounded.weight)
+                    read = self._input(path, way.activation, statistics.ranges, rounded.weight, folded)
                     table = activation_table(read, way.activation, rounded.layer, after)
                 rounded.layer.set_activations(table, self._job.adapter.clock)
             trial.add(path, way, rounded)

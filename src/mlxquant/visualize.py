@@ -11,7 +11,7 @@ import click
 import numpy as np
 
 from . import artifacts
-from .console import Command, progress, result, say, verbose_option
+from .console import Command, force_option, progress, result, say, verbose_option
 from .contents.reader import read_contents
 from .contents.views import View, views
 from .errors import ArtifactError
@@ -26,7 +26,7 @@ SHEET, LIST = "sheet.png", "report.json"
 @click.option("--graph", type=click.Choice(["histogram", "matrix"]), default="histogram", show_default=True, help="How often, or where.")
 @click.option("--sheet", is_flag=True, help="Many on a picture, not one.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the pictures.")
-@click.option("--force", is_flag=True, help="Replace an existing folder.")
+@force_option
 @verbose_option
 def command(path: Path, weight: str, graph: str, sheet: bool, out: Path, force: bool) -> None:
     """Draw weights, codes and activations of what is at PATH.
