@@ -100,7 +100,7 @@ def write_layers(folder, model, steps, blocks, rng, error):
         "sigma": sigma,
         "stages": {"name": stages, "error": [[error * (i + 1) * (1 + s) for s in sigma] for i in range(len(stages))]},
         "layers": layers,
-        "decisions": [_decision(stage, error) for stage in stages],
+        "decisions": [*(_decision(stage, error) for stage in stages[:-1]), {"stage": stages[-1], "kept": "exact", "layers": {}}],
     }
     artifacts.write_json(folder / "layers" / f"{model['folder']}.json", "layer-report", facts)
 
@@ -122,7 +122,14 @@ def _layer(path, role, stage, weight, sigma, rng, error, activation):
 
 
 def _decision(stage, error):
+    tensor = {"error_before": 3 * error, "error_after": error}
     return {
         "stage": stage, "kept": "calibrated", "error": error**2, "errors": {"calibrated": error**2, "rtn": 4 * error**2},
-        "learning": None, "smoothquant": None, "layers": {},
+        "learning": {"flipped": 0.0625, "iterations": 20}, "layers": {},
+        "transforms": {
+            "smoothquant": {"kept": True, "error": error**2, "tensors": dict.fromkeys((f"{stage}.q", f"{stage}.fc1"), tensor)},
+            "rotation": {"kept": False, "error": 2 * error**2, "tensors": {f"{stage}.q": tensor}},
+            "tcaq": {"kept": False, "tensors": {}},
+            "ptq4dit": {"kept": False, "failed": "a <stage> overflows", "tensors": {f"{stage}.q": tensor}},
+        },
     }  # fmt: skip

@@ -69,6 +69,13 @@ def test_own_prompts_and_overrides(tmp_path):
     assert saved["calibration"]["prompts"] == [[3, PROMPT]]
 
 
+def test_only_what_was_beaten_is_called_worse(tmp_path):
+    """A recipe that rounds to nearest tries nothing else."""
+    facts, said = succeed(*QUANTIZE, "--recipe", "rtn-w8a16", "--out", tmp_path / "rtn")  # the last --recipe counts
+    assert set(facts["kept"].values()) == {"rtn"}
+    assert "was better" not in said
+
+
 def test_demo_reports_what_later_checks_read(tmp_path):
     facts, _ = succeed("demo", "--out", tmp_path / "demo", "--num-prompts", 2, "--steps", 2)
     assert {"out", "comparison", "seconds", "peak_bytes", "recipes", "fp"} <= set(facts)

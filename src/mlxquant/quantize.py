@@ -91,11 +91,11 @@ def command(
         done = jobs.quantized(model, calib, recipe, work, progress, tracks)
         done.model.save(out, force)
     stored = done.model.size
-    kept = {stage["stage"]: stage["kept"] for stage in done.model.facts["stages"]}
+    stages = done.model.facts["stages"]
     say(f"{out}: {stored.model_bytes / 1e6:.2f} MB, {stored.bits_per_weight:.2f} bits per weight, {done.seconds:.0f} s")
-    for stage, which in kept.items():
-        if which == "rtn":
-            say(f"  {stage}: round-to-nearest was better and was kept")
+    for stage in stages:
+        if stage["kept"] == "rtn" and len(stage["errors"]) > 1:
+            say(f"  {stage['stage']}: round-to-nearest was better and was kept")
     result(
         {
             "out": str(out),
@@ -105,7 +105,7 @@ def command(
             "bits_per_quantized_weight": stored.bits_per_quantized_weight,
             "seconds_quantize": done.seconds,
             "peak_bytes": peak_bytes(),
-            "kept": kept,
+            "kept": {stage["stage"]: stage["kept"] for stage in stages},
         }
     )
 

@@ -95,7 +95,11 @@ class Sweep(Job):
     def _transform(
         self, stage: Stage, rounding: Rounding, start: Trial, inputs: Sequence[State], targets: Sequence[State]
     ) -> tuple[Trial, dict[str, Any]]:
-        """Try one transform after the other on top of what has helped so far; the best trial, and facts about each."""
+        """Try one transform after the other on top of what has helped so far; the best trial, and facts about each.
+
+        One that overflows, as a division may that is folded into float16 weights, has ``failed`` and is not kept. Of the trials only the
+        best has goals, for those keep the moments and the weights of all layers in memory.
+        """
         best, kept, facts = start, Transforms(), dict[str, Any]()
         for method in rounding.transforms:
             proposals = rounding.propose(method, kept)
@@ -103,11 +107,16 @@ class Sweep(Job):
             if not proposals:
                 continue
             wanted = kept | {name: proposal.transform for name, proposal in proposals.items()}
-            trial = rounding.transformed(f"{best.name}+{method}", wanted)
-            self._judge(stage, trial, inputs, targets)
+            try:
+                trial = rounding.transformed(f"{best.name}+{method}", wanted)
+                self._judge(stage, trial, inputs, targets)
+            except NumericsError as error:
+                facts[method]["failed"] = str(error)
+                continue
             facts[method] |= {"kept": trial.error < best.error, "error": trial.error}
             if trial.error < best.error:
-                best, kept = trial, wanted
+                best, trial, kept = trial, best, wanted
+            trial.goals = {}
         return best, facts
 
     def _learn(

@@ -66,6 +66,24 @@ def test_every_section_is_there_and_ids_are_distinct(sample):
         assert len(re.sub(r"<[^>]*>", "", html.split(f'id="{name}"')[1].split("</section>")[0]).strip()) > 20
 
 
+def test_sampler_steps_are_whole_numbers(sample):
+    drawn = sample[2].split('id="trajectory"')[1].split("</svg>")[0]
+    ticks = re.findall(r"<text[^>]*>([\d.]+)</text>", drawn.split("matplotlib.axis_2")[0])
+    assert ticks == ["1", "2", "3", "4"]
+
+
+def test_a_stages_remarks_say_what_was_tried_on_it(sample):
+    """As ``sweep`` records it, stages that were kept as they are included."""
+    _, facts, html = sample
+    part = html.split('id="decisions"')[1].split("</section>")[0]
+    remarks = (
+        "4.00 times less error than the next; 6.2% of the codes flipped; 20 steps; ptq4dit failed: a &lt;stage&gt; overflows; "
+        "rotation tried on 1 input, not kept; smoothquant on 2 inputs; tcaq helps no input"
+    )
+    assert part.count(remarks) == 3 * len(facts["results"])
+    assert part.count("<b>exact</b>") == len(facts["results"])
+
+
 def test_every_figure_of_the_report_is_on_the_page_and_no_other(sample):
     _, facts, html = sample
     shown = {float(value) for value in re.findall(r'data-value="([^"]+)"', html)}

@@ -43,5 +43,5 @@ def ssim(images: Images, reference: Images) -> npt.NDArray[np.float64]:
     """
     images, reference = checked_pair(images, reference, "ssim")
     if min(images.shape[1:3]) <= 2 * RADIUS:
-        raise NumericsError(f"ssim: pictures of {images.shape[1]}×{images.shape[2]} pixels hold no window of 11×11; leave ssim out")
+        raise NumericsError(f"ssim: pictures of {images.shape[1]}×{images.shape[2]} pixels hold no window of 11×11; compare larger ones")
     return np.array([_similarity(x.astype(np.float64), y.astype(np.float64)) for x, y in zip(images, reference, strict=True)])

@@ -117,6 +117,7 @@ def trajectories(sigma: Sequence[float], curves: Sequence[Mapping[str, Any]], na
     if any((np.array(c["error"], float) > 0).any() for c in curves):
         axis.set_yscale("log")
     axis.margins(x=0.02)
+    axis.locator_params("x", integer=True)
     _label(axis, "sampler step (the last is the result)", "relative error of the latent")
     return svg(figure, name)
 

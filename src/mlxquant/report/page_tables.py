@@ -151,12 +151,12 @@ def decisions(report: Json, layers: Mapping[str, Json]) -> str:
         if model["name"] not in layers:
             continue
         stages = layers[model["name"]]["decisions"]
-        tried = list(dict.fromkeys(name for stage in stages for name in stage["errors"] or {}))
+        tried = list(dict.fromkeys(name for stage in stages for name in _errors(stage)))
         rows = [
             [
                 escape(stage["stage"]),
                 f'<td class="text"><b>{escape(stage["kept"])}</b></td>',
-                *(number((stage["errors"] or {}).get(name)) for name in tried),
+                *(number(_errors(stage).get(name)) for name in tried),
                 f'<td class="text">{escape(_why(stage))}</td>',
             ]
             for stage in stages
@@ -175,18 +175,33 @@ def decisions(report: Json, layers: Mapping[str, Json]) -> str:
     return f'<p class="hint">{hint}</p>' + "".join(parts)
 
 
+def _errors(stage: Json) -> Json:
+    """The error of everything that was tried; nothing where a stage was kept as it is."""
+    return stage.get("errors") or {}
+
+
 def _why(stage: Json) -> str:
-    """In words: how much better the choice was, how learning went, what was folded."""
-    errors, parts = stage["errors"] or {}, []
+    """In words: how much better the choice was, how learning went, which transforms were tried."""
+    errors, parts = _errors(stage), []
     others = [error for name, error in errors.items() if name != stage["kept"]]
     if stage["kept"] in errors and others and errors[stage["kept"]] > 0:
         parts.append(f"{min(others) / errors[stage['kept']]:.2f} times less error than the next")
     if learning := stage.get("learning"):
         parts += [f"{share:.1%} of the codes flipped" for share in [learning.get("flipped")] if isinstance(share, float)]
         parts += [f"{learning['iterations']} steps" for _ in [0] if "iterations" in learning]
-    if folds := stage.get("smoothquant"):
-        parts.append(f"SmoothQuant on {sum(bool(fold['applied']) for fold in folds.values())} of {len(folds)}")
+    parts += [_tried(name, facts) for name, facts in stage.get("transforms", {}).items()]
     return "; ".join(parts)
+
+
+def _tried(name: str, facts: Json) -> str:
+    """What became of a transform in a stage."""
+    count = len(facts["tensors"])
+    if not count:
+        return f"{name} helps no input"
+    if "failed" in facts:
+        return f"{name} failed: {facts['failed']}"
+    inputs = f"{count} input{'s' if count > 1 else ''}"
+    return f"{name} on {inputs}" if facts["kept"] else f"{name} tried on {inputs}, not kept"
 
 
 def _formats(layers: Sequence[Json]) -> str:
