@@ -86,6 +86,8 @@ def test_only_some_methods_look_at_both_streams():
         ("gptq+-w4a8", "unknown ingredient ''"),
         ("gptq+rotation+smoothquant-w4a8", "'smoothquant' comes after 'rotation', which must be the last"),
         ("quarot+rotation-w4a8", "'rotation' comes after 'rotation'"),
+        ("gptq+tdq+logsnr-w4a8", "'logsnr' comes after 'tdq'; a recipe has one range method"),
+        ("svdquant+whitened8-w4a8", "'whitened8' comes after 'svd'; a recipe has one branch"),
         ("qronos+corrected-w4a8", "qronos makes up for the layers before by itself; for 'corrected' use gptq"),
         ("gptaq+refit-w4a8", "gptaq makes up for the layers before by itself; for 'refit' use gptq"),
         ("gptq", r"expected METHOD\[\+INGREDIENT"),

@@ -226,3 +226,8 @@ def test_bits_are_given_where_they_buy_most(spiky, calib):
     assert done.size.bits_per_quantized_weight <= uniform.size.bits_per_quantized_weight
     assert len({layer.format.bits for layer in done.layers.values()}) > 2
     assert done.facts["allocation"]["layers"].keys() == done.layers.keys()
+
+
+def test_a_limit_that_cannot_be_met_is_refused_before_anything_long(spiky):
+    with pytest.raises(RecipeError, match=r"2\.1 bits per weight cannot be met"):
+        mq.api.plan(spiky, parse_recipe("gptq+mixed2.1-w4a8"))

@@ -89,12 +89,9 @@ def allocate(
     linears = adapter.linears()
     plan = recipe.plan({path: adapter.role(path) for path in linears})
     formats = {path: candidates(spec, widths) for path, spec in plan.items()}
-    sizes = {
-        path: np.array([stored_bytes(replace(spec, weight=form), linears[path].weight.shape) for form in formats[path]])
-        for path, spec in plan.items()
-    }
+    sizes = candidate_bytes(adapter, plan, widths)
     count = sum(linears[path].weight.size for path in plan)
-    check_limits(recipe, plan, list(sizes.values()), count, bits_per_weight, bits_per_activation)
+    check_limits(adapter, recipe, plan, bits_per_weight, bits_per_activation, widths)
     surveys = survey(adapter, calibration, plan, formats, bits_per_activation is not None, progress)
 
     before = {path: formats[path].index(spec.weight) for path, spec in plan.items()}
@@ -146,16 +143,26 @@ def stored_bits(adapter: Adapter, plan: Mapping[str, LayerSpec]) -> float:
     return 8 * sum(stored_bytes(plan[path], shape) for path, shape in shapes.items()) / sum(r * c for r, c in shapes.values())
 
 
+def candidate_bytes(adapter: Adapter, plan: Mapping[str, LayerSpec], widths: Sequence[int]) -> dict[str, Array]:
+    """Bytes of each layer in each of its ``candidates``, ascending."""
+    linears = adapter.linears()
+    return {
+        path: np.array([stored_bytes(replace(spec, weight=form), linears[path].weight.shape) for form in candidates(spec, widths)])
+        for path, spec in plan.items()
+    }
+
+
 def check_limits(
+    adapter: Adapter,
     recipe: Recipe,
     plan: Mapping[str, LayerSpec],
-    sizes: Sequence[Array],
-    count: int,
     bits_per_weight: float | None,
     bits_per_activation: float | None,
+    widths: Sequence[int] = WIDTHS,
 ) -> None:
-    """Raise RecipeError where a limit is below the least possible; ``sizes`` are bytes by layer and format, ascending, ``count`` all
-    weights."""
+    """Raise RecipeError where a limit is below the least possible."""
+    sizes, linears = list(candidate_bytes(adapter, plan, widths).values()), adapter.linears()
+    count = sum(linears[path].weight.size for path in plan)
     least, most = (8 * sum(int(size[end]) for size in sizes) / count for end in (0, -1))
     if bits_per_weight is not None and not bits_per_weight >= least:
         pinned = sum(spec.weight.bits >= PINNED for spec in plan.values())

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from . import artifacts, calibration
-from .allocation import allocate, stored_bits
+from .allocation import allocate, check_limits, stored_bits
 from .artifacts import versions
 from .calibration import Calibration
 from .errors import AdapterError, ArtifactError, CalibrationError, NumericsError, RecipeError
@@ -231,6 +231,7 @@ def plan(model: Model, recipe: Recipe) -> dict[str, LayerSpec]:
             spec.weight.columns(linears[path].weight.shape[1])
         except RecipeError as error:
             raise RecipeError(f"recipe {recipe.name}, layer {path}: {error}") from error
+    check_limits(model.adapter, recipe, layers, recipe.bits_per_weight, recipe.bits_per_activation)
     return layers
 
 

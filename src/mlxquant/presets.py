@@ -118,10 +118,14 @@ def _with(method: Method, ingredient: str) -> Method:
             raise RecipeError(f"{ingredient!r} comes after 'rotation', which must be the last: mixed channels have no scales")
         return replace(method, transforms=(*method.transforms, ingredient))
     if ingredient in {found.name for found in registry.members("range")}:
+        if method.range != Method.range:
+            raise RecipeError(f"{ingredient!r} comes after {method.range!r}; a recipe has one range method")
         return replace(method, range=ingredient)
     if limit := re.fullmatch(r"mixed(\d+(?:\.\d+)?)", ingredient):
         return replace(method, mixed=True, bits_per_weight=float(limit[1]))
-    if name in branches and rank != "0":
+    if name in branches and not rank.startswith("0"):
+        if method.branch is not None:
+            raise RecipeError(f"{ingredient!r} comes after {method.branch!r}; a recipe has one branch")
         return replace(method, branch=name, rank=int(rank or RANK))
     raise RecipeError(f"unknown ingredient {ingredient!r}; known: {', '.join(sorted(ingredients()))}, and a rank after {sorted(branches)}")
 

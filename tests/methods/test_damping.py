@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from mlxquant.errors import NumericsError
 from mlxquant.formats import WeightFormat
 from mlxquant.methods.correction import corrected_target
 from mlxquant.methods.damping import CANDIDATES, TARGETS, choose_damping
@@ -80,3 +81,16 @@ def test_a_few_rows_stand_for_all():
 
 def test_without_held_out_tokens_there_is_no_choice():
     assert choose_damping(weight_of(), rounded, Moments.of(inputs(100))) is None
+
+
+def test_a_damping_that_leaves_the_hessian_singular_is_not_chosen():
+    weight, moments = weight_of(), split(inputs(80))
+
+    def quantize(some, training, damping):
+        if damping < 0.05:
+            raise NumericsError("not positive definite")
+        return rounded(some, training, damping)
+
+    choice = choose_damping(weight, quantize, moments)
+    assert choice.damping >= 0.05
+    assert [damping for damping, error in choice.errors.items() if error == np.inf] == [0.003, 0.01, 0.03]

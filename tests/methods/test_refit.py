@@ -75,3 +75,14 @@ def test_it_does_not_matter_how_the_codes_were_found():
     for codes in (nearest_plane(target, grid, Factor.of(hessian)), grid.quantize(weight), np.full(weight.shape, 3, np.uint8)):
         refined, found = refit(weight, grid, codes, moments)
         assert (energy(target - refined.dequantize(found), hessian) < energy(target - grid.dequantize(codes), hessian)).all()
+
+
+@pytest.mark.parametrize("text", ["w4", "w4-g32", "w4-tensor"])
+def test_rows_are_solved_a_few_at_a_time_with_the_same_result(text, monkeypatch):
+    weight, _, moments = layer()
+    grid = extremes(weight, WeightFormat.parse(text))
+    whole = refit(weight, grid, grid.quantize(weight), moments)
+    monkeypatch.setattr("mlxquant.methods.refit.CHUNK", 3)
+    few = refit(weight, grid, grid.quantize(weight), moments)
+    np.testing.assert_array_equal(few[0].scales, whole[0].scales)
+    np.testing.assert_array_equal(few[1], whole[1])

@@ -3,34 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
+from ..citations import used
 from ..methods import registry
+from ..recipe import Recipe
 
 
 def cited(recipes: list[Mapping[str, Any]]) -> list[dict[str, str]]:
-    """Every method that the recipes (as plain data) name and that has a citation: ``name``, ``source`` (an arXiv id) and ``bibtex``."""
-    named = {text for recipe in recipes for _, spec in recipe["rules"] for text in _texts(spec)}
-    keys = {
-        method.citation_key: method.name
-        for kind in registry.KINDS
-        for method in registry.members(kind)
-        if method.name in named and method.citation_key is not None
-    }
-    return [{"name": name, "source": _arxiv(registry.CITATIONS[key]), "bibtex": registry.CITATIONS[key]} for key, name in keys.items()]
-
-
-def _texts(data: Any) -> Iterator[str]:
-    """All strings in plain data."""
-    if isinstance(data, str):
-        yield data
-    elif isinstance(data, Mapping):
-        for value in data.values():
-            yield from _texts(value)
-    elif isinstance(data, list | tuple):
-        for value in data:
-            yield from _texts(value)
+    """Everything that the recipes (as plain data) use and that has a paper: ``name``, ``source`` (an arXiv id) and ``bibtex``."""
+    uses: dict[str, list[str]] = {}
+    for use, key in sorted({pair for recipe in recipes for pair in used(Recipe("", ()).to_dict() | dict(recipe))}):
+        uses.setdefault(key, []).append(use)
+    return [
+        {"name": ", ".join(names), "source": _arxiv(registry.CITATIONS[key]), "bibtex": registry.CITATIONS[key]}
+        for key, names in sorted(uses.items())
+    ]
 
 
 def _arxiv(bibtex: str) -> str:

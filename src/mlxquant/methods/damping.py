@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from ..errors import NumericsError
 from .moments import Moments, excess, shortfall
 
 Array = npt.NDArray[Any]
@@ -25,7 +27,7 @@ Quantize = Callable[[Array, Moments, float], Array]
 @dataclass(frozen=True)
 class Choice:
     """A ``damping`` and, for each that was tried, the squared output error that it left on the held-out tokens, as ``moments.excess``
-    counts it.
+    counts it: infinite where the Hessian was still singular.
     """
 
     damping: float
@@ -47,5 +49,10 @@ def choose_damping(
     some = weight[np.linspace(0, len(weight) - 1, min(rows, len(weight))).astype(int)]
     training, judge = moments.training, moments.held_out
     missing = None if judge.cross is None else shortfall(some, judge)
-    errors = {d: float(excess(some - quantize(some, training, d), judge.gram, missing).sum()) for d in candidates}
+    errors = {}
+    for damping in candidates:
+        try:
+            errors[damping] = float(excess(some - quantize(some, training, damping), judge.gram, missing).sum())
+        except NumericsError:  # too little for these inputs
+            errors[damping] = inf
     return Choice(min(errors, key=lambda damping: errors[damping]), errors)

@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..formats import Grid, snap
+from ..formats import Grid, WeightFormat, snap
 from .descent import descend
 from .gptq import damped_problem
 from .moments import Moments, calibrated_gram, energy
 from .registry import register
 
 Array = npt.NDArray[Any]
+CHUNK = 2**22  # numbers in the normal equations of the rows that are solved at once
 
 
 @register("refine", "refit", summary="steps that fit the codes by least squares, then coordinate descent, by turns")
@@ -51,12 +52,29 @@ def _fitted(target: Array, grid: Grid, codes: Array, hessian: Array) -> Grid:
     """
     rows, width = target.shape
     format, groups = grid.format, grid.scales.shape[1]
+    if format.group == "tensor":
+        normal, right = (part.sum(0, keepdims=True) for part in _normal_equations(target, codes, format, hessian))
+        found = np.repeat(_solved(normal, right), rows, 0)
+    else:
+        size = max(1, CHUNK // (len(hessian) // format.columns(width)) ** 2)
+        chunks = [slice(start, start + size) for start in range(0, rows, size)]
+        found = np.concatenate([_solved(*_normal_equations(target[some], codes[some], format, hessian)) for some in chunks])
+    scales = found[:, :groups]
+    scales = np.where(scales > 0, scales, grid.scales)
+    if format.symmetric:
+        return Grid.symmetric(format, scales)
+    return Grid(format, snap(scales), found[:, groups:].astype(np.float16).astype(np.float32))
+
+
+def _normal_equations(target: Array, codes: Array, format: WeightFormat, hessian: Array) -> tuple[Array, Array]:
+    """By row the products of its parts with one another [rows,parts,parts] and with the target [rows,parts], under the Hessian."""
+    rows, width = target.shape
     columns = format.columns(width)
+    groups = width // columns
     values = codes.astype(hessian.dtype) - (format.zero_code if format.symmetric else 0)
     parts = [values] if format.symmetric else [values, np.ones_like(values)]
-    count = len(parts) * groups
+    count, split = len(parts) * groups, (rows, groups, columns)
     normal, right = np.zeros((rows, count, count)), np.zeros((rows, count))
-    split = (rows, groups, columns)
     for p, part in enumerate(parts):
         for g in range(groups):
             here = slice(g * columns, (g + 1) * columns)
@@ -66,14 +84,12 @@ def _fitted(target: Array, grid: Grid, codes: Array, hessian: Array) -> Grid:
                 normal[:, p * groups + g, o * groups : (o + 1) * groups] = np.einsum(
                     "ogi,ogi->og", pushed.reshape(split), other.reshape(split)
                 )
-    if format.group == "tensor":
-        normal, right = (np.broadcast_to(v.sum(0), v.shape) for v in (normal, right))
-    found = np.einsum("oij,oj->oi", np.linalg.pinv(normal, hermitian=True), right)
-    scales = found[:, :groups]
-    scales = np.where(scales > 0, scales, grid.scales)
-    if format.symmetric:
-        return Grid.symmetric(format, scales)
-    return Grid(format, snap(scales), found[:, groups:].astype(np.float16).astype(np.float32))
+    return normal, right
+
+
+def _solved(normal: Array, right: Array) -> Array:
+    found: Array = np.einsum("oij,oj->oi", np.linalg.pinv(normal, hermitian=True), right)
+    return found
 
 
 def _better(target: Array, grid: Grid, other: Grid, codes: Array, hessian: Array) -> Grid:
