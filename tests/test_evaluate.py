@@ -107,7 +107,7 @@ def test_report_holds_what_it_promises(whole):
         ("accuracy", "gptq-w4a8", "mmdit-shapes"),
     ]
     assert all(math.isfinite(value) for value in numbers(report))
-    assert [method["name"] for method in report["methods"]] == ["gptq"]
+    assert [method["name"] for method in report["methods"]] == ["round gptq"]
     assert facts["results"][1]["psnr_db"] == report["results"][1]["psnr_db"]
     assert "gptq-w4a8" in said
     for name in ("mmdit-shapes", "rtn-w4a8", "gptq-w4a8", "float16"):
