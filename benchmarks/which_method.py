@@ -4,8 +4,7 @@ Every method at six formats on ``mmdit-shapes``: PSNR of the decoded picture aga
 prompts (mean and bootstrap 95 % interval), the paired difference to ``gptq`` in the same format with its interval, attribute accuracy,
 stored bits a weight of the whole model, and CPU seconds to quantize. Calibration is the same for all: 16 prompts, 28 steps. Rows that
 are in ``--work`` already are not computed again, so several processes may share it; those behind the README are in
-``benchmarks/results/which_method``. ``--table`` prints what is there. The last line of
-stdout is one JSON object.
+``benchmarks/results/which_method``. ``--table`` prints what is there. The last line of stdout is one JSON object.
 """
 
 from __future__ import annotations
