@@ -130,9 +130,13 @@ class Bench:
         accuracy = self.model.adapter.attributes(images, [p.text for p in self.prompts])
         return {"psnr_db": float(decibels.mean()), "psnr_95": interval(decibels), "accuracy": accuracy["mean"]}
 
+    def path(self, name: str) -> Path:
+        """Where a row is kept."""
+        return self.work / (name.replace(" ", "_").replace(":", ".").replace(",", "").replace("+", ".") + ".json")
+
     def kept(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """A row from the folder, or made now."""
-        path = self.work / (name.replace(" ", "_").replace(":", ".").replace(",", "") + ".json")
+        path = self.path(name)
         if not path.exists():
             row = make()
             with atomic_file(path) as temporary:

@@ -13,6 +13,7 @@ import json
 import platform
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,10 @@ import numpy as np
 import mlxquant as mq  # before mlx, so that MLX gets a fast BLAS
 
 # isort: split
-from mlxquant.api import Model
-from mlxquant.artifacts import atomic_file, canonical
 from mlxquant.console import progress, result, say
 from mlxquant.metrics.bootstrap import interval
 from mlxquant.metrics.psnr import psnr
+from taqdit import CALIBRATION, Bench
 
 FORMATS = ("w8a8", "w4a16", "w4a8", "w4a4", "w3a8", "w2a16")
 WEIGHTS = [
@@ -52,7 +52,7 @@ WEIGHTS = [
 ]
 RANGES = ["average", "error", "grouped", "envelope", "tdq", "logsnr", "dynamic"]
 LEARNED = ["adaround", "tcaqdm", "taqdit"]
-BEST = ["gptq+smoothquant+rotation+sensitivity", "taqdit+rotation"]
+BEST = ["gptq+smoothquant+rotation+mixed", "gptq+smoothquant+rotation+sensitivity", "taqdit+rotation"]
 
 
 def rows() -> list[str]:
@@ -64,62 +64,33 @@ def rows() -> list[str]:
     return quick + [f"{method}-{form}" for method in BEST for form in FORMATS] + [f"{m}-{form}@300" for m in LEARNED for form in FORMATS]
 
 
-class Bench:
-    """Pictures of the reference, and what was measured of others, kept in a folder."""
+def measure(bench: Bench, name: str) -> dict[str, Any]:
+    """A recipe, perhaps with ``@N``: N iterations where it learns."""
+    recipe_name, _, iterations = name.partition("@")
+    recipe = mq.parse_recipe(recipe_name)
+    if iterations:
+        recipe = replace(recipe, learning=replace(recipe.learning, iterations=int(iterations)))
+    calib = bench.calibration(CALIBRATION)
+    start = time.process_time()
+    done = mq.quantize(bench.model, calib, recipe, progress=progress)
+    seconds = time.process_time() - start
+    images = done.images(bench.prompts, progress=progress)
+    stages = [s for s in done.facts["stages"] if "errors" in s]
+    transforms = [kept["kept"] for s in stages for kept in s.get("transforms", {}).values()]
+    widths = [float(np.mean(layer.table.bits)) for layer in done.layers.values() if layer.table is not None]
+    return {
+        "psnr_each": psnr(images, bench.reference).tolist(),
+        "accuracy": accuracy(bench, images),
+        "bits_per_weight": done.size.bits_per_weight,
+        "activation_bits": float(np.mean(widths)) if widths else 16.0,
+        "seconds_quantize": seconds,
+        "kept": [s["kept"] for s in stages],
+        "transforms_kept": f"{sum(transforms)} of {len(transforms)}" if transforms else "",
+    }
 
-    def __init__(self, num_prompts: int, work: Path):
-        self.model = mq.load("mmdit-shapes")
-        self.prompts = self.model.adapter.prompts("evaluation", num_prompts)
-        self.work = work / f"{num_prompts}-{self.model.adapter.fingerprint[:8]}"
-        self.work.mkdir(parents=True, exist_ok=True)
-        self._calibration: mq.calibration.Calibration | None = None
-        self._reference: np.ndarray | None = None
 
-    @property
-    def reference(self) -> np.ndarray:
-        if self._reference is None:
-            self._reference = self.model.images(self.prompts, progress=progress)
-        return self._reference
-
-    def accuracy(self, images: np.ndarray) -> float:
-        return self.model.adapter.attributes(images, [p.text for p in self.prompts])["mean"]
-
-    def measure(self, name: str) -> dict[str, Any]:
-        """A recipe, perhaps with ``@N``: N iterations where it learns."""
-        recipe_name, _, iterations = name.partition("@")
-        recipe = mq.parse_recipe(recipe_name)
-        if iterations:
-            recipe = replace(recipe, learning=replace(recipe.learning, iterations=int(iterations)))
-        if self._calibration is None:
-            self._calibration = mq.calibrate(self.model, 16, progress=progress)
-        start = time.process_time()
-        done = mq.quantize(self.model, self._calibration, recipe, progress=progress)
-        seconds = time.process_time() - start
-        images = Model(done.adapter).images(self.prompts, progress=progress)
-        stages = [s for s in done.facts["stages"] if "errors" in s]
-        transforms = [kept["kept"] for s in stages for kept in s.get("transforms", {}).values()]
-        widths = [float(np.mean(layer.table.bits)) for layer in done.layers.values() if layer.table is not None]
-        return {
-            "psnr_each": psnr(images, self.reference).tolist(),
-            "accuracy": self.accuracy(images),
-            "bits_per_weight": done.size.bits_per_weight,
-            "activation_bits": float(np.mean(widths)) if widths else 16.0,
-            "seconds_quantize": seconds,
-            "kept": [s["kept"] for s in stages],
-            "transforms_kept": f"{sum(transforms)} of {len(transforms)}" if transforms else "",
-        }
-
-    def path(self, name: str) -> Path:
-        return self.work / f"{name.replace('+', '.')}.json"
-
-    def row(self, name: str) -> dict[str, Any]:
-        """A row from the folder, or made now."""
-        path = self.path(name)
-        if not path.exists():
-            made = self.measure(name)
-            with atomic_file(path) as temporary:
-                temporary.write_text(canonical(made))
-        return json.loads(path.read_text())
+def accuracy(bench: Bench, images: np.ndarray) -> float:
+    return bench.model.adapter.attributes(images, [p.text for p in bench.prompts])["mean"]
 
 
 def summary(bench: Bench, name: str, row: dict[str, Any]) -> dict[str, Any]:
@@ -156,10 +127,8 @@ def line(name: str, figures: dict[str, Any]) -> str:
 @click.option("--work", type=click.Path(path_type=Path), required=True, help="Folder that keeps finished rows.")
 def main(num_prompts: int, names: tuple[str, ...], table: bool, work: Path) -> None:
     bench = Bench(num_prompts, work)
-    wanted = list(names) or rows()
-    if table:
-        wanted = [name for name in wanted if bench.path(name).exists()]
-    found = {name: bench.row(name) for name in wanted}
+    wanted = list(names) or (sorted(path.stem.replace(".", "+") for path in bench.work.glob("*.json")) if table else rows())
+    found = {name: bench.kept(name, partial(measure, bench, name)) for name in wanted}
     figures = {name: summary(bench, name, row) for name, row in found.items()}
     say(
         "| recipe | PSNR dB | 95 % | against gptq | accuracy | bits a weight | activation bits | CPU seconds |\n"
@@ -168,7 +137,7 @@ def main(num_prompts: int, names: tuple[str, ...], table: bool, work: Path) -> N
     for form in FORMATS:
         for name in sorted((n for n in wanted if format_of(n) == form), key=lambda n: -figures[n]["psnr_db"]):
             say(line(name, figures[name]))
-    exact = {"accuracy": bench.accuracy(bench.reference)}
+    exact = {"accuracy": accuracy(bench, bench.reference)}
     result({"num_prompts": num_prompts, "full_precision": exact, "platform": platform.platform(), "rows": figures})
 
 
