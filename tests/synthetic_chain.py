@@ -12,7 +12,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlxquant.models.adapter import Adapter, Stage
+from mlxquant.models.adapter import Stage
+from mlxquant.models.diffusion import DiffusionAdapter
 from mlxquant.prompts import Prompt
 from mlxquant.sampler import Conditioning
 from mlxquant.schedule import Clock
@@ -20,7 +21,7 @@ from mlxquant.schedule import Clock
 TEXT = 8  # width of the conditioning, of one token
 
 
-class Chain(Adapter):
+class Chain(DiffusionAdapter):
     name = "chain"
     cfg = 2.0
     batch = 2

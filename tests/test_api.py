@@ -155,7 +155,7 @@ def test_saving_looks_for_what_fits_half_precision_once(tiny, tmp_path, monkeypa
 def test_unknown_models_and_foreign_folders_are_refused(tmp_path):
     with pytest.raises(AdapterError, match="unknown model 'sd9'"):
         mq.load("sd9")
-    with pytest.raises(AdapterError, match="none': neither a folder nor one of"):
+    with pytest.raises(AdapterError, match="none': neither a folder, nor a hub id of a language model, nor one of"):
         mq.load(tmp_path / "none")
     with pytest.raises(ArtifactError, match="holds no model: expected a folder written by 'mlxquant quantize'"):
         mq.load(tmp_path)

@@ -440,7 +440,7 @@ def test_only_a_winner_that_was_not_tried_last_is_run_again(tiny, monkeypatch, h
         monkeypatch.setattr(registry, "get", lambda kind, name: zeros if name == "gptq" else get(kind, name))
     stages = mq.quantize(tiny, calib, "gptq-w4a8").facts["stages"]
     assert {stage["kept"] for stage in stages} == {"rtn" if hurts else "calibrated"}
-    assert runs == [stage.name for stage in tiny.adapter.stages if hurts]
+    assert runs == [stage.name for stage in tiny.adapter.stages[:-1] if hurts]
 
 
 def test_the_limit_of_samples_holds_for_the_sweep_and_is_recorded(tmp_path):

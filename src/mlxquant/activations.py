@@ -199,6 +199,39 @@ def represented(x: mx.array, entry: Entry) -> mx.array:
     return mx.where(entry.is_float, x, levels) if entry.any_float else levels
 
 
+TABLE = {  # a layer's parameters, in the order of ActivationTable's fields
+    "act_sigma": mx.float32,
+    "act_step": mx.float32,
+    "act_shift": mx.float32,
+    "act_bits": mx.uint8,
+    "act_log": mx.uint8,
+}
+
+
+class TokenReader:
+    """Scales that follow the input: each token has its own step and shift, from its least channel to its greatest (as in SpinQuant, arXiv
+    2405.16406, appendix). There is nothing to calibrate, and no noise level.
+    """
+
+    def __init__(self, bits: int):
+        """Raises RecipeError on other bits than a table may have."""
+        one = np.ones(1, np.float32)
+        self.bits = bits
+        self._entry = Entry.of(ActivationTable(one, one, one[:, None], np.array([bits], np.uint8)), one)
+
+    @property
+    def mean_bits(self) -> float:
+        return float(self.bits)
+
+    def read(self, x: mx.array) -> Entry:
+        """The entry for an input [...,in]: its step and shift are [...,1]. A token of equal channels gets step 1."""
+        x = x.astype(mx.float32)
+        low, high = x.min(-1, keepdims=True), x.max(-1, keepdims=True)
+        step = mx.where(high > low, (high - low) / (2**self.bits - 1), 1.0)
+        shift = mx.where(high > low, low + 2 ** (self.bits - 1) * step, low)
+        return replace(self._entry.shaped(x.ndim), step=step, shift=shift)
+
+
 class TableReader:
     """Looks a table up at the time that a clock shows, and remembers what it looked up."""
 
@@ -206,6 +239,11 @@ class TableReader:
         self.table = table
         self._clock = clock
         self._entries: dict[tuple[bytes, int], Entry] = {}
+
+    @property
+    def mean_bits(self) -> float:
+        """Averaged over noise levels."""
+        return float(np.mean(self.table.bits))
 
     def read(self, x: mx.array) -> Entry:
         """The entry for an input [B,...,in]; raises AdapterError when the clock is unset or shows another batch size."""

@@ -15,8 +15,8 @@ from .errors import AdapterError
 from .formats import WeightFormat
 from .layer_rounding import Preset
 from .methods.adaround import Settings
-from .models.adapter import Adapter
 from .models.catalog import model_name, pretrained
+from .models.diffusion import DiffusionAdapter, diffusion
 from .pipeline.apply import check, prepare
 from .pipeline.block_cache import BlockCache
 from .pipeline.cached_teacher import CachedTeacher
@@ -88,7 +88,7 @@ def command(
     cache = BlockCache.read(cache_dir)
     if model_name(name) not in (None, cache.model):
         raise AdapterError(f"{cache_dir} is of model {cache.model!r}, not of {name!r}; leave --model out or cache that model")
-    adapter = pretrained(name or cache.model)
+    adapter = diffusion(pretrained(name or cache.model))
     cache.check(adapter)
     presets: dict[str, Preset] = {}
     if quant_config is not None:
@@ -132,7 +132,7 @@ def command(
 
 
 def learn(
-    adapter: Adapter,
+    adapter: DiffusionAdapter,
     recipe: Recipe,
     cache: BlockCache,
     calib_dir: Path | None,

@@ -20,7 +20,6 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from .calibration import Calibration
 from .errors import RecipeError
 from .formats import WeightFormat
 from .input_tables import LayerInput, Options, TierTables
@@ -33,7 +32,7 @@ from .recipe import ActivationSpec, LayerSpec, Recipe
 from .rewrite import tapped
 from .sensitivity import Sensitivity
 from .statistics import Collector, InputRanges
-from .streams import run_batch
+from .streams import CalibrationData, run_batch
 from .sweep import measured
 
 Array = npt.NDArray[Any]
@@ -64,7 +63,7 @@ class Survey:
 
 def allocate(
     adapter: Adapter,
-    calibration: Calibration,
+    calibration: CalibrationData,
     recipe: Recipe,
     bits_per_weight: float | None = None,
     bits_per_activation: float | None = None,
@@ -191,7 +190,7 @@ def tiers_of(spec: ActivationSpec) -> tuple[int, ...]:
 
 def survey(
     adapter: Adapter,
-    calibration: Calibration,
+    calibration: CalibrationData,
     plan: Mapping[str, LayerSpec],
     formats: Mapping[str, Sequence[WeightFormat]],
     inputs: bool,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +13,21 @@ import numpy.typing as npt
 from PIL import Image
 
 from . import artifacts, calibration
+from .affine import restored
 from .allocation import allocate, check_limits, stored_bits
 from .artifacts import versions
 from .calibration import Calibration
+from .corpus import read_corpus
 from .errors import AdapterError, ArtifactError, CalibrationError, NumericsError, RecipeError
 from .layers import QuantizedLinear, find_quantized
+from .model_size import Size
 from .models.adapter import Adapter
 from .models.attention import QuantizedAttention, find_quantized_attentions
 from .models.catalog import adapter_class, pretrained
+from .models.diffusion import DiffusionAdapter, diffusion
+from .models.language import LanguageAdapter, language
 from .pipeline.apply import TrackFiles
+from .prediction import Prediction, predict
 from .presets import parse_recipe
 from .progress import Progress, silent
 from .prompts import Prompt
@@ -31,15 +36,16 @@ from .report.comparison import Comparison, to_pil
 from .rewrite import parameters, set_module
 from .sampler import SamplerStep
 from .store import FolderStore, Store, layer_arrays, module_facts
+from .streams import CalibrationData
 from .sweep import sweep
+from .text_calibration import TextCalibration, collect_text
 
 KIND = "quantized-model"
-SAVED = ("kind", "version", "model", "layers", "attentions", "files", "mlxquant", "mlx")  # what ``save`` adds to the facts
-PACKED = ("weight", "scales", "biases", "low_up", "low_down")  # what stands for a quantized weight
+SAVED = ("kind", "version", "model", "layers", "attentions", "files", "mlxquant", "mlx", "plain")  # what ``save`` adds to the facts
 
 
 class Model:
-    """A model that makes pictures from prompts."""
+    """A model: one that draws pictures from prompts, or one that writes text."""
 
     def __init__(self, adapter: Adapter):
         self.adapter = adapter
@@ -47,6 +53,22 @@ class Model:
     @property
     def name(self) -> str:
         return self.adapter.name
+
+    @property
+    def diffusion(self) -> DiffusionAdapter:
+        """The adapter, as one that draws; raises AdapterError where the model writes text."""
+        return diffusion(self.adapter)
+
+    @property
+    def language(self) -> LanguageAdapter:
+        """The adapter, as one that writes text; raises AdapterError where the model draws pictures."""
+        return language(self.adapter)
+
+    def predict(self, text: str, length: int | None = None, limit: int | None = None, progress: Progress = silent) -> Prediction:
+        """How well a language model predicts a text; see ``prediction.predict``. Windows are by default as long as calibration has them."""
+        adapter = self.language
+        windows = adapter.context if length is None else length
+        return predict(adapter.logits, adapter.tokenizer, text, windows, limit, adapter.batch, progress)
 
     def images(
         self,
@@ -60,12 +82,13 @@ class Model:
         """Pictures [B,H,W,3] in [0,1], each from its prompt and seed, ``at_once`` together, by default as the adapter has it."""
         if not prompts:
             raise CalibrationError("there are no prompts to draw")
-        self.adapter.prepare(prompts)
-        at_once, parts = self.adapter.batch if at_once is None else at_once, []
+        adapter = self.diffusion
+        adapter.prepare(prompts)
+        at_once, parts = adapter.batch if at_once is None else at_once, []
         for start in progress(range(0, len(prompts), at_once), "sampling"):
             some = prompts[start : start + at_once]
-            latent = self.adapter.generate([p.text for p in some], [p.seed for p in some], steps, cfg, callback)
-            parts.append(self.adapter.decode(latent))
+            latent = adapter.generate([p.text for p in some], [p.seed for p in some], steps, cfg, callback)
+            parts.append(adapter.decode(latent))
         images = np.concatenate(parts)
         if not np.isfinite(images).all():
             raise NumericsError(f"{self.name}: a picture holds NaN or infinite values; the model's weights are damaged or overflow")
@@ -91,17 +114,6 @@ def _refresh(module: nn.Module) -> None:
     """Let everything quantized in a module know that its parameters were loaded."""
     for part in (*find_quantized(module).values(), *find_quantized_attentions(module).values()):
         part.refresh()
-
-
-@dataclass(frozen=True)
-class Size:
-    """Stored size of a model. ``bits_per_weight`` is stored bits over parameters of the whole model, as mlx-lm prints it;
-    ``bits_per_quantized_weight`` is over the quantized layers alone: codes, scales and biases.
-    """
-
-    model_bytes: int
-    bits_per_weight: float
-    bits_per_quantized_weight: float
 
 
 class QuantizedModel(Model):
@@ -130,15 +142,7 @@ class QuantizedModel(Model):
 
     @property
     def size(self) -> Size:
-        arrays = self._arrays()
-        layers = self.layers
-        codes = sum(layer.nbytes for layer in layers.values())
-        weights = sum(layer.shape[0] * layer.shape[1] for layer in layers.values())
-        tables = sum(value.size for name, value in arrays.items() if ".act_" in name)
-        packed = sum(v.size for layer in layers.values() for k, v in layer.items() if k in PACKED)
-        total = sum(v.size for v in arrays.values()) - packed - tables + weights
-        stored = sum(v.nbytes for v in arrays.values())
-        return Size(stored, 8 * stored / total, 8 * codes / weights)
+        return Size.of(self.layers, self._arrays())
 
     def _arrays(self) -> dict[str, mx.array]:
         """Everything that is stored: quantized layers as they run, other parameters as float16 where that loses nothing."""
@@ -156,7 +160,7 @@ class QuantizedModel(Model):
                 "model": {
                     "name": self.name,
                     **self.adapter.describe(),
-                    "place": artifacts.relative_place(self.adapter.place, Path(folder)),
+                    "place": self.adapter.save_beside(temporary),
                 },
                 "layers": module_facts(self.layers),
                 "attentions": module_facts(find_quantized_attentions(self.adapter.module)),
@@ -176,7 +180,7 @@ def load(reference: str | Path, size: int | None = None) -> Model:
     folder = Path(reference)
     model = QuantizedModel.load(folder) if (folder / "model.json").exists() else Model(pretrained(str(reference)))
     if size is not None:
-        model.adapter.resize(size)
+        model.diffusion.resize(size)
     return model
 
 
@@ -184,6 +188,7 @@ def _load_folder(folder: Path, facts: dict[str, Any]) -> QuantizedModel:
     arrays: dict[str, mx.array] = {}
     for name, sha256 in facts["files"].items():
         arrays |= artifacts.read_tensors(folder / name, "weights", str(sha256))[0]
+    arrays = restored(arrays, facts["layers"], facts.get("plain", ()))
     adapter: Adapter = adapter_class(facts["model"]["name"]).blank(facts["model"])
     adapter.place = artifacts.absolute_place(facts["model"].get("place", ""), folder)
     for path, structure in facts["layers"].items():
@@ -211,13 +216,22 @@ def calibrate(
     ``samples`` limits how many pairs of a picture and a sampler step go through the layers when they are quantized: all steps, the
     pictures in turn. By default that is the model's own limit; mmdit-shapes has none.
     """
-    adapter = model.adapter
+    adapter = model.diffusion
     some = adapter.prompts("calibration", prompts, seed) if isinstance(prompts, int) else list(prompts)
     steps, cfg = adapter.steps if steps is None else steps, adapter.cfg if cfg is None else cfg
     path = None if work is None else Path(work) / "calibration.safetensors"
     if path is not None:
         artifacts.ensure_writable(path.parent)
     return calibration.collect(adapter, some, steps, cfg, progress, adapter.samples if samples is None else samples, path)
+
+
+def calibrate_text(
+    model: Model, data: str | Path | None = None, samples: int | None = None, length: int | None = None, seed: int = 0
+) -> TextCalibration:
+    """Text for ``quantize`` of a language model: ``samples`` windows of ``length`` tokens, by default as the model has them, from a text
+    file, or from the sources of Python's standard library. A part of either is left for ``Model.predict``; see ``corpus.read_corpus``.
+    """
+    return collect_text(model.language, read_corpus(None if data is None else Path(data)), samples, length, seed)
 
 
 def plan(model: Model, recipe: Recipe) -> dict[str, LayerSpec]:
@@ -237,7 +251,7 @@ def plan(model: Model, recipe: Recipe) -> dict[str, LayerSpec]:
 
 def quantize(
     model: Model,
-    calib: Calibration,
+    calib: CalibrationData,
     recipe: str | Recipe,
     work: str | Path | None = None,
     progress: Progress = silent,
@@ -262,7 +276,8 @@ def quantize(
         limit = stored_bits(model.adapter, layers) if recipe.mixed and recipe.bits_per_weight is None else recipe.bits_per_weight
         given = allocate(model.adapter, calib, recipe, limit, recipe.bits_per_activation, progress=progress)
         recipe, facts["allocation"] = given.recipe, given.facts
-    drawn, done = calib, None
+    drawn: CalibrationData = calib
+    done: QuantizedModel | None = None
     for turn in range(recipe.rounds):
         folder = None if work is None else Path(work) / f"round-{turn + 1}" if recipe.rounds > 1 else Path(work)
         if done is not None:
@@ -270,7 +285,7 @@ def quantize(
             if folder is not None:
                 artifacts.ensure_writable(folder)
                 path = folder / "calibration.safetensors"
-            drawn = calibration.collect(done.adapter, calib.prompts, calib.steps, calib.cfg, progress, calib.samples, path)
+            drawn = calib.renewed(done.adapter, progress, path)
         done = _quantize_once(model, drawn, recipe, layers, facts, folder, progress, tracks)
     assert done is not None
     return done
@@ -278,7 +293,7 @@ def quantize(
 
 def _quantize_once(
     model: Model,
-    calib: Calibration,
+    calib: CalibrationData,
     recipe: Recipe,
     layers: Mapping[str, LayerSpec],
     facts: Mapping[str, Any],
@@ -288,7 +303,7 @@ def _quantize_once(
 ) -> QuantizedModel:
     """One round of ``quantize``; ``facts`` are added to those of the result."""
     adapter = model.clone()
-    made = {**facts, "recipe": recipe.to_dict(), "calibration": calib.facts | {"latents": artifacts.array_digest(calib.latents)}}
+    made = {**facts, "recipe": recipe.to_dict(), "calibration": calib.record}
     store: Store | None = None
     if tracks is not None:
         made["tracks"] = tracks.digests
@@ -312,11 +327,11 @@ def compare(
     some = [Prompt(seed, prompts)] if isinstance(prompts, str) else list(prompts)
     named = {"quantized": others} if isinstance(others, Model) else dict(others)
     for name, model in named.items():
-        if model.adapter.latent_shape != reference.adapter.latent_shape:
+        if model.diffusion.latent_shape != reference.diffusion.latent_shape:
             raise AdapterError(
-                f"{name} draws latents of {model.adapter.latent_shape}, {reference.name} of {reference.adapter.latent_shape}; load "
+                f"{name} draws latents of {model.diffusion.latent_shape}, {reference.name} of {reference.diffusion.latent_shape}; load "
                 "both with the same size"
             )
     first = "reference" if isinstance(reference, QuantizedModel) or "FP" in named else "FP"
     images = {name: m.images(some, steps, cfg, progress=progress) for name, m in {first: reference, **named}.items()}
-    return Comparison.of(some, images, reference.adapter.attributes)
+    return Comparison.of(some, images, reference.diffusion.attributes)

@@ -111,7 +111,7 @@ def atomic_folder(path: Path, force: bool = False) -> Iterator[Path]:
         shutil.rmtree(fresh, ignore_errors=True)
 
 
-OURS = ("model.json", "report.json")  # every folder that a command writes has one of these
+OURS = ("model.json", "report.json", "export.json")  # every folder that a command writes has one of these
 
 
 def refuse_existing(path: Path, force: bool) -> None:

@@ -9,6 +9,7 @@ import click
 
 from .console import Command, peak_bytes, progress, result, say, verbose_option
 from .models.catalog import model_name, pretrained
+from .models.diffusion import diffusion
 from .pipeline import block_cache
 from .pipeline.samples import Samples
 
@@ -44,7 +45,7 @@ def command(
     """Cache what every block writes, for adaround-optimize."""
     start = time.perf_counter()
     samples = Samples.read(calib_dir, model_name(name))
-    adapter = pretrained(name or samples.model)
+    adapter = diffusion(pretrained(name or samples.model))
     out = calib_dir / "adaround_cache" if output_dir is None else output_dir
     plan = block_cache.plan(adapter, samples, num_images, stride, tokens, seed)
     theirs = f"{plan.seed_layout_bytes / 1e6:.1f} MB with every block's inputs and outputs and the text conditioning of every step"

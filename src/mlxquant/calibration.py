@@ -18,6 +18,7 @@ import numpy.typing as npt
 from . import artifacts
 from .errors import ArtifactError, CalibrationError
 from .models.adapter import Adapter, State
+from .models.diffusion import DiffusionAdapter, diffusion
 from .progress import Progress, silent
 from .prompts import Prompt
 from .sampler import SamplerStep
@@ -63,6 +64,19 @@ class Calibration:
         """What this data was made from, and what of it is used, as plain data."""
         return {**self.trajectories, "samples": sum(map(len, self.pictures)), "pictures": self.pictures}
 
+    @property
+    def record(self) -> dict[str, Any]:
+        """All that it depends on, as plain data."""
+        return self.facts | {"latents": artifacts.array_digest(self.latents)}
+
+    def judged(self, count: int) -> range:
+        """All batches: few are at the same noise level."""
+        return range(count)
+
+    def renewed(self, adapter: Adapter, progress: Progress = silent, path: Path | None = None) -> Calibration:
+        """What another model draws from the same prompts; see ``collect``."""
+        return collect(diffusion(adapter), self.prompts, self.steps, self.cfg, progress, self.samples, path)
+
     def batches(self, adapter: Adapter, size: int | None = None) -> tuple[list[float], OnDemand]:
         """Noise levels and chain inputs, each batch at one noise level with at most ``size`` pictures, by default as many as the adapter
         samples at once.
@@ -70,15 +84,15 @@ class Calibration:
         Guided models see every latent with its prompt and with the empty prompt, as their sampler does: first all guided rows, then
         all others. Inputs are put together when they are asked for; each distinct prompt is encoded once.
         """
-        return self._states(adapter, adapter.batch if size is None else size, False)
+        return self._states(diffusion(adapter), adapter.batch if size is None else size, False)
 
     def in_order(self, adapter: Adapter, size: int | None = None) -> tuple[list[float], OnDemand]:
         """As ``batches``, by default all pictures at once, with the rows picture by picture: a picture's guided and unguided side follow
         each other.
         """
-        return self._states(adapter, len(self.prompts) if size is None else size, True)
+        return self._states(diffusion(adapter), len(self.prompts) if size is None else size, True)
 
-    def _states(self, adapter: Adapter, size: int, side_by_side: bool) -> tuple[list[float], OnDemand]:
+    def _states(self, adapter: DiffusionAdapter, size: int, side_by_side: bool) -> tuple[list[float], OnDemand]:
         parts = [(step, some[start : start + size]) for step, some in enumerate(self.pictures) for start in range(0, len(some), size)]
         sides = [[prompt.text if self.cfg != 0 else "" for prompt in self.prompts]]
         if self.cfg not in (0, 1):
@@ -120,7 +134,7 @@ def take_turns(steps: int, pictures: int, samples: int | None = None) -> list[li
 
 
 def collect(
-    adapter: Adapter,
+    adapter: DiffusionAdapter,
     prompts: Sequence[Prompt],
     steps: int,
     cfg: float,

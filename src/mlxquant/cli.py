@@ -16,13 +16,17 @@ VERBS = (
     "compare-images",
     "demo",
     "evaluate",
+    "export",
     "generate",
     "generate-calibration-data",
     "inspect",
     "load-adaround-model",
     "methods",
+    "perplexity",
     "quantize",
     "quantize-qronos",
+    "save-weights",
+    "train-gpt",
     "visualize",
 )
 MODULES = {"methods": "list_methods"}  # where the verb's own name is taken

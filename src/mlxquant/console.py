@@ -64,6 +64,7 @@ def verbosity(ctx: click.Context, parameter: click.Parameter, value: bool) -> No
 
 
 MODEL_HELP = "A model's name (mmdit-shapes, sd3-medium), a hub id, or a folder with its weights."
+UNDERSCORES = {"token_normalize_func": lambda name: name.replace("_", "-")}  # of a command's context: --out_dir is --out-dir
 size_option = click.option("--size", type=click.IntRange(1), help="Pixels of a picture's side.  [default: the model's]")
 force_option = click.option("--force", is_flag=True, help="Replace an existing folder.")
 resume_option = click.option("--resume/--no-resume", default=True, show_default=True, help="Go on where a killed run of the same job was.")

@@ -34,7 +34,7 @@ def command(out: Path, seed: int, num_prompts: int, steps: int | None, force: bo
     """Quantize the embedded model to W4A8, rounded and calibrated, and compare the pictures."""
     start = time.perf_counter()
     model = api.load(MODEL)
-    adapter = model.adapter
+    adapter = model.diffusion
     recipes = [parse_recipe(name) for name in RECIPES]
     with jobs.work_folder(out, force) as work:
         prompts = adapter.prompts("calibration", 16, seed)

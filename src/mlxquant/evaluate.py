@@ -87,7 +87,7 @@ def command(
     metrics, places = chosen_metrics(asked, weights)
     recipes = [with_iterations(parse_recipe(name), iters) for name in dict.fromkeys(recipe_names)]
     models = load(names, size)
-    adapter = models[0].adapter
+    adapter = models[0].diffusion
     for recipe in recipes:
         api.plan(models[0], recipe)
     steps, cfg = adapter.steps if steps is None else steps, adapter.cfg if cfg_weight is None else cfg_weight
@@ -134,11 +134,11 @@ def load(names: tuple[str, ...], size: int | None) -> list[api.Model]:
     """The models, all drawing pictures of one size: that of the first, where none is asked for."""
     models = [api.load(name, size) for name in names]
     for name, model in zip(names, models, strict=True):
-        if size is None and model.adapter.latent_shape != models[0].adapter.latent_shape:
-            model.adapter.resize(models[0].adapter.size)
-        if model.adapter.latent_shape != models[0].adapter.latent_shape:
+        if size is None and model.diffusion.latent_shape != models[0].diffusion.latent_shape:
+            model.diffusion.resize(models[0].diffusion.size)
+        if model.diffusion.latent_shape != models[0].diffusion.latent_shape:
             raise AdapterError(
-                f"{name} draws latents of {model.adapter.latent_shape}, {names[0]} of {models[0].adapter.latent_shape}; "
+                f"{name} draws latents of {model.diffusion.latent_shape}, {names[0]} of {models[0].diffusion.latent_shape}; "
                 "only models of one kind can be compared"
             )
     return models

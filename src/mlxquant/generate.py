@@ -49,8 +49,8 @@ def command(
         save_png(to_pil(image), output)
     else:
         other = api.load(reference, size)
-        if size is None and other.adapter.latent_shape != model.adapter.latent_shape:
-            other.adapter.resize(model.adapter.size)
+        if size is None and other.diffusion.latent_shape != model.diffusion.latent_shape:
+            other.diffusion.resize(model.diffusion.size)
         comparison = api.compare(other, {label: model}, text, seed, steps, cfg_weight, progress)
         comparison.save(output)
         facts = {"psnr_db": float(comparison.psnr_db[label].mean())}

@@ -48,7 +48,7 @@ def command(
     model = api.load(name, size)
     if isinstance(model, api.QuantizedModel):
         raise CalibrationError(f"{name} is quantized; draw the trajectories with the full-precision model")
-    adapter = model.adapter
+    adapter = model.diffusion
     prompts = read_prompts(prompt_file) if prompt_file else adapter.prompts("calibration", num_images, seed)
     if len(prompts) < num_images:
         where = prompt_file or f"{name}'s own calibration set"

@@ -7,6 +7,11 @@ import mlx.core as mx
 EXACT = 2**24  # integers up to this magnitude are exact in float32
 
 
+def use_packed_kernels() -> bool:
+    """Whether to multiply by packed weights directly. On the CPU backend dequantizing first is 30 to 40 times faster."""
+    return bool(mx.default_device() != mx.cpu)
+
+
 def integer_matmul(x: mx.array, weight: mx.array, x_limit: int, weight_limit: int) -> mx.array:
     """``x W^T`` of integer-valued float32 arrays with |x| <= x_limit and |W| <= weight_limit, equal to int32 arithmetic.
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from . import api, artifacts
 from .api import Model, QuantizedModel
-from .calibration import Calibration
 from .pipeline.apply import TrackFiles
 from .progress import Progress
 from .recipe import Recipe
+from .streams import CalibrationData
 
 
 def partial_folder(out: Path) -> Path:
@@ -49,7 +49,7 @@ class Quantized:
 
 
 def quantized(
-    model: Model, calib: Calibration, recipe: Recipe, work: Path, progress: Progress, tracks: TrackFiles | None = None
+    model: Model, calib: CalibrationData, recipe: Recipe, work: Path, progress: Progress, tracks: TrackFiles | None = None
 ) -> Quantized:
     """Sweep with its progress in ``work``."""
     start = time.perf_counter()

@@ -18,16 +18,15 @@ import mlx.nn as nn
 import numpy as np
 import numpy.typing as npt
 
-from .activations import ActivationTable, Entry, TableReader, represented
+from .activations import TABLE, ActivationTable, Entry, TableReader, TokenReader, represented
 from .errors import AdapterError
 from .formats import GROUPS, Grid, WeightFormat, pack, unpack
-from .integer_matmul import EXACT, integer_matmul
+from .integer_matmul import EXACT, integer_matmul, use_packed_kernels
 from .methods.hadamard import block_size, regular_hadamard
 from .methods.lowrank import LowRank
+from .packed_arrays import dequantized
 from .rewrite import parameters
 from .schedule import Clock
-
-TABLE = ("act_sigma", "act_step", "act_shift", "act_bits", "act_log")  # parameters, in the order of ActivationTable's fields
 
 
 class QuantizedLinear(nn.Module):
@@ -35,7 +34,7 @@ class QuantizedLinear(nn.Module):
 
     Parameters: ``weight`` uint32 [out, words], ``scales`` float16 [out or 1, groups], ``biases`` likewise on asymmetric grids,
     ``bias`` [out] optional, and, with a table, ``act_sigma``, ``act_step``, ``act_shift``, ``act_bits`` and, where an entry is
-    logarithmic, ``act_log`` (see ActivationTable).
+    logarithmic, ``act_log`` (see ActivationTable); or ``act_token`` uint8 [1], with how many bits each token is quantized by itself.
     ``act_divisor`` float32 [in], optional: the input's channels are divided by it first. With a ``rotation`` above 1, blocks of so many
     channels are then rotated by a regular Hadamard matrix. The integer weight stands for ``W' = W diag(act_divisor) R``, so the function
     is the same, and the table describes the transformed input. With ``low_up`` [out,r] and ``low_down`` [r,in] float16, the integer
@@ -107,6 +106,7 @@ class QuantizedLinear(nn.Module):
             "rank": self.low_up.shape[1] if "low_up" in self else 0,
             "table": list(self.act_shift.shape) if "act_shift" in self else None,
             "log": "act_log" in self,
+            "token": "act_token" in self,
         }
 
     @classmethod
@@ -122,10 +122,11 @@ class QuantizedLinear(nn.Module):
         if facts["table"] is not None:
             entries, shifts = facts["table"]
             layer._clock = clock
-            layer.act_sigma, layer.act_step = mx.zeros((entries,), mx.float32), mx.zeros((entries,), mx.float32)
-            layer.act_shift, layer.act_bits = mx.zeros((entries, shifts), mx.float32), mx.zeros((entries,), mx.uint8)
-            if facts.get("log"):
-                layer.act_log = mx.zeros((entries,), mx.uint8)
+            for name, dtype in TABLE.items():
+                if name != "act_log" or facts.get("log"):
+                    layer[name] = mx.zeros((entries, shifts) if name == "act_shift" else (entries,), dtype)
+        if facts.get("token"):
+            layer.act_token = mx.zeros((1,), mx.uint8)
         return layer
 
     def with_codes(self, codes: npt.NDArray[Any]) -> QuantizedLinear:
@@ -140,14 +141,18 @@ class QuantizedLinear(nn.Module):
         return self._format
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """(out, in)"""
+    def shape(self) -> tuple[int, int]:  # (out, in)
         return self._shape
 
     @property
     def table(self) -> ActivationTable | None:
-        reader = self._table_reader()
-        return None if reader is None else reader.table
+        reader = self.reader
+        return reader.table if isinstance(reader, TableReader) else None
+
+    @property
+    def input_bits(self) -> float:
+        """With how many bits the input is quantized, averaged over noise levels; 16 where it is not."""
+        return 16.0 if self.reader is None else self.reader.mean_bits
 
     @property
     def rotation(self) -> int:
@@ -169,27 +174,36 @@ class QuantizedLinear(nn.Module):
             raise AdapterError(f"activation shift of width {table.shift.shape[1]} does not fit an input of width {self._shape[1]}")
         self.drop_activations()
         self._clock = clock
-        self.act_sigma, self.act_step = mx.array(table.sigma, mx.float32), mx.array(table.step, mx.float32)
-        self.act_shift, self.act_bits = mx.array(table.shift, mx.float32), mx.array(table.bits, mx.uint8)
-        if table.log.any():
-            self.act_log = mx.array(table.log, mx.uint8)
+        for (name, dtype), values in zip(TABLE.items(), (table.sigma, table.step, table.shift, table.bits, table.log), strict=True):
+            if name != "act_log" or table.log.any():
+                self[name] = mx.array(values, dtype)
+        self.refresh()
+
+    def quantize_tokens(self, bits: int) -> None:
+        """Quantize the input from now on, each token [...,in] on its own scale."""
+        self.drop_activations()
+        self.act_token = mx.array([bits], mx.uint8)
         self.refresh()
 
     def drop_activations(self) -> None:
         """Run with unquantized inputs from now on."""
         self._clock = None
-        for name in TABLE:
+        for name in (*TABLE, "act_token"):
             self.pop(name, None)
         self.refresh()
 
     def refresh(self) -> None:
         """Forget what was computed from the parameters, to compute it again when it is needed; call it after ``load_weights``."""
-        self._reader: TableReader | None = None
+        self._reader: TableReader | TokenReader | None = None
         self._sums: mx.array | None = None
 
-    def _table_reader(self) -> TableReader | None:
+    @property
+    def reader(self) -> TableReader | TokenReader | None:
+        """What says how an input is quantized, if it is."""
         if self._reader is None and self._clock is not None:
             self._reader = TableReader(ActivationTable(*(np.array(self[name]) for name in TABLE if name in self)), self._clock)
+        if self._reader is None and "act_token" in self:
+            self._reader = TokenReader(int(np.array(self.act_token)[0]))
         return self._reader
 
     def _row_sums(self) -> mx.array:
@@ -231,9 +245,8 @@ class QuantizedLinear(nn.Module):
 
     def centred_codes(self) -> mx.array:
         """Codes minus the zero code, float32 [out, in]: the integers that the matmul runs on."""
-        if self.packed_group is None:
-            return mx.array(self.codes().astype(np.float32) - self._format.zero_code)
-        return mx.dequantize(self.weight, *self._unit_scales(), group_size=self.packed_group, bits=self._format.bits)
+        one = mx.ones((1, 1))
+        return dequantized(self.weight, one, -self._format.zero_code * one, self._format.bits, self._shape[1])
 
     def _unit_scales(self) -> tuple[mx.array, mx.array]:
         """The scales and biases float32 [out, in / packed_group] under which MLX's kernels read centred codes."""
@@ -243,11 +256,7 @@ class QuantizedLinear(nn.Module):
 
     def dequantized(self) -> mx.array:
         """The integer weight as float32 [out, in]: what a transformed input is multiplied by, without the branch."""
-        if self.packed_group is not None:
-            return mx.dequantize(self.weight, *self.packed_scales(mx.float32), group_size=self.packed_group, bits=self._format.bits)
-        scales, biases = self._affine()
-        codes = mx.array(self.codes().astype(np.float32)).reshape(self._shape[0], scales.shape[1], -1)
-        return (codes * scales[..., None] + biases[..., None]).reshape(self._shape)
+        return dequantized(self.weight, *self._affine(), self._format.bits, self._shape[1])
 
     def __call__(self, x: mx.array) -> mx.array:
         """x [..., in] to [..., out], in x's dtype."""
@@ -272,7 +281,7 @@ class QuantizedLinear(nn.Module):
 
     def _multiply_quantized(self, x: mx.array) -> mx.array:
         """The integer weight times a transformed input [..., in], with the bias: [..., out], in x's dtype."""
-        if (reader := self._table_reader()) is None:
+        if (reader := self.reader) is None:
             return self._weight_only(x)
         entry = reader.read(x)
         if entry.all_float:
@@ -280,13 +289,13 @@ class QuantizedLinear(nn.Module):
         y = self._integer(x, entry)
         return mx.where(entry.is_float, self._weight_only(x), y) if entry.any_float else y
 
-    def _weight_only(self, x: mx.array) -> mx.array:
-        y = self._multiply(x)
-        return y + self.bias.astype(x.dtype) if "bias" in self else y
-
     @property
     def _runs_packed(self) -> bool:
         return use_packed_kernels() and self.packed_group is not None
+
+    def _weight_only(self, x: mx.array) -> mx.array:
+        y = self._multiply(x)
+        return y + self.bias.astype(x.dtype) if "bias" in self else y
 
     def _multiply(self, x: mx.array) -> mx.array:
         """``x W^T`` in x's dtype; on the CPU by way of float32, the only dtype whose matmul is fast there."""
@@ -329,11 +338,6 @@ class QuantizedLinear(nn.Module):
     def _multiply_packed(self, x: mx.array) -> mx.array:
         """``x C^T`` by MLX's packed kernels."""
         return mx.quantized_matmul(x, self.weight, *self._unit_scales(), group_size=self.packed_group, bits=self._format.bits)
-
-
-def use_packed_kernels() -> bool:
-    """Whether to multiply by packed weights directly. On the CPU backend dequantizing first is 30 to 40 times faster."""
-    return bool(mx.default_device() != mx.cpu)
 
 
 def find_quantized(module: nn.Module) -> dict[str, QuantizedLinear]:

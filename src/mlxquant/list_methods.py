@@ -58,9 +58,9 @@ def differences(method: Method) -> dict[str, Any]:
 
 def table(found: dict[str, Any]) -> list[str]:
     """Lines for people."""
-    lines, last = [f"{'kind':<12}{'name':<14}{'arXiv':<12}what it does"], ""
+    lines, last = [f"{'kind':<12}{'name':<18}{'arXiv':<12}what it does"], ""
     for row in found["methods"]:
-        lines.append(f"{row['kind'] if row['kind'] != last else '':<12}{row['name']:<14}{row['paper'] or '':<12}{row['summary']}")
+        lines.append(f"{row['kind'] if row['kind'] != last else '':<12}{row['name']:<18}{row['paper'] or '':<12}{row['summary']}")
         last = row["kind"]
     for title, part in (("METHOD", found["recipes"]), ("INGREDIENT", found["ingredients"])):
         lines += ["", f"{title:<14}stands for", *(f"{name:<14}{words(parts)}" for name, parts in part.items())]

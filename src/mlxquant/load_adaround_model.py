@@ -81,7 +81,7 @@ def command(
             artifacts.ensure_writable(path.absolute().parent)
     drawn = {**references(exact, final), **models} if compare or diff_stats else {"": final}
     images = {key: model.images(prompts, num_steps, cfg_weight, progress=progress) for key, model in drawn.items()}
-    comparison = Comparison.of(prompts, images, final.adapter.attributes)
+    comparison = Comparison.of(prompts, images, final.diffusion.attributes)
     report = differences(comparison)
     if compare:
         comparison.save(output_image)

@@ -87,7 +87,7 @@ INGREDIENTS: dict[str, dict[str, Any]] = {
     "mixed": {"mixed": True},
     **{f"softmax{bits}": {"probabilities": bits} for bits in BITS[:-1]},
 }
-_SPEC = re.compile(r"(w[2-8])a(4|6|8|16)((?:-tensor|-g\d+)?(?:-sym|-asym)?)(-static)?")
+_SPEC = re.compile(r"(w[2-8])a(4|6|8|16)((?:-tensor|-g\d+)?(?:-sym|-asym)?)(-static|-token)?")
 
 
 def ingredients() -> list[str]:
@@ -136,11 +136,12 @@ def parse_spec(text: str, method: Method) -> LayerSpec:
     if match is None:
         raise RecipeError(
             f"{text!r} is no specification; expected wBaB with weights of 2 to 8 bits and activations of {BITS}, "
-            "then optionally -g32/-g64/-g128/-tensor, -sym/-asym and -static"
+            "then optionally -g32/-g64/-g128/-tensor, -sym/-asym, and -static or -token"
         )
     activation = None
     if match[2] != "16":
-        activation = ActivationSpec(int(match[2]), method.range, match[4] is None, method.budget, method.shift)
+        static, token = match[4] == "-static", match[4] == "-token"
+        activation = ActivationSpec(int(match[2]), method.range, not static, method.budget, method.shift, token)
     return method.layer(WeightFormat.parse(match[1] + match[3]), activation)
 
 

@@ -9,11 +9,13 @@ import click
 
 from . import api, jobs
 from .console import MODEL_HELP, Command, force_option, peak_bytes, progress, result, resume_option, say, size_option, verbose_option
-from .errors import RecipeError
+from .errors import AdapterError, RecipeError
+from .models.language import LanguageAdapter
 from .pipeline.apply import TrackFiles
 from .presets import parse_recipe
 from .prompts import read_prompts
 from .recipe import Recipe
+from .streams import CalibrationData
 
 
 @click.command("quantize", cls=Command)
@@ -40,7 +42,11 @@ from .recipe import Recipe
     type=click.IntRange(1),
     help="At most so many pairs of a picture and a step go through the layers; all steps do.  [default: the model's]",
 )
-@click.option("--seed", default=0, show_default=True, help="Shifts the noise seeds of the model's own prompts.")
+@click.option("--data", type=click.Path(path_type=Path), help="Calibration text of a language model.  [default: Python's standard library]")
+@click.option(
+    "--length", type=click.IntRange(2), help="Tokens of a window of that text; --samples says how many windows.  [default: the model's]"
+)
+@click.option("--seed", default=0, show_default=True, help="Shifts the noise seeds of the model's own prompts, or chooses other windows.")
 @click.option("--bits-per-weight", type=click.FloatRange(2, 8), help="Give each layer its own bits, so many on average, scales included.")
 @click.option("--bits-per-activation", type=click.FloatRange(4, 8), help="The same for inputs, by the arithmetic they take part in.")
 @click.option("--iters", type=click.IntRange(1), help="Adam steps a block, for recipes that learn.  [default: 1000]")
@@ -60,6 +66,8 @@ def command(
     steps: int | None,
     cfg_weight: float | None,
     samples: int | None,
+    data: Path | None,
+    length: int | None,
     seed: int,
     bits_per_weight: float | None,
     bits_per_activation: float | None,
@@ -83,11 +91,8 @@ def command(
         tracks.store(model.clone(), plan)  # refused now, if at all, and not after the calibration
         if quant_config is None:
             say("without --quant-config the blocks keep unquantized activations")
-    adapter = model.adapter
-    prompts = read_prompts(prompt_file)[:num_prompts] if prompt_file else adapter.prompts("calibration", num_prompts or 16, seed)
-    steps, cfg = adapter.steps if steps is None else steps, adapter.cfg if cfg_weight is None else cfg_weight
     with jobs.work_folder(out, force, resume) as work:
-        calib = api.calibrate(model, prompts, steps, cfg, progress=progress, samples=samples, work=work)
+        calib = calibrated(model, work, prompt_file, num_prompts, steps, cfg_weight, samples, seed, data, length)
         done = jobs.quantized(model, calib, recipe, work, progress, tracks)
         done.model.save(out, force)
     stored = done.model.size
@@ -108,6 +113,33 @@ def command(
             "kept": {stage["stage"]: stage["kept"] for stage in stages},
         }
     )
+
+
+def calibrated(
+    model: api.Model,
+    work: Path,
+    prompt_file: Path | None,
+    num_prompts: int | None,
+    steps: int | None,
+    cfg: float | None,
+    samples: int | None,
+    seed: int,
+    data: Path | None,
+    length: int | None,
+) -> CalibrationData:
+    """Text for a language model, pictures for one that draws; raises AdapterError on options that are for the other kind."""
+    if isinstance(model.adapter, LanguageAdapter):
+        pictures = {"--prompts": prompt_file, "--num-prompts": num_prompts, "--steps": steps, "--cfg-weight": cfg}
+        if given := [name for name, value in pictures.items() if value is not None]:
+            raise AdapterError(
+                f"{model.name} is a language model, for which {' and '.join(given)} mean nothing; calibrate with --data TEXT"
+            )
+        return api.calibrate_text(model, data, samples, length, seed)
+    if data is not None or length is not None:
+        raise AdapterError(f"{model.name} draws pictures, for which --data and --length mean nothing; calibrate with --prompts FILE")
+    adapter = model.diffusion
+    prompts = read_prompts(prompt_file)[:num_prompts] if prompt_file else adapter.prompts("calibration", num_prompts or 16, seed)
+    return api.calibrate(model, prompts, steps, cfg, progress=progress, samples=samples, work=work)
 
 
 def limited(recipe: Recipe, bits_per_weight: float | None, bits_per_activation: float | None) -> Recipe:

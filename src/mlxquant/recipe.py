@@ -23,7 +23,8 @@ ROLES = ("attention", "mlp", "modulation", "embedder", "output")
 
 @dataclass(frozen=True)
 class ActivationSpec:
-    """Static activation quantization: ``bits`` 4, 6 or 8; ``range`` a range method; one entry a timestep, or one for all.
+    """Activation quantization: ``bits`` 4, 6 or 8; ``range`` a range method; static, with one entry a timestep, or one for all. With
+    ``per_token`` each token gets a scale of its own while the model runs, and nothing is calibrated.
 
     With a ``budget`` each layer takes at each timestep the fewest bits, at most ``bits``, whose error on calibration data stays within
     it. The budget is mean squared velocity error in a recipe with ``sensitivity``, and relative squared error of the layer's output in
@@ -35,8 +36,11 @@ class ActivationSpec:
     per_timestep: bool = True
     budget: float | None = None
     shift: bool = False
+    per_token: bool = False
 
     def __post_init__(self) -> None:
+        if self.per_token and (self.range != "extremes" or self.budget is not None or self.shift):
+            raise RecipeError("activations with a scale a token have no range method, budget or shift; leave '-token' out, or those")
         if self.bits not in BITS[:-1]:
             raise RecipeError(f"activation bits must be one of {BITS[:-1]}, found {self.bits}; leave the activation out for 16")
         if self.budget is not None and not 0 < self.budget < inf:

@@ -17,7 +17,7 @@ import mlx.nn as nn
 import numpy as np
 import numpy.typing as npt
 
-from .activations import Entry, represented
+from .activations import Entry, TokenReader, represented
 from .layers import QuantizedLinear
 from .methods import registry
 from .methods.adaround import Checkpoint, Choice, Settings, choose
@@ -51,16 +51,23 @@ class SoftLinear(nn.Module):
         self._transformed, self._add_branch = layer.transformed, layer.add_branch
         self._minibatch, self._drop, self._salt = minibatch, drop, salt
         self._entries = None if layer.table is None else Entry.of(layer.table, levels)
+        self._tokens = layer.reader if isinstance(layer.reader, TokenReader) else None
 
     def __call__(self, x: mx.array) -> mx.array:
         x = self._transformed(x)
-        y = (x if self._entries is None else self._quantized(x, self._entries)) @ self.weight.T
+        y = self._quantized(x) @ self.weight.T
         y = self._add_branch(y, x)
         return y if self._bias is None else y + self._bias
 
-    def _quantized(self, x: mx.array, entries: Entry) -> mx.array:
-        assert self._minibatch.level is not None
-        q = represented(x, entries.rows(self._minibatch.level).shaped(x.ndim))
+    def _quantized(self, x: mx.array) -> mx.array:
+        if self._tokens is not None:
+            entries = self._tokens.read(x)
+        elif self._entries is not None:
+            assert self._minibatch.level is not None
+            entries = self._entries.rows(self._minibatch.level).shaped(x.ndim)
+        else:
+            return x
+        q = represented(x, entries)
         if self._drop and self._minibatch.key is not None:
             key = mx.random.split(self._minibatch.key, self._salt + 1)[self._salt]
             q = mx.where(mx.random.bernoulli(self._drop, x.shape, key), x, q)

@@ -44,10 +44,12 @@ class Clock:
     """Tells quantized layers which noise level is running: one sigma, or one for each sample of the batch.
 
     The sampler (or a sweep) sets it around a forward pass; reading it unset raises, so no layer can run on a stale or default time.
+    A model that knows no time has a clock that stands still.
     """
 
-    def __init__(self) -> None:
-        self._sigma: npt.NDArray[np.float32] | None = None
+    def __init__(self, still: float | None = None) -> None:
+        """With ``still`` the clock always shows that."""
+        self._sigma: npt.NDArray[np.float32] | None = None if still is None else np.atleast_1d(np.float32(still))
 
     @property
     def sigma(self) -> npt.NDArray[np.float32]:

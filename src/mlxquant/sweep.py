@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 
-from .calibration import Calibration
 from .errors import NumericsError, RecipeError
 from .models.adapter import Adapter, Stage, State
 from .probabilities import quantize_probabilities
@@ -29,7 +28,7 @@ from .reconstruction import Reconstruction, reconstruct_stage
 from .rewrite import set_module, swapped
 from .sensitivity import Sensitivity, measure
 from .store import Attentions, StageCheckpoint, StageResult, Store
-from .streams import Deviation, ExactStream, OnDemand, Weights, run_batches, run_stage
+from .streams import CalibrationData, Deviation, ExactStream, OnDemand, Weights, run_batch, run_stage
 from .trials import Job, Rounding, Transforms, Trial
 
 SENSITIVITY_ROWS = 8
@@ -41,35 +40,45 @@ class Sweep(Job):
     def run(self, stages: Sequence[Stage], states: list[State] | OnDemand, store: Store | None = None) -> list[dict[str, Any]]:
         """Quantize ``adapter.module`` in place; ``states`` enter the first of ``stages``. Returns one dictionary of facts a stage.
 
-        ``states`` is cleared as soon as they have left that stage, so that nobody keeps them in memory.
+        ``states`` is cleared as soon as they have left that stage, so that nobody keeps them in memory. Stages after the last that has
+        anything to quantize do not run.
         """
+        last = max(index for index, stage in enumerate(stages) if any(stage.owns(path) for path in self.plan))
         facts = []
-        for stage in stages:
-            targets = self.teacher.targets(stage)
+        for stage in stages[: last + 1]:
+            targets, goes_on = self.teacher.targets(stage), stage is not stages[last]
             result = store.load(stage, self.adapter.clock) if store is not None else None
             if result is None:
-                result = self.quantize(stage, states, targets, None if store is None else store.checkpoint(stage))
+                result = self.quantize(stage, states, targets, None if store is None else store.checkpoint(stage), goes_on)
                 if store is not None:
                     store.save(stage, result)
             for path, module in result.modules.items():
                 set_module(self.adapter.module, path, module)
-            left, states = states, result.outputs or run_stage(self.adapter, stage, self.sigmas, states, self.progress)
+            left = states
+            if goes_on:
+                states = result.outputs or run_stage(self.adapter, stage, self.sigmas, states, self.progress)
             left.clear()
             facts.append(result.facts)
-        return facts
+        return facts + [untouched(stage).facts for stage in stages[last + 1 :]]
 
     def quantize(
-        self, stage: Stage, inputs: Sequence[State], targets: Sequence[State], checkpoint: StageCheckpoint | None = None
+        self,
+        stage: Stage,
+        inputs: Sequence[State],
+        targets: Sequence[State],
+        checkpoint: StageCheckpoint | None = None,
+        keep: bool = True,
     ) -> StageResult:
         """Quantize one stage on the quantized stream's ``inputs`` towards what the full-precision stream writes.
 
         The stage's layers in ``adapter.module`` are still full-precision and stay so; the result holds the quantized ones. Of what
         was tried (learned codes, what they started from, round to nearest) the hard-rounded stage with the least error is kept; of the
-        transforms each that lowers the error is. What was likely to be the best is tried last, and the result has outputs only if it was.
+        transforms each that lowers the error is. What was likely to be the best is tried last, and the result has outputs only
+        if it was, and only to ``keep`` them.
         """
         specs = {path: spec for path, spec in self.plan.items() if stage.owns(path)}
         if not specs:
-            return StageResult({}, {"stage": stage.name, "kept": "exact", "layers": {}})
+            return untouched(stage)
         bits, attentions = self.recipe.probabilities, Attentions()
         if bits is not None:
             attentions = quantize_probabilities(self.adapter, stage, inputs, self.sigmas, bits, self.progress)
@@ -77,14 +86,14 @@ class Sweep(Job):
         start, *others = rounding.first()
         for plain in others:
             self._judge(stage, plain, inputs, targets)
-        self._judge(stage, start, inputs, targets, keep=not start.goals and not rounding.transforms)
+        self._judge(stage, start, inputs, targets, keep=keep and not start.goals and not rounding.transforms)
         tried, report = [start, *others], dict[str, Any]()
         if rounding.transforms:
             start, report["transforms"] = self._transform(stage, rounding, start, inputs, targets)
             tried.insert(0, start)
         if start.goals:
             learned, learning = self._learn(stage, specs, start, inputs, targets, checkpoint)
-            self._judge(stage, learned, inputs, targets, keep=True)
+            self._judge(stage, learned, inputs, targets, keep)
             tried.insert(1, learned)
             report["learning"] = learning
         best = min(tried, key=lambda trial: trial.error)
@@ -136,7 +145,16 @@ class Sweep(Job):
         (method, nearest), settings = ways.pop(), self.recipe.learning
         wanted = {path: rounded.target for path, rounded in goals.items()}
         work = Reconstruction(
-            self.adapter, stage, start.layers, wanted, self.sigmas, inputs, self.teacher, targets, settings, self._weights(stage)
+            self.adapter,
+            stage,
+            start.layers,
+            wanted,
+            self.sigmas,
+            inputs,
+            self.teacher,
+            targets,
+            settings,
+            self._weights(stage, self.sigmas),
         )
         label = f"{stage.name}: {method}"
         codes, facts = reconstruct_stage(method, work, start.errors, nearest, checkpoint, settings, self.progress, label)
@@ -146,16 +164,19 @@ class Sweep(Job):
         changed = sum(int((values != goals[path].layer.codes()).sum()) for path, values in codes.items())
         return learned, {**facts, "flipped": changed / sum(values.size for values in codes.values())}
 
-    def _weights(self, stage: Stage) -> Weights | None:
-        return None if self.sensitivity is None else self.sensitivity.of_stage(stage.name, self.sigmas)
+    def _weights(self, stage: Stage, sigmas: list[float]) -> Weights | None:
+        return None if self.sensitivity is None else self.sensitivity.of_stage(stage.name, sigmas)
 
     def _judge(self, stage: Stage, trial: Trial, inputs: Sequence[State], targets: Sequence[State], keep: bool = False) -> None:
         """Run the stage with a trial's layers, hard-rounded, and measure how far what it writes is from the targets; ``keep`` that."""
-        deviation, kept = Deviation(self._weights(stage)), list[State]()
+        judged = range(len(self.sigmas)) if self.judged is None else self.judged
+        wanted, kept = dict(zip(judged, targets, strict=True)), list[State]()
+        deviation = Deviation(self._weights(stage, [self.sigmas[index] for index in judged]))
         with swapped(self.adapter.module, trial.modules):
-            batches = run_batches(self.adapter, stage, self.sigmas, inputs, self.progress, f"{stage.name}: {trial.name}")
-            for (_, outputs), target in zip(batches, targets, strict=True):
-                deviation.add(self.teacher.pick(outputs), target)
+            for index in self.progress(range(len(self.sigmas)) if keep else judged, f"{stage.name}: {trial.name}"):
+                outputs = run_batch(self.adapter, stage, self.sigmas[index], inputs[index])
+                if index in wanted:
+                    deviation.add(self.teacher.pick(outputs), wanted[index])
                 if keep:
                     kept.append(outputs)
         trial.error, trial.errors, trial.outputs = deviation.error, deviation.by_tensor, kept if keep else None
@@ -165,9 +186,14 @@ class Sweep(Job):
             )
 
 
+def untouched(stage: Stage) -> StageResult:
+    """Of a stage in which nothing is quantized."""
+    return StageResult({}, {"stage": stage.name, "kept": "exact", "layers": {}})
+
+
 def sweep(
     adapter: Adapter,
-    calibration: Calibration,
+    calibration: CalibrationData,
     recipe: Recipe,
     store: Store | None = None,
     progress: Progress = silent,
@@ -178,9 +204,12 @@ def sweep(
     """
     plan = recipe.plan({path: adapter.role(path) for path in adapter.linears()})
     sigmas, states = calibration.batches(adapter)
-    teacher = ExactStream(adapter, sigmas, states, progress, both=any(spec.cross for spec in plan.values()))
+    both = any(spec.cross for spec in plan.values())
+    every = both or any(spec.reconstruct is not None for spec in plan.values())
+    judged = range(len(sigmas)) if every else calibration.judged(len(sigmas))
+    teacher = ExactStream(adapter, [sigmas[index] for index in judged], states.some(judged), progress, both)
     sensitivity = measured(adapter, adapter.stages, sigmas, states, plan, progress) if recipe.sensitivity else None
-    job = Sweep(adapter, recipe, plan, sigmas, teacher, sensitivity=sensitivity, progress=progress)
+    job = Sweep(adapter, recipe, plan, sigmas, teacher, sensitivity=sensitivity, progress=progress, judged=judged)
     return job.run(adapter.stages, states, store)
 
 

@@ -36,7 +36,9 @@ from .transforming import Proposal, Reader, propose
 
 @dataclass(frozen=True)
 class Job:
-    """What stays the same from stage to stage: the model, what happens to its layers, the noise levels, and the teacher."""
+    """What stays the same from stage to stage: the model, what happens to its layers, the noise levels, and the teacher, who has targets
+    of the batches that are ``judged`` (None: all).
+    """
 
     adapter: Adapter
     recipe: Recipe
@@ -46,6 +48,7 @@ class Job:
     presets: Mapping[str, Preset] = field(default_factory=dict)
     sensitivity: Sensitivity | None = None
     progress: Progress = silent
+    judged: Sequence[int] | None = None
 
 
 @dataclass
@@ -71,15 +74,10 @@ class Trial:
 
     def add(self, path: str, spec: LayerSpec, rounded: Rounded) -> None:
         self.layers[path] = rounded.layer
-        facts = {"weight": str(spec.weight), "activation": mean_bits(rounded.layer), "error": rounded.error}
+        facts = {"weight": str(spec.weight), "activation": rounded.layer.input_bits, "error": rounded.error}
         self.report[path] = {**facts, **rounded.dampings.facts}
         if spec.reconstruct is not None:
             self.goals[path] = rounded
-
-
-def mean_bits(layer: QuantizedLinear) -> float:
-    """With how many bits a layer's input is quantized, averaged over noise levels; 16 where it is not."""
-    return 16.0 if layer.table is None else float(np.mean(layer.table.bits))
 
 
 @dataclass(frozen=True)
@@ -249,7 +247,9 @@ class Rounding:
         after = self._after.get(path, "") if transform.block == 1 else ""
         for trial, way in zip(trials, (spec, spec.plain), strict=False):
             rounded = quantize_layer(self._linears[path], way, statistics.moments, path, transform)
-            if way.activation is not None:
+            if way.activation is not None and way.activation.per_token:
+                rounded.layer.quantize_tokens(way.activation.bits)
+            elif way.activation is not None:
                 table = preset.table
                 if table is None:
                     read = self._input(path, way.activation, statistics.ranges, rounded.weight, folded)

@@ -11,7 +11,7 @@ import click
 import numpy as np
 
 from . import artifacts
-from .console import Command, force_option, progress, result, say, verbose_option
+from .console import UNDERSCORES, Command, force_option, progress, result, say, verbose_option
 from .contents.reader import read_contents
 from .contents.views import View, views
 from .errors import ArtifactError
@@ -20,19 +20,26 @@ from .report.tensor_plots import Panel, draw_sheets, draw_tensor
 SHEET, LIST = "sheet.png", "report.json"
 
 
-@click.command("visualize", cls=Command)
-@click.argument("path", type=click.Path(path_type=Path))
+@click.command("visualize", cls=Command, context_settings=UNDERSCORES)
+@click.argument("path", type=click.Path(path_type=Path), required=False)
+@click.option("--file-name", type=click.Path(path_type=Path), help="The same as PATH.")
 @click.option("--weight", default="all", show_default=True, help="What to draw: a name or a pattern, such as '*.attn.*.codes'.")
 @click.option("--graph", type=click.Choice(["histogram", "matrix"]), default="histogram", show_default=True, help="How often, or where.")
 @click.option("--sheet", is_flag=True, help="Many on a picture, not one.")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the pictures.")
+@click.option("--out", "--image-folder", "out", type=click.Path(path_type=Path), required=True, help="Folder for the pictures.")
 @force_option
 @verbose_option
-def command(path: Path, weight: str, graph: str, sheet: bool, out: Path, force: bool) -> None:
+def command(path: Path | None, file_name: Path | None, weight: str, graph: str, sheet: bool, out: Path, force: bool) -> None:
     """Draw weights, codes and activations of what is at PATH.
 
-    Of a quantized layer there are LAYER.weight and LAYER.codes, of activation statistics LAYER.input; other arrays have their names.
+    Of a quantized layer there are LAYER.weight and LAYER.codes, of activation statistics LAYER.input, of what save-weights wrote
+    NAME.values and NAME.codes; other arrays have their names.
     """
+    if path is not None and file_name is not None:
+        raise click.UsageError("name one file, as PATH or with --file-name")
+    path = path or file_name
+    if path is None:
+        raise click.UsageError("name a file or folder, as PATH or with --file-name")
     contents = read_contents(path)
     chosen = choose(views(contents), weight, path)
     artifacts.refuse_existing(out, force)

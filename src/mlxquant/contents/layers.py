@@ -144,7 +144,7 @@ def activation_text(layer: StoredLayer) -> str:
     """How a layer's input is quantized: ``A8 x28`` for 8 bits at 28 noise levels, ``A4-8`` where levels differ, ``-`` for not at all."""
     table = layer.table()
     if table is None:
-        return "-"
+        return f"A{layer.parts['act_token'].read()[0]} a token" if "act_token" in layer.parts else "-"
     bits = np.unique(table[2])
     return f"A{bits[0]}{f'-{bits[-1]}' if len(bits) > 1 else ''} x{len(table[2])}"
 

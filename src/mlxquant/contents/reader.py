@@ -26,6 +26,7 @@ SPEAKERS = (
 HEADER = ("kind", "version", "sha256")
 BULK = (
     "files",
+    "plain",
     "layers",
     "attentions",
     "stages",

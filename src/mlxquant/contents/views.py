@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from ..pipeline.activation_stats import ActivationStats
 from .arrays import StoredArray
+from .coded import CodedTensor, coded_tensors
 from .layers import StoredLayer, without_parts
 from .reader import Contents
 
@@ -44,7 +45,11 @@ def views(contents: Contents) -> list[View]:
     if contents.statistics is not None:
         found += [_of_inputs(contents.statistics, path) for path in contents.statistics.leaders]
     else:
-        found += [_of_array(array) for array in without_parts(contents.arrays, contents.layers) if array.readable and array.size]
+        plain = without_parts(contents.arrays, contents.layers)
+        coded = coded_tensors(plain)
+        parts = {id(part) for tensor in coded for part in tensor.parts.values()}
+        found += [view for tensor in coded for view in _of_coded(tensor)]
+        found += [_of_array(array) for array in plain if id(array) not in parts and array.readable and array.size]
     return found + _of_tables(contents)
 
 
@@ -58,6 +63,17 @@ def _of_layer(layer: StoredLayer) -> list[View]:
         _of_values(f"{layer.path}.weight", "weight", lambda: layer.weight(stride), "output", "input", None, note),
         _of_values(f"{layer.path}.codes", "codes", lambda: layer.codes(stride), "output", "input", (first, last), note),
         *others,
+    ]
+
+
+def _of_coded(tensor: CodedTensor) -> list[View]:
+    stride, bits = stride_for(tensor.shape), tensor.bits()
+    names = ("output", "input") if len(tensor.shape) == 2 else ("other axes", "last axis")
+    note = f"{bits} bits, {'x'.join(map(str, tensor.shape))}{_strided(stride)}"
+    levels = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    return [
+        _of_values(f"{tensor.name}.values", "values", lambda: tensor.values(stride).reshape(-1, tensor.shape[-1]), *names, None, note),
+        _of_values(f"{tensor.name}.codes", "codes", lambda: tensor.codes(stride).reshape(-1, tensor.shape[-1]), *names, levels, note),
     ]
 
 

@@ -53,7 +53,7 @@ def step_seconds(model: Model, prompt: Prompt, cfg: float) -> list[float]:
         mx.eval(step.velocity)
         times.append(time.perf_counter())
 
-    model.adapter.generate([prompt.text], [prompt.seed], STEPS, cfg, stamp)
+    model.diffusion.generate([prompt.text], [prompt.seed], STEPS, cfg, stamp)
     return list(np.diff(times))
 
 
@@ -62,7 +62,7 @@ def peak(model: Model, prompt: Prompt, cfg: float) -> int:
 
     Other models in this process do not count, nor do text encoders, the decoder, and Python itself.
     """
-    model.adapter.encode([prompt.text, ""])
+    model.diffusion.encode([prompt.text, ""])
     held = parameters(model.adapter.module)
     mx.eval(held)
     mx.reset_peak_memory()

@@ -48,7 +48,7 @@ class Drawings:
     @cached_property
     def sigmas(self) -> Array:
         """[steps + 1], descending to 0."""
-        return self.reference.model.adapter.sigmas(self.steps)
+        return self.reference.model.diffusion.sigmas(self.steps)
 
     def draw(self, contenders: Sequence[Contender], progress: Progress) -> None:
         """Draw what is missing, model by model within a batch. Raises NumericsError when a picture is not finite, ArtifactError on a
@@ -56,7 +56,7 @@ class Drawings:
         """
         missing = [(start, one) for start in self.starts for one in (self.reference, *contenders) if not self._finished(one, start)]
         for one in {one.folder: one for _, one in missing}.values():
-            one.model.adapter.prepare(self.prompts)
+            one.model.diffusion.prepare(self.prompts)
         for start, one in progress(missing, "pictures"):
             self._draw(one, start)
 
@@ -110,7 +110,7 @@ class Drawings:
             "prompts": [[p.seed, p.text] for p in self._batch(start)],
             "steps": self.steps,
             "cfg": self.cfg,
-            "latent_shape": one.model.adapter.latent_shape,
+            "latent_shape": one.model.diffusion.latent_shape,
         }
         return artifacts.digest(facts | versions())
 

@@ -149,7 +149,7 @@ def _facts(path: str, layer: QuantizedLinear, seen: Seen, same: bool, adapter: A
         "role": adapter.role(path),
         "stage": stage,
         "weight": str(layer.format),
-        "activation": 16.0 if layer.table is None else float(np.mean(layer.table.bits)),
+        "activation": layer.input_bits,
         "shape": [rows, width],
         "bits_per_weight": 8 * layer.nbytes / (rows * width),
         "error": seen.error if same else None,

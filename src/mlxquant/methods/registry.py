@@ -3,7 +3,7 @@ citation, and the law tests cover it.
 
 Kinds: "steps" chooses the grid of a weight, "round" its codes, "refine" improves both by turns, "range" chooses the activation table of
 a layer, "tier" how many bits its input gets at each timestep, "transform" what could be done to its input before, "branch" what low-rank
-factors take from its weight, "reconstruct" learns the codes of a whole block.
+factors take from its weight, "reconstruct" learns the codes of a whole block, "fake" is what a model is trained through.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from ..errors import RecipeError
 
-KINDS = ("steps", "round", "range", "tier", "refine", "transform", "branch", "reconstruct")
+KINDS = ("steps", "round", "range", "tier", "refine", "transform", "branch", "reconstruct", "fake")
 FILES = (
     "steps",
     "rtn",
@@ -37,6 +37,7 @@ FILES = (
     "tcaq",
     "rotation",
     "lowrank",
+    "fake_quantizers",
 )
 CITATIONS = {
     "gptq": """@inproceedings{frantar2023gptq,
@@ -150,6 +151,20 @@ CITATIONS = {
   booktitle = {International Conference on Learning Representations},
   year = {2025},
   note = {arXiv:2410.06040}
+}""",
+    "stochastic-rounding": """@inproceedings{gupta2015limited,
+  title = {Deep Learning with Limited Numerical Precision},
+  author = {Gupta, Suyog and Agrawal, Ankur and Gopalakrishnan, Kailash and Narayanan, Pritish},
+  booktitle = {International Conference on Machine Learning},
+  year = {2015},
+  note = {arXiv:1502.02551}
+}""",
+    "bitnet": """@article{ma2024bitnet,
+  title = {The Era of 1-bit {LLM}s: All Large Language Models are in 1.58 Bits},
+  author = {Ma, Shuming and Wang, Hongyu and Ma, Lingxiao and Wang, Lei and Wang, Wenhui and Huang, Shaohan
+            and Dong, Li and Wang, Ruiping and Xue, Jilong and Wei, Furu},
+  journal = {arXiv preprint arXiv:2402.17764},
+  year = {2024}
 }""",
 }
 

@@ -7,11 +7,12 @@ all a block-by-block quantizer needs.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Self
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -21,10 +22,8 @@ import numpy.typing as npt
 from .. import artifacts
 from ..array_memory import ArrayMemory
 from ..errors import AdapterError, NumericsError
-from ..prompts import Prompt
 from ..rewrite import find_linears, parameters
-from ..sampler import Conditioning, SamplerStep, sample, seeded_noise
-from ..schedule import Clock, Sigmas, flow_sigmas
+from ..schedule import Clock
 from .attention import SoftmaxAttention, find_attentions
 
 State = dict[str, mx.array]
@@ -94,42 +93,21 @@ class Edge:
 
 
 class Adapter(ABC):
-    """A diffusion model, seen from the outside. Subclasses fill in the abstract members; the rest follows from them."""
+    """A model, seen from the outside. Subclasses fill in the abstract members; the rest follows from them."""
 
     name: str  # as on the command line
     module: nn.Module  # the tree that holds every parameter that is saved
     clock: Clock  # set around every forward pass
-    shift: float = 1.0  # of the noise schedule
-    steps: int = 28  # default number of sampler steps
-    cfg: float = 1.0  # default guidance
-    batch: int = 16  # pictures that are sampled at once
-    samples: int | None = None  # default number of (picture, step) pairs that calibrate a sweep; None takes all
+    batch: int = 16  # samples that run at once
+    samples: int | None = None  # default number of samples that calibrate a sweep; None takes all
     rows: int = 16  # of a batch that one backward pass through a block may have
-    latent_shape: tuple[int, int, int]  # H, W, C
     place: str = ""  # where weights that ``module`` does not hold come from: a folder, a hub id, or "" for the usual one
     _hooks: Mapping[str, StageHook] = MappingProxyType({})  # by stage, set by ``hooked``
 
     @property
-    def size(self) -> int:
-        """Pixels of a picture's side; here for models whose latents are pixels."""
-        return self.latent_shape[0]
-
-    @property
     @abstractmethod
     def stages(self) -> tuple[Stage, ...]:
-        """The chain, from {latent, tokens, pooled, t} to {velocity}."""
-
-    @abstractmethod
-    def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """Text conditioning of prompts; the empty prompt is the unconditional one."""
-
-    def prepare(self, prompts: Iterable[Prompt]) -> None:
-        """Encode prompts, and the empty one, all at once: an adapter that remembers them reads heavy text encoders only here."""
-        self.encode([*dict.fromkeys(prompt.text for prompt in prompts), ""])
-
-    @abstractmethod
-    def decode(self, latent: mx.array) -> npt.NDArray[np.float32]:
-        """Latents [B,H,W,C] to pictures [B,height,width,3] in [0,1]."""
+        """The chain, from what the model reads to what it predicts."""
 
     @abstractmethod
     def role(self, path: str) -> str:
@@ -141,24 +119,16 @@ class Adapter(ABC):
 
     @classmethod
     @abstractmethod
-    def blank(cls, description: dict[str, Any]) -> Adapter:
+    def blank(cls, description: dict[str, Any]) -> Self:
         """The same structure with unspecified weights, for loading."""
 
-    def twin(self) -> Adapter:
+    def twin(self) -> Self:
         """The same structure with unspecified weights; what is outside of ``module`` is shared."""
         return type(self).blank(self.describe())
 
-    def resize(self, size: int) -> None:
-        """Draw pictures of this many pixels a side from now on; AdapterError where the model cannot."""
-        raise AdapterError(f"{self.name} draws pictures of one size only; leave --size out")
-
-    @abstractmethod
-    def prompts(self, purpose: str, count: int, seed: int = 0) -> list[Prompt]:
-        """The model's own prompts for "calibration" or "evaluation", disjoint; ``seed`` shifts the noise seeds."""
-
-    def attributes(self, images: npt.NDArray[Any], prompts: Sequence[str]) -> dict[str, float] | None:
-        """Share of prompt attributes that the pictures obey, where the model can tell; ``mean`` is over all of them."""
-        return None
+    def save_beside(self, folder: Path) -> str:
+        """Write what a saved model needs besides its parameters into ``folder``; returns the place to load that from, as seen there."""
+        return artifacts.relative_place(self.place, folder)
 
     def edges(self) -> tuple[Edge, ...]:
         """Which layers read the same tensor, and what can be folded into what wrote it. Each layer is in at most one edge."""
@@ -185,43 +155,18 @@ class Adapter(ABC):
                     f"{self.name}: parameter {name} holds {bad} NaN or infinite values of {value.size}; repair the checkpoint"
                 )
 
-    def sigmas(self, steps: int) -> Sigmas:
-        return flow_sigmas(steps, self.shift)
-
-    def state(self, latent: mx.array, tokens: mx.array, pooled: mx.array, sigma: float | npt.NDArray[Any]) -> State:
-        """The chain's input; sigma is one number, or one for each sample."""
-        t = mx.broadcast_to(mx.array(np.float32(1000) * np.asarray(sigma, np.float32)), (latent.shape[0],))
-        return {"latent": latent, "tokens": tokens, "pooled": pooled, "t": t}
-
-    def velocity(self, latent: mx.array, tokens: mx.array, pooled: mx.array, sigma: float | npt.NDArray[Any]) -> mx.array:
-        """The model's prediction of ``noise - image`` [B,H,W,C]."""
-        state = self.state(latent, tokens, pooled, sigma)
+    def run(self, state: State, sigma: float | npt.NDArray[Any]) -> State:
+        """Send a state through the chain, at one noise level or at one for each sample; evaluated."""
         with self.clock.at(sigma):
             for stage in self.stages:
                 state = self._hooks.get(stage.name, stage.run)(state)
             mx.eval(state)
-        return state["velocity"]
-
-    def generate(
-        self,
-        prompts: Sequence[str],
-        seeds: Sequence[int],
-        steps: int | None = None,
-        cfg: float | None = None,
-        callback: Callable[[SamplerStep], None] | None = None,
-    ) -> mx.array:
-        """Sample latents [B,H,W,C] for prompts, one seed each; see ``sampler.sample``."""
-        if len(prompts) != len(seeds) or not prompts:
-            raise AdapterError(f"expected one seed for each of at least one prompt, found {len(prompts)} prompts and {len(seeds)} seeds")
-        noise = seeded_noise(seeds, self.latent_shape)
-        text, empty = self.encode(prompts), self.encode([""] * len(prompts))
-        sigmas = self.sigmas(self.steps if steps is None else steps)
-        return sample(self.velocity, noise, sigmas, text, empty, self.cfg if cfg is None else cfg, callback)
+        return state
 
 
 @contextmanager
 def hooked(adapter: Adapter, names: Iterable[str], observe: Observe) -> Iterator[None]:
-    """Call ``observe(name, inputs, outputs)`` for each of these stages in the calls of ``adapter.velocity`` inside.
+    """Call ``observe(name, inputs, outputs)`` for each of these stages in the forward passes inside.
 
     The states are not evaluated yet; an observer keeps what it needs and evaluates everything at once. The hooks are gone afterwards,
     also after an exception. Raises AdapterError on a stage that the model does not have.

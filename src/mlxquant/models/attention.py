@@ -13,9 +13,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ..activations import ActivationTable, TableReader, represented
+from ..activations import TABLE, ActivationTable, TableReader, represented
 from ..errors import AdapterError
-from ..layers import TABLE
 from ..schedule import Clock
 from .fast_cpu import attention, probabilities
 

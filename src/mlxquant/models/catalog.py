@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -20,12 +21,24 @@ class Entry:
     adapter: str
     hub_ids: tuple[str, ...] = ()
     checkpoint: str = ""
+    key: str = ""  # that the checkpoint has, where it is a JSON file that others have, too
+
+    def is_in(self, folder: Path) -> bool:
+        """Whether a folder holds this model's weights."""
+        path = folder / self.checkpoint
+        if not self.checkpoint or not path.is_file():
+            return False
+        return not self.key or f'"{self.key}"' in path.read_text(encoding="utf-8", errors="replace")
 
 
 MODELS = {
     "mmdit-shapes": Entry("mlxquant.models.mmdit_shapes", "MMDiTShapes"),
     "sd3-medium": Entry("mlxquant.models.sd3_medium", "SD3Medium", (HUB,), checkpoint=CHECKPOINT),
+    "gpt": Entry("mlxquant.models.gpt_python", "GPTAdapter", ("gpt-python",), checkpoint="config.json", key="mlxquant"),
+    "mlx-lm": Entry("mlxquant.models.mlx_lm_model", "MLXLanguageModel", checkpoint="config.json", key="model_type"),
 }
+LANGUAGE = "mlx-lm"  # what any other hub id stands for
+HUB_ID = r"[A-Za-z0-9][\w.-]*/[\w.-]+"
 
 
 def find_model(reference: str) -> tuple[str, str]:
@@ -40,11 +53,13 @@ def find_model(reference: str) -> tuple[str, str]:
         if reference in entry.hub_ids:
             return name, reference
     folder = Path(reference)
+    if not folder.is_dir() and re.fullmatch(HUB_ID, reference):
+        return LANGUAGE, reference
     if not folder.is_dir():
         known = [*MODELS, *(hub_id for entry in MODELS.values() for hub_id in entry.hub_ids)]
-        raise AdapterError(f"unknown model {reference!r}: neither a folder nor one of {known}")
+        raise AdapterError(f"unknown model {reference!r}: neither a folder, nor a hub id of a language model, nor one of {known}")
     for name, entry in MODELS.items():
-        if entry.checkpoint and (folder / entry.checkpoint).exists():
+        if entry.is_in(folder):
             return name, str(folder.absolute())
     if (folder / "model.json").exists():
         raise ArtifactError(

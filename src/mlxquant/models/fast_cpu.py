@@ -74,6 +74,42 @@ def gelu(x: mx.array) -> mx.array:
     return nn.gelu(x)
 
 
+_logistic = mx.compile(lambda z: mx.where(z >= 0, 1.0, _exp_minus(mx.abs(z))) / (1 + _exp_minus(mx.abs(z))))
+_tanh_forward = mx.compile(lambda x: x * _logistic(_tanh_argument(x)))
+
+
+def _tanh_argument(x: mx.array) -> mx.array:
+    """Twice the argument of the hyperbolic tangent: ``(1 + tanh u) / 2 = 1 / (1 + exp(-2u))``."""
+    return 1.5957691216057308 * x * (1 + 0.044715 * x * x)
+
+
+def _tanh_slope(x: mx.array, g: mx.array) -> mx.array:
+    p = _logistic(_tanh_argument(x))
+    return g * p * (1 + x * (1 - p) * 1.5957691216057308 * (1 + 0.134145 * x * x))
+
+
+_tanh_backward = mx.compile(_tanh_slope)
+
+
+@mx.custom_function
+def _tanh_gelu(x: mx.array) -> Any:
+    return _tanh_forward(x)
+
+
+@_tanh_gelu.vjp
+def _tanh_gelu_vjp(primals: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:
+    return _tanh_backward(primals, cotangent)
+
+
+def gelu_tanh(x: mx.array) -> mx.array:
+    """``x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))) / 2``, GPT-2's GELU, any shape; float32 error at most 1e-6 on the CPU, MLX's own
+    function on Metal and in half precision.
+    """
+    if x.dtype == mx.float32 and mx.default_device() == mx.cpu:
+        return cast(mx.array, _tanh_gelu(x))
+    return nn.gelu_approx(x)
+
+
 _exponentials = mx.compile(lambda x, top: _exp_minus(top - x))
 _softmax_backward = mx.compile(lambda p, g, dot: p * (g - dot))
 
@@ -89,10 +125,15 @@ def _softmax_vjp(primals: mx.array, cotangent: mx.array, output: mx.array) -> mx
     return cast(mx.array, _softmax_backward(output, cotangent, (output * cotangent).sum(axis=-1, keepdims=True)))
 
 
+def softmax(x: mx.array) -> mx.array:
+    """Softmax over the last axis of x float32; on the CPU exact to about 1e-5 relative, and 1e-14 for what is further than 32 below."""
+    return cast(mx.array, _softmax(x)) if mx.default_device() == mx.cpu else mx.softmax(x, axis=-1)
+
+
 def probabilities(q: mx.array, k: mx.array) -> mx.array:
     """Softmax(q k^T / sqrt(d)) [B,heads,N,N] float32, of q and k [B,heads,N,d]; on the CPU exact to about 1e-5 relative."""
     scores = (q.astype(mx.float32) * q.shape[-1] ** -0.5) @ k.astype(mx.float32).swapaxes(-1, -2)
-    return cast(mx.array, _softmax(scores)) if mx.default_device() == mx.cpu else mx.softmax(scores, axis=-1)
+    return softmax(scores)
 
 
 def attention(q: mx.array, k: mx.array, v: mx.array) -> mx.array:

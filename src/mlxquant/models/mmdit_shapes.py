@@ -17,8 +17,9 @@ from ..prompts import Prompt
 from ..sampler import Conditioning
 from ..schedule import Clock
 from . import shapes
-from .adapter import Adapter, Edge, Stage
+from .adapter import Edge, Stage
 from .caption_text import CaptionEncoder, tokenize
+from .diffusion import DiffusionAdapter
 from .mmdit import MMDiT, MMDiTConfig, mmdit_edges, mmdit_role, mmdit_stages
 
 WEIGHTS = "mmdit-shapes.safetensors"
@@ -46,7 +47,7 @@ def to_images(latent: mx.array) -> mx.array:
     return mx.clip(x.reshape(b, 2 * h, 2 * w, c // 4) * 0.5 + 0.5, 0, 1)
 
 
-class MMDiTShapes(Adapter):
+class MMDiTShapes(DiffusionAdapter):
     name = "mmdit-shapes"
     cfg = 2.0
 

@@ -20,7 +20,8 @@ from ..errors import AdapterError
 from ..prompts import Prompt, parse_prompts
 from ..sampler import Conditioning
 from ..schedule import Clock
-from .adapter import Adapter, Edge, Stage, State
+from .adapter import Edge, Stage, State
+from .diffusion import DiffusionAdapter
 from .diffusionkit import build_mmdit, host, modulations
 from .mmdit import MMDiTConfig, mmdit_edges, mmdit_role
 from .sd3_checkpoint import fill, mmdit_weights, vae_decoder
@@ -74,7 +75,7 @@ class Components:
         return self._decoder
 
 
-class SD3Medium(Adapter):
+class SD3Medium(DiffusionAdapter):
     name = "sd3-medium"
     shift = 3.0
     cfg = 5.0

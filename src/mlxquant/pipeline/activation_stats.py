@@ -17,7 +17,7 @@ import numpy as np
 from .. import artifacts
 from ..calibration import Calibration
 from ..errors import AdapterError, ArtifactError, NumericsError
-from ..models.adapter import Adapter
+from ..models.diffusion import DiffusionAdapter
 from ..progress import Progress, silent
 from ..report.ranges import RangeCurves, draw_ranges
 from ..rewrite import tapped
@@ -171,7 +171,7 @@ class ActivationStats:
         return {name: np.stack(values) for name, values in parts.items()}
 
 
-def quantized_layers(adapter: Adapter) -> list[str]:
+def quantized_layers(adapter: DiffusionAdapter) -> list[str]:
     """The Linears inside a model's blocks whose inputs are quantized; raises AdapterError when there are none."""
     blocks = adapter.stages[1:-1]
     paths = [path for path in adapter.linears() if adapter.role(path) in ROLES and any(block.owns(path) for block in blocks)]
@@ -181,7 +181,7 @@ def quantized_layers(adapter: Adapter) -> list[str]:
 
 
 def collect(
-    adapter: Adapter,
+    adapter: DiffusionAdapter,
     samples: Samples,
     num_images: int,
     stride: int,
@@ -247,7 +247,7 @@ def collect(
 
 
 def _run(
-    adapter: Adapter, calibration: Calibration, paths: list[str], picks: Picks, where: str, progress: Progress = silent
+    adapter: DiffusionAdapter, calibration: Calibration, paths: list[str], picks: Picks, where: str, progress: Progress = silent
 ) -> StepCollector:
     """What the layers at ``paths`` read at the one timestep of ``calibration``; ``where`` names that for the reader."""
     collector = StepCollector(picks, MOMENTUM)
@@ -268,7 +268,9 @@ def _run(
     return collector
 
 
-def _costs(adapter: Adapter, calibration: Calibration, paths: list[str], images: int, seed: int, progress: Progress) -> dict[str, Array]:
+def _costs(
+    adapter: DiffusionAdapter, calibration: Calibration, paths: list[str], images: int, seed: int, progress: Progress
+) -> dict[str, Array]:
     """The sensitivity [out] float32 of each layer at the one timestep of ``calibration``, on its first ``images``."""
     some = replace(calibration, prompts=calibration.prompts[:images], latents=calibration.latents[:, :images])
     found = measure(adapter, adapter.stages, *some.batches(adapter, adapter.batch), paths, seed, progress)

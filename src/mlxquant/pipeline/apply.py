@@ -15,7 +15,6 @@ from ..recipe import LayerSpec
 from ..rewrite import set_module
 from ..schedule import Clock
 from ..store import Layers, StageCheckpoint, StageResult
-from ..trials import mean_bits
 from .quant_config import QuantConfig
 from .samples import check_source
 from .weight_files import CONFIG, WeightFiles
@@ -119,7 +118,7 @@ class Tracks:
                 layer.set_activations(tables[path], clock)
             layers[path] = layer
         # the report of the weight track says with what activations it learned, not what runs now
-        report = {path: {**facts, "activation": mean_bits(layers[path])} for path, facts in result.facts["layers"].items()}
+        report = {path: {**facts, "activation": layers[path].input_bits} for path, facts in result.facts["layers"].items()}
         return replace(result, layers=layers, facts={**result.facts, "layers": report})
 
     def save(self, stage: Stage, result: StageResult) -> None:

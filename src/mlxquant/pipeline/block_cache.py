@@ -19,7 +19,8 @@ import numpy as np
 from .. import artifacts
 from ..calibration import Calibration
 from ..errors import AdapterError, ArtifactError, NumericsError
-from ..models.adapter import Adapter, State, hooked, written
+from ..models.adapter import State, hooked, written
+from ..models.diffusion import DiffusionAdapter
 from ..progress import Progress, silent
 from ..streams import run_stage
 from .ledger import Array, Ledger
@@ -62,11 +63,11 @@ class BlockCache:
         parent, blocks, sigmas = facts["parents"][MANIFEST], tuple(facts["blocks"]), tuple(facts["sigmas"])
         return cls(ledger, facts["model"], facts["source"], parent, ledger.sha256, blocks, sigmas, tokens)
 
-    def check(self, adapter: Adapter) -> None:
+    def check(self, adapter: DiffusionAdapter) -> None:
         """Raise CalibrationError when the cache was made with other weights than the adapter's."""
         check_source(f"{self.ledger.path}: the blocks' outputs", self.model, self.source, adapter)
 
-    def inputs(self, adapter: Adapter, calib_dir: Path | None = None, size: int | None = None) -> tuple[list[float], list[State]]:
+    def inputs(self, adapter: DiffusionAdapter, calib_dir: Path | None = None, size: int | None = None) -> tuple[list[float], list[State]]:
         """Noise levels, descending, and at each the first block's input, float32, ``size`` images in a state (None: all of them), every
         image's rows (guided, unguided) in turn.
 
@@ -124,7 +125,7 @@ class Plan:
     seed_layout_bytes: int
 
 
-def plan(adapter: Adapter, samples: Samples, num_images: int, stride: int, tokens: int | None = None, seed: int = 0) -> Plan:
+def plan(adapter: DiffusionAdapter, samples: Samples, num_images: int, stride: int, tokens: int | None = None, seed: int = 0) -> Plan:
     """Find out, by one forward pass, what a cache of these samples holds and weighs.
 
     ``tokens`` is how many of each stream's tokens are kept (None: an eighth, at least 4; 0: all), drawn from ``seed``. Raises
@@ -181,7 +182,7 @@ def pick(values: mx.array, tokens: mx.array) -> mx.array:
     return mx.take_along_axis(values, tokens.reshape(*tokens.shape, *(1,) * (values.ndim - 2)), axis=1)
 
 
-def trace(adapter: Adapter, sigma: float, state: State) -> Trace:
+def trace(adapter: DiffusionAdapter, sigma: float, state: State) -> Trace:
     """What every block reads and writes in one forward pass, all blocks at once and not evaluated yet.
 
     Raises AdapterError when the model's forward pass does not go through its blocks' hooks.
@@ -210,7 +211,9 @@ def entries(traced: Trace, tokens: dict[str, mx.array]) -> dict[str, mx.array]:
     return kept
 
 
-def write(plan: Plan, adapter: Adapter, folder: Path, force: bool = False, resume: bool = True, progress: Progress = silent) -> BlockCache:
+def write(
+    plan: Plan, adapter: DiffusionAdapter, folder: Path, force: bool = False, resume: bool = True, progress: Progress = silent
+) -> BlockCache:
     """Replay the trajectories and write the folder, one batch of images at one step in memory at a time.
 
     A killed run goes on where it was and ends with the same bytes. Raises ArtifactError when the disk is too small or the folder
@@ -240,7 +243,7 @@ def ensure_space(folder: Path, needed: int) -> None:
         )
 
 
-def _write_images(plan: Plan, adapter: Adapter, ledger: Ledger, start: int, progress: Progress) -> None:
+def _write_images(plan: Plan, adapter: DiffusionAdapter, ledger: Ledger, start: int, progress: Progress) -> None:
     """The samples of one batch of images, step by step, where they are not there yet."""
     calibration, stride = plan.trajectories, plan.facts["stride"]
     rows = slice(start, start + adapter.batch)

@@ -19,6 +19,7 @@ from .. import artifacts
 from ..calibration import Calibration
 from ..errors import AdapterError, CalibrationError, NumericsError
 from ..models.adapter import Adapter
+from ..models.diffusion import DiffusionAdapter
 from ..progress import Progress, silent
 from ..prompts import Prompt
 from ..report.comparison import save_png, to_pil
@@ -64,7 +65,7 @@ class Samples:
         sigmas = np.array(facts["sigmas"], np.float64)
         return cls(ledger, facts["model"], facts["source"], prompts, facts["num_steps"], facts["cfg"], sigmas, ledger.sha256)
 
-    def check(self, adapter: Adapter) -> None:
+    def check(self, adapter: DiffusionAdapter) -> None:
         """Raise CalibrationError when these trajectories were drawn by other weights than the adapter's."""
         check_source(f"{self.ledger.path}: the trajectories", self.model, self.source, adapter)
 
@@ -100,7 +101,7 @@ def check_source(what: str, model: str, source: str, adapter: Adapter) -> None:
 
 
 def open_folder(
-    adapter: Adapter,
+    adapter: DiffusionAdapter,
     prompts: Sequence[Prompt],
     steps: int,
     cfg: float,
@@ -135,7 +136,7 @@ def open_folder(
     return Ledger.open(folder / MANIFEST, KIND, facts, COMMAND, force, resume)
 
 
-def draw(adapter: Adapter, ledger: Ledger, progress: Progress = silent) -> Samples:
+def draw(adapter: DiffusionAdapter, ledger: Ledger, progress: Progress = silent) -> Samples:
     """Sample what the folder still lacks, ``adapter.batch`` pictures at a time, always the same ones together.
 
     A killed run goes on after its last finished batch and ends with the same bytes. Raises NumericsError, naming image and step,
@@ -158,7 +159,7 @@ def _names(image: int, steps: int) -> list[str]:
     return [*(sample_name(image, step) for step in range(steps)), f"latents/{image:04d}.npz", f"images/{image:04d}.png"]
 
 
-def _write_batch(adapter: Adapter, ledger: Ledger, images: range, prompts: Sequence[Prompt]) -> None:
+def _write_batch(adapter: DiffusionAdapter, ledger: Ledger, images: range, prompts: Sequence[Prompt]) -> None:
     """Sample ``images`` together and write their files; nothing is written before all their latents are known to be finite."""
     sigmas, cfg = ledger.facts["sigmas"], ledger.facts["cfg"]
     trajectory: list[Array] = []

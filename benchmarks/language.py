@@ -1,0 +1,193 @@
+"""Which method is best for a language model: ``python benchmarks/language.py --work FOLDER``.
+
+Bits per character of ``gpt-python`` on held-out modules of Python's standard library, which differs between versions of Python: the first
+line of LOG.md's table says which. Weights alone, weights and activations, and quantization-aware training, which goes on from the same
+weights for ``--iterations``; a row of as many iterations in full precision stands beside it. Calibration is the same for all: 64 windows of
+256 bytes. Differences are to full precision, window by window, with bootstrap 95 % intervals. Rows that are in ``--work`` already are not
+computed again; ``--table`` prints what is there. The last line of stdout is one JSON object.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+import mlxquant as mq  # before mlx, so that MLX gets a fast BLAS
+
+# isort: split
+import mlx.core as mx
+
+from mlxquant import train_gpt
+from mlxquant.artifacts import atomic_file, canonical
+from mlxquant.console import progress, result, say
+from mlxquant.corpus import read_corpus
+from mlxquant.metrics.bootstrap import interval
+from mlxquant.models.gpt_python import GPTAdapter
+from mlxquant.prediction import Prediction, predict
+from mlxquant.qat.folders import quantized_gpt
+from mlxquant.qat.integer import to_integer_layers
+from mlxquant.rewrite import parameters
+from mlxquant.spin_quant import SpinQuant
+
+MODEL = "gpt-python"
+METHODS = ("rtn", "gptq", "descent", "qronos")
+WEIGHTS = [f"{method}-{form}" for form in ("w4a16", "w4a16-g64", "w3a16", "w2a16-g64") for method in METHODS]
+INPUTS = [f"{method}-{form}" for form in ("w8a8", "w4a8", "w4a8-token", "w4a4", "w4a4-token") for method in ("rtn", "gptq", "qronos")] + [
+    "gptq+rotation-w4a8-token",
+    "gptq+rotation-w4a4-token",
+    "gptq+smoothquant+rotation-w4a4-token",
+]
+SPUN = [f"spinquant+{rest}" for rest in ("gptq-w4a16", "qronos-w4a16", "qronos-w3a16", "gptq-w4a8-token", "gptq-w4a4-token",
+                                         "qronos-w4a4-token", "gptq+rotation-w4a4-token")]  # fmt: skip
+LINEARS = ["--linear_variant_attn", "quantized_linear", "--linear_variant_mlp", "quantized_linear"]
+INPUTS_4 = ["--activations_quant_scale", "token"]
+TRAINED = {
+    "trained on": [],
+    "qat symmetric w8": [*LINEARS, "--quantize_linear_method", "symmetric_quant", "--quantize_linear_bits", "8"],
+    "qat symmetric w4": [*LINEARS, "--quantize_linear_method", "symmetric_quant", "--quantize_linear_bits", "4"],
+    "qat affine w4": [*LINEARS, "--quantize_linear_method", "affine_quant", "--quantize_linear_bits", "4"],
+    "qat stochastic w4": [*LINEARS, "--quantize_linear_method", "stochastic_quant", "--quantize_linear_bits", "4"],
+    "qat symmetric w3": [*LINEARS, "--quantize_linear_method", "symmetric_quant", "--quantize_linear_bits", "3"],
+    "qat symmetric w2": [*LINEARS, "--quantize_linear_method", "symmetric_quant", "--quantize_linear_bits", "2"],
+    "qat ternary": [*LINEARS, "--quantize_linear_method", "ternary_quant"],
+    "qat symmetric w4, activations 8": [*LINEARS, "--quantize_linear_method", "symmetric_quant", "--quantize_linear_bits", "4",
+                                        "--quantize_attn_act", "--quantize_mlp_act"],
+    "qat symmetric w4, activations 4 a token": [*LINEARS, "--quantize_linear_method", "symmetric_quant", "--quantize_linear_bits", "4",
+                                                *INPUTS_4, "--quantize_attn_act", "--quantize_mlp_act",
+                                                "--quantize_attn_act_bits", "4", "--quantize_mlp_act_bits", "4"],
+}  # fmt: skip
+
+
+class Bench:
+    """The model, the text, and the folder of finished rows."""
+
+    def __init__(self, work: Path, windows: int, iterations: int):
+        self.model, self.corpus = mq.load(MODEL), read_corpus()
+        self.windows, self.iterations = windows, iterations
+        self.work = work / f"{windows}-{self.model.adapter.fingerprint[:8]}-{self.corpus.facts['sha256'][:8]}"  # type: ignore[index]
+        self.work.mkdir(parents=True, exist_ok=True)
+        self.calibration = mq.calibrate_text(self.model, samples=64)
+
+    def path(self, name: str) -> Path:
+        return self.work / f"{name.replace('+', '.').replace(', ', '_').replace(' ', '-')}.json"
+
+    def kept(self, name: str) -> dict[str, Any]:
+        """A row from the folder, or measured now."""
+        if not self.path(name).exists():
+            row = self.measure(name)
+            with atomic_file(self.path(name)) as temporary:
+                temporary.write_text(canonical({"name": name, **row}))
+        return dict(json.loads(self.path(name).read_text()))
+
+    def measure(self, name: str) -> dict[str, Any]:
+        make: Callable[[], tuple[mq.Model, float]] = partial(self.by_recipe, name)
+        if name == "full precision":
+            make = self.exact
+        elif name.startswith("data-free "):
+            make = partial(self.without_data, name.removeprefix("data-free "))
+        elif name.startswith("spinquant+"):
+            make = partial(self.spun, name.removeprefix("spinquant+"))
+        elif name in TRAINED:
+            make = partial(self.trained, name)
+        start = time.process_time()
+        model, bits = make()
+        seconds = time.process_time() - start
+        adapter = model.language
+        found = predict(adapter.logits, adapter.tokenizer, self.corpus.held_out, adapter.context, self.windows, progress=progress)
+        stored = sum(value.nbytes for value in parameters(adapter.module).values())
+        return {"nats": found.nats.tolist(), "tokens": found.tokens.tolist(), "characters": found.characters.tolist(),
+                "bytes": stored, "bits_per_weight": bits, "seconds": seconds}  # fmt: skip
+
+    def exact(self) -> tuple[mq.Model, float]:
+        return self.model, 16.0
+
+    def by_recipe(self, name: str, model: mq.Model | None = None) -> tuple[mq.Model, float]:
+        model = self.model if model is None else model
+        calib = self.calibration if model is self.model else mq.calibrate_text(model, samples=64)
+        done = mq.quantize(model, calib, name, progress=progress)
+        return done, done.size.bits_per_quantized_weight
+
+    def without_data(self, form: str) -> tuple[mq.Model, float]:
+        copy = self.model.clone()
+        mq.quantize_linears(copy.module, form)
+        return mq.Model(copy), mq.QuantizedModel(copy, {}).size.bits_per_quantized_weight
+
+    def spun(self, recipe: str) -> tuple[mq.Model, float]:
+        """Rotations learned for the bits of the recipe on 32 windows of the calibration text, then the recipe."""
+        spec = dict(mq.parse_recipe(recipe).rules)["*"]
+        assert spec is not None
+        inputs = None if spec.activation is None else spec.activation.bits
+        copy = self.model.clone()
+        copy.module.set_dtype(mx.float32)
+        data = [self.calibration.windows[start : start + 4] for start in range(0, 32, 4)]
+        SpinQuant(copy.module, spec.weight.bits, inputs).optimize(data, steps=100, weights=inputs is None, progress=progress).rotate()
+        return self.by_recipe(recipe, mq.Model(GPTAdapter(copy.module, self.model.language.tokenizer, {})))
+
+    def trained(self, name: str) -> tuple[mq.Model, float]:
+        folder = self.work / "trained" / self.path(name).stem
+        arguments = ["--init-from", MODEL, "--out-dir", str(folder), "--max-iters", str(self.iterations), "--batch-size", "8",
+                     "--learning-rate", "5e-4", "--eval-interval", "0", "--eval-windows", "1",
+                     "--quantization_warmup_iters", "0"]  # fmt: skip
+        train_gpt.command.main([*arguments, *TRAINED[name]], standalone_mode=False)
+        module, tokenizer, _ = quantized_gpt(folder)
+        bits = 16.0
+        if TRAINED[name]:
+            module = to_integer_layers(module)
+            layers = mq.Model(GPTAdapter(module, tokenizer, {}))
+            bits = mq.QuantizedModel(layers.adapter, {}).size.bits_per_quantized_weight
+        return mq.Model(GPTAdapter(module, tokenizer, {})), bits
+
+
+def rows() -> list[str]:
+    return ["full precision", "data-free w8a16", "data-free w4a16-g64", *WEIGHTS, *INPUTS, *SPUN, *TRAINED]
+
+
+def summary(row: dict[str, Any], exact: dict[str, Any]) -> dict[str, Any]:
+    mine, first = (Prediction(np.array(r["nats"]), np.array(r["tokens"]), np.array(r["characters"])) for r in (row, exact))
+    difference = mine.each - first.each
+    return {
+        "bits_per_character": mine.bits_per_character,
+        "difference": float(difference.mean()),
+        "difference_95": interval(difference),
+        "bytes": row["bytes"],
+        "bits_per_weight": row["bits_per_weight"],
+        "seconds": row["seconds"],
+    }
+
+
+def line(name: str, figures: dict[str, Any]) -> str:
+    low, high = figures["difference_95"]
+    return (
+        f"| `{name}` | {figures['bits_per_character']:.4f} | {figures['difference']:+.4f} ({low:+.4f} to {high:+.4f}) "
+        f"| {figures['bits_per_weight']:.2f} | {figures['bytes'] / 1e6:.2f} | {figures['seconds']:.0f} |"
+    )
+
+
+@click.command(help=__doc__)
+@click.option("--windows", default=256, show_default=True, help="Of 256 bytes, evenly spread over the held-out text.")
+@click.option("--iterations", default=200, show_default=True, help="Of quantization-aware training.")
+@click.option("--row", "names", multiple=True, help="Only these rows; any recipe will do.")
+@click.option("--table", is_flag=True, help="Print the rows that are in the folder, and measure nothing.")
+@click.option("--work", type=click.Path(path_type=Path), required=True, help="Folder that keeps finished rows.")
+def main(windows: int, iterations: int, names: tuple[str, ...], table: bool, work: Path) -> None:
+    bench = Bench(work, windows, iterations)
+    wanted = list(names) or [name for name in rows() if not table or bench.path(name).exists()]
+    exact = bench.kept("full precision")
+    figures = {name: summary(bench.kept(name), exact) for name in wanted}
+    say("| recipe | bits per character | against full precision (95 %) | bits a quantized weight | MB | CPU seconds |")
+    say("|---|---|---|---|---|---|")
+    for name in wanted:
+        say(line(name, figures[name]))
+    result({"text": bench.corpus.facts, "platform": platform.platform(), "rows": figures})
+
+
+if __name__ == "__main__":
+    main()

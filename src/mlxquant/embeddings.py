@@ -1,0 +1,56 @@
+"""A table of embeddings in integer codes. Looked up or used as the output layer, it reads the same codes.
+
+MLX has a ``nn.QuantizedEmbedding``, but it answers in the dtype of its scales: float16 scales, which are ours bit for bit, would make a
+bfloat16 model run in float16, and bfloat16 ones are others than those that the codes were rounded on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy.typing as npt
+
+from .formats import Grid, WeightFormat
+from .layers import QuantizedLinear
+from .packed_arrays import dequantized
+from .schedule import Clock
+from .weight_only import rounded
+
+
+class QuantizedEmbedding(QuantizedLinear):
+    """The parameters of a ``QuantizedLinear`` [number, dims] without a bias; ``as_linear`` is what that layer computes."""
+
+    def __init__(self, codes: npt.NDArray[Any], grid: Grid, dtype: mx.Dtype = mx.float32):
+        """codes uint8 [number, dims] on ``grid``; rows that are looked up come in ``dtype``."""
+        super().__init__(codes, grid)
+        self._dtype = dtype
+
+    @classmethod
+    def from_embedding(cls, embedding: nn.Embedding, format: WeightFormat, steps: str = "extremes") -> QuantizedEmbedding:
+        """What stands for ``embedding``, in its dtype; raises as ``rounded`` does."""
+        return cls(*rounded(embedding.weight, format, steps), embedding.weight.dtype)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        return {**super().facts, "dtype": str(self._dtype).removeprefix("mlx.core.")}
+
+    @classmethod
+    def blank(cls, facts: Mapping[str, Any], clock: Clock | None) -> QuantizedEmbedding:
+        layer = super().blank(facts, clock)
+        assert isinstance(layer, cls)
+        layer._dtype = getattr(mx, facts["dtype"])
+        return layer
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """Integers x [...] to rows [..., dims], in the dtype of the embedding that this stands for."""
+        places = x.reshape(x.size)
+        scales, biases = (v if v.shape[0] == 1 else v[places] for v in self._affine())
+        rows = dequantized(self.weight[places], scales, biases, self.format.bits, self.shape[1])
+        return rows.reshape(*x.shape, self.shape[1]).astype(self._dtype)
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        """x [..., dims] times the whole table: [..., number], in x's dtype."""
+        return super().__call__(x)

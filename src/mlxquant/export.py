@@ -1,0 +1,37 @@
+"""``mlxquant export``: a quantized model in the files of another tool, codes bit for bit, or one clear refusal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from . import api, artifacts
+from .console import MODEL_HELP, Command, force_option, result, say, verbose_option
+from .exporters.plain import FLOATS
+from .exporters.targets import TARGETS, export
+
+
+@click.command("export", cls=Command)
+@click.option("--model", "name", required=True, help=f"A folder that 'mlxquant quantize' wrote. Or unquantized: {MODEL_HELP}")
+@click.option("--target", type=click.Choice(TARGETS), required=True, help="The tool that is to read it.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the files.")
+@click.option("--drop-activations", is_flag=True, help="Leave activation scales out where the target has no place for them.")
+@click.option("--dtype", type=click.Choice(list(FLOATS)), help="Of every floating tensor, scales included.  [default: its own]")
+@force_option
+@verbose_option
+def command(name: str, target: str, out: Path, drop_activations: bool, dtype: str | None, force: bool) -> None:
+    """Write a model for another tool: mlx-lm, any MLX program, mflux or DiffusionKit.
+
+    The calibrated codes are written bit for bit; what the target has no place for is refused, by name.
+    """
+    artifacts.refuse_existing(out, force)
+    facts = export(api.load(name), out, target, drop_activations=drop_activations, dtype=dtype, force=force)
+    say(f"{out}: {facts['bytes'] / 1e6:.2f} MB, {facts['bits_per_weight']:.2f} bits per weight, {facts['layers']} packed layers")
+    for note in facts["notes"]:
+        say(f"  {note}")
+    result(facts)
+
+
+if __name__ == "__main__":
+    command()

@@ -1,0 +1,106 @@
+"""A checkpoint that DiffusionKit's own pipeline reads: ``sd3_medium.safetensors`` with a quantized transformer's values.
+
+DiffusionKit (0.5.1) makes packed layers only for the two 4-bit checkpoints whose names are written into it, none of them SD3-Medium's
+size. So the weights are written as float16 numbers: what the quantized layers multiply with, rotations, divisors and low-rank branches
+folded in. The picture is the quantized model's with unquantized activations, to float16's rounding; the file is no smaller.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from ..errors import ExportError
+from ..hub import lazy_tensors
+from ..layers import QuantizedLinear
+from ..methods.hadamard import regular_hadamard
+from ..models.attention import QuantizedAttention
+from ..models.sd3_checkpoint import MMDIT_PREFIX
+from ..models.sd3_files import CHECKPOINT, Files
+from ..rewrite import parameters
+from .plain import PlainModule, part_obstacles, refusal
+
+MODEL = "sd3-medium"
+RENAMED = (  # from DiffusionKit's names of the transformer's parameters to the checkpoint's
+    ("multimodal_transformer_blocks.", "joint_blocks."),
+    ("image_transformer_block.", "x_block."),
+    ("text_transformer_block.", "context_block."),
+    ("x_pos_embedder.pos_embed.weight", "pos_embed"),
+    ("attn.o_proj.", "attn.proj."),
+    (".layers.", "."),
+)
+FUSED = ("q_proj", "k_proj", "v_proj")  # rows of attn.qkv; DiffusionKit has no bias of k, which softmax does not see
+
+
+def write_diffusionkit(folder: Path, plain: PlainModule, place: str) -> None:
+    """Write the transformer, and the VAE of the checkpoint at ``place``, which DiffusionKit expects in the same file."""
+    vae = {name: value for name, value in lazy_tensors(Files(place).path(CHECKPOINT)).items() if not name.startswith(MMDIT_PREFIX)}
+    mx.save_safetensors(str(folder / CHECKPOINT), {**vae, **checkpoint_arrays(plain.arrays)})
+
+
+def float_module(module: nn.Module, target: str, drop_activations: bool = False) -> PlainModule:
+    """All of a module in float16, quantized layers by what they multiply with; raises ExportError where activations are quantized and are
+    not to be dropped, or a weight is beyond float16.
+    """
+    arrays, found, rounding = parameters(module), {}, list[float]()
+    for path, part in sorted(module.named_modules()):
+        if here := [o for o in part_obstacles(part) if o.activations and not drop_activations]:
+            found[path] = here
+        if isinstance(part, QuantizedLinear | QuantizedAttention):
+            for name in [name for name in arrays if name.startswith(f"{path}.") and name != f"{path}.bias"]:
+                del arrays[name]
+        if isinstance(part, QuantizedLinear) and not found:
+            exact = effective_weight(part)
+            arrays[f"{path}.weight"] = exact.astype(mx.float16)
+            error = mx.abs(arrays[f"{path}.weight"].astype(mx.float32) - exact).max() / mx.abs(exact).max()
+            rounding.append(float(np.array(error)))
+    if found:
+        raise ExportError(refusal(found, target))
+    arrays = {name: value.astype(mx.float16) for name, value in arrays.items()}
+    if broken := [name for name, value in arrays.items() if not mx.isfinite(value).all().item()]:
+        raise ExportError(f"{broken[0]}: holds values that float16 cannot, in which DiffusionKit keeps weights; leave it unquantized")
+    if not rounding:
+        return PlainModule(arrays)
+    note = f"{len(rounding)} quantized layers written as float16 numbers: DiffusionKit has no packed SD3-Medium, so the file is no smaller"
+    return PlainModule(arrays, notes=[f"{note}; weights are within {max(rounding):.1e} of a layer's largest"])
+
+
+def effective_weight(layer: QuantizedLinear) -> mx.array:
+    """What a layer multiplies its input with, activations aside: float32 [out, in].
+
+    The layer computes ``T(x) (W + up down)^T`` with T dividing and rotating, so this is ``(W + up down) R^T diag(1/divisor)``.
+    """
+    weight = layer.dequantized()
+    if (branch := layer.branch) is not None:
+        weight = weight + mx.array(branch.up.astype(np.float32)) @ mx.array(branch.down.astype(np.float32))
+    if layer.rotation > 1:
+        blocks = weight.reshape(weight.shape[0], -1, layer.rotation)
+        weight = (blocks @ mx.array(regular_hadamard(layer.rotation)).T).reshape(weight.shape)
+    return weight / layer.act_divisor if "act_divisor" in layer else weight
+
+
+def checkpoint_arrays(arrays: Mapping[str, mx.array]) -> dict[str, mx.array]:
+    """The transformer's parameters under DiffusionKit's names to those of Stability's checkpoint: what its loader undoes."""
+    found: dict[str, mx.array] = {}
+    for name, value in arrays.items():
+        part, _, leaf = name.rpartition(".")
+        if part.endswith(FUSED):
+            owner = part.rpartition(".")[0]
+            if part.endswith(FUSED[0]):
+                parts = [arrays.get(f"{owner}.{one}.{leaf}") for one in FUSED]
+                found[f"{owner}.qkv.{leaf}"] = mx.concatenate([mx.zeros_like(value) if one is None else one for one in parts])
+        elif name == "x_embedder.proj.weight":
+            found[name] = value.transpose(0, 3, 1, 2)  # the checkpoint has channels before rows and columns
+        else:
+            found[name] = value[None] if "pos_embed." in name else value
+    return {MMDIT_PREFIX + checkpoint_name(name): value for name, value in found.items()}
+
+
+def checkpoint_name(name: str) -> str:
+    for ours, theirs in RENAMED:
+        name = name.replace(ours, theirs)
+    return name

@@ -1,0 +1,177 @@
+"""A module as other tools read one: every quantized layer in MLX's own layout, or one clear refusal.
+
+What a tool cannot express is refused, by name. Activation scales alone may be left out, when that is asked for, because the weights are
+whole without them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from ..affine import AffineLayer, Obstacle, affine_layer, obstacles
+from ..errors import ExportError
+from ..layers import QuantizedLinear
+from ..models.attention import QuantizedAttention
+from ..rewrite import parameters
+
+OURS, MODELS = "mlxquant.", "mlxquant.models."  # where our classes are, and those of them that are a model's own
+PROBABILITIES = Obstacle("quantized probabilities", "quantize by a recipe that leaves attention alone", activations=True)
+FLOATS = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
+
+Setting = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class PlainModule:
+    """``arrays`` are all parameters by path. ``layers`` has group size, bits and mode of what is quantized, ``unquantized`` the paths of
+    layers that MLX could quantize and that are not; ``notes`` say in words what is other than in the module. ``beside`` are bytes and
+    weights of what is stored in a file of ours.
+    """
+
+    arrays: dict[str, mx.array]
+    layers: dict[str, Setting] = field(default_factory=dict)
+    unquantized: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    beside: tuple[int, int] = (0, 0)
+
+    @property
+    def weights(self) -> int:
+        """Parameters, counted as mlx-lm counts them: those of a quantized layer before they were quantized."""
+        return self.beside[1] + sum(self._count(name, value) for name, value in self.arrays.items())
+
+    def _count(self, name: str, value: mx.array) -> int:
+        path, _, leaf = name.rpartition(".")
+        if path not in self.layers or leaf == "bias":
+            return value.size
+        return value.size * 32 // self.layers[path]["bits"] if leaf == "weight" else 0
+
+    @property
+    def nbytes(self) -> int:
+        return self.beside[0] + sum(value.nbytes for value in self.arrays.values())
+
+    @property
+    def usual(self) -> Setting | None:
+        """The setting that most quantized layers have; None where nothing is quantized."""
+        counts = Counter(tuple(setting.items()) for setting in self.layers.values())
+        return dict(counts.most_common(1)[0][0]) if counts else None
+
+    def as_dtype(self, name: str) -> PlainModule:
+        """With every floating tensor in one dtype; raises ExportError where a value does not fit."""
+        dtype, arrays, changes = FLOATS[name], dict(self.arrays), [0.0]
+        for key, value in self.arrays.items():
+            if not mx.issubdtype(value.dtype, mx.floating):
+                continue
+            arrays[key] = value.astype(dtype)
+            if mx.isfinite(value).all().item() != mx.isfinite(arrays[key]).all().item():
+                raise ExportError(f"{key}: holds values that {name} cannot; leave --dtype out, or use float32")
+            if key.endswith(".scales"):
+                changes.append(relative_change(value, arrays[key]))
+        cost = sum(v.nbytes for v in arrays.values()) - self.nbytes
+        notes = [f"floating tensors as {name}: {cost / 1e6:+.3f} MB"]
+        if max(changes):
+            notes.append(f"scales are no longer the calibrated ones: up to {max(changes):.1e} of their value away; the codes are")
+        return replace(self, arrays=arrays, notes=[*self.notes, *notes])
+
+    def mixed_dtypes(self) -> str:
+        """What a tool will do with float16 scales beside bfloat16 tensors, in words; empty where there are no such two."""
+        scales = {value.dtype for name, value in self.arrays.items() if name.endswith(".scales")}
+        others = {value.dtype for name, value in self.arrays.items() if not name.endswith((".scales", ".biases"))}
+        if mx.float16 in scales and mx.bfloat16 in others:
+            return "MLX promotes float16 scales times bfloat16 inputs to float32: exact, but slower; --dtype float16 avoids that"
+        return ""
+
+
+def plain_module(module: nn.Module, target: str, drop_activations: bool = False) -> PlainModule:
+    """All of a module in MLX's own layout. Raises ExportError, naming the layer, on what ``target`` has no place for."""
+    arrays, layers, unquantized, found = parameters(module), {}, [], {}
+    dropped = widened = 0
+    wide = list[mx.array]()
+    for path, part in sorted(module.named_modules()):
+        if here := [o for o in part_obstacles(part) if not (drop_activations and o.activations)]:
+            found[path] = here
+            continue
+        if isinstance(part, QuantizedLinear | QuantizedAttention):
+            own = [name for name in arrays if name.startswith(f"{path}.")]
+            dropped += any(name.startswith(f"{path}.act_") for name in own)
+            for name in own:
+                del arrays[name]
+        if isinstance(part, QuantizedLinear):
+            plain = affine_layer(part)
+            widened += plain.bits != part.format.bits
+            wide += [plain.arrays["scales"]] if plain.arrays["scales"].dtype == mx.float32 else []
+            arrays |= placed(path, plain)
+            layers[path] = plain.setting
+        elif "scales" in part and hasattr(part, "group_size"):  # MLX's own quantized layers
+            layers[path] = {"group_size": part.group_size, "bits": part.bits, "mode": part.mode}
+        elif hasattr(part, "to_quantized"):
+            unquantized.append(path)
+    if found:
+        raise ExportError(refusal(found, target))
+    notes = [f"activation scales of {dropped} modules left out"] if dropped else []
+    if wide:
+        cost = sum(scales.nbytes for scales in wide) / 1e6  # biases are as wide
+        notes.append(f"scales of {len(wide)} layers as float32, {cost:.3f} MB more: float16 is too small, or the dtype of an embedding")
+    notes += [f"7-bit codes written with 8 bits in {widened} layers: MLX has no 7 bits"] if widened else []
+    return PlainModule(arrays, layers, unquantized, notes)
+
+
+def relative_change(before: mx.array, after: mx.array) -> float:
+    """The largest change of a value, as a share of it."""
+    exact = before.astype(mx.float32)
+    change = mx.abs(after.astype(mx.float32) - exact) / mx.where(exact == 0, 1.0, mx.abs(exact))
+    return float(np.array(change.max()))
+
+
+def placed(path: str, layer: AffineLayer) -> dict[str, mx.array]:
+    """A layer's arrays under their full paths."""
+    return {f"{path}.{name}": value for name, value in layer.arrays.items()}
+
+
+def part_obstacles(part: nn.Module) -> list[Obstacle]:
+    """What keeps one module, without those inside of it, from being a plain one."""
+    if isinstance(part, QuantizedLinear):
+        return obstacles(part)
+    if isinstance(part, QuantizedAttention):
+        return [PROBABILITIES]
+    name = type(part).__module__
+    if name.startswith(OURS) and not name.startswith(MODELS):
+        return [Obstacle(f"a {type(part).__name__}, a layer of mlxquant's own", "leave it out when you quantize")]
+    return []
+
+
+def refusal(found: Mapping[str, list[Obstacle]], target: str) -> str:
+    """One line on all of them: the first in full, and how many more there are."""
+    path, first = next(iter(found.items()))
+    more = f" (as have {len(found) - 1} more layers)" if len(found) > 1 else ""
+    instead = ", or pass --drop-activations to write the weights alone" if all(o.activations for o in first) else ""
+    what = " and ".join(o.what for o in first)
+    return f"{path} has {what}{more}, which {target} has no place for; {first[0].remedy}{instead}"
+
+
+def write_shards(folder: Path, arrays: Mapping[str, mx.array], metadata: dict[str, str], name: str, limit: int) -> dict[str, str]:
+    """Write arrays as safetensors files of at most ``limit`` bytes each, or one tensor; returns which file holds which.
+
+    ``name`` is a file's, with ``{index}`` from 0, ``{number}`` from 1 and ``{count}`` in it.
+    """
+    shards: list[dict[str, mx.array]] = []
+    size = 0
+    for key, value in arrays.items():
+        if not shards or size + value.nbytes > limit:
+            shards.append({})
+            size = 0
+        shards[-1][key] = value
+        size += value.nbytes
+    where: dict[str, str] = {}
+    for index, shard in enumerate(shards):
+        file = name.format(index=index, number=index + 1, count=len(shards))
+        mx.save_safetensors(str(folder / file), shard, metadata)
+        where |= dict.fromkeys(shard, file)
+    return dict(sorted(where.items()))

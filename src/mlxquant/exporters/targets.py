@@ -1,0 +1,121 @@
+"""One function that writes a model for any of the tools: whole or not at all, with a record of what is in it.
+
+``export.json`` in the folder says what was written from what, and has the checksum of every file; by it the folder is known as ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import mlx.nn as nn
+
+from .. import artifacts
+from ..api import Model, QuantizedModel
+from ..errors import ExportError
+from ..models.language import LanguageAdapter
+from .diffusionkit import MODEL, float_module, write_diffusionkit
+from .mflux import COMPONENT, check_component, write_mflux
+from .mlx import write_mlx
+from .mlx_lm import write_mlx_lm
+from .plain import FLOATS, PlainModule, plain_module
+
+KIND, FACTS = "export", "export.json"
+ORIGIN = ("recipe", "calibration")  # of a quantized model's facts, what goes with it
+TARGETS = ("mlx-lm", "mlx", "mflux", "diffusionkit")
+
+
+def export(
+    model: Model | nn.Module,
+    out: str | Path,
+    target: str,
+    *,
+    drop_activations: bool = False,
+    dtype: str | None = None,
+    config: Mapping[str, Any] | None = None,
+    tokenizer: Any = None,
+    component: str = COMPONENT,
+    force: bool = False,
+) -> dict[str, Any]:
+    """Write a model as a folder that ``target`` reads: "mlx-lm", "mlx", "mflux" or "diffusionkit".
+
+    A bare module goes to mlx-lm with its ``config`` (a dict, config.json's) and ``tokenizer``, to mflux as its ``component``.
+    ``drop_activations`` leaves activation scales out where the target has no place for them. ``dtype``, of FLOATS, is that of every
+    floating tensor, by default its own. Returns out, target, bytes, bits_per_weight, layers and notes. Raises ExportError, naming the
+    layer, on what the target cannot hold, ArtifactError on a folder that cannot be written.
+    """
+    if target not in TARGETS:
+        raise ExportError(f"no target {target!r}; expected one of {', '.join(TARGETS)}")
+    if dtype not in (None, *FLOATS):
+        raise ExportError(f"no dtype {dtype!r}; expected one of {', '.join(FLOATS)}, or none to keep each tensor's own")
+    if dtype is not None and target in ("mlx", "diffusionkit"):
+        raise ExportError(f"--target {target} has its own dtypes; leave --dtype out")
+    module = model.adapter.module if isinstance(model, Model) else model
+    out = Path(out)
+    artifacts.refuse_existing(out, force)
+    with artifacts.atomic_folder(out, force) as folder:
+        if target == "mlx":
+            plain = write_mlx(folder, quantized_model(model), drop_activations)
+        elif target == "diffusionkit":
+            place = sd3_place(model)
+            plain = float_module(module, target, drop_activations)
+            write_diffusionkit(folder, plain, place)
+        elif target == "mflux":
+            check_component(module)
+            plain = prepared(module, target, drop_activations, dtype)
+            write_mflux(folder, plain, component)
+        else:
+            config, tokenizer = language(model, config, tokenizer)
+            plain = prepared(module, target, drop_activations, dtype)
+            write_mlx_lm(folder, plain, config, tokenizer)
+        files = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
+        facts: dict[str, Any] = {
+            "target": target,
+            "bytes": sum(path.stat().st_size for path in files.values()),
+            "bits_per_weight": 8 * plain.nbytes / plain.weights,
+            "notes": plain.notes,
+        }
+        known = model.facts if isinstance(model, QuantizedModel) else {}
+        origin = {key: known[key] for key in ORIGIN if key in known}
+        digests = {name: artifacts.file_digest(path) for name, path in files.items()}
+        artifacts.write_json(folder / FACTS, KIND, {**facts, **origin, "layers": plain.layers, "files": digests, **artifacts.versions()})
+    return {"out": str(out), **facts, "layers": len(plain.layers)}
+
+
+def prepared(module: nn.Module, target: str, drop_activations: bool, dtype: str | None) -> PlainModule:
+    plain = plain_module(module, target, drop_activations)
+    if dtype is not None:
+        return plain.as_dtype(dtype)
+    warning = plain.mixed_dtypes()
+    return replace(plain, notes=[*plain.notes, warning]) if warning else plain
+
+
+def quantized_model(model: Model | nn.Module) -> QuantizedModel:
+    """A model that our own loader can read again."""
+    if not isinstance(model, QuantizedModel):
+        raise ExportError(f"--target mlx writes what mlxquant.quantize made, found {named(model)}; save a bare module with save_module")
+    return model
+
+
+def sd3_place(model: Model | nn.Module) -> str:
+    """Where the rest of a model that DiffusionKit has comes from."""
+    if not isinstance(model, Model) or model.name != MODEL:
+        raise ExportError(f"DiffusionKit loads {MODEL} alone, found {named(model)}; write it with --target mlx")
+    return model.adapter.place
+
+
+def named(model: Model | nn.Module) -> str:
+    return f"{type(model).__name__} {model.name}" if isinstance(model, Model) else f"a bare {type(model).__name__}"
+
+
+def language(model: Model | nn.Module, config: Mapping[str, Any] | None, tokenizer: Any) -> tuple[Mapping[str, Any], Any]:
+    """config.json and the tokenizer of a language model, its own or those that were passed."""
+    if isinstance(model, Model):
+        if not isinstance(model.adapter, LanguageAdapter):
+            raise ExportError(f"mlx-lm runs language models, found {named(model)}; write it with --target mlx")
+        return model.adapter.describe()["config"], model.adapter.tokenizer
+    if config is None or tokenizer is None:
+        raise ExportError(f"{named(model)} goes to mlx-lm with its config and its tokenizer; pass both")
+    return config, tokenizer

@@ -1,0 +1,205 @@
+"""Language models as adapters: a chain from tokens to logits, cut between the layers of any model that has ``layers``.
+
+Nobody has to say how a model calls its layers. The model itself is run with stand-ins in their place: those that remember what else a
+layer is given (masks, mostly) and pass the hidden states on, or one that gives the last hidden states to what follows. MLX computes
+only what is asked for, so what the stand-ins cut off costs nothing. ``check_chain`` refuses a model that does something else.
+
+Hidden states are float32 from the first layer on, whatever the weights are.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable
+from functools import partial
+from typing import Any, Protocol
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import AdapterError
+from ..rewrite import find_linears, get_module, parameters, swapped, tapped
+from ..schedule import Clock
+from .adapter import Adapter, Stage, State
+
+NO_TIME = 0.0  # the noise level of a model that has none
+JUDGED = 2**22  # logits of a window that the last stage writes; of larger vocabularies it judges every n-th token
+ROUTERS = ("gate", "router")  # layers that choose experts: an error there sends a token elsewhere
+Tokens = npt.NDArray[np.int32]
+
+
+class Tokenizer(Protocol):
+    """Text to tokens int32 [n] and back."""
+
+    def encode(self, text: str) -> Tokens: ...
+
+    def decode(self, ids: Iterable[int]) -> str: ...
+
+
+class StandIn(nn.Module):
+    """In the place of a layer, and asked about it (whether its attention slides, say) it answers for the layer."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self._layer = layer
+
+    def __getattr__(self, key: str) -> Any:
+        try:
+            return super().__getattr__(key)
+        except AttributeError:
+            if key.startswith("_"):
+                raise
+            return getattr(self._layer, key)
+
+
+class PassedOn(StandIn):
+    """Returns the hidden states as they are and remembers what else it was given."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__(layer)
+        self._given: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+
+    def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+        self._hidden, self._given = x, (args, kwargs)
+        return x
+
+
+class Given(StandIn):
+    """Returns hidden states that it was made with."""
+
+    def __init__(self, layer: nn.Module, hidden: mx.array):
+        super().__init__(layer)
+        self._hidden = hidden
+
+    def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+        return self._hidden
+
+
+class LanguageAdapter(Adapter):
+    """A model that predicts the next token. Its chain leads from {tokens [B,T]} to {logits [B,T,V]}."""
+
+    batch = 4  # windows
+    samples = 64  # windows
+    rows = 4
+    context = 512  # tokens of a window
+
+    def __init__(self, module: nn.Module):
+        self.module, self.clock = module, Clock(NO_TIME)
+        kinds = {value.dtype for value in parameters(module).values() if mx.issubdtype(value.dtype, mx.floating)}
+        self._dtype = kinds.pop() if len(kinds) == 1 else mx.float32
+        self._vocabulary = int(module(mx.zeros((1, 1), mx.int32)).shape[-1])  # nothing is computed
+        self.layer_paths = self._find_layers()
+        self._given: dict[tuple[int, ...], list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
+        self._stages = self._cut()
+
+    def _find_layers(self) -> list[str]:
+        """Where the layers are in the module, by identity; raises AdapterError when they cannot be found."""
+        layers = list(getattr(self.module, "layers", ()))
+        where = {id(module): path for path, module in self.module.named_modules()}
+        if not layers or not all(id(layer) in where for layer in layers):
+            raise AdapterError(
+                f"{type(self.module).__module__}: a model without 'layers' cannot be quantized layer by layer; use quantize_linears"
+            )
+        return [where[id(layer)] for layer in layers]
+
+    def _cut(self) -> tuple[Stage, ...]:
+        outside = [path for path in find_linears(self.module) if not any(path.startswith(f"{layer}.") for layer in self.layer_paths)]
+        before = self._reached_before_layers(outside) if outside else set()
+        blocks = [Stage(path, (path,), partial(self._run_layer, index)) for index, path in enumerate(self.layer_paths)]
+        first = Stage("embed", tuple(path for path in outside if path in before), self._embed)
+        return (first, *blocks, Stage("head", tuple(path for path in outside if path not in before), self._head))
+
+    def _reached_before_layers(self, paths: list[str]) -> set[str]:
+        """Which of these Linears run before the first layer; tokens of any kind show that."""
+        seen, reached = list[str](), set[str]()
+
+        class Marker(PassedOn):
+            def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+                reached.update(seen)
+                return x
+
+        first, *others = self.layer_paths
+        stand_ins: dict[str, nn.Module] = {first: Marker(get_module(self.module, first)), **self._passing(others)}
+        with tapped(self.module, paths, lambda path, x: seen.append(path)), swapped(self.module, stand_ins):
+            self.module(mx.zeros((1, 2), mx.int32))
+        return reached
+
+    @property
+    @abstractmethod
+    def tokenizer(self) -> Tokenizer:
+        """Text to tokens and back."""
+
+    @property
+    def dtype(self) -> str:
+        """That of all parameters that the model had at first, float32 where they differ."""
+        return str(self._dtype).removeprefix("mlx.core.")
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        return self._stages
+
+    def role(self, path: str) -> str:
+        if not any(path.startswith(f"{layer}.") for layer in self.layer_paths):
+            return "embedder" if self._stages[0].owns(path) else "output"
+        if path.rpartition(".")[2] in ROUTERS:
+            return "modulation"
+        return "attention" if "attn" in path or "attention" in path else "mlp"
+
+    def _passing(self, paths: Iterable[str]) -> dict[str, PassedOn]:
+        return {path: PassedOn(get_module(self.module, path)) for path in paths}
+
+    def _embed(self, state: State) -> State:
+        stand_ins = self._passing(self.layer_paths)
+        with swapped(self.module, dict(stand_ins)):
+            self.module(state["tokens"])
+        self._given[state["tokens"].shape] = [stand_ins[path]._given for path in self.layer_paths]
+        return {"tokens": state["tokens"], "hidden": stand_ins[self.layer_paths[0]]._hidden.astype(mx.float32)}
+
+    def _run_layer(self, index: int, state: State) -> State:
+        if state["tokens"].shape not in self._given:
+            self._embed({"tokens": state["tokens"]})
+        args, kwargs = self._given[state["tokens"].shape][index]
+        hidden = get_module(self.module, self.layer_paths[index])(state["hidden"], *args, **kwargs)
+        if not isinstance(hidden, mx.array):
+            raise AdapterError(f"layer {self.layer_paths[index]} returns {type(hidden).__name__}, not hidden states; use quantize_linears")
+        return state | {"hidden": hidden.astype(mx.float32)}
+
+    def _head(self, state: State) -> State:
+        length = state["tokens"].shape[1]
+        every = max(1, length * self._vocabulary // JUDGED)
+        return {"logits": self._project(state["tokens"][:, ::every], state["hidden"][:, ::every])}
+
+    def _project(self, tokens: mx.array, hidden: mx.array) -> mx.array:
+        """Hidden states of the last layer [B,T,D] to logits float32 [B,T,V]."""
+        first, *others = self.layer_paths
+        with swapped(self.module, {first: Given(get_module(self.module, first), hidden), **self._passing(others)}):
+            return self.module(tokens).astype(mx.float32)
+
+    def logits(self, tokens: mx.array) -> mx.array:
+        """The prediction at every token [B,T], float32 [B,T,V], evaluated."""
+        state = {"tokens": tokens}
+        with self.clock.at(NO_TIME):
+            for stage in self.stages[:-1]:
+                state = stage.run(state)
+            logits = self._project(tokens, state["hidden"])
+            mx.eval(logits)
+        return logits
+
+    def check_chain(self, tokens: mx.array) -> None:
+        """Raise AdapterError unless the chain predicts what the model itself does for tokens [B,T], to the precision of its weights."""
+        chain, whole = self.logits(tokens), self.module(tokens).astype(mx.float32)
+        error = float(np.array(mx.abs(chain - whole).max() / mx.maximum(mx.abs(whole).max(), 1e-9)))
+        if not error < 0.05:
+            raise AdapterError(
+                f"{self.name}: the model does more between its layers than to pass hidden states on (its logits differ by {error:.2g} "
+                "from those of the layers in a row); it cannot be quantized layer by layer, use quantize_linears"
+            )
+
+
+def language(adapter: Adapter) -> LanguageAdapter:
+    """The adapter, as one that writes text; raises AdapterError where the model draws pictures."""
+    if not isinstance(adapter, LanguageAdapter):
+        raise AdapterError(f"{adapter.name} writes no text; this needs a language model, such as gpt-python")
+    return adapter

@@ -1,0 +1,129 @@
+"""A quantized module in one file: all its parameters, and which of its layers are quantized how.
+
+The code of a model is not in the file. Build the model as it was before it was quantized, then load: the layers are replaced and all
+parameters filled in, with the dtypes that they had. Nothing is changed before everything was found to fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from . import artifacts
+from .convolutions import KINDS, QuantizedConvolution, convolution_options
+from .embeddings import QuantizedEmbedding
+from .errors import AdapterError, ArtifactError
+from .layers import QuantizedLinear
+from .rewrite import get_module, parameters, set_module
+from .size_report import is_hidden
+from .weight_only import W8A16Linear
+
+KIND = "quantized-module"
+REPLACED: dict[type[QuantizedLinear | QuantizedConvolution], type[nn.Module]] = {
+    QuantizedLinear: nn.Linear,
+    W8A16Linear: nn.Linear,
+    QuantizedEmbedding: nn.Embedding,
+    **{kind: kind.replaces for kind in KINDS},
+}
+CLASSES = {kind.__name__: kind for kind in REPLACED}
+
+
+def save_module(model: nn.Module, path: str | Path) -> Path:
+    """Write a module that ``quantize_linears`` quantized as one safetensors file; equal modules give equal bytes.
+
+    An array or a layer that is used at several places is written once. Raises ArtifactError when the module holds what the file cannot:
+    activation tables, whose clock belongs to a sampler, or dtypes that are not stored.
+    """
+    path = Path(path)
+    arrays: dict[str, mx.array] = {}
+    same_arrays: dict[str, str] = {}
+    names: dict[int, str] = {}
+    for name, value in sorted(parameters(model).items()):
+        if (at := names.setdefault(id(value), name)) == name:
+            arrays[name] = value
+        else:
+            same_arrays[name] = at
+    structure: dict[str, dict[str, Any]] = {"layers": {}, "layers_that_share": {}}
+    same_layers: dict[str, str] = {}
+    places: dict[int, str] = {}
+    for place, module in sorted(model.named_modules(), key=lambda found: (is_hidden(found[0]), found[0])):
+        if type(module) not in REPLACED:
+            continue
+        if isinstance(module, QuantizedLinear) and module.table is not None:
+            raise ArtifactError(f"{path}: layer {place} quantizes its input at each timestep; save the model that mq.quantize returned")
+        if (at := places.setdefault(id(module), place)) == place:
+            kind = "layers" if f"{place}.weight" in arrays else "layers_that_share"
+            structure[kind][place] = {"class": type(module).__name__, **module.facts}
+        else:
+            same_layers[place] = at
+    artifacts.write_tensors(path, KIND, arrays, {**structure, "same_layers": same_layers, "same_arrays": same_arrays})
+    return path
+
+
+def load_module(model: nn.Module, path: str | Path) -> nn.Module:
+    """Make a freshly built model, in full precision, the one that ``save_module`` wrote, and return it.
+
+    Raises ArtifactError on a missing, damaged or foreign file, and on another model; then the model is as it was.
+    """
+    path = Path(path)
+    arrays, header = artifacts.read_tensors(path, KIND)
+    layers = {place: _blank(path, place, facts) for place, facts in (header["layers"] | header["layers_that_share"]).items()}
+    layers.update({place: layers[at] for place, at in header["same_layers"].items()})
+    for place, layer in layers.items():
+        _require_fit(path, model, place, layer)
+    arrays.update({name: arrays[at] for name, at in header["same_arrays"].items()})
+    _require_parameters(path, model, layers, arrays)
+    for place, layer in layers.items():
+        set_module(model, place, layer)
+    model.load_weights(list(arrays.items()))
+    for layer in layers.values():
+        layer.refresh()
+    return model
+
+
+def _blank(path: Path, place: str, facts: Mapping[str, Any]) -> QuantizedLinear | QuantizedConvolution:
+    if facts["class"] not in CLASSES:
+        raise ArtifactError(
+            f"{path}: layer {place} is a {facts['class']!r}, which this mlxquant does not know; install the matching release"
+        )
+    return CLASSES[facts["class"]].blank(facts, None)
+
+
+def _require_fit(path: Path, model: nn.Module, place: str, layer: QuantizedLinear | QuantizedConvolution) -> None:
+    """Raise ArtifactError unless the model holds at ``place`` what ``layer`` can stand for."""
+    expected = REPLACED[type(layer)]
+    wrong = f"{path}: does not fit the model: at {place} it has a {type(layer).__name__} for a {expected.__name__} of shape {layer.shape}"
+    try:
+        module = get_module(model, place)
+    except AdapterError as error:
+        raise ArtifactError(f"{wrong}, the model has none ({error}); build the model that was quantized") from error
+    if not isinstance(module, expected):
+        raise ArtifactError(f"{wrong}, the model has a {type(module).__name__}; build the model anew, in full precision")
+    if module.weight.shape != layer.shape:
+        raise ArtifactError(f"{wrong}, the model's has shape {module.weight.shape}; build the model that was quantized")
+    if ("bias" in module) != ("bias" in layer):
+        raise ArtifactError(f"{wrong}, and just one of the two has a bias; build the model that was quantized")
+    if isinstance(layer, QuantizedConvolution) and convolution_options(module) != layer.options:
+        raise ArtifactError(
+            f"{wrong} with {layer.options}, the model's has {convolution_options(module)}; build the model that was quantized"
+        )
+
+
+def _require_parameters(path: Path, model: nn.Module, layers: Mapping[str, nn.Module], arrays: Mapping[str, mx.array]) -> None:
+    """Raise ArtifactError unless ``arrays`` are those of the model with these layers in place, in names and shapes."""
+    public = {name: value.shape for name, value in parameters(model).items()}
+    expected = {name: shape for name, shape in public.items() if name.rpartition(".")[0] not in layers}
+    for place, layer in layers.items():
+        if f"{place}.weight" in public:  # a path with a private part is none of the model's parameters
+            expected.update({f"{place}.{name}": value.shape for name, value in parameters(layer).items()})
+    found = {name: value.shape for name, value in arrays.items()}
+    if missing := sorted(set(expected) - set(found)):
+        raise ArtifactError(f"{path}: does not fit the model: lacks {', '.join(missing[:3])} ({len(missing)} in all)")
+    if extra := sorted(set(found) - set(expected)):
+        raise ArtifactError(f"{path}: does not fit the model, which lacks {', '.join(extra[:3])} ({len(extra)} in all)")
+    if name := next((name for name in sorted(found) if found[name] != expected[name]), None):
+        raise ArtifactError(f"{path}: does not fit the model: {name} has shape {found[name]}, the model expects {expected[name]}")

@@ -1,0 +1,39 @@
+"""Packed weights back to numbers inside MLX's graph, whatever their width: for layers that look rows up or convolve.
+
+MLX's own kernel reads widths that are a multiple of 32, in all widths of codes but 7 bits. Kernels of convolutions are rarely so wide
+(3 x 3 x 3 is 27 columns): they are read with zeros behind them, which are then cut off.
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+
+from .formats import GROUPS
+
+
+def unpacked(words: mx.array, bits: int, width: int) -> mx.array:
+    """``formats.unpack`` as a part of a graph: words uint32 [rows, words] to codes uint8 [rows, width]. Eight codes fill ``bits`` bytes."""
+    rows, count = words.shape[0], -(-width // 8)
+    stream = _widened(words.view(mx.uint8), count * bits).reshape(rows, count, bits).astype(mx.uint64)
+    eights = (stream << mx.array(np.arange(bits, dtype=np.uint64) * 8)).sum(-1, keepdims=True)
+    codes = eights >> mx.array(np.arange(8, dtype=np.uint64) * bits) & (2**bits - 1)
+    return codes.astype(mx.uint8).reshape(rows, 8 * count)[:, :width]
+
+
+def dequantized(words: mx.array, scales: mx.array, biases: mx.array, bits: int, width: int) -> mx.array:
+    """``scale * code + bias`` float32 [rows, width] of words uint32 [rows, words]; scales and biases are float32 [rows or 1, groups]."""
+    rows, groups, columns = words.shape[0], scales.shape[1], width // scales.shape[1]
+    if bits == 7 or rows == 0:
+        codes = unpacked(words, bits, width).astype(mx.float32).reshape(rows, groups, columns)
+        return (codes * scales[..., None] + biases[..., None]).reshape(rows, width)
+    size = next((size for size in reversed(GROUPS) if columns % size == 0), min(GROUPS))
+    each = -(-columns // size)  # of MLX's groups to one of ours, which is the only one where they do not divide it
+    words = _widened(words, groups * each * size * bits // 32)
+    scales, biases = (mx.broadcast_to(v[..., None], (rows, groups, each)).reshape(rows, groups * each) for v in (scales, biases))
+    return mx.dequantize(words, scales, biases, group_size=size, bits=bits)[:, :width]
+
+
+def _widened(stream: mx.array, width: int) -> mx.array:
+    """A stream of bits [rows, ...] as [rows, width]: with zeros behind it, or without what it has behind."""
+    return mx.pad(stream, [(0, 0), (0, max(0, width - stream.shape[1]))])[:, :width]

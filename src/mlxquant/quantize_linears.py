@@ -1,0 +1,262 @@
+"""Quantize the weights of any MLX module in place, without data: ``quantize_linears`` (seed 004, and all that its author left open).
+
+Rounding to nearest needs no model that runs and no inputs, so it works for language models, detectors and modules that nobody has an
+adapter for. With calibration data there are better ways (``quantize``), and activations are quantized only there.
+
+A module that reads the weight of a layer itself, in place of calling the layer, has to be excluded: it would read codes. So do gemma3n
+of mlx-lm with ``prediction_coefs`` and ``correction_coefs``, and muse_spark with ``lm_head``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from . import presets
+from .convolutions import KINDS, QuantizedConvolution
+from .embeddings import QuantizedEmbedding
+from .errors import MlxQuantError, RecipeError
+from .formats import WeightFormat
+from .layer_patterns import Pattern, as_list, first, require_matches
+from .layers import QuantizedLinear
+from .rewrite import parameters, set_module
+from .size_report import KeptLayer, LayerSize, SizeReport, is_hidden, is_packed, stored_bytes, weight_count
+from .weight_only import quantized_linear
+
+CONVOLUTIONS = tuple(kind.replaces for kind in KINDS)
+Quantized = QuantizedLinear | QuantizedConvolution
+Predicate = Callable[[str, nn.Module], bool | Mapping[str, Any]]  # mlx-lm's: whether, or with which bits and group size
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A module and all paths under which the model holds it; ``base`` is the class of MLX that it is one of."""
+
+    module: nn.Module
+    paths: tuple[str, ...]
+    base: type[nn.Module] | None
+
+    @property
+    def path(self) -> str:
+        return self.paths[0]
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """What the caller, and the model itself by ``wanted``, want to be quantized."""
+
+    exclude: list[Pattern]
+    include: list[Pattern] | None
+    embeddings: bool
+    convolutions: bool
+    wanted: Predicate
+
+    def reason_to_keep(self, one: _Found) -> str | None:
+        """Why a module stays as it is; None when it is to be quantized."""
+        if is_packed(one.module):
+            return "quantized already"
+        if is_hidden(one.path):
+            return "hidden, it is none of the model's parameters"
+        if one.base is None:
+            return f"no quantized form of {type(one.module).__name__} here"
+        if one.base is nn.Embedding and not self.embeddings:
+            return "embeddings=True takes embeddings"
+        if one.base in CONVOLUTIONS and not self.convolutions:
+            return "convolutions=True takes convolutions"
+        if not _is_plain(one.module, one.base):
+            return f"computes something else than nn.{one.base.__name__}"
+        if one.module.weight.size == 0:
+            return "its weight is empty"
+        if (pattern := first(self.exclude, one.paths)) is not None:
+            return f"excluded by {pattern!r}"
+        if self.include is not None:
+            return "not included" if first(self.include, one.paths) is None else None
+        return None if all(self.wanted(path, one.module) for path in one.paths) else "refused by the model's own quant_predicate"
+
+
+def quantize_linears(
+    model: nn.Module,
+    format: str = "w8a16",
+    *,
+    exclude: Pattern | Iterable[Pattern] = (),
+    include: Pattern | Iterable[Pattern] | None = None,
+    embeddings: bool = False,
+    convolutions: bool = True,
+    steps: str = "extremes",
+    fallback: str | None = None,
+) -> SizeReport:
+    """Put quantized layers in the place of a model's ``nn.Linear``, its convolutions and, if wanted, its embeddings.
+
+    >>> import mlx.core as mx, mlx.nn as nn
+    >>> import mlxquant as mq
+    >>> class MyCustomModel(nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.hidden = nn.Linear(64, 256)
+    ...         self.lm_head = nn.Linear(256, 64)
+    ...     def __call__(self, x):
+    ...         return self.lm_head(nn.relu(self.hidden(x)))
+    >>> model = MyCustomModel()
+    >>> report = mq.quantize_linears(model, "w8a16", exclude=["lm_head"])
+    >>> report.before, report.after
+    (132352, 83712)
+    >>> [(layer.path, layer.format) for layer in report.layers]
+    [('hidden', 'w8')]
+    >>> model(mx.ones((2, 64))).shape
+    (2, 64)
+
+    format: as in a recipe, without activations: "w8a16", "w4a16-g64", "w3a16-g32-sym", or short "w8", "w4-g64".
+    exclude, include: see ``layer_patterns``. Excluded is excluded, also where a layer is included.
+    steps: "extremes", or "mse", which searches for the step of the least squared weight error: slower, better below 8 bits.
+    fallback: the format of layers whose width the groups of ``format`` do not divide; without it, such layers are an error.
+
+    Layers keep running in the dtype of their input; embeddings answer in their own. The same layer at two places stays one layer, and
+    layers that share a weight share its codes; one that shares its weight with something that stays as it is, stays, too. A model with a
+    ``quant_predicate``, as mlx-lm's models have, is asked: what it refuses stays unless it is included by name, and where it wants more
+    bits it gets them. Everything is quantized before anything is replaced: after an error the model is as it was, and both are in memory
+    for a moment.
+
+    Raises RecipeError on an unknown format or one with quantized activations, on a pattern that matches nothing, on groups that do not
+    fit, and when there is nothing to quantize; NumericsError on NaN or infinite weights. All name the layer.
+    """
+    main, other = parse_format(format), None if fallback is None else parse_format(fallback)
+    excluded, included = as_list(exclude), None if include is None else as_list(include)
+    found = _find(model)
+    places = [path for one in found if one.base is not None or is_packed(one.module) for path in one.paths]
+    if "" in places:
+        raise RecipeError("the model is itself one layer, which cannot be replaced in place; use W8A16Linear.from_linear, or wrap it")
+    require_matches("exclude", excluded, places)
+    require_matches("include", included or [], places)
+    wanted = getattr(model, "quant_predicate", None) or (lambda path, module: True)
+    choice = _Choice(excluded, included, embeddings, convolutions, wanted)
+    reasons = {one.path: choice.reason_to_keep(one) for one in found}
+    reasons |= _tied_to_kept(model, [one for one in found if reasons[one.path] is None])
+    kept = tuple(
+        KeptLayer(one.path, type(one.module).__name__, nbytes, reason)
+        for one in found
+        if (reason := reasons[one.path]) is not None and (nbytes := _matrix_bytes(one.module))
+    )
+    chosen = [one for one in found if reasons[one.path] is None]
+    if not chosen:
+        told = "; ".join(f"{layer.path}: {layer.reason}" for layer in kept[:3])
+        raise RecipeError(f"nothing to quantize in {type(model).__name__}: {told or 'it has no nn.Linear, embedding or convolution'}")
+    formats = [_at_least(f, wanted(one.path, one.module)) for one, f in zip(chosen, _fitting(chosen, main, other), strict=True)]
+    before, weights = stored_bytes(model), weight_count(model)
+    layers = [_quantized(one, format, steps) for one, format in zip(chosen, formats, strict=True)]
+    _share_codes(chosen, layers)
+    sizes = tuple(_size(one, layer) for one, layer in zip(chosen, layers, strict=True))
+    for one, layer in zip(chosen, layers, strict=True):
+        for path in one.paths:
+            set_module(model, path, layer)
+    return SizeReport(sizes, kept, before, stored_bytes(model), weights)
+
+
+def parse_format(text: str) -> WeightFormat:
+    """A recipe's specification whose activations stay at 16 bits, such as "w4a16-g64", or a weight format, such as "w4-g64".
+
+    Raises RecipeError on anything else.
+    """
+    if re.match(r"w\d+(-|$)", text):
+        return WeightFormat.parse(text)
+    spec = presets.parse_spec(text, presets.METHODS["rtn"])
+    if spec.activation is not None:
+        raise RecipeError(
+            f"format {text!r} quantizes activations to {spec.activation.bits} bits, which needs calibration data: "
+            "use mq.calibrate and mq.quantize, or a format with a16"
+        )
+    return spec.weight
+
+
+def _find(model: nn.Module) -> list[_Found]:
+    """Every module once, in the order in which they were defined, with all paths to it, hidden ones last."""
+    paths: dict[int, list[str]] = {}
+    modules: dict[int, nn.Module] = {}
+    for path, module in reversed(model.named_modules()):
+        paths.setdefault(id(module), []).append(path)
+        modules[id(module)] = module
+    bases: tuple[type[nn.Module], ...] = (nn.Linear, nn.Embedding, *CONVOLUTIONS)
+    return [
+        _Found(m, tuple(sorted(paths[key], key=is_hidden)), next((b for b in bases if isinstance(m, b)), None))
+        for key, m in modules.items()
+    ]
+
+
+def _matrix_bytes(module: nn.Module) -> int:
+    """Bytes of the arrays with two axes or more that a module holds itself."""
+    return sum(value.nbytes for value in module.values() if isinstance(value, mx.array) and value.ndim > 1)
+
+
+def _is_plain(module: nn.Module, base: type[nn.Module]) -> bool:
+    """Whether a module computes what its base class does, from a weight and a bias alone."""
+    same = all(getattr(type(module), name, None) is getattr(base, name, None) for name in ("__call__", "as_linear"))
+    return same and set(parameters(module)) <= {"weight", "bias"} and "weight" in module
+
+
+def _tied_to_kept(model: nn.Module, chosen: list[_Found]) -> dict[str, str]:
+    """Those of the chosen layers whose very weight is also a parameter of something that is not chosen, and what that is."""
+    ours = {f"{path}.weight" for one in chosen for path in one.paths}
+    holders = {id(value): name for name, value in parameters(model).items() if name not in ours}
+    tied = {one.path: holders.get(id(one.module.weight)) for one in chosen}
+    return {path: f"shares its weight with {holder}, which stays as it is" for path, holder in tied.items() if holder is not None}
+
+
+def _fitting(chosen: list[_Found], main: WeightFormat, fallback: WeightFormat | None) -> list[WeightFormat]:
+    """The format of each layer; raises RecipeError that names the layers whose width neither fits."""
+    formats, misfits = [], []
+    for one in chosen:
+        width = prod(one.module.weight.shape[1:])
+        fits = next((f for f in (main, fallback) if f is not None and not (isinstance(f.group, int) and width % f.group)), None)
+        if fits is None:
+            misfits.append(f"{one.path} ({width})")
+        else:
+            formats.append(fits)
+    if misfits:
+        shown = ", ".join(misfits[:5]) + (" …" if len(misfits) > 5 else "")
+        raise RecipeError(
+            f"groups of {main.group} do not divide the width of {len(misfits)} layers: {shown}; exclude them, "
+            "or give them another format, such as fallback='w8a16'"
+        )
+    return formats
+
+
+def _at_least(format: WeightFormat, answer: bool | Mapping[str, Any]) -> WeightFormat:
+    """A format with no fewer bits than a model wants."""
+    wanted = answer.get("bits") if isinstance(answer, Mapping) else None
+    return replace(format, bits=max(format.bits, wanted or 0))
+
+
+def _quantized(one: _Found, format: WeightFormat, steps: str) -> Quantized:
+    """What stands for a layer; errors name it."""
+    try:
+        if isinstance(one.module, nn.Linear):
+            return quantized_linear(one.module, format, steps)
+        if isinstance(one.module, nn.Embedding):
+            return QuantizedEmbedding.from_embedding(one.module, format, steps)
+        return QuantizedConvolution.from_convolution(one.module, format, steps)
+    except MlxQuantError as error:
+        raise type(error)(f"layer {one.path}: {error}") from error
+
+
+def _share_codes(chosen: list[_Found], layers: list[Quantized]) -> None:
+    """Give layers whose weights were one array, and whose formats are one, the same arrays again."""
+    twins: dict[tuple[int, WeightFormat], Quantized] = {}
+    for one, layer in zip(chosen, layers, strict=True):
+        twin = twins.setdefault((id(one.module.weight), layer.format), layer)
+        for name in ("weight", "scales", "biases"):
+            if name in twin:
+                layer[name] = twin[name]
+
+
+def _size(one: _Found, layer: Quantized) -> LayerSize:
+    weight = np.array(one.module.weight.astype(mx.float32)).reshape(-1)
+    norm = float(np.linalg.norm(weight))
+    error = float(np.linalg.norm(weight - np.array(layer.dequantized()).reshape(-1))) / norm if norm else 0.0
+    kind, shape, nbytes = type(one.module).__name__, one.module.weight.shape, one.module.weight.nbytes
+    return LayerSize(one.path, kind, shape, str(layer.format), nbytes, layer.nbytes, error)

@@ -1,0 +1,62 @@
+"""``mlxquant save-weights``: the integers behind a GPT that learned quantized, as a file of arrays."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+import mlx.core as mx
+import numpy as np
+
+from . import artifacts
+from .console import UNDERSCORES, Command, result, say, verbose_option
+from .errors import ArtifactError, RecipeError
+from .qat.folders import quantized_gpt
+from .qat.integer import quantized_values
+
+KIND = "quantized-values"
+
+
+@click.command("save-weights", cls=Command, context_settings=UNDERSCORES)
+@click.option("--out-dir", type=click.Path(path_type=Path), default="out", show_default=True, help="A folder that train-gpt wrote.")
+@click.option("--file-name", default="quantized_weights", show_default=True, help="The file to write, with or without its suffix.")
+@click.option("--file-type", type=click.Choice(["npz", "safetensors", "pkl"]), default="npz", show_default=True, help="pkl is refused.")
+@click.option("--device", type=click.Choice(["cpu", "gpu"]), help="Where to compute.  [default: MLX's]")
+@click.option("--force", is_flag=True, help="Replace an existing file.")
+@verbose_option
+def command(out_dir: Path, file_name: str, file_type: str, device: str | None, force: bool) -> None:
+    """Write codes (int8), scales and zero points of every quantized weight, and of the activations that were stored.
+
+    A value is scale * (codes - zero_point). 'mlxquant visualize FILE' draws them.
+    """
+    if file_type == "pkl":
+        raise RecipeError("a pickle runs whatever code is in it when it is read; write --file-type npz or safetensors instead")
+    path = Path(file_name) if file_name.endswith(f".{file_type}") else Path(f"{file_name}.{file_type}")
+    if path.exists() and not force:
+        raise ArtifactError(f"{path} exists; choose another --file-name or pass --force to replace it")
+    if device is not None:
+        choose_device(device)
+    model, _, facts = quantized_gpt(out_dir)
+    values = quantized_values(model)
+    if not values:
+        raise RecipeError(f"{out_dir} was trained without quantization; train it with --linear-variant-attn quantized_linear, for instance")
+    artifacts.ensure_writable(path.absolute().parent)
+    if file_type == "npz":
+        with artifacts.atomic_file(path) as temporary, temporary.open("wb") as file:
+            np.savez_compressed(file, allow_pickle=False, **{name: np.array(value) for name, value in values.items()})
+    else:
+        artifacts.write_tensors(path, KIND, values, {"facts": {"quantization": facts["quantization"], "text": facts["text"]}})
+    tensors = sorted(name.removesuffix(".codes") for name in values if name.endswith(".codes"))
+    say(f"{path}: {len(tensors)} quantized tensors")
+    result({"file": str(path), "tensors": tensors, "bytes": path.stat().st_size})
+
+
+def choose_device(name: str) -> None:
+    device = mx.Device(getattr(mx, name))
+    if not mx.is_available(device):
+        raise RecipeError(f"--device {name}: this machine has none that MLX can use; leave it out")
+    mx.set_default_device(device)
+
+
+if __name__ == "__main__":
+    command()

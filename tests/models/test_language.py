@@ -1,0 +1,190 @@
+"""Language models as adapters: the chain is the model, whatever the model is."""
+
+import json
+
+import mlxquant as mq  # before mlx
+
+# isort: split
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+
+from mlxquant.errors import AdapterError, ArtifactError
+from mlxquant.models.catalog import find_model
+from mlxquant.models.diffusion import diffusion
+from mlxquant.models.gpt_python import GPTAdapter
+from mlxquant.models.gpt_text import ByteTokenizer
+from mlxquant.models.language import language
+from mlxquant.rewrite import find_linears, tapped
+
+from tiny_language import TEXT, gpt_folder, llama_folder, tiny_gpt
+
+TOKENS = mx.array(np.frombuffer(TEXT[:64].encode(), np.uint8).astype(np.int32).reshape(2, 32))
+
+
+LLAMAS = [pytest.param(name, marks=pytest.mark.mlxlm) for name in ("llama", "tied llama", "bfloat16 llama")]
+
+
+@pytest.fixture(params=["gpt", *LLAMAS], scope="module")
+def model(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    if request.param == "gpt":
+        return mq.load(gpt_folder(folder))
+    dtype = mx.bfloat16 if "bfloat16" in request.param else mx.float32
+    return mq.load(llama_folder(folder, dtype=dtype, tie_word_embeddings="tied" in request.param))
+
+
+class TestContract:
+    def test_stages_compose_to_the_model(self, model):
+        state = model.adapter.run({"tokens": TOKENS}, 0.0)
+        whole = np.array(model.adapter.module(TOKENS).astype(mx.float32))
+        tolerance = 1e-5 if model.language.dtype == "float32" else 5e-2
+        assert np.abs(np.array(state["logits"]) - whole).max() <= tolerance * np.abs(whole).max()
+        np.testing.assert_array_equal(np.array(state["logits"]), np.array(model.language.logits(TOKENS)))
+        model.language.check_chain(TOKENS)
+
+    def test_every_linear_belongs_to_exactly_one_stage_and_is_reached_by_it(self, model):
+        adapter, seen = model.adapter, set()
+        state = {"tokens": TOKENS}
+        for stage in adapter.stages:
+            own = [path for path in adapter.linears() if stage.owns(path)]
+            with tapped(adapter.module, own, lambda path, x: seen.add(path)):
+                state = stage.run(state)
+                mx.eval(state)
+            assert seen >= set(own)
+        assert seen == set(find_linears(adapter.module))
+
+    def test_roles(self, model):
+        roles = {path: model.adapter.role(path) for path in model.adapter.linears()}
+        assert set(roles.values()) <= {"attention", "mlp", "output"}
+        assert all(role == "attention" for path, role in roles.items() if "attn" in path)
+        assert roles.get("lm_head", "output") == "output"
+
+    def test_only_the_last_tokens_state_is_causal(self, model):
+        """A later token changes nothing before it."""
+        other = mx.concatenate([TOKENS[:, :-1], (TOKENS[:, -1:] + 1) % 256], axis=1)
+        np.testing.assert_array_equal(np.array(model.language.logits(TOKENS))[:, :-1], np.array(model.language.logits(other))[:, :-1])
+
+    def test_structure_is_rebuilt_and_weights_are_shared_by_a_clone(self, model):
+        clone = model.clone()
+        assert clone.fingerprint == model.adapter.fingerprint
+        np.testing.assert_array_equal(np.array(clone.logits(TOKENS)), np.array(model.language.logits(TOKENS)))
+
+    def test_a_stage_runs_alone(self, model):
+        """A resumed sweep may start at a later layer, before the embedding has shown what the layers are given."""
+        adapter = model.clone()
+        hidden = model.adapter.stages[0].run({"tokens": TOKENS})["hidden"]
+        expected = model.adapter.stages[2].run({"tokens": TOKENS, "hidden": hidden})["hidden"]
+        np.testing.assert_array_equal(np.array(adapter.stages[2].run({"tokens": TOKENS, "hidden": hidden})["hidden"]), np.array(expected))
+
+
+@pytest.mark.parametrize(
+    "recipe", ["rtn-w4a16-g32", "gptq-w4a8", "gptq-w4a4-token", "qronos-w3a16", "gptq+smoothquant+rotation-w4a8-token"]
+)
+def test_recipes_run_and_a_saved_model_predicts_the_same(model, recipe, tmp_path):
+    calib = mq.calibrate_text(model, samples=4, length=32, data=_text(tmp_path))
+    quantized = mq.quantize(model, calib, recipe)
+    before = quantized.predict(TEXT, limit=4)
+    quantized.save(tmp_path / "out")
+    after = mq.load(tmp_path / "out").predict(TEXT, limit=4)
+    np.testing.assert_array_equal(before.nats, after.nats)
+    assert before.bits_per_character != model.predict(TEXT, limit=4).bits_per_character
+    heads = {layer.format.bits for path, layer in quantized.layers.items() if path == "lm_head"}
+    assert heads <= {8}
+
+
+def test_a_killed_sweep_ends_with_the_same_bytes(model, tmp_path):
+    calib = mq.calibrate_text(model, samples=4, length=32, data=_text(tmp_path))
+    whole = mq.quantize(model, calib, "gptq-w4a8-token")
+    whole.save(tmp_path / "whole")
+
+    class StopError(Exception):
+        pass
+
+    def stop_late(items, label):
+        if label.startswith(model.adapter.stages[2].name):
+            raise StopError
+        return items
+
+    with pytest.raises(StopError):
+        mq.quantize(model, calib, "gptq-w4a8-token", tmp_path / "work", stop_late)
+    mq.quantize(model, calib, "gptq-w4a8-token", tmp_path / "work").save(tmp_path / "resumed")
+    for name in ("weights.safetensors", "model.json"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "resumed" / name).read_bytes()
+
+
+def test_large_vocabularies_are_judged_on_some_tokens(monkeypatch):
+    adapter = GPTAdapter(tiny_gpt(), ByteTokenizer(), {})
+    monkeypatch.setattr("mlxquant.models.language.JUDGED", 256 * 8)
+    state = adapter.run({"tokens": TOKENS}, 0.0)
+    np.testing.assert_allclose(np.array(state["logits"]), np.array(adapter.module(TOKENS))[:, ::4], atol=1e-5)
+    assert adapter.logits(TOKENS).shape == (2, 32, 256)
+
+
+def test_a_model_that_does_more_between_its_layers_is_refused():
+    gpt = tiny_gpt()
+
+    class Doubled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model, self.config = gpt.model, gpt.config
+
+        @property
+        def layers(self):
+            return self.model.h
+
+        def __call__(self, tokens):
+            x = self.model.wte(tokens)
+            for block in self.layers:
+                x = 2 * block(x, mx.zeros((tokens.shape[1],) * 2))
+            return self.model.wte.as_linear(x)
+
+    adapter = GPTAdapter(Doubled(), ByteTokenizer(), {})
+    with pytest.raises(AdapterError, match="quantize_linears"):
+        adapter.check_chain(TOKENS)
+
+
+def test_pictures_and_text_are_not_mixed_up(tmp_path):
+    shapes, text = mq.load("mmdit-shapes"), mq.load(gpt_folder(tmp_path / "gpt"))
+    with pytest.raises(AdapterError, match="draws no pictures"):
+        diffusion(text.adapter)
+    with pytest.raises(AdapterError, match="writes no text"):
+        language(shapes.adapter)
+    with pytest.raises(AdapterError, match="draws no pictures"):
+        text.generate("a circle")
+
+
+def test_folders_are_told_apart_by_what_they_hold(tmp_path):
+    assert find_model(str(gpt_folder(tmp_path / "gpt")))[0] == "gpt"
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    assert find_model(str(tmp_path / "other"))[0] == "mlx-lm"
+    assert find_model("mlx-community/Qwen3-0.6B-bf16") == ("mlx-lm", "mlx-community/Qwen3-0.6B-bf16")
+
+
+@pytest.mark.mlxlm
+def test_a_folder_that_mlx_lm_cannot_load_is_named(tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    with pytest.raises(ArtifactError, match="mlx-lm cannot load it"):
+        mq.load(tmp_path / "other")
+
+
+@pytest.mark.mlxlm
+def test_a_quantized_checkpoint_is_refused(tmp_path):
+    folder = llama_folder(tmp_path / "llama")
+    import mlx_lm.utils as utils
+
+    model, config = utils.load_model(folder)
+    model, config = utils.quantize_model(model, config, 64, 4)
+    utils.save_model(folder, model)
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ArtifactError, match="quantized already"):
+        mq.load(folder)
+
+
+def _text(folder):
+    path = folder / "text.txt"
+    path.write_text(TEXT)
+    return path
