@@ -10,7 +10,7 @@ ORDER = [
     ["_blas", "array_memory", "errors", "progress", "tensor_layout"],
     ["artifacts", "formats", "hub", "layer_patterns", "schedule"],
     ["activations", "corpus", "metrics", "prompts", "rewrite", "sampler", "methods.registry", "methods.moments", "methods.adaround"],
-    ["integer_matmul", "packed_arrays", "methods.hadamard", "methods.lowrank"],
+    ["integer_matmul", "turned_norm", "packed_arrays", "methods.hadamard", "methods.lowrank"],
     ["layers", "statistics", "report"],
     ["affine", "model_size", "transform"],
     ["methods"],

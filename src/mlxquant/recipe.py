@@ -124,6 +124,8 @@ class Recipe:
 
     def plan(self, layers: Mapping[str, str]) -> dict[str, LayerSpec]:
         """Layers (path to role) to what happens to each; raises RecipeError when a glob matches no layer at all."""
+        if not layers:
+            raise RecipeError(f"recipe {self.name}: the model has no linear layer in full precision; perhaps it is quantized already")
         for pattern, _ in self.rules:
             if pattern.startswith("@") and pattern[1:] not in ROLES:
                 raise RecipeError(f"recipe {self.name}: unknown role {pattern!r}; roles are {', '.join('@' + role for role in ROLES)}")

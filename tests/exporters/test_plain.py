@@ -98,7 +98,7 @@ def test_layers_of_our_own_that_no_tool_has_are_refused(net):
     convolution = nn.Conv2d(3, 8, 3)
     net.stem = QuantizedConvolution.from_convolution(convolution, WeightFormat(8))
     with pytest.raises(
-        ExportError, match=r"stem has a QuantizedConv2d, a layer of mlxquant's own, which it has no place for; leave it out"
+        ExportError, match=r"stem has a QuantizedConv2d, a layer of mlxquant's own, which it has no place for; quantize without it"
     ):
         plain_module(net, "it")
 

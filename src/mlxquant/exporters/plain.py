@@ -143,7 +143,7 @@ def part_obstacles(part: nn.Module) -> list[Obstacle]:
         return [PROBABILITIES]
     name = type(part).__module__
     if name.startswith(OURS) and not name.startswith(MODELS):
-        return [Obstacle(f"a {type(part).__name__}, a layer of mlxquant's own", "leave it out when you quantize")]
+        return [Obstacle(f"a {type(part).__name__}, a layer of mlxquant's own", "quantize without it")]
     return []
 
 

@@ -12,6 +12,8 @@ from ..errors import AdapterError
 from ..qat.folders import QUANTIZATION, quantized_gpt
 from ..qat.integer import to_integer_layers
 from ..qat.options import QuantizationOptions
+from ..rewrite import set_module
+from ..turned_norm import TurnedNorm
 from .gpt import GPT, GPTConfig
 from .gpt_files import load_gpt
 from .gpt_text import ByteTokenizer, CharTokenizer, tokenizer_from_facts
@@ -45,6 +47,8 @@ class GPTAdapter(LanguageAdapter):
     def blank(cls, description: dict[str, Any]) -> GPTAdapter:
         tokenizer = tokenizer_from_facts(description["tokenizer"])
         module = GPT(GPTConfig.from_dict(description["config"]))
+        if description["turned"]:
+            set_module(module, "model.ln_f", TurnedNorm(module.model.ln_f, mx.zeros((module.config.n_embd,) * 2)))
         module.set_dtype(getattr(mx, description["dtype"]))
         return cls(module, tokenizer, description["facts"])
 
@@ -58,4 +62,6 @@ class GPTAdapter(LanguageAdapter):
         return self._tokenizer
 
     def describe(self) -> dict[str, Any]:
-        return {"config": self.config.to_dict(), "tokenizer": self._tokenizer.facts, "facts": self.facts, "dtype": self.dtype}
+        turned = isinstance(self.module.model.ln_f, TurnedNorm)  # as SpinQuant leaves it
+        made = {"config": self.config.to_dict(), "tokenizer": self._tokenizer.facts, "facts": self.facts}
+        return {**made, "dtype": self.dtype, "turned": turned}

@@ -74,7 +74,9 @@ class MLXLanguageModel(LanguageAdapter):
         return cls(module, description["config"])
 
     def describe(self) -> dict[str, Any]:
-        return {"config": self.config, "dtype": self.dtype}
+        tied = self.config.get("tie_word_embeddings", True) and "lm_head" not in self.module  # SpinQuant unties what it rotates
+        config = self.config if tied else {**self.config, "tie_word_embeddings": False}
+        return {"config": config, "dtype": self.dtype}
 
     def twin(self) -> MLXLanguageModel:
         other = super().twin()

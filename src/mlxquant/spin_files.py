@@ -1,0 +1,59 @@
+"""A GPT that SpinQuant quantized, as one checksummed file: config, tokenizer, integer layers, and the rotation of its last norm."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from . import artifacts
+from .errors import ArtifactError
+from .layers import QuantizedLinear, find_quantized
+from .models.gpt import GPT, GPTConfig
+from .models.gpt_text import ByteTokenizer, CharTokenizer, tokenizer_from_facts
+from .rewrite import get_module, parameters, set_module
+from .rotations import HeldHeads
+from .turned_norm import TurnedNorm
+
+FILE, KIND = "spinquant.safetensors", "spinquant-gpt"
+FINAL = "model.ln_f"
+
+
+def save_spun(folder: Path, model: GPT, tokenizer: ByteTokenizer | CharTokenizer, facts: Mapping[str, Any]) -> Path:
+    """Write a rotated GPT, quantized or not, with ``facts`` (plain data); returns the file. Equal input, equal bytes."""
+    artifacts.ensure_writable(folder)
+    header = {
+        "config": model.config.to_dict(),
+        "tokenizer": tokenizer.facts,
+        "turned": isinstance(model.model.ln_f, TurnedNorm),
+        "layers": {path: layer.facts for path, layer in find_quantized(model).items()},
+        "held": {path: module.facts for path, module in model.named_modules() if isinstance(module, HeldHeads)},
+        "facts": dict(facts),
+    }
+    artifacts.write_tensors(folder / FILE, KIND, parameters(model), header)
+    return folder / FILE
+
+
+def load_spun(place: Path) -> tuple[GPT, ByteTokenizer | CharTokenizer, dict[str, Any]]:
+    """What ``save_spun`` wrote into a folder, or as this file: model, tokenizer and facts. Raises ArtifactError on anything else."""
+    path = place / FILE if place.is_dir() else place
+    arrays, header = artifacts.read_tensors(path, KIND)
+    try:
+        model = GPT(GPTConfig.from_dict(header["config"]))
+        if header["turned"]:
+            set_module(model, FINAL, TurnedNorm(model.model.ln_f, mx.zeros((model.config.n_embd,) * 2)))
+        layers = {where: QuantizedLinear.blank(facts, None) for where, facts in header["layers"].items()}
+        for where, layer in layers.items():
+            set_module(model, where, layer)
+        for where, facts in header["held"].items():
+            set_module(model, where, HeldHeads(get_module(model, where), **facts))
+        tokenizer, facts = tokenizer_from_facts(header["tokenizer"]), header["facts"]
+    except (KeyError, TypeError) as error:
+        raise ArtifactError(f"{path}: an entry of its header is missing or foreign ({error}); write the file anew") from error
+    artifacts.load_parameters(model, arrays, str(path))
+    model.load_weights(list(arrays.items()))  # in the dtypes of the file
+    for layer in layers.values():
+        layer.refresh()
+    return model, tokenizer, facts

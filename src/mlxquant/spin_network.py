@@ -1,0 +1,144 @@
+"""A language model whose rotated weights and inputs are rounded as they would be, in place of its own layers: what SpinQuant learns on.
+
+Nothing is stored rounded here, and nothing of the model is changed. Rotations are applied to the weights anew in each forward pass, so that
+the loss can be differentiated by them; roundings let the gradient pass straight through, and scales follow the extremes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .activations import TokenReader, represented, round_through
+from .formats import WeightFormat
+from .methods.hadamard import block_size, regular_hadamard
+from .models.residual_stream import ResidualStream
+from .rewrite import get_module, swapped
+from .rotations import Arrays, Turn, folded, hold_heads
+
+
+@dataclass(frozen=True)
+class Precision:
+    """What is rounded, and how: ``weight`` None leaves weights as they are, ``activation`` and ``held`` (keys and values) likewise.
+
+    With quantized activations the MLP's hidden state is rotated online before its last layer (R4).
+    """
+
+    weight: WeightFormat | None
+    activation: int | None
+    held: int | None = None
+
+    def block(self, stream: ResidualStream, path: str, width: int) -> int:
+        """In blocks of how many channels the input of a layer is rotated while it runs."""
+        return block_size(width) if self.activation is not None and path in stream.inner else 1
+
+
+def rounded_weight(weight: mx.array, format: WeightFormat) -> mx.array:
+    """A weight [out,in] on the grid that spans the extremes, as ``formats.fit_extremes``, but for float16 scales."""
+    columns = format.columns(weight.shape[1])
+    groups = weight.reshape(1, 1, -1) if format.group == "tensor" else weight.reshape(weight.shape[0], -1, columns)
+    if format.symmetric:
+        peak = mx.abs(groups).max(-1, keepdims=True)
+        scales, biases = peak / (format.zero_code - 1), mx.zeros_like(peak)
+        low, high = -format.zero_code, format.zero_code - 1
+    else:
+        biases = mx.minimum(groups.min(-1, keepdims=True), 0)
+        scales = (mx.maximum(groups.max(-1, keepdims=True), 0) - biases) / (format.levels - 1)
+        low, high = 0, format.levels - 1
+    scales = mx.where(scales > 0, scales, 1.0)
+    codes = mx.clip(cast(mx.array, round_through((groups - biases) / scales)), low, high)
+    return (codes * scales + biases).reshape(weight.shape)
+
+
+class SpinNetwork:
+    """``at(rotations)`` puts the rounded, rotated layers into the model; inside, the model is that network."""
+
+    def __init__(self, model: nn.Module, stream: ResidualStream, precision: Precision):
+        self._model, self._precision = model, precision
+        self._turn, self._linears = Turn(stream), folded(model, stream)
+        self._blocks = {path: precision.block(stream, path, linear.weight.shape[1]) for path, linear in self._linears.items()}
+        self._reader = None if precision.activation is None else TokenReader(precision.activation)
+        self.rotations: Arrays = {}
+        self._layers: dict[str, nn.Module] = {path: _SpinLinear(self, path) for path in self._linears}
+        self._layers |= {path: _plain_norm(get_module(model, path)) for path in stream.norms}
+        self._layers |= {path: _SpinEmbedding(self, get_module(model, path)) for path in stream.embeddings}
+        self._layers[stream.final] = _TurnedBack(self, get_module(model, stream.final))
+        self._stream = stream
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """The model is the network inside."""
+        with swapped(self._model, self._layers):
+            held = {} if self._precision.held is None else hold_heads(self._model, self._stream, self._precision.held)
+            with swapped(self._model, held):
+                yield
+
+    def loss(self, rotations: Arrays, tokens: mx.array) -> mx.array:
+        """Mean cross-entropy of the next token, nats, of tokens int32 [B,T]; only while the network is installed."""
+        self.rotations = rotations
+        logits = self._model(tokens[:, :-1])
+        return nn.losses.cross_entropy(logits.astype(mx.float32), tokens[:, 1:], reduction="mean")
+
+    def linear(self, path: str, x: mx.array) -> mx.array:
+        """x [...,in] through the layer at ``path``, rotated and rounded."""
+        turned = self._turn(path, self._linears[path], self.rotations)
+        weight, x32 = turned.weight, x.astype(mx.float32)
+        if (block := self._blocks[path]) > 1:
+            weight, x32 = _mixed(weight, block), _mixed(x32, block)
+        if self._reader is not None:
+            x32 = represented(x32, self._reader.read(x32))
+        if self._precision.weight is not None:
+            weight = rounded_weight(weight, self._precision.weight)
+        y = x32 @ weight.T
+        return (y if turned.bias is None else y + turned.bias).astype(x.dtype)
+
+
+def _mixed(x: mx.array, block: int) -> mx.array:
+    """x [...,n] float32 with each block of channels rotated."""
+    return (x.reshape(*x.shape[:-1], -1, block) @ mx.array(regular_hadamard(block))).reshape(x.shape)
+
+
+class _SpinLinear(nn.Module):
+    def __init__(self, network: SpinNetwork, path: str):
+        super().__init__()
+        self._network, self._path = network, path
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self._network.linear(self._path, x)
+
+
+class _SpinEmbedding(nn.Module):
+    """Writes into the rotated stream; as the last layer it is what it was."""
+
+    def __init__(self, network: SpinNetwork, embedding: Any):
+        super().__init__()
+        self._network, self._embedding = network, embedding
+
+    def __call__(self, tokens: mx.array) -> mx.array:
+        x = self._embedding(tokens)
+        return (x.astype(mx.float32) @ self._network.rotations["residual"]).astype(x.dtype)
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        return self._embedding.as_linear(x)
+
+
+class _TurnedBack(nn.Module):
+    """The last norm, of the stream as it was: from there on nothing is rounded."""
+
+    def __init__(self, network: SpinNetwork, norm: nn.Module):
+        super().__init__()
+        self._network, self._norm = network, norm
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self._norm((x.astype(mx.float32) @ self._network.rotations["residual"].T).astype(x.dtype))
+
+
+def _plain_norm(norm: Any) -> nn.Module:
+    """The norm without gain and bias."""
+    width = norm.weight.shape[0]
+    return nn.LayerNorm(width, norm.eps, affine=False) if isinstance(norm, nn.LayerNorm) else nn.RMSNorm(width, norm.eps)

@@ -1,0 +1,260 @@
+"""SpinQuant: learn rotations of a language model's hidden states on text, so that it survives 4 bits (arXiv 2405.16406).
+
+    SpinQuant(model, bits=4, activation_bits=4).optimize(data, steps=100).apply()
+
+Rotations start as Hadamard or random matrices and follow Cayley steps down the next-token loss of the network with rounded weights and
+inputs, on the caller's own text. ``apply`` folds them into the model and puts integer layers in place of its linears.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import numpy.typing as npt
+
+from . import rotations as turning
+from .errors import CalibrationError, NumericsError, RecipeError
+from .formats import WeightFormat
+from .layer_rounding import quantize_layer
+from .methods import cayley, registry
+from .methods.moments import Moments
+from .models.residual_stream import residual_stream
+from .progress import Progress, silent
+from .recipe import LayerSpec
+from .rewrite import get_module, parameters, set_module, tapped
+from .rotations import Arrays
+from .spin_network import Precision, SpinNetwork
+from .transform import Transform
+
+Array = npt.NDArray[Any]
+BITS = (4, 6, 8)  # of activations
+CITATION = """@inproceedings{liu2025spinquant,
+  title = {{SpinQuant}: {LLM} Quantization with Learned Rotations},
+  author = {Liu, Zechun and Zhao, Changsheng and Fedorov, Igor and Soran, Bilge and Choudhary, Dhruv
+            and Krishnamoorthi, Raghuraman and Chandra, Vikas and Tian, Yuandong and Blankevoort, Tijmen},
+  booktitle = {International Conference on Learning Representations},
+  year = {2025},
+  note = {arXiv:2405.16406}
+}"""
+TRIALS = 4  # how often rotations are compared on all data while they are learned
+
+
+@dataclass
+class Report:
+    """``before`` and ``after``: bytes of all parameters; ``errors``: relative output error of each layer on the calibration text."""
+
+    before: int
+    after: int = 0
+    errors: dict[str, float] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        worst = max(self.errors, key=self.errors.__getitem__)
+        return (
+            f"{len(self.errors)} layers quantized; {self.before / 1e6:.2f} MB became {self.after / 1e6:.2f} MB; "
+            f"largest relative output error {self.errors[worst]:.3f} in {worst}"
+        )
+
+
+class SpinQuant:
+    """``model``: our GPT, or a model of mlx-lm whose residual stream is described.
+
+    ``bits`` and ``group`` ("channel", 32, 64, 128) are of the weights, symmetric by channel, else asymmetric. ``activation_bits`` are of
+    the inputs of linears, each token on its own scale, and ``kv_bits`` of keys and values, each head of a token; None leaves them as they
+    are. ``start`` is "hadamard" or "random", with ``seed``. The output layer and the embeddings stay in full precision.
+
+    ``rotations`` are the present ones, float64; ``history`` the loss of each step, nats a token; ``report`` is what ``apply`` did.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        bits: int = 4,
+        activation_bits: int | None = None,
+        start: str = "hadamard",
+        seed: int = 0,
+        group: int | Literal["channel"] = "channel",
+        kv_bits: int | None = None,
+    ):
+        """Raises RecipeError on settings that do not fit, AdapterError on a model that is not described."""
+        if start not in cayley.STARTS:
+            raise RecipeError(f"SpinQuant starts from one of {cayley.STARTS}, not from {start!r}")
+        for name, value in (("activation_bits", activation_bits), ("kv_bits", kv_bits)):
+            if value is not None and value not in BITS:
+                raise RecipeError(f"{name} must be one of {BITS} or None, found {value}")
+        self.stream = residual_stream(model)
+        if kv_bits is not None and not self.stream.keys:
+            raise RecipeError("this model has no place where its keys could be rounded; leave kv_bits out")
+        self._model, self._format = model, WeightFormat(bits, group, symmetric=group == "channel")
+        for path in self.stream.linears:
+            self._format.columns(get_module(model, path).weight.shape[1])
+        self._precision = Precision(self._format, activation_bits, kv_bits)
+        self.rotations = turning.start(self.stream, start, seed)
+        self.history: list[float] = []
+        self.report: Report | None = None
+        self.stock: bool | None = None  # not known before the model is rotated
+        self._data: list[mx.array] = []
+        self._rotated = False
+
+    def optimize(
+        self,
+        data: Iterable[Any],
+        steps: int = 100,
+        learning_rate: float = 1.5,
+        momentum: float = 0.0,
+        weights: bool = True,
+        progress: Progress = silent,
+    ) -> SpinQuant:
+        """Learn the rotations on ``data``, token arrays int [B,T], one a step and by turns; returns itself.
+
+        ``learning_rate`` falls linearly to 0. Four times on the way the loss over all of the data is taken, and the best rotations win, be
+        it those of the start. An interrupted run keeps what it has learned; another goes on from there, on the model's present weights.
+        With ``weights=False`` only activations are rounded in the loss, which the paper advises where GPTQ rounds the weights.
+
+        Source: 2405.16406, section 3.2: Cayley steps on the next-token loss, 100 of them from 1.5. Departures: scales follow
+        the gradient, which tells a rotation to shrink the extremes; the residual rotation of a LayerNorm model keeps ones.
+        """
+        self._refuse_rotated()
+        if not weights and self._precision.activation is None and self._precision.held is None:
+            raise RecipeError("without weights and without activation_bits nothing is rounded, and there is nothing to learn")
+        self._data = self._arrays(data)
+        network = self._network(weights)
+        with network.installed():
+            best = self._mean_loss(network, self._data), self.rotations
+            for step in self._descend(network, steps, learning_rate, momentum, progress):
+                if step % max(1, steps // TRIALS) == 0 or step == steps:
+                    best = min(best, (self._mean_loss(network, self._data), self.rotations), key=lambda tried: tried[0])
+        self.rotations = best[1]
+        return self
+
+    def loss(self, data: Iterable[Any]) -> float:
+        """Mean loss over token arrays, nats a token, with the present rotations and all weights and inputs rounded to nearest."""
+        self._refuse_rotated()
+        network, arrays = self._network(True), self._arrays(data)
+        with network.installed():
+            return self._mean_loss(network, arrays)
+
+    def rotate(self) -> SpinQuant:
+        """Fold the rotations into the model, in place, in full precision; the function stays the same. Returns itself.
+
+        Any recipe may quantize what results. ``stock`` says whether stock code can load it.
+        """
+        if not self._rotated:
+            self.stock = turning.rotate(self._model, _floats(self.rotations))
+            self._rotated = True
+        return self
+
+    def apply(
+        self, data: Iterable[Any] | None = None, rounding: str = "gptq", steps: str = "search", progress: Progress = silent
+    ) -> SpinQuant:
+        """Rotate, and put integer layers in place of the linears, in order, each rounded on what the rounded ones before it write.
+
+        ``data`` are token arrays to calibrate on, by default those of ``optimize``; rounding to nearest ("rtn" with steps "extremes" or
+        "mse") needs none. Returns itself; ``report`` has the bytes before and after. Raises CalibrationError without data.
+        """
+        if registry.get("round", rounding).cross:
+            raise RecipeError(f"{rounding!r} compares with the full-precision model; call rotate(), then quantize the model by a recipe")
+        spec = LayerSpec(self._format, rounding=rounding, steps=steps)
+        arrays = self._data if data is None else self._arrays(data)
+        if not arrays and (rounding != "rtn" or steps == "search"):
+            raise CalibrationError(f"{rounding!r} with steps {steps!r} calibrates on text; pass data, or call optimize first")
+        report = Report(_bytes(self._model))
+        self.rotate()
+        for paths in progress(self.stream.groups, "rounding"):
+            self._quantize(paths, spec, arrays, report)
+        if self._precision.held is not None:
+            for path, module in turning.hold_heads(self._model, self.stream, self._precision.held).items():
+                set_module(self._model, path, module)
+        report.after = _bytes(self._model)
+        self.report = report
+        return self
+
+    def _quantize(self, paths: tuple[str, ...], spec: LayerSpec, arrays: list[mx.array], report: Report) -> None:
+        """Round layers that read the same input, in place."""
+        linears = {path: get_module(self._model, path) for path in paths}
+        width = linears[paths[0]].weight.shape[1]
+        transform = Transform(block=self._precision.block(self.stream, paths[0], width))
+        moments = self._moments(paths[0], width, arrays) if arrays else Moments.identity(width)
+        seen = transform.moments(moments)
+        for path, linear in linears.items():
+            rounded = quantize_layer(linear, spec, seen, path, transform)
+            if self._precision.activation is not None:
+                rounded.layer.quantize_tokens(self._precision.activation)
+            set_module(self._model, path, rounded.layer)
+            report.errors[path] = rounded.error
+
+    def _moments(self, path: str, width: int, arrays: list[mx.array]) -> Moments:
+        """Of a layer's inputs in the model as it is now."""
+        moments = Moments.empty(width)
+        with tapped(self._model, [path], lambda _, x: moments.add(np.array(x.astype(mx.float32)))):
+            for tokens in arrays:
+                mx.eval(self._model(tokens))
+        return moments
+
+    def _descend(self, network: SpinNetwork, steps: int, learning_rate: float, momentum: float, progress: Progress) -> Iterator[int]:
+        """Take steps, and count them."""
+        gradient_of = mx.value_and_grad(network.loss)
+        speeds = _each(np.zeros_like, self.rotations)
+        for step in progress(range(steps), "rotations"):
+            loss, found = gradient_of(_floats(self.rotations), self._data[step % len(self._data)])
+            gradients = _each(lambda g: np.array(g, np.float64), found)
+            self.history.append(cast(float, loss.item()))
+            if not all(np.isfinite(g).all() for g in (gradients["residual"], *gradients["values"])):
+                raise NumericsError(f"step {step} of SpinQuant: the gradient is not finite; use a lower learning_rate or a float32 model")
+            rate = learning_rate * (1 - step / steps)
+
+            def move(rotation: Array, gradient: Array, speed: Array, keeps_ones: bool, rate: float = rate) -> tuple[Array, Array]:
+                return cayley.cayley_step(rotation, gradient, rate, speed, momentum, keeps_ones)
+
+            residual = move(self.rotations["residual"], gradients["residual"], speeds["residual"], self.stream.centred)
+            values = [move(*parts, False) for parts in zip(self.rotations["values"], gradients["values"], speeds["values"], strict=True)]
+            self.rotations, speeds = ({"residual": residual[i], "values": [value[i] for value in values]} for i in (0, 1))
+            yield step + 1
+
+    def _mean_loss(self, network: SpinNetwork, arrays: list[mx.array]) -> float:
+        rotations = _floats(self.rotations)
+        tokens = [array.shape[0] * (array.shape[1] - 1) for array in arrays]
+        losses = [cast(float, network.loss(rotations, array).item()) for array in arrays]
+        return float(np.average(losses, weights=tokens))
+
+    def _network(self, weights: bool) -> SpinNetwork:
+        precision = self._precision if weights else replace(self._precision, weight=None)
+        return SpinNetwork(self._model, self.stream, precision)
+
+    def _arrays(self, data: Iterable[Any]) -> list[mx.array]:
+        """Token arrays int32 [B,T]; raises CalibrationError where there are none, or they are none of this model's."""
+        size = get_module(self._model, self.stream.tokens).weight.shape[0]
+        arrays = []
+        for at, tokens in enumerate(data):
+            found = np.array(tokens)
+            if found.ndim != 2 or found.shape[1] < 2 or not np.issubdtype(found.dtype, np.integer):
+                raise CalibrationError(
+                    f"array {at} of the data is {found.dtype} {found.shape}; expected integer tokens [batch, length >= 2]"
+                )
+            if found.size and not 0 <= found.min() <= found.max() < size:
+                raise CalibrationError(f"array {at} of the data holds tokens {found.min()} to {found.max()}; the model has 0 to {size - 1}")
+            if found.size:
+                arrays.append(mx.array(found.astype(np.int32)))
+        if not arrays:
+            raise CalibrationError("no tokens to calibrate on; pass a sequence of integer arrays [batch, length]")
+        return arrays
+
+    def _refuse_rotated(self) -> None:
+        if self._rotated:
+            raise RecipeError("the rotations are a part of the model already; learn and measure before rotate() and apply()")
+
+
+def _each(change: Callable[[Any], Any], arrays: Arrays) -> Arrays:
+    return {"residual": change(arrays["residual"]), "values": [change(value) for value in arrays["values"]]}
+
+
+def _floats(rotations: Arrays) -> Arrays:
+    return _each(lambda value: mx.array(value, mx.float32), rotations)
+
+
+def _bytes(model: nn.Module) -> int:
+    return sum(value.nbytes for value in parameters(model).values())
