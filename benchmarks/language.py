@@ -40,13 +40,21 @@ from mlxquant.spin_quant import SpinQuant
 MODEL = "gpt-python"
 METHODS = ("rtn", "gptq", "descent", "qronos")
 WEIGHTS = [f"{method}-{form}" for form in ("w4a16", "w4a16-g64", "w3a16", "w2a16-g64") for method in METHODS]
+WEIGHTS += [f"gptq+unclipped-{form}" for form in ("w4a16", "w4a16-g64", "w3a16", "w2a16-g64")]
 INPUTS = [f"{method}-{form}" for form in ("w8a8", "w4a8", "w4a8-token", "w4a4", "w4a4-token") for method in ("rtn", "gptq", "qronos")] + [
     "gptq+rotation-w4a8-token",
     "gptq+rotation-w4a4-token",
     "gptq+smoothquant+rotation-w4a4-token",
 ]
-SPUN = [f"spinquant+{rest}" for rest in ("gptq-w4a16", "qronos-w4a16", "qronos-w3a16", "gptq-w4a8-token", "gptq-w4a4-token",
-                                         "qronos-w4a4-token", "gptq+rotation-w4a4-token")]  # fmt: skip
+SPUN = {  # rows of SpinQuant itself: bits of weights and inputs, steps of learning
+    "hadamard w4a4": (4, 4, 0),
+    "spinquant w4a4": (4, 4, 100),
+    "hadamard w4a8": (4, 8, 0),
+    "spinquant w4a4, 400 steps": (4, 4, 400),
+    "spinquant w4a8": (4, 8, 100),
+    "spinquant w4a16": (4, None, 100),
+}
+ROTATED = [f"spinquant+{rest}" for rest in ("qronos-w4a16", "qronos-w3a16", "gptq+rotation-w4a4-token")]
 LINEARS = ["--linear_variant_attn", "quantized_linear", "--linear_variant_mlp", "quantized_linear"]
 INPUTS_4 = ["--activations_quant_scale", "token"]
 TRAINED = {
@@ -93,8 +101,10 @@ class Bench:
             make = self.exact
         elif name.startswith("data-free "):
             make = partial(self.without_data, name.removeprefix("data-free "))
+        elif name in SPUN:
+            make = partial(self.spun, *SPUN[name])
         elif name.startswith("spinquant+"):
-            make = partial(self.spun, name.removeprefix("spinquant+"))
+            make = partial(self.rotated, name.removeprefix("spinquant+"))
         elif name in TRAINED:
             make = partial(self.trained, name)
         start = time.process_time()
@@ -120,16 +130,31 @@ class Bench:
         mq.quantize_linears(copy.module, form)
         return mq.Model(copy), mq.QuantizedModel(copy, {}).size.bits_per_quantized_weight
 
-    def spun(self, recipe: str) -> tuple[mq.Model, float]:
-        """Rotations learned for the bits of the recipe on 32 windows of the calibration text, then the recipe."""
-        spec = dict(mq.parse_recipe(recipe).rules)["*"]
-        assert spec is not None
-        inputs = None if spec.activation is None else spec.activation.bits
+    def spun(self, weight: int, inputs: int | None, steps: int) -> tuple[mq.Model, float]:
+        """SpinQuant by itself: rotations learned or, without steps, Hadamard matrices; GPTQ; inputs a token; R4 online."""
         copy = self.model.clone()
         copy.module.set_dtype(mx.float32)
-        data = [self.calibration.windows[start : start + 4] for start in range(0, 32, 4)]
-        SpinQuant(copy.module, spec.weight.bits, inputs).optimize(data, steps=100, weights=inputs is None, progress=progress).rotate()
+        spin = SpinQuant(copy.module, weight, inputs)
+        if steps:
+            spin.optimize(self.batches, steps=steps, progress=progress)
+        spin.apply(self.batches, progress=progress)
+        done = mq.QuantizedModel(GPTAdapter(copy.module, self.model.language.tokenizer, {}), {})
+        return done, done.size.bits_per_quantized_weight
+
+    def rotated(self, recipe: str) -> tuple[mq.Model, float]:
+        """Rotations learned for the bits of a recipe and folded, then the recipe."""
+        spec = dict(mq.parse_recipe(recipe).rules)["*"]
+        assert spec is not None
+        copy = self.model.clone()
+        copy.module.set_dtype(mx.float32)
+        inputs = None if spec.activation is None else spec.activation.bits
+        SpinQuant(copy.module, spec.weight.bits, inputs).optimize(self.batches, steps=100, progress=progress).rotate()
         return self.by_recipe(recipe, mq.Model(GPTAdapter(copy.module, self.model.language.tokenizer, {})))
+
+    @property
+    def batches(self) -> list[Any]:
+        """The calibration text, four windows at once."""
+        return [self.calibration.windows[start : start + 4] for start in range(0, len(self.calibration.windows), 4)]
 
     def trained(self, name: str) -> tuple[mq.Model, float]:
         folder = self.work / "trained" / self.path(name).stem
@@ -147,7 +172,7 @@ class Bench:
 
 
 def rows() -> list[str]:
-    return ["full precision", "data-free w8a16", "data-free w4a16-g64", *WEIGHTS, *INPUTS, *SPUN, *TRAINED]
+    return ["full precision", "data-free w8a16", "data-free w4a16-g64", *WEIGHTS, *INPUTS, *SPUN, *ROTATED, *TRAINED]
 
 
 def summary(row: dict[str, Any], exact: dict[str, Any]) -> dict[str, Any]:

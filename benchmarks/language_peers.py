@@ -36,7 +36,13 @@ from mlxquant.prediction import Prediction, predict
 from mlxquant.rewrite import set_module
 
 BITS, GROUP = 4, 64
-RECIPES = (f"rtn-w{BITS}a16-g{GROUP}", f"gptq-w{BITS}a16-g{GROUP}", f"descent-w{BITS}a16-g{GROUP}", f"qronos-w{BITS}a16-g{GROUP}")
+RECIPES = (
+    f"gptq+unclipped-w{BITS}a16-g{GROUP}",
+    f"rtn-w{BITS}a16-g{GROUP}",
+    f"gptq-w{BITS}a16-g{GROUP}",
+    f"descent-w{BITS}a16-g{GROUP}",
+    f"qronos-w{BITS}a16-g{GROUP}",
+)
 
 
 def stock(folder: Path) -> nn.Module:

@@ -56,7 +56,6 @@ def command(place, data, out_dir, steps, bits, activation_bits, kv_bits, start, 
     """Quantize a GPT with SpinQuant."""
     if (out_dir / FILE).exists() and not force:
         raise ArtifactError(f"{out_dir / FILE} exists; choose another folder or pass --force to replace it")
-    artifacts.ensure_writable(out_dir)
     adapter, corpus = GPTAdapter.pretrained(place), read_corpus(data)
     model, tokenizer = adapter.module, adapter.tokenizer
     length = min(length or model.config.n_positions, model.config.n_positions)
@@ -65,6 +64,7 @@ def command(place, data, out_dir, steps, bits, activation_bits, kv_bits, start, 
     before = bits_per_token(model, held_out)
     activation, held = (None if value == "16" else int(value) for value in (activation_bits, kv_bits))
     spin = SpinQuant(model, bits, activation, start, seed, kv_bits=held)
+    artifacts.ensure_writable(out_dir)
     if steps:
         spin.optimize(text, steps, progress=progress)
     spin.apply(text, progress=progress)

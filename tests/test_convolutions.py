@@ -131,3 +131,8 @@ def test_other_layers_and_windows_are_refused():
 def test_bytes_are_those_that_are_stored():
     quantized = QuantizedConv2d.from_convolution(nn.Conv2d(3, 8, 3), WeightFormat(8))
     assert quantized.nbytes == 8 * 28 + 8 * 2  # 27 codes end in 7 words
+
+
+def test_one_scale_for_the_tensor_is_stored_once():
+    quantized = QuantizedConvolution.from_convolution(nn.Conv2d(3, 8, 3), WeightFormat.parse("w8-tensor"))
+    assert quantized.scales.size == 1

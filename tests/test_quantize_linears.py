@@ -14,9 +14,10 @@ from mlx.utils import tree_flatten
 import mlxquant as mq
 from mlxquant.convolutions import QuantizedConv2d
 from mlxquant.embeddings import QuantizedEmbedding
-from mlxquant.errors import NumericsError, RecipeError
+from mlxquant.errors import AdapterError, NumericsError, RecipeError
 from mlxquant.layers import QuantizedLinear
 from mlxquant.quantize_linears import parse_format, quantize_linears
+from mlxquant.spin_quant import SpinQuant
 from mlxquant.weight_only import W8A16Linear
 
 TOKENS = mx.array([[1, 2, 3], [4, 5, 6]])
@@ -325,3 +326,14 @@ def test_the_names_are_exported():
     assert mq.quantize_linears is quantize_linears
     assert mq.W8A16Linear is W8A16Linear
     assert mq.QuantizedConv2d is QuantizedConv2d
+    assert mq.SpinQuant is SpinQuant
+
+
+def test_what_is_no_pattern_no_format_and_no_module_is_said_so():
+    for wrong in (3, None, ["lm_head", 3]):
+        with pytest.raises(RecipeError, match="a pattern is a glob"):
+            mq.quantize_linears(Language(), exclude=wrong)
+    with pytest.raises(RecipeError, match="a format is text"):
+        mq.quantize_linears(Language(), 8)
+    with pytest.raises(AdapterError, match="found dict"):
+        mq.quantize_linears({"layer": 1})

@@ -6,11 +6,12 @@ import mlxquant as mq  # before mlx
 import mlx.core as mx
 import numpy as np
 import pytest
-from command_line import succeed
-from tiny_language import TEXT, gpt_folder, llama_folder
 
 from mlxquant.errors import ExportError, MlxQuantError
 from mlxquant.spin_quant import SpinQuant
+
+from command_line import succeed
+from tiny_language import TEXT, gpt_folder, llama_folder
 
 
 def rotated(folder):

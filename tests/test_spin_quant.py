@@ -269,7 +269,7 @@ def test_rotating_twice_is_rotating_once():
         ({"bits": 9}, "bits must be 2 to 8"),
         ({"activation_bits": 5}, "activation_bits"),
         ({"kv_bits": 3}, "kv_bits"),
-        ({"start": "identity"}, "hadamard"),
+        ({"start": "turned"}, "hadamard"),
         ({"group": 128}, "do not divide"),
     ],
 )
@@ -335,3 +335,23 @@ def test_a_quantized_model_is_refused():
     SpinQuant(model).apply(data())
     with pytest.raises(AdapterError, match="QuantizedLinear"):
         SpinQuant(model)
+
+
+def test_a_model_is_quantized_once():
+    spin = SpinQuant(tiny_gpt()).apply(rounding="rtn", steps="extremes")
+    with pytest.raises(RecipeError, match="quantized already"):
+        spin.apply(rounding="rtn", steps="extremes")
+
+
+def test_rotations_that_are_worse_than_the_start_are_not_kept():
+    spin = SpinQuant(tiny_gpt(), bits=3)
+    start, before = spin.rotations, spin.loss(data())
+    spin.optimize(data(), steps=8, learning_rate=-1.5)  # uphill
+    assert len(spin.history) == 8
+    np.testing.assert_array_equal(spin.rotations["residual"], start["residual"])
+    assert spin.loss(data()) == before
+
+
+def test_weights_are_rounded_for_the_inputs_that_they_see():
+    errors = {way: SpinQuant(tiny_gpt(), bits=3).apply(data(), rounding=way, steps="extremes").report.errors for way in ("rtn", "gptq")}
+    assert sum(errors["gptq"].values()) < 0.9 * sum(errors["rtn"].values())

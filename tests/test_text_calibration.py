@@ -11,7 +11,7 @@ from mlxquant.corpus import read_corpus
 from mlxquant.errors import CalibrationError, NumericsError
 from mlxquant.models.gpt_text import ByteTokenizer, CharTokenizer
 from mlxquant.prediction import predict
-from mlxquant.text_calibration import choose_windows
+from mlxquant.text_calibration import TextCalibration, choose_windows
 
 from command_line import fail, succeed
 from tiny_language import TEXT, gpt_folder
@@ -61,6 +61,14 @@ def test_windows_do_not_overlap_and_follow_the_seed():
     assert choose_windows(tokens, None, 32).shape == (31, 32)
     with pytest.raises(CalibrationError, match="no window of 2000"):
         choose_windows(tokens, 1, 2000)
+    for samples, length in ((0, 32), (-1, 32), (1, 0), (1, -1)):
+        with pytest.raises(CalibrationError, match="at least 1"):
+            choose_windows(tokens, samples, length)
+
+
+@pytest.mark.parametrize(("count", "judged"), [(1, [0]), (2, [0, 1]), (5, [0, 2, 4]), (32, [0, 8, 16, 24])])
+def test_some_batches_judge(count, judged):
+    assert list(TextCalibration("gpt", "", np.zeros((1, 1), np.int32), {}).judged(count)) == judged
 
 
 def test_calibration_depends_on_text_and_weights(folder, text):
@@ -111,6 +119,22 @@ class TestPrediction:
             logits = np.array(model.language.logits(mx.array(part[None, :-1]))).astype(np.float64)[0]
             costs = np.log(np.exp(logits).sum(-1)) - logits[np.arange(32), part[1:]]
             assert found.nats[window] == pytest.approx(costs.sum(), rel=1e-5)
+
+    def test_a_limit_takes_windows_from_all_of_the_text(self):
+        seen = []
+
+        def logits(tokens):
+            seen.extend(np.array(tokens)[:, 0].tolist())
+            return mx.zeros((*tokens.shape, 128))
+
+        text = "".join(chr(number) for number in range(101))
+        predict(logits, ByteTokenizer(), text, 10, limit=4)
+        assert seen == [0, 30, 60, 90]
+
+    @pytest.mark.parametrize(("text", "length", "limit"), [("", 64, None), (TEXT, 0, None), (TEXT, -5, None), (TEXT, 64, 0)])
+    def test_nothing_to_predict_is_said_so(self, text, length, limit):
+        with pytest.raises(CalibrationError, match=r"too short|at least 1"):
+            predict(lambda tokens: mx.zeros((*tokens.shape, 256)), ByteTokenizer(), text, length, limit)
 
     def test_limits_and_bad_models(self):
         assert len(predict(lambda t: mx.zeros((*t.shape, 256)), ByteTokenizer(), TEXT, 64, limit=3).nats) == 3

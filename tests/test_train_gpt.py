@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from mlxquant import train_gpt
+from mlxquant.corpus import read_corpus
 from mlxquant.errors import ArtifactError, MlxQuantError
 from mlxquant.gpt_training import batch, fresh_gpt, mean_loss
 from mlxquant.models.gpt_files import load_gpt, save_gpt
@@ -173,3 +174,18 @@ def test_a_damaged_folder_is_one_of_our_errors(tmp_path):
     with pytest.raises(ArtifactError):
         quantized_gpt(tmp_path)
     assert issubclass(ArtifactError, mq.MlxQuantError)
+
+
+def test_a_warm_up_that_takes_the_whole_run_is_said(tmp_path):
+    quantized = "--linear_variant_mlp=quantized_linear"
+    _, said = succeed(*arguments(tmp_path, "late", quantized, iterations=2))  # warm-up is 100 by default
+    assert "none of the 2 iterations is quantized" in said
+    _, said = succeed(*arguments(tmp_path, "in_time", quantized, "--quantization_warmup_iters=1", iterations=2))
+    assert "none of the" not in said
+
+
+def test_a_trained_model_goes_on_in_float32(tmp_path):
+    """Small steps would be lost in float16."""
+    save_gpt(tmp_path, random_gpt(), ByteTokenizer(), {}, mx.float16)
+    model, _ = train_gpt.start(str(tmp_path), None, read_corpus(text_file(tmp_path)), 0)
+    assert {value.dtype for value in parameters(model).values()} == {mx.float32}

@@ -128,3 +128,13 @@ def test_a_search_has_less_error_than_extremes():
     assert error("mse") < 0.9 * error("extremes")
     with pytest.raises(RecipeError, match="unknown steps method"):
         rounded(weight, WeightFormat(4), "guess")
+
+
+def test_a_numpy_weight_is_as_good():
+    weight = np.random.default_rng(0).normal(size=(8, 64)).astype(np.float32)
+    found, expected = W8A16Linear(64, 8).quantize(weight), W8A16Linear(64, 8).quantize(mx.array(weight))
+    np.testing.assert_array_equal(found.codes(), expected.codes())
+
+
+def test_a_layer_that_is_printed_says_what_it_is():
+    assert str(W8A16Linear(64, 8)) == "W8A16Linear((8, 64), w8, bias=True)"

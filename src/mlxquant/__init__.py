@@ -31,6 +31,7 @@ from .presets import parse_recipe  # noqa: E402
 from .prompts import Prompt, read_prompts  # noqa: E402
 from .quantize_linears import quantize_linears  # noqa: E402
 from .recipe import Recipe  # noqa: E402
+from .spin_quant import SpinQuant  # noqa: E402
 from .weight_only import W8A16Linear  # noqa: E402
 
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
     "QuantizedLinear",
     "QuantizedModel",
     "Recipe",
+    "SpinQuant",
     "W8A16Linear",
     "calibrate",
     "calibrate_text",

@@ -37,7 +37,7 @@ from .rewrite import parameters, set_module
 from .sampler import SamplerStep
 from .store import FolderStore, Store, layer_arrays, module_facts
 from .streams import CalibrationData
-from .sweep import sweep
+from .sweep import check_model, sweep
 from .text_calibration import TextCalibration, collect_text
 
 KIND = "quantized-model"
@@ -238,6 +238,7 @@ def plan(model: Model, recipe: Recipe) -> dict[str, LayerSpec]:
     """What the recipe would do to each layer; raises RecipeError where it does not fit the model."""
     if isinstance(model, QuantizedModel):
         raise RecipeError(f"{model.name} is quantized already, by {model.facts['recipe']['name']}; quantize the full-precision model")
+    check_model(model.adapter, recipe)
     linears = model.adapter.linears()
     layers = recipe.plan({path: model.adapter.role(path) for path in linears})
     for path, spec in layers.items():

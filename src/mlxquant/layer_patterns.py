@@ -19,8 +19,11 @@ WILDCARDS = "*?["
 
 
 def as_list(patterns: Pattern | Iterable[Pattern]) -> list[Pattern]:
-    """One pattern, or several."""
-    return [patterns] if isinstance(patterns, str | re.Pattern) else list(patterns)
+    """One pattern, or several; raises RecipeError on anything else."""
+    found = list(patterns) if isinstance(patterns, Iterable) and not isinstance(patterns, str | re.Pattern) else [patterns]
+    if other := [pattern for pattern in found if not isinstance(pattern, str | re.Pattern)]:
+        raise RecipeError(f"a pattern is a glob or a compiled regular expression, found {other[0]!r}; pass one of them, or a list")
+    return found
 
 
 def names(pattern: Pattern, path: str) -> bool:

@@ -192,6 +192,9 @@ class QuantizedLinear(nn.Module):
             self.pop(name, None)
         self.refresh()
 
+    def _extra_repr(self) -> str:
+        return f"{self._shape}, {self._format}, bias={'bias' in self}"
+
     def refresh(self) -> None:
         """Forget what was computed from the parameters, to compute it again when it is needed; call it after ``load_weights``."""
         self._reader: TableReader | TokenReader | None = None

@@ -56,9 +56,11 @@ def predict(
     ``logits`` maps tokens [B,T] to logits [B,T,V]. ``limit`` windows at most, evenly spread over the text. Raises CalibrationError when
     the text is too short for one, NumericsError on NaN logits.
     """
+    if length < 1 or (limit is not None and limit < 1):
+        raise CalibrationError(f"windows of {length} tokens, {limit} of them at most; expected at least 1 of both")
     tokens = tokenizer.encode(text)
     count = (len(tokens) - 1) // length
-    if not count:
+    if count < 1:
         raise CalibrationError(f"a text of {len(tokens)} tokens is too short to be predicted in windows of {length}; pass a longer one")
     some = np.arange(count) if limit is None or limit >= count else np.linspace(0, count - 1, limit).round().astype(int)
     windows = np.stack([tokens[index * length : (index + 1) * length + 1] for index in some])

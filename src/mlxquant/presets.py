@@ -82,6 +82,7 @@ INGREDIENTS: dict[str, dict[str, Any]] = {
     "damped": {"held_out": True},
     "refit": {"refine": True},
     "learned": {"reconstruct": "adaround"},
+    "unclipped": {"steps": "extremes"},
     "tiers": {"budget": BUDGET, "sensitivity": True},
     "progressive": {"rounds": 2},
     "mixed": {"mixed": True},

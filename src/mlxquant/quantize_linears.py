@@ -22,7 +22,7 @@ import numpy as np
 from . import presets
 from .convolutions import KINDS, QuantizedConvolution
 from .embeddings import QuantizedEmbedding
-from .errors import MlxQuantError, RecipeError
+from .errors import AdapterError, MlxQuantError, RecipeError
 from .formats import WeightFormat
 from .layer_patterns import Pattern, as_list, first, require_matches
 from .layers import QuantizedLinear
@@ -126,6 +126,10 @@ def quantize_linears(
     Raises RecipeError on an unknown format or one with quantized activations, on a pattern that matches nothing, on groups that do not
     fit, and when there is nothing to quantize; NumericsError on NaN or infinite weights. All name the layer.
     """
+    if not isinstance(model, nn.Module):
+        raise AdapterError(
+            f"quantize_linears changes an mlx.nn.Module, found {type(model).__name__}; pass the module that holds the layers"
+        )
     main, other = parse_format(format), None if fallback is None else parse_format(fallback)
     excluded, included = as_list(exclude), None if include is None else as_list(include)
     found = _find(model)
@@ -163,6 +167,8 @@ def parse_format(text: str) -> WeightFormat:
 
     Raises RecipeError on anything else.
     """
+    if not isinstance(text, str):
+        raise RecipeError(f"a format is text, such as 'w8a16' or 'w4a16-g64', found {text!r}")
     if re.match(r"w\d+(-|$)", text):
         return WeightFormat.parse(text)
     spec = presets.parse_spec(text, presets.METHODS["rtn"])

@@ -65,7 +65,8 @@ class SpinQuant:
 
     ``bits`` and ``group`` ("channel", 32, 64, 128) are of the weights, symmetric by channel, else asymmetric. ``activation_bits`` are of
     the inputs of linears, each token on its own scale, and ``kv_bits`` of keys and values, each head of a token; None leaves them as they
-    are. ``start`` is "hadamard" or "random", with ``seed``. The output layer and the embeddings stay in full precision.
+    are. ``start`` is "hadamard" or "random", with ``seed``, or "identity", for models without outliers. The output layer and the
+    embeddings stay in full precision.
 
     ``rotations`` are the present ones, float64; ``history`` the loss of each step, nats a token; ``report`` is what ``apply`` did.
     """
@@ -156,6 +157,8 @@ class SpinQuant:
         ``data`` are token arrays to calibrate on, by default those of ``optimize``; rounding to nearest ("rtn" with steps "extremes" or
         "mse") needs none. Returns itself; ``report`` has the bytes before and after. Raises CalibrationError without data.
         """
+        if self.report is not None:
+            raise RecipeError("this model was quantized already; load it anew to apply something else")
         if registry.get("round", rounding).cross:
             raise RecipeError(f"{rounding!r} compares with the full-precision model; call rotate(), then quantize the model by a recipe")
         spec = LayerSpec(self._format, rounding=rounding, steps=steps)

@@ -191,6 +191,26 @@ def untouched(stage: Stage) -> StageResult:
     return StageResult({}, {"stage": stage.name, "kept": "exact", "layers": {}})
 
 
+def check_model(adapter: Adapter, recipe: Recipe) -> None:
+    """Raise RecipeError where a recipe asks for what the model does not have: attention that can be opened, velocities, pictures."""
+    if recipe.probabilities is not None and not adapter.attentions():
+        raise RecipeError(
+            f"recipe {recipe.name}: the attention of {adapter.name} cannot be opened, so its probabilities stay as they are; "
+            "leave 'softmax' out, and 'tcaqdm', which has it"
+        )
+    limited = recipe.mixed or recipe.bits_per_weight is not None or recipe.bits_per_activation is not None
+    if not adapter.draws and (recipe.sensitivity or limited):
+        raise RecipeError(
+            f"recipe {recipe.name} weighs errors by what they change in a velocity, and {adapter.name} writes text; leave out 'mixed', "
+            "'sensitivity', 'tiers', 'taqdit' and average bits, or give layers their bits by overrides"
+        )
+    if not adapter.draws and recipe.rounds > 1:
+        raise RecipeError(
+            f"recipe {recipe.name} calibrates again on pictures that the quantized model draws, and {adapter.name} writes text; leave out "
+            "'progressive' and 'tcaqdm'"
+        )
+
+
 def sweep(
     adapter: Adapter,
     calibration: CalibrationData,

@@ -57,12 +57,15 @@ def read_windows(adapter: LanguageAdapter, text: str, samples: int | None = None
     long as the adapter has it. Raises CalibrationError when the text is too short for one.
     """
     samples, length = adapter.samples if samples is None else samples, adapter.context if length is None else length
+    adapter.check_length(length)
     tokens = adapter.tokenizer.encode(text)
     return choose_windows(tokens, samples, length, seed)
 
 
 def choose_windows(tokens: Tokens, samples: int | None, length: int, seed: int = 0) -> Tokens:
     """``samples`` windows [.,length] of a run of tokens, None: all."""
+    if length < 1 or (samples is not None and samples < 1):
+        raise CalibrationError(f"{samples} windows of {length} tokens to calibrate on; expected at least 1 of both")
     count = len(tokens) // length
     if not count:
         raise CalibrationError(f"a text of {len(tokens)} tokens has no window of {length}; pass a longer text or shorter windows")

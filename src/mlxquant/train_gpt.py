@@ -160,6 +160,9 @@ def command(
         "started_at": None if init_from is None else weights_digest(model),
     }  # fmt: skip
     facts: dict[str, Any] = {"model": model.config.to_dict(), "text": corpus.facts, "training": training, QUANTIZATION: options.to_dict()}
+    warmup = options["quantization_warmup_iters"]
+    if options.anything and warmup >= max_iters:
+        say(f"none of the {max_iters} iterations is quantized, the warm-up takes {warmup}; lower --quantization-warmup-iters")
     ramp = quantize_while_training(model, options, seed, DTYPES[dtype])
     optimizer = build_optimizer(max_iters, learning_rate, weight_decay)
     optimizer.init(model.trainable_parameters())

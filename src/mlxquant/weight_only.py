@@ -51,11 +51,12 @@ class W8A16Linear(QuantizedLinear):
         codes = np.full((out_features, in_features), W8.zero_code, np.uint8)
         super().__init__(codes, Grid.symmetric(W8, np.ones((out_features, 1))), mx.zeros((out_features,)) if bias else None)
 
-    def quantize(self, weight: mx.array, bias: mx.array | None = None, steps: str = "extremes") -> W8A16Linear:
+    def quantize(self, weight: mx.array | npt.NDArray[Any], bias: mx.array | None = None, steps: str = "extremes") -> W8A16Linear:
         """Take a weight [out,in] of any float dtype, rounded to nearest with ``scale = max|row| / 127``, and the bias if one is given.
 
         Returns the layer. Raises AdapterError on other shapes, NumericsError on NaN or infinite weights.
         """
+        weight = mx.array(weight)
         if weight.shape != self.shape:
             raise AdapterError(f"this layer takes a weight of shape {self.shape}, found {weight.shape}")
         if bias is not None and ("bias" not in self or bias.shape != self.shape[:1]):

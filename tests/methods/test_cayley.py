@@ -33,9 +33,13 @@ def test_random_starts_differ_by_seed_and_are_not_even():
     assert np.abs(one - two).max() > 0.1
 
 
+def test_the_identity_turns_nothing_yet():
+    np.testing.assert_array_equal(start("identity", 4, True, np.random.default_rng(0)), np.eye(4))
+
+
 def test_another_kind_is_refused():
     with pytest.raises(ValueError, match="hadamard"):
-        start("identity", 4, False, np.random.default_rng(0))
+        start("turned", 4, False, np.random.default_rng(0))
 
 
 def exact(rotation, gradient, rate):

@@ -1,6 +1,8 @@
 """Language models as adapters: the chain is the model, whatever the model is."""
 
 import json
+import re
+from dataclasses import replace
 
 import mlxquant as mq  # before mlx
 
@@ -10,12 +12,14 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from mlxquant.errors import AdapterError, ArtifactError
+from mlxquant.errors import AdapterError, ArtifactError, CalibrationError, RecipeError
 from mlxquant.models.catalog import find_model
 from mlxquant.models.diffusion import diffusion
+from mlxquant.models.gpt import causal_mask
 from mlxquant.models.gpt_python import GPTAdapter
 from mlxquant.models.gpt_text import ByteTokenizer
 from mlxquant.models.language import language
+from mlxquant.presets import parse_recipe
 from mlxquant.rewrite import find_linears, tapped
 
 from tiny_language import TEXT, gpt_folder, llama_folder, tiny_gpt
@@ -145,6 +149,30 @@ def test_a_model_that_does_more_between_its_layers_is_refused():
         adapter.check_chain(TOKENS)
 
 
+def test_a_model_that_tells_its_layers_about_the_tokens_is_refused():
+    """What a layer is given beside hidden states is remembered for a shape, so it must not depend on more than that."""
+    gpt = tiny_gpt()
+
+    class Told(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model, self.config = gpt.model, gpt.config
+
+        @property
+        def layers(self):
+            return self.model.h
+
+        def __call__(self, tokens):
+            x = self.model.wte(tokens)
+            for block in self.layers:
+                x = block(x, causal_mask(tokens.shape[1]) + 3 * mx.sin(tokens[0].astype(mx.float32)))
+            return self.model.wte.as_linear(x)
+
+    adapter = GPTAdapter(Told(), ByteTokenizer(), {})
+    with pytest.raises(AdapterError, match="quantize_linears"):
+        adapter.check_chain(TOKENS)
+
+
 def test_pictures_and_text_are_not_mixed_up(tmp_path):
     shapes, text = mq.load("mmdit-shapes"), mq.load(gpt_folder(tmp_path / "gpt"))
     with pytest.raises(AdapterError, match="draws no pictures"):
@@ -188,3 +216,55 @@ def _text(folder):
     path = folder / "text.txt"
     path.write_text(TEXT)
     return path
+
+
+@pytest.mark.parametrize(
+    ("recipe", "word"),
+    [
+        ("gptq+sensitivity-w4a16", "velocity"),
+        ("gptq+tiers-w4a8", "velocity"),
+        ("mixed-w4a16", "velocity"),
+        ("taqdit-w4a8", "velocity"),
+        ("gptq+progressive-w4a16", "pictures"),
+        ("gptq+softmax8-w4a8", "attention"),
+        ("tcaqdm-w4a8", "attention"),
+    ],
+)
+def test_recipes_that_need_pictures_are_refused_before_anything_runs(recipe, word, tmp_path):
+    model = mq.load(gpt_folder(tmp_path / "gpt"))
+    calib = mq.calibrate_text(model, samples=2, length=16, data=_text(tmp_path))
+
+    def never(items, label):
+        raise AssertionError(label)
+
+    with pytest.raises(RecipeError, match=rf"(?s)^recipe {re.escape(recipe)}.*{word}.*leave"):
+        mq.quantize(model, calib, recipe, tmp_path / "work", never)
+    assert not (tmp_path / "work").exists()
+
+
+def test_average_bits_need_pictures(tmp_path):
+    model = mq.load(gpt_folder(tmp_path / "gpt"))
+    with pytest.raises(RecipeError, match="average bits"):
+        mq.api.plan(model, replace(parse_recipe("gptq-w4a16"), bits_per_weight=3.5))
+
+
+def test_windows_longer_than_the_positions_are_refused(tmp_path):
+    """MLX does not look where a table ends: it would read what lies behind it."""
+    model = mq.load(gpt_folder(tmp_path / "gpt"))
+    with pytest.raises(CalibrationError, match="windows of 33 tokens are longer than the 32 positions of gpt"):
+        mq.calibrate_text(model, samples=2, length=33, data=_text(tmp_path))
+    with pytest.raises(CalibrationError, match="33 tokens"):
+        model.predict(TEXT, 33)
+    with pytest.raises(AdapterError, match="33 tokens at once, and this GPT has 32 positions"):
+        model.adapter.module(mx.zeros((1, 33), mx.int32))
+
+
+@pytest.mark.mlxlm
+def test_positions_of_mlx_lm_models_are_known_where_they_are_learned(tmp_path):
+    from mlxquant.models.mlx_lm_model import MLXLanguageModel
+
+    llama = mq.load(llama_folder(tmp_path / "llama"))
+    assert llama.predict(TEXT, 100, 1).tokens.sum() == 100  # rotary positions have no end
+    gpt2 = MLXLanguageModel.pretrained(str(gpt_folder(tmp_path / "gpt")))
+    with pytest.raises(CalibrationError, match="longer than the 32 positions of mlx-lm"):
+        gpt2.logits(mx.zeros((1, 33), mx.int32))

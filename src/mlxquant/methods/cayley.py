@@ -14,15 +14,20 @@ import numpy.typing as npt
 from .hadamard import block_size, regular_hadamard
 
 Array = npt.NDArray[Any]
-STARTS = ("hadamard", "random")
+STARTS = ("hadamard", "random", "identity")
 TINY = 1e-12
 CLIP = 0.2  # the largest ‖W‖₁ that counts in full
 
 
 def start(kind: str, size: int, keeps_ones: bool, rng: np.random.Generator) -> Array:
-    """An orthogonal matrix [size,size] of a kind in ``STARTS``. With ``keeps_ones`` R 1 = 1 holds; raises ValueError on another kind."""
+    """An orthogonal matrix [size,size] of a kind in ``STARTS``; "identity" turns nothing yet. With ``keeps_ones`` R 1 = 1 holds.
+
+    Raises ValueError on another kind.
+    """
     if kind not in STARTS:
         raise ValueError(f"unknown kind of rotation {kind!r}; expected one of {STARTS}")
+    if kind == "identity":
+        return np.eye(size)
     if kind == "random" or block_size(size, size) == 1:
         return random_rotation(size, keeps_ones, rng)
     matrix = even_rotation(size, rng)

@@ -101,6 +101,7 @@ class Adapter(ABC):
     batch: int = 16  # samples that run at once
     samples: int | None = None  # default number of samples that calibrate a sweep; None takes all
     rows: int = 16  # of a batch that one backward pass through a block may have
+    draws: bool = True  # from noise, by the velocity that it predicts at each noise level; False where it writes text
     place: str = ""  # where weights that ``module`` does not hold come from: a folder, a hub id, or "" for the usual one
     _hooks: Mapping[str, StageHook] = MappingProxyType({})  # by stage, set by ``hooked``
 

@@ -65,7 +65,7 @@ def find_model(reference: str) -> tuple[str, str]:
         raise ArtifactError(
             f"{folder} holds a quantized model; this needs the full-precision one: a name, a hub id or a folder with its weights"
         )
-    wanted = [entry.checkpoint for entry in MODELS.values() if entry.checkpoint]
+    wanted = dict.fromkeys(entry.checkpoint for entry in MODELS.values() if entry.checkpoint)
     raise ArtifactError(
         f"{folder} holds no model: expected a folder written by 'mlxquant quantize' (model.json), or one with {' or '.join(wanted)}"
     )

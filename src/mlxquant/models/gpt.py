@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..errors import ArtifactError
+from ..errors import AdapterError, ArtifactError
 from .fast_cpu import gelu_tanh, softmax
 
 MODEL_TYPE = "gpt2"  # in a config.json
@@ -110,9 +110,12 @@ class GPTBody(nn.Module):
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
         self.h = [Block(config) for _ in range(config.n_layer)]
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self._positions = config.n_positions
 
     def __call__(self, tokens: mx.array) -> mx.array:
         length = tokens.shape[1]
+        if length > self._positions:  # MLX would read what lies behind the table
+            raise AdapterError(f"{length} tokens at once, and this GPT has {self._positions} positions; use shorter windows of text")
         x = self.wte(tokens) + self.wpe(mx.arange(length))
         mask = causal_mask(length)
         for block in self.h:

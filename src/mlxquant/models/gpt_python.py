@@ -33,6 +33,7 @@ class GPTAdapter(LanguageAdapter):
     def __init__(self, module: GPT, tokenizer: ByteTokenizer | CharTokenizer, facts: dict[str, Any]):
         super().__init__(module)
         self._tokenizer, self.config, self.facts, self.context = tokenizer, module.config, facts, module.config.n_positions
+        self.longest = module.config.n_positions
 
     @classmethod
     def pretrained(cls, place: str = EMBEDDED) -> GPTAdapter:

@@ -19,7 +19,7 @@ import mlx.nn as nn
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import AdapterError
+from ..errors import AdapterError, CalibrationError
 from ..rewrite import find_linears, get_module, parameters, swapped, tapped
 from ..schedule import Clock
 from .adapter import Adapter, Stage, State
@@ -80,10 +80,12 @@ class Given(StandIn):
 class LanguageAdapter(Adapter):
     """A model that predicts the next token. Its chain leads from {tokens [B,T]} to {logits [B,T,V]}."""
 
+    draws = False
     batch = 4  # windows
     samples = 64  # windows
     rows = 4
     context = 512  # tokens of a window
+    longest: int | None = None  # tokens of a window that the model has positions for; None for one without a table of positions
 
     def __init__(self, module: nn.Module):
         self.module, self.clock = module, Clock(NO_TIME)
@@ -150,7 +152,15 @@ class LanguageAdapter(Adapter):
     def _passing(self, paths: Iterable[str]) -> dict[str, PassedOn]:
         return {path: PassedOn(get_module(self.module, path)) for path in paths}
 
+    def check_length(self, length: int) -> None:
+        """Raise CalibrationError on windows with more tokens than the model has positions: MLX would read what lies behind its table."""
+        if self.longest is not None and length > self.longest:
+            raise CalibrationError(
+                f"windows of {length} tokens are longer than the {self.longest} positions of {self.name}; shorten --length"
+            )
+
     def _embed(self, state: State) -> State:
+        self.check_length(state["tokens"].shape[1])
         stand_ins = self._passing(self.layer_paths)
         with swapped(self.module, dict(stand_ins)):
             self.module(state["tokens"])
@@ -179,17 +189,26 @@ class LanguageAdapter(Adapter):
 
     def logits(self, tokens: mx.array) -> mx.array:
         """The prediction at every token [B,T], float32 [B,T,V], evaluated."""
-        state = {"tokens": tokens}
         with self.clock.at(NO_TIME):
-            for stage in self.stages[:-1]:
-                state = stage.run(state)
-            logits = self._project(tokens, state["hidden"])
-            mx.eval(logits)
+            return self._continued(self._embed({"tokens": tokens}))
+
+    def _continued(self, state: State) -> mx.array:
+        """Embedded tokens to logits, evaluated."""
+        for stage in self.stages[1:-1]:
+            state = stage.run(state)
+        logits = self._project(state["tokens"], state["hidden"])
+        mx.eval(logits)
         return logits
 
     def check_chain(self, tokens: mx.array) -> None:
-        """Raise AdapterError unless the chain predicts what the model itself does for tokens [B,T], to the precision of its weights."""
-        chain, whole = self.logits(tokens), self.module(tokens).astype(mx.float32)
+        """Raise AdapterError unless the chain predicts what the model itself does for tokens [B,T], to the precision of its weights.
+
+        Other tokens are embedded in between, for what else layers are given is remembered by shape alone.
+        """
+        with self.clock.at(NO_TIME):
+            state = self._embed({"tokens": tokens})
+            self._embed({"tokens": (tokens + 1) % self._vocabulary})
+            chain, whole = self._continued(state), self.module(tokens).astype(mx.float32)
         error = float(np.array(mx.abs(chain - whole).max() / mx.maximum(mx.abs(whole).max(), 1e-9)))
         if not error < 0.05:
             raise AdapterError(

@@ -46,6 +46,7 @@ class MLXLanguageModel(LanguageAdapter):
         self._tokenizer: HubTokenizer | None = None
         longest = config.get("max_position_embeddings") or config.get("n_positions") or self.context
         self.context = min(self.context, int(longest))
+        self.longest = config.get("n_positions")  # of a table that was learned; other positions are computed
 
     @classmethod
     def pretrained(cls, place: str = "") -> MLXLanguageModel:
