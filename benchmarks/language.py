@@ -1,7 +1,7 @@
 """Which method is best for a language model: ``python benchmarks/language.py --work FOLDER``.
 
-Bits per character of ``gpt-python`` on held-out modules of Python's standard library, which differs between versions of Python: the first
-line of LOG.md's table says which. Weights alone, weights and activations, and quantization-aware training, which goes on from the same
+Bits per character of ``gpt-python`` on held-out modules of Python's standard library, which differs between versions of Python: LOG.md says
+which. Weights alone, weights and activations, and quantization-aware training, which goes on from the same
 weights for ``--iterations``; a row of as many iterations in full precision stands beside it. Calibration is the same for all: 64 windows of
 256 bytes. Differences are to full precision, window by window, with bootstrap 95 % intervals. Rows that are in ``--work`` already are not
 computed again; ``--table`` prints what is there. The last line of stdout is one JSON object.

@@ -1,10 +1,10 @@
 """GPTQ side by side with ``mlx_lm.quant.gptq``, on the same model, text and bits, in one run: ``python benchmarks/language_peers.py``.
 
-The model is ``gpt-python``, or with ``--folder`` any folder that mlx-lm loads, in float32; the text 64 windows of 256 tokens; 4 bits in
-groups of 64. Embeddings are in full precision on both sides (mlx-lm's are put back after it has quantized them). Held-out bits per
-character are those of stock mlx-lm's forward pass, ours from the exported folder, weights dequantized for the sake of CPUs, whose packed
-kernels are slow. Times are wall time of quantizing alone, alternating, median of ``--repeats``. The last line of stdout is one JSON object.
-Needs the extra ``mlx-lm``.
+The model is ``gpt-python``, or with ``--folder`` any folder that mlx-lm loads, in float32; the text 64 windows of 256 tokens; groups of
+64. Embeddings are in full precision on both sides (mlx-lm's are put back after it has quantized them). Held-out bits per character are
+those of stock mlx-lm's forward pass, ours from the exported folder, weights dequantized for the sake of CPUs, whose packed kernels are
+slow. Times are wall time of quantizing alone, alternating, median of ``--repeats``. The last line of stdout is one JSON object. Needs the
+extra ``mlx-lm``.
 """
 
 from __future__ import annotations
@@ -35,14 +35,8 @@ from mlxquant.metrics.bootstrap import interval
 from mlxquant.prediction import Prediction, predict
 from mlxquant.rewrite import set_module
 
-BITS, GROUP = 4, 64
-RECIPES = (
-    f"gptq+unclipped-w{BITS}a16-g{GROUP}",
-    f"rtn-w{BITS}a16-g{GROUP}",
-    f"gptq-w{BITS}a16-g{GROUP}",
-    f"descent-w{BITS}a16-g{GROUP}",
-    f"qronos-w{BITS}a16-g{GROUP}",
-)
+GROUP = 64
+METHODS = ("gptq+unclipped", "rtn", "gptq", "descent", "qronos")
 
 
 def stock(folder: Path) -> nn.Module:
@@ -53,10 +47,10 @@ def stock(folder: Path) -> nn.Module:
     return model
 
 
-def theirs(model: nn.Module, windows: mx.array) -> None:
+def theirs(model: nn.Module, windows: mx.array, bits: int) -> None:
     """Quantize in place by mlx-lm, embeddings as they were."""
     embeddings = {path: module for path, module in model.named_modules() if isinstance(module, nn.Embedding)}
-    gptq_quantize(model, windows, BITS, GROUP, BITS, GROUP)
+    gptq_quantize(model, windows, bits, GROUP, bits, GROUP)
     for path, module in embeddings.items():
         set_module(model, path, module)
     mx.eval(model.parameters())
@@ -70,12 +64,14 @@ def timed(run: Callable[[], Any]) -> tuple[Any, float]:
 
 @click.command(help=__doc__)
 @click.option("--folder", type=click.Path(path_type=Path, exists=True), help="A folder that mlx-lm loads.  [default: gpt-python's]")
+@click.option("--bits", type=click.Choice([2, 4, 8]), default=4, show_default=True, help="Those that mlx-lm's GPTQ knows.")
 @click.option("--samples", default=64, show_default=True)
 @click.option("--windows", default=128, show_default=True, help="Of held-out text.")
 @click.option("--repeats", default=3, show_default=True)
-def main(folder: Path | None, samples: int, windows: int, repeats: int) -> None:
+def main(folder: Path | None, bits: int, samples: int, windows: int, repeats: int) -> None:
     with as_file(files("mlxquant.assets") / "gpt-python") as embedded, tempfile.TemporaryDirectory() as work:
         source = embedded if folder is None else folder
+        recipes = [f"{method}-w{bits}a16-g{GROUP}" for method in METHODS]
         model, corpus = mq.load(source), read_corpus()
         adapter = model.language
         adapter.module.set_dtype(mx.float32)
@@ -85,14 +81,14 @@ def main(folder: Path | None, samples: int, windows: int, repeats: int) -> None:
         def measured(run: Callable[[mx.array], mx.array]) -> Prediction:
             return predict(run, adapter.tokenizer, corpus.held_out, adapter.context, windows)
 
-        times: dict[str, list[float]] = {name: [] for name in ("mlx-lm", *RECIPES)}
+        times: dict[str, list[float]] = {name: [] for name in ("mlx-lm", *recipes)}
         found = {"full precision": measured(stock(source))}
         for repeat in range(repeats):
             other = stock(source)
-            times["mlx-lm"].append(timed(lambda other=other: theirs(other, tokens))[1])
+            times["mlx-lm"].append(timed(lambda other=other: theirs(other, tokens, bits))[1])
             if not repeat:
                 found["mlx-lm"] = measured(dequantize_model(other))
-            for recipe in RECIPES:
+            for recipe in recipes:
                 done, seconds = timed(lambda recipe=recipe: mq.quantize(model, calib, recipe))
                 times[recipe].append(seconds)
                 if not repeat:
@@ -119,7 +115,7 @@ def main(folder: Path | None, samples: int, windows: int, repeats: int) -> None:
                 f"{name:24} {prediction.bits_per_character:.5f} bits per character, {facts[name]['lost']:+.5f}, perplexity "
                 f"{prediction.perplexity:.4f}" + (f", {facts[name]['seconds']:.1f} s" if name in times else "")
             )
-        result({"bits": BITS, "group": GROUP, "mlx_lm": version("mlx-lm"), "platform": platform.platform(), "rows": facts})
+        result({"bits": bits, "group": GROUP, "mlx_lm": version("mlx-lm"), "platform": platform.platform(), "rows": facts})
 
 
 if __name__ == "__main__":
