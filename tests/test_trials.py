@@ -217,7 +217,7 @@ def test_probabilities_are_quantized_and_survive_the_disk(spiky, calib, tmp_path
 
 def test_a_model_whose_attention_cannot_be_opened_says_so():
     chain = mq.Model(Chain())
-    with pytest.raises(RecipeError, match="attention cannot be opened"):
+    with pytest.raises(RecipeError, match="attention of chain cannot be opened"):
         mq.quantize(chain, mq.calibrate(chain, prompts=2, steps=2), "gptq+softmax8-w4a8")
 
 
