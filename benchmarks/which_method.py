@@ -51,8 +51,8 @@ WEIGHTS = [
     "mixed",
 ]
 RANGES = ["average", "error", "grouped", "envelope", "tdq", "logsnr", "dynamic"]
-LEARNED = ["adaround", "tcaqdm", "taqdit"]
-BEST = ["gptq+smoothquant+rotation+mixed", "gptq+smoothquant+rotation+sensitivity", "taqdit+rotation"]
+LEARNED = ["adaround", "tcaqdm", "taqdit", "taqdit+rotation"]
+BEST = ["gptq+smoothquant+rotation+mixed", "gptq+smoothquant+rotation+sensitivity"]
 
 
 def rows() -> list[str]:
