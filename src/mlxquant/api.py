@@ -273,7 +273,7 @@ def quantize(
             f"the calibration data is of other weights ({calib.model}) than the model's ({model.name}); calibrate this model"
         )
     facts: dict[str, Any] = {}
-    if recipe.mixed or recipe.bits_per_weight is not None or recipe.bits_per_activation is not None:
+    if recipe.allocates:
         limit = stored_bits(model.adapter, layers) if recipe.mixed and recipe.bits_per_weight is None else recipe.bits_per_weight
         given = allocate(model.adapter, calib, recipe, limit, recipe.bits_per_activation, progress=progress)
         recipe, facts["allocation"] = given.recipe, given.facts

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from .errors import AdapterError
 from .formats import Grid, WeightFormat, pack, unpack
-from .packed_arrays import dequantized
+from .packed_arrays import affine, dequantized
 from .weight_only import rounded
 
 OPTIONS = ("stride", "padding", "dilation", "groups", "output_padding")
@@ -117,9 +117,7 @@ class QuantizedConvolution(nn.Module):
 
     def dequantized(self) -> mx.array:
         """The kernel as float32 [out, ...window, in / groups]."""
-        scales = self.scales.astype(mx.float32)
-        biases = self.biases.astype(mx.float32) if "biases" in self else scales * -self._format.zero_code
-        return dequantized(self.weight, scales, biases, self._format.bits, prod(self._window)).reshape(self.shape)
+        return dequantized(self.weight, *affine(self, self._format), self._format.bits, prod(self._window)).reshape(self.shape)
 
     def __call__(self, x: mx.array) -> mx.array:
         """x [N, ...places, in] to [N, ...places, out], in x's dtype."""

@@ -22,9 +22,9 @@ from .activations import TABLE, ActivationTable, Entry, TableReader, TokenReader
 from .errors import AdapterError
 from .formats import GROUPS, Grid, WeightFormat, pack, unpack
 from .integer_matmul import EXACT, integer_matmul, use_packed_kernels
-from .methods.hadamard import block_size, regular_hadamard
+from .methods.hadamard import block_size, rotated_blocks
 from .methods.lowrank import LowRank
-from .packed_arrays import dequantized
+from .packed_arrays import affine, dequantized
 from .rewrite import parameters
 from .schedule import Clock
 
@@ -243,8 +243,7 @@ class QuantizedLinear(nn.Module):
 
     def _affine(self) -> tuple[mx.array, mx.array]:
         """What a code is multiplied by and what is added, float32 [out or 1, groups]."""
-        scales = self.scales.astype(mx.float32)
-        return scales, self.biases.astype(mx.float32) if "biases" in self else scales * -self._format.zero_code
+        return affine(self, self._format)
 
     def centred_codes(self) -> mx.array:
         """Codes minus the zero code, float32 [out, in]: the integers that the matmul runs on."""
@@ -271,8 +270,7 @@ class QuantizedLinear(nn.Module):
         if "act_divisor" in self:
             x = x / self.act_divisor.astype(x.dtype)
         if self._rotation > 1:
-            blocks = x.astype(mx.float32).reshape(*x.shape[:-1], -1, self._rotation)
-            x = (blocks @ mx.array(regular_hadamard(self._rotation))).reshape(x.shape).astype(x.dtype)
+            x = rotated_blocks(x.astype(mx.float32), self._rotation).astype(x.dtype)
         return x
 
     def add_branch(self, y: mx.array, x: mx.array) -> mx.array:

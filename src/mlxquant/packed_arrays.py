@@ -6,10 +6,12 @@ MLX's own kernel reads widths that are a multiple of 32, in all widths of codes 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import mlx.core as mx
 import numpy as np
 
-from .formats import GROUPS
+from .formats import GROUPS, WeightFormat
 
 
 def unpacked(words: mx.array, bits: int, width: int) -> mx.array:
@@ -32,6 +34,14 @@ def dequantized(words: mx.array, scales: mx.array, biases: mx.array, bits: int, 
     words = _widened(words, groups * each * size * bits // 32)
     scales, biases = (mx.broadcast_to(v[..., None], (rows, groups, each)).reshape(rows, groups * each) for v in (scales, biases))
     return mx.dequantize(words, scales, biases, group_size=size, bits=bits)[:, :width]
+
+
+def affine(layer: Mapping[str, mx.array], format: WeightFormat) -> tuple[mx.array, mx.array]:
+    """What a code of a layer is multiplied by and what is added, float32 [out or 1, groups]: its scales, and its biases or, of a symmetric
+    grid, what follows from the scales.
+    """
+    scales = layer["scales"].astype(mx.float32)
+    return scales, layer["biases"].astype(mx.float32) if "biases" in layer else scales * -format.zero_code
 
 
 def _widened(stream: mx.array, width: int) -> mx.array:

@@ -122,6 +122,11 @@ class Recipe:
     bits_per_weight: float | None = None
     bits_per_activation: float | None = None
 
+    @property
+    def allocates(self) -> bool:
+        """Whether layers get bits of their own."""
+        return self.mixed or self.bits_per_weight is not None or self.bits_per_activation is not None
+
     def plan(self, layers: Mapping[str, str]) -> dict[str, LayerSpec]:
         """Layers (path to role) to what happens to each; raises RecipeError when a glob matches no layer at all."""
         if not layers:

@@ -16,7 +16,7 @@ import mlx.nn as nn
 
 from .activations import TokenReader, represented, round_through
 from .formats import WeightFormat
-from .methods.hadamard import block_size, regular_hadamard
+from .methods.hadamard import block_size, rotated_blocks
 from .models.residual_stream import ResidualStream
 from .rewrite import get_module, swapped
 from .rotations import Arrays, Turn, folded, hold_heads
@@ -89,18 +89,13 @@ class SpinNetwork:
         turned = self._turn(path, self._linears[path], self.rotations)
         weight, x32 = turned.weight, x.astype(mx.float32)
         if (block := self._blocks[path]) > 1:
-            weight, x32 = _mixed(weight, block), _mixed(x32, block)
+            weight, x32 = rotated_blocks(weight, block), rotated_blocks(x32, block)
         if self._reader is not None:
             x32 = represented(x32, self._reader.read(x32))
         if self._precision.weight is not None:
             weight = rounded_weight(weight, self._precision.weight)
         y = x32 @ weight.T
         return (y if turned.bias is None else y + turned.bias).astype(x.dtype)
-
-
-def _mixed(x: mx.array, block: int) -> mx.array:
-    """x [...,n] float32 with each block of channels rotated."""
-    return (x.reshape(*x.shape[:-1], -1, block) @ mx.array(regular_hadamard(block))).reshape(x.shape)
 
 
 class _SpinLinear(nn.Module):

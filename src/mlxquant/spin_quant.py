@@ -26,8 +26,9 @@ from .methods.moments import Moments
 from .models.residual_stream import residual_stream
 from .progress import Progress, silent
 from .recipe import LayerSpec
-from .rewrite import get_module, parameters, set_module, tapped
+from .rewrite import get_module, set_module, tapped
 from .rotations import Arrays
+from .size_report import stored_bytes
 from .spin_network import Precision, SpinNetwork
 from .transform import Transform
 
@@ -165,14 +166,14 @@ class SpinQuant:
         arrays = self._data if data is None else self._arrays(data)
         if not arrays and (rounding != "rtn" or steps == "search"):
             raise CalibrationError(f"{rounding!r} with steps {steps!r} calibrates on text; pass data, or call optimize first")
-        report = Report(_bytes(self._model))
+        report = Report(stored_bytes(self._model))
         self.rotate()
         for paths in progress(self.stream.groups, "rounding"):
             self._quantize(paths, spec, arrays, report)
         if self._precision.held is not None:
             for path, module in turning.hold_heads(self._model, self.stream, self._precision.held).items():
                 set_module(self._model, path, module)
-        report.after = _bytes(self._model)
+        report.after = stored_bytes(self._model)
         self.report = report
         return self
 
@@ -257,7 +258,3 @@ def _each(change: Callable[[Any], Any], arrays: Arrays) -> Arrays:
 
 def _floats(rotations: Arrays) -> Arrays:
     return _each(lambda value: mx.array(value, mx.float32), rotations)
-
-
-def _bytes(model: nn.Module) -> int:
-    return sum(value.nbytes for value in parameters(model).values())

@@ -198,8 +198,7 @@ def check_model(adapter: Adapter, recipe: Recipe) -> None:
             f"recipe {recipe.name}: the attention of {adapter.name} cannot be opened, so its probabilities stay as they are; "
             "leave 'softmax' out, and 'tcaqdm', which has it"
         )
-    limited = recipe.mixed or recipe.bits_per_weight is not None or recipe.bits_per_activation is not None
-    if not adapter.draws and (recipe.sensitivity or limited):
+    if not adapter.draws and (recipe.sensitivity or recipe.allocates):
         raise RecipeError(
             f"recipe {recipe.name} weighs errors by what they change in a velocity, and {adapter.name} writes text; leave out 'mixed', "
             "'sensitivity', 'tiers', 'taqdit' and average bits, or give layers their bits by overrides"

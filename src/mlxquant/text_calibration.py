@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from . import artifacts
 from .corpus import Corpus
 from .errors import CalibrationError
 from .models.adapter import Adapter, State
@@ -30,7 +30,7 @@ class TextCalibration:
     @property
     def record(self) -> dict[str, Any]:
         """All that it depends on, as plain data."""
-        digest = hashlib.sha256(self.windows.tobytes()).hexdigest()
+        digest = artifacts.array_digest(mx.array(self.windows))
         return {"model": self.model, "source": self.source, "windows": list(self.windows.shape), "tokens": digest, **self.about}
 
     def batches(self, adapter: Adapter, size: int | None = None) -> tuple[list[float], OnDemand]:

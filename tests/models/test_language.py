@@ -126,49 +126,37 @@ def test_large_vocabularies_are_judged_on_some_tokens(monkeypatch):
     assert adapter.logits(TOKENS).shape == (2, 32, 256)
 
 
-def test_a_model_that_does_more_between_its_layers_is_refused():
-    gpt = tiny_gpt()
+class Odd(nn.Module):
+    """A GPT whose layers are called by ``call(block, x, tokens)``."""
 
-    class Doubled(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.model, self.config = gpt.model, gpt.config
+    def __init__(self, call):
+        super().__init__()
+        gpt = tiny_gpt()
+        self.model, self.config, self._call = gpt.model, gpt.config, call
 
-        @property
-        def layers(self):
-            return self.model.h
+    @property
+    def layers(self):
+        return self.model.h
 
-        def __call__(self, tokens):
-            x = self.model.wte(tokens)
-            for block in self.layers:
-                x = 2 * block(x, mx.zeros((tokens.shape[1],) * 2))
-            return self.model.wte.as_linear(x)
-
-    adapter = GPTAdapter(Doubled(), ByteTokenizer(), {})
-    with pytest.raises(AdapterError, match="quantize_linears"):
-        adapter.check_chain(TOKENS)
+    def __call__(self, tokens):
+        x = self.model.wte(tokens)
+        for block in self.layers:
+            x = self._call(block, x, tokens)
+        return self.model.wte.as_linear(x)
 
 
-def test_a_model_that_tells_its_layers_about_the_tokens_is_refused():
+def doubled(block, x, tokens):
+    return 2 * block(x, mx.zeros((tokens.shape[1],) * 2))
+
+
+def told(block, x, tokens):
     """What a layer is given beside hidden states is remembered for a shape, so it must not depend on more than that."""
-    gpt = tiny_gpt()
+    return block(x, causal_mask(tokens.shape[1]) + 3 * mx.sin(tokens[0].astype(mx.float32)))
 
-    class Told(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.model, self.config = gpt.model, gpt.config
 
-        @property
-        def layers(self):
-            return self.model.h
-
-        def __call__(self, tokens):
-            x = self.model.wte(tokens)
-            for block in self.layers:
-                x = block(x, causal_mask(tokens.shape[1]) + 3 * mx.sin(tokens[0].astype(mx.float32)))
-            return self.model.wte.as_linear(x)
-
-    adapter = GPTAdapter(Told(), ByteTokenizer(), {})
+@pytest.mark.parametrize("call", [doubled, told])
+def test_a_model_that_does_more_between_its_layers_or_tells_them_about_the_tokens_is_refused(call):
+    adapter = GPTAdapter(Odd(call), ByteTokenizer(), {})
     with pytest.raises(AdapterError, match="quantize_linears"):
         adapter.check_chain(TOKENS)
 

@@ -15,10 +15,10 @@ import numpy.typing as npt
 
 from ..errors import ArtifactError, RecipeError
 from ..formats import Grid, WeightFormat, unpack
+from ..model_size import PACKED
 from .arrays import StoredArray
 
 Array = npt.NDArray[Any]
-PACKED = ("weight", "scales", "biases", "low_up", "low_down")  # what stands for a weight; a model's size counts them as that
 STORED = (*PACKED, "act_divisor")
 
 

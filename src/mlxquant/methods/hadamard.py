@@ -9,6 +9,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
@@ -43,3 +44,8 @@ def rotated(x: Array, block: int) -> Array:
         return x
     pieces = x.reshape(*x.shape[:-1], -1, block) @ regular_hadamard(block).astype(x.dtype)
     return pieces.reshape(x.shape)
+
+
+def rotated_blocks(x: mx.array, block: int) -> mx.array:
+    """``rotated`` in MLX, for x [...,n] float32."""
+    return (x.reshape(*x.shape[:-1], -1, block) @ mx.array(regular_hadamard(block))).reshape(x.shape)

@@ -31,13 +31,13 @@ class Entry:
         return not self.key or f'"{self.key}"' in path.read_text(encoding="utf-8", errors="replace")
 
 
+LANGUAGE = "mlx-lm"  # what any other hub id stands for
 MODELS = {
     "mmdit-shapes": Entry("mlxquant.models.mmdit_shapes", "MMDiTShapes"),
     "sd3-medium": Entry("mlxquant.models.sd3_medium", "SD3Medium", (HUB,), checkpoint=CHECKPOINT),
     "gpt": Entry("mlxquant.models.gpt_python", "GPTAdapter", ("gpt-python",), checkpoint="config.json", key="mlxquant"),
-    "mlx-lm": Entry("mlxquant.models.mlx_lm_model", "MLXLanguageModel", checkpoint="config.json", key="model_type"),
+    LANGUAGE: Entry("mlxquant.models.mlx_lm_model", "MLXLanguageModel", checkpoint="config.json", key="model_type"),
 }
-LANGUAGE = "mlx-lm"  # what any other hub id stands for
 HUB_ID = r"[A-Za-z0-9][\w.-]*/[\w.-]+"
 
 

@@ -8,6 +8,7 @@ times faster. Metal keeps MLX's own.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, cast
 
 import mlx.core as mx
@@ -53,29 +54,35 @@ def _normal_pdf(x: mx.array) -> mx.array:
     return 0.3989422804014327 * _exp_minus(0.5 * x * x)
 
 
-_forward = mx.compile(lambda x: x * _normal_cdf(x))
-_backward = mx.compile(lambda x, g: g * (_normal_cdf(x) + x * _normal_pdf(x)))
+def _is_fast(x: mx.array) -> bool:
+    """Whether these approximations are for x: MLX's own functions are better on Metal and in half precision."""
+    return bool(x.dtype == mx.float32 and mx.default_device() == mx.cpu)
 
 
-@mx.custom_function
-def _rational_gelu(x: mx.array) -> Any:
-    return _forward(x)
+def _with_slope(forward: Callable[[mx.array], mx.array], slope: Callable[[mx.array, mx.array], mx.array]) -> Callable[[mx.array], mx.array]:
+    """``forward(x)``, both compiled, with the gradient ``slope(x, g)`` for a gradient g of what it returns."""
+    compiled, backward = mx.compile(forward), mx.compile(slope)
+
+    @mx.custom_function
+    def function(x: mx.array) -> Any:
+        return compiled(x)
+
+    @function.vjp
+    def gradient(primals: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:
+        return backward(primals, cotangent)
+
+    return cast(Callable[[mx.array], mx.array], function)
 
 
-@_rational_gelu.vjp
-def _rational_gelu_vjp(primals: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:
-    return _backward(primals, cotangent)
+_rational_gelu = _with_slope(lambda x: x * _normal_cdf(x), lambda x, g: g * (_normal_cdf(x) + x * _normal_pdf(x)))
 
 
 def gelu(x: mx.array) -> mx.array:
     """``x Phi(x)``, any shape; float32 error at most 1e-6 on the CPU, MLX's own function on Metal and in half precision."""
-    if x.dtype == mx.float32 and mx.default_device() == mx.cpu:
-        return cast(mx.array, _rational_gelu(x))
-    return nn.gelu(x)
+    return _rational_gelu(x) if _is_fast(x) else nn.gelu(x)
 
 
 _logistic = mx.compile(lambda z: mx.where(z >= 0, 1.0, _exp_minus(mx.abs(z))) / (1 + _exp_minus(mx.abs(z))))
-_tanh_forward = mx.compile(lambda x: x * _logistic(_tanh_argument(x)))
 
 
 def _tanh_argument(x: mx.array) -> mx.array:
@@ -88,26 +95,14 @@ def _tanh_slope(x: mx.array, g: mx.array) -> mx.array:
     return g * p * (1 + x * (1 - p) * 1.5957691216057308 * (1 + 0.134145 * x * x))
 
 
-_tanh_backward = mx.compile(_tanh_slope)
-
-
-@mx.custom_function
-def _tanh_gelu(x: mx.array) -> Any:
-    return _tanh_forward(x)
-
-
-@_tanh_gelu.vjp
-def _tanh_gelu_vjp(primals: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:
-    return _tanh_backward(primals, cotangent)
+_tanh_gelu = _with_slope(lambda x: x * _logistic(_tanh_argument(x)), _tanh_slope)
 
 
 def gelu_tanh(x: mx.array) -> mx.array:
     """``x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))) / 2``, GPT-2's GELU, any shape; float32 error at most 1e-6 on the CPU, MLX's own
     function on Metal and in half precision.
     """
-    if x.dtype == mx.float32 and mx.default_device() == mx.cpu:
-        return cast(mx.array, _tanh_gelu(x))
-    return nn.gelu_approx(x)
+    return _tanh_gelu(x) if _is_fast(x) else nn.gelu_approx(x)
 
 
 _exponentials = mx.compile(lambda x, top: _exp_minus(top - x))
@@ -138,6 +133,6 @@ def probabilities(q: mx.array, k: mx.array) -> mx.array:
 
 def attention(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
     """Softmax(q k^T / sqrt(d)) v; q, k, v [B,heads,N,d]. Float32 on the CPU is exact to about 1e-5 relative, elsewhere MLX's own."""
-    if q.dtype == mx.float32 and mx.default_device() == mx.cpu:
+    if _is_fast(q):
         return probabilities(q, k) @ v
     return mx.fast.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5)
