@@ -6,7 +6,7 @@ import mlxquant as mq  # before mlx
 import numpy as np
 import pytest
 
-from mlxquant import allocation
+from mlxquant import allocation, measurements, sweep
 from mlxquant.allocation import allocate, stored_bytes
 from mlxquant.errors import RecipeError
 from mlxquant.formats import Grid, WeightFormat, fit_extremes
@@ -175,6 +175,60 @@ def test_equal_calls_give_equal_plans(model, calib, mixed):
     assert again.recipe.to_dict() == mixed.recipe.to_dict()
     assert again.facts == mixed.facts
     assert model.adapter.fingerprint == fingerprint
+
+
+@pytest.mark.parametrize("finished", range(5))
+def test_a_killed_survey_goes_on_in_the_stage_it_was_in(model, calib, mixed, tmp_path, monkeypatch, finished):
+    """There are four stages; sensitivities, the first file, are measured once."""
+    kept, surveyed, measured = [], [], []
+    save, collect, probe = measurements.Measurements.save, allocation.weight_errors, sweep.measure
+
+    def stop(self, name, tables):
+        if len(kept) == finished:
+            raise KeyboardInterrupt
+        kept.append(name)
+        save(self, name, tables)
+
+    def again():
+        return allocate(model.adapter, calib, parse_recipe("rtn-w4a8"), bits_per_weight=6, bits_per_activation=6, work=tmp_path)
+
+    monkeypatch.setattr(measurements.Measurements, "save", stop)
+    with pytest.raises(KeyboardInterrupt):
+        again()
+    monkeypatch.setattr(measurements.Measurements, "save", save)
+    monkeypatch.setattr(allocation, "weight_errors", lambda path, *rest: surveyed.append(path) or collect(path, *rest))
+    monkeypatch.setattr(sweep, "measure", lambda *rest, **more: measured.append(1) or probe(*rest, **more))
+    assert kept == ["sensitivity", *(stage.name for stage in model.adapter.stages)][:finished]
+    resumed = again()
+    assert resumed.facts == mixed.facts
+    assert resumed.recipe.to_dict() == mixed.recipe.to_dict()
+    assert len(measured) == (not kept)
+    left = model.adapter.stages[max(finished - 1, 0) :]
+    assert surveyed == [path for stage in left for path in mixed.facts["layers"] if stage.owns(path)]
+
+
+def test_a_survey_of_other_formats_is_not_taken(model, calib, tmp_path):
+    def allocated(name, work):
+        return allocate(model.adapter, calib, parse_recipe(name), bits_per_weight=6, work=work).facts
+
+    allocated("rtn-w4a8", tmp_path)
+    assert allocated("rtn-w4a16-g32", tmp_path) == allocated("rtn-w4a16-g32", None)
+
+
+def test_other_limits_need_no_second_survey(model, calib, mixed, tmp_path, monkeypatch):
+    allocate(model.adapter, calib, parse_recipe("rtn-w4a8"), bits_per_weight=5, bits_per_activation=7, work=tmp_path)
+    monkeypatch.setattr(allocation, "weight_errors", None)
+    other = allocate(model.adapter, calib, parse_recipe("rtn-w4a8"), bits_per_weight=6, bits_per_activation=6, work=tmp_path)
+    assert other.facts == mixed.facts
+
+
+def test_allocation_and_sweep_share_sensitivities(model, calib, tmp_path, monkeypatch):
+    probe, count = sweep.measure, []
+    monkeypatch.setattr(sweep, "measure", lambda *rest, **more: count.append(1) or probe(*rest, **more))
+    whole = mq.quantize(model, calib, "rtn+mixed+sensitivity-w4a8")
+    kept = mq.quantize(model, calib, "rtn+mixed+sensitivity-w4a8", work=tmp_path)
+    assert len(count) == 3
+    assert kept.facts == whole.facts
 
 
 def test_nothing_asked_is_nothing_changed(model, calib):

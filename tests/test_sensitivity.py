@@ -233,3 +233,14 @@ def test_an_overflow_is_named(adapter):
     state["latent"] = mx.full(state["latent"].shape, float("nan"))
     with pytest.raises(NumericsError, match=r"sigma 0\.6: the velocity's gradient with respect to embed/image is NaN"):
         measure(adapter, adapter.stages, [SIGMA], [state], LAYERS)
+
+
+def test_tables_hold_all_of_it(adapter):
+    found = measure(adapter, adapter.stages, [SIGMA], [states_of(adapter)], LAYERS)
+    again = Sensitivity.of(found.tables)
+    assert again.sigma.dtype == found.sigma.dtype
+    assert again.sigma.tolist() == found.sigma.tolist()
+    for one, other in ((again.stages, found.stages), ({"": again.layers}, {"": found.layers})):
+        assert {k: {n: t.tolist() for n, t in v.items()} for k, v in one.items()} == {
+            k: {n: t.tolist() for n, t in v.items()} for k, v in other.items()
+        }

@@ -13,7 +13,8 @@ of that of its weight.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -23,17 +24,18 @@ import numpy.typing as npt
 from .errors import RecipeError
 from .formats import WeightFormat
 from .input_tables import LayerInput, Options, TierTables
+from .measurements import Measurements
 from .methods import knapsack, registry
 from .methods.moments import Moments, energy
 from .methods.tiers import TIERS
-from .models.adapter import Adapter, State
+from .models.adapter import Adapter, Stage, State
 from .progress import Progress, silent
 from .recipe import ActivationSpec, LayerSpec, Recipe
 from .rewrite import tapped
 from .sensitivity import Sensitivity
 from .statistics import Collector, InputRanges
-from .streams import CalibrationData, run_batch
-from .sweep import measured
+from .streams import CalibrationData, run_batch, run_stage
+from .sweep import measured, sensitivity_job
 
 Array = npt.NDArray[Any]
 WIDTHS = (2, 3, 4, 5, 6, 8)  # bits of a weight that MLX's kernels read
@@ -60,6 +62,16 @@ class Survey:
     input: Array | None
     work: float
 
+    @classmethod
+    def of(cls, path: str, tables: Mapping[str, Array]) -> Survey:
+        """A layer's, from what ``tables`` gave."""
+        return cls(tables[f"{path}/weight"], tables.get(f"{path}/input"), float(tables[f"{path}/work"][0]))
+
+    def tables(self, path: str) -> dict[str, Array]:
+        """Named as those of the layer at ``path``."""
+        own = {"weight": self.weight, "work": np.array([self.work])} | ({} if self.input is None else {"input": self.input})
+        return {f"{path}/{name}": table for name, table in own.items()}
+
 
 def allocate(
     adapter: Adapter,
@@ -69,6 +81,7 @@ def allocate(
     bits_per_activation: float | None = None,
     widths: Sequence[int] = WIDTHS,
     progress: Progress = silent,
+    work: Path | None = None,
 ) -> Allocation:
     """``recipe`` with other bits in each layer, those with the least predicted velocity error; None leaves weights or inputs as they are.
 
@@ -83,7 +96,8 @@ def allocate(
 
     Facts: ``layers`` by path, each with its weight format, ``bytes`` and predicted ``error``, and ``activation``, the mean bits of its
     input, with ``input_error``; in all ``error``, ``error_before`` (of the recipe's own weights), ``input_error``, and what is reached of
-    both limits. Deterministic. Raises RecipeError, before anything long starts, where a limit cannot be met.
+    both limits. Deterministic; with ``work``, a folder, a killed run resumes there. Raises RecipeError, before anything long starts,
+    where a limit cannot be met.
     """
     linears = adapter.linears()
     plan = recipe.plan({path: adapter.role(path) for path in linears})
@@ -91,7 +105,7 @@ def allocate(
     sizes = candidate_bytes(adapter, plan, widths)
     count = sum(linears[path].weight.size for path in plan)
     check_limits(adapter, recipe, plan, bits_per_weight, bits_per_activation, widths)
-    surveys = survey(adapter, calibration, plan, formats, bits_per_activation is not None, progress)
+    surveys = survey(adapter, calibration, plan, formats, bits_per_activation is not None, progress, work)
 
     before = {path: formats[path].index(spec.weight) for path, spec in plan.items()}
     chosen = before
@@ -195,19 +209,29 @@ def survey(
     formats: Mapping[str, Sequence[WeightFormat]],
     inputs: bool,
     progress: Progress = silent,
+    work: Path | None = None,
 ) -> dict[str, Survey]:
     """What bits buy in each planned layer, seen while the full-precision model runs over the calibration data.
 
     ``inputs`` asks for quantized inputs, too. A stage at a time: only the moments of one are in memory, and the states that enter and
-    leave it.
+    leave it. Finished stages are kept in ``work``.
     """
     sigmas, batches = calibration.batches(adapter)
     states: Sequence[State] = batches
-    costs = measured(adapter, adapter.stages, sigmas, states, plan, progress)
-    linears, found = adapter.linears(), dict[str, Survey]()
+    job = sensitivity_job(calibration, plan)
+    costs = measured(adapter, adapter.stages, sigmas, states, plan, progress, Measurements(work, job))
+    asked = {path: [asdict(spec), list(map(str, formats[path]))] for path, spec in plan.items()}
+    kept = Measurements(None if work is None else work / "allocation", job | {"asked": asked, "inputs": inputs})
+    linears, found, skipped = adapter.linears(), dict[str, Survey](), list[Stage]()
     after = {path: edge.after for edge in adapter.edges() for path in edge.consumers}
     for stage in adapter.stages:
         paths, left = [path for path in plan if stage.owns(path)], list[State]()
+        if (tables := kept.load(stage.name)) is not None:
+            found |= {path: Survey.of(path, tables) for path in paths}
+            skipped.append(stage)
+            continue
+        while skipped:
+            states = run_stage(adapter, skipped.pop(0), sigmas, states, progress)
         collector = Collector(inputs and any(plan[path].activation is not None for path in paths), costs.of_layer)
         with tapped(adapter.module, paths, collector):
             for index in progress(range(len(sigmas)), f"{stage.name}: inputs"):
@@ -220,6 +244,7 @@ def survey(
             if inputs and spec.activation is not None:
                 on_input = input_errors_of(path, spec.activation, seen.ranges, weight, costs, after.get(path, "") == "gelu")
             found[path] = Survey(on_weight, on_input, float(seen.moments.count * weight.size))
+        kept.save(stage.name, {name: table for path in paths for name, table in found[path].tables(path).items()})
     return {path: found[path] for path in plan}
 
 

@@ -275,7 +275,8 @@ def quantize(
     facts: dict[str, Any] = {}
     if recipe.allocates:
         limit = stored_bits(model.adapter, layers) if recipe.mixed and recipe.bits_per_weight is None else recipe.bits_per_weight
-        given = allocate(model.adapter, calib, recipe, limit, recipe.bits_per_activation, progress=progress)
+        place = None if work is None else Path(work)
+        given = allocate(model.adapter, calib, recipe, limit, recipe.bits_per_activation, progress=progress, work=place)
         recipe, facts["allocation"] = given.recipe, given.facts
     drawn: CalibrationData = calib
     done: QuantizedModel | None = None
@@ -311,7 +312,7 @@ def _quantize_once(
         store = tracks.store(adapter, layers)
     elif work is not None:
         store = FolderStore(work, artifacts.digest(made | versions()))
-    stages = sweep(adapter, calib, recipe, store, progress)
+    stages = sweep(adapter, calib, recipe, store, progress, work)
     return QuantizedModel(adapter, {**made, "stages": stages})
 
 

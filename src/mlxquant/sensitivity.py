@@ -14,7 +14,7 @@ Squared velocity error is averaged over the elements of a latent: velocities hav
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -29,6 +29,7 @@ from .progress import Progress, silent
 from .rewrite import get_module, swapped
 
 Array = npt.NDArray[Any]
+LEVELS = "/sigma"  # among tables
 
 
 @mx.custom_function
@@ -70,6 +71,22 @@ class Sensitivity:
     sigma: Array
     stages: dict[str, dict[str, Array]]
     layers: dict[str, Array]
+
+    @classmethod
+    def of(cls, tables: Mapping[str, Array]) -> Sensitivity:
+        """From what ``tables`` gave."""
+        stages = dict[str, dict[str, Array]]()
+        for name, table in tables.items():
+            stage, slash, key = name.rpartition("/")
+            if slash and stage:
+                stages.setdefault(stage, {})[key] = table
+        return cls(tables[LEVELS].astype(np.float32), stages, {path: table for path, table in tables.items() if "/" not in path})
+
+    @property
+    def tables(self) -> dict[str, Array]:
+        """All in one mapping: noise levels as ``/sigma``, what stages write as ``stage/tensor``, layers by path; float64."""
+        wrote = {f"{stage}/{key}": table for stage, tables in self.stages.items() for key, table in tables.items()}
+        return {LEVELS: self.sigma.astype(np.float64), **wrote, **self.layers}
 
     def of_stage(self, name: str, sigmas: Iterable[float]) -> dict[str, Array] | None:
         """By written tensor [len(sigmas), D], at the measured levels nearest to ``sigmas``; None for a stage that was not measured."""
@@ -128,11 +145,7 @@ def measure(
             raise NumericsError(
                 f"sigma {bad[0]:.4g}: the velocity's gradient with respect to {name} is NaN or infinite; the model overflows on this input"
             )
-    return Sensitivity(
-        np.array(order, np.float32),
-        {stage.name: {key: table[f"{stage.name}/{key}"] for key in keys} for stage, keys in zip(stages, probe.wrote, strict=True) if keys},
-        {path: table[path] for path in probe.gauged},
-    )
+    return Sensitivity.of({LEVELS: np.array(order), **table})
 
 
 class _Probe:

@@ -13,13 +13,15 @@ rounding looks at both streams, what enters the exact one is a fourth.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from .errors import NumericsError, RecipeError
+from .measurements import Measurements
 from .models.adapter import Adapter, Stage, State
 from .probabilities import quantize_probabilities
 from .progress import Progress, silent
@@ -32,6 +34,7 @@ from .streams import CalibrationData, Deviation, ExactStream, OnDemand, Weights,
 from .trials import Job, Rounding, Transforms, Trial
 
 SENSITIVITY_ROWS = 8
+SENSITIVITY = "sensitivity"  # its file among measurements
 
 
 class Sweep(Job):
@@ -216,10 +219,12 @@ def sweep(
     recipe: Recipe,
     store: Store | None = None,
     progress: Progress = silent,
+    work: Path | None = None,
 ) -> list[dict[str, Any]]:
     """Quantize ``adapter.module`` in place, stage by stage; returns one dictionary of facts a stage.
 
-    Raises RecipeError when the recipe does not fit, NumericsError on NaN activations.
+    ``store`` keeps finished stages, ``work`` is a folder for what is measured before the first. Raises RecipeError when the recipe does
+    not fit, NumericsError on NaN activations.
     """
     plan = recipe.plan({path: adapter.role(path) for path in adapter.linears()})
     sigmas, states = calibration.batches(adapter)
@@ -227,7 +232,10 @@ def sweep(
     every = both or any(spec.reconstruct is not None for spec in plan.values())
     judged = range(len(sigmas)) if every else calibration.judged(len(sigmas))
     teacher = ExactStream(adapter, [sigmas[index] for index in judged], states.some(judged), progress, both)
-    sensitivity = measured(adapter, adapter.stages, sigmas, states, plan, progress) if recipe.sensitivity else None
+    sensitivity = None
+    if recipe.sensitivity:
+        kept = Measurements(work, sensitivity_job(calibration, plan))
+        sensitivity = measured(adapter, adapter.stages, sigmas, states, plan, progress, kept)
     job = Sweep(adapter, recipe, plan, sigmas, teacher, sensitivity=sensitivity, progress=progress, judged=judged)
     return job.run(adapter.stages, states, store)
 
@@ -239,16 +247,28 @@ def measured(
     states: Sequence[State],
     plan: Mapping[str, LayerSpec],
     progress: Progress,
+    kept: Measurements | None = None,
 ) -> Sensitivity:
     """Sensitivities of the stages and of the planned layers, on a few rows of each noise level, which suffice for an average: the first
     of its batches, as many as one backward pass may have.
 
-    In batches as the sampler has them these are guided rows, whose errors guidance multiplies by more than the others'.
+    In batches as the sampler has them these are guided rows, whose errors guidance multiplies by more than the others'. What is ``kept``
+    already is not measured again.
     """
+    if kept is not None and (tables := kept.load(SENSITIVITY)) is not None:
+        return Sensitivity.of(tables)
     count, seen, some = min(SENSITIVITY_ROWS, adapter.rows), Counter[float](), list[int]()
     for index, sigma in enumerate(sigmas):
         if seen[sigma] < SENSITIVITY_ROWS:
             seen[sigma] += min(count, next(iter(states[index].values())).shape[0])
             some.append(index)
     few = OnDemand(lambda index: {key: value[:count] for key, value in states[some[index]].items()}, range(len(some)))
-    return measure(adapter, stages, [sigmas[index] for index in some], few, plan, progress=progress)
+    found = measure(adapter, stages, [sigmas[index] for index in some], few, plan, progress=progress)
+    if kept is not None:
+        kept.save(SENSITIVITY, found.tables)
+    return found
+
+
+def sensitivity_job(calibration: CalibrationData, plan: Iterable[str]) -> dict[str, Any]:
+    """What sensitivities depend on, for ``Measurements``: not on how the layers of ``plan`` are quantized."""
+    return {"calibration": calibration.record, "layers": list(plan)}

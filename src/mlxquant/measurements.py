@@ -1,0 +1,48 @@
+"""What was measured once for a long job, on disk: a killed run does not measure it again, and goes on with the same numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+from . import artifacts
+from .errors import ArtifactError
+
+Array = npt.NDArray[np.float64]
+KIND = "measurement"
+
+
+class Measurements:
+    """Named groups of float64 arrays, a file each in ``folder``; without a folder nothing is kept.
+
+    ``job`` is plain data, all that the numbers depend on: files of another job, or of another version, are not taken.
+    """
+
+    def __init__(self, folder: Path | None, job: Any):
+        self._folder, self._job = folder, artifacts.digest([job, artifacts.versions()])
+        if folder is not None:
+            artifacts.ensure_writable(folder)
+
+    def _path(self, folder: Path, name: str) -> Path:
+        return folder / f"{name}.{KIND}.safetensors"
+
+    def load(self, name: str) -> dict[str, Array] | None:
+        """What ``save`` kept for this job, bit for bit, or None. A damaged file raises ArtifactError."""
+        if self._folder is None or not self._path(self._folder, name).exists():
+            return None
+        try:
+            arrays, header = artifacts.read_tensors(self._path(self._folder, name), KIND)
+        except ArtifactError as error:
+            raise ArtifactError(f"{error}; or pass --no-resume, or remove the file: this is then measured again") from error
+        return {key: np.array(bits).view(np.float64) for key, bits in arrays.items()} if header["job"] == self._job else None
+
+    def save(self, name: str, arrays: Mapping[str, Array]) -> None:
+        """Keep arrays of any shape but (); as uint64, for Metal has no float64."""
+        if self._folder is not None:
+            bits = {key: mx.array(np.ascontiguousarray(value, np.float64).view(np.uint64)) for key, value in arrays.items()}
+            artifacts.write_tensors(self._path(self._folder, name), KIND, bits, {"job": self._job})
