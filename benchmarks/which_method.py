@@ -4,7 +4,8 @@ Every method at six formats on ``mmdit-shapes``: PSNR of the decoded picture aga
 prompts (mean and bootstrap 95 % interval), the paired difference to ``gptq`` in the same format with its interval, attribute accuracy,
 stored bits a weight of the whole model, and CPU seconds to quantize. Calibration is the same for all: 16 prompts, 28 steps. Rows that
 are in ``--work`` already are not computed again, so several processes may share it; those behind the README are in
-``benchmarks/results/which_method``. ``--table`` prints what is there. The last line of stdout is one JSON object.
+``benchmarks/results/which_method``. ``--table`` prints what is there. After the rows comes one table of PSNR and accuracy, methods by
+formats. The last line of stdout is one JSON object.
 """
 
 from __future__ import annotations
@@ -109,6 +110,26 @@ def format_of(name: str) -> str:
     return name.partition("@")[0].rpartition("-")[2]
 
 
+def method_of(name: str) -> str:
+    """Without the format: ``taqdit@300`` of ``taqdit-w4a8@300``."""
+    recipe, at, iterations = name.partition("@")
+    return recipe.rpartition("-")[0] + at + iterations
+
+
+def cell(figures: dict[str, Any] | None) -> str:
+    return "" if figures is None else f"{figures['psnr_db']:.2f} ({figures['accuracy']:.1%})"
+
+
+def say_matrix(figures: dict[str, dict[str, Any]]) -> None:
+    """PSNR and accuracy, a line a method, the best at W4A8 first."""
+    by_method: dict[str, dict[str, dict[str, Any]]] = {}
+    for name, row in figures.items():
+        by_method.setdefault(method_of(name), {})[format_of(name)] = row
+    say(f"\n| method | {' | '.join(form.upper() for form in FORMATS)} |\n|---|{'---|' * len(FORMATS)}")
+    for method, found in sorted(by_method.items(), key=lambda item: -item[1].get("w4a8", {"psnr_db": 0.0})["psnr_db"]):
+        say(f"| `{method}` | {' | '.join(cell(found.get(form)) for form in FORMATS)} |")
+
+
 def line(name: str, figures: dict[str, Any]) -> str:
     low, high = figures["psnr_95"]
     gain = ""
@@ -137,6 +158,7 @@ def main(num_prompts: int, names: tuple[str, ...], table: bool, work: Path) -> N
     for form in FORMATS:
         for name in sorted((n for n in wanted if format_of(n) == form), key=lambda n: -figures[n]["psnr_db"]):
             say(line(name, figures[name]))
+    say_matrix(figures)
     exact = {"accuracy": accuracy(bench, bench.reference)}
     result({"num_prompts": num_prompts, "full_precision": exact, "platform": platform.platform(), "rows": figures})
 
