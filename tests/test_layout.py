@@ -11,7 +11,7 @@ ORDER = [
     ["artifacts", "formats", "hub", "layer_patterns", "schedule"],
     ["activations", "corpus", "metrics", "prompts", "rewrite", "sampler", "methods.registry", "methods.moments", "methods.adaround"],
     ["integer_matmul", "turned_norm", "packed_arrays", "methods.hadamard", "methods.lowrank"],
-    ["layers", "measurements", "report", "statistics"],
+    ["layers", "measurements", "report", "run_order", "statistics"],
     ["affine", "model_size", "transform"],
     ["methods"],
     ["recipe"],

@@ -26,6 +26,7 @@ from .models.adapter import Adapter, Edge, Fold, Stage, State
 from .progress import Progress, silent
 from .recipe import ActivationSpec, LayerSpec, Recipe
 from .rewrite import swapped, tapped
+from .run_order import levels
 from .sensitivity import Sensitivity
 from .statistics import Collector, InputRanges, InputStatistics, Sharing
 from .store import Attentions, Layers
@@ -165,7 +166,7 @@ class Rounding:
     def _trials(self, names: list[str], transforms: Transforms, keep_ranges: bool = False) -> list[Trial]:
         trials = [Trial(name, attentions=self._attentions) for name in names]
         with self._applied(transforms) as (online, folded):
-            for group in self._groups():
+            for group in self._groups:
                 statistics = self._statistics(group, online, trials[0].modules)
                 if keep_ranges:
                     self._ranges |= {path: statistics[path].ranges for path in group}
@@ -176,16 +177,16 @@ class Rounding:
             trial.report = {path: trial.report[path] for path in self._specs}
         return trials
 
+    @cached_property
     def _groups(self) -> list[list[str]]:
-        """Layers that are rounded together: all of them, or in a sequential recipe those that read a tensor and their like in other
-        streams, in the order in which they run.
+        """Layers that are rounded together: all of them, or in a sequential recipe those that hang on none but rounded ones (q, k and v
+        of all streams, then their outputs).
         """
         if not self._job.recipe.sequential:
             return [list(self._specs)]
-        groups: dict[str, list[str]] = {}
-        for path, leader in self._leader.items():
-            groups.setdefault(leader.rpartition(".")[2], []).append(path)
-        return list(groups.values())
+        job, row = self._job, {key: value[:1] for key, value in self._inputs[0].items()}
+        with job.adapter.clock.at(job.sigmas[0]):
+            return levels(job.adapter.module, lambda: self._stage.run(row), self._leader)
 
     @contextmanager
     def _applied(self, transforms: Transforms) -> Iterator[tuple[dict[str, Transform], Folded]]:
