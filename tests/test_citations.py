@@ -42,7 +42,19 @@ def test_each_paper_once_with_what_it_is_used_for():
 
 
 def test_ranges_count_only_where_inputs_are_quantized():
-    assert keys(citation("rtn+tdq-w4a16")) == []
+    assert "range dynamic" in citation("tcaqdm-w4a8")
+    assert "range dynamic" not in citation("tcaqdm-w4a16")
+
+
+def test_quantized_probabilities_are_cited():
+    assert keys(citation("rtn+softmax8-w4a8")) == ["huang2024tcaqdm"]
+    assert "quantized attention probabilities" in citation("tcaqdm-w4a4")
+    assert "quantized attention probabilities" not in citation("tcaqdm-w4a16")
+
+
+def test_what_is_no_recipe_is_refused():
+    with pytest.raises(RecipeError, match="None: expected a recipe, its name, or a quantized model"):
+        citation(None)
 
 
 def test_dropped_quantization_counts_only_where_codes_are_learned():

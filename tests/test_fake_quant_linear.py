@@ -211,7 +211,10 @@ def test_what_cannot_be_is_refused():
         layer.get_activation_qparams(timestamp=0)
     with pytest.raises(AdapterError, match="width 24, found 23"):
         layer(mx.zeros((2, 23)), timestamp=0)
-    for time in (float("nan"), [1, 2]):
+    for value in (np.zeros((2, 24), np.float32), [0.0] * 24, mx.array(1.0)):
+        with pytest.raises(AdapterError, match=r"takes mx\.array of"):
+            layer(value, timestamp=0)
+    for time in (float("nan"), [1, 2], "a", None):
         with pytest.raises(CalibrationError, match="one finite number"):
             layer(inputs(), timestamp=time)
     with pytest.raises(NumericsError, match="timestep 3 holds NaN"):
@@ -220,6 +223,12 @@ def test_what_cannot_be_is_refused():
     for options in ({"R_trunc": 0.5}, {"activation_bits": 1}, {"weight_bits": 9}):
         with pytest.raises(RecipeError):
             FakeQuantLinear(24, 8, **options)
+    for sizes in ((0, 8), (24, -1), (2.5, 8), ("24", 8)):
+        with pytest.raises(RecipeError, match="whole numbers of at least 1"):
+            FakeQuantLinear(*sizes)
+    for dtype in (mx.int8, "float16", np.float32):
+        with pytest.raises(RecipeError, match=r"dtype must be one of mx\.float32"):
+            FakeQuantLinear(24, 8, dtype=dtype)
 
 
 def test_ratios_are_truncated_and_at_least_one():

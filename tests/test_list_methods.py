@@ -25,7 +25,12 @@ def test_what_recipes_are_made_of_is_listed():
     assert set(facts["recipes"]) == set(METHODS)
     assert set(facts["ingredients"]) == set(INGREDIENTS)
     assert facts["recipes"]["gptq"] == {"steps": "search", "rounding": "gptq"}
-    assert "taqdit        steps search, rounding gptq, reconstruct adaround, transforms smoothquant" in said
+    row = next(line for line in said.splitlines() if line.startswith("taqdit "))
+    assert "steps search, rounding gptq, reconstruct adaround, transforms smoothquant" in row
+    assert all(arxiv in row for arxiv in ("2411.14172", "2004.10568", "2210.17323", "2211.10438"))
+    assert facts["papers"]["recipes"]["mixed"] == ["1911.03852", "2210.17323"]
+    assert facts["papers"]["ingredients"]["mixed"] == ["1911.03852"]
+    assert facts["papers"]["ingredients"]["softmax4"] == ["2412.16700"]
     for name in facts["recipes"]:
         assert citation(f"{name}-w4a8") is not None
 

@@ -88,6 +88,11 @@ def test_only_some_methods_look_at_both_streams():
         ("quarot+rotation-w4a8", "'rotation' comes after 'rotation'"),
         ("gptq+tdq+logsnr-w4a8", "'logsnr' comes after 'tdq'; a recipe has one range method"),
         ("svdquant+whitened8-w4a8", "'whitened8' comes after 'svd'; a recipe has one branch"),
+        ("gptq+softmax8+softmax4-w4a8", "'softmax4' comes after 'softmax8'; a recipe has one width of probabilities"),
+        ("gptq+logsnr-w4a16", "'logsnr' is about quantized inputs, and a16 has none; leave it out, or choose a8, a6 or a4"),
+        ("gptq+shift-w4a16", "'shift' is about quantized inputs"),
+        ("taqdit+tiers-w4a16", "'tiers' is about quantized inputs"),
+        ("rtn+damped-w4a8", "'damped' chooses a damping, and rtn has none; leave it out, or round by gptq"),
         ("qronos+corrected-w4a8", "qronos makes up for the layers before by itself; for 'corrected' use gptq"),
         ("gptaq+refit-w4a8", "gptaq makes up for the layers before by itself; for 'refit' use gptq"),
         ("gptq", r"expected METHOD\[\+INGREDIENT"),
@@ -97,3 +102,26 @@ def test_only_some_methods_look_at_both_streams():
 def test_unknown_names_are_refused(name, message):
     with pytest.raises(RecipeError, match=message):
         parse_recipe(name)
+
+
+def test_inputs_that_only_an_override_quantizes_are_inputs():
+    assert parse_recipe("gptq+logsnr-w4a16", ["*.fc2=w4a8"]).rules[0][1].activation.range == "logsnr"
+
+
+@pytest.mark.parametrize(("spec", "bits"), [("w4a8", 8), ("w4a6", 6), ("w4a4", 4), ("w4a16", None)])
+def test_tcaqdm_quantizes_probabilities_as_it_does_inputs(spec, bits):
+    assert parse_recipe(f"tcaqdm-{spec}").probabilities == bits
+    assert parse_recipe(f"tcaqdm+softmax6-{spec}").probabilities == 6
+
+
+def test_damping_is_chosen_for_whatever_has_one():
+    for name in ("gptq+damped-w4a8", "rtn+corrected+damped-w4a8", "rtn+whitened8+damped-w4a8"):
+        assert parse_recipe(name).rules[-1][1].held_out
+
+
+@pytest.mark.parametrize(
+    ("ingredient", "field", "value"), [("mse", "steps", "mse"), ("refit", "refine", "refit"), ("adaround", "reconstruct", "adaround")]
+)
+def test_every_kind_of_a_layers_methods_can_be_named(ingredient, field, value):
+    for method in ("gptq", "rtn"):
+        assert getattr(parse_recipe(f"{method}+{ingredient}-w4a8").rules[-1][1], field) == value

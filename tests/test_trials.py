@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 import mlxquant as mq
-from mlxquant import sweep, trials
+from mlxquant import layer_rounding, sweep, trials
 from mlxquant.errors import NumericsError, RecipeError
 from mlxquant.methods import registry
+from mlxquant.methods.lowrank import DAMPINGS, LowRank
 from mlxquant.models.attention import find_quantized_attentions
 from mlxquant.presets import parse_recipe
 from mlxquant.rewrite import parameters
@@ -173,6 +174,49 @@ def test_only_the_trial_that_is_learned_from_keeps_what_learning_takes(spiky, ca
     mq.quantize(spiky, calib, replace(recipe, learning=replace(recipe.learning, iterations=1)))
     assert losers
     assert not any(trial.goals for trial in losers)
+
+
+def test_a_branch_that_hurts_is_left_out_and_what_comes_after_goes_on_without(spiky, calib, monkeypatch):
+    def noise(weight, moments, rank, quantize):
+        rng = np.random.default_rng(0)
+        return LowRank(rng.normal(size=(len(weight), rank)).astype(np.float16), rng.normal(size=(rank, weight.shape[1])).astype(np.float16))
+
+    good = mq.quantize(spiky, calib, "gptq+svd2+smoothquant-w4a8")
+    monkeypatch.setitem(registry._METHODS, ("branch", "svd"), replace(registry.get("branch", "svd"), function=noise))
+    monkeypatch.setattr(layer_rounding, "refitted", lambda branch, *rest: branch)
+    done, plain = (mq.quantize(spiky, calib, f"gptq{branch}+smoothquant-w4a8") for branch in ("+svd2", ""))
+    blocks = [stage for stage in done.facts["stages"] if stage["stage"].startswith("multimodal")]
+    assert all(stage["kept"].startswith("without branch") for stage in blocks)
+    assert all(layer.branch is None for layer in done.layers.values())
+    assert [s["error"] for s in blocks] == [s["error"] for s in plain.facts["stages"] if s["stage"].startswith("multimodal")]
+    assert any(layer.branch is not None for layer in good.layers.values())
+    assert all(stage["error"] <= stage["errors"].get("without branch", np.inf) for stage in good.facts["stages"])
+
+
+def test_a_shift_that_hurts_is_left_out(spiky, calib, monkeypatch):
+    table = trials.activation_table
+
+    def spoilt(seen, spec, layer, after):
+        found = table(seen, spec, layer, after)
+        return replace(found, step=found.step * 9) if spec.shift and after == "gelu" else found
+
+    monkeypatch.setattr(trials, "activation_table", spoilt)
+    done, plain = (mq.quantize(spiky, calib, f"gptq{shift}-w8a8") for shift in ("+shift", ""))
+    blocks = [stage for stage in done.facts["stages"] if stage["stage"].startswith("multimodal")]
+    assert {stage["kept"] for stage in blocks} == {"without shift"}
+    np.testing.assert_array_equal(velocity(done), velocity(plain))
+
+
+def test_nothing_is_tried_without_what_no_layer_has(spiky, calib):
+    stages = mq.quantize(spiky, calib, "gptq-w4a8").facts["stages"]
+    assert {name for stage in stages for name in stage["errors"]} == {"calibrated", "rtn"}
+
+
+def test_the_damping_of_a_branch_is_recorded(spiky, calib):
+    done = mq.quantize(spiky, calib, "gptq+whitened2-w4a8")
+    rows = [row for stage in done.facts["stages"] for row in stage["layers"].values()]
+    assert {row["branch_damping"] for row in rows if "branch_damping" in row} <= set(DAMPINGS)
+    assert any("branch_damping" in row for row in rows)
 
 
 def test_damping_is_chosen_and_recorded(spiky, calib):

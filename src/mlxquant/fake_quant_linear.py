@@ -60,8 +60,14 @@ class FakeQuantLinear(nn.Module):
         weight_bits: int = 8,
         activation_bits: int = 8,
     ):
-        """Raises RecipeError on bits outside of 2 to 8, or a truncation ``R_trunc`` below 1."""
+        """Raises RecipeError on bits outside of 2 to 8, a truncation ``R_trunc`` or widths below 1, or a dtype that is not floating."""
         super().__init__()
+        if not all(isinstance(width, int | np.integer) and width >= 1 for width in (in_features, out_features)):
+            raise RecipeError(
+                f"in_features and out_features must be whole numbers of at least 1, found {in_features!r} and {out_features!r}"
+            )
+        if not (isinstance(dtype, mx.Dtype) and mx.issubdtype(dtype, mx.floating)):
+            raise RecipeError(f"dtype must be one of mx.float32, mx.float16 and mx.bfloat16, found {dtype!r}")
         if not 2 <= activation_bits <= 8:
             raise RecipeError(f"activation bits must be 2 to 8, found {activation_bits}")
         if not (math.isfinite(R_trunc) and R_trunc >= 1):
@@ -96,9 +102,13 @@ class FakeQuantLinear(nn.Module):
     def __call__(self, x: mx.array, timestamp: float) -> mx.array:
         """x [...,in] at a timestep to [...,out] in the layer's dtype.
 
-        Raises AdapterError on another width, CalibrationError on a timestep that is no finite number, and, while it calibrates,
-        NumericsError on NaN or infinite inputs.
+        Raises AdapterError on another width or what is no MLX array, CalibrationError on a timestep that is no finite number, and, while
+        it calibrates, NumericsError on NaN or infinite inputs.
         """
+        if not isinstance(x, mx.array) or not x.ndim:
+            raise AdapterError(
+                f"this layer takes mx.array of [..., {self.weight.shape[1]}], found {type(x).__name__}; convert it by mx.array"
+            )
         if x.shape[-1] != self.weight.shape[1]:
             raise AdapterError(f"this layer takes inputs of width {self.weight.shape[1]}, found {x.shape[-1]}")
         values, time = x.astype(mx.float32), self._time(timestamp)
@@ -171,7 +181,10 @@ class FakeQuantLinear(nn.Module):
         }
 
     def _time(self, timestamp: float) -> float:
-        time = np.asarray(timestamp, np.float32)
+        try:
+            time = np.asarray(timestamp, np.float32)
+        except (TypeError, ValueError):
+            time = np.full(1, np.nan, np.float32)
         if time.size != 1 or not np.isfinite(time).all():
             raise CalibrationError(f"a timestep is one finite number, found {timestamp!r}; call the layer once for each timestep")
         return float(time.reshape(()))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from inspect import signature
 from typing import Any
 
 import mlx.core as mx
@@ -30,14 +29,15 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class Dampings:
-    """Chosen dampings of the corrected ``target`` and of the ``rounding``, None where it is the method's own."""
+    """Chosen dampings of the corrected ``target``, of the ``rounding`` and of a ``branch``, None where it is the method's own."""
 
     target: float | None = None
     rounding: float | None = None
+    branch: float | None = None
 
     @property
     def facts(self) -> dict[str, float]:
-        named = {"target_damping": self.target, "damping": self.rounding}
+        named = {"target_damping": self.target, "damping": self.rounding, "branch_damping": self.branch}
         return {name: value for name, value in named.items() if value is not None}
 
 
@@ -101,6 +101,7 @@ def quantize_layer(linear: nn.Linear, spec: LayerSpec, moments: Moments, path: s
         target, branch, grid, codes = _quantized(weight, spec, moments, dampings)
     except MlxQuantError as error:
         raise type(error)(f"layer {path}: {error}") from error
+    dampings = dampings if branch is None else replace(dampings, branch=branch.damping)
     bias = linear.bias if "bias" in linear else None
     divisor = None if transform.divisor is None else mx.array(transform.divisor, mx.float32)
     return Rounded(QuantizedLinear(codes, grid, bias, divisor, transform.block, branch), weight, target, moments, dampings)
@@ -111,7 +112,7 @@ def _choose_dampings(weight: Array, spec: LayerSpec, moments: Moments) -> Dampin
     chosen = Dampings()
     if spec.held_out and spec.corrected:
         chosen = Dampings(target=_damping(choose_damping(weight, corrected_target, moments, TARGETS)))
-    if spec.held_out and _is_damped(spec.rounding):
+    if spec.held_out and registry.get("round", spec.rounding).damped:
 
         def quantize(rows: Array, seen: Moments, damping: float) -> Array:
             _, branch, grid, codes = _quantized(rows, spec, seen, replace(chosen, rounding=damping))
@@ -126,23 +127,22 @@ def _damping(choice: Choice | None) -> float | None:
     return None if choice is None else choice.damping
 
 
-def _is_damped(rounding: str) -> bool:
-    return "damping" in signature(registry.get("round", rounding).function).parameters
-
-
 def _quantized(weight: Array, spec: LayerSpec, moments: Moments, dampings: Dampings) -> tuple[Array, LowRank | None, Grid, Array]:
     """What the integers of a weight [rows,in] aim at, the branch beside them, their grid and their codes uint8 [rows,in]."""
     aim = {} if dampings.target is None else {"damping": dampings.target}
     target = corrected_target(weight, moments, **aim) if spec.corrected else weight
     options = {} if dampings.rounding is None else {"damping": dampings.rounding}
 
-    def rounded(values: Array) -> tuple[Grid, Array]:
-        grid = registry.get("steps", spec.steps).function(values, spec.weight, moments)
-        codes = registry.get("round", spec.rounding).function(values, grid, moments, **options)
-        return registry.get("refine", "refit").function(values, grid, codes, moments, **options) if spec.refine else (grid, codes)
+    def rounded(values: Array, seen: Moments | None = moments) -> tuple[Grid, Array]:
+        grid = registry.get("steps", spec.steps).function(values, spec.weight, seen)
+        codes = registry.get("round", spec.rounding).function(values, grid, seen, **options)
+        if spec.refine is None:
+            return grid, codes
+        refined: tuple[Grid, Array] = registry.get("refine", spec.refine).function(values, grid, codes, seen, **options)
+        return refined
 
-    def dequantized(values: Array) -> Array:
-        grid, codes = rounded(values)
+    def dequantized(values: Array, seen: Moments | None) -> Array:
+        grid, codes = rounded(values, seen)
         return grid.dequantize(codes)
 
     if spec.branch is None:

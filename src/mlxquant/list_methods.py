@@ -8,9 +8,10 @@ from typing import Any
 
 import click
 
+from .citations import used
 from .console import Command, result, say, verbose_option
 from .methods import registry
-from .presets import INGREDIENTS, METHODS, Method
+from .presets import INGREDIENTS, METHODS, NAMED, Method, parse_recipe
 
 
 @click.command("methods", cls=Command)
@@ -20,7 +21,7 @@ def command(only_json: bool) -> None:
     """List every method with its paper, and what recipes are made of.
 
     A recipe is METHOD[+INGREDIENT...]-wBaB. A METHOD is one of those below or the name of any way to round; an INGREDIENT is one of
-    those below, or a transform, range or branch.
+    those below, or any method that is no way to round, no tier and no fake quantizer.
     """
     found = catalogue()
     if not only_json:
@@ -39,14 +40,31 @@ def catalogue() -> dict[str, Any]:
         ],
         "recipes": {name: differences(method) for name, method in METHODS.items()},
         "ingredients": dict(INGREDIENTS),
+        "papers": papers(),
+    }
+
+
+def papers() -> dict[str, dict[str, list[str]]]:
+    """arXiv ids behind each METHOD and, less those of gptq itself, each INGREDIENT."""
+
+    def of(recipe: str) -> set[str]:
+        return {arxiv for _, key in used(parse_recipe(recipe).to_dict()) if (arxiv := arxiv_id(key)) is not None}
+
+    plain = of("gptq-w4a8")
+    return {
+        "recipes": {name: sorted(of(f"{name}-w4a8")) for name in METHODS},
+        "ingredients": {name: sorted(of(f"gptq+{name}-w4a8") - plain) for name in INGREDIENTS},
     }
 
 
 def paper(method: registry.Method) -> str | None:
     """The arXiv id of the paper that a method is from; None for what nobody claims."""
-    if method.citation_key is None:
-        return None
-    found = re.search(r"arXiv:(\d{4}\.\d{4,5})", registry.CITATIONS[method.citation_key])
+    return None if method.citation_key is None else arxiv_id(method.citation_key)
+
+
+def arxiv_id(key: str) -> str | None:
+    """Of a paper in ``registry.CITATIONS``; None where it has none."""
+    found = re.search(r"arXiv:(\d{4}\.\d{4,5})", registry.CITATIONS[key])
     return None if found is None else found[1]
 
 
@@ -62,9 +80,13 @@ def table(found: dict[str, Any]) -> list[str]:
     for row in found["methods"]:
         lines.append(f"{row['kind'] if row['kind'] != last else '':<12}{row['name']:<18}{row['paper'] or '':<12}{row['summary']}")
         last = row["kind"]
-    for title, part in (("METHOD", found["recipes"]), ("INGREDIENT", found["ingredients"])):
-        lines += ["", f"{title:<14}stands for", *(f"{name:<14}{words(parts)}" for name, parts in part.items())]
-    return [*lines, "", "A recipe is METHOD[+INGREDIENT...]-wBaB; METHOD may be any round, INGREDIENT any transform, range or branch."]
+    for title, part in (("METHOD", "recipes"), ("INGREDIENT", "ingredients")):
+        cited = {name: " ".join(ids) for name, ids in found["papers"][part].items()}
+        width = 2 + max(map(len, cited.values()))
+        lines += ["", f"{title:<14}{'arXiv':<{width}}stands for"]
+        lines += [f"{name:<14}{cited[name]:<{width}}{words(parts)}" for name, parts in found[part].items()]
+    kinds = ", ".join(NAMED)
+    return [*lines, "", f"A recipe is METHOD[+INGREDIENT...]-wBaB; METHOD may be any round, INGREDIENT any of {kinds}."]
 
 
 def words(parts: dict[str, Any]) -> str:

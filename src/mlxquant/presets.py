@@ -1,7 +1,7 @@
 """Recipes by name: ``METHOD[+INGREDIENT...]-SPEC``, such as ``gptq-w4a8``, ``rtn-w3a16-g128`` or ``qronos+rotation+whitened16-w4a4``.
 
-Every registered rounding method is a METHOD, with its steps searched, beside those in ``METHODS``. Every registered transform, range and
-branch is an INGREDIENT, beside those in ``INGREDIENTS``; so what is registered can be named at once.
+Every registered rounding method is a METHOD, with its steps searched, beside those in ``METHODS``. Every registered method of the
+``NAMED`` kinds is an INGREDIENT, beside those in ``INGREDIENTS``; so what is registered can be named at once.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from .methods.tiers import BUDGET
 from .recipe import ActivationSpec, LayerSpec, Recipe
 
 RANK = 32  # of a branch that names none, as in SVDQuant
+LIKE_INPUTS = "like inputs"  # probabilities of as many bits as a recipe's inputs, exact where these are
 
 
 @dataclass(frozen=True)
@@ -33,14 +34,14 @@ class Method:
     branch: str | None = None
     rank: int = 0
     held_out: bool = False
-    refine: bool = False
+    refine: str | None = None
     range: str = "extremes"
     shift: bool = False
     budget: float | None = None
     sensitivity: bool = False
     sequential: bool = False
     rounds: int = 1
-    probabilities: int | None = None
+    probabilities: int | str | None = None
     mixed: bool = False
     bits_per_weight: float | None = None
 
@@ -70,7 +71,7 @@ METHODS = {
     "quarot": Method(transforms=("rotation",)),
     "svdquant": Method(transforms=("smoothquant",), branch="svd", rank=RANK),
     "adaround": Method(rounding="rtn", reconstruct="adaround"),
-    "tcaqdm": Method(rounding="rtn", reconstruct="adaround", transforms=("tcaq",), range="dynamic", rounds=2, probabilities=8),
+    "tcaqdm": Method(rounding="rtn", reconstruct="adaround", transforms=("tcaq",), range="dynamic", rounds=2, probabilities=LIKE_INPUTS),
     "mixed": Method(mixed=True),
     "taqdit": Method(reconstruct="adaround", transforms=("smoothquant",), shift=True, budget=BUDGET, sensitivity=True),
 }
@@ -80,7 +81,6 @@ INGREDIENTS: dict[str, dict[str, Any]] = {
     "sequential": {"sequential": True},
     "sensitivity": {"sensitivity": True},
     "damped": {"held_out": True},
-    "refit": {"refine": True},
     "learned": {"reconstruct": "adaround"},
     "unclipped": {"steps": "extremes"},
     "tiers": {"budget": BUDGET, "sensitivity": True},
@@ -88,12 +88,13 @@ INGREDIENTS: dict[str, dict[str, Any]] = {
     "mixed": {"mixed": True},
     **{f"softmax{bits}": {"probabilities": bits} for bits in BITS[:-1]},
 }
+NAMED = ("transform", "branch", "range", "steps", "refine", "reconstruct")  # of two with one name the first is meant
 _SPEC = re.compile(r"(w[2-8])a(4|6|8|16)((?:-tensor|-g\d+)?(?:-sym|-asym)?)(-static|-token)?")
 
 
 def ingredients() -> list[str]:
-    """What can stand after a ``+``: those with a name of their own, then transforms, branches and ranges as they are registered."""
-    return [*INGREDIENTS, *(method.name for kind in ("transform", "branch", "range") for method in registry.members(kind))]
+    """What can stand after a ``+``: those with a name of their own, then the ``NAMED`` kinds as they are registered."""
+    return list(dict.fromkeys([*INGREDIENTS, *(method.name for kind in NAMED for method in registry.members(kind))]))
 
 
 def parse_method(text: str) -> Method:
@@ -113,21 +114,25 @@ def _with(method: Method, ingredient: str) -> Method:
     branches = {branch.name for branch in registry.members("branch")}
     name, rank = ingredient.rstrip("0123456789"), ingredient[len(ingredient.rstrip("0123456789")) :]
     if ingredient in INGREDIENTS:
+        if isinstance(method.probabilities, int) and "probabilities" in INGREDIENTS[ingredient]:
+            raise RecipeError(f"{ingredient!r} comes after 'softmax{method.probabilities}'; a recipe has one width of probabilities")
         return replace(method, **INGREDIENTS[ingredient])
-    if ingredient in {transform.name for transform in registry.members("transform")}:
-        if "rotation" in method.transforms:
-            raise RecipeError(f"{ingredient!r} comes after 'rotation', which must be the last: mixed channels have no scales")
-        return replace(method, transforms=(*method.transforms, ingredient))
-    if ingredient in {found.name for found in registry.members("range")}:
-        if method.range != Method.range:
-            raise RecipeError(f"{ingredient!r} comes after {method.range!r}; a recipe has one range method")
-        return replace(method, range=ingredient)
     if limit := re.fullmatch(r"mixed(\d+(?:\.\d+)?)", ingredient):
         return replace(method, mixed=True, bits_per_weight=float(limit[1]))
     if name in branches and not rank.startswith("0"):
         if method.branch is not None:
             raise RecipeError(f"{ingredient!r} comes after {method.branch!r}; a recipe has one branch")
         return replace(method, branch=name, rank=int(rank or RANK))
+    kind = next((kind for kind in NAMED if any(found.name == ingredient for found in registry.members(kind))), None)
+    if kind == "transform":
+        if "rotation" in method.transforms:
+            raise RecipeError(f"{ingredient!r} comes after 'rotation', which must be the last: mixed channels have no scales")
+        return replace(method, transforms=(*method.transforms, ingredient))
+    if kind == "range" and method.range not in (Method.range, ingredient):
+        raise RecipeError(f"{ingredient!r} comes after {method.range!r}; a recipe has one range method")
+    if kind is not None:
+        fields: dict[str, Any] = {kind: ingredient}
+        return replace(method, **fields)
     raise RecipeError(f"unknown ingredient {ingredient!r}; known: {', '.join(sorted(ingredients()))}, and a rank after {sorted(branches)}")
 
 
@@ -168,15 +173,28 @@ def parse_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
         main = parse_spec(match[2], method)
     except RecipeError as error:
         raise RecipeError(f"unknown recipe {name!r}: {error}") from error
-    rules = [parse_override(text, method) for text in overrides]
+    rules: list[tuple[str, LayerSpec | None]] = [parse_override(text, method) for text in overrides]
     rules += [(role, main.careful) for role in ("@modulation", "@embedder", "@output")]
+    rules.append(("*", main))
+    quantized = [spec for _, spec in rules if spec is not None]
+    refuse_idle(name, match[1].split("+")[1:], method, inputs=any(spec.activation is not None for spec in quantized))
+    own = None if main.activation is None else main.activation.bits
     return Recipe(
         ",".join([name, *overrides]),
-        (*rules, ("*", main)),
+        tuple(rules),
         sensitivity=method.sensitivity,
         sequential=method.sequential,
         rounds=method.rounds,
-        probabilities=method.probabilities,
+        probabilities=own if isinstance(method.probabilities, str) else method.probabilities,
         mixed=method.mixed,
         bits_per_weight=method.bits_per_weight,
     )
+
+
+def refuse_idle(name: str, ingredients: Sequence[str], method: Method, inputs: bool) -> None:
+    """Raise RecipeError on an ingredient that would do nothing: about ``inputs`` where none are quantized, or about no damping at all."""
+    about_inputs = {"shift", "tiers", *(found.name for found in registry.members("range"))}
+    if not inputs and (idle := [ingredient for ingredient in ingredients if ingredient in about_inputs]):
+        raise RecipeError(f"recipe {name}: {idle[0]!r} is about quantized inputs, and a16 has none; leave it out, or choose a8, a6 or a4")
+    if method.held_out and not (method.corrected or method.branch or registry.get("round", method.rounding).damped):
+        raise RecipeError(f"recipe {name}: 'damped' chooses a damping, and {method.rounding} has none; leave it out, or round by gptq")

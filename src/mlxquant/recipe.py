@@ -53,8 +53,8 @@ class LayerSpec:
 
     Before that ``transforms`` are tried on its input, in this order, and a ``branch`` of the given ``rank`` takes what low-rank float16
     factors can from the weight. ``corrected`` aims the rounding at weights that make up for the error of the layers before; with
-    ``held_out`` the damping of the rounding is chosen on tokens that it has not seen; ``refine`` then improves steps and codes by
-    turns. ``reconstruct`` names the method that learns the codes of a stage together, starting from these.
+    ``held_out`` the damping of the rounding is chosen on tokens that it has not seen; the method ``refine`` then improves steps and codes
+    by turns. ``reconstruct`` names the method that learns the codes of a stage together, starting from these.
     """
 
     weight: WeightFormat
@@ -67,11 +67,11 @@ class LayerSpec:
     branch: str | None = None
     rank: int = 0
     held_out: bool = False
-    refine: bool = False
+    refine: str | None = None
 
     def __post_init__(self) -> None:
         if (self.corrected or self.refine) and registry.get("round", self.rounding).cross:
-            wrong = "corrected" if self.corrected else "refit"
+            wrong = "corrected" if self.corrected else self.refine
             raise RecipeError(
                 f"{self.rounding} makes up for the layers before by itself; for {wrong!r} use gptq+corrected or descent+corrected"
             )
@@ -86,11 +86,19 @@ class LayerSpec:
         """What a reconstruction starts from."""
         return replace(self, reconstruct=None)
 
+    def without_branch(self) -> LayerSpec:
+        """All in the integers."""
+        return replace(self, branch=None, rank=0)
+
+    def without_shift(self) -> LayerSpec:
+        """The input's zero where it is."""
+        return self if self.activation is None else replace(self, activation=replace(self.activation, shift=False))
+
     @property
     def careful(self) -> LayerSpec:
         """At least 8 bits and nothing that changes or quantizes the input: for layers whose error enters every block at every step."""
         weight = replace(self.weight, bits=max(8, self.weight.bits))
-        return replace(self.start, weight=weight, activation=None, transforms=(), branch=None, rank=0)
+        return replace(self.start.without_branch(), weight=weight, activation=None, transforms=())
 
     @property
     def cross(self) -> bool:

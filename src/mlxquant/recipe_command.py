@@ -24,6 +24,9 @@ def recipe_command(name: str, method: str, weight_bits: int, input_bits: int, su
     @click.option("--prompts", type=click.Path(path_type=Path), help="Calibration prompts, as of 'mlxquant quantize'.")
     @click.option("--num-prompts", type=click.IntRange(1), help="Use the first N prompts.")
     @click.option("--steps", type=click.IntRange(1), help="Sampler steps of the calibration.  [default: the model's]")
+    @click.option("--data", type=click.Path(path_type=Path), help="Calibration text of a language model.")
+    @click.option("--length", type=click.IntRange(2), help="Tokens of a window of that text.")
+    @click.option("--samples", type=click.IntRange(1), help="At most so many pairs of a picture and a step, or windows of text.")
     @click.option("--seed", default=0, show_default=True, help="Shifts the noise seeds of the model's own prompts.")
     @force_option
     @resume_option
@@ -39,6 +42,9 @@ def recipe_command(name: str, method: str, weight_bits: int, input_bits: int, su
         prompts: Path | None,
         num_prompts: int | None,
         steps: int | None,
+        data: Path | None,
+        length: int | None,
+        samples: int | None,
         seed: int,
         force: bool,
         resume: bool,
@@ -52,6 +58,9 @@ def recipe_command(name: str, method: str, weight_bits: int, input_bits: int, su
             prompt_file=prompts,
             num_prompts=num_prompts,
             steps=steps,
+            data=data,
+            length=length,
+            samples=samples,
             seed=seed,
             out=Path(recipe) if save_path is None else save_path,
             force=force,

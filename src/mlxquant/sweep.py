@@ -22,6 +22,7 @@ import numpy as np
 
 from .errors import NumericsError, RecipeError
 from .measurements import Measurements
+from .methods import registry
 from .models.adapter import Adapter, Stage, State
 from .probabilities import quantize_probabilities
 from .progress import Progress, silent
@@ -31,7 +32,7 @@ from .rewrite import set_module, swapped
 from .sensitivity import Sensitivity, measure
 from .store import Attentions, StageCheckpoint, StageResult, Store
 from .streams import CalibrationData, Deviation, ExactStream, OnDemand, Weights, run_batch, run_stage
-from .trials import Job, Rounding, Transforms, Trial
+from .trials import NEAREST, Job, Rounding, Transforms, Trial
 
 SENSITIVITY_ROWS = 8
 SENSITIVITY = "sensitivity"  # its file among measurements
@@ -75,9 +76,9 @@ class Sweep(Job):
         """Quantize one stage on the quantized stream's ``inputs`` towards what the full-precision stream writes.
 
         The stage's layers in ``adapter.module`` are still full-precision and stay so; the result holds the quantized ones. Of what
-        was tried (learned codes, what they started from, round to nearest) the hard-rounded stage with the least error is kept; of the
-        transforms each that lowers the error is. What was likely to be the best is tried last, and the result has outputs only
-        if it was, and only to ``keep`` them.
+        was tried (learned codes, what they started from, that without its branches or shifts, round to nearest) the hard-rounded stage
+        with the least error is kept; of the transforms each that lowers the error is. What was likely to be the best is tried last, and
+        the result has outputs only if it was, and only to ``keep`` them.
         """
         specs = {path: spec for path, spec in self.plan.items() if stage.owns(path)}
         if not specs:
@@ -87,10 +88,14 @@ class Sweep(Job):
             attentions = quantize_probabilities(self.adapter, stage, inputs, self.sigmas, bits, self.progress)
         rounding = Rounding(self, stage, specs, inputs, attentions)
         start, *others = rounding.first()
-        for plain in others:
-            self._judge(stage, plain, inputs, targets)
+        for other in others:
+            self._judge(stage, other, inputs, targets)
         self._judge(stage, start, inputs, targets, keep=keep and not start.goals and not rounding.transforms)
         tried, report = [start, *others], dict[str, Any]()
+        start = min((trial for trial in tried if trial.name != NEAREST), key=lambda trial: trial.error, default=start)
+        rounding.adopt(start.name)
+        for trial in tried:
+            trial.goals = trial.goals if trial is start else {}
         if rounding.transforms:
             start, report["transforms"] = self._transform(stage, rounding, start, inputs, targets)
             tried.insert(0, start)
@@ -205,6 +210,12 @@ def check_model(adapter: Adapter, recipe: Recipe) -> None:
         raise RecipeError(
             f"recipe {recipe.name} weighs errors by what they change in a velocity, and {adapter.name} writes text; leave out 'mixed', "
             "'sensitivity', 'tiers', 'taqdit' and average bits, or give layers their bits by overrides"
+        )
+    ranges = {spec.activation.range for _, spec in recipe.rules if spec is not None and spec.activation is not None}
+    if not adapter.draws and (timed := sorted(name for name in ranges if registry.get("range", name).over_time)):
+        raise RecipeError(
+            f"recipe {recipe.name}: {timed[0]!r} is about how inputs change with the noise level, and {adapter.name} writes text, without "
+            "noise; leave it out, or use 'error' or '-token'"
         )
     if not adapter.draws and recipe.rounds > 1:
         raise RecipeError(

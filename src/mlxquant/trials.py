@@ -96,6 +96,8 @@ class Tensor:
         return Place(self.edge.after, self.edge.mixes if self.edge.folds else 1, bool(self.edge.reorders))
 
 
+CALIBRATED, NEAREST = "calibrated", "rtn"  # trials
+Specs = dict[str, LayerSpec]  # how a trial treats each layer
 Transforms = dict[str, Transform]  # by name of the tensor
 Folded = list[tuple[Fold, Transform]]  # rows that write something else than they did, and what
 
@@ -106,7 +108,7 @@ class Rounding:
     """
 
     def __init__(self, job: Job, stage: Stage, specs: Mapping[str, LayerSpec], inputs: Sequence[State], attentions: Attentions):
-        self._job, self._stage, self._specs, self._inputs, self._attentions = job, stage, specs, inputs, attentions
+        self._job, self._stage, self._specs, self._inputs, self._attentions = job, stage, dict(specs), inputs, attentions
         self._linears = {path: layer for path, layer in job.adapter.linears().items() if path in specs}
         self._after = {path: edge.after for edge in job.adapter.edges() for path in edge.consumers}
         self._ranges: dict[str, InputRanges] = {}
@@ -142,10 +144,29 @@ class Rounding:
                 yield Tensor(Edge(alone))
 
     def first(self) -> list[Trial]:
-        """The layers as their specifications have them before anything is transformed or learned and, for the gate, rounded to nearest."""
-        plain = all(spec.start == spec.plain for spec in self._specs.values())
-        names = ["rtn"] if plain else ["calibrated", "rtn"] if self._job.recipe.gate else ["calibrated"]
-        return self._trials(names, {}, keep_ranges=bool(self.transforms))
+        """The layers as their specifications have them before anything is transformed or learned; for the gate, rounded to nearest; and
+        without each other part of them that has to show that it helps.
+        """
+        plain = {path: spec.plain for path, spec in self._specs.items()}
+        ways: dict[str, Specs] = {CALIBRATED: self._specs}
+        if all(spec.start == plain[path] for path, spec in self._specs.items()):
+            ways = {NEAREST: self._specs}
+        elif self._job.recipe.gate:
+            ways |= {NEAREST: plain} | self._without
+        return self._trials(ways, {}, keep_ranges=bool(self.transforms))
+
+    @property
+    def _without(self) -> dict[str, Specs]:
+        """Specifications less something that layers have, by name: branches, and shifts of what a GELU wrote."""
+        open_to = [path for path in self._specs if path not in self._job.presets]
+        integers = {path: self._specs[path].without_branch() for path in open_to}
+        centred = {path: self._specs[path].without_shift() for path in open_to if self._after.get(path, "") == "gelu"}
+        ways = {"without branch": self._specs | integers, "without shift": self._specs | centred}
+        return {name: specs for name, specs in ways.items() if specs != self._specs}
+
+    def adopt(self, name: str) -> None:
+        """Go on from the trial of this name, one of those of ``first``: what it was without stays away."""
+        self._specs = self._without.get(name, self._specs)
 
     def propose(self, method: str, current: Transforms) -> dict[str, Proposal]:
         """What a transform method would change, by tensor; its readers must all be open to it. ``first`` must have run."""
@@ -161,17 +182,22 @@ class Rounding:
 
     def transformed(self, name: str, transforms: Transforms) -> Trial:
         """The layers as their specifications have them, their inputs transformed."""
-        return self._trials([name], transforms)[0]
+        return self._trials({name: self._specs}, transforms)[0]
 
-    def _trials(self, names: list[str], transforms: Transforms, keep_ranges: bool = False) -> list[Trial]:
-        trials = [Trial(name, attentions=self._attentions) for name in names]
+    def _trials(self, ways: Mapping[str, Specs], transforms: Transforms, keep_ranges: bool = False) -> list[Trial]:
+        trials = [Trial(name, attentions=self._attentions) for name in ways]
         with self._applied(transforms) as (online, folded):
             for group in self._groups:
                 statistics = self._statistics(group, online, trials[0].modules)
                 if keep_ranges:
                     self._ranges |= {path: statistics[path].ranges for path in group}
                 for path in self._job.progress(group, f"{self._stage.name}: rounding"):
-                    self._round(trials, path, statistics.pop(path), online[path], folded)
+                    found: dict[LayerSpec, Rounded] = {}
+                    seen = statistics.pop(path)
+                    for trial, specs in zip(trials, ways.values(), strict=True):
+                        if (spec := specs[path]) not in found:
+                            found[spec] = self._rounded(path, spec, seen, online[path], folded)
+                        trial.add(path, spec, found[spec])
         for trial in trials:  # in the order of the model, not of the rounding
             trial.layers = {path: trial.layers[path] for path in self._specs}
             trial.report = {path: trial.report[path] for path in self._specs}
@@ -242,21 +268,20 @@ class Rounding:
             ranges, costs = ranges.merged(), None if costs is None else costs.mean(0, keepdims=True)
         return LayerInput(ranges, weight.astype(np.float32), costs)
 
-    def _round(self, trials: list[Trial], path: str, statistics: InputStatistics, transform: Transform, folded: Folded) -> None:
-        """Add a layer, with its activation table, to each of the trials; the second is the one rounded to nearest."""
-        spec, preset = self._specs[path], self._job.presets.get(path, Preset())
-        after = self._after.get(path, "") if transform.block == 1 else ""
-        for trial, way in zip(trials, (spec, spec.plain), strict=False):
-            rounded = quantize_layer(self._linears[path], way, statistics.moments, path, transform)
-            if way.activation is not None and way.activation.per_token:
-                rounded.layer.quantize_tokens(way.activation.bits)
-            elif way.activation is not None:
-                table = preset.table
-                if table is None:
-                    read = self._input(path, way.activation, statistics.ranges, rounded.weight, folded)
-                    table = activation_table(read, way.activation, rounded.layer, after)
-                rounded.layer.set_activations(table, self._job.adapter.clock)
-            trial.add(path, way, rounded)
+    def _rounded(self, path: str, spec: LayerSpec, statistics: InputStatistics, transform: Transform, folded: Folded) -> Rounded:
+        """A layer by a specification, with its activation table."""
+        preset = self._job.presets.get(path, Preset())
+        rounded = quantize_layer(self._linears[path], spec, statistics.moments, path, transform)
+        if spec.activation is not None and spec.activation.per_token:
+            rounded.layer.quantize_tokens(spec.activation.bits)
+        elif spec.activation is not None:
+            table = preset.table
+            if table is None:
+                after = self._after.get(path, "") if transform.block == 1 else ""
+                read = self._input(path, spec.activation, statistics.ranges, rounded.weight, folded)
+                table = activation_table(read, spec.activation, rounded.layer, after)
+            rounded.layer.set_activations(table, self._job.adapter.clock)
+        return rounded
 
 
 def round_to_nearest(linear: nn.Linear, spec: LayerSpec) -> QuantizedLinear:

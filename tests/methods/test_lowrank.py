@@ -4,7 +4,19 @@ import numpy as np
 import pytest
 
 from mlxquant.formats import WeightFormat
-from mlxquant.methods.lowrank import LowRank, Metric, by_turns, damped, fitted, leading_directions, refitted, svd, whitened
+from mlxquant.methods.lowrank import (
+    DAMPINGS,
+    TRIAL_TURNS,
+    LowRank,
+    Metric,
+    by_turns,
+    damped,
+    fitted,
+    leading_directions,
+    refitted,
+    svd,
+    whitened,
+)
 from mlxquant.methods.moments import Moments, energy
 from mlxquant.methods.registry import get
 
@@ -18,6 +30,10 @@ def problem(out=60, width=80, seed=0):
 def nearest(residual, bits=3):
     grid = get("steps", "extremes").function(residual, WeightFormat(bits))
     return grid.dequantize(grid.quantize(residual))
+
+
+def by_nearest(residual, moments):
+    return nearest(residual)
 
 
 def truncated(weight, rank):
@@ -94,13 +110,13 @@ def test_whitening_pays_where_an_input_stands_out():
     moments = moments.divided(np.where(np.arange(80) == 3, 1 / 20, 1.0))
     errors = []
     for method in (svd, whitened):
-        residual = weight - method(weight, moments, 6, nearest).weight
+        residual = weight - method(weight, moments, 6, by_nearest).weight
         errors.append(energy(residual - nearest(residual), moments.gram).sum())
     assert errors[1] < 0.3 * errors[0]
 
 
 def test_the_damping_follows_the_tokens_that_were_held_out(monkeypatch):
-    """A fit to fewer tokens than channels is not believed when other tokens contradict it."""
+    """A fit to fewer tokens than channels is not believed when other tokens contradict it, which nothing else sees before."""
     rng = np.random.default_rng(1)
     weight = rng.standard_normal((60, 80))
     moments = Moments.empty(80, np.float64)
@@ -108,15 +124,27 @@ def test_the_damping_follows_the_tokens_that_were_held_out(monkeypatch):
     moments.add(rng.standard_normal((2000, 80)), held_out=True)
     used = []
     monkeypatch.setattr("mlxquant.methods.lowrank.damped", lambda gram, damping: used.append(damping) or damped(gram, damping))
-    whitened(weight, moments, 6, lambda residual: nearest(residual, 6))
-    assert used[-1] == 100
-    whitened(weight, Moments(moments.gram, moments.count), 6, nearest)
-    assert used[-1] == 10
+    counts = []
+    branch = whitened(weight, moments, 6, lambda residual, seen: counts.append(seen.count) or nearest(residual, 6))
+    assert used[-1] == branch.damping == 100
+    choosing = len(counts) - counts.count(moments.count)
+    assert choosing >= len(DAMPINGS)
+    assert set(counts[:choosing]) == {10}
+    assert set(counts[choosing:]) == {2010}
+
+
+@pytest.mark.parametrize("outlier", [1.0, 20.0])
+def test_without_held_out_tokens_the_damping_is_the_best_on_all(outlier):
+    weight, moments = problem()
+    moments = moments.divided(np.where(np.arange(80) == 3, 1 / outlier, 1.0))
+    branch = whitened(weight, moments, 6, by_nearest)
+    errors = {d: by_turns(weight, moments.gram, 6, nearest, damped(moments.gram, d), TRIAL_TURNS)[1] for d in DAMPINGS}
+    assert branch.damping == min(errors, key=errors.get)
 
 
 def test_a_last_fit_never_hurts():
     weight, moments = problem()
-    branch = svd(weight, moments, 6, nearest)
+    branch = svd(weight, moments, 6, by_nearest)
     rounded = nearest(weight - branch.weight)
     again = refitted(branch, weight, rounded, moments)
     errors = [energy(weight - rounded - b.weight, moments.gram).sum() for b in (branch, again)]

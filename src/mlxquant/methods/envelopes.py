@@ -48,7 +48,7 @@ def upper_envelope(basis: Array, values: Array) -> Array:
     return y + slack - min(0.0, float(slack.min()))
 
 
-@register("range", "envelope", summary="polynomials over sigma around the smallest and largest values seen")
+@register("range", "envelope", summary="polynomials over sigma around the smallest and largest values seen", over_time=True)
 def envelope(ranges: InputRanges, weight: Array, bits: int, degree: int = 4) -> ActivationTable:
     """Upper and lower envelope of degree ``degree``, fewer where there are fewer noise levels. ``weight`` is not used."""
     low, high = ranges.least.min(1), ranges.most.max(1)

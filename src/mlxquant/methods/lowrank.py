@@ -8,7 +8,7 @@ taken against the factors as stored, so that rounding them to float16 costs noth
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,19 +19,20 @@ from .moments import Moments, calibrated_gram, energy
 from .registry import register
 
 Array = npt.NDArray[Any]
-Quantize = Callable[[Array], Array]  # a residual [out,in] to its dequantized codes [out,in]
+Quantize = Callable[[Array, "Moments | None"], Array]  # a residual [out,in] to its dequantized codes [out,in], by these moments
 TURNS, TRIAL_TURNS = 6, 2
-DAMPING, DAMPINGS = 10.0, (1.0, 10.0, 100.0)
+DAMPINGS = (1.0, 10.0, 100.0)
 LAST_DAMPING = 0.1
 SPARE, DEPTH = 8, 6  # of the Krylov space: more directions than asked for, and how often they are multiplied
 
 
 @dataclass(frozen=True)
 class LowRank:
-    """``up`` float16 [out,r] and ``down`` float16 [r,in]: ``y += (x downᵀ) upᵀ``."""
+    """``up`` float16 [out,r] and ``down`` float16 [r,in]: ``y += (x downᵀ) upᵀ``. ``damping`` is the one that was chosen for it, if any."""
 
     up: Array
     down: Array
+    damping: float | None = None
 
     @property
     def weight(self) -> Array:
@@ -87,7 +88,9 @@ def fitted(weight: Array, metric: Metric, rank: int) -> LowRank:
     return LowRank((directions * size).astype(np.float16), (down * inverse[:, None]).astype(np.float16))
 
 
-def by_turns(weight: Array, gram: Array, rank: int, quantize: Quantize, metric: Metric, turns: int = TURNS) -> tuple[LowRank, float]:
+def by_turns(
+    weight: Array, gram: Array, rank: int, quantize: Callable[[Array], Array], metric: Metric, turns: int = TURNS
+) -> tuple[LowRank, float]:
     """Fit a branch to ``weight`` [out,in], quantize the residual, fit again to what that left, and so on while it helps.
 
     Returns the branch whose quantized residual left the least squared output error, and that error; ``gram`` [in,in] judges.
@@ -111,21 +114,22 @@ def by_turns(weight: Array, gram: Array, rank: int, quantize: Quantize, metric: 
 @register("branch", "svd", citation="svdquant", summary="what the weight's largest singular directions hold")
 def svd(weight: Array, moments: Moments | None, rank: int, quantize: Quantize) -> LowRank:
     """L = SVD_r(W), then of what its quantized residual left (SVDQuant, arXiv 2411.05007, section 4.2); the best by output error stays."""
-    return by_turns(weight, calibrated_gram(moments, weight.shape[1]), rank, quantize, Metric())[0]
+    return by_turns(weight, calibrated_gram(moments, weight.shape[1]), rank, lambda rows: quantize(rows, moments), Metric())[0]
 
 
 @register("branch", "whitened", citation="qera", summary="what the output hangs on the most: low rank in the norm of the inputs")
 def whitened(weight: Array, moments: Moments | None, rank: int, quantize: Quantize) -> LowRank:
     """L closest to W, then to what its quantized residual left, by the error of the output: ‖X (W − L)ᵀ‖ with damping.
 
-    In that norm the fit has a closed form (QERA, arXiv 2410.06040, theorem 1, there for the error of one quantization). ``DAMPING`` is
+    In that norm the fit has a closed form (QERA, arXiv 2410.06040, theorem 1, there for the error of one quantization). The damping is
     relative to mean(diag H), and large: a branch that only follows the inputs leaves wide steps to the residual; with all the damping
-    there is it is ``svd``. Where tokens are held out, it is the one of ``DAMPINGS`` that does best on them after ``TRIAL_TURNS``.
+    there is it is ``svd``. It is the one of ``DAMPINGS`` whose rounded layer does best after ``TRIAL_TURNS``, on the calibration tokens
+    or, where some are held out, on these, and without having seen them.
     """
     gram = calibrated_gram(moments, weight.shape[1])
     assert moments is not None
-    damping = DAMPING if moments.held_out is None else _best_damping(weight, moments, rank, quantize)
-    return by_turns(weight, gram, rank, quantize, damped(gram, damping))[0]
+    damping = _best_damping(weight, moments, rank, quantize)
+    return replace(by_turns(weight, gram, rank, lambda rows: quantize(rows, moments), damped(gram, damping))[0], damping=damping)
 
 
 def damped(gram: Array, damping: float) -> Metric:
@@ -134,11 +138,13 @@ def damped(gram: Array, damping: float) -> Metric:
 
 
 def _best_damping(weight: Array, moments: Moments, rank: int, quantize: Quantize) -> float:
-    """The one of ``DAMPINGS`` that does best on the held-out tokens when the branch is fitted to the others."""
-    assert moments.held_out is not None
-    training, judge = moments.training.gram, moments.held_out.gram
-    errors = {by_turns(weight, judge, rank, quantize, damped(training, damping), TRIAL_TURNS)[1]: damping for damping in DAMPINGS}
-    return errors[min(errors)]
+    """The one of ``DAMPINGS`` that does best; the branch is fitted, and its residual rounded, by the tokens that are not held out."""
+    training, judge = moments.training, moments if moments.held_out is None else moments.held_out
+    errors = [
+        by_turns(weight, judge.gram, rank, lambda rows: quantize(rows, training), damped(training.gram, damping), TRIAL_TURNS)[1]
+        for damping in DAMPINGS
+    ]
+    return DAMPINGS[int(np.argmin(errors))]
 
 
 def refitted(branch: LowRank, weight: Array, rounded: Array, moments: Moments, damping: float = LAST_DAMPING) -> LowRank:
@@ -150,4 +156,4 @@ def refitted(branch: LowRank, weight: Array, rounded: Array, moments: Moments, d
     left = (weight - rounded).astype(gram.dtype, copy=False)
     other = fitted(left, damped(gram, damping), branch.rank)
     errors = [energy(left - candidate.weight, gram).sum() for candidate in (branch, other)]
-    return other if errors[1] < errors[0] else branch
+    return replace(other, damping=branch.damping) if errors[1] < errors[0] else branch

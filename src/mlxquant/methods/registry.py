@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
+from inspect import signature
 from typing import Any, TypeVar
 
 from ..errors import RecipeError
@@ -174,7 +175,8 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 @dataclass(frozen=True)
 class Method:
     """A registered function; ``citation_key`` looks up its BibTeX in ``CITATIONS`` and is None for what nobody invented. ``cross`` says
-    that it needs the cross moments with the full-precision model's inputs.
+    that it needs the cross moments with the full-precision model's inputs, ``over_time`` that it is about how inputs change with the
+    noise level.
     """
 
     name: str
@@ -183,12 +185,20 @@ class Method:
     citation_key: str | None
     summary: str
     cross: bool = False
+    over_time: bool = False
+
+    @property
+    def damped(self) -> bool:
+        """Whether it takes a damping."""
+        return "damping" in signature(self.function).parameters
 
 
 _METHODS: dict[tuple[str, str], Method] = {}
 
 
-def register(kind: str, name: str, *, citation: str | None = None, summary: str, cross: bool = False) -> Callable[[Function], Function]:
+def register(
+    kind: str, name: str, *, citation: str | None = None, summary: str, cross: bool = False, over_time: bool = False
+) -> Callable[[Function], Function]:
     """Enter the decorated function under its kind and name; a mistake here is the programmer's and raises ValueError."""
     if kind not in KINDS:
         raise ValueError(f"method {name!r}: unknown kind {kind!r}, expected one of {KINDS}")
@@ -198,7 +208,7 @@ def register(kind: str, name: str, *, citation: str | None = None, summary: str,
     def enter(function: Function) -> Function:
         if (kind, name) in _METHODS:
             raise ValueError(f"two {kind} methods are called {name!r}")
-        _METHODS[kind, name] = Method(name, kind, function, citation, summary, cross)
+        _METHODS[kind, name] = Method(name, kind, function, citation, summary, cross, over_time)
         return function
 
     return enter

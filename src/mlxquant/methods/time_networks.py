@@ -116,13 +116,13 @@ def inverse_softplus(value: Array) -> Array:
     return z
 
 
-@register("range", "tdq", citation="tdq", summary="a small network over the timestep, fitted to the steps of least error")
+@register("range", "tdq", citation="tdq", summary="a small network over the timestep, fitted to the steps of least error", over_time=True)
 def tdq(ranges: InputRanges, weight: Array, bits: int) -> ActivationTable:
     """Temporal Dynamic Quantization (arXiv 2306.02316) on the timestep t."""
     return TimeNetwork.fitted(timestep, error(ranges, weight, bits)).table(ranges.sigma)
 
 
-@register("range", "logsnr", citation="tdq", summary="a small network over the log-SNR, fitted to the steps of least error")
+@register("range", "logsnr", citation="tdq", summary="a small network over the log-SNR, fitted to the steps of least error", over_time=True)
 def logsnr(ranges: InputRanges, weight: Array, bits: int) -> ActivationTable:
     """The same on the log-SNR λ(sigma) = 2 ln((1 - sigma) / sigma), which moves most where the image settles, near 0 and 1."""
     return TimeNetwork.fitted(signal_to_noise, error(ranges, weight, bits)).table(ranges.sigma)

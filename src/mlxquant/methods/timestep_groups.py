@@ -63,7 +63,7 @@ def part(ranges: InputRanges, levels: slice) -> InputRanges:
     return InputRanges(*(getattr(ranges, field.name)[levels] for field in fields(ranges)))
 
 
-@register("range", "grouped", summary="a few groups of neighbouring noise levels, each with the clipping of least error")
+@register("range", "grouped", summary="a few groups of neighbouring noise levels, each with the clipping of least error", over_time=True)
 def grouped(ranges: InputRanges, weight: Array, bits: int, groups: int = 4) -> ActivationTable:
     """One entry, by ``ranges.error``, for each of at most ``groups`` runs of noise levels; repeated for every level of its run."""
     cuts = best_groups(group_costs(ranges.least.min(1), ranges.most.max(1)), groups)
