@@ -38,14 +38,15 @@ from mlxquant.rewrite import parameters
 from mlxquant.spin_quant import SpinQuant
 
 MODEL = "gpt-python"
-METHODS = ("rtn", "gptq", "descent", "qronos")
+METHODS = ("rtn", "gptq", "descent", "gptq+corrected", "qronos")
+UNCLIPPED = ("gptq+unclipped", "gptq+unclipped+corrected", "qronos+unclipped")
 WEIGHTS = [f"{method}-{form}" for form in ("w4a16", "w4a16-g64", "w3a16", "w2a16-g64") for method in METHODS]
-WEIGHTS += [f"gptq+unclipped-{form}" for form in ("w4a16", "w4a16-g64", "w3a16", "w2a16-g64")]
-INPUTS = [f"{method}-{form}" for form in ("w8a8", "w4a8", "w4a8-token", "w4a4", "w4a4-token") for method in ("rtn", "gptq", "qronos")] + [
-    "gptq+rotation-w4a8-token",
-    "gptq+rotation-w4a4-token",
-    "gptq+smoothquant+rotation-w4a4-token",
-]
+WEIGHTS += [f"{method}-{form}" for form in ("w4a16", "w4a16-g64", "w3a16", "w2a16-g64") for method in UNCLIPPED]
+INPUTS = [
+    f"{method}-{form}"
+    for form in ("w8a8", "w4a8", "w4a8-token", "w4a4", "w4a4-token")
+    for method in ("rtn", "gptq", "gptq+corrected", "qronos")
+] + ["gptq+rotation-w4a8-token", "gptq+rotation-w4a4-token", "gptq+smoothquant+rotation-w4a4-token"]
 SPUN = {  # rows of SpinQuant itself: bits of weights and inputs, steps of learning
     "hadamard w4a4": (4, 4, 0),
     "spinquant w4a4": (4, 4, 100),
@@ -54,7 +55,7 @@ SPUN = {  # rows of SpinQuant itself: bits of weights and inputs, steps of learn
     "spinquant w4a8": (4, 8, 100),
     "spinquant w4a16": (4, None, 100),
 }
-ROTATED = [f"spinquant+{rest}" for rest in ("qronos-w4a16", "qronos-w3a16", "gptq+rotation-w4a4-token")]
+ROTATED = [f"spinquant+{rest}" for rest in ("qronos-w4a16", "qronos-w3a16", "gptq+corrected-w3a16", "gptq+rotation-w4a4-token")]
 LINEARS = ["--linear_variant_attn", "quantized_linear", "--linear_variant_mlp", "quantized_linear"]
 INPUTS_4 = ["--activations_quant_scale", "token"]
 TRAINED = {

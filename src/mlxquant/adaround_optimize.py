@@ -161,7 +161,11 @@ def block_recipe(bits_w: int, bits_a: int, start: str, learning: Settings, sensi
     main = LayerSpec(WeightFormat(bits_w), activation, steps="search", reconstruct="adaround", **STARTS[start])
     careful = LayerSpec(WeightFormat(8), None, steps="search", rounding="gptq")
     return Recipe(
-        f"adaround-{start}-w{bits_w}a{bits_a}", (("@modulation", careful), ("*", main)), learning=learning, sensitivity=sensitivity
+        f"adaround-{start}-w{bits_w}a{bits_a}",
+        (("@modulation", careful), ("*", main)),
+        learning=learning,
+        sensitivity=sensitivity,
+        sequential=main.corrected,
     )
 
 

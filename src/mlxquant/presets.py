@@ -77,7 +77,7 @@ METHODS = {
 }
 INGREDIENTS: dict[str, dict[str, Any]] = {
     "shift": {"shift": True},
-    "corrected": {"corrected": True},
+    "corrected": {"corrected": True, "sequential": True},  # its target is for the inputs that a layer will really get
     "sequential": {"sequential": True},
     "sensitivity": {"sensitivity": True},
     "damped": {"held_out": True},
