@@ -36,7 +36,7 @@ from mlxquant.prediction import Prediction, predict
 from mlxquant.rewrite import set_module
 
 GROUP = 64
-METHODS = ("gptq+unclipped", "rtn", "gptq", "descent", "qronos")
+METHODS = ("gptq+unclipped", "gptq+unclipped+corrected", "qronos+unclipped", "rtn", "gptq", "descent", "qronos")
 
 
 def stock(folder: Path) -> nn.Module:
