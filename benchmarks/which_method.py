@@ -121,13 +121,16 @@ def cell(figures: dict[str, Any] | None) -> str:
 
 
 def say_matrix(figures: dict[str, dict[str, Any]]) -> None:
-    """PSNR and accuracy, a line a method, the best at W4A8 first."""
+    """PSNR and accuracy, a line a method, the best at W4A8 first; bits and seconds are of W4A8, or of the first format that is there."""
     by_method: dict[str, dict[str, dict[str, Any]]] = {}
     for name, row in figures.items():
         by_method.setdefault(method_of(name), {})[format_of(name)] = row
-    say(f"\n| method | {' | '.join(form.upper() for form in FORMATS)} |\n|---|{'---|' * len(FORMATS)}")
+    titles = ["method", *(form.upper() for form in FORMATS), "bits a weight", "CPU seconds"]
+    say(f"\n| {' | '.join(titles)} |\n|{'---|' * len(titles)}")
     for method, found in sorted(by_method.items(), key=lambda item: -item[1].get("w4a8", {"psnr_db": 0.0})["psnr_db"]):
-        say(f"| `{method}` | {' | '.join(cell(found.get(form)) for form in FORMATS)} |")
+        usual = found.get("w4a8", next(iter(found.values())))
+        cells = [cell(found.get(form)) for form in FORMATS]
+        say(f"| `{method}` | {' | '.join(cells)} | {usual['bits_per_weight']:.2f} | {usual['seconds_quantize']:.0f} |")
 
 
 def line(name: str, figures: dict[str, Any]) -> str:
