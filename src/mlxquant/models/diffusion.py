@@ -86,5 +86,7 @@ class DiffusionAdapter(Adapter):
 def diffusion(adapter: Adapter) -> DiffusionAdapter:
     """The adapter, as one that draws; raises AdapterError where the model writes text."""
     if not isinstance(adapter, DiffusionAdapter):
-        raise AdapterError(f"{adapter.name} draws no pictures; this needs a model that does, such as mmdit-shapes")
+        raise AdapterError(
+            f"{adapter.name} draws no pictures; this needs a model that does, such as mmdit-shapes ('mlxquant perplexity' measures text)"
+        )
     return adapter
