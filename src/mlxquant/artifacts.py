@@ -244,6 +244,20 @@ def read_tensors(path: Path, kind: str, sha256: str | None = None) -> tuple[dict
         return tensor_layout.read_arrays(file, entries, os.fstat(file.fileno()).st_size - file.tell(), seen), header
 
 
+def read_progress(path: Path, kind: str, job: str, lost: str) -> tuple[dict[str, mx.array], dict[str, Any]] | None:
+    """As ``read_tensors`` what a run of the same ``job`` has left at ``path``; None where nothing is, or another job's.
+
+    A damaged file raises ArtifactError with the ways out; ``lost`` says what is then done again.
+    """
+    if not path.exists():
+        return None
+    try:
+        arrays, header = read_tensors(path, kind)
+    except ArtifactError as error:
+        raise ArtifactError(f"{error}; or pass --no-resume, or remove the file: {lost}") from error
+    return (arrays, header) if header["job"] == job else None
+
+
 def verify_tensors(path: Path) -> dict[str, Any]:
     """The header of what ``write_tensors`` wrote, of any kind, after all bytes were read, in pieces, and found to be those that were
     written. Raises ArtifactError as ``read_tensors`` does.

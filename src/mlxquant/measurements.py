@@ -11,7 +11,6 @@ import numpy as np
 import numpy.typing as npt
 
 from . import artifacts
-from .errors import ArtifactError
 
 Array = npt.NDArray[np.float64]
 KIND = "measurement"
@@ -33,13 +32,10 @@ class Measurements:
 
     def load(self, name: str) -> dict[str, Array] | None:
         """What ``save`` kept for this job, bit for bit, or None. A damaged file raises ArtifactError."""
-        if self._folder is None or not self._path(self._folder, name).exists():
+        if self._folder is None:
             return None
-        try:
-            arrays, header = artifacts.read_tensors(self._path(self._folder, name), KIND)
-        except ArtifactError as error:
-            raise ArtifactError(f"{error}; or pass --no-resume, or remove the file: this is then measured again") from error
-        return {key: np.array(bits).view(np.float64) for key, bits in arrays.items()} if header["job"] == self._job else None
+        found = artifacts.read_progress(self._path(self._folder, name), KIND, self._job, "this is then measured again")
+        return None if found is None else {key: np.array(bits).view(np.float64) for key, bits in found[0].items()}
 
     def save(self, name: str, arrays: Mapping[str, Array]) -> None:
         """Keep arrays of any shape but (); as uint64, for Metal has no float64."""

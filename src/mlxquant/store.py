@@ -12,7 +12,6 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from . import artifacts
-from .errors import ArtifactError
 from .layers import QuantizedLinear
 from .models.adapter import Stage, State
 from .models.attention import QuantizedAttention
@@ -57,13 +56,8 @@ class StageCheckpoint:
 
     def load(self) -> tuple[dict[str, mx.array], dict[str, Any]] | None:
         """What was saved by the same job, or None. A damaged file raises ArtifactError."""
-        if not self._path.exists():
-            return None
-        try:
-            arrays, header = artifacts.read_tensors(self._path, "checkpoint")
-        except ArtifactError as error:
-            raise ArtifactError(f"{error}; or pass --no-resume, or remove the file: its stage then starts over") from error
-        return (arrays, header["facts"]) if header["job"] == self._job else None
+        found = artifacts.read_progress(self._path, "checkpoint", self._job, "its stage then starts over")
+        return None if found is None else (found[0], found[1]["facts"])
 
     def save(self, arrays: dict[str, mx.array], facts: dict[str, Any]) -> None:
         artifacts.write_tensors(self._path, "checkpoint", arrays, {"job": self._job, "facts": facts})

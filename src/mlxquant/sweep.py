@@ -95,7 +95,8 @@ class Sweep(Job):
         start = min((trial for trial in tried if trial.name != NEAREST), key=lambda trial: trial.error, default=start)
         rounding.adopt(start.name)
         for trial in tried:
-            trial.goals = trial.goals if trial is start else {}
+            if trial is not start:
+                trial.goals = {}
         if rounding.transforms:
             start, report["transforms"] = self._transform(stage, rounding, start, inputs, targets)
             tried.insert(0, start)
@@ -206,18 +207,20 @@ def check_model(adapter: Adapter, recipe: Recipe) -> None:
             f"recipe {recipe.name}: the attention of {adapter.name} cannot be opened, so its probabilities stay as they are; "
             "leave 'softmax' out, and 'tcaqdm', which has it"
         )
-    if not adapter.draws and (recipe.sensitivity or recipe.allocates):
+    if adapter.draws:
+        return
+    if recipe.sensitivity or recipe.allocates:
         raise RecipeError(
             f"recipe {recipe.name} weighs errors by what they change in a velocity, and {adapter.name} writes text; leave out 'mixed', "
             "'sensitivity', 'tiers', 'taqdit' and average bits, or give layers their bits by overrides"
         )
     ranges = {spec.activation.range for _, spec in recipe.rules if spec is not None and spec.activation is not None}
-    if not adapter.draws and (timed := sorted(name for name in ranges if registry.get("range", name).over_time)):
+    if timed := sorted(name for name in ranges if registry.get("range", name).over_time):
         raise RecipeError(
             f"recipe {recipe.name}: {timed[0]!r} is about how inputs change with the noise level, and {adapter.name} writes text, without "
             "noise; leave it out, or use 'error' or '-token'"
         )
-    if not adapter.draws and recipe.rounds > 1:
+    if recipe.rounds > 1:
         raise RecipeError(
             f"recipe {recipe.name} calibrates again on pictures that the quantized model draws, and {adapter.name} writes text; leave out "
             "'progressive' and 'tcaqdm'"
