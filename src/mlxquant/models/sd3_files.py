@@ -11,6 +11,7 @@ HUB = "argmaxinc/mlx-stable-diffusion-3-medium"
 TEXT_HUB = "argmaxinc/stable-diffusion"
 T5_HUB = "google/t5-v1_1-xxl"
 CHECKPOINT = "sd3_medium.safetensors"  # transformer and VAE
+PIXELS = 8  # of a picture's side, for one of a latent
 T5_FOLDER = "t5"
 INSTEAD = "pass a local folder with --model"
 

@@ -25,10 +25,10 @@ from .diffusion import DiffusionAdapter
 from .diffusionkit import build_mmdit, host, modulations
 from .mmdit import MMDiTConfig, mmdit_edges, mmdit_role
 from .sd3_checkpoint import fill, mmdit_weights, vae_decoder
-from .sd3_files import CHECKPOINT, Files
+from .sd3_files import CHECKPOINT, PIXELS, Files
+from .sd3_pipeline import pipeline
 from .sd3_text import TextEncoders
 
-PIXELS = 8  # for one of a latent
 SIZE = 512  # default of a picture's side
 KEPT = 256  # prompts, of 5 MB each in float16
 SCALE, SHIFT = 1.5305, 0.0609  # of the VAE's latents
@@ -168,8 +168,6 @@ class SD3Medium(DiffusionAdapter):
 
     def pipeline(self) -> Any:
         """DiffusionKit's ``DiffusionPipeline`` around this model; see ``sd3_pipeline``."""
-        from .sd3_pipeline import pipeline
-
         return pipeline(self)
 
     def prompts(self, purpose: str, count: int, seed: int = 0) -> list[Prompt]:

@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
-from typing import Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 import numpy as np
 
 from .diffusionkit import host
 from .sd3_checkpoint import vae_encoder
-from .sd3_files import CHECKPOINT, HUB, Files
-from .sd3_medium import PIXELS, SD3Medium
+from .sd3_files import CHECKPOINT, HUB, PIXELS, Files
 
 
-def pipeline(adapter: SD3Medium) -> Any:
+class Drawn(Protocol):
+    """What the pipeline needs of a model: the transformer, what stands around it, and where its files are."""
+
+    module: Any
+    components: Any
+    shift: float
+    latent_shape: tuple[int, int, int]
+
+    @property
+    def place(self) -> str: ...
+
+    def encode(self, prompts: Sequence[str]) -> Any: ...
+
+    def check_size(self, size: int) -> None: ...
+
+
+def pipeline(adapter: Drawn) -> Any:
     """A ``DiffusionPipeline`` that draws with the adapter's transformer, text encoders and VAE.
 
     It differs from DiffusionKit's own where that fails: any number of prompts, any guidance from 0 on, ``verbose`` prints nothing,
@@ -30,7 +46,7 @@ def _pipeline_class() -> Any:
     base: Any = kit.package.DiffusionPipeline
 
     class Pipeline(base):  # type: ignore[misc]
-        def __init__(self, adapter: SD3Medium) -> None:
+        def __init__(self, adapter: Drawn) -> None:
             self.adapter = adapter
             self.float16_dtype = self.dtype = mx.float16
             self.activation_dtype = mx.float32
