@@ -24,8 +24,8 @@ import numpy as np
 import mlxquant  # noqa: F401  # before mlx
 
 # isort: split
-from mlxquant.artifacts import file_digest
 from mlxquant.console import progress, result, say
+from mlxquant.files.artifacts import file_digest
 
 ATTEMPTS = 20
 PROMPT = "a large red circle at left on white background"

@@ -19,8 +19,8 @@ import numpy.typing as npt
 import mlxquant  # noqa: F401  # before mlx
 
 # isort: split
-from mlxquant.artifacts import atomic_file
 from mlxquant.console import progress
+from mlxquant.files.artifacts import atomic_file
 
 OUTLIERS = 128  # one channel in this many
 

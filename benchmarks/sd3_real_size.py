@@ -41,10 +41,11 @@ import mlxquant as mq  # before mlx
 # isort: split
 import mlx.core as mx
 
-from mlxquant import artifacts, jobs
+from mlxquant import jobs
 from mlxquant.api import Model, QuantizedModel
 from mlxquant.calibration import Calibration
 from mlxquant.console import peak_bytes, progress, result, say
+from mlxquant.files import artifacts
 from mlxquant.models.catalog import adapter_class
 from mlxquant.presets import parse_recipe
 from mlxquant.progress import Progress

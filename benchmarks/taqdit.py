@@ -28,10 +28,10 @@ import mlx.core as mx
 
 from mlxquant.activations import TableReader
 from mlxquant.api import Model
-from mlxquant.artifacts import atomic_file, canonical
 from mlxquant.calibration import Calibration
 from mlxquant.console import progress, result, say
 from mlxquant.decisions import decide
+from mlxquant.files.artifacts import atomic_file, canonical
 from mlxquant.input_tables import Options
 from mlxquant.metrics.bootstrap import interval
 from mlxquant.metrics.psnr import psnr

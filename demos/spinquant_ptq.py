@@ -16,10 +16,10 @@ import click
 import mlx.core as mx
 import numpy as np
 
-from mlxquant import artifacts
 from mlxquant.console import Command, progress, result, say
 from mlxquant.corpus import read_corpus
 from mlxquant.errors import ArtifactError, CalibrationError
+from mlxquant.files import artifacts
 from mlxquant.gpt_training import batch, loss
 from mlxquant.models.gpt_python import EMBEDDED, GPTAdapter
 from mlxquant.spin_files import FILE, save_spun

@@ -3,7 +3,7 @@
 import numpy as np
 from PIL import Image
 
-from mlxquant import artifacts
+from mlxquant.files import artifacts
 
 KINDS = ("attn.q_proj", "mlp.fc2")
 

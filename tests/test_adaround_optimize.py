@@ -7,7 +7,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlxquant import adaround_optimize, artifacts, store, sweep
+from mlxquant import adaround_optimize, store, sweep
+from mlxquant.files import artifacts
 from mlxquant.folds import divide
 from mlxquant.methods import adaround
 from mlxquant.models.mmdit_shapes import MMDiTShapes

@@ -6,9 +6,10 @@ import mlxquant as mq  # before mlx
 import numpy as np
 import pytest
 
-from mlxquant import allocation, measurements, sweep
+from mlxquant import allocation, sweep
 from mlxquant.allocation import allocate, stored_bytes
 from mlxquant.errors import RecipeError
+from mlxquant.files import kept_arrays
 from mlxquant.formats import Grid, WeightFormat, fit_extremes
 from mlxquant.layers import QuantizedLinear
 from mlxquant.methods.lowrank import LowRank
@@ -181,7 +182,7 @@ def test_equal_calls_give_equal_plans(model, calib, mixed):
 def test_a_killed_survey_goes_on_in_the_stage_it_was_in(model, calib, mixed, tmp_path, monkeypatch, finished):
     """There are four stages; sensitivities, the first file, are measured once."""
     kept, surveyed, measured = [], [], []
-    save, collect, probe = measurements.Measurements.save, allocation.weight_errors, sweep.measure
+    save, collect, probe = kept_arrays.Measurements.save, allocation.weight_errors, sweep.measure
 
     def stop(self, name, tables):
         if len(kept) == finished:
@@ -192,10 +193,10 @@ def test_a_killed_survey_goes_on_in_the_stage_it_was_in(model, calib, mixed, tmp
     def again():
         return allocate(model.adapter, calib, parse_recipe("rtn-w4a8"), bits_per_weight=6, bits_per_activation=6, work=tmp_path)
 
-    monkeypatch.setattr(measurements.Measurements, "save", stop)
+    monkeypatch.setattr(kept_arrays.Measurements, "save", stop)
     with pytest.raises(KeyboardInterrupt):
         again()
-    monkeypatch.setattr(measurements.Measurements, "save", save)
+    monkeypatch.setattr(kept_arrays.Measurements, "save", save)
     monkeypatch.setattr(allocation, "weight_errors", lambda path, *rest: surveyed.append(path) or collect(path, *rest))
     monkeypatch.setattr(sweep, "measure", lambda *rest, **more: measured.append(1) or probe(*rest, **more))
     assert kept == ["sensitivity", *(stage.name for stage in model.adapter.stages)][:finished]

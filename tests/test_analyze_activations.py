@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mlxquant import analyze_activations, artifacts
+from mlxquant import analyze_activations
+from mlxquant.files import artifacts
 from mlxquant.input_tables import Options
 from mlxquant.models.mmdit_shapes import MMDiTShapes
 from mlxquant.pipeline.quant_config import QuantConfig

@@ -10,9 +10,9 @@ import pytest
 from PIL import Image, ImageDraw, ImageFont
 
 import mlxquant as mq
-from mlxquant import artifacts
-from mlxquant.array_memory import ArrayMemory
 from mlxquant.errors import AdapterError, ArtifactError, CalibrationError
+from mlxquant.files import artifacts
+from mlxquant.files.array_memory import ArrayMemory
 from mlxquant.layers import QuantizedLinear
 from mlxquant.rewrite import set_module
 

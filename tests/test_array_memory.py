@@ -6,8 +6,8 @@ import weakref
 import mlx.core as mx
 import pytest
 
-from mlxquant.array_memory import ArrayMemory
-from mlxquant.artifacts import array_digest
+from mlxquant.files.array_memory import ArrayMemory
+from mlxquant.files.artifacts import array_digest
 
 DTYPES = [mx.float32, mx.float16, mx.bfloat16, mx.uint8]
 

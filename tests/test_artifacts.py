@@ -8,8 +8,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlxquant import artifacts
 from mlxquant.errors import ArtifactError
+from mlxquant.files import artifacts
 
 ARRAYS = {"b": mx.arange(6, dtype=mx.float32).reshape(2, 3), "a": mx.array([1, 2], mx.uint32), "c": mx.zeros((3,), mx.float16)}
 

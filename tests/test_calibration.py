@@ -10,9 +10,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlxquant import artifacts
 from mlxquant.calibration import Calibration, collect, take_turns
 from mlxquant.errors import ArtifactError, CalibrationError
+from mlxquant.files import artifacts
 from mlxquant.models.mmdit_shapes import MMDiTShapes
 
 from command_line import fail, succeed

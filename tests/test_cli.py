@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mlxquant import artifacts, cli
+from mlxquant import cli
 from mlxquant.errors import NumericsError
+from mlxquant.files import artifacts
 from mlxquant.models import mmdit_shapes
 from mlxquant.models.mmdit_shapes import MMDiTShapes
 from mlxquant.store import FolderStore

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mlxquant import artifacts
 from mlxquant.evaluation import report_folder
 from mlxquant.evaluation.image_folders import read_picture
+from mlxquant.files import artifacts
 from mlxquant.metrics import inception, sets
 from mlxquant.metrics.catalog import METRICS
 from mlxquant.metrics.psnr import psnr

@@ -15,10 +15,11 @@ import pytest
 from PIL import Image
 
 import mlxquant as mq
-from mlxquant import artifacts, jobs
+from mlxquant import jobs
 from mlxquant.errors import NumericsError
 from mlxquant.evaluation import cost, half_precision, paired, report_folder
 from mlxquant.evaluation.drawings import Drawings
+from mlxquant.files import artifacts
 from mlxquant.models.mmdit_shapes import MMDiTShapes
 
 from command_line import fail, succeed

@@ -11,8 +11,8 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from mlxquant import artifacts
 from mlxquant.errors import ArtifactError, ExportError
+from mlxquant.files import artifacts
 from mlxquant.layers import find_quantized
 from mlxquant.models.mmdit_shapes import MMDiTShapes
 from mlxquant.rewrite import get_module

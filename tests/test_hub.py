@@ -5,7 +5,7 @@ import builtins
 import pytest
 
 from mlxquant.errors import AdapterError, ArtifactError
-from mlxquant.hub import hub_files
+from mlxquant.files.hub import hub_files
 
 from hub_stand_in import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError, stand_in
 

@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 
 import mlxquant as mq
-from mlxquant import artifacts, layers
+from mlxquant import layers
 from mlxquant.activations import ActivationTable
+from mlxquant.files import artifacts
 from mlxquant.layers import QuantizedLinear
 from mlxquant.load_adaround_model import assemble
 from mlxquant.models.mmdit_shapes import MMDiTShapes

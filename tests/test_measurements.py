@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mlxquant.errors import ArtifactError
-from mlxquant.measurements import Measurements
+from mlxquant.files.kept_arrays import Measurements
 
 FOUND = {"a/b": np.array([[1 / 3, -0.0], [np.nextafter(1, 2), 5e-324]]), "c": np.array([np.pi])}
 

@@ -7,10 +7,10 @@ import pytest
 from mlx.utils import tree_flatten
 
 import mlxquant as mq
-from mlxquant import artifacts
 from mlxquant.activations import ActivationTable
 from mlxquant.contents.reader import read_contents
 from mlxquant.errors import ArtifactError
+from mlxquant.files import artifacts
 from mlxquant.layers import QuantizedLinear
 from mlxquant.module_files import load_module, save_module
 from mlxquant.schedule import Clock

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mlxquant import artifacts
+from mlxquant.files import artifacts
 from mlxquant.qat.convert import quantizing_points
 from mlxquant.qat.folders import quantized_gpt
 from mlxquant.qat.integer import quantizing_weights

@@ -6,8 +6,9 @@ import sys
 import pytest
 
 import mlxquant as mq
-from mlxquant import artifacts, benchmark_final, calibrate_snr, quantize_qronos
+from mlxquant import benchmark_final, calibrate_snr, quantize_qronos
 from mlxquant.evaluate import command as evaluate
+from mlxquant.files import artifacts
 from mlxquant.models.mmdit_shapes import MMDiTShapes
 from mlxquant.presets import parse_recipe
 from mlxquant.quantize import command as quantize

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 import mlxquant as mq
-from mlxquant import artifacts, store, streams, sweep
+from mlxquant import store, streams, sweep
 from mlxquant.errors import ArtifactError, CalibrationError, NumericsError, RecipeError
+from mlxquant.files import artifacts
 from mlxquant.folds import divide
 from mlxquant.input_tables import LayerInput, Options, decide_input
 from mlxquant.layers import QuantizedLinear

@@ -10,8 +10,8 @@ import pytest
 import safetensors
 import safetensors.numpy
 
-from mlxquant import artifacts, tensor_layout
 from mlxquant.errors import ArtifactError
+from mlxquant.files import artifacts, tensor_layout
 
 MIXED = {
     "zz": mx.array([[1.5, -2.0]], mx.float32),

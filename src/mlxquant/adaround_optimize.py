@@ -8,10 +8,10 @@ from typing import Any
 
 import click
 
-from . import artifacts
 from .activations import BITS
 from .console import Command, peak_bytes, progress, result, say, verbose_option
 from .errors import AdapterError
+from .files import artifacts
 from .formats import WeightFormat
 from .layer_rounding import Preset
 from .methods.adaround import Settings

@@ -22,9 +22,9 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import RecipeError
+from .files.kept_arrays import Measurements
 from .formats import WeightFormat
 from .input_tables import LayerInput, Options, TierTables
-from .measurements import Measurements
 from .methods import knapsack, registry
 from .methods.moments import Moments, energy
 from .methods.tiers import TIERS

@@ -10,10 +10,10 @@ import click
 import numpy as np
 
 from . import api
-from .artifacts import ensure_writable
 from .console import Command, progress, result, say, verbose_option
 from .decisions import decide, made_from
 from .errors import ArtifactError
+from .files.artifacts import ensure_writable
 from .input_tables import Options
 from .methods.tiers import BUDGET, TIERS
 from .pipeline import temporal

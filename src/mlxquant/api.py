@@ -12,13 +12,14 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from . import artifacts, calibration
+from . import calibration
 from .affine import restored
 from .allocation import allocate, check_limits, stored_bits
-from .artifacts import versions
 from .calibration import Calibration
 from .corpus import read_corpus
 from .errors import AdapterError, ArtifactError, CalibrationError, NumericsError, RecipeError
+from .files import artifacts
+from .files.artifacts import versions
 from .layers import QuantizedLinear, find_quantized
 from .model_size import Size
 from .models.adapter import Adapter

@@ -15,8 +15,8 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from . import artifacts
 from .errors import ArtifactError, CalibrationError
+from .files import artifacts
 from .models.adapter import Adapter, State
 from .models.diffusion import DiffusionAdapter, diffusion
 from .progress import Progress, silent

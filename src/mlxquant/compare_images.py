@@ -8,7 +8,6 @@ from pathlib import Path
 
 import click
 
-from . import artifacts
 from .console import Command, force_option, peak_bytes, progress, result, say, verbose_option
 from .errors import ArtifactError
 from .evaluation.contender import distinct
@@ -17,6 +16,7 @@ from .evaluation.image_folders import paired, read_picture
 from .evaluation.metric_options import chosen_metrics, metric_option, weights_option
 from .evaluation.paired import blank, few
 from .evaluation.report_folder import machine, say_report, summarise, write_report
+from .files import artifacts
 from .prompts import read_prompts
 
 

@@ -15,8 +15,8 @@ import mlx.core as mx
 from tqdm import tqdm
 
 from ._blas import prefer_fast_blas
-from .artifacts import explain
 from .errors import MlxQuantError
+from .files.artifacts import explain
 
 
 class Command(click.Command):

@@ -14,9 +14,9 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from .artifacts import plain, versions
 from .divisions import migrated, smoothed
 from .errors import CalibrationError
+from .files.artifacts import plain, versions
 from .input_tables import LayerInput, Options, decide_input
 from .models.adapter import Adapter, Edge
 from .pipeline.quant_config import QuantConfig

@@ -8,8 +8,9 @@ from typing import Any
 
 import click
 
-from . import api, artifacts, jobs
+from . import api, jobs
 from .console import Command, force_option, peak_bytes, progress, result, say, verbose_option
+from .files import artifacts
 from .presets import parse_recipe
 from .report.comparison import Comparison
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from . import api, artifacts, jobs
+from . import api, jobs
 from .console import MODEL_HELP, Command, force_option, peak_bytes, progress, result, resume_option, say, size_option, verbose_option
 from .errors import AdapterError
 from .evaluation.contender import Contender, distinct
@@ -19,6 +19,7 @@ from .evaluation.metric_options import chosen_metrics, metric_option, weights_op
 from .evaluation.paired import FLOOR, Evaluation
 from .evaluation.quantizing import quantized_contender
 from .evaluation.report_folder import put, say_report, summarise, write_report
+from .files import artifacts
 from .presets import parse_recipe
 from .prompts import Prompt, read_prompts
 from .recipe import Recipe

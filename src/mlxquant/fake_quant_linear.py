@@ -16,8 +16,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from . import artifacts
 from .errors import AdapterError, ArtifactError, CalibrationError, NumericsError, RecipeError
+from .files import artifacts
 from .formats import WeightFormat, fit_extremes
 from .methods.tcaq import joint_ratios
 from .rewrite import parameters

@@ -8,8 +8,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import api, artifacts
+from . import api
 from .api import Model, QuantizedModel
+from .files import artifacts
 from .pipeline.apply import TrackFiles
 from .progress import Progress
 from .recipe import Recipe

@@ -9,10 +9,11 @@ from typing import Any
 import click
 import numpy as np
 
-from . import api, artifacts
+from . import api
 from .api import Model, QuantizedModel
 from .console import Command, peak_bytes, progress, result, say, size_option, verbose_option
 from .errors import AdapterError
+from .files import artifacts
 from .models.catalog import model_name
 from .pipeline.apply import TrackFiles, install
 from .pipeline.weight_files import WeightFiles

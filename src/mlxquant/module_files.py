@@ -13,10 +13,10 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from . import artifacts
 from .convolutions import KINDS, QuantizedConvolution, convolution_options
 from .embeddings import QuantizedEmbedding
 from .errors import AdapterError, ArtifactError
+from .files import artifacts
 from .layers import QuantizedLinear
 from .rewrite import get_module, parameters, set_module
 from .size_report import is_hidden

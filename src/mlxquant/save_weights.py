@@ -8,9 +8,9 @@ import click
 import mlx.core as mx
 import numpy as np
 
-from . import artifacts
 from .console import UNDERSCORES, Command, result, say, verbose_option
 from .errors import ArtifactError, RecipeError
+from .files import artifacts
 from .qat.folders import quantized_gpt
 from .qat.integer import quantized_values
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from . import artifacts
 from .errors import ArtifactError
+from .files import artifacts
 from .layers import QuantizedLinear, find_quantized
 from .models.gpt import GPT, GPTConfig
 from .models.gpt_text import ByteTokenizer, CharTokenizer, tokenizer_from_facts

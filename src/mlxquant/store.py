@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeVar
 import mlx.core as mx
 import mlx.nn as nn
 
-from . import artifacts
+from .files import artifacts
 from .layers import QuantizedLinear
 from .models.adapter import Stage, State
 from .models.attention import QuantizedAttention

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from .errors import NumericsError, RecipeError
-from .measurements import Measurements
+from .files.kept_arrays import Measurements
 from .methods import registry
 from .models.adapter import Adapter, Stage, State
 from .probabilities import quantize_probabilities

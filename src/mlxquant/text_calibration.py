@@ -9,9 +9,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from . import artifacts
 from .corpus import Corpus
 from .errors import CalibrationError
+from .files import artifacts
 from .models.adapter import Adapter, State
 from .models.language import NO_TIME, LanguageAdapter, Tokens
 from .progress import Progress, silent

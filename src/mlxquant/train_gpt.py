@@ -15,10 +15,10 @@ import numpy as np
 from mlx.utils import tree_unflatten
 from tqdm import tqdm
 
-from . import artifacts
 from .console import UNDERSCORES, Command, peak_bytes, progress, result, say, verbose_option
 from .corpus import Corpus, read_corpus
 from .errors import AdapterError, ArtifactError, CalibrationError, NumericsError, RecipeError
+from .files import artifacts
 from .gpt_training import DTYPES, batch, build_optimizer, fresh_gpt, mean_loss, training_step
 from .models.catalog import pretrained
 from .models.gpt import GPT, GPTConfig

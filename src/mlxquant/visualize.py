@@ -10,11 +10,11 @@ from typing import Any
 import click
 import numpy as np
 
-from . import artifacts
 from .console import UNDERSCORES, Command, force_option, progress, result, say, verbose_option
 from .contents.reader import read_contents
 from .contents.views import View, views
 from .errors import ArtifactError
+from .files import artifacts
 from .report.tensor_plots import Panel, draw_sheets, draw_tensor
 
 SHEET, LIST = "sheet.png", "report.json"

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import mlxquant as mq
-from mlxquant import artifacts
-from mlxquant.array_memory import ArrayMemory
+from mlxquant.files import artifacts
+from mlxquant.files.array_memory import ArrayMemory
 from mlxquant.folds import divide
 from mlxquant.models import adapter as adapter_module
 from mlxquant.rewrite import get_module, parameters, set_module

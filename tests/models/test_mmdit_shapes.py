@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mlxquant import artifacts
 from mlxquant.errors import AdapterError, ArtifactError
+from mlxquant.files import artifacts
 from mlxquant.models import mmdit_shapes
 from mlxquant.models.caption_text import LENGTH, tokenize
 from mlxquant.models.catalog import pretrained

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from mlxquant import artifacts
+from mlxquant.files import artifacts
 from mlxquant.models import train_shapes
 from mlxquant.models.mmdit import MMDiTConfig
 from mlxquant.models.mmdit_shapes import WEIGHTS

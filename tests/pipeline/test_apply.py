@@ -9,9 +9,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlxquant import artifacts
 from mlxquant.divisions import Division
 from mlxquant.errors import ArtifactError, CalibrationError, RecipeError
+from mlxquant.files import artifacts
 from mlxquant.formats import WeightFormat
 from mlxquant.layers import QuantizedLinear
 from mlxquant.methods.ranges import affine_table

@@ -6,8 +6,8 @@ import os
 import numpy as np
 import pytest
 
-from mlxquant import artifacts
 from mlxquant.errors import ArtifactError
+from mlxquant.files import artifacts
 from mlxquant.pipeline.ledger import Ledger, load_npz, read_npz, write_npz
 
 FACTS = {"model": "m", "steps": 3, "parents": {"manifest.json": "abc"}}

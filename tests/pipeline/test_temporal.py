@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from mlxquant import artifacts
 from mlxquant.activations import ActivationTable
+from mlxquant.files import artifacts
 from mlxquant.pipeline import temporal
 from mlxquant.pipeline.quant_config import QuantConfig
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mlxquant import artifacts
 from mlxquant.errors import ArtifactError
+from mlxquant.files import artifacts
 from mlxquant.report import page_pictures, page_plots
 from mlxquant.report.page import write_page
 from mlxquant.report.page_layers import kind

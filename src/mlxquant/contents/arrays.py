@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .. import tensor_layout
-from ..artifacts import explain
 from ..errors import ArtifactError
+from ..files import tensor_layout
+from ..files.artifacts import explain
 
 Array = npt.NDArray[Any]
 AGAIN = "download or write it anew"

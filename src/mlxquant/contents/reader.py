@@ -8,9 +8,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from .. import artifacts
-from ..artifacts import KEY
 from ..errors import ArtifactError
+from ..files import artifacts
+from ..files.artifacts import KEY
 from ..pipeline.activation_stats import KIND as STATISTICS_KIND
 from ..pipeline.activation_stats import ActivationStats
 from ..pipeline.ledger import Ledger, verify

@@ -12,8 +12,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from .. import artifacts
 from ..api import Model, QuantizedModel
+from ..files import artifacts
 from ..progress import Progress
 from ..prompts import Prompt
 from ..rewrite import parameters

@@ -17,9 +17,9 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from .. import artifacts
-from ..artifacts import versions
 from ..errors import ArtifactError
+from ..files import artifacts
+from ..files.artifacts import versions
 from ..metrics.trajectory import trajectory_error
 from ..progress import Progress
 from ..prompts import Prompt

@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
-from ..artifacts import explain
 from ..errors import ArtifactError
+from ..files.artifacts import explain
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
 MODES = ("RGB", "RGBA", "L", "LA", "P", "1")  # of 8 bits, that are pictures in sRGB with or without transparency

@@ -8,10 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .. import artifacts
 from ..api import QuantizedModel
 from ..calibration import Calibration
 from ..errors import NumericsError
+from ..files import artifacts
 from ..metrics.bootstrap import interval
 from ..progress import Progress
 from .citations import cited

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .. import artifacts, jobs
+from .. import jobs
 from ..api import Model, QuantizedModel
-from ..artifacts import versions
 from ..calibration import Calibration
+from ..files import artifacts
+from ..files.artifacts import versions
 from ..progress import Progress
 from ..recipe import Recipe
 from .contender import Contender

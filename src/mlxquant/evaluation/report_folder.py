@@ -12,8 +12,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from .. import artifacts
 from ..console import say
+from ..files import artifacts
 from ..progress import Progress
 from ..report.comparison import save_png, to_pil
 from ..report.page import write_page

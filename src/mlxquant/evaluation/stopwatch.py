@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from .. import artifacts
+from ..files import artifacts
 from ..progress import Progress
 
 INTERVAL = 1.0  # seconds between two writes

@@ -15,7 +15,7 @@ import mlx.nn as nn
 import numpy as np
 
 from ..errors import ExportError
-from ..hub import lazy_tensors
+from ..files.hub import lazy_tensors
 from ..layers import QuantizedLinear
 from ..methods.hadamard import regular_hadamard
 from ..models.attention import QuantizedAttention

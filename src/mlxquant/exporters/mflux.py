@@ -11,8 +11,8 @@ from pathlib import Path
 
 import mlx.nn as nn
 
-from .. import artifacts
 from ..errors import ExportError
+from ..files import artifacts
 from ..rewrite import parameters
 from .plain import PlainModule, write_shards
 

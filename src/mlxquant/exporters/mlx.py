@@ -13,9 +13,9 @@ from typing import Any
 
 import mlx.core as mx
 
-from .. import artifacts
 from ..affine import affine_layer, obstacles, plain_bits
 from ..api import KIND, QuantizedModel
+from ..files import artifacts
 from ..layers import QuantizedLinear, find_quantized
 from ..models.attention import find_quantized_attentions
 from ..rewrite import parameters

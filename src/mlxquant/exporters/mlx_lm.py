@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .. import artifacts
 from ..errors import ExportError
+from ..files import artifacts
 from .plain import PlainModule, write_shards
 
 FILE_LIMIT = 5 << 30  # bytes, as mlx-lm splits its files

@@ -12,9 +12,9 @@ from typing import Any
 
 import mlx.nn as nn
 
-from .. import artifacts
 from ..api import Model, QuantizedModel
 from ..errors import ExportError
+from ..files import artifacts
 from ..models.language import LanguageAdapter
 from .diffusionkit import MODEL, float_module, write_diffusionkit
 from .mflux import COMPONENT, check_component, write_mflux

@@ -15,9 +15,9 @@ from weakref import WeakValueDictionary
 
 import mlx.core as mx
 
-from ..artifacts import file_digest
 from ..errors import ArtifactError
-from ..hub import hub_files, lazy_tensors
+from ..files.artifacts import file_digest
+from ..files.hub import hub_files, lazy_tensors
 from .torch_file import read_checkpoint
 
 Tensors = dict[str, mx.array]

@@ -19,9 +19,9 @@ import mlx.nn as nn
 import numpy as np
 import numpy.typing as npt
 
-from .. import artifacts
-from ..array_memory import ArrayMemory
 from ..errors import AdapterError, NumericsError
+from ..files import artifacts
+from ..files.array_memory import ArrayMemory
 from ..rewrite import find_linears, parameters
 from ..schedule import Clock
 from .attention import SoftmaxAttention, find_attentions

@@ -13,8 +13,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from .. import artifacts, tensor_layout
 from ..errors import ArtifactError
+from ..files import artifacts, tensor_layout
 from ..rewrite import parameters
 from .gpt import GPT, MODEL_TYPE, GPTConfig
 from .gpt_text import ByteTokenizer, CharTokenizer, tokenizer_from_facts

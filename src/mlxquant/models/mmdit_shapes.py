@@ -11,8 +11,8 @@ import mlx.nn as nn
 import numpy as np
 import numpy.typing as npt
 
-from .. import artifacts
 from ..errors import AdapterError
+from ..files import artifacts
 from ..prompts import Prompt
 from ..sampler import Conditioning
 from ..schedule import Clock

@@ -11,7 +11,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from ..errors import ArtifactError
-from ..hub import lazy_tensors
+from ..files.hub import lazy_tensors
 from .diffusionkit import host
 from .mmdit import MMDiTConfig
 

@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..errors import AdapterError, ArtifactError
-from ..hub import lazy_tensors
+from ..files.hub import lazy_tensors
 from .diffusionkit import host
 from .sd3_checkpoint import fill
 from .sd3_files import Files

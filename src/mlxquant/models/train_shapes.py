@@ -23,9 +23,9 @@ import numpy as np
 from mlx.utils import tree_map, tree_unflatten
 from tqdm import tqdm
 
-from .. import artifacts
 from ..console import Command, result
 from ..errors import ArtifactError
+from ..files import artifacts
 from ..rewrite import parameters
 from .caption_text import tokenize
 from .mmdit import MMDiTConfig

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from .. import artifacts
 from ..calibration import Calibration
 from ..errors import AdapterError, ArtifactError, NumericsError
+from ..files import artifacts
 from ..models.diffusion import DiffusionAdapter
 from ..progress import Progress, silent
 from ..report.ranges import RangeCurves, draw_ranges

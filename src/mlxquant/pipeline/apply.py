@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .. import artifacts
 from ..errors import ArtifactError, CalibrationError, RecipeError
+from ..files import artifacts
 from ..folds import divide
 from ..layer_rounding import Preset
 from ..models.adapter import Adapter, Stage

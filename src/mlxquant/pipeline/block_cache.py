@@ -16,9 +16,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from .. import artifacts
 from ..calibration import Calibration
 from ..errors import AdapterError, ArtifactError, NumericsError
+from ..files import artifacts
 from ..models.adapter import State, hooked, written
 from ..models.diffusion import DiffusionAdapter
 from ..progress import Progress, silent

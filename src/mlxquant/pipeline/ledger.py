@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .. import artifacts
 from ..errors import ArtifactError
+from ..files import artifacts
 
 Array = npt.NDArray[Any]
 OWN = ("files", "complete", "made_from")  # the ledger's own entries; ``made_from`` names those that are facts

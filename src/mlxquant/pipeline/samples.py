@@ -15,9 +15,9 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from .. import artifacts
 from ..calibration import Calibration
 from ..errors import AdapterError, CalibrationError, NumericsError
+from ..files import artifacts
 from ..models.adapter import Adapter
 from ..models.diffusion import DiffusionAdapter
 from ..progress import Progress, silent

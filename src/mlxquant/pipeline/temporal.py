@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .. import artifacts
+from ..files import artifacts
 from ..rewrite import starred
 from .quant_config import QuantConfig
 

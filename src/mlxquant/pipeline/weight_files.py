@@ -19,9 +19,9 @@ import mlx.nn as nn
 import numpy as np
 import numpy.typing as npt
 
-from .. import artifacts
 from ..activations import ActivationTable
 from ..errors import ArtifactError, MlxQuantError
+from ..files import artifacts
 from ..formats import Grid, WeightFormat
 from ..layers import QuantizedLinear
 from ..models.adapter import Stage

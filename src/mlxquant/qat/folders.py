@@ -7,7 +7,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from .. import artifacts
+from ..files import artifacts
 from ..models.gpt import GPT
 from ..models.gpt_files import load_gpt
 from ..models.gpt_text import ByteTokenizer, CharTokenizer

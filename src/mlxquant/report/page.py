@@ -13,8 +13,8 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from .. import artifacts
 from ..errors import ArtifactError
+from ..files import artifacts
 from . import page_layers, page_pictures, page_plots, page_tables
 
 Json = Mapping[str, Any]

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..artifacts import explain
 from ..errors import ArtifactError
+from ..files.artifacts import explain
 from .page_plots import INK, colour
 from .page_tables import decimals_of, dot, plain
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy.typing as npt
 
-from ..artifacts import atomic_file
+from ..files.artifacts import atomic_file
 
 Array = npt.NDArray[Any]
 

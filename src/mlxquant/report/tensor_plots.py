@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..artifacts import atomic_file
+from ..files.artifacts import atomic_file
 
 Array = npt.NDArray[Any]
 BAR, PALE, GRID = "#3f6ea8", "#6a6a70", "#e6e6ea"

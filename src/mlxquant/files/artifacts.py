@@ -24,9 +24,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from ..errors import ArtifactError
 from . import tensor_layout
 from .array_memory import ArrayMemory
-from .errors import ArtifactError
 from .tensor_layout import DTYPES
 
 VERSION = 1

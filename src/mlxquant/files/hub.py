@@ -7,7 +7,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from .errors import AdapterError, ArtifactError
+from ..errors import AdapterError, ArtifactError
 
 
 def hub_files(repository: str, names: Sequence[str], extra: str, instead: str) -> list[Path]:

@@ -1,0 +1,1 @@
+"""Bytes one can trust: checked, atomic, resumable."""
