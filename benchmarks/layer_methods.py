@@ -31,7 +31,7 @@ from mlxquant.formats import Grid, WeightFormat
 from mlxquant.methods import registry
 from mlxquant.methods.correction import corrected_target
 from mlxquant.methods.damping import TARGETS, choose_damping
-from mlxquant.methods.moments import Moments
+from mlxquant.numerics.moments import Moments
 
 Array = npt.NDArray[Any]
 WIDTHS = (768, 1536, 3072, 6144)  # of --growth

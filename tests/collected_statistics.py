@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 
 import mlxquant as mq
+from mlxquant.numerics.statistics import Collector
 from mlxquant.rewrite import tapped
 from mlxquant.sensitivity import Sensitivity, measure
-from mlxquant.statistics import Collector
 
 
 @dataclass

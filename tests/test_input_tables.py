@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mlxquant.input_tables import LayerInput, Options, decide_input, mean_error
-from mlxquant.statistics import InputRanges
+from mlxquant.numerics.statistics import InputRanges
 
 SIGMA = np.float32([0.3, 0.8])
 

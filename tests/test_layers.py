@@ -13,8 +13,8 @@ from mlxquant.errors import AdapterError, RecipeError
 from mlxquant.formats import WeightFormat, fit_extremes
 from mlxquant.layers import QuantizedLinear, integer_matmul
 from mlxquant.methods.lowrank import LowRank
+from mlxquant.numerics.transform import Transform
 from mlxquant.schedule import Clock
-from mlxquant.transform import Transform
 
 CLOCK = Clock()
 

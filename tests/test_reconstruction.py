@@ -15,11 +15,11 @@ from mlxquant.formats import WeightFormat, fit_extremes
 from mlxquant.layers import QuantizedLinear
 from mlxquant.methods.adaround import Settings
 from mlxquant.methods.lowrank import LowRank
+from mlxquant.numerics.transform import Transform
 from mlxquant.presets import parse_recipe
 from mlxquant.reconstruction import Minibatch, Reconstruction, SoftLinear
 from mlxquant.rewrite import get_module
 from mlxquant.schedule import Clock
-from mlxquant.transform import Transform
 from mlxquant.trials import Rounding
 
 SHORT = Settings(iterations=60, batch=4)

@@ -7,9 +7,9 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxquant import trials
+from mlxquant.numerics.statistics import Sharing
 from mlxquant.rewrite import tapped
 from mlxquant.run_order import levels
-from mlxquant.statistics import Sharing
 
 from tiny_language import TEXT, gpt_folder
 

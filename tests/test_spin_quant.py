@@ -8,8 +8,8 @@ import pytest
 from mlxquant.errors import AdapterError, CalibrationError, NumericsError, RecipeError
 from mlxquant.formats import WeightFormat, fit_extremes
 from mlxquant.layers import QuantizedLinear, find_quantized
-from mlxquant.methods import cayley
 from mlxquant.models.gpt import GPTConfig
+from mlxquant.numerics import cayley
 from mlxquant.rewrite import get_module, parameters
 from mlxquant.rotations import HeldHeads
 from mlxquant.spin_network import rounded_weight

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mlxquant.errors import NumericsError
-from mlxquant.statistics import InputStatistics
+from mlxquant.numerics.statistics import InputStatistics
 
 
 def inputs(samples=3, tokens=20, width=8, seed=0):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mlxquant.transform import Transform
+from mlxquant.numerics.transform import Transform
 
 
 def test_nothing_changes_nothing():

@@ -13,9 +13,9 @@ from mlxquant.errors import NumericsError, RecipeError
 from mlxquant.methods import registry
 from mlxquant.methods.lowrank import DAMPINGS, LowRank
 from mlxquant.models.attention import find_quantized_attentions
+from mlxquant.numerics.transform import Transform
 from mlxquant.presets import parse_recipe
 from mlxquant.rewrite import parameters
-from mlxquant.transform import Transform
 from mlxquant.transforming import Proposal, propose
 
 from conftest import tiny_adapter

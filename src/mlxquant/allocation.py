@@ -25,15 +25,16 @@ from .errors import RecipeError
 from .files.kept_arrays import Measurements
 from .formats import WeightFormat
 from .input_tables import LayerInput, Options, TierTables
-from .methods import knapsack, registry
-from .methods.moments import Moments, energy
+from .methods import registry
 from .methods.tiers import TIERS
 from .models.adapter import Adapter, Stage, State
+from .numerics import knapsack
+from .numerics.moments import Moments, energy
+from .numerics.statistics import Collector, InputRanges
 from .progress import Progress, silent
 from .recipe import ActivationSpec, LayerSpec, Recipe
 from .rewrite import tapped
 from .sensitivity import Sensitivity
-from .statistics import Collector, InputRanges
 from .streams import CalibrationData, run_batch, run_stage
 from .sweep import measured, sensitivity_job
 

@@ -19,9 +19,9 @@ from .errors import CalibrationError
 from .files.artifacts import plain, versions
 from .input_tables import LayerInput, Options, decide_input
 from .models.adapter import Adapter, Edge
+from .numerics.statistics import InputRanges
 from .pipeline.quant_config import QuantConfig
 from .progress import Progress, silent
-from .statistics import InputRanges
 
 Array = npt.NDArray[Any]
 

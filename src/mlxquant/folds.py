@@ -17,8 +17,8 @@ import numpy.typing as npt
 
 from .errors import NumericsError
 from .models.adapter import Edge, Fold
+from .numerics.transform import Transform
 from .rewrite import get_module
-from .transform import Transform
 
 Array = npt.NDArray[Any]
 Undo = Callable[[], None]

@@ -18,7 +18,7 @@ from .errors import RecipeError
 from .methods import registry, smoothquant
 from .methods.shift import centred, shifted
 from .methods.tiers import BUDGET, TIERS, OutputErrors, mixed, relative_errors, rms
-from .statistics import InputRanges
+from .numerics.statistics import InputRanges
 
 Array = npt.NDArray[Any]
 

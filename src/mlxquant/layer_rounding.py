@@ -19,10 +19,10 @@ from .methods import registry
 from .methods.correction import corrected_target
 from .methods.damping import CANDIDATES, TARGETS, Choice, choose_damping
 from .methods.lowrank import LowRank, refitted
-from .methods.moments import Moments, output_error
 from .methods.tiers import TIERS
+from .numerics.moments import Moments, output_error
+from .numerics.transform import Transform
 from .recipe import ActivationSpec, LayerSpec
-from .transform import Transform
 
 Array = npt.NDArray[Any]
 

@@ -22,8 +22,8 @@ from .activations import TABLE, ActivationTable, Entry, TableReader, TokenReader
 from .errors import AdapterError
 from .formats import GROUPS, Grid, WeightFormat, pack, unpack
 from .integer_matmul import EXACT, integer_matmul, use_packed_kernels
-from .methods.hadamard import block_size, rotated_blocks
 from .methods.lowrank import LowRank
+from .numerics.hadamard import block_size, rotated_blocks
 from .packed_arrays import affine, dequantized
 from .rewrite import parameters
 from .schedule import Clock

@@ -17,9 +17,9 @@ from .errors import NumericsError, RecipeError
 from .methods import registry
 from .models.adapter import Adapter, Stage, State
 from .models.attention import QuantizedAttention, ShownAttention, find_quantized_attentions
+from .numerics.statistics import InputRanges, RunningRanges
 from .progress import Progress, silent
 from .rewrite import swapped
-from .statistics import InputRanges, RunningRanges
 
 Array = npt.NDArray[Any]
 VALUES = 2**12  # of the probabilities of a batch, drawn to look at

@@ -16,8 +16,8 @@ import mlx.nn as nn
 import numpy as np
 
 from .activations import TokenReader, represented
-from .methods import cayley
 from .models.residual_stream import ResidualStream, Values, residual_stream, untie
+from .numerics import cayley
 from .rewrite import get_module, set_module
 from .turned_norm import TurnedNorm
 

@@ -16,8 +16,8 @@ import mlx.nn as nn
 
 from .activations import TokenReader, represented, round_through
 from .formats import WeightFormat
-from .methods.hadamard import block_size, rotated_blocks
 from .models.residual_stream import ResidualStream
+from .numerics.hadamard import block_size, rotated_blocks
 from .rewrite import get_module, swapped
 from .rotations import Arrays, Turn, folded, hold_heads
 

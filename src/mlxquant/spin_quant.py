@@ -21,16 +21,17 @@ from . import rotations as turning
 from .errors import CalibrationError, NumericsError, RecipeError
 from .formats import WeightFormat
 from .layer_rounding import quantize_layer
-from .methods import cayley, registry
-from .methods.moments import Moments
+from .methods import registry
 from .models.residual_stream import residual_stream
+from .numerics import cayley
+from .numerics.moments import Moments
+from .numerics.transform import Transform
 from .progress import Progress, silent
 from .recipe import LayerSpec
 from .rewrite import get_module, set_module, tapped
 from .rotations import Arrays
 from .size_report import stored_bytes
 from .spin_network import Precision, SpinNetwork
-from .transform import Transform
 
 Array = npt.NDArray[Any]
 BITS = (4, 6, 8)  # of activations

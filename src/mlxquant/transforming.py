@@ -15,10 +15,10 @@ import numpy.typing as npt
 
 from .input_tables import LayerInput
 from .methods import registry
-from .methods.moments import Moments
 from .methods.tiers import OutputErrors
+from .numerics.moments import Moments
+from .numerics.transform import Place, Transform
 from .recipe import LayerSpec
-from .transform import Place, Transform
 
 Array = npt.NDArray[Any]
 

@@ -23,15 +23,15 @@ from .layer_rounding import Preset, Rounded, activation_table, quantize_layer
 from .layers import QuantizedLinear
 from .methods import registry
 from .models.adapter import Adapter, Edge, Fold, Stage, State
+from .numerics.statistics import Collector, InputRanges, InputStatistics, Sharing
+from .numerics.transform import Place, Transform
 from .progress import Progress, silent
 from .recipe import ActivationSpec, LayerSpec, Recipe
 from .rewrite import swapped, tapped
 from .run_order import levels
 from .sensitivity import Sensitivity
-from .statistics import Collector, InputRanges, InputStatistics, Sharing
 from .store import Attentions, Layers
 from .streams import Teacher
-from .transform import Place, Transform
 from .transforming import Proposal, Reader, propose
 
 

@@ -6,8 +6,8 @@ import pytest
 from mlxquant.errors import CalibrationError, NumericsError
 from mlxquant.formats import WeightFormat
 from mlxquant.methods import lowrank
-from mlxquant.methods.moments import Moments, energy
 from mlxquant.methods.registry import get, members
+from mlxquant.numerics.moments import Moments, energy
 
 METHODS = members("branch")
 every_branch = pytest.mark.parametrize("find", [method.function for method in METHODS], ids=[method.name for method in METHODS])

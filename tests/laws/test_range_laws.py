@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from mlxquant.methods.registry import get, members
-from mlxquant.statistics import InputStatistics
+from mlxquant.numerics.statistics import InputStatistics
 
 METHODS = members("range")
 

@@ -7,9 +7,9 @@ import pytest
 from mlxquant.formats import WeightFormat
 from mlxquant.methods import registry
 from mlxquant.methods.adaround import Settings, choose
-from mlxquant.methods.moments import Moments
 from mlxquant.methods.rtn import rtn
 from mlxquant.methods.steps import search
+from mlxquant.numerics.moments import Moments
 
 RECONSTRUCT = [pytest.param(method.function, id=method.name) for method in registry.members("reconstruct")]
 every = pytest.mark.parametrize("learn", RECONSTRUCT)

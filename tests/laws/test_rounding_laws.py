@@ -12,9 +12,9 @@ import pytest
 from mlxquant.errors import CalibrationError, NumericsError, RecipeError
 from mlxquant.formats import Grid, WeightFormat
 from mlxquant.methods import registry
-from mlxquant.methods.moments import Moments, excess, shortfall
 from mlxquant.methods.rtn import rtn
 from mlxquant.methods.steps import extremes, search
+from mlxquant.numerics.moments import Moments, excess, shortfall
 
 FORMATS = [WeightFormat.parse(text) for text in ("w2", "w4", "w4-asym", "w3-g32", "w4-g64-sym", "w4-tensor", "w8")]
 STEPS = [pytest.param(method.function, id=method.name) for method in registry.members("steps")]

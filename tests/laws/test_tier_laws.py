@@ -9,7 +9,7 @@ import pytest
 from mlxquant.methods.ranges import extremes
 from mlxquant.methods.registry import members
 from mlxquant.methods.tiers import TIERS, mixed, quantized
-from mlxquant.statistics import InputStatistics
+from mlxquant.numerics.statistics import InputStatistics
 
 RULES = members("tier")
 WEIGHT = np.random.default_rng(9).normal(size=(8, 16)).astype(np.float32)

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from mlxquant.methods.moments import Moments
 from mlxquant.methods.registry import members
-from mlxquant.statistics import InputRanges
-from mlxquant.transform import Place, Transform
+from mlxquant.numerics.moments import Moments
+from mlxquant.numerics.statistics import InputRanges
+from mlxquant.numerics.transform import Place, Transform
 
 METHODS = members("transform")
 PLACES = [Place(), Place("gelu", reorders=True), Place(mixes=16), Place(mixes=12)]

@@ -10,9 +10,9 @@ from mlxquant.errors import NumericsError, RecipeError
 from mlxquant.formats import WeightFormat, fit_extremes
 from mlxquant.methods import adaround as ada
 from mlxquant.methods.gptq import gptq
-from mlxquant.methods.moments import Moments, energy
 from mlxquant.methods.rtn import rtn
 from mlxquant.methods.steps import search
+from mlxquant.numerics.moments import Moments, energy
 
 
 def problem(rows=6, width=24, bits=3, seed=0):

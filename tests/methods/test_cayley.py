@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mlxquant.methods.cayley import CLIP, STARTS, cayley_step, drift, even_rotation, start
+from mlxquant.numerics.cayley import CLIP, STARTS, cayley_step, drift, even_rotation, start
 
 SIZES = [1, 2, 3, 4, 8, 12, 20, 32, 48, 64, 96, 192]
 

@@ -5,8 +5,8 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from mlxquant.methods import cholesky
-from mlxquant.methods.cholesky import factorize
+from mlxquant.numerics import cholesky
+from mlxquant.numerics.cholesky import factorize
 
 
 def positive_definite(size, dtype=np.float64):

@@ -8,7 +8,7 @@ import pytest
 
 from mlxquant.errors import CalibrationError, NumericsError
 from mlxquant.methods.correction import corrected_target
-from mlxquant.methods.moments import Moments, excess, shortfall
+from mlxquant.numerics.moments import Moments, excess, shortfall
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ from mlxquant.formats import WeightFormat
 from mlxquant.methods.correction import corrected_target
 from mlxquant.methods.damping import CANDIDATES, TARGETS, choose_damping
 from mlxquant.methods.gptq import gptq
-from mlxquant.methods.moments import Moments, output_error
 from mlxquant.methods.steps import search
+from mlxquant.numerics.moments import Moments, output_error
 
 
 def inputs(tokens, width=64, seed=0):

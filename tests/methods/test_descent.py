@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from mlxquant.formats import WeightFormat
-from mlxquant.methods.cholesky import Factor
 from mlxquant.methods.descent import descend, gptq_descent
 from mlxquant.methods.gptq import damped_problem, gptq, nearest_plane
-from mlxquant.methods.moments import Moments, energy
 from mlxquant.methods.rtn import rtn
 from mlxquant.methods.steps import search
+from mlxquant.numerics.cholesky import Factor
+from mlxquant.numerics.moments import Moments, energy
 
 
 def layer(rows, width, seed=0):

@@ -6,7 +6,7 @@ import pytest
 from mlxquant.methods.dynamic import dynamic, power_law_ratio
 from mlxquant.methods.ranges import error, extremes
 from mlxquant.methods.tiers import OutputErrors
-from mlxquant.statistics import InputRanges
+from mlxquant.numerics.statistics import InputRanges
 
 rng = np.random.default_rng(0)
 SIZE = (64, 64)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mlxquant.methods.envelopes import envelope, upper_envelope
-from mlxquant.statistics import InputRanges
+from mlxquant.numerics.statistics import InputRanges
 
 
 def exact(basis, y):

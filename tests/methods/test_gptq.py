@@ -8,11 +8,11 @@ import pytest
 
 from mlxquant.errors import CalibrationError, NumericsError
 from mlxquant.formats import WeightFormat
-from mlxquant.methods.cholesky import Factor
 from mlxquant.methods.gptq import damped_problem, gptq, nearest_plane
-from mlxquant.methods.moments import Moments, energy
 from mlxquant.methods.rtn import rtn
 from mlxquant.methods.steps import extremes, search
+from mlxquant.numerics.cholesky import Factor
+from mlxquant.numerics.moments import Moments, energy
 
 
 @pytest.fixture

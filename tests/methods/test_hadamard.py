@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mlxquant.methods.hadamard import block_size, regular_hadamard, rotated
+from mlxquant.numerics.hadamard import block_size, regular_hadamard, rotated
 
 
 @pytest.mark.parametrize("size", [1, 4, 16, 64, 256])

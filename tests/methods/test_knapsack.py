@@ -5,7 +5,7 @@ from itertools import product
 import numpy as np
 import pytest
 
-from mlxquant.methods.knapsack import allocate, fewest_bits, shared_budget
+from mlxquant.numerics.knapsack import allocate, fewest_bits, shared_budget
 
 
 def problem(seed, items=5):

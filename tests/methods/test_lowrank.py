@@ -17,8 +17,8 @@ from mlxquant.methods.lowrank import (
     svd,
     whitened,
 )
-from mlxquant.methods.moments import Moments, energy
 from mlxquant.methods.registry import get
+from mlxquant.numerics.moments import Moments, energy
 
 
 def problem(out=60, width=80, seed=0):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mlxquant.errors import CalibrationError, NumericsError
-from mlxquant.methods.moments import Moments, calibrated_gram, energy, output_error
+from mlxquant.numerics.moments import Moments, calibrated_gram, energy, output_error
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def test_panels_do_not_show(width, monkeypatch):
     rows = random.standard_normal((5, width))
     whole = Moments.of(inputs[0])
     whole.add(inputs[1], exact[1])
-    monkeypatch.setattr("mlxquant.methods.moments.PANEL", 4)
+    monkeypatch.setattr("mlxquant.numerics.moments.PANEL", 4)
     parts = Moments.of(inputs[0])
     np.testing.assert_array_equal(parts.gram, parts.gram.T)  # asked for in between
     parts.add(inputs[1], exact[1])
@@ -64,7 +64,7 @@ def test_panels_do_not_show(width, monkeypatch):
 
 
 def test_adding_needs_little_more_than_the_gram_matrix(monkeypatch):
-    monkeypatch.setattr("mlxquant.methods.moments.PANEL", 128)
+    monkeypatch.setattr("mlxquant.numerics.moments.PANEL", 128)
     moments, inputs = Moments.empty(1024), np.ones((64, 1024), np.float32)
     tracemalloc.start()
     moments.add(inputs)

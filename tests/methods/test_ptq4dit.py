@@ -5,8 +5,8 @@ import pytest
 
 from mlxquant.methods.ptq4dit import calibrated_salience, ptq4dit, rank_correlation, ranks
 from mlxquant.methods.smoothquant import divisor
-from mlxquant.statistics import InputRanges
-from mlxquant.transform import Place
+from mlxquant.numerics.statistics import InputRanges
+from mlxquant.numerics.transform import Place
 
 
 def by_counting(values):

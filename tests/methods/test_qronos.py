@@ -7,9 +7,9 @@ from mlxquant.formats import Grid, WeightFormat
 from mlxquant.methods.correction import corrected_target
 from mlxquant.methods.gptaq import gptaq
 from mlxquant.methods.gptq import gptq
-from mlxquant.methods.moments import Moments
 from mlxquant.methods.qronos import base_form, qronos
 from mlxquant.methods.steps import extremes, search
+from mlxquant.numerics.moments import Moments
 
 TEXTS = ["w2", "w3", "w4", "w4-asym", "w4-g32", "w4-tensor", "w8"]
 

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 
 from mlxquant.formats import WeightFormat
-from mlxquant.methods.cholesky import Factor
 from mlxquant.methods.descent import gptq_descent
 from mlxquant.methods.gptq import damped_problem, nearest_plane
-from mlxquant.methods.moments import Moments, energy
 from mlxquant.methods.refit import refit
 from mlxquant.methods.steps import extremes, search
+from mlxquant.numerics.cholesky import Factor
+from mlxquant.numerics.moments import Moments, energy
 
 
 def layer(rows=12, width=64):

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from mlxquant.methods.rotation import dealt, rotation
-from mlxquant.statistics import InputRanges
-from mlxquant.transform import Place
+from mlxquant.numerics.statistics import InputRanges
+from mlxquant.numerics.transform import Place
 
 
 def ranges(width, outliers=4, seed=0):

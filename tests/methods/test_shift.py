@@ -9,8 +9,8 @@ from mlxquant.methods.ranges import average, extremes
 from mlxquant.methods.shift import centred, migration, shifted
 from mlxquant.methods.smoothquant import divided
 from mlxquant.methods.tiers import quantized, relative_errors
+from mlxquant.numerics.statistics import InputStatistics
 from mlxquant.schedule import Clock
-from mlxquant.statistics import InputStatistics
 
 WEIGHT = np.random.default_rng(9).normal(size=(8, 128)).astype(np.float32)
 

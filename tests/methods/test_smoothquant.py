@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mlxquant.methods.smoothquant import candidate, divided, divisor, peaks, spike
-from mlxquant.statistics import InputRanges
+from mlxquant.numerics.statistics import InputRanges
 
 
 def data(width=40, seed=0):

@@ -5,8 +5,8 @@ import pytest
 
 from mlxquant.formats import Grid, WeightFormat, fit_extremes
 from mlxquant.methods import steps
-from mlxquant.methods.moments import Moments
 from mlxquant.methods.steps import extremes, mse, search
+from mlxquant.numerics.moments import Moments
 
 
 @pytest.fixture

@@ -5,8 +5,8 @@ import pytest
 
 from mlxquant.methods.smoothquant import divisor
 from mlxquant.methods.tcaq import joint_ratios, tcaq, timestep_weights
-from mlxquant.statistics import InputRanges
-from mlxquant.transform import Place
+from mlxquant.numerics.statistics import InputRanges
+from mlxquant.numerics.transform import Place
 
 
 def peaks(levels=5, width=12, seed=0):

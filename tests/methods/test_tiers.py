@@ -9,8 +9,8 @@ from mlxquant.formats import WeightFormat, fit_extremes
 from mlxquant.layers import QuantizedLinear
 from mlxquant.methods.ranges import extremes
 from mlxquant.methods.tiers import OutputErrors, error, lowered, mixed, quantized, relative_errors, rms, threshold
+from mlxquant.numerics.statistics import InputRanges
 from mlxquant.schedule import Clock
-from mlxquant.statistics import InputRanges
 
 
 def ranges_of(*rows):

@@ -7,7 +7,7 @@ import pytest
 
 from mlxquant.methods.ranges import error
 from mlxquant.methods.timestep_groups import best_groups, group_costs, grouped
-from mlxquant.statistics import InputRanges
+from mlxquant.numerics.statistics import InputRanges
 
 WEIGHT = np.random.default_rng(9).normal(size=(8, 6))
 

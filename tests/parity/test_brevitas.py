@@ -13,9 +13,9 @@ import pytest
 
 from mlxquant.formats import WeightFormat
 from mlxquant.methods.gptq import gptq
-from mlxquant.methods.moments import Moments
 from mlxquant.methods.qronos import qronos
 from mlxquant.methods.steps import extremes, search
+from mlxquant.numerics.moments import Moments
 
 pytestmark = pytest.mark.parity
 

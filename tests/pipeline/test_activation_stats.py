@@ -11,13 +11,13 @@ from mlx.utils import tree_map
 from mlxquant.errors import AdapterError, ArtifactError, CalibrationError, NumericsError
 from mlxquant.models.adapter import Stage
 from mlxquant.models.mmdit_shapes import MMDiTShapes
+from mlxquant.numerics.statistics import MovingCentre, Picks
 from mlxquant.pipeline import activation_stats, samples
 from mlxquant.pipeline import ledger as ledgers
 from mlxquant.pipeline.activation_stats import HIST_EDGES, ActivationStats
 from mlxquant.pipeline.samples import Samples
 from mlxquant.rewrite import Tap, tapped
 from mlxquant.sensitivity import measure
-from mlxquant.statistics import MovingCentre, Picks
 
 from conftest import TINY, tiny_adapter
 

@@ -15,6 +15,7 @@ from mlxquant.files import artifacts
 from mlxquant.formats import WeightFormat
 from mlxquant.layers import QuantizedLinear
 from mlxquant.methods.ranges import affine_table
+from mlxquant.numerics.statistics import Collector
 from mlxquant.pipeline.apply import TrackFiles, Tracks, check, install, prepare
 from mlxquant.pipeline.ledger import Ledger
 from mlxquant.pipeline.quant_config import QuantConfig
@@ -22,7 +23,6 @@ from mlxquant.pipeline.weight_files import CONFIG, KIND, WeightFiles
 from mlxquant.presets import parse_recipe
 from mlxquant.recipe import LayerSpec
 from mlxquant.rewrite import tapped
-from mlxquant.statistics import Collector
 from mlxquant.store import StageResult
 from mlxquant.trials import round_to_nearest
 

@@ -17,10 +17,10 @@ import numpy as np
 from ..errors import ExportError
 from ..files.hub import lazy_tensors
 from ..layers import QuantizedLinear
-from ..methods.hadamard import regular_hadamard
 from ..models.attention import QuantizedAttention
 from ..models.sd3_checkpoint import MMDIT_PREFIX
 from ..models.sd3_files import CHECKPOINT, Files
+from ..numerics.hadamard import regular_hadamard
 from ..rewrite import parameters
 from .plain import PlainModule, part_obstacles, refusal
 

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy.typing as npt
 
-from .cholesky import Factor
+from ..numerics.cholesky import Factor
+from ..numerics.moments import Moments, calibrated_gram, shortfall
 from .gptq import damped_problem
-from .moments import Moments, calibrated_gram, shortfall
 
 Array = npt.NDArray[Any]
 

@@ -8,9 +8,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ..formats import Grid
-from .cholesky import Factor
+from ..numerics.cholesky import Factor
+from ..numerics.moments import Moments, calibrated_gram
 from .gptq import damped_problem, nearest_plane
-from .moments import Moments, calibrated_gram
 from .registry import register
 from .rtn import better_rows, rtn
 

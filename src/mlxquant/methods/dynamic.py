@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..activations import ActivationTable
-from ..statistics import InputRanges
+from ..numerics.statistics import InputRanges
 from .ranges import error
 from .registry import register
 

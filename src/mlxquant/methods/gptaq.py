@@ -8,9 +8,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ..formats import Grid
-from .cholesky import Factor, solve_lower, solve_transposed
+from ..numerics.cholesky import Factor, solve_lower, solve_transposed
+from ..numerics.moments import Moments, calibrated_gram, shortfall
 from .gptq import damped_problem, nearest_plane
-from .moments import Moments, calibrated_gram, shortfall
 from .registry import register
 from .rtn import better_rows, rtn
 

@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ..formats import Grid
-from .cholesky import Factor
-from .moments import Moments, calibrated_gram, energy
+from ..numerics.cholesky import Factor
+from ..numerics.moments import Moments, calibrated_gram, energy
 from .registry import register
 from .rtn import rtn
 

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import NumericsError
-from .moments import Moments, calibrated_gram, energy
+from ..numerics.moments import Moments, calibrated_gram, energy
 from .registry import register
 
 Array = npt.NDArray[Any]

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..activations import ActivationTable
-from ..statistics import InputRanges
+from ..numerics.statistics import InputRanges
 from .registry import register
 
 Array = npt.NDArray[Any]

@@ -12,9 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ..formats import Grid, WeightFormat, snap
+from ..numerics.moments import Moments, calibrated_gram, energy
 from .descent import descend
 from .gptq import damped_problem
-from .moments import Moments, calibrated_gram, energy
 from .registry import register
 
 Array = npt.NDArray[Any]

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..formats import Grid, grouped
-from .moments import Moments, excess
+from ..numerics.moments import Moments, excess
 from .registry import register
 
 Array = npt.NDArray[Any]

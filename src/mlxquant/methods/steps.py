@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..formats import Grid, WeightFormat, fit_extremes, grouped, snap
-from .moments import Moments, calibrated_gram
+from ..numerics.moments import Moments, calibrated_gram
 from .registry import register
 
 Array = npt.NDArray[Any]

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..statistics import InputRanges
-from ..transform import Place, Transform
+from ..numerics.statistics import InputRanges
+from ..numerics.transform import Place, Transform
 from .registry import register
 from .smoothquant import timestep_peaks
 

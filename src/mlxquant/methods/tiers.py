@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..activations import ActivationTable, nearest_levels
-from ..statistics import InputRanges
+from ..numerics.statistics import InputRanges
 from .registry import register
 
 Array = npt.NDArray[Any]

@@ -31,8 +31,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ..activations import ActivationTable
+from ..numerics.statistics import InputRanges
 from ..schedule import log_snr
-from ..statistics import InputRanges
 from .ranges import error
 from .registry import register
 

@@ -18,11 +18,11 @@ from ..calibration import Calibration
 from ..errors import AdapterError, ArtifactError, NumericsError
 from ..files import artifacts
 from ..models.diffusion import DiffusionAdapter
+from ..numerics.statistics import InputRanges, Picks, StepCollector, StepInputs
 from ..progress import Progress, silent
 from ..report.ranges import RangeCurves, draw_ranges
 from ..rewrite import tapped
 from ..sensitivity import measure
-from ..statistics import InputRanges, Picks, StepCollector, StepInputs
 from .ledger import Array, Ledger
 from .samples import MANIFEST, Samples
 

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .methods.hadamard import rotated
-from .methods.moments import Moments
+from .hadamard import rotated
+from .moments import Moments
 from .statistics import InputRanges
 
 Array = npt.NDArray[Any]

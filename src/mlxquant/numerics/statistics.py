@@ -12,8 +12,8 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from .errors import NumericsError
-from .methods.moments import Moments
+from ..errors import NumericsError
+from .moments import Moments
 
 Array = npt.NDArray[Any]
 Change = Callable[[Array], Array]

@@ -1,0 +1,1 @@
+"""Arrays in, arrays out: linear algebra and statistics, no quantization yet."""
