@@ -21,8 +21,8 @@ import mlx.core as mx
 from mlxquant.api import Model
 from mlxquant.console import progress, result, say
 from mlxquant.metrics.psnr import psnr
-from mlxquant.prompts import Prompt
-from mlxquant.sampler import SamplerStep, guided, sample, seeded_noise
+from mlxquant.sampling.prompts import Prompt
+from mlxquant.sampling.sampler import SamplerStep, guided, sample, seeded_noise
 from mlxquant.sensitivity import measure
 
 WINDOW = 4

@@ -10,8 +10,8 @@ from pathlib import Path
 import click
 
 from mlxquant.console import Command, progress
+from mlxquant.sampling.text import sample_tokens
 from mlxquant.spin_files import load_spun
-from mlxquant.text_sampler import sample_tokens
 
 
 @click.command(cls=Command)

@@ -7,7 +7,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlxquant.models.gpt import GPT, GPTConfig
-from mlxquant.text_sampler import sample_tokens
+from mlxquant.sampling.text import sample_tokens
 
 CONFIG = GPTConfig(vocab_size=40, n_positions=24, n_embd=32, n_head=2, n_layer=2)
 LLAMA = {

@@ -14,8 +14,8 @@ import numpy as np
 
 from mlxquant.models.adapter import Stage
 from mlxquant.models.diffusion import DiffusionAdapter
-from mlxquant.prompts import Prompt
-from mlxquant.sampler import Conditioning
+from mlxquant.sampling.prompts import Prompt
+from mlxquant.sampling.sampler import Conditioning
 from mlxquant.schedule import Clock
 
 TEXT = 8  # width of the conditioning, of one token

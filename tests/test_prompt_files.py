@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mlxquant.prompts import read_prompts
+from mlxquant.sampling.prompts import read_prompts
 
 FOLDER = Path(__file__).parent.parent / "calibration"
 NAMES = ("calibration", "evaluation")

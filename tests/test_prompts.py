@@ -7,7 +7,7 @@ import pytest
 from mlxquant.errors import ArtifactError, CalibrationError
 from mlxquant.models.mmdit_shapes import MMDiTShapes
 from mlxquant.models.shapes import parse
-from mlxquant.prompts import Prompt, read_prompts, write_prompts
+from mlxquant.sampling.prompts import Prompt, read_prompts, write_prompts
 
 FOLDER = Path(__file__).parent.parent / "calibration"
 

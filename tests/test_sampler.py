@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from mlxquant.errors import AdapterError
-from mlxquant.sampler import Conditioning, sample, seeded_noise
+from mlxquant.sampling.sampler import Conditioning, sample, seeded_noise
 from mlxquant.schedule import flow_sigmas
 
 SHAPE = (4, 4, 2)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mlxquant.errors import CalibrationError, RecipeError
-from mlxquant.text_sampler import sample_tokens
+from mlxquant.sampling.text import sample_tokens
 
 from language_models import tiny_gpt
 

@@ -28,9 +28,12 @@ from .fake_quant_linear import FakeQuantLinear  # noqa: E402
 from .layers import QuantizedLinear  # noqa: E402
 from .module_files import load_module, save_module  # noqa: E402
 from .presets import parse_recipe  # noqa: E402
-from .prompts import Prompt, read_prompts  # noqa: E402
 from .quantize_linears import quantize_linears  # noqa: E402
 from .recipe import Recipe  # noqa: E402
+from .sampling.prompts import (
+    Prompt,  # noqa: E402
+    read_prompts,  # noqa: E402
+)
 from .spin_quant import SpinQuant  # noqa: E402
 from .weight_only import W8A16Linear  # noqa: E402
 

@@ -31,11 +31,11 @@ from .pipeline.apply import TrackFiles
 from .prediction import Prediction, predict
 from .presets import parse_recipe
 from .progress import Progress, silent
-from .prompts import Prompt
 from .recipe import LayerSpec, Recipe
 from .report.comparison import Comparison, to_pil
 from .rewrite import parameters, set_module
-from .sampler import SamplerStep
+from .sampling.prompts import Prompt
+from .sampling.sampler import SamplerStep
 from .store import FolderStore, Store, layer_arrays, module_facts
 from .streams import CalibrationData
 from .sweep import check_model, sweep

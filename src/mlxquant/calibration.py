@@ -20,8 +20,8 @@ from .files import artifacts
 from .models.adapter import Adapter, State
 from .models.diffusion import DiffusionAdapter, diffusion
 from .progress import Progress, silent
-from .prompts import Prompt
-from .sampler import SamplerStep
+from .sampling.prompts import Prompt
+from .sampling.sampler import SamplerStep
 from .streams import OnDemand
 
 

@@ -17,7 +17,7 @@ from .evaluation.metric_options import chosen_metrics, metric_option, weights_op
 from .evaluation.paired import blank, few
 from .evaluation.report_folder import machine, say_report, summarise, write_report
 from .files import artifacts
-from .prompts import read_prompts
+from .sampling.prompts import read_prompts
 
 
 @click.command("compare-images", cls=Command)

@@ -21,8 +21,8 @@ from .evaluation.quantizing import quantized_contender
 from .evaluation.report_folder import put, say_report, summarise, write_report
 from .files import artifacts
 from .presets import parse_recipe
-from .prompts import Prompt, read_prompts
 from .recipe import Recipe
+from .sampling.prompts import Prompt, read_prompts
 
 PROMPTS, CALIBRATION_PROMPTS = 64, 16
 

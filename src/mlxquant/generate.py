@@ -11,8 +11,8 @@ from . import api
 from .console import MODEL_HELP, Command, peak_bytes, progress, result, say, size_option, verbose_option
 from .errors import AdapterError
 from .files import artifacts
-from .prompts import Prompt
 from .report.comparison import save_png, to_pil
+from .sampling.prompts import Prompt
 
 
 @click.command("generate", cls=Command)

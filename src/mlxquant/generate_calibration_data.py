@@ -11,7 +11,7 @@ from . import api
 from .console import MODEL_HELP, Command, peak_bytes, progress, result, say, size_option, verbose_option
 from .errors import CalibrationError
 from .pipeline import samples
-from .prompts import read_prompts
+from .sampling.prompts import read_prompts
 
 
 @click.command("generate-calibration-data", cls=Command)

@@ -17,10 +17,10 @@ from .files import artifacts
 from .models.catalog import model_name
 from .pipeline.apply import TrackFiles, install
 from .pipeline.weight_files import WeightFiles
-from .prompts import Prompt, read_prompts
 from .recipe import LayerSpec
 from .report.comparison import Comparison, save_png, to_pil
 from .rewrite import set_module
+from .sampling.prompts import Prompt, read_prompts
 from .trials import round_to_nearest
 
 

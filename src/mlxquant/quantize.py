@@ -13,8 +13,8 @@ from .errors import AdapterError, RecipeError
 from .models.language import LanguageAdapter
 from .pipeline.apply import TrackFiles
 from .presets import parse_recipe
-from .prompts import read_prompts
 from .recipe import Recipe
+from .sampling.prompts import read_prompts
 from .streams import CalibrationData
 
 

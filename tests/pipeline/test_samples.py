@@ -13,9 +13,9 @@ from mlxquant.errors import ArtifactError, CalibrationError
 from mlxquant.models.mmdit_shapes import MMDiTShapes
 from mlxquant.pipeline import ledger as ledgers
 from mlxquant.pipeline.samples import Samples
-from mlxquant.prompts import write_prompts
 from mlxquant.report.comparison import to_pil
-from mlxquant.sampler import Conditioning
+from mlxquant.sampling.prompts import write_prompts
+from mlxquant.sampling.sampler import Conditioning
 
 import command_line
 from conftest import tiny_adapter

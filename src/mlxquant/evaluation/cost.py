@@ -15,9 +15,9 @@ import numpy as np
 from ..api import Model, QuantizedModel
 from ..files import artifacts
 from ..progress import Progress
-from ..prompts import Prompt
 from ..rewrite import parameters
-from ..sampler import SamplerStep
+from ..sampling.prompts import Prompt
+from ..sampling.sampler import SamplerStep
 
 ROUNDS, STEPS = 8, 4  # of the sampler, in each round
 MEASURED = ("latency_s", "latency_p95_s", "latency_ratio", "peak_bytes")

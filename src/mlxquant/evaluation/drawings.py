@@ -22,8 +22,8 @@ from ..files import artifacts
 from ..files.artifacts import versions
 from ..metrics.trajectory import trajectory_error
 from ..progress import Progress
-from ..prompts import Prompt
-from ..sampler import SamplerStep
+from ..sampling.prompts import Prompt
+from ..sampling.sampler import SamplerStep
 from .contender import Contender
 
 Array = npt.NDArray[Any]

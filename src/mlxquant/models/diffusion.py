@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import AdapterError
-from ..prompts import Prompt
-from ..sampler import Conditioning, SamplerStep, sample, seeded_noise
+from ..sampling.prompts import Prompt
+from ..sampling.sampler import Conditioning, SamplerStep, sample, seeded_noise
 from ..schedule import Sigmas, flow_sigmas
 from .adapter import Adapter, State
 

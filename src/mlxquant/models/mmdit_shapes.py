@@ -13,8 +13,8 @@ import numpy.typing as npt
 
 from ..errors import AdapterError
 from ..files import artifacts
-from ..prompts import Prompt
-from ..sampler import Conditioning
+from ..sampling.prompts import Prompt
+from ..sampling.sampler import Conditioning
 from ..schedule import Clock
 from . import shapes
 from .adapter import Edge, Stage

@@ -17,8 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import AdapterError
-from ..prompts import Prompt, parse_prompts
-from ..sampler import Conditioning
+from ..sampling.prompts import Prompt, parse_prompts
+from ..sampling.sampler import Conditioning
 from ..schedule import Clock
 from .adapter import Edge, Stage, State
 from .diffusion import DiffusionAdapter

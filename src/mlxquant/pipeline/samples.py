@@ -21,9 +21,9 @@ from ..files import artifacts
 from ..models.adapter import Adapter
 from ..models.diffusion import DiffusionAdapter
 from ..progress import Progress, silent
-from ..prompts import Prompt
 from ..report.comparison import save_png, to_pil
-from ..sampler import SamplerStep
+from ..sampling.prompts import Prompt
+from ..sampling.sampler import SamplerStep
 from .ledger import Array, Ledger
 
 KIND = "calibration-samples"

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ..files.artifacts import atomic_file
 from ..metrics.psnr import psnr
-from ..prompts import Prompt
+from ..sampling.prompts import Prompt
 
 Images = npt.NDArray[Any]
 Marks = Callable[[Images, Sequence[str]], dict[str, float] | None]

@@ -7,8 +7,8 @@ import mlx.nn as nn
 import numpy as np
 import numpy.typing as npt
 
-from .errors import CalibrationError, RecipeError
-from .progress import Progress, silent
+from ..errors import CalibrationError, RecipeError
+from ..progress import Progress, silent
 
 
 def sample_tokens(

@@ -13,8 +13,8 @@ from itertools import pairwise
 import mlx.core as mx
 import numpy as np
 
-from .errors import AdapterError
-from .schedule import Sigmas
+from ..errors import AdapterError
+from ..schedule import Sigmas
 
 Velocity = Callable[[mx.array, mx.array, mx.array, float], mx.array]
 

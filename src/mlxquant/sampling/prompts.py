@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import CalibrationError
-from .files.artifacts import atomic_file, explain
+from ..errors import CalibrationError
+from ..files.artifacts import atomic_file, explain
 
 
 @dataclass(frozen=True)

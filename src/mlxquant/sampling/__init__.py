@@ -1,0 +1,1 @@
+"""Noise, time, prompts, and the loop that draws."""
