@@ -24,7 +24,7 @@ import numpy as np
 import mlxquant  # noqa: F401  # before mlx
 
 # isort: split
-from mlxquant.console import progress, result, say
+from mlxquant.commandline.console import progress, result, say
 from mlxquant.files.artifacts import file_digest
 
 ATTEMPTS = 20

@@ -20,7 +20,7 @@ import mlxquant as mq  # before mlx, so that MLX gets a fast BLAS
 import mlx.core as mx
 
 from mlxquant.allocation import allocate
-from mlxquant.console import progress, result, say
+from mlxquant.commandline.console import progress, result, say
 from mlxquant.metrics.bootstrap import interval
 from mlxquant.metrics.psnr import psnr
 

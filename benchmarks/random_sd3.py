@@ -22,7 +22,7 @@ import click
 import mlxquant  # noqa: F401  # before mlx
 
 # isort: split
-from mlxquant.console import result, say
+from mlxquant.commandline.console import result, say
 from random_tensors import Tensor, convolution, linear, norm, write_tensors
 from random_text_encoders import TOKEN, ClipSizes, T5Sizes, clip, t5, write_clip_config, write_clip_tokenizer, write_json, write_t5_config
 

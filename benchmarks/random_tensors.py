@@ -19,7 +19,7 @@ import numpy.typing as npt
 import mlxquant  # noqa: F401  # before mlx
 
 # isort: split
-from mlxquant.console import progress
+from mlxquant.commandline.console import progress
 from mlxquant.files.artifacts import atomic_file
 
 OUTLIERS = 128  # one channel in this many

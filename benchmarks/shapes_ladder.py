@@ -24,7 +24,7 @@ import mlx.nn as nn
 
 from mlxquant.activations import TableReader, represented
 from mlxquant.api import Model, QuantizedModel
-from mlxquant.console import progress, result, say
+from mlxquant.commandline.console import progress, result, say
 from mlxquant.files.artifacts import atomic_file, canonical
 from mlxquant.metrics.bootstrap import interval
 from mlxquant.metrics.psnr import psnr

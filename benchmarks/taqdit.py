@@ -29,7 +29,7 @@ import mlx.core as mx
 from mlxquant.activations import TableReader
 from mlxquant.api import Model
 from mlxquant.calibration import Calibration
-from mlxquant.console import progress, result, say
+from mlxquant.commandline.console import progress, result, say
 from mlxquant.decisions import decide
 from mlxquant.files.artifacts import atomic_file, canonical
 from mlxquant.input_tables import Options

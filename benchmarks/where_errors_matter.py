@@ -19,7 +19,7 @@ import mlxquant as mq  # before mlx, so that MLX gets a fast BLAS
 import mlx.core as mx
 
 from mlxquant.api import Model
-from mlxquant.console import progress, result, say
+from mlxquant.commandline.console import progress, result, say
 from mlxquant.metrics.psnr import psnr
 from mlxquant.sampling.prompts import Prompt
 from mlxquant.sampling.sampler import SamplerStep, guided, sample, seeded_noise

@@ -24,7 +24,7 @@ import numpy as np
 import mlxquant as mq  # before mlx, so that MLX gets a fast BLAS
 
 # isort: split
-from mlxquant.console import progress, result, say
+from mlxquant.commandline.console import progress, result, say
 from mlxquant.metrics.bootstrap import interval
 from mlxquant.metrics.psnr import psnr
 from taqdit import CALIBRATION, Bench

@@ -16,7 +16,7 @@ import click
 import mlx.core as mx
 import numpy as np
 
-from mlxquant.console import Command, progress, result, say
+from mlxquant.commandline.console import Command, progress, result, say
 from mlxquant.corpus import read_corpus
 from mlxquant.errors import ArtifactError, CalibrationError
 from mlxquant.files import artifacts

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from mlxquant.console import Command, progress
+from mlxquant.commandline.console import Command, progress
 from mlxquant.sampling.text import sample_tokens
 from mlxquant.spin_files import load_spun
 

@@ -4,7 +4,7 @@ import json
 
 from click.testing import CliRunner
 
-from mlxquant import cli
+from mlxquant.commandline import cli
 
 
 def run(*arguments):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_map
 
-from mlxquant import cli
+from mlxquant.commandline import cli
 from mlxquant.errors import AdapterError, ArtifactError, CalibrationError, NumericsError
 from mlxquant.models.adapter import Stage
 from mlxquant.models.mmdit_shapes import MMDiTShapes

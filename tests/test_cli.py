@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mlxquant import cli
+from mlxquant.commandline import cli
 from mlxquant.errors import NumericsError
 from mlxquant.files import artifacts
 from mlxquant.models import mmdit_shapes

@@ -33,7 +33,7 @@ import pytest
 from PIL import Image
 
 import mlxquant as mq
-from mlxquant import cli
+from mlxquant.commandline import cli
 from mlxquant.files import artifacts
 from mlxquant.models.mmdit_shapes import MMDiTShapes
 from mlxquant.pipeline.quant_config import QuantConfig

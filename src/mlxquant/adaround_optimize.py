@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from .activations import BITS
-from .console import Command, peak_bytes, progress, result, say, verbose_option
+from .commandline.console import Command, peak_bytes, progress, result, say, verbose_option
 from .errors import AdapterError
 from .files import artifacts
 from .formats import WeightFormat

@@ -10,7 +10,7 @@ import click
 import numpy as np
 
 from . import api
-from .console import Command, progress, result, say, verbose_option
+from .commandline.console import Command, progress, result, say, verbose_option
 from .decisions import decide, made_from
 from .errors import ArtifactError
 from .files.artifacts import ensure_writable

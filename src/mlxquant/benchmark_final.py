@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from .console import MODEL_HELP, Command, force_option, size_option, verbose_option
+from .commandline.console import MODEL_HELP, Command, force_option, size_option, verbose_option
 from .evaluate import command as evaluate
 from .evaluation.metric_options import metric_option, weights_option
 

@@ -6,7 +6,7 @@ trajectories for Gaussian noise, inputs for outputs, targets at the bits that ar
 
 from __future__ import annotations
 
-from .recipe_command import recipe_command
+from ._recipe_command import recipe_command
 
 command = recipe_command(
     "calibrate-snr", "rtn+logsnr", 8, 8, "Quantize a model with activation scales that follow the log-SNR, and weights rounded to nearest."

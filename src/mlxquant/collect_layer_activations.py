@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from .console import Command, peak_bytes, progress, result, say, verbose_option
+from .commandline.console import Command, peak_bytes, progress, result, say, verbose_option
 from .models.catalog import model_name, pretrained
 from .models.diffusion import diffusion
 from .pipeline import activation_stats

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from .console import Command, force_option, peak_bytes, progress, result, say, verbose_option
+from .commandline.console import Command, force_option, peak_bytes, progress, result, say, verbose_option
 from .errors import ArtifactError
 from .evaluation.contender import distinct
 from .evaluation.figures import Judge, Pictures, differences

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from . import api, jobs
-from .console import Command, force_option, peak_bytes, progress, result, say, verbose_option
+from .commandline.console import Command, force_option, peak_bytes, progress, result, say, verbose_option
 from .files import artifacts
 from .presets import parse_recipe
 from .report.comparison import Comparison

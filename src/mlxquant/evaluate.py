@@ -10,7 +10,18 @@ from typing import Any
 import click
 
 from . import api, jobs
-from .console import MODEL_HELP, Command, force_option, peak_bytes, progress, result, resume_option, say, size_option, verbose_option
+from .commandline.console import (
+    MODEL_HELP,
+    Command,
+    force_option,
+    peak_bytes,
+    progress,
+    result,
+    resume_option,
+    say,
+    size_option,
+    verbose_option,
+)
 from .errors import AdapterError
 from .evaluation.contender import Contender, distinct
 from .evaluation.drawings import Drawings

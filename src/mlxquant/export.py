@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from . import api
-from .console import MODEL_HELP, Command, force_option, result, say, verbose_option
+from .commandline.console import MODEL_HELP, Command, force_option, result, say, verbose_option
 from .exporters.plain import FLOATS
 from .exporters.targets import TARGETS, export
 from .files import artifacts

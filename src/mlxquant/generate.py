@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from . import api
-from .console import MODEL_HELP, Command, peak_bytes, progress, result, say, size_option, verbose_option
+from .commandline.console import MODEL_HELP, Command, peak_bytes, progress, result, say, size_option, verbose_option
 from .errors import AdapterError
 from .files import artifacts
 from .report.comparison import save_png, to_pil

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from .console import Command, result, say, verbose_option
+from .commandline.console import Command, result, say, verbose_option
 from .contents.layers import bits_per_weight, without_parts
 from .contents.reader import Contents, read_contents
 from .contents.tables import array_rows, fact_lines, grouped, layer_rows, lines, size

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from .citations import used
-from .console import Command, result, say, verbose_option
+from .commandline.console import Command, result, say, verbose_option
 from .methods import registry
 from .presets import INGREDIENTS, METHODS, NAMED, Method, parse_recipe
 

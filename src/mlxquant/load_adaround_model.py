@@ -11,7 +11,7 @@ import numpy as np
 
 from . import api
 from .api import Model, QuantizedModel
-from .console import Command, peak_bytes, progress, result, say, size_option, verbose_option
+from .commandline.console import Command, peak_bytes, progress, result, say, size_option, verbose_option
 from .errors import AdapterError
 from .files import artifacts
 from .models.catalog import model_name

@@ -10,7 +10,7 @@ import click
 import numpy as np
 
 from . import api
-from .console import Command, peak_bytes, progress, result, say, verbose_option
+from .commandline.console import Command, peak_bytes, progress, result, say, verbose_option
 from .corpus import read_corpus
 from .metrics.bootstrap import interval
 from .prediction import Prediction

@@ -8,7 +8,18 @@ from pathlib import Path
 import click
 
 from . import api, jobs
-from .console import MODEL_HELP, Command, force_option, peak_bytes, progress, result, resume_option, say, size_option, verbose_option
+from .commandline.console import (
+    MODEL_HELP,
+    Command,
+    force_option,
+    peak_bytes,
+    progress,
+    result,
+    resume_option,
+    say,
+    size_option,
+    verbose_option,
+)
 from .errors import AdapterError, RecipeError
 from .models.language import LanguageAdapter
 from .pipeline.apply import TrackFiles

@@ -6,7 +6,7 @@ original raised for feed-forward layers, is chosen for each layer, on tokens tha
 
 from __future__ import annotations
 
-from .recipe_command import recipe_command
+from ._recipe_command import recipe_command
 
 command = recipe_command(
     "quantize-qronos", "qronos+damped", 4, 8, "Quantize a model by Qronos, which corrects the error of the layers before as it rounds."

@@ -8,7 +8,7 @@ import click
 import mlx.core as mx
 import numpy as np
 
-from .console import UNDERSCORES, Command, result, say, verbose_option
+from .commandline.console import UNDERSCORES, Command, result, say, verbose_option
 from .errors import ArtifactError, RecipeError
 from .files import artifacts
 from .qat.folders import quantized_gpt

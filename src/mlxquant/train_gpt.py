@@ -15,7 +15,7 @@ import numpy as np
 from mlx.utils import tree_unflatten
 from tqdm import tqdm
 
-from .console import UNDERSCORES, Command, peak_bytes, progress, result, say, verbose_option
+from .commandline.console import UNDERSCORES, Command, peak_bytes, progress, result, say, verbose_option
 from .corpus import Corpus, read_corpus
 from .errors import AdapterError, ArtifactError, CalibrationError, NumericsError, RecipeError
 from .files import artifacts

@@ -10,7 +10,7 @@ from typing import Any
 import click
 import numpy as np
 
-from .console import UNDERSCORES, Command, force_option, progress, result, say, verbose_option
+from .commandline.console import UNDERSCORES, Command, force_option, progress, result, say, verbose_option
 from .contents.reader import read_contents
 from .contents.views import View, views
 from .errors import ArtifactError

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mlxquant import cli
+from mlxquant.commandline import cli
 from mlxquant.errors import ArtifactError, CalibrationError
 from mlxquant.models.mmdit_shapes import MMDiTShapes
 from mlxquant.pipeline import ledger as ledgers

@@ -12,7 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..console import say
+from ..commandline.console import say
 from ..files import artifacts
 from ..progress import Progress
 from ..report.comparison import save_png, to_pil

@@ -23,7 +23,7 @@ import numpy as np
 from mlx.utils import tree_map, tree_unflatten
 from tqdm import tqdm
 
-from ..console import Command, result
+from ..commandline.console import Command, result
 from ..errors import ArtifactError
 from ..files import artifacts
 from ..rewrite import parameters

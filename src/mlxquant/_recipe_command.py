@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from .console import MODEL_HELP, Command, force_option, resume_option, size_option, verbose_option
+from .commandline.console import MODEL_HELP, Command, force_option, resume_option, size_option, verbose_option
 from .quantize import command as quantize
 
 MODEL = "mmdit-shapes"

@@ -14,9 +14,9 @@ import click
 import mlx.core as mx
 from tqdm import tqdm
 
-from ._blas import prefer_fast_blas
-from .errors import MlxQuantError
-from .files.artifacts import explain
+from .._blas import prefer_fast_blas
+from ..errors import MlxQuantError
+from ..files.artifacts import explain
 
 
 class Command(click.Command):
