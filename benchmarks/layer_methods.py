@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlxquant.errors import MlxQuantError, NumericsError
-from mlxquant.formats import Grid, WeightFormat
+from mlxquant.grids.weights import Grid, WeightFormat
 from mlxquant.methods import registry
 from mlxquant.methods.correction import corrected_target
 from mlxquant.methods.damping import TARGETS, choose_damping

@@ -22,10 +22,10 @@ import mlxquant as mq  # before mlx, so that MLX gets a fast BLAS
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxquant.activations import TableReader, represented
 from mlxquant.api import Model, QuantizedModel
 from mlxquant.commandline.console import progress, result, say
 from mlxquant.files.artifacts import atomic_file, canonical
+from mlxquant.grids.tables import TableReader, represented
 from mlxquant.metrics.bootstrap import interval
 from mlxquant.metrics.psnr import psnr
 from mlxquant.rewrite import set_module

@@ -26,12 +26,12 @@ from shapes_ladder import QuantizedInput, without_tables
 # isort: split
 import mlx.core as mx
 
-from mlxquant.activations import TableReader
 from mlxquant.api import Model
 from mlxquant.calibration import Calibration
 from mlxquant.commandline.console import progress, result, say
 from mlxquant.decisions import decide
 from mlxquant.files.artifacts import atomic_file, canonical
+from mlxquant.grids.tables import TableReader
 from mlxquant.input_tables import Options
 from mlxquant.metrics.bootstrap import interval
 from mlxquant.metrics.psnr import psnr

@@ -12,11 +12,11 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mlxquant.grids.time import Clock
 from mlxquant.models.adapter import Stage
 from mlxquant.models.diffusion import DiffusionAdapter
 from mlxquant.sampling.prompts import Prompt
 from mlxquant.sampling.sampler import Conditioning
-from mlxquant.schedule import Clock
 
 TEXT = 8  # width of the conditioning, of one token
 

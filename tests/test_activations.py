@@ -4,8 +4,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlxquant.activations import ActivationTable, Entry, nearest_levels, represented
 from mlxquant.errors import RecipeError
+from mlxquant.grids.tables import ActivationTable, Entry, nearest_levels, represented
 from mlxquant.methods.tiers import quantized
 
 

@@ -10,7 +10,7 @@ from mlxquant import allocation, sweep
 from mlxquant.allocation import allocate, stored_bytes
 from mlxquant.errors import RecipeError
 from mlxquant.files import kept_arrays
-from mlxquant.formats import Grid, WeightFormat, fit_extremes
+from mlxquant.grids.weights import Grid, WeightFormat, fit_extremes
 from mlxquant.layers import QuantizedLinear
 from mlxquant.methods.lowrank import LowRank
 from mlxquant.presets import parse_recipe

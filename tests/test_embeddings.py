@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mlxquant.embeddings import QuantizedEmbedding
-from mlxquant.formats import WeightFormat
+from mlxquant.grids.weights import WeightFormat
 
 FORMATS = ["w8", "w4", "w4-g32", "w3-g32-sym", "w8-tensor", "w7", "w5-asym"]
 

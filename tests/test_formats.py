@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from mlxquant.errors import NumericsError, RecipeError
-from mlxquant.formats import Grid, WeightFormat, fit_extremes, pack, snap, unpack
+from mlxquant.grids.weights import Grid, WeightFormat, fit_extremes, pack, snap, unpack
 
 FORMATS = [
     WeightFormat(bits, group, symmetric)

@@ -8,13 +8,13 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlxquant import layers as layers_module
-from mlxquant.activations import ActivationTable
 from mlxquant.errors import AdapterError, RecipeError
-from mlxquant.formats import WeightFormat, fit_extremes
+from mlxquant.grids.tables import ActivationTable
+from mlxquant.grids.time import Clock
+from mlxquant.grids.weights import WeightFormat, fit_extremes
 from mlxquant.layers import QuantizedLinear, integer_matmul
 from mlxquant.methods.lowrank import LowRank
 from mlxquant.numerics.transform import Transform
-from mlxquant.schedule import Clock
 
 CLOCK = Clock()
 

@@ -11,8 +11,8 @@ from PIL import Image
 
 import mlxquant as mq
 from mlxquant import layers
-from mlxquant.activations import ActivationTable
 from mlxquant.files import artifacts
+from mlxquant.grids.tables import ActivationTable
 from mlxquant.layers import QuantizedLinear
 from mlxquant.load_adaround_model import assemble
 from mlxquant.models.mmdit_shapes import MMDiTShapes

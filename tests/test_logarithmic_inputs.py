@@ -6,12 +6,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlxquant.activations import ActivationTable
-from mlxquant.formats import WeightFormat, fit_extremes
+from mlxquant.grids.tables import ActivationTable
+from mlxquant.grids.time import Clock
+from mlxquant.grids.weights import WeightFormat, fit_extremes
 from mlxquant.layers import QuantizedLinear
 from mlxquant.methods.tiers import quantized
 from mlxquant.reconstruction import Minibatch, SoftLinear
-from mlxquant.schedule import Clock
 
 CLOCK = Clock()
 SIGMA = np.float32([0.1, 0.5, 1.0])

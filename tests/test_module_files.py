@@ -7,13 +7,13 @@ import pytest
 from mlx.utils import tree_flatten
 
 import mlxquant as mq
-from mlxquant.activations import ActivationTable
 from mlxquant.contents.reader import read_contents
 from mlxquant.errors import ArtifactError
 from mlxquant.files import artifacts
+from mlxquant.grids.tables import ActivationTable
+from mlxquant.grids.time import Clock
 from mlxquant.layers import QuantizedLinear
 from mlxquant.module_files import load_module, save_module
-from mlxquant.schedule import Clock
 from mlxquant.weight_only import W8A16Linear
 
 

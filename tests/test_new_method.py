@@ -80,7 +80,7 @@ def test_the_example_does_what_it_says(extended):
         "-c",
         "import numpy as np\n"
         "import mlxquant\n"
-        "from mlxquant.formats import WeightFormat, fit_extremes\n"
+        "from mlxquant.grids.weights import WeightFormat, fit_extremes\n"
         "from mlxquant.numerics.moments import Moments\n"
         "from mlxquant.methods.registry import get\n"
         "weight = np.random.default_rng(0).normal(size=(20, 64))\n"

@@ -3,7 +3,7 @@
 import pytest
 
 from mlxquant.errors import RecipeError
-from mlxquant.formats import WeightFormat
+from mlxquant.grids.weights import WeightFormat
 from mlxquant.methods import registry
 from mlxquant.presets import INGREDIENTS, METHODS, Method, ingredients, parse_method, parse_recipe
 from mlxquant.recipe import ActivationSpec, LayerSpec

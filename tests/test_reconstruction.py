@@ -9,9 +9,10 @@ import pytest
 
 import mlxquant as mq
 from mlxquant import store, streams, sweep
-from mlxquant.activations import ActivationTable, round_through
 from mlxquant.errors import ArtifactError, RecipeError
-from mlxquant.formats import WeightFormat, fit_extremes
+from mlxquant.grids.tables import ActivationTable, round_through
+from mlxquant.grids.time import Clock
+from mlxquant.grids.weights import WeightFormat, fit_extremes
 from mlxquant.layers import QuantizedLinear
 from mlxquant.methods.adaround import Settings
 from mlxquant.methods.lowrank import LowRank
@@ -19,7 +20,6 @@ from mlxquant.numerics.transform import Transform
 from mlxquant.presets import parse_recipe
 from mlxquant.reconstruction import Minibatch, Reconstruction, SoftLinear
 from mlxquant.rewrite import get_module
-from mlxquant.schedule import Clock
 from mlxquant.trials import Rounding
 
 SHORT = Settings(iterations=60, batch=4)
@@ -81,7 +81,7 @@ def test_the_gradient_reaches_every_layer_of_both_streams(block):
 def test_without_the_straight_through_estimator_query_and_fc1_learn_nothing(block, monkeypatch):
     """What the public predecessor did; this is the difference that the estimator makes."""
     work, start, _ = block
-    monkeypatch.setattr("mlxquant.activations.round_through", mx.round)
+    monkeypatch.setattr("mlxquant.grids.tables.round_through", mx.round)
     weights = {path: start.layers[path].dequantized() for path in work.grids}
     with work.installed():
         slopes = mx.grad(lambda w: work.loss(w, *work.minibatch(0)))(weights)

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from mlxquant.activations import ActivationTable
 from mlxquant.errors import AdapterError, RecipeError
-from mlxquant.schedule import Clock, flow_sigmas, log_snr
+from mlxquant.grids.tables import ActivationTable
+from mlxquant.grids.time import Clock, flow_sigmas, log_snr
 
 
 def test_log_snr_is_odd_around_one_half_and_clamped():

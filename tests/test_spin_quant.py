@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mlxquant.errors import AdapterError, CalibrationError, NumericsError, RecipeError
-from mlxquant.formats import WeightFormat, fit_extremes
+from mlxquant.grids.weights import WeightFormat, fit_extremes
 from mlxquant.layers import QuantizedLinear, find_quantized
 from mlxquant.models.gpt import GPTConfig
 from mlxquant.numerics import cayley

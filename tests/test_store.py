@@ -4,12 +4,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlxquant.activations import ActivationTable
 from mlxquant.errors import ArtifactError
-from mlxquant.formats import WeightFormat, fit_extremes
+from mlxquant.grids.tables import ActivationTable
+from mlxquant.grids.time import Clock
+from mlxquant.grids.weights import WeightFormat, fit_extremes
 from mlxquant.layers import QuantizedLinear
 from mlxquant.models.adapter import Stage
-from mlxquant.schedule import Clock
 from mlxquant.store import FolderStore, StageResult, layer_arrays
 
 STAGE = Stage("block", ("block",), lambda state: state)

@@ -9,7 +9,7 @@ import pytest
 
 import mlxquant.weight_only as module
 from mlxquant.errors import AdapterError, NumericsError, RecipeError
-from mlxquant.formats import WeightFormat
+from mlxquant.grids.weights import WeightFormat
 from mlxquant.layers import QuantizedLinear
 from mlxquant.weight_only import W8, W8A16Linear, quantized_linear, rounded
 

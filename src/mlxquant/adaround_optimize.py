@@ -8,11 +8,11 @@ from typing import Any
 
 import click
 
-from .activations import BITS
 from .commandline.console import Command, peak_bytes, progress, result, say, verbose_option
 from .errors import AdapterError
 from .files import artifacts
-from .formats import WeightFormat
+from .grids.tables import BITS
+from .grids.weights import WeightFormat
 from .layer_rounding import Preset
 from .methods.adaround import Settings
 from .models.catalog import model_name, pretrained

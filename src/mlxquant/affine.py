@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from .formats import GROUPS, WeightFormat, pack
+from .grids.weights import GROUPS, WeightFormat, pack
 from .layers import QuantizedLinear
 
 PLAIN = ("format", "shape", "bias", "bias_dtype", "dtype")  # facts of a layer that a plain one shares

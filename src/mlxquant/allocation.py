@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from .errors import RecipeError
 from .files.kept_arrays import Measurements
-from .formats import WeightFormat
+from .grids.weights import WeightFormat
 from .input_tables import LayerInput, Options, TierTables
 from .methods import registry
 from .methods.tiers import TIERS

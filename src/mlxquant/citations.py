@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any, Protocol
 
 from .errors import RecipeError
-from .formats import WeightFormat
+from .grids.weights import WeightFormat
 from .methods import registry
 from .presets import parse_recipe
 from .recipe import ActivationSpec, LayerSpec, Recipe

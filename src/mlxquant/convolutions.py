@@ -17,8 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import AdapterError
-from .formats import Grid, WeightFormat, pack, unpack
-from .packed_arrays import affine, dequantized
+from .grids.packing import affine, dequantized
+from .grids.weights import Grid, WeightFormat, pack, unpack
 from .weight_only import rounded
 
 OPTIONS = ("stride", "padding", "dilation", "groups", "output_padding")

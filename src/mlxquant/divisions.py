@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .activations import ActivationTable
-from .formats import WeightFormat, fit_extremes
+from .grids.tables import ActivationTable
+from .grids.weights import WeightFormat, fit_extremes
 from .input_tables import DecidedInput, Options, TierTables, mean_error
 from .methods import smoothquant
 from .methods.shift import migration

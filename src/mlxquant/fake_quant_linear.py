@@ -18,7 +18,7 @@ import numpy as np
 
 from .errors import AdapterError, ArtifactError, CalibrationError, NumericsError, RecipeError
 from .files import artifacts
-from .formats import WeightFormat, fit_extremes
+from .grids.weights import WeightFormat, fit_extremes
 from .methods.tcaq import joint_ratios
 from .rewrite import parameters
 

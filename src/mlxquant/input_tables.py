@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .activations import ActivationTable
 from .errors import RecipeError
+from .grids.tables import ActivationTable
 from .methods import registry, smoothquant
 from .methods.shift import centred, shifted
 from .methods.tiers import BUDGET, TIERS, OutputErrors, mixed, relative_errors, rms

@@ -10,9 +10,9 @@ import mlx.nn as nn
 import numpy as np
 import numpy.typing as npt
 
-from .activations import ActivationTable
 from .errors import MlxQuantError
-from .formats import Grid
+from .grids.tables import ActivationTable
+from .grids.weights import Grid
 from .input_tables import LayerInput, Options, decide_input
 from .layers import QuantizedLinear
 from .methods import registry

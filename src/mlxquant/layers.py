@@ -18,15 +18,15 @@ import mlx.nn as nn
 import numpy as np
 import numpy.typing as npt
 
-from .activations import TABLE, ActivationTable, Entry, TableReader, TokenReader, represented
 from .errors import AdapterError
-from .formats import GROUPS, Grid, WeightFormat, pack, unpack
-from .integer_matmul import EXACT, integer_matmul, use_packed_kernels
+from .grids.integer_matmul import EXACT, integer_matmul, use_packed_kernels
+from .grids.packing import affine, dequantized
+from .grids.tables import TABLE, ActivationTable, Entry, TableReader, TokenReader, represented
+from .grids.time import Clock
+from .grids.weights import GROUPS, Grid, WeightFormat, pack, unpack
 from .methods.lowrank import LowRank
 from .numerics.hadamard import block_size, rotated_blocks
-from .packed_arrays import affine, dequantized
 from .rewrite import parameters
-from .schedule import Clock
 
 
 class QuantizedLinear(nn.Module):

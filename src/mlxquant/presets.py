@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .activations import BITS
 from .errors import RecipeError
-from .formats import WeightFormat
+from .grids.tables import BITS
+from .grids.weights import WeightFormat
 from .methods import registry
 from .methods.tiers import BUDGET
 from .recipe import ActivationSpec, LayerSpec, Recipe

@@ -23,7 +23,7 @@ from . import presets
 from .convolutions import KINDS, QuantizedConvolution
 from .embeddings import QuantizedEmbedding
 from .errors import AdapterError, MlxQuantError, RecipeError
-from .formats import WeightFormat
+from .grids.weights import WeightFormat
 from .layer_patterns import Pattern, as_list, first, require_matches
 from .layers import QuantizedLinear
 from .rewrite import parameters, set_module

@@ -12,9 +12,9 @@ from fnmatch import fnmatchcase
 from math import inf
 from typing import Any
 
-from .activations import BITS
 from .errors import RecipeError
-from .formats import WeightFormat
+from .grids.tables import BITS
+from .grids.weights import WeightFormat
 from .methods import registry
 from .methods.adaround import Settings
 

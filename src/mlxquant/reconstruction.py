@@ -17,7 +17,7 @@ import mlx.nn as nn
 import numpy as np
 import numpy.typing as npt
 
-from .activations import Entry, TokenReader, represented
+from .grids.tables import Entry, TokenReader, represented
 from .layers import QuantizedLinear
 from .methods import registry
 from .methods.adaround import Checkpoint, Choice, Settings, choose

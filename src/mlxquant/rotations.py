@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from .activations import TokenReader, represented
+from .grids.tables import TokenReader, represented
 from .models.residual_stream import ResidualStream, Values, residual_stream, untie
 from .numerics import cayley
 from .rewrite import get_module, set_module

@@ -14,8 +14,8 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 
-from .activations import TokenReader, represented, round_through
-from .formats import WeightFormat
+from .grids.tables import TokenReader, represented, round_through
+from .grids.weights import WeightFormat
 from .models.residual_stream import ResidualStream
 from .numerics.hadamard import block_size, rotated_blocks
 from .rewrite import get_module, swapped

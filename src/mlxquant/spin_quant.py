@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from . import rotations as turning
 from .errors import CalibrationError, NumericsError, RecipeError
-from .formats import WeightFormat
+from .grids.weights import WeightFormat
 from .layer_rounding import quantize_layer
 from .methods import registry
 from .models.residual_stream import residual_stream

@@ -12,11 +12,11 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .files import artifacts
+from .grids.time import Clock
 from .layers import QuantizedLinear
 from .models.adapter import Stage, State
 from .models.attention import QuantizedAttention
 from .rewrite import parameters
-from .schedule import Clock
 
 Layers = dict[str, QuantizedLinear]
 Attentions = dict[str, QuantizedAttention]

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import AdapterError
-from .formats import Grid, WeightFormat
+from .grids.weights import Grid, WeightFormat
 from .layers import QuantizedLinear
 from .methods import registry
 

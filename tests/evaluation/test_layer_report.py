@@ -7,8 +7,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlxquant.activations import ActivationTable
 from mlxquant.evaluation.layer_report import comparable, covered, layer_report
+from mlxquant.grids.tables import ActivationTable
 from mlxquant.progress import silent
 from mlxquant.rewrite import tapped
 

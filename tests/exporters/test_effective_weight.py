@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mlxquant.exporters.diffusionkit import checkpoint_arrays, effective_weight
-from mlxquant.formats import WeightFormat, fit_extremes
+from mlxquant.grids.weights import WeightFormat, fit_extremes
 from mlxquant.layers import QuantizedLinear
 from mlxquant.methods.lowrank import LowRank
 

@@ -13,7 +13,7 @@ import pytest
 from mlx.utils import tree_unflatten
 
 from mlxquant.errors import ExportError
-from mlxquant.formats import unpack
+from mlxquant.grids.weights import unpack
 from mlxquant.layers import find_quantized
 from mlxquant.rewrite import get_module, parameters
 

@@ -15,7 +15,7 @@ from mlx.utils import tree_map
 from mlxquant.embeddings import QuantizedEmbedding
 from mlxquant.errors import ExportError
 from mlxquant.exporters import mlx_lm as target
-from mlxquant.formats import WeightFormat, fit_extremes, unpack
+from mlxquant.grids.weights import WeightFormat, fit_extremes, unpack
 from mlxquant.layers import QuantizedLinear, find_quantized
 from mlxquant.models.gpt import GPT, GPTConfig
 from mlxquant.models.gpt_text import ByteTokenizer

@@ -6,10 +6,10 @@ import pytest
 from mlx.utils import tree_flatten
 
 import mlxquant as mq
+from mlxquant.grids.time import Clock
 from mlxquant.layers import find_quantized
 from mlxquant.models.fast_cpu import attention, gelu
 from mlxquant.rewrite import set_module
-from mlxquant.schedule import Clock
 
 pytestmark = pytest.mark.diffusionkit
 CLOSE = 1e-4  # relative

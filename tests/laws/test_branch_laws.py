@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mlxquant.errors import CalibrationError, NumericsError
-from mlxquant.formats import WeightFormat
+from mlxquant.grids.weights import WeightFormat
 from mlxquant.methods import lowrank
 from mlxquant.methods.registry import get, members
 from mlxquant.numerics.moments import Moments, energy

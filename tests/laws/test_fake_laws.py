@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mlxquant.errors import RecipeError
-from mlxquant.formats import WeightFormat, fit_extremes
+from mlxquant.grids.weights import WeightFormat, fit_extremes
 from mlxquant.methods.fake_quantizers import Quantizer, straight_through
 from mlxquant.methods.registry import get, members
 from mlxquant.methods.rtn import rtn

@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlxquant.formats import WeightFormat
+from mlxquant.grids.weights import WeightFormat
 from mlxquant.methods import registry
 from mlxquant.methods.adaround import Settings, choose
 from mlxquant.methods.rtn import rtn

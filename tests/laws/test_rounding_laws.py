@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mlxquant.errors import CalibrationError, NumericsError, RecipeError
-from mlxquant.formats import Grid, WeightFormat
+from mlxquant.grids.weights import Grid, WeightFormat
 from mlxquant.methods import registry
 from mlxquant.methods.rtn import rtn
 from mlxquant.methods.steps import extremes, search

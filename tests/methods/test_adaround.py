@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mlxquant.errors import NumericsError, RecipeError
-from mlxquant.formats import WeightFormat, fit_extremes
+from mlxquant.grids.weights import WeightFormat, fit_extremes
 from mlxquant.methods import adaround as ada
 from mlxquant.methods.gptq import gptq
 from mlxquant.methods.rtn import rtn

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mlxquant.errors import NumericsError
-from mlxquant.formats import WeightFormat
+from mlxquant.grids.weights import WeightFormat
 from mlxquant.methods.correction import corrected_target
 from mlxquant.methods.damping import CANDIDATES, TARGETS, choose_damping
 from mlxquant.methods.gptq import gptq

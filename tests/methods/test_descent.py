@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from mlxquant.formats import WeightFormat
+from mlxquant.grids.weights import WeightFormat
 from mlxquant.methods.descent import descend, gptq_descent
 from mlxquant.methods.gptq import damped_problem, gptq, nearest_plane
 from mlxquant.methods.rtn import rtn

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mlxquant.errors import CalibrationError, NumericsError
-from mlxquant.formats import WeightFormat
+from mlxquant.grids.weights import WeightFormat
 from mlxquant.methods.gptq import damped_problem, gptq, nearest_plane
 from mlxquant.methods.rtn import rtn
 from mlxquant.methods.steps import extremes, search

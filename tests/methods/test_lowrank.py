@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mlxquant.formats import WeightFormat
+from mlxquant.grids.weights import WeightFormat
 from mlxquant.methods.lowrank import (
     DAMPINGS,
     TRIAL_TURNS,

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mlxquant.formats import Grid, WeightFormat
+from mlxquant.grids.weights import Grid, WeightFormat
 from mlxquant.methods.correction import corrected_target
 from mlxquant.methods.gptaq import gptaq
 from mlxquant.methods.gptq import gptq

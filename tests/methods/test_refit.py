@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mlxquant.formats import WeightFormat
+from mlxquant.grids.weights import WeightFormat
 from mlxquant.methods.descent import gptq_descent
 from mlxquant.methods.gptq import damped_problem, nearest_plane
 from mlxquant.methods.refit import refit

@@ -3,14 +3,14 @@
 import mlx.core as mx
 import numpy as np
 
-from mlxquant.formats import WeightFormat, fit_extremes
+from mlxquant.grids.time import Clock
+from mlxquant.grids.weights import WeightFormat, fit_extremes
 from mlxquant.layers import QuantizedLinear
 from mlxquant.methods.ranges import average, extremes
 from mlxquant.methods.shift import centred, migration, shifted
 from mlxquant.methods.smoothquant import divided
 from mlxquant.methods.tiers import quantized, relative_errors
 from mlxquant.numerics.statistics import InputStatistics
-from mlxquant.schedule import Clock
 
 WEIGHT = np.random.default_rng(9).normal(size=(8, 128)).astype(np.float32)
 

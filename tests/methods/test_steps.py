@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mlxquant.formats import Grid, WeightFormat, fit_extremes
+from mlxquant.grids.weights import Grid, WeightFormat, fit_extremes
 from mlxquant.methods import steps
 from mlxquant.methods.steps import extremes, mse, search
 from mlxquant.numerics.moments import Moments

@@ -4,13 +4,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlxquant.activations import ActivationTable
-from mlxquant.formats import WeightFormat, fit_extremes
+from mlxquant.grids.tables import ActivationTable
+from mlxquant.grids.time import Clock
+from mlxquant.grids.weights import WeightFormat, fit_extremes
 from mlxquant.layers import QuantizedLinear
 from mlxquant.methods.ranges import extremes
 from mlxquant.methods.tiers import OutputErrors, error, lowered, mixed, quantized, relative_errors, rms, threshold
 from mlxquant.numerics.statistics import InputRanges
-from mlxquant.schedule import Clock
 
 
 def ranges_of(*rows):

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from mlxquant.activations import ActivationTable
+from mlxquant.grids.tables import ActivationTable
 from mlxquant.methods.time_networks import (
     HIDDEN,
     OCTAVES,

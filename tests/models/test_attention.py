@@ -6,13 +6,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlxquant.activations import ActivationTable
 from mlxquant.errors import AdapterError
+from mlxquant.grids.tables import ActivationTable
+from mlxquant.grids.time import Clock
 from mlxquant.methods.tiers import quantized
 from mlxquant.models.attention import QuantizedAttention, ShownAttention, SoftmaxAttention, find_attentions, find_quantized_attentions
 from mlxquant.models.fast_cpu import attention
 from mlxquant.rewrite import set_module
-from mlxquant.schedule import Clock
 
 from conftest import tiny_adapter
 

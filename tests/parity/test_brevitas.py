@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from mlxquant.formats import WeightFormat
+from mlxquant.grids.weights import WeightFormat
 from mlxquant.methods.gptq import gptq
 from mlxquant.methods.qronos import qronos
 from mlxquant.methods.steps import extremes, search

@@ -12,7 +12,7 @@ import pytest
 from mlxquant.divisions import Division
 from mlxquant.errors import ArtifactError, CalibrationError, RecipeError
 from mlxquant.files import artifacts
-from mlxquant.formats import WeightFormat
+from mlxquant.grids.weights import WeightFormat
 from mlxquant.layers import QuantizedLinear
 from mlxquant.methods.ranges import affine_table
 from mlxquant.numerics.statistics import Collector

@@ -7,10 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from mlxquant.activations import ActivationTable
 from mlxquant.divisions import Division
 from mlxquant.errors import ArtifactError
 from mlxquant.files import artifacts
+from mlxquant.grids.tables import ActivationTable
 from mlxquant.methods.ranges import affine_table
 from mlxquant.pipeline.quant_config import QuantConfig
 

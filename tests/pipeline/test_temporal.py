@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from mlxquant.activations import ActivationTable
 from mlxquant.files import artifacts
+from mlxquant.grids.tables import ActivationTable
 from mlxquant.pipeline import temporal
 from mlxquant.pipeline.quant_config import QuantConfig
 

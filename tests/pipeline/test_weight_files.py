@@ -7,9 +7,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlxquant.activations import ActivationTable
 from mlxquant.errors import ArtifactError
-from mlxquant.formats import WeightFormat, fit_extremes
+from mlxquant.grids.tables import ActivationTable
+from mlxquant.grids.weights import WeightFormat, fit_extremes
 from mlxquant.layers import QuantizedLinear
 from mlxquant.pipeline.ledger import Ledger
 from mlxquant.pipeline.weight_files import CONFIG, KIND, WeightFiles

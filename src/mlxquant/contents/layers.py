@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import ArtifactError, RecipeError
-from ..formats import Grid, WeightFormat, unpack
+from ..grids.weights import Grid, WeightFormat, unpack
 from ..model_size import PACKED
 from .arrays import StoredArray
 

@@ -16,9 +16,9 @@ import mlx.nn as nn
 import numpy as np
 import numpy.typing as npt
 
-from ..activations import ActivationTable
 from ..api import Model, QuantizedModel
 from ..calibration import Calibration
+from ..grids.tables import ActivationTable
 from ..layers import QuantizedLinear
 from ..models.adapter import Adapter, Stage, State, written
 from ..progress import Progress

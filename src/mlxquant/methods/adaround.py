@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import NumericsError, RecipeError
-from ..formats import Grid
+from ..grids.weights import Grid
 from ..progress import Progress, silent
 from .registry import register
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..activations import ActivationTable
+from ..grids.tables import ActivationTable
 from ..numerics.statistics import InputRanges
 from .ranges import error
 from .registry import register

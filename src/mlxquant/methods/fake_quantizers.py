@@ -18,7 +18,7 @@ from typing import Any, Protocol, cast
 import mlx.core as mx
 
 from ..errors import RecipeError
-from ..formats import SMALLEST_SCALE
+from ..grids.weights import SMALLEST_SCALE
 from .registry import get, register
 
 LARGEST_SCALE = 65504.0  # of float16

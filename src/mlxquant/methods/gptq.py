@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..formats import Grid
+from ..grids.weights import Grid
 from ..numerics.cholesky import Factor
 from ..numerics.moments import Moments, calibrated_gram, energy
 from .registry import register

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..formats import Grid, WeightFormat, snap
+from ..grids.weights import Grid, WeightFormat, snap
 from ..numerics.moments import Moments, calibrated_gram, energy
 from .descent import descend
 from .gptq import damped_problem

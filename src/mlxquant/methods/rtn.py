@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..formats import Grid, grouped
+from ..grids.weights import Grid, grouped
 from ..numerics.moments import Moments, excess
 from .registry import register
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..formats import Grid, WeightFormat, fit_extremes, grouped, snap
+from ..grids.weights import Grid, WeightFormat, fit_extremes, grouped, snap
 from ..numerics.moments import Moments, calibrated_gram
 from .registry import register
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..activations import ActivationTable, nearest_levels
+from ..grids.tables import ActivationTable, nearest_levels
 from ..numerics.statistics import InputRanges
 from .registry import register
 

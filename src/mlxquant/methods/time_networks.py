@@ -30,9 +30,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..activations import ActivationTable
+from ..grids.tables import ActivationTable
+from ..grids.time import log_snr
 from ..numerics.statistics import InputRanges
-from ..schedule import log_snr
 from .ranges import error
 from .registry import register
 

@@ -22,8 +22,8 @@ import numpy.typing as npt
 from ..errors import AdapterError, NumericsError
 from ..files import artifacts
 from ..files.array_memory import ArrayMemory
+from ..grids.time import Clock
 from ..rewrite import find_linears, parameters
-from ..schedule import Clock
 from .attention import SoftmaxAttention, find_attentions
 
 State = dict[str, mx.array]

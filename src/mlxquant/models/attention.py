@@ -13,9 +13,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ..activations import TABLE, ActivationTable, TableReader, represented
 from ..errors import AdapterError
-from ..schedule import Clock
+from ..grids.tables import TABLE, ActivationTable, TableReader, represented
+from ..grids.time import Clock
 from .fast_cpu import attention, probabilities
 
 

@@ -18,8 +18,8 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import AdapterError
+from ..grids.time import Clock
 from ..rewrite import parameters
-from ..schedule import Clock
 from .attention import SoftmaxAttention
 from .fast_cpu import gelu
 from .mmdit import MMDiTConfig

@@ -13,9 +13,9 @@ import numpy.typing as npt
 
 from ..errors import AdapterError
 from ..files import artifacts
+from ..grids.time import Clock
 from ..sampling.prompts import Prompt
 from ..sampling.sampler import Conditioning
-from ..schedule import Clock
 from . import shapes
 from .adapter import Edge, Stage
 from .caption_text import CaptionEncoder, tokenize

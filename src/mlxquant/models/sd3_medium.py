@@ -17,9 +17,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import AdapterError
+from ..grids.time import Clock
 from ..sampling.prompts import Prompt, parse_prompts
 from ..sampling.sampler import Conditioning
-from ..schedule import Clock
 from .adapter import Edge, Stage, State
 from .diffusion import DiffusionAdapter
 from .diffusionkit import build_mmdit, host, modulations

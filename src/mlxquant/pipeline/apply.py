@@ -9,11 +9,11 @@ from pathlib import Path
 from ..errors import ArtifactError, CalibrationError, RecipeError
 from ..files import artifacts
 from ..folds import divide
+from ..grids.time import Clock
 from ..layer_rounding import Preset
 from ..models.adapter import Adapter, Stage
 from ..recipe import LayerSpec
 from ..rewrite import set_module
-from ..schedule import Clock
 from ..store import Layers, StageCheckpoint, StageResult
 from .quant_config import QuantConfig
 from .samples import check_source

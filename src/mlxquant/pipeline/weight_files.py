@@ -19,13 +19,13 @@ import mlx.nn as nn
 import numpy as np
 import numpy.typing as npt
 
-from ..activations import ActivationTable
 from ..errors import ArtifactError, MlxQuantError
 from ..files import artifacts
-from ..formats import Grid, WeightFormat
+from ..grids.tables import ActivationTable
+from ..grids.time import Clock
+from ..grids.weights import Grid, WeightFormat
 from ..layers import QuantizedLinear
 from ..models.adapter import Stage
-from ..schedule import Clock
 from ..store import StageCheckpoint, StageResult
 from .ledger import Ledger
 

@@ -9,7 +9,7 @@ import mlx.nn as nn
 import numpy as np
 
 from ..embeddings import QuantizedEmbedding
-from ..formats import Grid, WeightFormat
+from ..grids.weights import Grid, WeightFormat
 from ..layers import QuantizedLinear
 from ..methods.fake_quantizers import Coded
 from ..models.gpt import GPT

@@ -14,7 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import AdapterError
-from ..schedule import Sigmas
+from ..grids.time import Sigmas
 
 Velocity = Callable[[mx.array, mx.array, mx.array, float], mx.array]
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import mlx.core as mx
 import numpy as np
 
-from .formats import GROUPS, WeightFormat
+from .weights import GROUPS, WeightFormat
 
 
 def unpacked(words: mx.array, bits: int, width: int) -> mx.array:

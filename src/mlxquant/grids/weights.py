@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from .errors import NumericsError, RecipeError
+from ..errors import NumericsError, RecipeError
 
 Array = npt.NDArray[Any]
 GROUPS = (32, 64, 128)

@@ -18,8 +18,8 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from .errors import AdapterError, RecipeError
-from .schedule import Clock
+from ..errors import AdapterError, RecipeError
+from .time import Clock
 
 Array = npt.NDArray[Any]
 BITS = (4, 6, 8, 16)

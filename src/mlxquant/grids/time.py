@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .errors import AdapterError
+from ..errors import AdapterError
 
 Sigmas = npt.NDArray[np.float64]
 
