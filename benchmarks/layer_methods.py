@@ -29,8 +29,8 @@ import numpy.typing as npt
 from mlxquant.errors import MlxQuantError, NumericsError
 from mlxquant.grids.weights import Grid, WeightFormat
 from mlxquant.methods import registry
-from mlxquant.methods.correction import corrected_target
-from mlxquant.methods.damping import TARGETS, choose_damping
+from mlxquant.methods.weights.correction import corrected_target
+from mlxquant.methods.weights.damping import TARGETS, choose_damping
 from mlxquant.numerics.moments import Moments
 
 Array = npt.NDArray[Any]

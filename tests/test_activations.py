@@ -6,7 +6,7 @@ import pytest
 
 from mlxquant.errors import RecipeError
 from mlxquant.grids.tables import ActivationTable, Entry, nearest_levels, represented
-from mlxquant.methods.tiers import quantized
+from mlxquant.methods.inputs.tiers import quantized
 
 
 def make(log, bits=4, step=2.0, shift=-0.17, sigma=(0.1, 0.5, 1.0)):

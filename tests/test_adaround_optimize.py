@@ -10,7 +10,7 @@ import pytest
 from mlxquant import adaround_optimize, store, sweep
 from mlxquant.files import artifacts
 from mlxquant.folds import divide
-from mlxquant.methods import adaround
+from mlxquant.methods.weights import adaround
 from mlxquant.models.mmdit_shapes import MMDiTShapes
 from mlxquant.pipeline.apply import TrackFiles, install
 from mlxquant.pipeline.block_cache import BlockCache

@@ -12,7 +12,7 @@ from mlxquant.errors import RecipeError
 from mlxquant.files import kept_arrays
 from mlxquant.grids.weights import Grid, WeightFormat, fit_extremes
 from mlxquant.layers import QuantizedLinear
-from mlxquant.methods.lowrank import LowRank
+from mlxquant.methods.weights.lowrank import LowRank
 from mlxquant.presets import parse_recipe
 from mlxquant.recipe import LayerSpec
 from mlxquant.rewrite import swapped

@@ -13,7 +13,7 @@ from mlxquant.grids.tables import ActivationTable
 from mlxquant.grids.time import Clock
 from mlxquant.grids.weights import WeightFormat, fit_extremes
 from mlxquant.layers import QuantizedLinear, integer_matmul
-from mlxquant.methods.lowrank import LowRank
+from mlxquant.methods.weights.lowrank import LowRank
 from mlxquant.numerics.transform import Transform
 
 CLOCK = Clock()

@@ -10,7 +10,7 @@ from mlxquant.grids.tables import ActivationTable
 from mlxquant.grids.time import Clock
 from mlxquant.grids.weights import WeightFormat, fit_extremes
 from mlxquant.layers import QuantizedLinear
-from mlxquant.methods.tiers import quantized
+from mlxquant.methods.inputs.tiers import quantized
 from mlxquant.reconstruction import Minibatch, SoftLinear
 
 CLOCK = Clock()

@@ -4,7 +4,7 @@ import pytest
 
 from mlxquant.errors import RecipeError
 from mlxquant.grids.weights import WeightFormat
-from mlxquant.methods.tiers import BUDGET
+from mlxquant.methods.inputs.tiers import BUDGET
 from mlxquant.presets import parse_recipe
 from mlxquant.recipe import ActivationSpec, LayerSpec, Recipe
 

@@ -14,8 +14,8 @@ from mlxquant.grids.tables import ActivationTable, round_through
 from mlxquant.grids.time import Clock
 from mlxquant.grids.weights import WeightFormat, fit_extremes
 from mlxquant.layers import QuantizedLinear
-from mlxquant.methods.adaround import Settings
-from mlxquant.methods.lowrank import LowRank
+from mlxquant.methods.weights.adaround import Settings
+from mlxquant.methods.weights.lowrank import LowRank
 from mlxquant.numerics.transform import Transform
 from mlxquant.presets import parse_recipe
 from mlxquant.reconstruction import Minibatch, Reconstruction, SoftLinear

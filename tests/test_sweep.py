@@ -14,7 +14,7 @@ from mlxquant.folds import divide
 from mlxquant.input_tables import LayerInput, Options, decide_input
 from mlxquant.layers import QuantizedLinear
 from mlxquant.methods import registry
-from mlxquant.methods.adaround import Settings
+from mlxquant.methods.weights.adaround import Settings
 from mlxquant.numerics.statistics import Collector
 from mlxquant.presets import parse_recipe
 from mlxquant.rewrite import get_module, tapped

@@ -10,7 +10,7 @@ import pytest
 import mlxquant as mq
 from mlxquant import streams, sweep, trials
 from mlxquant.methods import registry
-from mlxquant.methods.adaround import Settings
+from mlxquant.methods.weights.adaround import Settings
 from mlxquant.presets import parse_recipe
 from mlxquant.trials import Rounding
 

@@ -11,7 +11,7 @@ import mlxquant as mq
 from mlxquant import layer_rounding, sweep, trials
 from mlxquant.errors import NumericsError, RecipeError
 from mlxquant.methods import registry
-from mlxquant.methods.lowrank import DAMPINGS, LowRank
+from mlxquant.methods.weights.lowrank import DAMPINGS, LowRank
 from mlxquant.models.attention import find_quantized_attentions
 from mlxquant.numerics.transform import Transform
 from mlxquant.presets import parse_recipe

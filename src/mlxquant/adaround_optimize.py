@@ -14,7 +14,7 @@ from .files import artifacts
 from .grids.tables import BITS
 from .grids.weights import WeightFormat
 from .layer_rounding import Preset
-from .methods.adaround import Settings
+from .methods.weights.adaround import Settings
 from .models.catalog import model_name, pretrained
 from .models.diffusion import DiffusionAdapter, diffusion
 from .pipeline.apply import check, prepare

@@ -26,7 +26,7 @@ from .files.kept_arrays import Measurements
 from .grids.weights import WeightFormat
 from .input_tables import LayerInput, Options, TierTables
 from .methods import registry
-from .methods.tiers import TIERS
+from .methods.inputs.tiers import TIERS
 from .models.adapter import Adapter, Stage, State
 from .numerics import knapsack
 from .numerics.moments import Moments, energy

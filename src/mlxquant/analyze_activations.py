@@ -15,7 +15,7 @@ from .decisions import decide, made_from
 from .errors import ArtifactError
 from .files.artifacts import ensure_writable
 from .input_tables import Options
-from .methods.tiers import BUDGET, TIERS
+from .methods.inputs.tiers import BUDGET, TIERS
 from .pipeline import temporal
 from .pipeline.activation_stats import ActivationStats
 from .pipeline.quant_config import QuantConfig

@@ -16,9 +16,9 @@ import numpy.typing as npt
 from .grids.tables import ActivationTable
 from .grids.weights import WeightFormat, fit_extremes
 from .input_tables import DecidedInput, Options, TierTables, mean_error
-from .methods import smoothquant
-from .methods.shift import migration
-from .methods.tiers import lowered
+from .methods.inputs.shift import migration
+from .methods.inputs.tiers import lowered
+from .methods.transforms import smoothquant
 
 Array = npt.NDArray[Any]
 Tables = dict[str, ActivationTable]

@@ -19,7 +19,7 @@ import numpy as np
 from .errors import AdapterError, ArtifactError, CalibrationError, NumericsError, RecipeError
 from .files import artifacts
 from .grids.weights import WeightFormat, fit_extremes
-from .methods.tcaq import joint_ratios
+from .methods.transforms.tcaq import joint_ratios
 from .rewrite import parameters
 
 KIND = "fake-quant-linear"

@@ -15,9 +15,10 @@ import numpy.typing as npt
 
 from .errors import RecipeError
 from .grids.tables import ActivationTable
-from .methods import registry, smoothquant
-from .methods.shift import centred, shifted
-from .methods.tiers import BUDGET, TIERS, OutputErrors, mixed, relative_errors, rms
+from .methods import registry
+from .methods.inputs.shift import centred, shifted
+from .methods.inputs.tiers import BUDGET, TIERS, OutputErrors, mixed, relative_errors, rms
+from .methods.transforms import smoothquant
 from .numerics.statistics import InputRanges
 
 Array = npt.NDArray[Any]

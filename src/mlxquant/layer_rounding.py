@@ -16,10 +16,10 @@ from .grids.weights import Grid
 from .input_tables import LayerInput, Options, decide_input
 from .layers import QuantizedLinear
 from .methods import registry
-from .methods.correction import corrected_target
-from .methods.damping import CANDIDATES, TARGETS, Choice, choose_damping
-from .methods.lowrank import LowRank, refitted
-from .methods.tiers import TIERS
+from .methods.inputs.tiers import TIERS
+from .methods.weights.correction import corrected_target
+from .methods.weights.damping import CANDIDATES, TARGETS, Choice, choose_damping
+from .methods.weights.lowrank import LowRank, refitted
 from .numerics.moments import Moments, output_error
 from .numerics.transform import Transform
 from .recipe import ActivationSpec, LayerSpec

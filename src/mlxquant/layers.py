@@ -24,7 +24,7 @@ from .grids.packing import affine, dequantized
 from .grids.tables import TABLE, ActivationTable, Entry, TableReader, TokenReader, represented
 from .grids.time import Clock
 from .grids.weights import GROUPS, Grid, WeightFormat, pack, unpack
-from .methods.lowrank import LowRank
+from .methods.weights.lowrank import LowRank
 from .numerics.hadamard import block_size, rotated_blocks
 from .rewrite import parameters
 

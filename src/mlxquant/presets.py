@@ -15,7 +15,7 @@ from .errors import RecipeError
 from .grids.tables import BITS
 from .grids.weights import WeightFormat
 from .methods import registry
-from .methods.tiers import BUDGET
+from .methods.inputs.tiers import BUDGET
 from .recipe import ActivationSpec, LayerSpec, Recipe
 
 RANK = 32  # of a branch that names none, as in SVDQuant

@@ -16,7 +16,7 @@ from .errors import RecipeError
 from .grids.tables import BITS
 from .grids.weights import WeightFormat
 from .methods import registry
-from .methods.adaround import Settings
+from .methods.weights.adaround import Settings
 
 ROLES = ("attention", "mlp", "modulation", "embedder", "output")
 

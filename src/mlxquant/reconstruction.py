@@ -20,7 +20,7 @@ import numpy.typing as npt
 from .grids.tables import Entry, TokenReader, represented
 from .layers import QuantizedLinear
 from .methods import registry
-from .methods.adaround import Checkpoint, Choice, Settings, choose
+from .methods.weights.adaround import Checkpoint, Choice, Settings, choose
 from .models.adapter import Adapter, Stage, State
 from .progress import Progress, silent
 from .rewrite import swapped

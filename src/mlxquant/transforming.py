@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from .input_tables import LayerInput
 from .methods import registry
-from .methods.tiers import OutputErrors
+from .methods.inputs.tiers import OutputErrors
 from .numerics.moments import Moments
 from .numerics.transform import Place, Transform
 from .recipe import LayerSpec

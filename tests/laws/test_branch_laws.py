@@ -5,8 +5,8 @@ import pytest
 
 from mlxquant.errors import CalibrationError, NumericsError
 from mlxquant.grids.weights import WeightFormat
-from mlxquant.methods import lowrank
 from mlxquant.methods.registry import get, members
+from mlxquant.methods.weights import lowrank
 from mlxquant.numerics.moments import Moments, energy
 
 METHODS = members("branch")

@@ -11,7 +11,7 @@ from mlxquant.errors import RecipeError
 from mlxquant.grids.weights import WeightFormat, fit_extremes
 from mlxquant.methods.fake_quantizers import Quantizer, straight_through
 from mlxquant.methods.registry import get, members
-from mlxquant.methods.rtn import rtn
+from mlxquant.methods.weights.rtn import rtn
 
 METHODS = [method.name for method in members("fake")]
 every_method = pytest.mark.parametrize("method", METHODS)

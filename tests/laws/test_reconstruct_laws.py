@@ -6,9 +6,9 @@ import pytest
 
 from mlxquant.grids.weights import WeightFormat
 from mlxquant.methods import registry
-from mlxquant.methods.adaround import Settings, choose
-from mlxquant.methods.rtn import rtn
-from mlxquant.methods.steps import search
+from mlxquant.methods.weights.adaround import Settings, choose
+from mlxquant.methods.weights.rtn import rtn
+from mlxquant.methods.weights.steps import search
 from mlxquant.numerics.moments import Moments
 
 RECONSTRUCT = [pytest.param(method.function, id=method.name) for method in registry.members("reconstruct")]

@@ -12,8 +12,8 @@ import pytest
 from mlxquant.errors import CalibrationError, NumericsError, RecipeError
 from mlxquant.grids.weights import Grid, WeightFormat
 from mlxquant.methods import registry
-from mlxquant.methods.rtn import rtn
-from mlxquant.methods.steps import extremes, search
+from mlxquant.methods.weights.rtn import rtn
+from mlxquant.methods.weights.steps import extremes, search
 from mlxquant.numerics.moments import Moments, excess, shortfall
 
 FORMATS = [WeightFormat.parse(text) for text in ("w2", "w4", "w4-asym", "w3-g32", "w4-g64-sym", "w4-tensor", "w8")]

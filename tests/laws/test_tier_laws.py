@@ -6,9 +6,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlxquant.methods.ranges import extremes
+from mlxquant.methods.inputs.clipping import extremes
+from mlxquant.methods.inputs.tiers import TIERS, mixed, quantized
 from mlxquant.methods.registry import members
-from mlxquant.methods.tiers import TIERS, mixed, quantized
 from mlxquant.numerics.statistics import InputStatistics
 
 RULES = members("tier")

@@ -8,10 +8,10 @@ import pytest
 
 from mlxquant.errors import NumericsError, RecipeError
 from mlxquant.grids.weights import WeightFormat, fit_extremes
-from mlxquant.methods import adaround as ada
-from mlxquant.methods.gptq import gptq
-from mlxquant.methods.rtn import rtn
-from mlxquant.methods.steps import search
+from mlxquant.methods.weights import adaround as ada
+from mlxquant.methods.weights.gptq import gptq
+from mlxquant.methods.weights.rtn import rtn
+from mlxquant.methods.weights.steps import search
 from mlxquant.numerics.moments import Moments, energy
 
 

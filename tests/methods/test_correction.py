@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mlxquant.errors import CalibrationError, NumericsError
-from mlxquant.methods.correction import corrected_target
+from mlxquant.methods.weights.correction import corrected_target
 from mlxquant.numerics.moments import Moments, excess, shortfall
 
 

@@ -5,10 +5,10 @@ import pytest
 
 from mlxquant.errors import NumericsError
 from mlxquant.grids.weights import WeightFormat
-from mlxquant.methods.correction import corrected_target
-from mlxquant.methods.damping import CANDIDATES, TARGETS, choose_damping
-from mlxquant.methods.gptq import gptq
-from mlxquant.methods.steps import search
+from mlxquant.methods.weights.correction import corrected_target
+from mlxquant.methods.weights.damping import CANDIDATES, TARGETS, choose_damping
+from mlxquant.methods.weights.gptq import gptq
+from mlxquant.methods.weights.steps import search
 from mlxquant.numerics.moments import Moments, output_error
 
 

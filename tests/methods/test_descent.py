@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from mlxquant.grids.weights import WeightFormat
-from mlxquant.methods.descent import descend, gptq_descent
-from mlxquant.methods.gptq import damped_problem, gptq, nearest_plane
-from mlxquant.methods.rtn import rtn
-from mlxquant.methods.steps import search
+from mlxquant.methods.weights.descent import descend, gptq_descent
+from mlxquant.methods.weights.gptq import damped_problem, gptq, nearest_plane
+from mlxquant.methods.weights.rtn import rtn
+from mlxquant.methods.weights.steps import search
 from mlxquant.numerics.cholesky import Factor
 from mlxquant.numerics.moments import Moments, energy
 

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from mlxquant.methods.dynamic import dynamic, power_law_ratio
-from mlxquant.methods.ranges import error, extremes
-from mlxquant.methods.tiers import OutputErrors
+from mlxquant.methods.inputs.clipping import error, extremes
+from mlxquant.methods.inputs.dynamic import dynamic, power_law_ratio
+from mlxquant.methods.inputs.tiers import OutputErrors
 from mlxquant.numerics.statistics import InputRanges
 
 rng = np.random.default_rng(0)

@@ -5,7 +5,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from mlxquant.methods.envelopes import envelope, upper_envelope
+from mlxquant.methods.inputs.envelopes import envelope, upper_envelope
 from mlxquant.numerics.statistics import InputRanges
 
 

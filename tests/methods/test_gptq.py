@@ -8,9 +8,9 @@ import pytest
 
 from mlxquant.errors import CalibrationError, NumericsError
 from mlxquant.grids.weights import WeightFormat
-from mlxquant.methods.gptq import damped_problem, gptq, nearest_plane
-from mlxquant.methods.rtn import rtn
-from mlxquant.methods.steps import extremes, search
+from mlxquant.methods.weights.gptq import damped_problem, gptq, nearest_plane
+from mlxquant.methods.weights.rtn import rtn
+from mlxquant.methods.weights.steps import extremes, search
 from mlxquant.numerics.cholesky import Factor
 from mlxquant.numerics.moments import Moments, energy
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mlxquant.methods.damping import CANDIDATES, TARGETS
+from mlxquant.methods.weights.damping import CANDIDATES, TARGETS
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "layer_methods.py"
 

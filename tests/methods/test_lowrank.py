@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from mlxquant.grids.weights import WeightFormat
-from mlxquant.methods.lowrank import (
+from mlxquant.methods.registry import get
+from mlxquant.methods.weights.lowrank import (
     DAMPINGS,
     TRIAL_TURNS,
     LowRank,
@@ -17,7 +18,6 @@ from mlxquant.methods.lowrank import (
     svd,
     whitened,
 )
-from mlxquant.methods.registry import get
 from mlxquant.numerics.moments import Moments, energy
 
 
@@ -123,7 +123,7 @@ def test_the_damping_follows_the_tokens_that_were_held_out(monkeypatch):
     moments.add(rng.standard_normal((10, 80)))
     moments.add(rng.standard_normal((2000, 80)), held_out=True)
     used = []
-    monkeypatch.setattr("mlxquant.methods.lowrank.damped", lambda gram, damping: used.append(damping) or damped(gram, damping))
+    monkeypatch.setattr("mlxquant.methods.weights.lowrank.damped", lambda gram, damping: used.append(damping) or damped(gram, damping))
     counts = []
     branch = whitened(weight, moments, 6, lambda residual, seen: counts.append(seen.count) or nearest(residual, 6))
     assert used[-1] == branch.damping == 100

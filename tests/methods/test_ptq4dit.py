@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from mlxquant.methods.ptq4dit import calibrated_salience, ptq4dit, rank_correlation, ranks
-from mlxquant.methods.smoothquant import divisor
+from mlxquant.methods.transforms.ptq4dit import calibrated_salience, ptq4dit, rank_correlation, ranks
+from mlxquant.methods.transforms.smoothquant import divisor
 from mlxquant.numerics.statistics import InputRanges
 from mlxquant.numerics.transform import Place
 

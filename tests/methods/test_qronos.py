@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 
 from mlxquant.grids.weights import Grid, WeightFormat
-from mlxquant.methods.correction import corrected_target
-from mlxquant.methods.gptaq import gptaq
-from mlxquant.methods.gptq import gptq
-from mlxquant.methods.qronos import base_form, qronos
-from mlxquant.methods.steps import extremes, search
+from mlxquant.methods.weights.correction import corrected_target
+from mlxquant.methods.weights.gptaq import gptaq
+from mlxquant.methods.weights.gptq import gptq
+from mlxquant.methods.weights.qronos import base_form, qronos
+from mlxquant.methods.weights.steps import extremes, search
 from mlxquant.numerics.moments import Moments
 
 TEXTS = ["w2", "w3", "w4", "w4-asym", "w4-g32", "w4-tensor", "w8"]

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from mlxquant.grids.weights import WeightFormat
-from mlxquant.methods.descent import gptq_descent
-from mlxquant.methods.gptq import damped_problem, nearest_plane
-from mlxquant.methods.refit import refit
-from mlxquant.methods.steps import extremes, search
+from mlxquant.methods.weights.descent import gptq_descent
+from mlxquant.methods.weights.gptq import damped_problem, nearest_plane
+from mlxquant.methods.weights.refit import refit
+from mlxquant.methods.weights.steps import extremes, search
 from mlxquant.numerics.cholesky import Factor
 from mlxquant.numerics.moments import Moments, energy
 
@@ -82,7 +82,7 @@ def test_rows_are_solved_a_few_at_a_time_with_the_same_result(text, monkeypatch)
     weight, _, moments = layer()
     grid = extremes(weight, WeightFormat.parse(text))
     whole = refit(weight, grid, grid.quantize(weight), moments)
-    monkeypatch.setattr("mlxquant.methods.refit.CHUNK", 3)
+    monkeypatch.setattr("mlxquant.methods.weights.refit.CHUNK", 3)
     few = refit(weight, grid, grid.quantize(weight), moments)
     np.testing.assert_array_equal(few[0].scales, whole[0].scales)
     np.testing.assert_array_equal(few[1], whole[1])

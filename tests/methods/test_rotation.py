@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mlxquant.methods.rotation import dealt, rotation
+from mlxquant.methods.transforms.rotation import dealt, rotation
 from mlxquant.numerics.statistics import InputRanges
 from mlxquant.numerics.transform import Place
 

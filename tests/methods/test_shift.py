@@ -6,10 +6,10 @@ import numpy as np
 from mlxquant.grids.time import Clock
 from mlxquant.grids.weights import WeightFormat, fit_extremes
 from mlxquant.layers import QuantizedLinear
-from mlxquant.methods.ranges import average, extremes
-from mlxquant.methods.shift import centred, migration, shifted
-from mlxquant.methods.smoothquant import divided
-from mlxquant.methods.tiers import quantized, relative_errors
+from mlxquant.methods.inputs.clipping import average, extremes
+from mlxquant.methods.inputs.shift import centred, migration, shifted
+from mlxquant.methods.inputs.tiers import quantized, relative_errors
+from mlxquant.methods.transforms.smoothquant import divided
 from mlxquant.numerics.statistics import InputStatistics
 
 WEIGHT = np.random.default_rng(9).normal(size=(8, 128)).astype(np.float32)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mlxquant.methods.smoothquant import candidate, divided, divisor, peaks, spike
+from mlxquant.methods.transforms.smoothquant import candidate, divided, divisor, peaks, spike
 from mlxquant.numerics.statistics import InputRanges
 
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from mlxquant.grids.weights import Grid, WeightFormat, fit_extremes
-from mlxquant.methods import steps
-from mlxquant.methods.steps import extremes, mse, search
+from mlxquant.methods.weights import steps
+from mlxquant.methods.weights.steps import extremes, mse, search
 from mlxquant.numerics.moments import Moments
 
 
@@ -79,7 +79,7 @@ def test_a_grid_that_fits_exactly_is_kept(text):
 
 def test_rows_and_chunks_do_not_meet(weight, monkeypatch):
     whole = mse(weight, WeightFormat.parse("w4-g32"))
-    monkeypatch.setattr("mlxquant.methods.steps.CHUNK", 300)
+    monkeypatch.setattr("mlxquant.methods.weights.steps.CHUNK", 300)
     pieces = mse(weight, WeightFormat.parse("w4-g32"))
     np.testing.assert_array_equal(pieces.scales, whole.scales)
     np.testing.assert_array_equal(pieces.biases, whole.biases)

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from mlxquant.methods.smoothquant import divisor
-from mlxquant.methods.tcaq import joint_ratios, tcaq, timestep_weights
+from mlxquant.methods.transforms.smoothquant import divisor
+from mlxquant.methods.transforms.tcaq import joint_ratios, tcaq, timestep_weights
 from mlxquant.numerics.statistics import InputRanges
 from mlxquant.numerics.transform import Place
 

@@ -6,15 +6,7 @@ import numpy as np
 import pytest
 
 from mlxquant.grids.tables import ActivationTable
-from mlxquant.methods.time_networks import (
-    HIDDEN,
-    OCTAVES,
-    TimeNetwork,
-    drawn_layer,
-    inverse_softplus,
-    signal_to_noise,
-    timestep,
-)
+from mlxquant.methods.inputs.time_networks import HIDDEN, OCTAVES, TimeNetwork, drawn_layer, inverse_softplus, signal_to_noise, timestep
 
 TIMES = [timestep, signal_to_noise]
 SIGMA = np.linspace(0.02, 1, 28).astype(np.float32)

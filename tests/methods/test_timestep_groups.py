@@ -5,8 +5,8 @@ from itertools import combinations, pairwise
 import numpy as np
 import pytest
 
-from mlxquant.methods.ranges import error
-from mlxquant.methods.timestep_groups import best_groups, group_costs, grouped
+from mlxquant.methods.inputs.clipping import error
+from mlxquant.methods.inputs.timestep_groups import best_groups, group_costs, grouped
 from mlxquant.numerics.statistics import InputRanges
 
 WEIGHT = np.random.default_rng(9).normal(size=(8, 6))

@@ -9,7 +9,7 @@ import pytest
 from mlxquant.errors import AdapterError
 from mlxquant.grids.tables import ActivationTable
 from mlxquant.grids.time import Clock
-from mlxquant.methods.tiers import quantized
+from mlxquant.methods.inputs.tiers import quantized
 from mlxquant.models.attention import QuantizedAttention, ShownAttention, SoftmaxAttention, find_attentions, find_quantized_attentions
 from mlxquant.models.fast_cpu import attention
 from mlxquant.rewrite import set_module

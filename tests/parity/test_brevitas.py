@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from mlxquant.grids.weights import WeightFormat
-from mlxquant.methods.gptq import gptq
-from mlxquant.methods.qronos import qronos
-from mlxquant.methods.steps import extremes, search
+from mlxquant.methods.weights.gptq import gptq
+from mlxquant.methods.weights.qronos import qronos
+from mlxquant.methods.weights.steps import extremes, search
 from mlxquant.numerics.moments import Moments
 
 pytestmark = pytest.mark.parity

@@ -14,7 +14,7 @@ from mlxquant.errors import ArtifactError, CalibrationError, RecipeError
 from mlxquant.files import artifacts
 from mlxquant.grids.weights import WeightFormat
 from mlxquant.layers import QuantizedLinear
-from mlxquant.methods.ranges import affine_table
+from mlxquant.methods.inputs.clipping import affine_table
 from mlxquant.numerics.statistics import Collector
 from mlxquant.pipeline.apply import TrackFiles, Tracks, check, install, prepare
 from mlxquant.pipeline.ledger import Ledger

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..grids.tables import ActivationTable
-from ..numerics.statistics import InputRanges
-from .ranges import error
-from .registry import register
+from ...grids.tables import ActivationTable
+from ...numerics.statistics import InputRanges
+from ..registry import register
+from .clipping import error
 
 Array = npt.NDArray[Any]
 SCALES = np.geomspace(1e-4, 30, 49)  # of the power law, in means of the values

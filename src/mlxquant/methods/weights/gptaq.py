@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..grids.weights import Grid
-from ..numerics.cholesky import Factor, solve_lower, solve_transposed
-from ..numerics.moments import Moments, calibrated_gram, shortfall
+from ...grids.weights import Grid
+from ...numerics.cholesky import Factor, solve_lower, solve_transposed
+from ...numerics.moments import Moments, calibrated_gram, shortfall
+from ..registry import register
 from .gptq import damped_problem, nearest_plane
-from .registry import register
 from .rtn import better_rows, rtn
 
 Array = npt.NDArray[Any]

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..grids.weights import Grid, WeightFormat, fit_extremes, grouped, snap
-from ..numerics.moments import Moments, calibrated_gram
-from .registry import register
+from ...grids.weights import Grid, WeightFormat, fit_extremes, grouped, snap
+from ...numerics.moments import Moments, calibrated_gram
+from ..registry import register
 
 Array = npt.NDArray[Any]
 LADDER = np.geomspace(0.94, 0.1, 36, dtype=np.float32)  # widths to try, relative to the extremes; the refits fill the gaps

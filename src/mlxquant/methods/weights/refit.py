@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..grids.weights import Grid, WeightFormat, snap
-from ..numerics.moments import Moments, calibrated_gram, energy
+from ...grids.weights import Grid, WeightFormat, snap
+from ...numerics.moments import Moments, calibrated_gram, energy
+from ..registry import register
 from .descent import descend
 from .gptq import damped_problem
-from .registry import register
 
 Array = npt.NDArray[Any]
 CHUNK = 2**22  # numbers in the normal equations of the rows that are solved at once

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..numerics.statistics import InputRanges
-from ..numerics.transform import Place, Transform
-from .registry import register
+from ...numerics.statistics import InputRanges
+from ...numerics.transform import Place, Transform
+from ..registry import register
 from .smoothquant import timestep_peaks
 
 Array = npt.NDArray[Any]

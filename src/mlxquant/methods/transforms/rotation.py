@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..numerics.hadamard import block_size
-from ..numerics.statistics import InputRanges
-from ..numerics.transform import Place, Transform
-from .registry import register
+from ...numerics.hadamard import block_size
+from ...numerics.statistics import InputRanges
+from ...numerics.transform import Place, Transform
+from ..registry import register
 
 Array = npt.NDArray[Any]
 

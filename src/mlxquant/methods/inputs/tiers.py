@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..grids.tables import ActivationTable, nearest_levels
-from ..numerics.statistics import InputRanges
-from .registry import register
+from ...grids.tables import ActivationTable, nearest_levels
+from ...numerics.statistics import InputRanges
+from ..registry import register
 
 Array = npt.NDArray[Any]
 TIERS = (4, 6, 8)

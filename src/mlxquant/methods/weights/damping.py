@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import NumericsError
-from ..numerics.moments import Moments, excess, shortfall
+from ...errors import NumericsError
+from ...numerics.moments import Moments, excess, shortfall
 
 Array = npt.NDArray[Any]
 CANDIDATES = (0.003, 0.01, 0.03, 0.1, 0.3)  # of a rounding, relative to mean(diag H), as all methods take it

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..numerics.statistics import InputRanges
-from ..numerics.transform import Place, Transform
-from .registry import register
+from ...numerics.statistics import InputRanges
+from ...numerics.transform import Place, Transform
+from ..registry import register
 
 Array = npt.NDArray[Any]
 SPIKE, FEW = 5.0, 0.05

@@ -20,10 +20,10 @@ import mlx.optimizers as optim
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import NumericsError, RecipeError
-from ..grids.weights import Grid
-from ..progress import Progress, silent
-from .registry import register
+from ...errors import NumericsError, RecipeError
+from ...grids.weights import Grid
+from ...progress import Progress, silent
+from ..registry import register
 
 Array = npt.NDArray[Any]
 ZETA, GAMMA = 1.1, -0.1  # the stretched sigmoid reaches 0 and 1 at finite alpha (eq. 23)

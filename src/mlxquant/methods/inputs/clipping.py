@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..grids.tables import ActivationTable
-from ..numerics.statistics import InputRanges
-from .registry import register
+from ...grids.tables import ActivationTable
+from ...numerics.statistics import InputRanges
+from ..registry import register
 
 Array = npt.NDArray[Any]
 EXTREMES = 1.0  # for how many sampled rows each channel's smallest value, and its largest, count in ``error``

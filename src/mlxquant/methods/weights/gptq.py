@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..grids.weights import Grid
-from ..numerics.cholesky import Factor
-from ..numerics.moments import Moments, calibrated_gram, energy
-from .registry import register
+from ...grids.weights import Grid
+from ...numerics.cholesky import Factor
+from ...numerics.moments import Moments, calibrated_gram, energy
+from ..registry import register
 from .rtn import rtn
 
 Array = npt.NDArray[Any]

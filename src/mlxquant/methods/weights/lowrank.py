@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import NumericsError
-from ..numerics.moments import Moments, calibrated_gram, energy
-from .registry import register
+from ...errors import NumericsError
+from ...numerics.moments import Moments, calibrated_gram, energy
+from ..registry import register
 
 Array = npt.NDArray[Any]
 Quantize = Callable[[Array, "Moments | None"], Array]  # a residual [out,in] to its dequantized codes [out,in], by these moments

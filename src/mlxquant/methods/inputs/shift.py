@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..grids.tables import ActivationTable
-from ..numerics.statistics import InputRanges
-from .ranges import extremes
+from ...grids.tables import ActivationTable
+from ...numerics.statistics import InputRanges
+from .clipping import extremes
 
 Array = npt.NDArray[Any]
 RangeMethod = Callable[[InputRanges, Array, int], ActivationTable]

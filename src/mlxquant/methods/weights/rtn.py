@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..grids.weights import Grid, grouped
-from ..numerics.moments import Moments, excess
-from .registry import register
+from ...grids.weights import Grid, grouped
+from ...numerics.moments import Moments, excess
+from ..registry import register
 
 Array = npt.NDArray[Any]
 ROWS = 32

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy.typing as npt
 
-from ..numerics.cholesky import Factor
-from ..numerics.moments import Moments, calibrated_gram, shortfall
+from ...numerics.cholesky import Factor
+from ...numerics.moments import Moments, calibrated_gram, shortfall
 from .gptq import damped_problem
 
 Array = npt.NDArray[Any]

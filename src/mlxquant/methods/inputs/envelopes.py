@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..grids.tables import ActivationTable
-from ..numerics.statistics import InputRanges
-from .ranges import affine_table
-from .registry import register
+from ...grids.tables import ActivationTable
+from ...numerics.statistics import InputRanges
+from ..registry import register
+from .clipping import affine_table
 
 Array = npt.NDArray[Any]
 SWEEPS = 2000

@@ -30,11 +30,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..grids.tables import ActivationTable
-from ..grids.time import log_snr
-from ..numerics.statistics import InputRanges
-from .ranges import error
-from .registry import register
+from ...grids.tables import ActivationTable
+from ...grids.time import log_snr
+from ...numerics.statistics import InputRanges
+from ..registry import register
+from .clipping import error
 
 Array = npt.NDArray[Any]
 Time = Callable[[Array], Array]  # noise levels [T] to [-1, 1]

@@ -1,0 +1,1 @@
+"""Methods for inputs: activation tables over time, bits a layer and timestep, the post-GELU shift."""

@@ -1,0 +1,1 @@
+"""Methods that change a layer's input before it is quantized, without changing what the model computes."""

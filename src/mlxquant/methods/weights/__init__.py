@@ -1,0 +1,1 @@
+"""Methods for weights: steps, rounding, refinement, branches, learned rounding."""
