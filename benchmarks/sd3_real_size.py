@@ -47,8 +47,8 @@ from mlxquant.calibration import Calibration
 from mlxquant.commandline.console import peak_bytes, progress, result, say
 from mlxquant.files import artifacts
 from mlxquant.models.catalog import adapter_class
-from mlxquant.presets import parse_recipe
 from mlxquant.progress import Progress
+from mlxquant.recipes.presets import parse_recipe
 from random_sd3 import SIZES, write_folder
 
 CLIP_TOKENS, T5_TOKENS, TOKEN = 77, 512, 4096

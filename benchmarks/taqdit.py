@@ -37,8 +37,8 @@ from mlxquant.metrics.bootstrap import interval
 from mlxquant.metrics.psnr import psnr
 from mlxquant.pipeline.activation_stats import ActivationStats, collect
 from mlxquant.pipeline.samples import Samples, draw, open_folder
-from mlxquant.presets import parse_recipe
-from mlxquant.recipe import Recipe
+from mlxquant.recipes.presets import parse_recipe
+from mlxquant.recipes.recipe import Recipe
 from mlxquant.rewrite import set_module
 
 CALIBRATION = 16

@@ -13,8 +13,8 @@ from mlxquant.files import kept_arrays
 from mlxquant.grids.weights import Grid, WeightFormat, fit_extremes
 from mlxquant.layers import QuantizedLinear
 from mlxquant.methods.weights.lowrank import LowRank
-from mlxquant.presets import parse_recipe
-from mlxquant.recipe import LayerSpec
+from mlxquant.recipes.presets import parse_recipe
+from mlxquant.recipes.recipe import LayerSpec
 from mlxquant.rewrite import swapped
 
 from conftest import tiny_adapter

@@ -6,10 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from mlxquant.citations import FEATURES, citation, methods
 from mlxquant.errors import RecipeError
 from mlxquant.methods import registry
-from mlxquant.presets import METHODS, parse_recipe
+from mlxquant.recipes.citations import FEATURES, citation, methods
+from mlxquant.recipes.presets import METHODS, parse_recipe
 
 
 def keys(text):

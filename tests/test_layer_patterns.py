@@ -5,7 +5,7 @@ import re
 import pytest
 
 from mlxquant.errors import RecipeError
-from mlxquant.layer_patterns import as_list, first, names, require_matches
+from mlxquant.recipes.patterns import as_list, first, names, require_matches
 
 HEAD, FC, CONV = "model.lm_head", "model.layers.0.mlp.fc", "backbone.stem.conv"
 

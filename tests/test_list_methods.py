@@ -1,8 +1,8 @@
 """``mlxquant methods``: complete, and the same for people and programs."""
 
-from mlxquant.citations import citation
 from mlxquant.methods import registry
-from mlxquant.presets import INGREDIENTS, METHODS
+from mlxquant.recipes.citations import citation
+from mlxquant.recipes.presets import INGREDIENTS, METHODS
 
 from command_line import run, succeed
 

@@ -5,8 +5,8 @@ import pytest
 from mlxquant.errors import RecipeError
 from mlxquant.grids.weights import WeightFormat
 from mlxquant.methods import registry
-from mlxquant.presets import INGREDIENTS, METHODS, Method, ingredients, parse_method, parse_recipe
-from mlxquant.recipe import ActivationSpec, LayerSpec
+from mlxquant.recipes.presets import INGREDIENTS, METHODS, Method, ingredients, parse_method, parse_recipe
+from mlxquant.recipes.recipe import ActivationSpec, LayerSpec
 
 LAYERS = {"blocks.0.mlp.fc1": "mlp", "blocks.0.ada": "modulation", "out": "output"}
 

@@ -17,7 +17,7 @@ from mlxquant.layers import QuantizedLinear
 from mlxquant.methods.weights.adaround import Settings
 from mlxquant.methods.weights.lowrank import LowRank
 from mlxquant.numerics.transform import Transform
-from mlxquant.presets import parse_recipe
+from mlxquant.recipes.presets import parse_recipe
 from mlxquant.reconstruction import Minibatch, Reconstruction, SoftLinear
 from mlxquant.rewrite import get_module
 from mlxquant.trials import Rounding

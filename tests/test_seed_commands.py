@@ -10,8 +10,8 @@ from mlxquant import benchmark_final, calibrate_snr, quantize_qronos
 from mlxquant.evaluate import command as evaluate
 from mlxquant.files import artifacts
 from mlxquant.models.mmdit_shapes import MMDiTShapes
-from mlxquant.presets import parse_recipe
 from mlxquant.quantize import command as quantize
+from mlxquant.recipes.presets import parse_recipe
 
 from command_line import fail, run, succeed
 from conftest import tiny_adapter

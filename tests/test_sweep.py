@@ -16,7 +16,7 @@ from mlxquant.layers import QuantizedLinear
 from mlxquant.methods import registry
 from mlxquant.methods.weights.adaround import Settings
 from mlxquant.numerics.statistics import Collector
-from mlxquant.presets import parse_recipe
+from mlxquant.recipes.presets import parse_recipe
 from mlxquant.rewrite import get_module, tapped
 
 from conftest import tiny_adapter

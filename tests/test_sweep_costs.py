@@ -11,7 +11,7 @@ import mlxquant as mq
 from mlxquant import streams, sweep, trials
 from mlxquant.methods import registry
 from mlxquant.methods.weights.adaround import Settings
-from mlxquant.presets import parse_recipe
+from mlxquant.recipes.presets import parse_recipe
 from mlxquant.trials import Rounding
 
 from synthetic_chain import Chain

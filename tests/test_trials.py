@@ -14,7 +14,7 @@ from mlxquant.methods import registry
 from mlxquant.methods.weights.lowrank import DAMPINGS, LowRank
 from mlxquant.models.attention import find_quantized_attentions
 from mlxquant.numerics.transform import Transform
-from mlxquant.presets import parse_recipe
+from mlxquant.recipes.presets import parse_recipe
 from mlxquant.rewrite import parameters
 from mlxquant.transforming import Proposal, propose
 

@@ -19,7 +19,6 @@ from ._blas import prefer_fast_blas
 prefer_fast_blas()  # before anything imports mlx.core
 
 from .api import Model, QuantizedModel, calibrate, calibrate_text, compare, load, quantize  # noqa: E402
-from .citations import citation  # noqa: E402
 from .convolutions import QuantizedConv1d, QuantizedConv2d  # noqa: E402
 from .embeddings import QuantizedEmbedding  # noqa: E402
 from .errors import MlxQuantError  # noqa: E402
@@ -27,9 +26,10 @@ from .exporters.targets import export  # noqa: E402
 from .fake_quant_linear import FakeQuantLinear  # noqa: E402
 from .layers import QuantizedLinear  # noqa: E402
 from .module_files import load_module, save_module  # noqa: E402
-from .presets import parse_recipe  # noqa: E402
 from .quantize_linears import quantize_linears  # noqa: E402
-from .recipe import Recipe  # noqa: E402
+from .recipes.citations import citation  # noqa: E402
+from .recipes.presets import parse_recipe  # noqa: E402
+from .recipes.recipe import Recipe  # noqa: E402
 from .sampling.prompts import (
     Prompt,  # noqa: E402
     read_prompts,  # noqa: E402

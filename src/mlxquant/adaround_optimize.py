@@ -23,7 +23,7 @@ from .pipeline.cached_teacher import CachedTeacher
 from .pipeline.ledger import Ledger
 from .pipeline.quant_config import QuantConfig
 from .pipeline.weight_files import CONFIG, KIND, WeightFiles
-from .recipe import ActivationSpec, LayerSpec, Recipe
+from .recipes.recipe import ActivationSpec, LayerSpec, Recipe
 from .sweep import Sweep, measured
 
 STARTS: dict[str, dict[str, Any]] = {

@@ -32,7 +32,7 @@ from .numerics import knapsack
 from .numerics.moments import Moments, energy
 from .numerics.statistics import Collector, InputRanges
 from .progress import Progress, silent
-from .recipe import ActivationSpec, LayerSpec, Recipe
+from .recipes.recipe import ActivationSpec, LayerSpec, Recipe
 from .rewrite import tapped
 from .sensitivity import Sensitivity
 from .streams import CalibrationData, run_batch, run_stage

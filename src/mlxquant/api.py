@@ -29,9 +29,9 @@ from .models.diffusion import DiffusionAdapter, diffusion
 from .models.language import LanguageAdapter, language
 from .pipeline.apply import TrackFiles
 from .prediction import Prediction, predict
-from .presets import parse_recipe
 from .progress import Progress, silent
-from .recipe import LayerSpec, Recipe
+from .recipes.presets import parse_recipe
+from .recipes.recipe import LayerSpec, Recipe
 from .report.comparison import Comparison, to_pil
 from .rewrite import parameters, set_module
 from .sampling.prompts import Prompt

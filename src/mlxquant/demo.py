@@ -11,7 +11,7 @@ import click
 from . import api, jobs
 from .commandline.console import Command, force_option, peak_bytes, progress, result, say, verbose_option
 from .files import artifacts
-from .presets import parse_recipe
+from .recipes.presets import parse_recipe
 from .report.comparison import Comparison
 
 MODEL = "mmdit-shapes"

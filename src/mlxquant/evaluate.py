@@ -31,8 +31,8 @@ from .evaluation.paired import FLOOR, Evaluation
 from .evaluation.quantizing import quantized_contender
 from .evaluation.report_folder import put, say_report, summarise, write_report
 from .files import artifacts
-from .presets import parse_recipe
-from .recipe import Recipe
+from .recipes.presets import parse_recipe
+from .recipes.recipe import Recipe
 from .sampling.prompts import Prompt, read_prompts
 
 PROMPTS, CALIBRATION_PROMPTS = 64, 16

@@ -13,7 +13,7 @@ from .api import Model, QuantizedModel
 from .files import artifacts
 from .pipeline.apply import TrackFiles
 from .progress import Progress
-from .recipe import Recipe
+from .recipes.recipe import Recipe
 from .streams import CalibrationData
 
 

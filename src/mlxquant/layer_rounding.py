@@ -22,7 +22,7 @@ from .methods.weights.damping import CANDIDATES, TARGETS, Choice, choose_damping
 from .methods.weights.lowrank import LowRank, refitted
 from .numerics.moments import Moments, output_error
 from .numerics.transform import Transform
-from .recipe import ActivationSpec, LayerSpec
+from .recipes.recipe import ActivationSpec, LayerSpec
 
 Array = npt.NDArray[Any]
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import click
 
-from .citations import used
 from .commandline.console import Command, result, say, verbose_option
 from .methods import registry
-from .presets import INGREDIENTS, METHODS, NAMED, Method, parse_recipe
+from .recipes.citations import used
+from .recipes.presets import INGREDIENTS, METHODS, NAMED, Method, parse_recipe
 
 
 @click.command("methods", cls=Command)

@@ -17,7 +17,7 @@ from .files import artifacts
 from .models.catalog import model_name
 from .pipeline.apply import TrackFiles, install
 from .pipeline.weight_files import WeightFiles
-from .recipe import LayerSpec
+from .recipes.recipe import LayerSpec
 from .report.comparison import Comparison, save_png, to_pil
 from .rewrite import set_module
 from .sampling.prompts import Prompt, read_prompts

@@ -23,8 +23,8 @@ from .commandline.console import (
 from .errors import AdapterError, RecipeError
 from .models.language import LanguageAdapter
 from .pipeline.apply import TrackFiles
-from .presets import parse_recipe
-from .recipe import Recipe
+from .recipes.presets import parse_recipe
+from .recipes.recipe import Recipe
 from .sampling.prompts import read_prompts
 from .streams import CalibrationData
 

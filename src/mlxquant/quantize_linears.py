@@ -19,13 +19,13 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from . import presets
 from .convolutions import KINDS, QuantizedConvolution
 from .embeddings import QuantizedEmbedding
 from .errors import AdapterError, MlxQuantError, RecipeError
 from .grids.weights import WeightFormat
-from .layer_patterns import Pattern, as_list, first, require_matches
 from .layers import QuantizedLinear
+from .recipes import presets
+from .recipes.patterns import Pattern, as_list, first, require_matches
 from .rewrite import parameters, set_module
 from .size_report import KeptLayer, LayerSize, SizeReport, is_hidden, is_packed, stored_bytes, weight_count
 from .weight_only import quantized_linear

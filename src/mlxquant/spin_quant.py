@@ -27,7 +27,7 @@ from .numerics import cayley
 from .numerics.moments import Moments
 from .numerics.transform import Transform
 from .progress import Progress, silent
-from .recipe import LayerSpec
+from .recipes.recipe import LayerSpec
 from .rewrite import get_module, set_module, tapped
 from .rotations import Arrays
 from .size_report import stored_bytes

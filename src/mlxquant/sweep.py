@@ -26,7 +26,7 @@ from .methods import registry
 from .models.adapter import Adapter, Stage, State
 from .probabilities import quantize_probabilities
 from .progress import Progress, silent
-from .recipe import LayerSpec, Recipe
+from .recipes.recipe import LayerSpec, Recipe
 from .reconstruction import Reconstruction, reconstruct_stage
 from .rewrite import set_module, swapped
 from .sensitivity import Sensitivity, measure

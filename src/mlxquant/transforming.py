@@ -18,7 +18,7 @@ from .methods import registry
 from .methods.inputs.tiers import OutputErrors
 from .numerics.moments import Moments
 from .numerics.transform import Place, Transform
-from .recipe import LayerSpec
+from .recipes.recipe import LayerSpec
 
 Array = npt.NDArray[Any]
 

@@ -26,7 +26,7 @@ from .models.adapter import Adapter, Edge, Fold, Stage, State
 from .numerics.statistics import Collector, InputRanges, InputStatistics, Sharing
 from .numerics.transform import Place, Transform
 from .progress import Progress, silent
-from .recipe import ActivationSpec, LayerSpec, Recipe
+from .recipes.recipe import ActivationSpec, LayerSpec, Recipe
 from .rewrite import swapped, tapped
 from .run_order import levels
 from .sensitivity import Sensitivity

@@ -15,8 +15,8 @@ from mlxquant.evaluation.cost import measure_costs, peak, sizes
 from mlxquant.evaluation.half_precision import HalfLinear, half_precision
 from mlxquant.evaluation.report_folder import put
 from mlxquant.metrics.psnr import psnr
-from mlxquant.presets import parse_recipe
 from mlxquant.progress import silent
+from mlxquant.recipes.presets import parse_recipe
 
 PROMPT = mq.Prompt(7, "a large red circle at left on white background")
 

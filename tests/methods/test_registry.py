@@ -2,9 +2,9 @@
 
 import pytest
 
-from mlxquant.citations import FEATURES
 from mlxquant.errors import RecipeError
 from mlxquant.methods import registry
+from mlxquant.recipes.citations import FEATURES
 
 
 def test_the_methods_are_found_by_kind():

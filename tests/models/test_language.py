@@ -19,7 +19,7 @@ from mlxquant.models.gpt import causal_mask
 from mlxquant.models.gpt_python import GPTAdapter
 from mlxquant.models.gpt_text import ByteTokenizer
 from mlxquant.models.language import language
-from mlxquant.presets import parse_recipe
+from mlxquant.recipes.presets import parse_recipe
 from mlxquant.rewrite import find_linears, tapped
 
 from tiny_language import TEXT, gpt_folder, llama_folder, tiny_gpt

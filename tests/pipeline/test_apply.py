@@ -20,8 +20,8 @@ from mlxquant.pipeline.apply import TrackFiles, Tracks, check, install, prepare
 from mlxquant.pipeline.ledger import Ledger
 from mlxquant.pipeline.quant_config import QuantConfig
 from mlxquant.pipeline.weight_files import CONFIG, KIND, WeightFiles
-from mlxquant.presets import parse_recipe
-from mlxquant.recipe import LayerSpec
+from mlxquant.recipes.presets import parse_recipe
+from mlxquant.recipes.recipe import LayerSpec
 from mlxquant.rewrite import tapped
 from mlxquant.store import StageResult
 from mlxquant.trials import round_to_nearest

@@ -6,9 +6,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from ..citations import used
 from ..methods import registry
-from ..recipe import Recipe
+from ..recipes.citations import used
+from ..recipes.recipe import Recipe
 
 
 def cited(recipes: list[Mapping[str, Any]]) -> list[dict[str, str]]:

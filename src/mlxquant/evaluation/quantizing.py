@@ -10,7 +10,7 @@ from ..calibration import Calibration
 from ..files import artifacts
 from ..files.artifacts import versions
 from ..progress import Progress
-from ..recipe import Recipe
+from ..recipes.recipe import Recipe
 from .contender import Contender
 from .stopwatch import Stopwatch, kept_seconds
 

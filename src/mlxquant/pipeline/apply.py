@@ -12,7 +12,7 @@ from ..folds import divide
 from ..grids.time import Clock
 from ..layer_rounding import Preset
 from ..models.adapter import Adapter, Stage
-from ..recipe import LayerSpec
+from ..recipes.recipe import LayerSpec
 from ..rewrite import set_module
 from ..store import Layers, StageCheckpoint, StageResult
 from .quant_config import QuantConfig

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from typing import Any, Protocol
 
-from .errors import RecipeError
-from .grids.weights import WeightFormat
-from .methods import registry
+from ..errors import RecipeError
+from ..grids.weights import WeightFormat
+from ..methods import registry
 from .presets import parse_recipe
 from .recipe import ActivationSpec, LayerSpec, Recipe
 

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .errors import RecipeError
-from .grids.tables import BITS
-from .grids.weights import WeightFormat
-from .methods import registry
-from .methods.inputs.tiers import BUDGET
+from ..errors import RecipeError
+from ..grids.tables import BITS
+from ..grids.weights import WeightFormat
+from ..methods import registry
+from ..methods.inputs.tiers import BUDGET
 from .recipe import ActivationSpec, LayerSpec, Recipe
 
 RANK = 32  # of a branch that names none, as in SVDQuant

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
-from .errors import RecipeError
+from ..errors import RecipeError
 
 Pattern = str | re.Pattern[str]
 WILDCARDS = "*?["

@@ -12,11 +12,11 @@ from fnmatch import fnmatchcase
 from math import inf
 from typing import Any
 
-from .errors import RecipeError
-from .grids.tables import BITS
-from .grids.weights import WeightFormat
-from .methods import registry
-from .methods.weights.adaround import Settings
+from ..errors import RecipeError
+from ..grids.tables import BITS
+from ..grids.weights import WeightFormat
+from ..methods import registry
+from ..methods.weights.adaround import Settings
 
 ROLES = ("attention", "mlp", "modulation", "embedder", "output")
 

@@ -1,0 +1,1 @@
+"""What to do to which layer, in one string."""
