@@ -31,9 +31,9 @@ from mlx_lm.utils import dequantize_model, load_model
 
 from mlxquant.commandline.console import result, say
 from mlxquant.corpus import read_corpus
+from mlxquant.layers.tree import set_module
 from mlxquant.metrics.bootstrap import interval
 from mlxquant.prediction import Prediction, predict
-from mlxquant.rewrite import set_module
 
 GROUP = 64
 METHODS = ("gptq+unclipped", "gptq+unclipped+corrected", "qronos+unclipped", "rtn", "gptq", "descent", "qronos")

@@ -26,9 +26,9 @@ from mlxquant.api import Model, QuantizedModel
 from mlxquant.commandline.console import progress, result, say
 from mlxquant.files.artifacts import atomic_file, canonical
 from mlxquant.grids.tables import TableReader, represented
+from mlxquant.layers.tree import set_module
 from mlxquant.metrics.bootstrap import interval
 from mlxquant.metrics.psnr import psnr
-from mlxquant.rewrite import set_module
 
 ROWS = (
     [f"{method}-w{bits}a16" for bits in (4, 3, 2) for method in ("rtn", "gptq")]

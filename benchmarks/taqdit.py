@@ -33,13 +33,13 @@ from mlxquant.decisions import decide
 from mlxquant.files.artifacts import atomic_file, canonical
 from mlxquant.grids.tables import TableReader
 from mlxquant.input_tables import Options
+from mlxquant.layers.tree import set_module
 from mlxquant.metrics.bootstrap import interval
 from mlxquant.metrics.psnr import psnr
 from mlxquant.pipeline.activation_stats import ActivationStats, collect
 from mlxquant.pipeline.samples import Samples, draw, open_folder
 from mlxquant.recipes.presets import parse_recipe
 from mlxquant.recipes.recipe import Recipe
-from mlxquant.rewrite import set_module
 
 CALIBRATION = 16
 WEIGHTS = [f"{method}-w{bits}a16" for bits in (4, 3) for method in ("rtn", "gptq", "adaround", "taqdit")]

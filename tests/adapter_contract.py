@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from mlxquant.errors import AdapterError
+from mlxquant.layers.attention import ShownAttention
+from mlxquant.layers.tree import find_linears, swapped, tapped
 from mlxquant.models.adapter import Adapter
-from mlxquant.models.attention import ShownAttention
-from mlxquant.rewrite import find_linears, swapped, tapped
 
 ROLES = {"attention", "mlp", "modulation", "embedder", "output"}
 

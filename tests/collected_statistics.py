@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 
 import mlxquant as mq
+from mlxquant.layers.tree import tapped
 from mlxquant.numerics.statistics import Collector
-from mlxquant.rewrite import tapped
 from mlxquant.sensitivity import Sensitivity, measure
 
 

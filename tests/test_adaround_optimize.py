@@ -10,13 +10,13 @@ import pytest
 from mlxquant import adaround_optimize, store, sweep
 from mlxquant.files import artifacts
 from mlxquant.folds import divide
+from mlxquant.layers.tree import get_module
 from mlxquant.methods.weights import adaround
 from mlxquant.models.mmdit_shapes import MMDiTShapes
 from mlxquant.pipeline.apply import TrackFiles, install
 from mlxquant.pipeline.block_cache import BlockCache
 from mlxquant.pipeline.quant_config import QuantConfig
 from mlxquant.pipeline.weight_files import WeightFiles
-from mlxquant.rewrite import get_module
 
 import command_line
 from command_line import run, succeed

@@ -11,11 +11,11 @@ from mlxquant.allocation import allocate, stored_bytes
 from mlxquant.errors import RecipeError
 from mlxquant.files import kept_arrays
 from mlxquant.grids.weights import Grid, WeightFormat, fit_extremes
-from mlxquant.layers import QuantizedLinear
+from mlxquant.layers.linear import QuantizedLinear
+from mlxquant.layers.tree import swapped
 from mlxquant.methods.weights.lowrank import LowRank
 from mlxquant.recipes.presets import parse_recipe
 from mlxquant.recipes.recipe import LayerSpec
-from mlxquant.rewrite import swapped
 
 from conftest import tiny_adapter
 

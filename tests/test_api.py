@@ -13,8 +13,8 @@ import mlxquant as mq
 from mlxquant.errors import AdapterError, ArtifactError, CalibrationError
 from mlxquant.files import artifacts
 from mlxquant.files.array_memory import ArrayMemory
-from mlxquant.layers import QuantizedLinear
-from mlxquant.rewrite import set_module
+from mlxquant.layers.linear import QuantizedLinear
+from mlxquant.layers.tree import set_module
 
 PROMPT = "a large red circle at left on white background"
 

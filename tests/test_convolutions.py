@@ -7,9 +7,9 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from mlxquant.convolutions import QuantizedConv1d, QuantizedConv2d, QuantizedConvolution
 from mlxquant.errors import AdapterError, NumericsError, RecipeError
 from mlxquant.grids.weights import Grid, WeightFormat
+from mlxquant.layers.convolutions import QuantizedConv1d, QuantizedConv2d, QuantizedConvolution
 
 LAYERS = {
     "stem": (lambda: nn.Conv2d(3, 8, 7, stride=2, padding=3), (2, 16, 16, 3)),

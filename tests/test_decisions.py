@@ -11,8 +11,8 @@ from mlxquant.divisions import try_division
 from mlxquant.errors import CalibrationError, RecipeError
 from mlxquant.folds import divide
 from mlxquant.input_tables import LayerInput, Options, decide_input
+from mlxquant.layers.tree import get_module
 from mlxquant.methods.inputs.tiers import OutputErrors, lowered, relative_errors
-from mlxquant.rewrite import get_module
 from mlxquant.sensitivity import Sensitivity
 
 from collected_statistics import Stats, collect

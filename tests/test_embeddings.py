@@ -5,8 +5,8 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from mlxquant.embeddings import QuantizedEmbedding
 from mlxquant.grids.weights import WeightFormat
+from mlxquant.layers.embeddings import QuantizedEmbedding
 
 FORMATS = ["w8", "w4", "w4-g32", "w3-g32-sym", "w8-tensor", "w7", "w5-asym"]
 

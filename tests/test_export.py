@@ -13,9 +13,9 @@ import pytest
 
 from mlxquant.errors import ArtifactError, ExportError
 from mlxquant.files import artifacts
-from mlxquant.layers import find_quantized
+from mlxquant.layers.linear import find_quantized
+from mlxquant.layers.tree import get_module
 from mlxquant.models.mmdit_shapes import MMDiTShapes
-from mlxquant.rewrite import get_module
 
 from command_line import fail, succeed
 from conftest import tiny_adapter

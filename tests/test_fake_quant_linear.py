@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-import mlxquant.fake_quant_linear as module
+import mlxquant.layers.fake_quant_linear as module
 from mlxquant.errors import AdapterError, ArtifactError, CalibrationError, NumericsError, RecipeError
-from mlxquant.fake_quant_linear import FakeQuantLinear
+from mlxquant.layers.fake_quant_linear import FakeQuantLinear
 
 
 def inputs(seed=0, scale=1.0, rows=32, width=24):

@@ -9,9 +9,9 @@ import pytest
 
 from mlxquant.errors import NumericsError
 from mlxquant.folds import divide, fold, foldable, remaining
+from mlxquant.layers.tree import get_module, parameters, tapped
 from mlxquant.numerics.hadamard import block_size
 from mlxquant.numerics.transform import Transform
-from mlxquant.rewrite import get_module, parameters, tapped
 
 from conftest import tiny_adapter
 

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mlxquant import layers as layers_module
 from mlxquant.errors import AdapterError, RecipeError
 from mlxquant.grids.tables import ActivationTable
 from mlxquant.grids.time import Clock
 from mlxquant.grids.weights import WeightFormat, fit_extremes
-from mlxquant.layers import QuantizedLinear, integer_matmul
+from mlxquant.layers import linear as layers_module
+from mlxquant.layers.linear import QuantizedLinear, integer_matmul
 from mlxquant.methods.weights.lowrank import LowRank
 from mlxquant.numerics.transform import Transform
 

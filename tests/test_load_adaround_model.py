@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 
 import mlxquant as mq
-from mlxquant import layers
 from mlxquant.files import artifacts
 from mlxquant.grids.tables import ActivationTable
-from mlxquant.layers import QuantizedLinear
+from mlxquant.layers import linear
+from mlxquant.layers.linear import QuantizedLinear
 from mlxquant.load_adaround_model import assemble
 from mlxquant.models.mmdit_shapes import MMDiTShapes
 from mlxquant.pipeline.apply import TrackFiles
@@ -142,7 +142,7 @@ def test_calibrated_weights_beat_rounding_and_eight_bits_cost_little(made, tmp_p
 
 
 def test_v2_runs_on_integer_codes_of_every_tier(made, monkeypatch):
-    multiply, seen = layers.integer_matmul, set()
+    multiply, seen = linear.integer_matmul, set()
 
     def spy(x, weight, x_limit, weight_limit):
         codes, whole = np.array(x), np.array(weight)
@@ -154,7 +154,7 @@ def test_v2_runs_on_integer_codes_of_every_tier(made, monkeypatch):
         seen.add(x_limit)
         return multiply(x, weight, x_limit, weight_limit)
 
-    monkeypatch.setattr(layers, "integer_matmul", spy)
+    monkeypatch.setattr(linear, "integer_matmul", spy)
     model = assemble(mq.Model(tiny_adapter()), TrackFiles(made / "w4", made / "tiers.json"), active=True)
     config = QuantConfig.read(made / "tiers.json")
     found = {path: m for path, m in model.adapter.module.named_modules() if isinstance(m, QuantizedLinear)}

@@ -9,7 +9,7 @@ import pytest
 from mlxquant.grids.tables import ActivationTable
 from mlxquant.grids.time import Clock
 from mlxquant.grids.weights import WeightFormat, fit_extremes
-from mlxquant.layers import QuantizedLinear
+from mlxquant.layers.linear import QuantizedLinear
 from mlxquant.methods.inputs.tiers import quantized
 from mlxquant.reconstruction import Minibatch, SoftLinear
 

@@ -12,9 +12,9 @@ from mlxquant.errors import ArtifactError
 from mlxquant.files import artifacts
 from mlxquant.grids.tables import ActivationTable
 from mlxquant.grids.time import Clock
-from mlxquant.layers import QuantizedLinear
-from mlxquant.module_files import load_module, save_module
-from mlxquant.weight_only import W8A16Linear
+from mlxquant.layers.linear import QuantizedLinear
+from mlxquant.layers.module_files import load_module, save_module
+from mlxquant.layers.weight_only import W8A16Linear
 
 
 class Vision(nn.Module):

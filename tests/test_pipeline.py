@@ -35,11 +35,11 @@ from PIL import Image
 import mlxquant as mq
 from mlxquant.commandline import cli
 from mlxquant.files import artifacts
+from mlxquant.layers.tree import set_module
 from mlxquant.models.mmdit_shapes import MMDiTShapes
 from mlxquant.pipeline.quant_config import QuantConfig
 from mlxquant.pipeline.samples import Samples
 from mlxquant.pipeline.weight_files import WeightFiles
-from mlxquant.rewrite import set_module
 from mlxquant.streams import run_stage
 
 from command_line import succeed

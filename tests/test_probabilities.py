@@ -6,9 +6,9 @@ import pytest
 
 import mlxquant as mq
 from mlxquant.errors import NumericsError, RecipeError
-from mlxquant.models.attention import QuantizedAttention, ShownAttention, SoftmaxAttention
+from mlxquant.layers.attention import QuantizedAttention, ShownAttention, SoftmaxAttention
+from mlxquant.layers.tree import set_module, swapped
 from mlxquant.probabilities import quantize_probabilities
-from mlxquant.rewrite import set_module, swapped
 from mlxquant.streams import run_stage, stage_error
 
 from conftest import tiny_adapter

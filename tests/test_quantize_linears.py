@@ -12,13 +12,13 @@ import pytest
 from mlx.utils import tree_flatten
 
 import mlxquant as mq
-from mlxquant.convolutions import QuantizedConv2d
-from mlxquant.embeddings import QuantizedEmbedding
 from mlxquant.errors import AdapterError, NumericsError, RecipeError
-from mlxquant.layers import QuantizedLinear
-from mlxquant.quantize_linears import parse_format, quantize_linears
+from mlxquant.layers.convolutions import QuantizedConv2d
+from mlxquant.layers.embeddings import QuantizedEmbedding
+from mlxquant.layers.linear import QuantizedLinear
+from mlxquant.layers.quantize_linears import parse_format, quantize_linears
+from mlxquant.layers.weight_only import W8A16Linear
 from mlxquant.spin_quant import SpinQuant
-from mlxquant.weight_only import W8A16Linear
 
 TOKENS = mx.array([[1, 2, 3], [4, 5, 6]])
 
@@ -66,7 +66,7 @@ def unchanged(model, before):
 
 
 def test_the_usage_of_the_documentation_runs():
-    assert doctest.testmod(sys.modules["mlxquant.quantize_linears"], raise_on_error=True).attempted > 5
+    assert doctest.testmod(sys.modules["mlxquant.layers.quantize_linears"], raise_on_error=True).attempted > 5
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])

@@ -9,7 +9,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 import mlxquant as mq
-from mlxquant.layers import find_quantized
+from mlxquant.layers.linear import find_quantized
 
 pytestmark = pytest.mark.mlxlm
 pytest.importorskip("mlx_lm")

@@ -13,13 +13,13 @@ from mlxquant.errors import ArtifactError, RecipeError
 from mlxquant.grids.tables import ActivationTable, round_through
 from mlxquant.grids.time import Clock
 from mlxquant.grids.weights import WeightFormat, fit_extremes
-from mlxquant.layers import QuantizedLinear
+from mlxquant.layers.linear import QuantizedLinear
+from mlxquant.layers.tree import get_module
 from mlxquant.methods.weights.adaround import Settings
 from mlxquant.methods.weights.lowrank import LowRank
 from mlxquant.numerics.transform import Transform
 from mlxquant.recipes.presets import parse_recipe
 from mlxquant.reconstruction import Minibatch, Reconstruction, SoftLinear
-from mlxquant.rewrite import get_module
 from mlxquant.trials import Rounding
 
 SHORT = Settings(iterations=60, batch=4)

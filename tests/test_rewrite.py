@@ -5,7 +5,7 @@ import mlx.nn as nn
 import pytest
 
 from mlxquant.errors import AdapterError
-from mlxquant.rewrite import find_linears, get_module, set_module, starred, swapped, tapped
+from mlxquant.layers.tree import find_linears, get_module, set_module, starred, swapped, tapped
 
 
 class Net(nn.Module):

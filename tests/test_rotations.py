@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 from mlxquant.errors import AdapterError
+from mlxquant.layers.tree import get_module, parameters, swapped, tapped
+from mlxquant.layers.turned_norm import TurnedNorm
 from mlxquant.models.gpt_python import GPTAdapter
 from mlxquant.models.gpt_text import CharTokenizer
 from mlxquant.models.residual_stream import residual_stream, untie
 from mlxquant.numerics import cayley
-from mlxquant.rewrite import get_module, parameters, swapped, tapped
 from mlxquant.rotations import folded, hold_heads, key_rotation, rotate, start
-from mlxquant.turned_norm import TurnedNorm
 
 from language_models import tiny_gpt, tiny_mlx_lm, tokens
 

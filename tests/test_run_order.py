@@ -7,8 +7,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxquant import trials
+from mlxquant.layers.tree import tapped
 from mlxquant.numerics.statistics import Sharing
-from mlxquant.rewrite import tapped
 from mlxquant.run_order import levels
 
 from tiny_language import TEXT, gpt_folder

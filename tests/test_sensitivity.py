@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from mlxquant.errors import NumericsError
+from mlxquant.layers.tree import get_module, swapped
 from mlxquant.models.adapter import Stage
-from mlxquant.rewrite import get_module, swapped
 from mlxquant.sensitivity import Sensitivity, measure
 
 from conftest import tiny_adapter

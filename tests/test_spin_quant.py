@@ -7,10 +7,10 @@ import pytest
 
 from mlxquant.errors import AdapterError, CalibrationError, NumericsError, RecipeError
 from mlxquant.grids.weights import WeightFormat, fit_extremes
-from mlxquant.layers import QuantizedLinear, find_quantized
+from mlxquant.layers.linear import QuantizedLinear, find_quantized
+from mlxquant.layers.tree import get_module, parameters
 from mlxquant.models.gpt import GPTConfig
 from mlxquant.numerics import cayley
-from mlxquant.rewrite import get_module, parameters
 from mlxquant.rotations import HeldHeads
 from mlxquant.spin_network import rounded_weight
 from mlxquant.spin_quant import SpinQuant

@@ -8,7 +8,7 @@ from mlxquant.errors import ArtifactError
 from mlxquant.grids.tables import ActivationTable
 from mlxquant.grids.time import Clock
 from mlxquant.grids.weights import WeightFormat, fit_extremes
-from mlxquant.layers import QuantizedLinear
+from mlxquant.layers.linear import QuantizedLinear
 from mlxquant.models.adapter import Stage
 from mlxquant.store import FolderStore, StageResult, layer_arrays
 

@@ -12,12 +12,12 @@ from mlxquant.errors import ArtifactError, CalibrationError, NumericsError, Reci
 from mlxquant.files import artifacts
 from mlxquant.folds import divide
 from mlxquant.input_tables import LayerInput, Options, decide_input
-from mlxquant.layers import QuantizedLinear
+from mlxquant.layers.linear import QuantizedLinear
+from mlxquant.layers.tree import get_module, tapped
 from mlxquant.methods import registry
 from mlxquant.methods.weights.adaround import Settings
 from mlxquant.numerics.statistics import Collector
 from mlxquant.recipes.presets import parse_recipe
-from mlxquant.rewrite import get_module, tapped
 
 from conftest import tiny_adapter
 

@@ -11,7 +11,7 @@ from mlxquant.errors import RecipeError
 from mlxquant.grids.tables import TokenReader, represented
 from mlxquant.grids.time import Clock
 from mlxquant.grids.weights import WeightFormat, fit_extremes
-from mlxquant.layers import QuantizedLinear
+from mlxquant.layers.linear import QuantizedLinear
 
 X = np.random.default_rng(0).normal(size=(3, 5, 64)).astype(np.float32) * np.array([1, 10, 100])[:, None, None].astype(np.float32)
 

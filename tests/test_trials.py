@@ -10,12 +10,12 @@ import pytest
 import mlxquant as mq
 from mlxquant import layer_rounding, sweep, trials
 from mlxquant.errors import NumericsError, RecipeError
+from mlxquant.layers.attention import find_quantized_attentions
+from mlxquant.layers.tree import parameters
 from mlxquant.methods import registry
 from mlxquant.methods.weights.lowrank import DAMPINGS, LowRank
-from mlxquant.models.attention import find_quantized_attentions
 from mlxquant.numerics.transform import Transform
 from mlxquant.recipes.presets import parse_recipe
-from mlxquant.rewrite import parameters
 from mlxquant.transforming import Proposal, propose
 
 from conftest import tiny_adapter

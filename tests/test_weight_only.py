@@ -7,11 +7,11 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-import mlxquant.weight_only as module
+import mlxquant.layers.weight_only as module
 from mlxquant.errors import AdapterError, NumericsError, RecipeError
 from mlxquant.grids.weights import WeightFormat
-from mlxquant.layers import QuantizedLinear
-from mlxquant.weight_only import W8, W8A16Linear, quantized_linear, rounded
+from mlxquant.layers.linear import QuantizedLinear
+from mlxquant.layers.weight_only import W8, W8A16Linear, quantized_linear, rounded
 
 DTYPES = [mx.float32, mx.float16, mx.bfloat16]
 

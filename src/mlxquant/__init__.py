@@ -19,14 +19,21 @@ from ._blas import prefer_fast_blas
 prefer_fast_blas()  # before anything imports mlx.core
 
 from .api import Model, QuantizedModel, calibrate, calibrate_text, compare, load, quantize  # noqa: E402
-from .convolutions import QuantizedConv1d, QuantizedConv2d  # noqa: E402
-from .embeddings import QuantizedEmbedding  # noqa: E402
 from .errors import MlxQuantError  # noqa: E402
 from .exporters.targets import export  # noqa: E402
-from .fake_quant_linear import FakeQuantLinear  # noqa: E402
-from .layers import QuantizedLinear  # noqa: E402
-from .module_files import load_module, save_module  # noqa: E402
-from .quantize_linears import quantize_linears  # noqa: E402
+from .layers.convolutions import (
+    QuantizedConv1d,  # noqa: E402
+    QuantizedConv2d,  # noqa: E402
+)
+from .layers.embeddings import QuantizedEmbedding  # noqa: E402
+from .layers.fake_quant_linear import FakeQuantLinear  # noqa: E402
+from .layers.linear import QuantizedLinear  # noqa: E402
+from .layers.module_files import (
+    load_module,  # noqa: E402
+    save_module,  # noqa: E402
+)
+from .layers.quantize_linears import quantize_linears  # noqa: E402
+from .layers.weight_only import W8A16Linear  # noqa: E402
 from .recipes.citations import citation  # noqa: E402
 from .recipes.presets import parse_recipe  # noqa: E402
 from .recipes.recipe import Recipe  # noqa: E402
@@ -35,7 +42,6 @@ from .sampling.prompts import (
     read_prompts,  # noqa: E402
 )
 from .spin_quant import SpinQuant  # noqa: E402
-from .weight_only import W8A16Linear  # noqa: E402
 
 __all__ = [
     "FakeQuantLinear",

@@ -15,13 +15,13 @@ from .decisions import decide, made_from
 from .errors import ArtifactError
 from .files.artifacts import ensure_writable
 from .input_tables import Options
+from .layers.tree import starred
 from .methods.inputs.tiers import BUDGET, TIERS
 from .pipeline import temporal
 from .pipeline.activation_stats import ActivationStats
 from .pipeline.quant_config import QuantConfig
 from .report.comparison import save_png
 from .report.tiers import draw_tiers
-from .rewrite import starred
 
 ANALYSIS, PICTURE = "layer_temporal_analysis.json", "quant_ranges.png"
 

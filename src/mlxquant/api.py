@@ -13,17 +13,18 @@ import numpy.typing as npt
 from PIL import Image
 
 from . import calibration
-from .affine import restored
 from .allocation import allocate, check_limits, stored_bits
 from .calibration import Calibration
 from .corpus import read_corpus
 from .errors import AdapterError, ArtifactError, CalibrationError, NumericsError, RecipeError
 from .files import artifacts
 from .files.artifacts import versions
-from .layers import QuantizedLinear, find_quantized
-from .model_size import Size
+from .layers.attention import QuantizedAttention, find_quantized_attentions
+from .layers.linear import QuantizedLinear, find_quantized
+from .layers.model_size import Size
+from .layers.plain import restored
+from .layers.tree import parameters, set_module
 from .models.adapter import Adapter
-from .models.attention import QuantizedAttention, find_quantized_attentions
 from .models.catalog import adapter_class, pretrained
 from .models.diffusion import DiffusionAdapter, diffusion
 from .models.language import LanguageAdapter, language
@@ -33,7 +34,6 @@ from .progress import Progress, silent
 from .recipes.presets import parse_recipe
 from .recipes.recipe import LayerSpec, Recipe
 from .report.comparison import Comparison, to_pil
-from .rewrite import parameters, set_module
 from .sampling.prompts import Prompt
 from .sampling.sampler import SamplerStep
 from .store import FolderStore, Store, layer_arrays, module_facts

@@ -16,9 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import NumericsError
+from .layers.tree import get_module
 from .models.adapter import Edge, Fold
 from .numerics.transform import Transform
-from .rewrite import get_module
 
 Array = npt.NDArray[Any]
 Undo = Callable[[], None]

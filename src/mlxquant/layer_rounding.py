@@ -14,7 +14,7 @@ from .errors import MlxQuantError
 from .grids.tables import ActivationTable
 from .grids.weights import Grid
 from .input_tables import LayerInput, Options, decide_input
-from .layers import QuantizedLinear
+from .layers.linear import QuantizedLinear
 from .methods import registry
 from .methods.inputs.tiers import TIERS
 from .methods.weights.correction import corrected_target

@@ -14,12 +14,12 @@ from .api import Model, QuantizedModel
 from .commandline.console import Command, peak_bytes, progress, result, say, size_option, verbose_option
 from .errors import AdapterError
 from .files import artifacts
+from .layers.tree import set_module
 from .models.catalog import model_name
 from .pipeline.apply import TrackFiles, install
 from .pipeline.weight_files import WeightFiles
 from .recipes.recipe import LayerSpec
 from .report.comparison import Comparison, save_png, to_pil
-from .rewrite import set_module
 from .sampling.prompts import Prompt, read_prompts
 from .trials import round_to_nearest
 

@@ -18,12 +18,12 @@ import numpy as np
 import numpy.typing as npt
 
 from .grids.tables import Entry, TokenReader, represented
-from .layers import QuantizedLinear
+from .layers.linear import QuantizedLinear
+from .layers.tree import swapped
 from .methods import registry
 from .methods.weights.adaround import Checkpoint, Choice, Settings, choose
 from .models.adapter import Adapter, Stage, State
 from .progress import Progress, silent
-from .rewrite import swapped
 from .store import Layers
 from .streams import Teacher, Weights
 

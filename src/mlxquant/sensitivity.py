@@ -24,9 +24,9 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import NumericsError
+from .layers.tree import get_module, swapped
 from .models.adapter import Adapter, Stage, State, written
 from .progress import Progress, silent
-from .rewrite import get_module, swapped
 
 Array = npt.NDArray[Any]
 LEVELS = "/sigma"  # among tables

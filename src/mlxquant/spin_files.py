@@ -10,12 +10,12 @@ import mlx.core as mx
 
 from .errors import ArtifactError
 from .files import artifacts
-from .layers import QuantizedLinear, find_quantized
+from .layers.linear import QuantizedLinear, find_quantized
+from .layers.tree import get_module, parameters, set_module
+from .layers.turned_norm import TurnedNorm
 from .models.gpt import GPT, GPTConfig
 from .models.gpt_text import ByteTokenizer, CharTokenizer, tokenizer_from_facts
-from .rewrite import get_module, parameters, set_module
 from .rotations import HeldHeads
-from .turned_norm import TurnedNorm
 
 FILE, KIND = "spinquant.safetensors", "spinquant-gpt"
 FINAL = "model.ln_f"

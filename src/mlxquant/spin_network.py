@@ -16,9 +16,9 @@ import mlx.nn as nn
 
 from .grids.tables import TokenReader, represented, round_through
 from .grids.weights import WeightFormat
+from .layers.tree import get_module, swapped
 from .models.residual_stream import ResidualStream
 from .numerics.hadamard import block_size, rotated_blocks
-from .rewrite import get_module, swapped
 from .rotations import Arrays, Turn, folded, hold_heads
 
 

@@ -21,6 +21,8 @@ from . import rotations as turning
 from .errors import CalibrationError, NumericsError, RecipeError
 from .grids.weights import WeightFormat
 from .layer_rounding import quantize_layer
+from .layers.sizes import stored_bytes
+from .layers.tree import get_module, set_module, tapped
 from .methods import registry
 from .models.residual_stream import residual_stream
 from .numerics import cayley
@@ -28,9 +30,7 @@ from .numerics.moments import Moments
 from .numerics.transform import Transform
 from .progress import Progress, silent
 from .recipes.recipe import LayerSpec
-from .rewrite import get_module, set_module, tapped
 from .rotations import Arrays
-from .size_report import stored_bytes
 from .spin_network import Precision, SpinNetwork
 
 Array = npt.NDArray[Any]

@@ -13,10 +13,10 @@ import mlx.nn as nn
 
 from .files import artifacts
 from .grids.time import Clock
-from .layers import QuantizedLinear
+from .layers.attention import QuantizedAttention
+from .layers.linear import QuantizedLinear
+from .layers.tree import parameters
 from .models.adapter import Stage, State
-from .models.attention import QuantizedAttention
-from .rewrite import parameters
 
 Layers = dict[str, QuantizedLinear]
 Attentions = dict[str, QuantizedAttention]

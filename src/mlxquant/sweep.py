@@ -22,13 +22,13 @@ import numpy as np
 
 from .errors import NumericsError, RecipeError
 from .files.kept_arrays import Measurements
+from .layers.tree import set_module, swapped
 from .methods import registry
 from .models.adapter import Adapter, Stage, State
 from .probabilities import quantize_probabilities
 from .progress import Progress, silent
 from .recipes.recipe import LayerSpec, Recipe
 from .reconstruction import Reconstruction, reconstruct_stage
-from .rewrite import set_module, swapped
 from .sensitivity import Sensitivity, measure
 from .store import Attentions, StageCheckpoint, StageResult, Store
 from .streams import CalibrationData, Deviation, ExactStream, OnDemand, Weights, run_batch, run_stage

@@ -20,6 +20,7 @@ from .corpus import Corpus, read_corpus
 from .errors import AdapterError, ArtifactError, CalibrationError, NumericsError, RecipeError
 from .files import artifacts
 from .gpt_training import DTYPES, batch, build_optimizer, fresh_gpt, mean_loss, training_step
+from .layers.tree import parameters
 from .models.catalog import pretrained
 from .models.gpt import GPT, GPTConfig
 from .models.gpt_files import CONFIG, is_gpt_folder, load_gpt, save_gpt
@@ -31,7 +32,6 @@ from .qat.convert import kept_activations, quantize_while_training, restore_acti
 from .qat.folders import QUANTIZATION, quantized_gpt, save_activations
 from .qat.options import QuantizationOptions
 from .qat.ramp import Ramp
-from .rewrite import parameters
 
 CHECKPOINT = "training.safetensors"
 INTERVAL = 30.0  # seconds between two checkpoints

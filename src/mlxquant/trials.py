@@ -20,14 +20,14 @@ import numpy as np
 from .folds import fold, foldable, producers, remaining
 from .input_tables import LayerInput
 from .layer_rounding import Preset, Rounded, activation_table, quantize_layer
-from .layers import QuantizedLinear
+from .layers.linear import QuantizedLinear
+from .layers.tree import swapped, tapped
 from .methods import registry
 from .models.adapter import Adapter, Edge, Fold, Stage, State
 from .numerics.statistics import Collector, InputRanges, InputStatistics, Sharing
 from .numerics.transform import Place, Transform
 from .progress import Progress, silent
 from .recipes.recipe import ActivationSpec, LayerSpec, Recipe
-from .rewrite import swapped, tapped
 from .run_order import levels
 from .sensitivity import Sensitivity
 from .store import Attentions, Layers

@@ -9,8 +9,8 @@ import pytest
 
 from mlxquant.evaluation.layer_report import comparable, covered, layer_report
 from mlxquant.grids.tables import ActivationTable
+from mlxquant.layers.tree import tapped
 from mlxquant.progress import silent
-from mlxquant.rewrite import tapped
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pytest
 
 from mlxquant.exporters.diffusionkit import checkpoint_arrays, effective_weight
 from mlxquant.grids.weights import WeightFormat, fit_extremes
-from mlxquant.layers import QuantizedLinear
+from mlxquant.layers.linear import QuantizedLinear
 from mlxquant.methods.weights.lowrank import LowRank
 
 

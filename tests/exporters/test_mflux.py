@@ -14,8 +14,8 @@ from mlx.utils import tree_unflatten
 
 from mlxquant.errors import ExportError
 from mlxquant.grids.weights import unpack
-from mlxquant.layers import find_quantized
-from mlxquant.rewrite import get_module, parameters
+from mlxquant.layers.linear import find_quantized
+from mlxquant.layers.tree import get_module, parameters
 
 
 class Attention(nn.Module):

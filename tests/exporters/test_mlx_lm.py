@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 from mlx.utils import tree_map
 
-from mlxquant.embeddings import QuantizedEmbedding
 from mlxquant.errors import ExportError
 from mlxquant.exporters import mlx_lm as target
 from mlxquant.grids.weights import WeightFormat, fit_extremes, unpack
-from mlxquant.layers import QuantizedLinear, find_quantized
+from mlxquant.layers.embeddings import QuantizedEmbedding
+from mlxquant.layers.linear import QuantizedLinear, find_quantized
+from mlxquant.layers.tree import find_linears, get_module, set_module
 from mlxquant.models.gpt import GPT, GPTConfig
 from mlxquant.models.gpt_text import ByteTokenizer
-from mlxquant.rewrite import find_linears, get_module, set_module
 
 pytestmark = pytest.mark.mlxlm
 mlx_lm = pytest.importorskip("mlx_lm")

@@ -8,15 +8,15 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from mlxquant.convolutions import QuantizedConvolution
 from mlxquant.errors import ExportError
 from mlxquant.exporters.plain import plain_module, write_shards
 from mlxquant.grids.tables import ActivationTable
 from mlxquant.grids.time import Clock
 from mlxquant.grids.weights import WeightFormat, fit_extremes
-from mlxquant.layers import QuantizedLinear
-from mlxquant.models.attention import QuantizedAttention, SoftmaxAttention
-from mlxquant.rewrite import parameters
+from mlxquant.layers.attention import QuantizedAttention, SoftmaxAttention
+from mlxquant.layers.convolutions import QuantizedConvolution
+from mlxquant.layers.linear import QuantizedLinear
+from mlxquant.layers.tree import parameters
 
 TABLE = ActivationTable(np.ones(1), np.ones(1), np.zeros((1, 1)), np.array([8]))
 

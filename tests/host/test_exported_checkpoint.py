@@ -7,9 +7,9 @@ import pytest
 import mlxquant as mq
 from mlxquant.errors import ExportError
 from mlxquant.exporters.diffusionkit import effective_weight
-from mlxquant.layers import find_quantized
+from mlxquant.layers.linear import find_quantized
+from mlxquant.layers.tree import get_module, parameters
 from mlxquant.models.diffusionkit import host
-from mlxquant.rewrite import get_module, parameters
 
 from command_line import fail, succeed
 

@@ -12,9 +12,9 @@ import pytest
 import mlxquant as mq
 from mlxquant.errors import AdapterError, ArtifactError
 from mlxquant.folds import divide
+from mlxquant.layers.tree import parameters
 from mlxquant.models import sd3_text
 from mlxquant.models.diffusionkit import host
-from mlxquant.rewrite import parameters
 
 from adapter_contract import AdapterContract
 

@@ -11,8 +11,8 @@ from PIL import Image
 
 import mlxquant as mq
 from mlxquant.errors import AdapterError, ArtifactError
+from mlxquant.layers.tree import find_linears
 from mlxquant.models.sd3_text import TextEncoders
-from mlxquant.rewrite import find_linears
 
 from command_line import fail, succeed
 

@@ -7,9 +7,9 @@ from mlx.utils import tree_flatten
 
 import mlxquant as mq
 from mlxquant.grids.time import Clock
-from mlxquant.layers import find_quantized
-from mlxquant.models.fast_cpu import attention, gelu
-from mlxquant.rewrite import set_module
+from mlxquant.layers.fast_cpu import attention, gelu
+from mlxquant.layers.linear import find_quantized
+from mlxquant.layers.tree import set_module
 
 pytestmark = pytest.mark.diffusionkit
 CLOSE = 1e-4  # relative

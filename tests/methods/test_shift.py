@@ -5,7 +5,7 @@ import numpy as np
 
 from mlxquant.grids.time import Clock
 from mlxquant.grids.weights import WeightFormat, fit_extremes
-from mlxquant.layers import QuantizedLinear
+from mlxquant.layers.linear import QuantizedLinear
 from mlxquant.methods.inputs.clipping import average, extremes
 from mlxquant.methods.inputs.shift import centred, migration, shifted
 from mlxquant.methods.inputs.tiers import quantized, relative_errors

@@ -7,7 +7,7 @@ import pytest
 from mlxquant.grids.tables import ActivationTable
 from mlxquant.grids.time import Clock
 from mlxquant.grids.weights import WeightFormat, fit_extremes
-from mlxquant.layers import QuantizedLinear
+from mlxquant.layers.linear import QuantizedLinear
 from mlxquant.methods.inputs.clipping import extremes
 from mlxquant.methods.inputs.tiers import OutputErrors, error, lowered, mixed, quantized, relative_errors, rms, threshold
 from mlxquant.numerics.statistics import InputRanges

@@ -9,10 +9,10 @@ import pytest
 from mlxquant.errors import AdapterError
 from mlxquant.grids.tables import ActivationTable
 from mlxquant.grids.time import Clock
+from mlxquant.layers.attention import QuantizedAttention, ShownAttention, SoftmaxAttention, find_attentions, find_quantized_attentions
+from mlxquant.layers.fast_cpu import attention
+from mlxquant.layers.tree import set_module
 from mlxquant.methods.inputs.tiers import quantized
-from mlxquant.models.attention import QuantizedAttention, ShownAttention, SoftmaxAttention, find_attentions, find_quantized_attentions
-from mlxquant.models.fast_cpu import attention
-from mlxquant.rewrite import set_module
 
 from conftest import tiny_adapter
 

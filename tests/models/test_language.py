@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from mlxquant.errors import AdapterError, ArtifactError, CalibrationError, RecipeError
+from mlxquant.layers.tree import find_linears, tapped
 from mlxquant.models.catalog import find_model
 from mlxquant.models.diffusion import diffusion
 from mlxquant.models.gpt import causal_mask
@@ -20,7 +21,6 @@ from mlxquant.models.gpt_python import GPTAdapter
 from mlxquant.models.gpt_text import ByteTokenizer
 from mlxquant.models.language import language
 from mlxquant.recipes.presets import parse_recipe
-from mlxquant.rewrite import find_linears, tapped
 
 from tiny_language import TEXT, gpt_folder, llama_folder, tiny_gpt
 

@@ -11,7 +11,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlxquant.errors import AdapterError
-from mlxquant.models.fast_cpu import attention, gelu
+from mlxquant.layers.fast_cpu import attention, gelu
 from mlxquant.models.mmdit import SD3_MEDIUM, MMDiT, MMDiTConfig, patch_tokens
 
 TINY = MMDiTConfig(
@@ -166,7 +166,7 @@ def test_fast_gelu_and_its_gradient_are_exact():
 
 def test_fast_functions_need_no_compiler():
     """MLX compiles with g++ at run time where there is one, and runs without where there is none."""
-    script = "import mlxquant, mlx.core as mx; from mlxquant.models.fast_cpu import attention, gelu; x = mx.ones((1, 1, 2, 2)); "
+    script = "import mlxquant, mlx.core as mx; from mlxquant.layers.fast_cpu import attention, gelu; x = mx.ones((1, 1, 2, 2)); "
     script += "print(gelu(x) + attention(x, x, x))"
     done = subprocess.run([sys.executable, "-c", script], env={"PATH": ""}, capture_output=True, text=True, check=True)
     assert "1.84134" in done.stdout

@@ -9,6 +9,7 @@ import pytest
 from mlx.utils import tree_map
 
 from mlxquant.errors import AdapterError, ArtifactError, CalibrationError, NumericsError
+from mlxquant.layers.tree import Tap, tapped
 from mlxquant.models.adapter import Stage
 from mlxquant.models.mmdit_shapes import MMDiTShapes
 from mlxquant.numerics.statistics import MovingCentre, Picks
@@ -16,7 +17,6 @@ from mlxquant.pipeline import activation_stats, samples
 from mlxquant.pipeline import ledger as ledgers
 from mlxquant.pipeline.activation_stats import HIST_EDGES, ActivationStats
 from mlxquant.pipeline.samples import Samples
-from mlxquant.rewrite import Tap, tapped
 from mlxquant.sensitivity import measure
 
 from conftest import TINY, tiny_adapter

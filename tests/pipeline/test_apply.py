@@ -13,7 +13,8 @@ from mlxquant.divisions import Division
 from mlxquant.errors import ArtifactError, CalibrationError, RecipeError
 from mlxquant.files import artifacts
 from mlxquant.grids.weights import WeightFormat
-from mlxquant.layers import QuantizedLinear
+from mlxquant.layers.linear import QuantizedLinear
+from mlxquant.layers.tree import tapped
 from mlxquant.methods.inputs.clipping import affine_table
 from mlxquant.numerics.statistics import Collector
 from mlxquant.pipeline.apply import TrackFiles, Tracks, check, install, prepare
@@ -22,7 +23,6 @@ from mlxquant.pipeline.quant_config import QuantConfig
 from mlxquant.pipeline.weight_files import CONFIG, KIND, WeightFiles
 from mlxquant.recipes.presets import parse_recipe
 from mlxquant.recipes.recipe import LayerSpec
-from mlxquant.rewrite import tapped
 from mlxquant.store import StageResult
 from mlxquant.trials import round_to_nearest
 

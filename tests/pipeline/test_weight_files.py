@@ -10,7 +10,7 @@ import pytest
 from mlxquant.errors import ArtifactError
 from mlxquant.grids.tables import ActivationTable
 from mlxquant.grids.weights import WeightFormat, fit_extremes
-from mlxquant.layers import QuantizedLinear
+from mlxquant.layers.linear import QuantizedLinear
 from mlxquant.pipeline.ledger import Ledger
 from mlxquant.pipeline.weight_files import CONFIG, KIND, WeightFiles
 from mlxquant.store import StageResult

@@ -8,10 +8,10 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from mlxquant.embeddings import QuantizedEmbedding
-from mlxquant.layers import QuantizedLinear, find_quantized
+from mlxquant.layers.embeddings import QuantizedEmbedding
+from mlxquant.layers.linear import QuantizedLinear, find_quantized
+from mlxquant.layers.tree import get_module
 from mlxquant.qat.integer import RowParts, quantized_values, quantizing_weights, to_integer_layers
-from mlxquant.rewrite import get_module
 
 from small_gpt import CONFIG, prepared, tokens
 

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from ..errors import ArtifactError, RecipeError
 from ..grids.weights import Grid, WeightFormat, unpack
-from ..model_size import PACKED
+from ..layers.model_size import PACKED
 from .arrays import StoredArray
 
 Array = npt.NDArray[Any]

@@ -14,8 +14,8 @@ import numpy as np
 
 from ..api import Model, QuantizedModel
 from ..files import artifacts
+from ..layers.tree import parameters
 from ..progress import Progress
-from ..rewrite import parameters
 from ..sampling.prompts import Prompt
 from ..sampling.sampler import SamplerStep
 

@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..api import Model
-from ..rewrite import find_linears, set_module
+from ..layers.tree import find_linears, set_module
 
 
 class HalfLinear(nn.Module):

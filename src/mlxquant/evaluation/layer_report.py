@@ -19,10 +19,10 @@ import numpy.typing as npt
 from ..api import Model, QuantizedModel
 from ..calibration import Calibration
 from ..grids.tables import ActivationTable
-from ..layers import QuantizedLinear
+from ..layers.linear import QuantizedLinear
+from ..layers.tree import get_module, tapped
 from ..models.adapter import Adapter, Stage, State, written
 from ..progress import Progress
-from ..rewrite import get_module, tapped
 
 Array = npt.NDArray[Any]
 PICTURES, LEVELS = 2, 16  # that are looked at

@@ -16,12 +16,12 @@ import numpy as np
 
 from ..errors import ExportError
 from ..files.hub import lazy_tensors
-from ..layers import QuantizedLinear
-from ..models.attention import QuantizedAttention
+from ..layers.attention import QuantizedAttention
+from ..layers.linear import QuantizedLinear
+from ..layers.tree import parameters
 from ..models.sd3_checkpoint import MMDIT_PREFIX
 from ..models.sd3_files import CHECKPOINT, Files
 from ..numerics.hadamard import regular_hadamard
-from ..rewrite import parameters
 from .plain import PlainModule, part_obstacles, refusal
 
 MODEL = "sd3-medium"

@@ -13,7 +13,7 @@ import mlx.nn as nn
 
 from ..errors import ExportError
 from ..files import artifacts
-from ..rewrite import parameters
+from ..layers.tree import parameters
 from .plain import PlainModule, write_shards
 
 VERSION = "0.24.0"  # of mflux, whose files these are

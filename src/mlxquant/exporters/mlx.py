@@ -13,12 +13,12 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..affine import affine_layer, obstacles, plain_bits
 from ..api import KIND, QuantizedModel
 from ..files import artifacts
-from ..layers import QuantizedLinear, find_quantized
-from ..models.attention import find_quantized_attentions
-from ..rewrite import parameters
+from ..layers.attention import find_quantized_attentions
+from ..layers.linear import QuantizedLinear, find_quantized
+from ..layers.plain import affine_layer, obstacles, plain_bits
+from ..layers.tree import parameters
 from ..store import module_facts
 from .plain import PlainModule, placed
 

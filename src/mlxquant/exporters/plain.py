@@ -16,11 +16,11 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ..affine import AffineLayer, Obstacle, affine_layer, obstacles
 from ..errors import ExportError
-from ..layers import QuantizedLinear
-from ..models.attention import QuantizedAttention
-from ..rewrite import parameters
+from ..layers.attention import QuantizedAttention
+from ..layers.linear import QuantizedLinear
+from ..layers.plain import AffineLayer, Obstacle, affine_layer, obstacles
+from ..layers.tree import parameters
 
 OURS, MODELS = "mlxquant.", "mlxquant.models."  # where our classes are, and those of them that are a model's own
 PROBABILITIES = Obstacle("quantized probabilities", "quantize by a recipe that leaves attention alone", activations=True)

@@ -23,8 +23,8 @@ from ..errors import AdapterError, NumericsError
 from ..files import artifacts
 from ..files.array_memory import ArrayMemory
 from ..grids.time import Clock
-from ..rewrite import find_linears, parameters
-from .attention import SoftmaxAttention, find_attentions
+from ..layers.attention import SoftmaxAttention, find_attentions
+from ..layers.tree import find_linears, parameters
 
 State = dict[str, mx.array]
 _digest = ArrayMemory(artifacts.array_digest)

@@ -19,9 +19,9 @@ import numpy as np
 
 from ..errors import AdapterError
 from ..grids.time import Clock
-from ..rewrite import parameters
-from .attention import SoftmaxAttention
-from .fast_cpu import gelu
+from ..layers.attention import SoftmaxAttention
+from ..layers.fast_cpu import gelu
+from ..layers.tree import parameters
 from .mmdit import MMDiTConfig
 
 NOW = 0.0  # the key under which a block finds the modulations of the running forward pass

@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..errors import AdapterError, ArtifactError
-from .fast_cpu import gelu_tanh, softmax
+from ..layers.fast_cpu import gelu_tanh, softmax
 
 MODEL_TYPE = "gpt2"  # in a config.json
 HIDDEN = -1e9  # the score of a token in the future

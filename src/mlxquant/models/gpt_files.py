@@ -15,7 +15,7 @@ import mlx.core as mx
 
 from ..errors import ArtifactError
 from ..files import artifacts, tensor_layout
-from ..rewrite import parameters
+from ..layers.tree import parameters
 from .gpt import GPT, MODEL_TYPE, GPTConfig
 from .gpt_text import ByteTokenizer, CharTokenizer, tokenizer_from_facts
 

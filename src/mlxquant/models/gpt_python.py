@@ -9,11 +9,11 @@ from typing import Any
 import mlx.core as mx
 
 from ..errors import AdapterError
+from ..layers.tree import set_module
+from ..layers.turned_norm import TurnedNorm
 from ..qat.folders import QUANTIZATION, quantized_gpt
 from ..qat.integer import to_integer_layers
 from ..qat.options import QuantizationOptions
-from ..rewrite import set_module
-from ..turned_norm import TurnedNorm
 from .gpt import GPT, GPTConfig
 from .gpt_files import load_gpt
 from .gpt_text import ByteTokenizer, CharTokenizer, tokenizer_from_facts

@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from ..errors import AdapterError, CalibrationError
 from ..grids.time import Clock
-from ..rewrite import find_linears, get_module, parameters, swapped, tapped
+from ..layers.tree import find_linears, get_module, parameters, swapped, tapped
 from .adapter import Adapter, Stage, State
 
 NO_TIME = 0.0  # the noise level of a model that has none

@@ -15,9 +15,9 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..errors import AdapterError
+from ..layers.attention import SoftmaxAttention
+from ..layers.fast_cpu import gelu
 from .adapter import Edge, Fold, Stage, State
-from .attention import SoftmaxAttention
-from .fast_cpu import gelu
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any
 import mlx.nn as nn
 
 from ..errors import AdapterError
-from ..rewrite import get_module
+from ..layers.tree import get_module
 from .gpt import GPT, MODEL_TYPE
 
 

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from ..commandline.console import Command, result
 from ..errors import ArtifactError
 from ..files import artifacts
-from ..rewrite import parameters
+from ..layers.tree import parameters
 from .caption_text import tokenize
 from .mmdit import MMDiTConfig
 from .mmdit_shapes import WEIGHTS, ShapesModel, to_latent

@@ -17,11 +17,11 @@ import numpy as np
 from ..calibration import Calibration
 from ..errors import AdapterError, ArtifactError, NumericsError
 from ..files import artifacts
+from ..layers.tree import tapped
 from ..models.diffusion import DiffusionAdapter
 from ..numerics.statistics import InputRanges, Picks, StepCollector, StepInputs
 from ..progress import Progress, silent
 from ..report.ranges import RangeCurves, draw_ranges
-from ..rewrite import tapped
 from ..sensitivity import measure
 from .ledger import Array, Ledger
 from .samples import MANIFEST, Samples

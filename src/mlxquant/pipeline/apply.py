@@ -11,9 +11,9 @@ from ..files import artifacts
 from ..folds import divide
 from ..grids.time import Clock
 from ..layer_rounding import Preset
+from ..layers.tree import set_module
 from ..models.adapter import Adapter, Stage
 from ..recipes.recipe import LayerSpec
-from ..rewrite import set_module
 from ..store import Layers, StageCheckpoint, StageResult
 from .quant_config import QuantConfig
 from .samples import check_source

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..files import artifacts
-from ..rewrite import starred
+from ..layers.tree import starred
 from .quant_config import QuantConfig
 
 Array = npt.NDArray[Any]

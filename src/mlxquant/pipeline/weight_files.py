@@ -24,7 +24,7 @@ from ..files import artifacts
 from ..grids.tables import ActivationTable
 from ..grids.time import Clock
 from ..grids.weights import Grid, WeightFormat
-from ..layers import QuantizedLinear
+from ..layers.linear import QuantizedLinear
 from ..models.adapter import Stage
 from ..store import StageCheckpoint, StageResult
 from .ledger import Ledger

@@ -5,8 +5,8 @@ from __future__ import annotations
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..layers.tree import get_module, set_module
 from ..models.gpt import GPT
-from ..rewrite import get_module, set_module
 from .modules import ROW, QuantizingEmbedding, QuantizingLinear, QuantizingPoint, Site
 from .options import EMBEDDINGS, POINTS, PROJECTIONS, TOKEN, QuantizationOptions
 from .ramp import Ramp

@@ -8,12 +8,12 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ..embeddings import QuantizedEmbedding
 from ..grids.weights import Grid, WeightFormat
-from ..layers import QuantizedLinear
+from ..layers.embeddings import QuantizedEmbedding
+from ..layers.linear import QuantizedLinear
+from ..layers.tree import set_module
 from ..methods.fake_quantizers import Coded
 from ..models.gpt import GPT
-from ..rewrite import set_module
 from .convert import kept_activations
 from .modules import QuantizingEmbedding, QuantizingLinear, QuantizingWeight
 from .options import PROJECTIONS

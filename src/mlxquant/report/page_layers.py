@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..rewrite import starred
+from ..layers.tree import starred
 from . import page_plots as plots
 from .page_tables import dot, legend, plain
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from .layers import QuantizedLinear
+from .linear import QuantizedLinear
 
 PACKED = ("weight", "scales", "biases", "low_up", "low_down")  # what stands for a quantized weight
 

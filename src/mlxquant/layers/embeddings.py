@@ -13,10 +13,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy.typing as npt
 
-from .grids.packing import dequantized
-from .grids.time import Clock
-from .grids.weights import Grid, WeightFormat
-from .layers import QuantizedLinear
+from ..grids.packing import dequantized
+from ..grids.time import Clock
+from ..grids.weights import Grid, WeightFormat
+from .linear import QuantizedLinear
 from .weight_only import rounded
 
 

@@ -16,11 +16,11 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from .errors import AdapterError, ArtifactError, CalibrationError, NumericsError, RecipeError
-from .files import artifacts
-from .grids.weights import WeightFormat, fit_extremes
-from .methods.transforms.tcaq import joint_ratios
-from .rewrite import parameters
+from ..errors import AdapterError, ArtifactError, CalibrationError, NumericsError, RecipeError
+from ..files import artifacts
+from ..grids.weights import WeightFormat, fit_extremes
+from ..methods.transforms.tcaq import joint_ratios
+from .tree import parameters
 
 KIND = "fake-quant-linear"
 STATISTICS = ("timesteps", "low", "high", "ratio", "frozen")

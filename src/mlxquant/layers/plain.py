@@ -13,8 +13,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from .grids.weights import GROUPS, WeightFormat, pack
-from .layers import QuantizedLinear
+from ..grids.weights import GROUPS, WeightFormat, pack
+from .linear import QuantizedLinear
 
 PLAIN = ("format", "shape", "bias", "bias_dtype", "dtype")  # facts of a layer that a plain one shares
 ANOTHER_RECIPE = "quantize by a recipe without it"

@@ -18,15 +18,15 @@ import mlx.nn as nn
 import numpy as np
 import numpy.typing as npt
 
-from .errors import AdapterError
-from .grids.integer_matmul import EXACT, integer_matmul, use_packed_kernels
-from .grids.packing import affine, dequantized
-from .grids.tables import TABLE, ActivationTable, Entry, TableReader, TokenReader, represented
-from .grids.time import Clock
-from .grids.weights import GROUPS, Grid, WeightFormat, pack, unpack
-from .methods.weights.lowrank import LowRank
-from .numerics.hadamard import block_size, rotated_blocks
-from .rewrite import parameters
+from ..errors import AdapterError
+from ..grids.integer_matmul import EXACT, integer_matmul, use_packed_kernels
+from ..grids.packing import affine, dequantized
+from ..grids.tables import TABLE, ActivationTable, Entry, TableReader, TokenReader, represented
+from ..grids.time import Clock
+from ..grids.weights import GROUPS, Grid, WeightFormat, pack, unpack
+from ..methods.weights.lowrank import LowRank
+from ..numerics.hadamard import block_size, rotated_blocks
+from .tree import parameters
 
 
 class QuantizedLinear(nn.Module):

@@ -13,10 +13,10 @@ import mlx.nn as nn
 import numpy as np
 import numpy.typing as npt
 
-from .errors import AdapterError
-from .grids.weights import Grid, WeightFormat
-from .layers import QuantizedLinear
-from .methods import registry
+from ..errors import AdapterError
+from ..grids.weights import Grid, WeightFormat
+from ..methods import registry
+from .linear import QuantizedLinear
 
 W8 = WeightFormat(8, "channel", symmetric=True)
 

@@ -19,15 +19,15 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from ..errors import AdapterError, MlxQuantError, RecipeError
+from ..grids.weights import WeightFormat
+from ..recipes import presets
+from ..recipes.patterns import Pattern, as_list, first, require_matches
 from .convolutions import KINDS, QuantizedConvolution
 from .embeddings import QuantizedEmbedding
-from .errors import AdapterError, MlxQuantError, RecipeError
-from .grids.weights import WeightFormat
-from .layers import QuantizedLinear
-from .recipes import presets
-from .recipes.patterns import Pattern, as_list, first, require_matches
-from .rewrite import parameters, set_module
-from .size_report import KeptLayer, LayerSize, SizeReport, is_hidden, is_packed, stored_bytes, weight_count
+from .linear import QuantizedLinear
+from .sizes import KeptLayer, LayerSize, SizeReport, is_hidden, is_packed, stored_bytes, weight_count
+from .tree import parameters, set_module
 from .weight_only import quantized_linear
 
 CONVOLUTIONS = tuple(kind.replaces for kind in KINDS)

@@ -13,13 +13,13 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..errors import AdapterError, ArtifactError
+from ..files import artifacts
 from .convolutions import KINDS, QuantizedConvolution, convolution_options
 from .embeddings import QuantizedEmbedding
-from .errors import AdapterError, ArtifactError
-from .files import artifacts
-from .layers import QuantizedLinear
-from .rewrite import get_module, parameters, set_module
-from .size_report import is_hidden
+from .linear import QuantizedLinear
+from .sizes import is_hidden
+from .tree import get_module, parameters, set_module
 from .weight_only import W8A16Linear
 
 KIND = "quantized-module"

@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from .errors import AdapterError
+from ..errors import AdapterError
 
 
 def parameters(tree: Any) -> dict[str, mx.array]:

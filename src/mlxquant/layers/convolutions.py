@@ -16,9 +16,9 @@ import mlx.nn as nn
 import numpy as np
 import numpy.typing as npt
 
-from .errors import AdapterError
-from .grids.packing import affine, dequantized
-from .grids.weights import Grid, WeightFormat, pack, unpack
+from ..errors import AdapterError
+from ..grids.packing import affine, dequantized
+from ..grids.weights import Grid, WeightFormat, pack, unpack
 from .weight_only import rounded
 
 OPTIONS = ("stride", "padding", "dilation", "groups", "output_padding")

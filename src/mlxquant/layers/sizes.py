@@ -14,8 +14,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .convolutions import QuantizedConvolution
-from .layers import QuantizedLinear
-from .rewrite import parameters, starred
+from .linear import QuantizedLinear
+from .tree import parameters, starred
 
 
 @dataclass(frozen=True)
