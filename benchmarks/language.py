@@ -31,7 +31,7 @@ from mlxquant.corpus import read_corpus
 from mlxquant.files.artifacts import atomic_file, canonical
 from mlxquant.layers.tree import parameters
 from mlxquant.metrics.bootstrap import interval
-from mlxquant.models.gpt_python import GPTAdapter
+from mlxquant.models.gpt.adapter import GPTAdapter
 from mlxquant.prediction import Prediction, predict
 from mlxquant.qat.folders import quantized_gpt
 from mlxquant.qat.integer import to_integer_layers

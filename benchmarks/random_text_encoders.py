@@ -15,7 +15,7 @@ from typing import Any
 import mlxquant  # noqa: F401  # before mlx
 
 # isort: split
-from mlxquant.models.shapes import captions
+from mlxquant.models.shapes.scenes import captions
 from random_tensors import Tensor, linear, norm
 
 TOKEN = 4096  # width of the text tokens, a literal in DiffusionKit

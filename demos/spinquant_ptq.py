@@ -21,7 +21,7 @@ from mlxquant.corpus import read_corpus
 from mlxquant.errors import ArtifactError, CalibrationError
 from mlxquant.files import artifacts
 from mlxquant.gpt_training import batch, loss
-from mlxquant.models.gpt_python import EMBEDDED, GPTAdapter
+from mlxquant.models.gpt.adapter import EMBEDDED, GPTAdapter
 from mlxquant.spin_files import FILE, save_spun
 from mlxquant.spin_quant import SpinQuant
 

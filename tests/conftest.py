@@ -10,7 +10,7 @@ import mlx.core as mx
 import pytest
 from mlx.utils import tree_map
 
-from mlxquant.models.mmdit_shapes import MMDiTShapes
+from mlxquant.models.shapes.adapter import MMDiTShapes
 
 TINY = {
     "num_heads": 2, "depth_multimodal": 2, "hidden_size": 32, "vae_latent_dim": 12, "max_latent_resolution": 16,

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import mlxquant as mq
-from mlxquant.models.mmdit_shapes import MMDiTShapes
+from mlxquant.models.shapes.adapter import MMDiTShapes
 
 from command_line import succeed
 from conftest import tiny_adapter

@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
-from mlxquant.models.gpt import GPT, GPTConfig
+from mlxquant.models.gpt.network import GPT, GPTConfig
 from mlxquant.sampling.text import sample_tokens
 
 CONFIG = GPTConfig(vocab_size=40, n_positions=24, n_embd=32, n_head=2, n_layer=2)

@@ -7,7 +7,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_map
 
-from mlxquant.models.gpt import GPT, GPTConfig
+from mlxquant.models.gpt.network import GPT, GPTConfig
 from mlxquant.qat.convert import quantize_while_training
 from mlxquant.qat.options import QuantizationOptions
 

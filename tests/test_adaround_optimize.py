@@ -12,7 +12,7 @@ from mlxquant.files import artifacts
 from mlxquant.folds import divide
 from mlxquant.layers.tree import get_module
 from mlxquant.methods.weights import adaround
-from mlxquant.models.mmdit_shapes import MMDiTShapes
+from mlxquant.models.shapes.adapter import MMDiTShapes
 from mlxquant.pipeline.apply import TrackFiles, install
 from mlxquant.pipeline.block_cache import BlockCache
 from mlxquant.pipeline.quant_config import QuantConfig

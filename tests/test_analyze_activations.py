@@ -10,7 +10,7 @@ from PIL import Image
 from mlxquant import analyze_activations
 from mlxquant.files import artifacts
 from mlxquant.input_tables import Options
-from mlxquant.models.mmdit_shapes import MMDiTShapes
+from mlxquant.models.shapes.adapter import MMDiTShapes
 from mlxquant.pipeline.quant_config import QuantConfig
 
 import command_line

@@ -13,7 +13,7 @@ from mlx.utils import tree_map
 from mlxquant.commandline import cli
 from mlxquant.errors import AdapterError, ArtifactError, CalibrationError, NumericsError
 from mlxquant.models.adapter import Stage
-from mlxquant.models.mmdit_shapes import MMDiTShapes
+from mlxquant.models.shapes.adapter import MMDiTShapes
 from mlxquant.pipeline import block_cache, samples
 from mlxquant.pipeline import ledger as ledgers
 from mlxquant.pipeline.block_cache import BlockCache, draw_tokens

@@ -13,7 +13,7 @@ import pytest
 from mlxquant.calibration import Calibration, collect, take_turns
 from mlxquant.errors import ArtifactError, CalibrationError
 from mlxquant.files import artifacts
-from mlxquant.models.mmdit_shapes import MMDiTShapes
+from mlxquant.models.shapes.adapter import MMDiTShapes
 
 from command_line import fail, succeed
 from conftest import tiny_adapter

@@ -16,8 +16,8 @@ from PIL import Image
 from mlxquant.commandline import cli
 from mlxquant.errors import NumericsError
 from mlxquant.files import artifacts
-from mlxquant.models import mmdit_shapes
-from mlxquant.models.mmdit_shapes import MMDiTShapes
+from mlxquant.models.shapes import adapter as mmdit_shapes
+from mlxquant.models.shapes.adapter import MMDiTShapes
 from mlxquant.store import FolderStore
 
 from command_line import fail, succeed

@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 from PIL import Image
 
-from mlxquant.models.mmdit_shapes import MMDiTShapes
+from mlxquant.models.shapes.adapter import MMDiTShapes
 from mlxquant.pipeline import activation_stats, samples
 from mlxquant.pipeline.activation_stats import ActivationStats
 

@@ -20,7 +20,7 @@ from mlxquant.errors import NumericsError
 from mlxquant.evaluation import cost, half_precision, paired, report_folder
 from mlxquant.evaluation.drawings import Drawings
 from mlxquant.files import artifacts
-from mlxquant.models.mmdit_shapes import MMDiTShapes
+from mlxquant.models.shapes.adapter import MMDiTShapes
 
 from command_line import fail, succeed
 from conftest import tiny_adapter

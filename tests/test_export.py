@@ -15,7 +15,7 @@ from mlxquant.errors import ArtifactError, ExportError
 from mlxquant.files import artifacts
 from mlxquant.layers.linear import find_quantized
 from mlxquant.layers.tree import get_module
-from mlxquant.models.mmdit_shapes import MMDiTShapes
+from mlxquant.models.shapes.adapter import MMDiTShapes
 
 from command_line import fail, succeed
 from conftest import tiny_adapter

@@ -15,7 +15,7 @@ from mlxquant.grids.tables import ActivationTable
 from mlxquant.layers import linear
 from mlxquant.layers.linear import QuantizedLinear
 from mlxquant.load_adaround_model import assemble
-from mlxquant.models.mmdit_shapes import MMDiTShapes
+from mlxquant.models.shapes.adapter import MMDiTShapes
 from mlxquant.pipeline.apply import TrackFiles
 from mlxquant.pipeline.quant_config import QuantConfig
 

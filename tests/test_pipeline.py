@@ -36,7 +36,7 @@ import mlxquant as mq
 from mlxquant.commandline import cli
 from mlxquant.files import artifacts
 from mlxquant.layers.tree import set_module
-from mlxquant.models.mmdit_shapes import MMDiTShapes
+from mlxquant.models.shapes.adapter import MMDiTShapes
 from mlxquant.pipeline.quant_config import QuantConfig
 from mlxquant.pipeline.samples import Samples
 from mlxquant.pipeline.weight_files import WeightFiles

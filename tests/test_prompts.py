@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from mlxquant.errors import ArtifactError, CalibrationError
-from mlxquant.models.mmdit_shapes import MMDiTShapes
-from mlxquant.models.shapes import parse
+from mlxquant.models.shapes.adapter import MMDiTShapes
+from mlxquant.models.shapes.scenes import parse
 from mlxquant.sampling.prompts import Prompt, read_prompts, write_prompts
 
 FOLDER = Path(__file__).parent.parent / "calibration"

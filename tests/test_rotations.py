@@ -8,8 +8,8 @@ import pytest
 from mlxquant.errors import AdapterError
 from mlxquant.layers.tree import get_module, parameters, swapped, tapped
 from mlxquant.layers.turned_norm import TurnedNorm
-from mlxquant.models.gpt_python import GPTAdapter
-from mlxquant.models.gpt_text import CharTokenizer
+from mlxquant.models.gpt.adapter import GPTAdapter
+from mlxquant.models.gpt.tokenizers import CharTokenizer
 from mlxquant.models.residual_stream import residual_stream, untie
 from mlxquant.numerics import cayley
 from mlxquant.rotations import folded, hold_heads, key_rotation, rotate, start

@@ -9,7 +9,7 @@ import mlxquant as mq
 from mlxquant import benchmark_final, calibrate_snr, quantize_qronos
 from mlxquant.evaluate import command as evaluate
 from mlxquant.files import artifacts
-from mlxquant.models.mmdit_shapes import MMDiTShapes
+from mlxquant.models.shapes.adapter import MMDiTShapes
 from mlxquant.quantize import command as quantize
 from mlxquant.recipes.presets import parse_recipe
 

@@ -10,9 +10,9 @@ import pytest
 
 from mlxquant.errors import ArtifactError
 from mlxquant.layers.tree import parameters
-from mlxquant.models.gpt import GPT, GPTConfig
-from mlxquant.models.gpt_files import save_gpt
-from mlxquant.models.gpt_text import ByteTokenizer
+from mlxquant.models.gpt.files import save_gpt
+from mlxquant.models.gpt.network import GPT, GPTConfig
+from mlxquant.models.gpt.tokenizers import ByteTokenizer
 from mlxquant.spin_files import FILE, load_spun, save_spun
 from mlxquant.spin_quant import SpinQuant
 

@@ -9,7 +9,7 @@ from mlxquant.errors import AdapterError, CalibrationError, NumericsError, Recip
 from mlxquant.grids.weights import WeightFormat, fit_extremes
 from mlxquant.layers.linear import QuantizedLinear, find_quantized
 from mlxquant.layers.tree import get_module, parameters
-from mlxquant.models.gpt import GPTConfig
+from mlxquant.models.gpt.network import GPTConfig
 from mlxquant.numerics import cayley
 from mlxquant.rotations import HeldHeads
 from mlxquant.spin_network import rounded_weight

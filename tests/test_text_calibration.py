@@ -9,7 +9,7 @@ import pytest
 
 from mlxquant.corpus import read_corpus
 from mlxquant.errors import CalibrationError, NumericsError
-from mlxquant.models.gpt_text import ByteTokenizer, CharTokenizer
+from mlxquant.models.gpt.tokenizers import ByteTokenizer, CharTokenizer
 from mlxquant.prediction import predict
 from mlxquant.text_calibration import TextCalibration, choose_windows
 

@@ -14,8 +14,8 @@ from mlxquant.corpus import read_corpus
 from mlxquant.errors import ArtifactError, MlxQuantError
 from mlxquant.gpt_training import batch, fresh_gpt, mean_loss
 from mlxquant.layers.tree import parameters
-from mlxquant.models.gpt_files import load_gpt, save_gpt
-from mlxquant.models.gpt_text import ByteTokenizer
+from mlxquant.models.gpt.files import load_gpt, save_gpt
+from mlxquant.models.gpt.tokenizers import ByteTokenizer
 from mlxquant.prediction import predict
 from mlxquant.qat.folders import quantized_gpt
 from mlxquant.qat.integer import to_integer_layers

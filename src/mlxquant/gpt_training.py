@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .layers.tree import parameters
-from .models.gpt import GPT, GPTConfig
+from .models.gpt.network import GPT, GPTConfig
 from .qat.modules import QuantizingWeight
 
 Array = npt.NDArray[Any]

@@ -13,8 +13,8 @@ from .files import artifacts
 from .layers.linear import QuantizedLinear, find_quantized
 from .layers.tree import get_module, parameters, set_module
 from .layers.turned_norm import TurnedNorm
-from .models.gpt import GPT, GPTConfig
-from .models.gpt_text import ByteTokenizer, CharTokenizer, tokenizer_from_facts
+from .models.gpt.network import GPT, GPTConfig
+from .models.gpt.tokenizers import ByteTokenizer, CharTokenizer, tokenizer_from_facts
 from .rotations import HeldHeads
 
 FILE, KIND = "spinquant.safetensors", "spinquant-gpt"

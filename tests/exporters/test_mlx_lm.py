@@ -18,8 +18,8 @@ from mlxquant.grids.weights import WeightFormat, fit_extremes, unpack
 from mlxquant.layers.embeddings import QuantizedEmbedding
 from mlxquant.layers.linear import QuantizedLinear, find_quantized
 from mlxquant.layers.tree import find_linears, get_module, set_module
-from mlxquant.models.gpt import GPT, GPTConfig
-from mlxquant.models.gpt_text import ByteTokenizer
+from mlxquant.models.gpt.network import GPT, GPTConfig
+from mlxquant.models.gpt.tokenizers import ByteTokenizer
 
 pytestmark = pytest.mark.mlxlm
 mlx_lm = pytest.importorskip("mlx_lm")

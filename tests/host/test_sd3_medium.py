@@ -13,8 +13,8 @@ import mlxquant as mq
 from mlxquant.errors import AdapterError, ArtifactError
 from mlxquant.folds import divide
 from mlxquant.layers.tree import parameters
-from mlxquant.models import sd3_text
-from mlxquant.models.diffusionkit import host
+from mlxquant.models.sd3 import text_encoders
+from mlxquant.models.sd3.diffusionkit import host
 
 from adapter_contract import AdapterContract
 
@@ -155,7 +155,7 @@ def test_nothing_is_left_patched_in_the_process(diffusionkit, sd3_folder):
 
 def test_the_log_of_the_process_is_its_own():
     """DiffusionKit adds a handler to the root logger, and coremltools warns of what does not concern us."""
-    code = "import logging, mlxquant.models.diffusionkit as d; d.host(); print(logging.getLogger().handlers)"
+    code = "import logging, mlxquant.models.sd3.diffusionkit as d; d.host(); print(logging.getLogger().handlers)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
     assert "coremltools" not in done.stderr
@@ -180,8 +180,8 @@ def test_a_pipeline_and_its_model_go_when_they_are_dropped(sd3_folder):
 def test_prompts_are_encoded_once_and_encoders_released(sd3_folder, monkeypatch):
     """Twins share what was encoded; the encoders are gone after each call, T5's layers one by one."""
     calls, model = [], mq.load(sd3_folder, size=SIZE)
-    original = sd3_text.TextEncoders.encode
-    monkeypatch.setattr(sd3_text.TextEncoders, "encode", lambda self, prompts: calls.append(list(prompts)) or original(self, prompts))
+    original = text_encoders.TextEncoders.encode
+    monkeypatch.setattr(text_encoders.TextEncoders, "encode", lambda self, prompts: calls.append(list(prompts)) or original(self, prompts))
     model.images([mq.Prompt(1, PROMPTS[0]), mq.Prompt(2, PROMPTS[1]), mq.Prompt(3, PROMPTS[0])], steps=1)
     mx.clear_cache()
     held = mx.get_active_memory()
@@ -194,7 +194,7 @@ def test_prompts_are_encoded_once_and_encoders_released(sd3_folder, monkeypatch)
 
 
 def test_only_what_is_asked_for_is_kept(model, monkeypatch):
-    from mlxquant.models import sd3_medium
+    from mlxquant.models.sd3 import adapter as sd3_medium
 
     monkeypatch.setattr(sd3_medium, "KEPT", 3)
     components = sd3_medium.Components(model.adapter.place)
@@ -207,12 +207,12 @@ def test_only_what_is_asked_for_is_kept(model, monkeypatch):
 
 
 def test_more_prompts_than_are_kept_are_encoded_once(sd3_folder, monkeypatch):
-    from mlxquant.models import sd3_medium
+    from mlxquant.models.sd3 import adapter as sd3_medium
 
     monkeypatch.setattr(sd3_medium, "KEPT", 2)
     calls, model = [], mq.load(sd3_folder, size=SIZE)
-    original = sd3_text.TextEncoders.encode
-    monkeypatch.setattr(sd3_text.TextEncoders, "encode", lambda self, prompts: calls.append(len(prompts)) or original(self, prompts))
+    original = text_encoders.TextEncoders.encode
+    monkeypatch.setattr(text_encoders.TextEncoders, "encode", lambda self, prompts: calls.append(len(prompts)) or original(self, prompts))
     model.images([mq.Prompt(n, f"number {n}") for n in range(5)], steps=1)
     mq.calibrate(model, [mq.Prompt(n, f"number {n}") for n in range(5)], steps=1)
     assert calls == [6]
@@ -220,8 +220,8 @@ def test_more_prompts_than_are_kept_are_encoded_once(sd3_folder, monkeypatch):
 
 def test_half_precision_encodes_the_same(model):
     """What Metal computes in; on the CPU it is slow."""
-    files = sd3_text.Files(model.adapter.place)
-    exact, half = (sd3_text.TextEncoders(files, dtype).encode(PROMPTS) for dtype in (mx.float32, mx.float16))
+    files = text_encoders.Files(model.adapter.place)
+    exact, half = (text_encoders.TextEncoders(files, dtype).encode(PROMPTS) for dtype in (mx.float32, mx.float16))
     for pair in zip(exact, half, strict=True):
         for one, other in zip(*pair, strict=True):
             assert other.dtype == mx.float16

@@ -12,7 +12,7 @@ from PIL import Image
 import mlxquant as mq
 from mlxquant.errors import AdapterError, ArtifactError
 from mlxquant.layers.tree import find_linears
-from mlxquant.models.sd3_text import TextEncoders
+from mlxquant.models.sd3.text_encoders import TextEncoders
 
 from command_line import fail, succeed
 
@@ -139,7 +139,7 @@ def test_a_hub_model_needs_no_checkpoint_to_load(hub_cache, tmp_path, monkeypatc
     model = mq.load("sd3-medium", size=64)
     mq.quantize(model, mq.calibrate(model, prompts=1, steps=1), "rtn-w4a16").save(tmp_path / "model")
     assert json.loads((tmp_path / "model" / "model.json").read_text())["model"]["place"] in ("", HUB)
-    from mlxquant.models import sd3_medium
+    from mlxquant.models.sd3 import adapter as sd3_medium
 
     monkeypatch.setattr(sd3_medium, "mmdit_weights", lambda path: pytest.fail("the full-precision transformer was read"))
     assert mq.load(tmp_path / "model").generate(PROMPT, steps=1).size == (64, 64)

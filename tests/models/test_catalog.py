@@ -6,7 +6,8 @@ import sys
 import pytest
 
 from mlxquant.errors import AdapterError, ArtifactError
-from mlxquant.models import catalog, diffusionkit
+from mlxquant.models import catalog
+from mlxquant.models.sd3 import diffusionkit
 
 HUB = "argmaxinc/mlx-stable-diffusion-3-medium"
 
@@ -44,6 +45,6 @@ def test_without_diffusionkit_the_error_says_how_to_install_it(tmp_path, monkeyp
 
 def test_importing_mlxquant_imports_neither_torch_nor_diffusionkit():
     heavy = ("torch", "diffusionkit", "transformers")
-    code = f"import mlxquant, mlxquant.models.sd3_medium, sys; print([m for m in {heavy} if m in sys.modules])"
+    code = f"import mlxquant, mlxquant.models.sd3.adapter, sys; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -12,9 +12,9 @@ import pytest
 from mlxquant.errors import ArtifactError
 from mlxquant.gpt_training import fresh_gpt
 from mlxquant.layers.tree import parameters
-from mlxquant.models.gpt import GPTConfig
-from mlxquant.models.gpt_files import is_gpt_folder, load_gpt, save_gpt
-from mlxquant.models.gpt_text import ByteTokenizer, CharTokenizer
+from mlxquant.models.gpt.files import is_gpt_folder, load_gpt, save_gpt
+from mlxquant.models.gpt.network import GPTConfig
+from mlxquant.models.gpt.tokenizers import ByteTokenizer, CharTokenizer
 
 TEXT = "import os\n\n\ndef f(x):\n    return x + 'é'\n"
 

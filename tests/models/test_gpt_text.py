@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mlxquant.errors import AdapterError, ArtifactError
-from mlxquant.models.gpt_text import ByteTokenizer, CharTokenizer, tokenizer_for, tokenizer_from_facts
+from mlxquant.models.gpt.tokenizers import ByteTokenizer, CharTokenizer, tokenizer_for, tokenizer_from_facts
 
 TEXT = "def f(x):\n\treturn  x + 1  # naïve — 量子化 🙂\r\n\x00 'quoted' it's  \u00a0end \n\n"
 

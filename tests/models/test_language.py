@@ -16,9 +16,9 @@ from mlxquant.errors import AdapterError, ArtifactError, CalibrationError, Recip
 from mlxquant.layers.tree import find_linears, tapped
 from mlxquant.models.catalog import find_model
 from mlxquant.models.diffusion import diffusion
-from mlxquant.models.gpt import causal_mask
-from mlxquant.models.gpt_python import GPTAdapter
-from mlxquant.models.gpt_text import ByteTokenizer
+from mlxquant.models.gpt.adapter import GPTAdapter
+from mlxquant.models.gpt.network import causal_mask
+from mlxquant.models.gpt.tokenizers import ByteTokenizer
 from mlxquant.models.language import language
 from mlxquant.recipes.presets import parse_recipe
 
@@ -249,7 +249,7 @@ def test_windows_longer_than_the_positions_are_refused(tmp_path):
 
 @pytest.mark.mlxlm
 def test_positions_of_mlx_lm_models_are_known_where_they_are_learned(tmp_path):
-    from mlxquant.models.mlx_lm_model import MLXLanguageModel
+    from mlxquant.models.mlx_lm import MLXLanguageModel
 
     llama = mq.load(llama_folder(tmp_path / "llama"))
     assert llama.predict(TEXT, 100, 1).tokens.sum() == 100  # rotary positions have no end

@@ -7,10 +7,10 @@ from mlx.utils import tree_flatten
 
 from mlxquant.errors import AdapterError, ArtifactError
 from mlxquant.files import artifacts
-from mlxquant.models import mmdit_shapes
-from mlxquant.models.caption_text import LENGTH, tokenize
 from mlxquant.models.catalog import pretrained
-from mlxquant.models.mmdit_shapes import MMDiTShapes, to_images, to_latent
+from mlxquant.models.shapes import adapter as mmdit_shapes
+from mlxquant.models.shapes.adapter import MMDiTShapes, to_images, to_latent
+from mlxquant.models.shapes.captions import LENGTH, tokenize
 from mlxquant.models.train_shapes import CONFIG
 
 from adapter_contract import AdapterContract

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mlxquant.errors import AdapterError
-from mlxquant.models.shapes import (
+from mlxquant.models.shapes.scenes import (
     BACKGROUNDS,
     COLOURS,
     PLACES,

@@ -6,9 +6,9 @@ from click.testing import CliRunner
 
 from mlxquant.files import artifacts
 from mlxquant.models import train_shapes
-from mlxquant.models.mmdit import MMDiTConfig
-from mlxquant.models.mmdit_shapes import WEIGHTS
-from mlxquant.models.shapes import sample_scene
+from mlxquant.models.mmdit.network import MMDiTConfig
+from mlxquant.models.shapes.adapter import WEIGHTS
+from mlxquant.models.shapes.scenes import sample_scene
 from mlxquant.models.train_shapes import batch
 
 from conftest import TINY

@@ -11,7 +11,7 @@ from mlx.utils import tree_map
 from mlxquant.errors import AdapterError, ArtifactError, CalibrationError, NumericsError
 from mlxquant.layers.tree import Tap, tapped
 from mlxquant.models.adapter import Stage
-from mlxquant.models.mmdit_shapes import MMDiTShapes
+from mlxquant.models.shapes.adapter import MMDiTShapes
 from mlxquant.numerics.statistics import MovingCentre, Picks
 from mlxquant.pipeline import activation_stats, samples
 from mlxquant.pipeline import ledger as ledgers

@@ -10,7 +10,7 @@ from PIL import Image
 
 from mlxquant.commandline import cli
 from mlxquant.errors import ArtifactError, CalibrationError
-from mlxquant.models.mmdit_shapes import MMDiTShapes
+from mlxquant.models.shapes.adapter import MMDiTShapes
 from mlxquant.pipeline import ledger as ledgers
 from mlxquant.pipeline.samples import Samples
 from mlxquant.report.comparison import to_pil

@@ -11,7 +11,7 @@ import pytest
 from mlxquant.gpt_training import loss
 from mlxquant.layers.tree import get_module, parameters, set_module
 from mlxquant.methods.registry import members
-from mlxquant.models.gpt import Seam
+from mlxquant.models.gpt.network import Seam
 from mlxquant.qat.convert import quantizing_points
 from mlxquant.qat.integer import quantizing_weights
 from mlxquant.qat.options import EMBEDDINGS, POINTS, PROJECTIONS

@@ -19,8 +19,8 @@ from ..files.hub import lazy_tensors
 from ..layers.attention import QuantizedAttention
 from ..layers.linear import QuantizedLinear
 from ..layers.tree import parameters
-from ..models.sd3_checkpoint import MMDIT_PREFIX
-from ..models.sd3_files import CHECKPOINT, Files
+from ..models.sd3.checkpoint import MMDIT_PREFIX
+from ..models.sd3.files import CHECKPOINT, Files
 from ..numerics.hadamard import regular_hadamard
 from .plain import PlainModule, part_obstacles, refusal
 

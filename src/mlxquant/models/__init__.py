@@ -1,0 +1,1 @@
+"""Hosts: what a model must tell the toolkit, and the models that do."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import AdapterError, ArtifactError
 from .adapter import Adapter
-from .sd3_files import CHECKPOINT, HUB
+from .sd3.files import CHECKPOINT, HUB
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,10 @@ class Entry:
 
 LANGUAGE = "mlx-lm"  # what any other hub id stands for
 MODELS = {
-    "mmdit-shapes": Entry("mlxquant.models.mmdit_shapes", "MMDiTShapes"),
-    "sd3-medium": Entry("mlxquant.models.sd3_medium", "SD3Medium", (HUB,), checkpoint=CHECKPOINT),
-    "gpt": Entry("mlxquant.models.gpt_python", "GPTAdapter", ("gpt-python",), checkpoint="config.json", key="mlxquant"),
-    LANGUAGE: Entry("mlxquant.models.mlx_lm_model", "MLXLanguageModel", checkpoint="config.json", key="model_type"),
+    "mmdit-shapes": Entry("mlxquant.models.shapes.adapter", "MMDiTShapes"),
+    "sd3-medium": Entry("mlxquant.models.sd3.adapter", "SD3Medium", (HUB,), checkpoint=CHECKPOINT),
+    "gpt": Entry("mlxquant.models.gpt.adapter", "GPTAdapter", ("gpt-python",), checkpoint="config.json", key="mlxquant"),
+    LANGUAGE: Entry("mlxquant.models.mlx_lm", "MLXLanguageModel", checkpoint="config.json", key="model_type"),
 }
 HUB_ID = r"[A-Za-z0-9][\w.-]*/[\w.-]+"
 

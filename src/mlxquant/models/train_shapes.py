@@ -27,10 +27,10 @@ from ..commandline.console import Command, result
 from ..errors import ArtifactError
 from ..files import artifacts
 from ..layers.tree import parameters
-from .caption_text import tokenize
-from .mmdit import MMDiTConfig
-from .mmdit_shapes import WEIGHTS, ShapesModel, to_latent
-from .shapes import Scene, draw, sample_scene
+from .mmdit.network import MMDiTConfig
+from .shapes.adapter import WEIGHTS, ShapesModel, to_latent
+from .shapes.captions import tokenize
+from .shapes.scenes import Scene, draw, sample_scene
 
 CONFIG = MMDiTConfig(
     num_heads=4,

@@ -6,7 +6,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..layers.tree import get_module, set_module
-from ..models.gpt import GPT
+from ..models.gpt.network import GPT
 from .modules import ROW, QuantizingEmbedding, QuantizingLinear, QuantizingPoint, Site
 from .options import EMBEDDINGS, POINTS, PROJECTIONS, TOKEN, QuantizationOptions
 from .ramp import Ramp

@@ -8,9 +8,9 @@ from typing import Any
 import mlx.core as mx
 
 from ..files import artifacts
-from ..models.gpt import GPT
-from ..models.gpt_files import load_gpt
-from ..models.gpt_text import ByteTokenizer, CharTokenizer
+from ..models.gpt.files import load_gpt
+from ..models.gpt.network import GPT
+from ..models.gpt.tokenizers import ByteTokenizer, CharTokenizer
 from .convert import kept_activations, quantize_while_training, restore_activations
 from .options import QuantizationOptions
 

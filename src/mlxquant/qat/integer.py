@@ -13,7 +13,7 @@ from ..layers.embeddings import QuantizedEmbedding
 from ..layers.linear import QuantizedLinear
 from ..layers.tree import set_module
 from ..methods.fake_quantizers import Coded
-from ..models.gpt import GPT
+from ..models.gpt.network import GPT
 from .convert import kept_activations
 from .modules import QuantizingEmbedding, QuantizingLinear, QuantizingWeight
 from .options import PROJECTIONS

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..errors import ArtifactError
-from ..files.hub import hub_files
+from ...errors import ArtifactError
+from ...files.hub import hub_files
 
 HUB = "argmaxinc/mlx-stable-diffusion-3-medium"
 TEXT_HUB = "argmaxinc/stable-diffusion"

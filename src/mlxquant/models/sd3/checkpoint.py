@@ -10,10 +10,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from ..errors import ArtifactError
-from ..files.hub import lazy_tensors
+from ...errors import ArtifactError
+from ...files.hub import lazy_tensors
+from ..mmdit.network import MMDiTConfig
 from .diffusionkit import host
-from .mmdit import MMDiTConfig
 
 MMDIT_PREFIX = "model.diffusion_model."
 HEAD_DIM = 64  # of every SD3 model

@@ -12,8 +12,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..errors import AdapterError, ArtifactError
-from ..layers.fast_cpu import gelu_tanh, softmax
+from ...errors import AdapterError, ArtifactError
+from ...layers.fast_cpu import gelu_tanh, softmax
 
 MODEL_TYPE = "gpt2"  # in a config.json
 HIDDEN = -1e9  # the score of a token in the future

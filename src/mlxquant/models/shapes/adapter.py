@@ -11,16 +11,16 @@ import mlx.nn as nn
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import AdapterError
-from ..files import artifacts
-from ..grids.time import Clock
-from ..sampling.prompts import Prompt
-from ..sampling.sampler import Conditioning
-from . import shapes
-from .adapter import Edge, Stage
-from .caption_text import CaptionEncoder, tokenize
-from .diffusion import DiffusionAdapter
-from .mmdit import MMDiT, MMDiTConfig, mmdit_edges, mmdit_role, mmdit_stages
+from ...errors import AdapterError
+from ...files import artifacts
+from ...grids.time import Clock
+from ...sampling.prompts import Prompt
+from ...sampling.sampler import Conditioning
+from ..adapter import Edge, Stage
+from ..diffusion import DiffusionAdapter
+from ..mmdit.network import MMDiT, MMDiTConfig, mmdit_edges, mmdit_role, mmdit_stages
+from . import scenes
+from .captions import CaptionEncoder, tokenize
 
 WEIGHTS = "mmdit-shapes.safetensors"
 
@@ -54,7 +54,7 @@ class MMDiTShapes(DiffusionAdapter):
     def __init__(self, module: ShapesModel):
         self.module: ShapesModel = module
         self.clock = Clock()
-        side = shapes.SIDE // 2
+        side = scenes.SIDE // 2
         self.latent_shape = (side, side, module.config.vae_latent_dim)
         self._stages = mmdit_stages(module)
 
@@ -76,7 +76,7 @@ class MMDiTShapes(DiffusionAdapter):
 
     @property
     def size(self) -> int:
-        return shapes.SIDE
+        return scenes.SIDE
 
     @property
     def stages(self) -> tuple[Stage, ...]:
@@ -100,9 +100,9 @@ class MMDiTShapes(DiffusionAdapter):
     def prompts(self, purpose: str, count: int, seed: int = 0) -> list[Prompt]:
         if purpose not in ("calibration", "evaluation"):
             raise AdapterError(f"prompts are for 'calibration' or 'evaluation', not {purpose!r}")
-        captions = shapes.captions(held_out=purpose == "evaluation", count=count)
+        captions = scenes.captions(held_out=purpose == "evaluation", count=count)
         first = seed + (10_000 if purpose == "evaluation" else 0)
         return [Prompt(first + i, caption) for i, caption in enumerate(captions)]
 
     def attributes(self, images: npt.NDArray[Any], prompts: Sequence[str]) -> dict[str, float]:
-        return shapes.accuracy(images, [shapes.parse(p) for p in prompts])
+        return scenes.accuracy(images, [scenes.parse(p) for p in prompts])

@@ -13,11 +13,11 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..errors import ArtifactError
-from ..files import artifacts, tensor_layout
-from ..layers.tree import parameters
-from .gpt import GPT, MODEL_TYPE, GPTConfig
-from .gpt_text import ByteTokenizer, CharTokenizer, tokenizer_from_facts
+from ...errors import ArtifactError
+from ...files import artifacts, tensor_layout
+from ...layers.tree import parameters
+from .network import GPT, MODEL_TYPE, GPTConfig
+from .tokenizers import ByteTokenizer, CharTokenizer, tokenizer_from_facts
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 FACTS = "mlxquant"  # our entry in config.json

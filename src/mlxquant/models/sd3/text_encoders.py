@@ -13,11 +13,11 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..errors import AdapterError, ArtifactError
-from ..files.hub import lazy_tensors
+from ...errors import AdapterError, ArtifactError
+from ...files.hub import lazy_tensors
+from .checkpoint import fill
 from .diffusionkit import host
-from .sd3_checkpoint import fill
-from .sd3_files import Files
+from .files import Files
 
 CLIP_TOKENS, T5_TOKENS = 77, 512
 WIDTH = 4096  # of token embeddings: T5's, and CLIP's after padding

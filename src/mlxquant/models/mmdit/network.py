@@ -14,10 +14,10 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..errors import AdapterError
-from ..layers.attention import SoftmaxAttention
-from ..layers.fast_cpu import gelu
-from .adapter import Edge, Fold, Stage, State
+from ...errors import AdapterError
+from ...layers.attention import SoftmaxAttention
+from ...layers.fast_cpu import gelu
+from ..adapter import Edge, Fold, Stage, State
 
 
 @dataclass(frozen=True)

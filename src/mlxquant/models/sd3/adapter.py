@@ -16,18 +16,18 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import AdapterError
-from ..grids.time import Clock
-from ..sampling.prompts import Prompt, parse_prompts
-from ..sampling.sampler import Conditioning
-from .adapter import Edge, Stage, State
-from .diffusion import DiffusionAdapter
+from ...errors import AdapterError
+from ...grids.time import Clock
+from ...sampling.prompts import Prompt, parse_prompts
+from ...sampling.sampler import Conditioning
+from ..adapter import Edge, Stage, State
+from ..diffusion import DiffusionAdapter
+from ..mmdit.network import MMDiTConfig, mmdit_edges, mmdit_role
+from .checkpoint import fill, mmdit_weights, vae_decoder
 from .diffusionkit import build_mmdit, host, modulations
-from .mmdit import MMDiTConfig, mmdit_edges, mmdit_role
-from .sd3_checkpoint import fill, mmdit_weights, vae_decoder
-from .sd3_files import CHECKPOINT, PIXELS, Files
-from .sd3_pipeline import pipeline
-from .sd3_text import TextEncoders
+from .files import CHECKPOINT, PIXELS, Files
+from .pipeline import pipeline
+from .text_encoders import TextEncoders
 
 SIZE = 512  # default of a picture's side
 KEPT = 256  # prompts, of 5 MB each in float16

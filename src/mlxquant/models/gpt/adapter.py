@@ -8,16 +8,16 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..errors import AdapterError
-from ..layers.tree import set_module
-from ..layers.turned_norm import TurnedNorm
-from ..qat.folders import QUANTIZATION, quantized_gpt
-from ..qat.integer import to_integer_layers
-from ..qat.options import QuantizationOptions
-from .gpt import GPT, GPTConfig
-from .gpt_files import load_gpt
-from .gpt_text import ByteTokenizer, CharTokenizer, tokenizer_from_facts
-from .language import LanguageAdapter
+from ...errors import AdapterError
+from ...layers.tree import set_module
+from ...layers.turned_norm import TurnedNorm
+from ...qat.folders import QUANTIZATION, quantized_gpt
+from ...qat.integer import to_integer_layers
+from ...qat.options import QuantizationOptions
+from ..language import LanguageAdapter
+from .files import load_gpt
+from .network import GPT, GPTConfig
+from .tokenizers import ByteTokenizer, CharTokenizer, tokenizer_from_facts
 
 EMBEDDED = "gpt-python"
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import AdapterError
+from ...errors import AdapterError
 
 SIDE = 32
 COLOURS = {

@@ -17,12 +17,12 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ..errors import AdapterError
-from ..grids.time import Clock
-from ..layers.attention import SoftmaxAttention
-from ..layers.fast_cpu import gelu
-from ..layers.tree import parameters
-from .mmdit import MMDiTConfig
+from ...errors import AdapterError
+from ...grids.time import Clock
+from ...layers.attention import SoftmaxAttention
+from ...layers.fast_cpu import gelu
+from ...layers.tree import parameters
+from ..mmdit.network import MMDiTConfig
 
 NOW = 0.0  # the key under which a block finds the modulations of the running forward pass
 

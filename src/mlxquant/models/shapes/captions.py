@@ -5,7 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 import mlx.nn as nn
 
-from .shapes import BACKGROUNDS, COLOURS, PLACES, RADII, RELATIONS, SHAPES, parse
+from .scenes import BACKGROUNDS, COLOURS, PLACES, RADII, RELATIONS, SHAPES, parse
 
 LENGTH = 12  # the longest caption has 11 words
 PAD = 0

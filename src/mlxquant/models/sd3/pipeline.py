@@ -9,9 +9,9 @@ from typing import Any, Protocol
 import mlx.core as mx
 import numpy as np
 
+from .checkpoint import vae_encoder
 from .diffusionkit import host
-from .sd3_checkpoint import vae_encoder
-from .sd3_files import CHECKPOINT, HUB, PIXELS, Files
+from .files import CHECKPOINT, HUB, PIXELS, Files
 
 
 class Drawn(Protocol):

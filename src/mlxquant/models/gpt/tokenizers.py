@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import AdapterError, ArtifactError
+from ...errors import AdapterError, ArtifactError
 
 Tokens = npt.NDArray[np.int32]
 BYTES = 256
