@@ -26,8 +26,8 @@ import mlxquant as mq  # before mlx, so that MLX gets a fast BLAS
 import mlx.core as mx
 
 from mlxquant import train_gpt
+from mlxquant.calibration.corpus import read_corpus
 from mlxquant.commandline.console import progress, result, say
-from mlxquant.corpus import read_corpus
 from mlxquant.files.artifacts import atomic_file, canonical
 from mlxquant.layers.tree import parameters
 from mlxquant.metrics.bootstrap import interval

@@ -29,8 +29,8 @@ import mlx.nn as nn
 from mlx_lm.quant.gptq import gptq_quantize
 from mlx_lm.utils import dequantize_model, load_model
 
+from mlxquant.calibration.corpus import read_corpus
 from mlxquant.commandline.console import result, say
-from mlxquant.corpus import read_corpus
 from mlxquant.layers.tree import set_module
 from mlxquant.metrics.bootstrap import interval
 from mlxquant.prediction import Prediction, predict

@@ -43,7 +43,7 @@ import mlx.core as mx
 
 from mlxquant import jobs
 from mlxquant.api import Model, QuantizedModel
-from mlxquant.calibration import Calibration
+from mlxquant.calibration.trajectories import Calibration
 from mlxquant.commandline.console import peak_bytes, progress, result, say
 from mlxquant.files import artifacts
 from mlxquant.models.catalog import adapter_class

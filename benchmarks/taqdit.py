@@ -27,7 +27,7 @@ from shapes_ladder import QuantizedInput, without_tables
 import mlx.core as mx
 
 from mlxquant.api import Model
-from mlxquant.calibration import Calibration
+from mlxquant.calibration.trajectories import Calibration
 from mlxquant.commandline.console import progress, result, say
 from mlxquant.decisions import decide
 from mlxquant.files.artifacts import atomic_file, canonical

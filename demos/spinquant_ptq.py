@@ -16,8 +16,8 @@ import click
 import mlx.core as mx
 import numpy as np
 
+from mlxquant.calibration.corpus import read_corpus
 from mlxquant.commandline.console import Command, progress, result, say
-from mlxquant.corpus import read_corpus
 from mlxquant.errors import ArtifactError, CalibrationError
 from mlxquant.files import artifacts
 from mlxquant.gpt_training import batch, loss

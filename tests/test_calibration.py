@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlxquant.calibration import Calibration, collect, take_turns
+from mlxquant.calibration.trajectories import Calibration, collect, take_turns
 from mlxquant.errors import ArtifactError, CalibrationError
 from mlxquant.files import artifacts
 from mlxquant.models.shapes.adapter import MMDiTShapes

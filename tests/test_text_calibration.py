@@ -7,11 +7,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlxquant.corpus import read_corpus
+from mlxquant.calibration.corpus import read_corpus
+from mlxquant.calibration.text import TextCalibration, choose_windows
 from mlxquant.errors import CalibrationError, NumericsError
 from mlxquant.models.gpt.tokenizers import ByteTokenizer, CharTokenizer
 from mlxquant.prediction import predict
-from mlxquant.text_calibration import TextCalibration, choose_windows
 
 from command_line import fail, succeed
 from tiny_language import TEXT, gpt_folder

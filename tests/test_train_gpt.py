@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mlxquant import train_gpt
-from mlxquant.corpus import read_corpus
+from mlxquant.calibration.corpus import read_corpus
 from mlxquant.errors import ArtifactError, MlxQuantError
 from mlxquant.gpt_training import batch, fresh_gpt, mean_loss
 from mlxquant.layers.tree import parameters

@@ -12,10 +12,11 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from . import calibration
 from .allocation import allocate, check_limits, stored_bits
-from .calibration import Calibration
-from .corpus import read_corpus
+from .calibration import trajectories
+from .calibration.corpus import read_corpus
+from .calibration.text import TextCalibration, collect_text
+from .calibration.trajectories import Calibration
 from .errors import AdapterError, ArtifactError, CalibrationError, NumericsError, RecipeError
 from .files import artifacts
 from .files.artifacts import versions
@@ -39,7 +40,6 @@ from .sampling.sampler import SamplerStep
 from .store import FolderStore, Store, layer_arrays, module_facts
 from .streams import CalibrationData
 from .sweep import check_model, sweep
-from .text_calibration import TextCalibration, collect_text
 
 KIND = "quantized-model"
 SAVED = ("kind", "version", "model", "layers", "attentions", "files", "mlxquant", "mlx", "plain")  # what ``save`` adds to the facts
@@ -223,7 +223,7 @@ def calibrate(
     path = None if work is None else Path(work) / "calibration.safetensors"
     if path is not None:
         artifacts.ensure_writable(path.parent)
-    return calibration.collect(adapter, some, steps, cfg, progress, adapter.samples if samples is None else samples, path)
+    return trajectories.collect(adapter, some, steps, cfg, progress, adapter.samples if samples is None else samples, path)
 
 
 def calibrate_text(

@@ -10,8 +10,8 @@ import click
 import numpy as np
 
 from . import api
+from .calibration.corpus import read_corpus
 from .commandline.console import Command, peak_bytes, progress, result, say, verbose_option
-from .corpus import read_corpus
 from .metrics.bootstrap import interval
 from .prediction import Prediction
 

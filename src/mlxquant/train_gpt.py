@@ -15,8 +15,8 @@ import numpy as np
 from mlx.utils import tree_unflatten
 from tqdm import tqdm
 
+from .calibration.corpus import Corpus, read_corpus
 from .commandline.console import UNDERSCORES, Command, peak_bytes, progress, result, say, verbose_option
-from .corpus import Corpus, read_corpus
 from .errors import AdapterError, ArtifactError, CalibrationError, NumericsError, RecipeError
 from .files import artifacts
 from .gpt_training import DTYPES, batch, build_optimizer, fresh_gpt, mean_loss, training_step

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..api import Model, QuantizedModel
-from ..calibration import Calibration
+from ..calibration.trajectories import Calibration
 from ..grids.tables import ActivationTable
 from ..layers.linear import QuantizedLinear
 from ..layers.tree import get_module, tapped

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..api import QuantizedModel
-from ..calibration import Calibration
+from ..calibration.trajectories import Calibration
 from ..errors import NumericsError
 from ..files import artifacts
 from ..metrics.bootstrap import interval

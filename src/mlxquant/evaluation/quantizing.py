@@ -6,7 +6,7 @@ from pathlib import Path
 
 from .. import jobs
 from ..api import Model, QuantizedModel
-from ..calibration import Calibration
+from ..calibration.trajectories import Calibration
 from ..files import artifacts
 from ..files.artifacts import versions
 from ..progress import Progress

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ..calibration import Calibration
+from ..calibration.trajectories import Calibration
 from ..errors import AdapterError, ArtifactError, NumericsError
 from ..files import artifacts
 from ..layers.tree import tapped

@@ -16,7 +16,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ..calibration import Calibration
+from ..calibration.trajectories import Calibration
 from ..errors import AdapterError, ArtifactError, NumericsError
 from ..files import artifacts
 from ..models.adapter import State, hooked, written

@@ -15,7 +15,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from ..calibration import Calibration
+from ..calibration.trajectories import Calibration
 from ..errors import AdapterError, CalibrationError, NumericsError
 from ..files import artifacts
 from ..models.adapter import Adapter

@@ -13,7 +13,7 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import CalibrationError
+from ..errors import CalibrationError
 
 HELD_OUT = 20  # one module in so many; of a file, one character in so many
 SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "lib2to3", "pydoc_data", "encodings"}

@@ -15,14 +15,14 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from .errors import ArtifactError, CalibrationError
-from .files import artifacts
-from .models.adapter import Adapter, State
-from .models.diffusion import DiffusionAdapter, diffusion
-from .progress import Progress, silent
-from .sampling.prompts import Prompt
-from .sampling.sampler import SamplerStep
-from .streams import OnDemand
+from ..errors import ArtifactError, CalibrationError
+from ..files import artifacts
+from ..models.adapter import Adapter, State
+from ..models.diffusion import DiffusionAdapter, diffusion
+from ..progress import Progress, silent
+from ..sampling.prompts import Prompt
+from ..sampling.sampler import SamplerStep
+from ..streams import OnDemand
 
 
 @dataclass(frozen=True)

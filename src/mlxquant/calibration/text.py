@@ -9,13 +9,13 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from ..errors import CalibrationError
+from ..files import artifacts
+from ..models.adapter import Adapter, State
+from ..models.language import NO_TIME, LanguageAdapter, Tokens
+from ..progress import Progress, silent
+from ..streams import OnDemand
 from .corpus import Corpus
-from .errors import CalibrationError
-from .files import artifacts
-from .models.adapter import Adapter, State
-from .models.language import NO_TIME, LanguageAdapter, Tokens
-from .progress import Progress, silent
-from .streams import OnDemand
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""What the model saw: trajectories of pictures, windows of text."""
