@@ -31,8 +31,8 @@ from mlxquant.commandline.console import progress, result, say
 from mlxquant.files.artifacts import atomic_file, canonical
 from mlxquant.layers.tree import parameters
 from mlxquant.metrics.bootstrap import interval
+from mlxquant.metrics.prediction import Prediction, predict
 from mlxquant.models.gpt.adapter import GPTAdapter
-from mlxquant.prediction import Prediction, predict
 from mlxquant.qat.folders import quantized_gpt
 from mlxquant.qat.integer import to_integer_layers
 from mlxquant.spin_quant import SpinQuant

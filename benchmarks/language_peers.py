@@ -33,7 +33,7 @@ from mlxquant.calibration.corpus import read_corpus
 from mlxquant.commandline.console import result, say
 from mlxquant.layers.tree import set_module
 from mlxquant.metrics.bootstrap import interval
-from mlxquant.prediction import Prediction, predict
+from mlxquant.metrics.prediction import Prediction, predict
 
 GROUP = 64
 METHODS = ("gptq+unclipped", "gptq+unclipped+corrected", "qronos+unclipped", "rtn", "gptq", "descent", "qronos")

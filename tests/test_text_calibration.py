@@ -10,8 +10,8 @@ import pytest
 from mlxquant.calibration.corpus import read_corpus
 from mlxquant.calibration.text import TextCalibration, choose_windows
 from mlxquant.errors import CalibrationError, NumericsError
+from mlxquant.metrics.prediction import predict
 from mlxquant.models.gpt.tokenizers import ByteTokenizer, CharTokenizer
-from mlxquant.prediction import predict
 
 from command_line import fail, succeed
 from tiny_language import TEXT, gpt_folder

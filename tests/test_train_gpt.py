@@ -14,9 +14,9 @@ from mlxquant.calibration.corpus import read_corpus
 from mlxquant.errors import ArtifactError, MlxQuantError
 from mlxquant.gpt_training import batch, fresh_gpt, mean_loss
 from mlxquant.layers.tree import parameters
+from mlxquant.metrics.prediction import predict
 from mlxquant.models.gpt.files import load_gpt, save_gpt
 from mlxquant.models.gpt.tokenizers import ByteTokenizer
-from mlxquant.prediction import predict
 from mlxquant.qat.folders import quantized_gpt
 from mlxquant.qat.integer import to_integer_layers
 

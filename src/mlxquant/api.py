@@ -25,12 +25,12 @@ from .layers.linear import QuantizedLinear, find_quantized
 from .layers.model_size import Size
 from .layers.plain import restored
 from .layers.tree import parameters, set_module
+from .metrics.prediction import Prediction, predict
 from .models.adapter import Adapter
 from .models.catalog import adapter_class, pretrained
 from .models.diffusion import DiffusionAdapter, diffusion
 from .models.language import LanguageAdapter, language
 from .pipeline.apply import TrackFiles
-from .prediction import Prediction, predict
 from .progress import Progress, silent
 from .recipes.presets import parse_recipe
 from .recipes.recipe import LayerSpec, Recipe

@@ -13,7 +13,7 @@ from . import api
 from .calibration.corpus import read_corpus
 from .commandline.console import Command, peak_bytes, progress, result, say, verbose_option
 from .metrics.bootstrap import interval
-from .prediction import Prediction
+from .metrics.prediction import Prediction
 
 
 @click.command("perplexity", cls=Command)

@@ -21,12 +21,12 @@ from .errors import AdapterError, ArtifactError, CalibrationError, NumericsError
 from .files import artifacts
 from .gpt_training import DTYPES, batch, build_optimizer, fresh_gpt, mean_loss, training_step
 from .layers.tree import parameters
+from .metrics.prediction import predict
 from .models.catalog import pretrained
 from .models.gpt.adapter import GPTAdapter
 from .models.gpt.files import CONFIG, is_gpt_folder, load_gpt, save_gpt
 from .models.gpt.network import GPT, GPTConfig
 from .models.gpt.tokenizers import TOKENIZERS, ByteTokenizer, CharTokenizer, tokenizer_for
-from .prediction import predict
 from .qat.command_line import PATTERNS, quantization_options
 from .qat.convert import kept_activations, quantize_while_training, restore_activations
 from .qat.folders import QUANTIZATION, quantized_gpt, save_activations

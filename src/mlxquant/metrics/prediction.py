@@ -11,9 +11,9 @@ import mlx.nn as nn
 import numpy as np
 import numpy.typing as npt
 
-from .errors import CalibrationError, NumericsError
-from .models.language import Tokenizer, Tokens
-from .progress import Progress, silent
+from ..errors import CalibrationError, NumericsError
+from ..models.language import Tokenizer, Tokens
+from ..progress import Progress, silent
 
 Array = npt.NDArray[Any]
 
