@@ -20,8 +20,8 @@ from mlxquant.calibration.corpus import read_corpus
 from mlxquant.commandline.console import Command, progress, result, say
 from mlxquant.errors import ArtifactError, CalibrationError
 from mlxquant.files import artifacts
-from mlxquant.gpt_training import batch, loss
 from mlxquant.models.gpt.adapter import EMBEDDED, GPTAdapter
+from mlxquant.qat.training import batch, loss
 from mlxquant.spin_files import FILE, save_spun
 from mlxquant.spin_quant import SpinQuant
 

@@ -12,13 +12,13 @@ import pytest
 from mlxquant import train_gpt
 from mlxquant.calibration.corpus import read_corpus
 from mlxquant.errors import ArtifactError, MlxQuantError
-from mlxquant.gpt_training import batch, fresh_gpt, mean_loss
 from mlxquant.layers.tree import parameters
 from mlxquant.metrics.prediction import predict
 from mlxquant.models.gpt.files import load_gpt, save_gpt
 from mlxquant.models.gpt.tokenizers import ByteTokenizer
 from mlxquant.qat.folders import quantized_gpt
 from mlxquant.qat.integer import to_integer_layers
+from mlxquant.qat.training import batch, fresh_gpt, mean_loss
 
 from command_line import fail, run, succeed
 from small_gpt import CONFIG, SMALL, TEXT, random_gpt, text_file

@@ -9,10 +9,10 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
-from mlxquant.gpt_training import fresh_gpt
 from mlxquant.models.gpt.files import save_gpt
 from mlxquant.models.gpt.network import GPTConfig
 from mlxquant.models.gpt.tokenizers import ByteTokenizer
+from mlxquant.qat.training import fresh_gpt
 
 TEXT = "def add(first, second):\n    return first + second\n" * 200
 LLAMA = {

@@ -19,7 +19,6 @@ from .calibration.corpus import Corpus, read_corpus
 from .commandline.console import UNDERSCORES, Command, peak_bytes, progress, result, say, verbose_option
 from .errors import AdapterError, ArtifactError, CalibrationError, NumericsError, RecipeError
 from .files import artifacts
-from .gpt_training import DTYPES, batch, build_optimizer, fresh_gpt, mean_loss, training_step
 from .layers.tree import parameters
 from .metrics.prediction import predict
 from .models.catalog import pretrained
@@ -32,6 +31,7 @@ from .qat.convert import kept_activations, quantize_while_training, restore_acti
 from .qat.folders import QUANTIZATION, quantized_gpt, save_activations
 from .qat.options import QuantizationOptions
 from .qat.ramp import Ramp
+from .qat.training import DTYPES, batch, build_optimizer, fresh_gpt, mean_loss, training_step
 
 CHECKPOINT = "training.safetensors"
 INTERVAL = 30.0  # seconds between two checkpoints

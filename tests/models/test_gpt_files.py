@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from mlxquant.errors import ArtifactError
-from mlxquant.gpt_training import fresh_gpt
 from mlxquant.layers.tree import parameters
 from mlxquant.models.gpt.files import is_gpt_folder, load_gpt, save_gpt
 from mlxquant.models.gpt.network import GPTConfig
 from mlxquant.models.gpt.tokenizers import ByteTokenizer, CharTokenizer
+from mlxquant.qat.training import fresh_gpt
 
 TEXT = "import os\n\n\ndef f(x):\n    return x + 'é'\n"
 

@@ -7,12 +7,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlxquant.gpt_training import build_optimizer, cast, loss, training_step
 from mlxquant.layers.tree import get_module, parameters
 from mlxquant.qat.convert import kept_activations, quantizing_points, restore_activations
 from mlxquant.qat.integer import quantizing_weights
 from mlxquant.qat.options import POINTS
 from mlxquant.qat.ramp import Ramp
+from mlxquant.qat.training import build_optimizer, cast, loss, training_step
 
 from small_gpt import CONFIG, prepared, random_gpt, tokens
 

@@ -8,13 +8,13 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from mlxquant.gpt_training import loss
 from mlxquant.layers.tree import get_module, parameters, set_module
 from mlxquant.methods.registry import members
 from mlxquant.models.gpt.network import Seam
 from mlxquant.qat.convert import quantizing_points
 from mlxquant.qat.integer import quantizing_weights
 from mlxquant.qat.options import EMBEDDINGS, POINTS, PROJECTIONS
+from mlxquant.qat.training import loss
 
 from small_gpt import CONFIG, prepared, random_gpt, tokens
 

@@ -12,9 +12,9 @@ import mlx.optimizers as optim
 import numpy as np
 import numpy.typing as npt
 
-from .layers.tree import parameters
-from .models.gpt.network import GPT, GPTConfig
-from .qat.modules import QuantizingWeight
+from ..layers.tree import parameters
+from ..models.gpt.network import GPT, GPTConfig
+from .modules import QuantizingWeight
 
 Array = npt.NDArray[Any]
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
