@@ -19,10 +19,10 @@ import mlxquant as mq  # before mlx, so that MLX gets a fast BLAS
 # isort: split
 import mlx.core as mx
 
-from mlxquant.allocation import allocate
 from mlxquant.commandline.console import progress, result, say
 from mlxquant.metrics.bootstrap import interval
 from mlxquant.metrics.psnr import psnr
+from mlxquant.sweep.allocation import allocate
 
 
 @click.command()

@@ -32,7 +32,6 @@ from mlxquant.commandline.console import progress, result, say
 from mlxquant.decisions import decide
 from mlxquant.files.artifacts import atomic_file, canonical
 from mlxquant.grids.tables import TableReader
-from mlxquant.input_tables import Options
 from mlxquant.layers.tree import set_module
 from mlxquant.metrics.bootstrap import interval
 from mlxquant.metrics.psnr import psnr
@@ -40,6 +39,7 @@ from mlxquant.pipeline.activation_stats import ActivationStats, collect
 from mlxquant.pipeline.samples import Samples, draw, open_folder
 from mlxquant.recipes.presets import parse_recipe
 from mlxquant.recipes.recipe import Recipe
+from mlxquant.sweep.inputs import Options
 
 CALIBRATION = 16
 WEIGHTS = [f"{method}-w{bits}a16" for bits in (4, 3) for method in ("rtn", "gptq", "adaround", "taqdit")]

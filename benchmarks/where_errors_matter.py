@@ -23,7 +23,7 @@ from mlxquant.commandline.console import progress, result, say
 from mlxquant.metrics.psnr import psnr
 from mlxquant.sampling.prompts import Prompt
 from mlxquant.sampling.sampler import SamplerStep, guided, sample, seeded_noise
-from mlxquant.sensitivity import measure
+from mlxquant.sweep.sensitivity import measure
 
 WINDOW = 4
 

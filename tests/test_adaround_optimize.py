@@ -7,9 +7,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlxquant import adaround_optimize, store, sweep
+from mlxquant import adaround_optimize
 from mlxquant.files import artifacts
-from mlxquant.folds import divide
 from mlxquant.layers.tree import get_module
 from mlxquant.methods.weights import adaround
 from mlxquant.models.shapes.adapter import MMDiTShapes
@@ -17,6 +16,8 @@ from mlxquant.pipeline.apply import TrackFiles, install
 from mlxquant.pipeline.block_cache import BlockCache
 from mlxquant.pipeline.quant_config import QuantConfig
 from mlxquant.pipeline.weight_files import WeightFiles
+from mlxquant.sweep import store, sweep
+from mlxquant.sweep.folding import divide
 
 import command_line
 from command_line import run, succeed

@@ -6,8 +6,6 @@ import mlxquant as mq  # before mlx
 import numpy as np
 import pytest
 
-from mlxquant import allocation, sweep
-from mlxquant.allocation import allocate, stored_bytes
 from mlxquant.errors import RecipeError
 from mlxquant.files import kept_arrays
 from mlxquant.grids.weights import Grid, WeightFormat, fit_extremes
@@ -16,6 +14,8 @@ from mlxquant.layers.tree import swapped
 from mlxquant.methods.weights.lowrank import LowRank
 from mlxquant.recipes.presets import parse_recipe
 from mlxquant.recipes.recipe import LayerSpec
+from mlxquant.sweep import allocation, sweep
+from mlxquant.sweep.allocation import allocate, stored_bytes
 
 from conftest import tiny_adapter
 

@@ -9,9 +9,9 @@ from PIL import Image
 
 from mlxquant import analyze_activations
 from mlxquant.files import artifacts
-from mlxquant.input_tables import Options
 from mlxquant.models.shapes.adapter import MMDiTShapes
 from mlxquant.pipeline.quant_config import QuantConfig
+from mlxquant.sweep.inputs import Options
 
 import command_line
 from collected_statistics import collect

@@ -18,7 +18,7 @@ from mlxquant.errors import NumericsError
 from mlxquant.files import artifacts
 from mlxquant.models.shapes import adapter as mmdit_shapes
 from mlxquant.models.shapes.adapter import MMDiTShapes
-from mlxquant.store import FolderStore
+from mlxquant.sweep.store import FolderStore
 
 from command_line import fail, succeed
 from conftest import tiny_adapter

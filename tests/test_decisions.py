@@ -9,11 +9,11 @@ import pytest
 from mlxquant.decisions import decide
 from mlxquant.divisions import try_division
 from mlxquant.errors import CalibrationError, RecipeError
-from mlxquant.folds import divide
-from mlxquant.input_tables import LayerInput, Options, decide_input
 from mlxquant.layers.tree import get_module
 from mlxquant.methods.inputs.tiers import OutputErrors, lowered, relative_errors
-from mlxquant.sensitivity import Sensitivity
+from mlxquant.sweep.folding import divide
+from mlxquant.sweep.inputs import LayerInput, Options, decide_input
+from mlxquant.sweep.sensitivity import Sensitivity
 
 from collected_statistics import Stats, collect
 from conftest import tiny_adapter

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from mlxquant.errors import NumericsError
-from mlxquant.folds import divide, fold, foldable, remaining
 from mlxquant.layers.tree import get_module, parameters, tapped
 from mlxquant.numerics.hadamard import block_size
 from mlxquant.numerics.transform import Transform
+from mlxquant.sweep.folding import divide, fold, foldable, remaining
 
 from conftest import tiny_adapter
 

@@ -6,8 +6,8 @@ import mlxquant  # noqa: F401  # before mlx
 import numpy as np
 import pytest
 
-from mlxquant.input_tables import LayerInput, Options, decide_input, mean_error
 from mlxquant.numerics.statistics import InputRanges
+from mlxquant.sweep.inputs import LayerInput, Options, decide_input, mean_error
 
 SIGMA = np.float32([0.3, 0.8])
 

@@ -11,7 +11,7 @@ from mlxquant.grids.time import Clock
 from mlxquant.grids.weights import WeightFormat, fit_extremes
 from mlxquant.layers.linear import QuantizedLinear
 from mlxquant.methods.inputs.tiers import quantized
-from mlxquant.reconstruction import Minibatch, SoftLinear
+from mlxquant.sweep.reconstruction import Minibatch, SoftLinear
 
 CLOCK = Clock()
 SIGMA = np.float32([0.1, 0.5, 1.0])

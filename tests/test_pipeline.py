@@ -40,7 +40,7 @@ from mlxquant.models.shapes.adapter import MMDiTShapes
 from mlxquant.pipeline.quant_config import QuantConfig
 from mlxquant.pipeline.samples import Samples
 from mlxquant.pipeline.weight_files import WeightFiles
-from mlxquant.streams import run_stage
+from mlxquant.sweep.streams import run_stage
 
 from command_line import succeed
 from conftest import tiny_adapter

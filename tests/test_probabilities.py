@@ -8,8 +8,8 @@ import mlxquant as mq
 from mlxquant.errors import NumericsError, RecipeError
 from mlxquant.layers.attention import QuantizedAttention, ShownAttention, SoftmaxAttention
 from mlxquant.layers.tree import set_module, swapped
-from mlxquant.probabilities import quantize_probabilities
-from mlxquant.streams import run_stage, stage_error
+from mlxquant.sweep.attention import quantize_probabilities
+from mlxquant.sweep.streams import run_stage, stage_error
 
 from conftest import tiny_adapter
 

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 import mlxquant as mq
-from mlxquant import store, streams, sweep
 from mlxquant.errors import ArtifactError, RecipeError
 from mlxquant.grids.tables import ActivationTable, round_through
 from mlxquant.grids.time import Clock
@@ -19,8 +18,9 @@ from mlxquant.methods.weights.adaround import Settings
 from mlxquant.methods.weights.lowrank import LowRank
 from mlxquant.numerics.transform import Transform
 from mlxquant.recipes.presets import parse_recipe
-from mlxquant.reconstruction import Minibatch, Reconstruction, SoftLinear
-from mlxquant.trials import Rounding
+from mlxquant.sweep import store, streams, sweep
+from mlxquant.sweep.reconstruction import Minibatch, Reconstruction, SoftLinear
+from mlxquant.sweep.rounding import Rounding
 
 SHORT = Settings(iterations=60, batch=4)
 BLOCK = "multimodal_transformer_blocks.0"

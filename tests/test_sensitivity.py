@@ -14,7 +14,7 @@ import pytest
 from mlxquant.errors import NumericsError
 from mlxquant.layers.tree import get_module, swapped
 from mlxquant.models.adapter import Stage
-from mlxquant.sensitivity import Sensitivity, measure
+from mlxquant.sweep.sensitivity import Sensitivity, measure
 
 from conftest import tiny_adapter
 from synthetic_chain import Chain

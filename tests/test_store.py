@@ -10,7 +10,7 @@ from mlxquant.grids.time import Clock
 from mlxquant.grids.weights import WeightFormat, fit_extremes
 from mlxquant.layers.linear import QuantizedLinear
 from mlxquant.models.adapter import Stage
-from mlxquant.store import FolderStore, StageResult, layer_arrays
+from mlxquant.sweep.store import FolderStore, StageResult, layer_arrays
 
 STAGE = Stage("block", ("block",), lambda state: state)
 CLOCK = Clock()

@@ -7,17 +7,17 @@ import numpy as np
 import pytest
 
 import mlxquant as mq
-from mlxquant import store, streams, sweep
 from mlxquant.errors import ArtifactError, CalibrationError, NumericsError, RecipeError
 from mlxquant.files import artifacts
-from mlxquant.folds import divide
-from mlxquant.input_tables import LayerInput, Options, decide_input
 from mlxquant.layers.linear import QuantizedLinear
 from mlxquant.layers.tree import get_module, tapped
 from mlxquant.methods import registry
 from mlxquant.methods.weights.adaround import Settings
 from mlxquant.numerics.statistics import Collector
 from mlxquant.recipes.presets import parse_recipe
+from mlxquant.sweep import store, streams, sweep
+from mlxquant.sweep.folding import divide
+from mlxquant.sweep.inputs import LayerInput, Options, decide_input
 
 from conftest import tiny_adapter
 

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 import mlxquant as mq
-from mlxquant import streams, sweep, trials
 from mlxquant.methods import registry
 from mlxquant.methods.weights.adaround import Settings
 from mlxquant.recipes.presets import parse_recipe
-from mlxquant.trials import Rounding
+from mlxquant.sweep import rounding, streams, sweep
+from mlxquant.sweep.rounding import Rounding
 
 from synthetic_chain import Chain
 
@@ -80,7 +80,7 @@ def test_moments_are_gone_before_the_stage_is_run(tiny, calib, monkeypatch):
 def test_moments_go_layer_by_layer(tiny, calib, monkeypatch):
     """Layers that read one tensor share theirs, which are gone after the last of them."""
     groups, counts = {}, []
-    statistics, quantize = Rounding._statistics, trials.quantize_layer
+    statistics, quantize = Rounding._statistics, rounding.quantize_layer
 
     def watched(self, *arguments):
         found = statistics(self, *arguments)
@@ -95,7 +95,7 @@ def test_moments_go_layer_by_layer(tiny, calib, monkeypatch):
         return quantize(linear, spec, moments, path, transform)
 
     monkeypatch.setattr(Rounding, "_statistics", watched)
-    monkeypatch.setattr(trials, "quantize_layer", rounded)
+    monkeypatch.setattr(rounding, "quantize_layer", rounded)
     mq.quantize(tiny, calib, "gptq-w4a8")
     assert min(counts) == 1
     assert max(counts) > 5

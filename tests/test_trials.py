@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 import mlxquant as mq
-from mlxquant import layer_rounding, sweep, trials
 from mlxquant.errors import NumericsError, RecipeError
 from mlxquant.layers.attention import find_quantized_attentions
 from mlxquant.layers.tree import parameters
@@ -16,7 +15,10 @@ from mlxquant.methods import registry
 from mlxquant.methods.weights.lowrank import DAMPINGS, LowRank
 from mlxquant.numerics.transform import Transform
 from mlxquant.recipes.presets import parse_recipe
-from mlxquant.transforming import Proposal, propose
+from mlxquant.sweep import layer as layer_rounding
+from mlxquant.sweep import rounding as trials
+from mlxquant.sweep import sweep
+from mlxquant.sweep.choosing import Proposal, propose
 
 from conftest import tiny_adapter
 from synthetic_chain import Chain

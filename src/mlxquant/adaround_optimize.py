@@ -13,7 +13,6 @@ from .errors import AdapterError
 from .files import artifacts
 from .grids.tables import BITS
 from .grids.weights import WeightFormat
-from .layer_rounding import Preset
 from .methods.weights.adaround import Settings
 from .models.catalog import model_name, pretrained
 from .models.diffusion import DiffusionAdapter, diffusion
@@ -24,7 +23,8 @@ from .pipeline.ledger import Ledger
 from .pipeline.quant_config import QuantConfig
 from .pipeline.weight_files import CONFIG, KIND, WeightFiles
 from .recipes.recipe import ActivationSpec, LayerSpec, Recipe
-from .sweep import Sweep, measured
+from .sweep.layer import Preset
+from .sweep.sweep import Sweep, measured
 
 STARTS: dict[str, dict[str, Any]] = {
     "nearest": {"rounding": "rtn"},

@@ -14,7 +14,6 @@ from .commandline.console import Command, progress, result, say, verbose_option
 from .decisions import decide, made_from
 from .errors import ArtifactError
 from .files.artifacts import ensure_writable
-from .input_tables import Options
 from .layers.tree import starred
 from .methods.inputs.tiers import BUDGET, TIERS
 from .pipeline import temporal
@@ -22,6 +21,7 @@ from .pipeline.activation_stats import ActivationStats
 from .pipeline.quant_config import QuantConfig
 from .report.comparison import save_png
 from .report.tiers import draw_tiers
+from .sweep.inputs import Options
 
 ANALYSIS, PICTURE = "layer_temporal_analysis.json", "quant_ranges.png"
 

@@ -12,7 +12,6 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from .allocation import allocate, check_limits, stored_bits
 from .calibration import trajectories
 from .calibration.corpus import read_corpus
 from .calibration.text import TextCalibration, collect_text
@@ -37,9 +36,10 @@ from .recipes.recipe import LayerSpec, Recipe
 from .report.comparison import Comparison, to_pil
 from .sampling.prompts import Prompt
 from .sampling.sampler import SamplerStep
-from .store import FolderStore, Store, layer_arrays, module_facts
-from .streams import CalibrationData
-from .sweep import check_model, sweep
+from .sweep.allocation import allocate, check_limits, stored_bits
+from .sweep.store import FolderStore, Store, layer_arrays, module_facts
+from .sweep.streams import CalibrationData
+from .sweep.sweep import check_model, sweep
 
 KIND = "quantized-model"
 SAVED = ("kind", "version", "model", "layers", "attentions", "files", "mlxquant", "mlx", "plain")  # what ``save`` adds to the facts

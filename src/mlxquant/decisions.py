@@ -17,11 +17,11 @@ import numpy.typing as npt
 from .divisions import migrated, smoothed
 from .errors import CalibrationError
 from .files.artifacts import plain, versions
-from .input_tables import LayerInput, Options, decide_input
 from .models.adapter import Adapter, Edge
 from .numerics.statistics import InputRanges
 from .pipeline.quant_config import QuantConfig
 from .progress import Progress, silent
+from .sweep.inputs import LayerInput, Options, decide_input
 
 Array = npt.NDArray[Any]
 

@@ -14,7 +14,7 @@ from .files import artifacts
 from .pipeline.apply import TrackFiles
 from .progress import Progress
 from .recipes.recipe import Recipe
-from .streams import CalibrationData
+from .sweep.streams import CalibrationData
 
 
 def partial_folder(out: Path) -> Path:

@@ -21,7 +21,7 @@ from .pipeline.weight_files import WeightFiles
 from .recipes.recipe import LayerSpec
 from .report.comparison import Comparison, save_png, to_pil
 from .sampling.prompts import Prompt, read_prompts
-from .trials import round_to_nearest
+from .sweep.rounding import round_to_nearest
 
 
 @click.command("load-adaround-model", cls=Command)

@@ -26,7 +26,7 @@ from .pipeline.apply import TrackFiles
 from .recipes.presets import parse_recipe
 from .recipes.recipe import Recipe
 from .sampling.prompts import read_prompts
-from .streams import CalibrationData
+from .sweep.streams import CalibrationData
 
 
 @click.command("quantize", cls=Command)

@@ -20,7 +20,6 @@ import numpy.typing as npt
 from . import rotations as turning
 from .errors import CalibrationError, NumericsError, RecipeError
 from .grids.weights import WeightFormat
-from .layer_rounding import quantize_layer
 from .layers.sizes import stored_bytes
 from .layers.tree import get_module, set_module, tapped
 from .methods import registry
@@ -32,6 +31,7 @@ from .progress import Progress, silent
 from .recipes.recipe import LayerSpec
 from .rotations import Arrays
 from .spin_network import Precision, SpinNetwork
+from .sweep.layer import quantize_layer
 
 Array = npt.NDArray[Any]
 BITS = (4, 6, 8)  # of activations

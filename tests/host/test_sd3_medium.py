@@ -11,10 +11,10 @@ import pytest
 
 import mlxquant as mq
 from mlxquant.errors import AdapterError, ArtifactError
-from mlxquant.folds import divide
 from mlxquant.layers.tree import parameters
 from mlxquant.models.sd3 import text_encoders
 from mlxquant.models.sd3.diffusionkit import host
+from mlxquant.sweep.folding import divide
 
 from adapter_contract import AdapterContract
 

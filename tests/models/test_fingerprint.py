@@ -8,9 +8,9 @@ import pytest
 import mlxquant as mq
 from mlxquant.files import artifacts
 from mlxquant.files.array_memory import ArrayMemory
-from mlxquant.folds import divide
 from mlxquant.layers.tree import get_module, parameters, set_module
 from mlxquant.models import adapter as adapter_module
+from mlxquant.sweep.folding import divide
 
 from conftest import tiny_adapter
 

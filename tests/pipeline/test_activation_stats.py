@@ -17,7 +17,7 @@ from mlxquant.pipeline import activation_stats, samples
 from mlxquant.pipeline import ledger as ledgers
 from mlxquant.pipeline.activation_stats import HIST_EDGES, ActivationStats
 from mlxquant.pipeline.samples import Samples
-from mlxquant.sensitivity import measure
+from mlxquant.sweep.sensitivity import measure
 
 from conftest import TINY, tiny_adapter
 

@@ -23,8 +23,8 @@ from mlxquant.pipeline.quant_config import QuantConfig
 from mlxquant.pipeline.weight_files import CONFIG, KIND, WeightFiles
 from mlxquant.recipes.presets import parse_recipe
 from mlxquant.recipes.recipe import LayerSpec
-from mlxquant.store import StageResult
-from mlxquant.trials import round_to_nearest
+from mlxquant.sweep.rounding import round_to_nearest
+from mlxquant.sweep.store import StageResult
 
 from conftest import tiny_adapter
 

@@ -13,7 +13,7 @@ from mlxquant.grids.weights import WeightFormat, fit_extremes
 from mlxquant.layers.linear import QuantizedLinear
 from mlxquant.pipeline.ledger import Ledger
 from mlxquant.pipeline.weight_files import CONFIG, KIND, WeightFiles
-from mlxquant.store import StageResult
+from mlxquant.sweep.store import StageResult
 
 from conftest import tiny_adapter
 

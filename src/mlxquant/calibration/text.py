@@ -14,7 +14,7 @@ from ..files import artifacts
 from ..models.adapter import Adapter, State
 from ..models.language import NO_TIME, LanguageAdapter, Tokens
 from ..progress import Progress, silent
-from ..streams import OnDemand
+from ..sweep.streams import OnDemand
 from .corpus import Corpus
 
 

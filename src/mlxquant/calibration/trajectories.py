@@ -22,7 +22,7 @@ from ..models.diffusion import DiffusionAdapter, diffusion
 from ..progress import Progress, silent
 from ..sampling.prompts import Prompt
 from ..sampling.sampler import SamplerStep
-from ..streams import OnDemand
+from ..sweep.streams import OnDemand
 
 
 @dataclass(frozen=True)

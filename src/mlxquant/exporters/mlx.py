@@ -19,7 +19,7 @@ from ..layers.attention import find_quantized_attentions
 from ..layers.linear import QuantizedLinear, find_quantized
 from ..layers.plain import affine_layer, obstacles, plain_bits
 from ..layers.tree import parameters
-from ..store import module_facts
+from ..sweep.store import module_facts
 from .plain import PlainModule, placed
 
 WEIGHTS, SIDECAR = "model.safetensors", "mlxquant.safetensors"

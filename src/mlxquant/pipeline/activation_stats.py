@@ -22,7 +22,7 @@ from ..models.diffusion import DiffusionAdapter
 from ..numerics.statistics import InputRanges, Picks, StepCollector, StepInputs
 from ..progress import Progress, silent
 from ..report.ranges import RangeCurves, draw_ranges
-from ..sensitivity import measure
+from ..sweep.sensitivity import measure
 from .ledger import Array, Ledger
 from .samples import MANIFEST, Samples
 

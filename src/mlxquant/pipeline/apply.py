@@ -8,13 +8,13 @@ from pathlib import Path
 
 from ..errors import ArtifactError, CalibrationError, RecipeError
 from ..files import artifacts
-from ..folds import divide
 from ..grids.time import Clock
-from ..layer_rounding import Preset
 from ..layers.tree import set_module
 from ..models.adapter import Adapter, Stage
 from ..recipes.recipe import LayerSpec
-from ..store import Layers, StageCheckpoint, StageResult
+from ..sweep.folding import divide
+from ..sweep.layer import Preset
+from ..sweep.store import Layers, StageCheckpoint, StageResult
 from .quant_config import QuantConfig
 from .samples import check_source
 from .weight_files import CONFIG, WeightFiles

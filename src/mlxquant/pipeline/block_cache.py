@@ -22,7 +22,7 @@ from ..files import artifacts
 from ..models.adapter import State, hooked, written
 from ..models.diffusion import DiffusionAdapter
 from ..progress import Progress, silent
-from ..streams import run_stage
+from ..sweep.streams import run_stage
 from .ledger import Array, Ledger
 from .samples import MANIFEST, Samples, check_source, sample_name
 

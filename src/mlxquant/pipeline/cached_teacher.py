@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from ..models.adapter import Adapter, Stage, State
 from ..progress import Progress, silent
-from ..streams import ExactStream
+from ..sweep.streams import ExactStream
 from .block_cache import TOKENS, BlockCache, pick
 
 

@@ -26,7 +26,7 @@ from ..grids.time import Clock
 from ..grids.weights import Grid, WeightFormat
 from ..layers.linear import QuantizedLinear
 from ..models.adapter import Stage
-from ..store import StageCheckpoint, StageResult
+from ..sweep.store import StageCheckpoint, StageResult
 from .ledger import Ledger
 
 Array = npt.NDArray[Any]

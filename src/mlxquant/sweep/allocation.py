@@ -21,19 +21,19 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from .errors import RecipeError
-from .files.kept_arrays import Measurements
-from .grids.weights import WeightFormat
-from .input_tables import LayerInput, Options, TierTables
-from .layers.tree import tapped
-from .methods import registry
-from .methods.inputs.tiers import TIERS
-from .models.adapter import Adapter, Stage, State
-from .numerics import knapsack
-from .numerics.moments import Moments, energy
-from .numerics.statistics import Collector, InputRanges
-from .progress import Progress, silent
-from .recipes.recipe import ActivationSpec, LayerSpec, Recipe
+from ..errors import RecipeError
+from ..files.kept_arrays import Measurements
+from ..grids.weights import WeightFormat
+from ..layers.tree import tapped
+from ..methods import registry
+from ..methods.inputs.tiers import TIERS
+from ..models.adapter import Adapter, Stage, State
+from ..numerics import knapsack
+from ..numerics.moments import Moments, energy
+from ..numerics.statistics import Collector, InputRanges
+from ..progress import Progress, silent
+from ..recipes.recipe import ActivationSpec, LayerSpec, Recipe
+from .inputs import LayerInput, Options, TierTables
 from .sensitivity import Sensitivity
 from .streams import CalibrationData, run_batch, run_stage
 from .sweep import measured, sensitivity_job

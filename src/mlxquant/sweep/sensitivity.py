@@ -23,10 +23,10 @@ import mlx.nn as nn
 import numpy as np
 import numpy.typing as npt
 
-from .errors import NumericsError
-from .layers.tree import get_module, swapped
-from .models.adapter import Adapter, Stage, State, written
-from .progress import Progress, silent
+from ..errors import NumericsError
+from ..layers.tree import get_module, swapped
+from ..models.adapter import Adapter, Stage, State, written
+from ..progress import Progress, silent
 
 Array = npt.NDArray[Any]
 LEVELS = "/sigma"  # among tables

@@ -20,19 +20,19 @@ from typing import Any
 
 import numpy as np
 
-from .errors import NumericsError, RecipeError
-from .files.kept_arrays import Measurements
-from .layers.tree import set_module, swapped
-from .methods import registry
-from .models.adapter import Adapter, Stage, State
-from .probabilities import quantize_probabilities
-from .progress import Progress, silent
-from .recipes.recipe import LayerSpec, Recipe
+from ..errors import NumericsError, RecipeError
+from ..files.kept_arrays import Measurements
+from ..layers.tree import set_module, swapped
+from ..methods import registry
+from ..models.adapter import Adapter, Stage, State
+from ..progress import Progress, silent
+from ..recipes.recipe import LayerSpec, Recipe
+from .attention import quantize_probabilities
 from .reconstruction import Reconstruction, reconstruct_stage
+from .rounding import NEAREST, Job, Rounding, Transforms, Trial
 from .sensitivity import Sensitivity, measure
 from .store import Attentions, StageCheckpoint, StageResult, Store
 from .streams import CalibrationData, Deviation, ExactStream, OnDemand, Weights, run_batch, run_stage
-from .trials import NEAREST, Job, Rounding, Transforms, Trial
 
 SENSITIVITY_ROWS = 8
 SENSITIVITY = "sensitivity"  # its file among measurements

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import mlx.core as mx
 import mlx.nn as nn
 
-from .layers.tree import get_module, swapped, tapped
+from ..layers.tree import get_module, swapped, tapped
 
 
 class _Spoilt(nn.Module):

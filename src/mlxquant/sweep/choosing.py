@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .input_tables import LayerInput
-from .methods import registry
-from .methods.inputs.tiers import OutputErrors
-from .numerics.moments import Moments
-from .numerics.transform import Place, Transform
-from .recipes.recipe import LayerSpec
+from ..methods import registry
+from ..methods.inputs.tiers import OutputErrors
+from ..numerics.moments import Moments
+from ..numerics.transform import Place, Transform
+from ..recipes.recipe import LayerSpec
+from .inputs import LayerInput
 
 Array = npt.NDArray[Any]
 

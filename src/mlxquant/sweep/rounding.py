@@ -17,22 +17,22 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from .folds import fold, foldable, producers, remaining
-from .input_tables import LayerInput
-from .layer_rounding import Preset, Rounded, activation_table, quantize_layer
-from .layers.linear import QuantizedLinear
-from .layers.tree import swapped, tapped
-from .methods import registry
-from .models.adapter import Adapter, Edge, Fold, Stage, State
-from .numerics.statistics import Collector, InputRanges, InputStatistics, Sharing
-from .numerics.transform import Place, Transform
-from .progress import Progress, silent
-from .recipes.recipe import ActivationSpec, LayerSpec, Recipe
-from .run_order import levels
+from ..layers.linear import QuantizedLinear
+from ..layers.tree import swapped, tapped
+from ..methods import registry
+from ..models.adapter import Adapter, Edge, Fold, Stage, State
+from ..numerics.statistics import Collector, InputRanges, InputStatistics, Sharing
+from ..numerics.transform import Place, Transform
+from ..progress import Progress, silent
+from ..recipes.recipe import ActivationSpec, LayerSpec, Recipe
+from .choosing import Proposal, Reader, propose
+from .dependence import levels
+from .folding import fold, foldable, producers, remaining
+from .inputs import LayerInput
+from .layer import Preset, Rounded, activation_table, quantize_layer
 from .sensitivity import Sensitivity
 from .store import Attentions, Layers
 from .streams import Teacher
-from .transforming import Proposal, Reader, propose
 
 
 @dataclass(frozen=True)

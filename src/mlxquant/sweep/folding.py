@@ -15,10 +15,10 @@ import mlx.nn as nn
 import numpy as np
 import numpy.typing as npt
 
-from .errors import NumericsError
-from .layers.tree import get_module
-from .models.adapter import Edge, Fold
-from .numerics.transform import Transform
+from ..errors import NumericsError
+from ..layers.tree import get_module
+from ..models.adapter import Edge, Fold
+from ..numerics.transform import Transform
 
 Array = npt.NDArray[Any]
 Undo = Callable[[], None]

@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .errors import RecipeError
-from .grids.tables import ActivationTable
-from .methods import registry
-from .methods.inputs.shift import centred, shifted
-from .methods.inputs.tiers import BUDGET, TIERS, OutputErrors, mixed, relative_errors, rms
-from .methods.transforms import smoothquant
-from .numerics.statistics import InputRanges
+from ..errors import RecipeError
+from ..grids.tables import ActivationTable
+from ..methods import registry
+from ..methods.inputs.shift import centred, shifted
+from ..methods.inputs.tiers import BUDGET, TIERS, OutputErrors, mixed, relative_errors, rms
+from ..methods.transforms import smoothquant
+from ..numerics.statistics import InputRanges
 
 Array = npt.NDArray[Any]
 

@@ -10,8 +10,8 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from .models.adapter import Adapter, Stage, State, written
-from .progress import Progress, silent
+from ..models.adapter import Adapter, Stage, State, written
+from ..progress import Progress, silent
 
 Array = npt.NDArray[Any]
 

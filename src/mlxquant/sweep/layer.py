@@ -10,19 +10,19 @@ import mlx.nn as nn
 import numpy as np
 import numpy.typing as npt
 
-from .errors import MlxQuantError
-from .grids.tables import ActivationTable
-from .grids.weights import Grid
-from .input_tables import LayerInput, Options, decide_input
-from .layers.linear import QuantizedLinear
-from .methods import registry
-from .methods.inputs.tiers import TIERS
-from .methods.weights.correction import corrected_target
-from .methods.weights.damping import CANDIDATES, TARGETS, Choice, choose_damping
-from .methods.weights.lowrank import LowRank, refitted
-from .numerics.moments import Moments, output_error
-from .numerics.transform import Transform
-from .recipes.recipe import ActivationSpec, LayerSpec
+from ..errors import MlxQuantError
+from ..grids.tables import ActivationTable
+from ..grids.weights import Grid
+from ..layers.linear import QuantizedLinear
+from ..methods import registry
+from ..methods.inputs.tiers import TIERS
+from ..methods.weights.correction import corrected_target
+from ..methods.weights.damping import CANDIDATES, TARGETS, Choice, choose_damping
+from ..methods.weights.lowrank import LowRank, refitted
+from ..numerics.moments import Moments, output_error
+from ..numerics.transform import Transform
+from ..recipes.recipe import ActivationSpec, LayerSpec
+from .inputs import LayerInput, Options, decide_input
 
 Array = npt.NDArray[Any]
 

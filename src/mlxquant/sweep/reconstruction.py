@@ -17,13 +17,13 @@ import mlx.nn as nn
 import numpy as np
 import numpy.typing as npt
 
-from .grids.tables import Entry, TokenReader, represented
-from .layers.linear import QuantizedLinear
-from .layers.tree import swapped
-from .methods import registry
-from .methods.weights.adaround import Checkpoint, Choice, Settings, choose
-from .models.adapter import Adapter, Stage, State
-from .progress import Progress, silent
+from ..grids.tables import Entry, TokenReader, represented
+from ..layers.linear import QuantizedLinear
+from ..layers.tree import swapped
+from ..methods import registry
+from ..methods.weights.adaround import Checkpoint, Choice, Settings, choose
+from ..models.adapter import Adapter, Stage, State
+from ..progress import Progress, silent
 from .store import Layers
 from .streams import Teacher, Weights
 

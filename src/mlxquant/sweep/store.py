@@ -11,12 +11,12 @@ from typing import Any, Protocol, TypeVar
 import mlx.core as mx
 import mlx.nn as nn
 
-from .files import artifacts
-from .grids.time import Clock
-from .layers.attention import QuantizedAttention
-from .layers.linear import QuantizedLinear
-from .layers.tree import parameters
-from .models.adapter import Stage, State
+from ..files import artifacts
+from ..grids.time import Clock
+from ..layers.attention import QuantizedAttention
+from ..layers.linear import QuantizedLinear
+from ..layers.tree import parameters
+from ..models.adapter import Stage, State
 
 Layers = dict[str, QuantizedLinear]
 Attentions = dict[str, QuantizedAttention]
