@@ -29,13 +29,13 @@ import mlx.core as mx
 from mlxquant.api import Model
 from mlxquant.calibration.trajectories import Calibration
 from mlxquant.commandline.console import progress, result, say
-from mlxquant.decisions import decide
 from mlxquant.files.artifacts import atomic_file, canonical
 from mlxquant.grids.tables import TableReader
 from mlxquant.layers.tree import set_module
 from mlxquant.metrics.bootstrap import interval
 from mlxquant.metrics.psnr import psnr
 from mlxquant.pipeline.activation_stats import ActivationStats, collect
+from mlxquant.pipeline.decisions import decide
 from mlxquant.pipeline.samples import Samples, draw, open_folder
 from mlxquant.recipes.presets import parse_recipe
 from mlxquant.recipes.recipe import Recipe

@@ -6,11 +6,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlxquant.decisions import decide
-from mlxquant.divisions import try_division
 from mlxquant.errors import CalibrationError, RecipeError
 from mlxquant.layers.tree import get_module
 from mlxquant.methods.inputs.tiers import OutputErrors, lowered, relative_errors
+from mlxquant.pipeline.decisions import decide
+from mlxquant.pipeline.divisions import try_division
 from mlxquant.sweep.folding import divide
 from mlxquant.sweep.inputs import LayerInput, Options, decide_input
 from mlxquant.sweep.sensitivity import Sensitivity

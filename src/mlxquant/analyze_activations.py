@@ -11,13 +11,13 @@ import numpy as np
 
 from . import api
 from .commandline.console import Command, progress, result, say, verbose_option
-from .decisions import decide, made_from
 from .errors import ArtifactError
 from .files.artifacts import ensure_writable
 from .layers.tree import starred
 from .methods.inputs.tiers import BUDGET, TIERS
 from .pipeline import temporal
 from .pipeline.activation_stats import ActivationStats
+from .pipeline.decisions import decide, made_from
 from .pipeline.quant_config import QuantConfig
 from .report.comparison import save_png
 from .report.tiers import draw_tiers

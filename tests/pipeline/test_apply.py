@@ -9,7 +9,6 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlxquant.divisions import Division
 from mlxquant.errors import ArtifactError, CalibrationError, RecipeError
 from mlxquant.files import artifacts
 from mlxquant.grids.weights import WeightFormat
@@ -18,6 +17,7 @@ from mlxquant.layers.tree import tapped
 from mlxquant.methods.inputs.clipping import affine_table
 from mlxquant.numerics.statistics import Collector
 from mlxquant.pipeline.apply import TrackFiles, Tracks, check, install, prepare
+from mlxquant.pipeline.divisions import Division
 from mlxquant.pipeline.ledger import Ledger
 from mlxquant.pipeline.quant_config import QuantConfig
 from mlxquant.pipeline.weight_files import CONFIG, KIND, WeightFiles

@@ -7,11 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from mlxquant.divisions import Division
 from mlxquant.errors import ArtifactError
 from mlxquant.files import artifacts
 from mlxquant.grids.tables import ActivationTable
 from mlxquant.methods.inputs.clipping import affine_table
+from mlxquant.pipeline.divisions import Division
 from mlxquant.pipeline.quant_config import QuantConfig
 
 SIGMAS = np.array([0.1, 0.5, 0.9], np.float32)

@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..divisions import Division, Tables
 from ..errors import ArtifactError
 from ..files import artifacts
 from ..grids.tables import ActivationTable
+from .divisions import Division, Tables
 from .ledger import read_npz, write_npz
 
 Array = npt.NDArray[Any]

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .grids.tables import ActivationTable
-from .grids.weights import WeightFormat, fit_extremes
-from .methods.inputs.shift import migration
-from .methods.inputs.tiers import lowered
-from .methods.transforms import smoothquant
-from .sweep.inputs import DecidedInput, Options, TierTables, mean_error
+from ..grids.tables import ActivationTable
+from ..grids.weights import WeightFormat, fit_extremes
+from ..methods.inputs.shift import migration
+from ..methods.inputs.tiers import lowered
+from ..methods.transforms import smoothquant
+from ..sweep.inputs import DecidedInput, Options, TierTables, mean_error
 
 Array = npt.NDArray[Any]
 Tables = dict[str, ActivationTable]

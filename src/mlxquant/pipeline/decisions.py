@@ -14,14 +14,14 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
+from ..errors import CalibrationError
+from ..files.artifacts import plain, versions
+from ..models.adapter import Adapter, Edge
+from ..numerics.statistics import InputRanges
+from ..progress import Progress, silent
+from ..sweep.inputs import LayerInput, Options, decide_input
 from .divisions import migrated, smoothed
-from .errors import CalibrationError
-from .files.artifacts import plain, versions
-from .models.adapter import Adapter, Edge
-from .numerics.statistics import InputRanges
-from .pipeline.quant_config import QuantConfig
-from .progress import Progress, silent
-from .sweep.inputs import LayerInput, Options, decide_input
+from .quant_config import QuantConfig
 
 Array = npt.NDArray[Any]
 
