@@ -35,7 +35,7 @@ from mlxquant.metrics.prediction import Prediction, predict
 from mlxquant.models.gpt.adapter import GPTAdapter
 from mlxquant.qat.folders import quantized_gpt
 from mlxquant.qat.integer import to_integer_layers
-from mlxquant.spin_quant import SpinQuant
+from mlxquant.spin_quant.learning import SpinQuant
 
 MODEL = "gpt-python"
 METHODS = ("rtn", "gptq", "descent", "gptq+corrected", "qronos")

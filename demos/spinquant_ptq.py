@@ -22,8 +22,8 @@ from mlxquant.errors import ArtifactError, CalibrationError
 from mlxquant.files import artifacts
 from mlxquant.models.gpt.adapter import EMBEDDED, GPTAdapter
 from mlxquant.qat.training import batch, loss
-from mlxquant.spin_files import FILE, save_spun
-from mlxquant.spin_quant import SpinQuant
+from mlxquant.spin_quant.files import FILE, save_spun
+from mlxquant.spin_quant.learning import SpinQuant
 
 
 def windows(tokens, count, size, length, seed):

@@ -11,7 +11,7 @@ import click
 
 from mlxquant.commandline.console import Command, progress
 from mlxquant.sampling.text import sample_tokens
-from mlxquant.spin_files import load_spun
+from mlxquant.spin_quant.files import load_spun
 
 
 @click.command(cls=Command)

@@ -10,9 +10,9 @@ from mlxquant.layers.tree import get_module, parameters, swapped, tapped
 from mlxquant.layers.turned_norm import TurnedNorm
 from mlxquant.models.gpt.adapter import GPTAdapter
 from mlxquant.models.gpt.tokenizers import CharTokenizer
-from mlxquant.models.residual_stream import residual_stream, untie
 from mlxquant.numerics import cayley
-from mlxquant.rotations import folded, hold_heads, key_rotation, rotate, start
+from mlxquant.spin_quant.residual_stream import residual_stream, untie
+from mlxquant.spin_quant.rotations import folded, hold_heads, key_rotation, rotate, start
 
 from language_models import tiny_gpt, tiny_mlx_lm, tokens
 

@@ -41,7 +41,7 @@ from .sampling.prompts import (
     Prompt,  # noqa: E402
     read_prompts,  # noqa: E402
 )
-from .spin_quant import SpinQuant  # noqa: E402
+from .spin_quant.learning import SpinQuant  # noqa: E402
 
 __all__ = [
     "FakeQuantLinear",

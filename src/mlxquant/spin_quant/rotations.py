@@ -15,11 +15,11 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from .grids.tables import TokenReader, represented
-from .layers.tree import get_module, set_module
-from .layers.turned_norm import TurnedNorm
-from .models.residual_stream import ResidualStream, Values, residual_stream, untie
-from .numerics import cayley
+from ..grids.tables import TokenReader, represented
+from ..layers.tree import get_module, set_module
+from ..layers.turned_norm import TurnedNorm
+from ..numerics import cayley
+from .residual_stream import ResidualStream, Values, residual_stream, untie
 
 Arrays = dict[str, Any]  # "residual" [D,D] and "values", a list of [heads,size,size] by layer
 FIXED = 0  # the seed of rotations that are part of a format and not of a run

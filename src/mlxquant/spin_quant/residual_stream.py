@@ -14,7 +14,7 @@ import mlx.nn as nn
 
 from ..errors import AdapterError
 from ..layers.tree import get_module
-from .gpt.network import GPT, MODEL_TYPE
+from ..models.gpt.network import GPT, MODEL_TYPE
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,13 @@ from typing import Any
 
 import mlx.core as mx
 
-from .errors import ArtifactError
-from .files import artifacts
-from .layers.linear import QuantizedLinear, find_quantized
-from .layers.tree import get_module, parameters, set_module
-from .layers.turned_norm import TurnedNorm
-from .models.gpt.network import GPT, GPTConfig
-from .models.gpt.tokenizers import ByteTokenizer, CharTokenizer, tokenizer_from_facts
+from ..errors import ArtifactError
+from ..files import artifacts
+from ..layers.linear import QuantizedLinear, find_quantized
+from ..layers.tree import get_module, parameters, set_module
+from ..layers.turned_norm import TurnedNorm
+from ..models.gpt.network import GPT, GPTConfig
+from ..models.gpt.tokenizers import ByteTokenizer, CharTokenizer, tokenizer_from_facts
 from .rotations import HeldHeads
 
 FILE, KIND = "spinquant.safetensors", "spinquant-gpt"

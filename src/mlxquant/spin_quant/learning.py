@@ -17,21 +17,21 @@ import mlx.nn as nn
 import numpy as np
 import numpy.typing as npt
 
+from ..errors import CalibrationError, NumericsError, RecipeError
+from ..grids.weights import WeightFormat
+from ..layers.sizes import stored_bytes
+from ..layers.tree import get_module, set_module, tapped
+from ..methods import registry
+from ..numerics import cayley
+from ..numerics.moments import Moments
+from ..numerics.transform import Transform
+from ..progress import Progress, silent
+from ..recipes.recipe import LayerSpec
+from ..sweep.layer import quantize_layer
 from . import rotations as turning
-from .errors import CalibrationError, NumericsError, RecipeError
-from .grids.weights import WeightFormat
-from .layers.sizes import stored_bytes
-from .layers.tree import get_module, set_module, tapped
-from .methods import registry
-from .models.residual_stream import residual_stream
-from .numerics import cayley
-from .numerics.moments import Moments
-from .numerics.transform import Transform
-from .progress import Progress, silent
-from .recipes.recipe import LayerSpec
+from .network import Precision, SpinNetwork
+from .residual_stream import residual_stream
 from .rotations import Arrays
-from .spin_network import Precision, SpinNetwork
-from .sweep.layer import quantize_layer
 
 Array = npt.NDArray[Any]
 BITS = (4, 6, 8)  # of activations

@@ -14,11 +14,11 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 
-from .grids.tables import TokenReader, represented, round_through
-from .grids.weights import WeightFormat
-from .layers.tree import get_module, swapped
-from .models.residual_stream import ResidualStream
-from .numerics.hadamard import block_size, rotated_blocks
+from ..grids.tables import TokenReader, represented, round_through
+from ..grids.weights import WeightFormat
+from ..layers.tree import get_module, swapped
+from ..numerics.hadamard import block_size, rotated_blocks
+from .residual_stream import ResidualStream
 from .rotations import Arrays, Turn, folded, hold_heads
 
 
