@@ -41,8 +41,8 @@ import mlxquant as mq  # before mlx
 # isort: split
 import mlx.core as mx
 
-from mlxquant import jobs
-from mlxquant.api import Model, QuantizedModel
+from mlxquant.api import jobs
+from mlxquant.api.model import Model, QuantizedModel
 from mlxquant.calibration.trajectories import Calibration
 from mlxquant.commandline.console import peak_bytes, progress, result, say
 from mlxquant.files import artifacts

@@ -22,7 +22,7 @@ import mlxquant as mq  # before mlx, so that MLX gets a fast BLAS
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxquant.api import Model, QuantizedModel
+from mlxquant.api.model import Model, QuantizedModel
 from mlxquant.commandline.console import progress, result, say
 from mlxquant.files.artifacts import atomic_file, canonical
 from mlxquant.grids.tables import TableReader, represented

@@ -26,7 +26,7 @@ from shapes_ladder import QuantizedInput, without_tables
 # isort: split
 import mlx.core as mx
 
-from mlxquant.api import Model
+from mlxquant.api.model import Model
 from mlxquant.calibration.trajectories import Calibration
 from mlxquant.commandline.console import progress, result, say
 from mlxquant.files.artifacts import atomic_file, canonical

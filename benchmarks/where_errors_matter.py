@@ -18,7 +18,7 @@ import mlxquant as mq  # before mlx, so that MLX gets a fast BLAS
 # isort: split
 import mlx.core as mx
 
-from mlxquant.api import Model
+from mlxquant.api.model import Model
 from mlxquant.commandline.console import progress, result, say
 from mlxquant.metrics.psnr import psnr
 from mlxquant.sampling.prompts import Prompt

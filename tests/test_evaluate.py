@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 import mlxquant as mq
-from mlxquant import jobs
+from mlxquant.api import jobs
 from mlxquant.errors import NumericsError
 from mlxquant.evaluation import cost, half_precision, paired, report_folder
 from mlxquant.evaluation.drawings import Drawings

@@ -9,7 +9,7 @@ from typing import Any
 import click
 import numpy as np
 
-from . import api
+from .api import model
 from .commandline.console import Command, progress, result, say, verbose_option
 from .errors import ArtifactError
 from .files.artifacts import ensure_writable
@@ -89,7 +89,7 @@ def command(
     ensure_writable(output.absolute().parent)
     if (found := finished(output, made_from(stats, options), force)) is not None:
         say(f"{output} is finished already, with these settings")
-    config = found or decide(stats, api.load(name or stats.model).adapter, options, progress)
+    config = found or decide(stats, model.load(name or stats.model).adapter, options, progress)
     facts = temporal.analyze(config)
     bits = {path: table.bits for path, table in config.plain.items()}
     title = f"{config.facts['model']}: {config.mean_bits:.2f} bits on average, by {rule}"

@@ -8,7 +8,8 @@ from typing import Any
 
 import click
 
-from . import api, jobs
+from .api import jobs
+from .api import model as api
 from .commandline.console import Command, force_option, peak_bytes, progress, result, say, verbose_option
 from .files import artifacts
 from .recipes.presets import parse_recipe

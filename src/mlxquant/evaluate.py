@@ -9,7 +9,8 @@ from typing import Any
 
 import click
 
-from . import api, jobs
+from .api import jobs
+from .api import model as api
 from .commandline.console import (
     MODEL_HELP,
     Command,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from . import api
+from .api import model
 from .commandline.console import MODEL_HELP, Command, force_option, result, say, verbose_option
 from .exporters.plain import FLOATS
 from .exporters.targets import TARGETS, export
@@ -27,7 +27,7 @@ def command(name: str, target: str, out: Path, drop_activations: bool, dtype: st
     The calibrated codes are written bit for bit; what the target has no place for is refused, by name.
     """
     artifacts.refuse_existing(out, force)
-    facts = export(api.load(name), out, target, drop_activations=drop_activations, dtype=dtype, force=force)
+    facts = export(model.load(name), out, target, drop_activations=drop_activations, dtype=dtype, force=force)
     say(f"{out}: {facts['bytes'] / 1e6:.2f} MB, {facts['bits_per_weight']:.2f} bits per weight, {facts['layers']} packed layers")
     for note in facts["notes"]:
         say(f"  {note}")

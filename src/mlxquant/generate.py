@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from . import api
+from .api import model as api
 from .commandline.console import MODEL_HELP, Command, peak_bytes, progress, result, say, size_option, verbose_option
 from .errors import AdapterError
 from .files import artifacts

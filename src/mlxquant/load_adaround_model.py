@@ -9,8 +9,8 @@ from typing import Any
 import click
 import numpy as np
 
-from . import api
-from .api import Model, QuantizedModel
+from .api import model as api
+from .api.model import Model, QuantizedModel
 from .commandline.console import Command, peak_bytes, progress, result, say, size_option, verbose_option
 from .errors import AdapterError
 from .files import artifacts

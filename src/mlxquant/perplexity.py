@@ -9,7 +9,7 @@ from typing import Any
 import click
 import numpy as np
 
-from . import api
+from .api import model as api
 from .calibration.corpus import read_corpus
 from .commandline.console import Command, peak_bytes, progress, result, say, verbose_option
 from .metrics.bootstrap import interval

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import click
 
-from . import api, jobs
+from .api import jobs
+from .api import model as api
 from .commandline.console import (
     MODEL_HELP,
     Command,

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ..api import Model, QuantizedModel
+from ..api.model import Model, QuantizedModel
 
 
 @dataclass(frozen=True)

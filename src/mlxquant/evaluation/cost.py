@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ..api import Model, QuantizedModel
+from ..api.model import Model, QuantizedModel
 from ..files import artifacts
 from ..layers.tree import parameters
 from ..progress import Progress

@@ -10,7 +10,7 @@ from __future__ import annotations
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..api import Model
+from ..api.model import Model
 from ..layers.tree import find_linears, set_module
 
 

@@ -16,7 +16,7 @@ import mlx.nn as nn
 import numpy as np
 import numpy.typing as npt
 
-from ..api import Model, QuantizedModel
+from ..api.model import Model, QuantizedModel
 from ..calibration.trajectories import Calibration
 from ..grids.tables import ActivationTable
 from ..layers.linear import QuantizedLinear

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..api import QuantizedModel
+from ..api.model import QuantizedModel
 from ..calibration.trajectories import Calibration
 from ..errors import NumericsError
 from ..files import artifacts

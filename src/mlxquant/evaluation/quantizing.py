@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .. import jobs
-from ..api import Model, QuantizedModel
+from ..api import jobs
+from ..api.model import Model, QuantizedModel
 from ..calibration.trajectories import Calibration
 from ..files import artifacts
 from ..files.artifacts import versions

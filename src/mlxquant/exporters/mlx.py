@@ -13,7 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..api import KIND, QuantizedModel
+from ..api.model import KIND, QuantizedModel
 from ..files import artifacts
 from ..layers.attention import find_quantized_attentions
 from ..layers.linear import QuantizedLinear, find_quantized

@@ -12,7 +12,7 @@ from typing import Any
 
 import mlx.nn as nn
 
-from ..api import Model, QuantizedModel
+from ..api.model import Model, QuantizedModel
 from ..errors import ExportError
 from ..files import artifacts
 from ..models.language import LanguageAdapter

@@ -8,13 +8,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import api
-from .api import Model, QuantizedModel
-from .files import artifacts
-from .pipeline.apply import TrackFiles
-from .progress import Progress
-from .recipes.recipe import Recipe
-from .sweep.streams import CalibrationData
+from ..files import artifacts
+from ..pipeline.apply import TrackFiles
+from ..progress import Progress
+from ..recipes.recipe import Recipe
+from ..sweep.streams import CalibrationData
+from . import model as api
+from .model import Model, QuantizedModel
 
 
 def partial_folder(out: Path) -> Path:

@@ -12,34 +12,34 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from .calibration import trajectories
-from .calibration.corpus import read_corpus
-from .calibration.text import TextCalibration, collect_text
-from .calibration.trajectories import Calibration
-from .errors import AdapterError, ArtifactError, CalibrationError, NumericsError, RecipeError
-from .files import artifacts
-from .files.artifacts import versions
-from .layers.attention import QuantizedAttention, find_quantized_attentions
-from .layers.linear import QuantizedLinear, find_quantized
-from .layers.model_size import Size
-from .layers.plain import restored
-from .layers.tree import parameters, set_module
-from .metrics.prediction import Prediction, predict
-from .models.adapter import Adapter
-from .models.catalog import adapter_class, pretrained
-from .models.diffusion import DiffusionAdapter, diffusion
-from .models.language import LanguageAdapter, language
-from .pipeline.apply import TrackFiles
-from .progress import Progress, silent
-from .recipes.presets import parse_recipe
-from .recipes.recipe import LayerSpec, Recipe
-from .report.comparison import Comparison, to_pil
-from .sampling.prompts import Prompt
-from .sampling.sampler import SamplerStep
-from .sweep.allocation import allocate, check_limits, stored_bits
-from .sweep.store import FolderStore, Store, layer_arrays, module_facts
-from .sweep.streams import CalibrationData
-from .sweep.sweep import check_model, sweep
+from ..calibration import trajectories
+from ..calibration.corpus import read_corpus
+from ..calibration.text import TextCalibration, collect_text
+from ..calibration.trajectories import Calibration
+from ..errors import AdapterError, ArtifactError, CalibrationError, NumericsError, RecipeError
+from ..files import artifacts
+from ..files.artifacts import versions
+from ..layers.attention import QuantizedAttention, find_quantized_attentions
+from ..layers.linear import QuantizedLinear, find_quantized
+from ..layers.model_size import Size
+from ..layers.plain import restored
+from ..layers.tree import parameters, set_module
+from ..metrics.prediction import Prediction, predict
+from ..models.adapter import Adapter
+from ..models.catalog import adapter_class, pretrained
+from ..models.diffusion import DiffusionAdapter, diffusion
+from ..models.language import LanguageAdapter, language
+from ..pipeline.apply import TrackFiles
+from ..progress import Progress, silent
+from ..recipes.presets import parse_recipe
+from ..recipes.recipe import LayerSpec, Recipe
+from ..report.comparison import Comparison, to_pil
+from ..sampling.prompts import Prompt
+from ..sampling.sampler import SamplerStep
+from ..sweep.allocation import allocate, check_limits, stored_bits
+from ..sweep.store import FolderStore, Store, layer_arrays, module_facts
+from ..sweep.streams import CalibrationData
+from ..sweep.sweep import check_model, sweep
 
 KIND = "quantized-model"
 SAVED = ("kind", "version", "model", "layers", "attentions", "files", "mlxquant", "mlx", "plain")  # what ``save`` adds to the facts
