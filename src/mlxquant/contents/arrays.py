@@ -11,16 +11,14 @@ import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from ..errors import ArtifactError
 from ..files import tensor_layout
 from ..files.artifacts import explain
+from ..numerics.arrays import Array
 
-Array = npt.NDArray[Any]
 AGAIN = "download or write it anew"
 DAMAGED = (ValueError, KeyError, TypeError, AttributeError, RecursionError, EOFError, zipfile.BadZipFile, zlib.error)
 DTYPES = {  # safetensors' names: ours, and the bytes of a value

@@ -7,14 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from ..numerics.arrays import Array
 from .arrays import StoredArray
 
-Array = npt.NDArray[Any]
 PARTS = ("codes", "scale", "zero_point", "bits")
 
 

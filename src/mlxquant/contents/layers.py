@@ -11,14 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from ..errors import ArtifactError, RecipeError
 from ..grids.weights import Grid, WeightFormat, unpack
 from ..layers.model_size import PACKED
+from ..numerics.arrays import Array
 from .arrays import StoredArray
 
-Array = npt.NDArray[Any]
 STORED = (*PACKED, "act_divisor")
 
 

@@ -7,18 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from ..numerics.arrays import Array
 from ..pipeline.activation_stats import ActivationStats
 from .arrays import StoredArray
 from .coded import CodedTensor, coded_tensors
 from .layers import StoredLayer, without_parts
 from .reader import Contents
 
-Array = npt.NDArray[Any]
 LARGEST = 2**24  # numbers of a tensor that are read
 
 

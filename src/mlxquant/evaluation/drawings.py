@@ -11,22 +11,20 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
-import numpy.typing as npt
 
 from ..errors import ArtifactError
 from ..files import artifacts
 from ..files.artifacts import versions
 from ..metrics.trajectory import trajectory_error
+from ..numerics.arrays import Array
 from ..progress import Progress
 from ..sampling.prompts import Prompt
 from ..sampling.sampler import SamplerStep
 from .contender import Contender
 
-Array = npt.NDArray[Any]
 KIND = "drawing"
 
 

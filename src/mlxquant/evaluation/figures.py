@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from ..metrics.bootstrap import interval
 from ..metrics.catalog import Metric
+from ..numerics.arrays import Array
 from ..progress import Progress
 
-Array = npt.NDArray[Any]
 Attributes = Callable[[Array, Sequence[str]], dict[str, float] | None]
 Features = dict[tuple[str, Path | None, str], Array]  # by network, place of its weights, and folder of the pictures
 ACCURACY = {

@@ -14,7 +14,6 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-import numpy.typing as npt
 
 from ..api.model import Model, QuantizedModel
 from ..calibration.trajectories import Calibration
@@ -22,9 +21,9 @@ from ..grids.tables import ActivationTable
 from ..layers.linear import QuantizedLinear
 from ..layers.tree import get_module, tapped
 from ..models.adapter import Adapter, Stage, State, written
+from ..numerics.arrays import Array
 from ..progress import Progress
 
-Array = npt.NDArray[Any]
 PICTURES, LEVELS = 2, 16  # that are looked at
 
 

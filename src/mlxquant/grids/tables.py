@@ -16,12 +16,11 @@ from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 import numpy as np
-import numpy.typing as npt
 
 from ..errors import AdapterError, RecipeError
+from ..numerics.arrays import Array
 from .time import Clock
 
-Array = npt.NDArray[Any]
 BITS = (4, 6, 8, 16)
 MANTISSA, ONE, ROOT = 23, 0x3F800000, 0x3504F3  # of a float32: bits of the mantissa; 1.0; the mantissa of sqrt(2)
 

@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 
 from ..errors import NumericsError, RecipeError
+from ..numerics.arrays import Array
 
-Array = npt.NDArray[Any]
 GROUPS = (32, 64, 128)
 SMALLEST_SCALE = float(np.finfo(np.float16).tiny)
 

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-import numpy.typing as npt
 
 from ..errors import CalibrationError, NumericsError
 from ..models.language import Tokenizer, Tokens
+from ..numerics.arrays import Array
 from ..progress import Progress, silent
-
-Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)

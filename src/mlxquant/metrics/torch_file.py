@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-import numpy.typing as npt
 
 from ..errors import ArtifactError
+from ..numerics.arrays import Array
 
-Array = npt.NDArray[Any]
 MAGIC = 0x1950A86A20F9469CFC6C  # how a checkpoint of the old layout begins
 STORAGES = {"FloatStorage": np.float32, "HalfStorage": np.float16, "DoubleStorage": np.float64, "LongStorage": np.int64}
 

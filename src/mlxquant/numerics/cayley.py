@@ -6,14 +6,11 @@ and spread of ``x R`` are those of x, and the norm commutes with R. Everything i
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-import numpy.typing as npt
 
+from .arrays import Array
 from .hadamard import block_size, regular_hadamard
 
-Array = npt.NDArray[Any]
 STARTS = ("hadamard", "random", "identity")
 TINY = 1e-12
 CLIP = 0.2  # the largest ‖W‖₁ that counts in full

@@ -6,14 +6,12 @@ The matrix is halved until its pieces are small, and nearly all of the work beco
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from ..errors import NumericsError
+from .arrays import Array
 
-Array = npt.NDArray[Any]
 SMALL = 128  # up to here LAPACK factorizes and inverts; below, products are too small to pay
 PANEL = 512  # of a symmetric product both triangles are computed inside pieces of this width, one outside
 ROWS = 512  # rows solved for at a time

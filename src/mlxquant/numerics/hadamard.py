@@ -7,13 +7,12 @@ Sylvester matrix does with its constant first column (discrepancy 16 against 256
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
-import numpy.typing as npt
 
-Array = npt.NDArray[Any]
+from .arrays import Array
+
 H4 = np.ones((4, 4)) - 2 * np.eye(4)  # symmetric, H4 H4ᵀ = 4 I, rows sum to 2
 
 

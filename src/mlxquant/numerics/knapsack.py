@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-Array = npt.NDArray[Any]
+from .arrays import Array
 
 
 def allocate(costs: Sequence[Array], sizes: Sequence[Array], capacity: float) -> list[int]:

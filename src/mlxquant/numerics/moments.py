@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ..errors import CalibrationError, NumericsError
+from .arrays import Array
 
-Array = npt.NDArray[Any]
 PANEL = 256  # columns of a gram matrix in a product; what is symmetric is computed once outside of them
 
 

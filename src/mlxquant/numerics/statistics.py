@@ -10,12 +10,11 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-import numpy.typing as npt
 
 from ..errors import NumericsError
+from .arrays import Array
 from .moments import Moments
 
-Array = npt.NDArray[Any]
 Change = Callable[[Array], Array]
 HELD_OUT = 4  # one sample in so many
 

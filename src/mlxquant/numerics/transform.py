@@ -8,16 +8,13 @@ leaves the rest to the layer that reads it (``QuantizedLinear``). Arrays only.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from .arrays import Array
 from .hadamard import rotated
 from .moments import Moments
 from .statistics import InputRanges
-
-Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)

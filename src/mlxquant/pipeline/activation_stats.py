@@ -19,11 +19,12 @@ from ..errors import AdapterError, ArtifactError, NumericsError
 from ..files import artifacts
 from ..layers.tree import tapped
 from ..models.diffusion import DiffusionAdapter
+from ..numerics.arrays import Array
 from ..numerics.statistics import InputRanges, Picks, StepCollector, StepInputs
 from ..progress import Progress, silent
 from ..report.ranges import RangeCurves, draw_ranges
 from ..sweep.sensitivity import measure
-from .ledger import Array, Ledger
+from .ledger import Ledger
 from .samples import MANIFEST, Samples
 
 KIND, INDEX_KIND = "activation-statistics", "activation-summary"

@@ -21,9 +21,10 @@ from ..errors import AdapterError, ArtifactError, NumericsError
 from ..files import artifacts
 from ..models.adapter import State, hooked, written
 from ..models.diffusion import DiffusionAdapter
+from ..numerics.arrays import Array
 from ..progress import Progress, silent
 from ..sweep.streams import run_stage
-from .ledger import Array, Ledger
+from .ledger import Ledger
 from .samples import MANIFEST, Samples, check_source, sample_name
 
 KIND = "adaround-cache"

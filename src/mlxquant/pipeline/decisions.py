@@ -12,18 +12,16 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 import numpy as np
-import numpy.typing as npt
 
 from ..errors import CalibrationError
 from ..files.artifacts import plain, versions
 from ..models.adapter import Adapter, Edge
+from ..numerics.arrays import Array
 from ..numerics.statistics import InputRanges
 from ..progress import Progress, silent
 from ..sweep.inputs import LayerInput, Options, decide_input
 from .divisions import migrated, smoothed
 from .quant_config import QuantConfig
-
-Array = npt.NDArray[Any]
 
 
 class Statistics(Protocol):

@@ -11,16 +11,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from ..grids.tables import ActivationTable
 from ..grids.weights import WeightFormat, fit_extremes
 from ..methods.inputs.shift import migration
 from ..methods.inputs.tiers import lowered
 from ..methods.transforms import smoothquant
+from ..numerics.arrays import Array
 from ..sweep.inputs import DecidedInput, Options, TierTables, mean_error
 
-Array = npt.NDArray[Any]
 Tables = dict[str, ActivationTable]
 WEIGHTS = WeightFormat(bits=4)
 

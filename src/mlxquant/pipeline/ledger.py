@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from ..errors import ArtifactError
 from ..files import artifacts
+from ..numerics.arrays import Array
 
-Array = npt.NDArray[Any]
 OWN = ("files", "complete", "made_from")  # the ledger's own entries; ``made_from`` names those that are facts
 
 

@@ -16,15 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from ..errors import ArtifactError
 from ..files import artifacts
 from ..grids.tables import ActivationTable
+from ..numerics.arrays import Array
 from .divisions import Division, Tables
 from .ledger import read_npz, write_npz
 
-Array = npt.NDArray[Any]
 KIND = "quant-config"
 
 

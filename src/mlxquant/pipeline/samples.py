@@ -20,11 +20,12 @@ from ..errors import AdapterError, CalibrationError, NumericsError
 from ..files import artifacts
 from ..models.adapter import Adapter
 from ..models.diffusion import DiffusionAdapter
+from ..numerics.arrays import Array
 from ..progress import Progress, silent
 from ..report.comparison import save_png, to_pil
 from ..sampling.prompts import Prompt
 from ..sampling.sampler import SamplerStep
-from .ledger import Array, Ledger
+from .ledger import Ledger
 
 KIND = "calibration-samples"
 MANIFEST = "manifest.json"

@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from ..files import artifacts
 from ..layers.tree import starred
+from ..numerics.arrays import Array
 from .quant_config import QuantConfig
 
-Array = npt.NDArray[Any]
 KIND = "temporal-analysis"
 
 

@@ -17,7 +17,6 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-import numpy.typing as npt
 
 from ..errors import ArtifactError, MlxQuantError
 from ..files import artifacts
@@ -26,10 +25,10 @@ from ..grids.time import Clock
 from ..grids.weights import Grid, WeightFormat
 from ..layers.linear import QuantizedLinear
 from ..models.adapter import Stage
+from ..numerics.arrays import Array
 from ..sweep.store import StageCheckpoint, StageResult
 from .ledger import Ledger
 
-Array = npt.NDArray[Any]
 KIND = "adaround-weights"
 CONFIG = "config.json"
 COMMAND = "mlxquant adaround-optimize"

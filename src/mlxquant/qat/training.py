@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
-import numpy.typing as npt
 
 from ..layers.tree import parameters
 from ..models.gpt.network import GPT, GPTConfig
+from ..numerics.arrays import Array
 from .modules import QuantizingWeight
 
-Array = npt.NDArray[Any]
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
 

@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-Array = npt.NDArray[Any]
+from ..numerics.arrays import Array
+
 INK, PALE, LINE = "#010203", "#040506", "#070809"  # stand for the page's own colours
 PAGE = {INK: "var(--ink)", PALE: "var(--pale)", LINE: "var(--line)"}
 PALETTE = ("#3b82c4", "#e0792b", "#2f9e6e", "#b45bbf", "#a8841a", "#d1495b", "#0f9aa0", "#7a7f8c")

@@ -8,11 +8,8 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-import numpy.typing as npt
-
 from ..files.artifacts import atomic_file
-
-Array = npt.NDArray[Any]
+from ..numerics.arrays import Array
 
 PER_PAGE, COLUMNS = 24, 4
 BAND, EDGE, EXTREME, PALE, GRID = "#9db8d9", "#3f6ea8", "#c8643c", "#6a6a70", "#e6e6ea"

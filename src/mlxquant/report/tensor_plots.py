@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from ..files.artifacts import atomic_file
+from ..numerics.arrays import Array
 
-Array = npt.NDArray[Any]
 BAR, PALE, GRID = "#3f6ea8", "#6a6a70", "#e6e6ea"
 BINS, CELLS = 128, 1024  # bars of a histogram; cells of a heat map, each way
 PER_SHEET, COLUMNS = 24, 4

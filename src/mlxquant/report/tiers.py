@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
-Array = npt.NDArray[Any]
+from ..numerics.arrays import Array
+
 COLOURS = {4: (198, 224, 190), 6: (250, 226, 160), 8: (243, 182, 160)}
 INK, PALE, PAPER, CURVE = (25, 25, 28), (105, 105, 112), (255, 255, 255), (60, 60, 90)
 ROW, PLOT, GAP, HEADER, FOOTER, NOTES = 44, 920, 24, 116, 52, 360  # twice the size at which the page is shown

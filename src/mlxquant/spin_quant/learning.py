@@ -15,7 +15,6 @@ from typing import Any, Literal, cast
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-import numpy.typing as npt
 
 from ..errors import CalibrationError, NumericsError, RecipeError
 from ..grids.weights import WeightFormat
@@ -23,6 +22,7 @@ from ..layers.sizes import stored_bytes
 from ..layers.tree import get_module, set_module, tapped
 from ..methods import registry
 from ..numerics import cayley
+from ..numerics.arrays import Array
 from ..numerics.moments import Moments
 from ..numerics.transform import Transform
 from ..progress import Progress, silent
@@ -33,7 +33,6 @@ from .network import Precision, SpinNetwork
 from .residual_stream import residual_stream
 from .rotations import Arrays
 
-Array = npt.NDArray[Any]
 BITS = (4, 6, 8)  # of activations
 CITATION = """@inproceedings{liu2025spinquant,
   title = {{SpinQuant}: {LLM} Quantization with Learned Rotations},

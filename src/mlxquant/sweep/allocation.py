@@ -19,7 +19,6 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-import numpy.typing as npt
 
 from ..errors import RecipeError
 from ..files.kept_arrays import Measurements
@@ -29,6 +28,7 @@ from ..methods import registry
 from ..methods.inputs.tiers import TIERS
 from ..models.adapter import Adapter, Stage, State
 from ..numerics import knapsack
+from ..numerics.arrays import Array
 from ..numerics.moments import Moments, energy
 from ..numerics.statistics import Collector, InputRanges
 from ..progress import Progress, silent
@@ -38,7 +38,6 @@ from .sensitivity import Sensitivity
 from .streams import CalibrationData, run_batch, run_stage
 from .sweep import measured, sensitivity_job
 
-Array = npt.NDArray[Any]
 WIDTHS = (2, 3, 4, 5, 6, 8)  # bits of a weight that MLX's kernels read
 PINNED = 8  # a layer that a recipe gives so many bits keeps them
 

@@ -7,21 +7,19 @@ result is a simulation (see ``models.attention``): it tells what such probabilit
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
-import numpy.typing as npt
 
 from ..errors import NumericsError, RecipeError
 from ..layers.attention import QuantizedAttention, ShownAttention, find_quantized_attentions
 from ..layers.tree import swapped
 from ..methods import registry
 from ..models.adapter import Adapter, Stage, State
+from ..numerics.arrays import Array
 from ..numerics.statistics import InputRanges, RunningRanges
 from ..progress import Progress, silent
 
-Array = npt.NDArray[Any]
 VALUES = 2**12  # of the probabilities of a batch, drawn to look at
 
 

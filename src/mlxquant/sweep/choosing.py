@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from ..methods import registry
 from ..methods.inputs.tiers import OutputErrors
@@ -19,8 +18,6 @@ from ..numerics.moments import Moments
 from ..numerics.transform import Place, Transform
 from ..recipes.recipe import LayerSpec
 from .inputs import LayerInput
-
-Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)

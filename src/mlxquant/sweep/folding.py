@@ -8,19 +8,17 @@ What nothing can absorb is left alone here, and the layer that replaces the cons
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-import numpy.typing as npt
 
 from ..errors import NumericsError
 from ..layers.tree import get_module
 from ..models.adapter import Edge, Fold
+from ..numerics.arrays import Array
 from ..numerics.transform import Transform
 
-Array = npt.NDArray[Any]
 Undo = Callable[[], None]
 
 

@@ -11,7 +11,6 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from ..errors import RecipeError
 from ..grids.tables import ActivationTable
@@ -19,9 +18,8 @@ from ..methods import registry
 from ..methods.inputs.shift import centred, shifted
 from ..methods.inputs.tiers import BUDGET, TIERS, OutputErrors, mixed, relative_errors, rms
 from ..methods.transforms import smoothquant
+from ..numerics.arrays import Array
 from ..numerics.statistics import InputRanges
-
-Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-import numpy.typing as npt
 
 from ..errors import MlxQuantError
 from ..grids.tables import ActivationTable
@@ -19,12 +17,11 @@ from ..methods.inputs.tiers import TIERS
 from ..methods.weights.correction import corrected_target
 from ..methods.weights.damping import CANDIDATES, TARGETS, Choice, choose_damping
 from ..methods.weights.lowrank import LowRank, refitted
+from ..numerics.arrays import Array
 from ..numerics.moments import Moments, output_error
 from ..numerics.transform import Transform
 from ..recipes.recipe import ActivationSpec, LayerSpec
 from .inputs import LayerInput, Options, decide_input
-
-Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)

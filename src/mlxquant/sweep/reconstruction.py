@@ -15,7 +15,6 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-import numpy.typing as npt
 
 from ..grids.tables import Entry, TokenReader, represented
 from ..layers.linear import QuantizedLinear
@@ -23,11 +22,10 @@ from ..layers.tree import swapped
 from ..methods import registry
 from ..methods.weights.adaround import Checkpoint, Choice, Settings, choose
 from ..models.adapter import Adapter, Stage, State
+from ..numerics.arrays import Array
 from ..progress import Progress, silent
 from .store import Layers
 from .streams import Teacher, Weights
-
-Array = npt.NDArray[Any]
 
 
 @dataclass

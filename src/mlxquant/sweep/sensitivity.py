@@ -21,14 +21,13 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-import numpy.typing as npt
 
 from ..errors import NumericsError
 from ..layers.tree import get_module, swapped
 from ..models.adapter import Adapter, Stage, State, written
+from ..numerics.arrays import Array
 from ..progress import Progress, silent
 
-Array = npt.NDArray[Any]
 LEVELS = "/sigma"  # among tables
 
 

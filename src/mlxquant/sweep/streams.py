@@ -8,12 +8,10 @@ from typing import Any, Protocol, overload
 
 import mlx.core as mx
 import numpy as np
-import numpy.typing as npt
 
 from ..models.adapter import Adapter, Stage, State, written
+from ..numerics.arrays import Array
 from ..progress import Progress, silent
-
-Array = npt.NDArray[Any]
 
 
 class OnDemand(Sequence[State]):

@@ -6,16 +6,13 @@ All use one affine grid for the whole tensor at each noise level, ``step = (high
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-import numpy.typing as npt
 
 from ...grids.tables import ActivationTable
+from ...numerics.arrays import Array
 from ...numerics.statistics import InputRanges
 from ..registry import register
 
-Array = npt.NDArray[Any]
 EXTREMES = 1.0  # for how many sampled rows each channel's smallest value, and its largest, count in ``error``
 
 

@@ -5,17 +5,14 @@ Which of the two a noise level gets is decided once, at calibration, by which di
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-import numpy.typing as npt
 
 from ...grids.tables import ActivationTable
+from ...numerics.arrays import Array
 from ...numerics.statistics import InputRanges
 from ..registry import register
 from .clipping import error
 
-Array = npt.NDArray[Any]
 SCALES = np.geomspace(1e-4, 30, 49)  # of the power law, in means of the values
 
 

@@ -9,17 +9,14 @@ step matters more than clipping, it costs 0.2 dB.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-import numpy.typing as npt
 
 from ...grids.tables import ActivationTable
+from ...numerics.arrays import Array
 from ...numerics.statistics import InputRanges
 from ..registry import register
 from .clipping import affine_table
 
-Array = npt.NDArray[Any]
 SWEEPS = 2000
 
 

@@ -16,16 +16,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from ...grids.tables import ActivationTable
+from ...numerics.arrays import Array
 from ...numerics.statistics import InputRanges
 from .clipping import extremes
 
-Array = npt.NDArray[Any]
 RangeMethod = Callable[[InputRanges, Array, int], ActivationTable]
 
 

@@ -12,16 +12,14 @@ order; without costs, ``costs[t,o] = 1 / sum_o mean_rows(y_o^2)``, the relative 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from ...grids.tables import ActivationTable, nearest_levels
+from ...numerics.arrays import Array
 from ...numerics.statistics import InputRanges
 from ..registry import register
 
-Array = npt.NDArray[Any]
 TIERS = (4, 6, 8)
 BUDGET = 6.5e-7  # of mean squared velocity error: one input may change the velocity by 8e-4 of its size
 Tables = Mapping[int, ActivationTable]

@@ -25,18 +25,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from ...grids.tables import ActivationTable
 from ...grids.time import log_snr
+from ...numerics.arrays import Array
 from ...numerics.statistics import InputRanges
 from ..registry import register
 from .clipping import error
 
-Array = npt.NDArray[Any]
 Time = Callable[[Array], Array]  # noise levels [T] to [-1, 1]
 OCTAVES = 6  # of at most 10 that make sense
 HIDDEN = 64

@@ -9,17 +9,14 @@ calibration picture and lose 0.2 dB with twelve; at 4 bits it is the same.
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from ...grids.tables import ActivationTable
+from ...numerics.arrays import Array
 from ...numerics.statistics import InputRanges
 from ..registry import register
 from .clipping import error
-
-Array = npt.NDArray[Any]
 
 
 def group_costs(low: Array, high: Array) -> Array:

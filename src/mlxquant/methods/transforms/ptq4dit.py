@@ -7,17 +7,14 @@ one division serves all of them, so those count the most at which the two go tog
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from ...numerics.arrays import Array
 from ...numerics.statistics import InputRanges
 from ...numerics.transform import Place, Transform
 from ..registry import register
 from .smoothquant import column_peaks, divisor, timestep_peaks
-
-Array = npt.NDArray[Any]
 
 
 @register("transform", "ptq4dit", citation="ptq4dit", summary="balance inputs and weights, timesteps weighed by rank correlation")

@@ -9,17 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from ...numerics.arrays import Array
 from ...numerics.hadamard import block_size
 from ...numerics.statistics import InputRanges
 from ...numerics.transform import Place, Transform
 from ..registry import register
-
-Array = npt.NDArray[Any]
 
 
 @register("transform", "rotation", citation="quarot", summary="rotate blocks of channels by regular Hadamard matrices")

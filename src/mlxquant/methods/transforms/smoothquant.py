@@ -8,16 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from ...numerics.arrays import Array
 from ...numerics.statistics import InputRanges
 from ...numerics.transform import Place, Transform
 from ..registry import register
 
-Array = npt.NDArray[Any]
 SPIKE, FEW = 5.0, 0.05
 BOUND = 1e4
 ALPHAS = (0.15, 0.3, 0.5, 0.7, 0.85)

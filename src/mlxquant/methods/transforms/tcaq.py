@@ -7,17 +7,15 @@ is one for all of them. TCAQ-DM weighs what each timestep would like by how larg
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from ...numerics.arrays import Array
 from ...numerics.statistics import InputRanges
 from ...numerics.transform import Place, Transform
 from ..registry import register
 from .smoothquant import timestep_peaks
 
-Array = npt.NDArray[Any]
 R_TRUNC = 10.0
 TRUNCATIONS = (R_TRUNC, R_TRUNC**2)
 

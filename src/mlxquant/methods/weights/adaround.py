@@ -18,14 +18,13 @@ from typing import Any, Protocol
 import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
-import numpy.typing as npt
 
 from ...errors import NumericsError, RecipeError
 from ...grids.weights import Grid
+from ...numerics.arrays import Array
 from ...progress import Progress, silent
 from ..registry import register
 
-Array = npt.NDArray[Any]
 ZETA, GAMMA = 1.1, -0.1  # the stretched sigmoid reaches 0 and 1 at finite alpha (eq. 23)
 SHARP, BLUNT = 20.0, 2.0  # the regulariser's exponent b is annealed from the first to the second
 

@@ -10,15 +10,10 @@ that any rounding method can inherit. The last form is the one computed: where b
 
 from __future__ import annotations
 
-from typing import Any
-
-import numpy.typing as npt
-
+from ...numerics.arrays import Array
 from ...numerics.cholesky import Factor
 from ...numerics.moments import Moments, calibrated_gram, shortfall
 from .gptq import damped_problem
-
-Array = npt.NDArray[Any]
 
 
 def corrected_target(weight: Array, moments: Moments, damping: float = 1e-3) -> Array:

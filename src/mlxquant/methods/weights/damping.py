@@ -9,15 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import inf
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from ...errors import NumericsError
+from ...numerics.arrays import Array
 from ...numerics.moments import Moments, excess, shortfall
 
-Array = npt.NDArray[Any]
 CANDIDATES = (0.003, 0.01, 0.03, 0.1, 0.3)  # of a rounding, relative to mean(diag H), as all methods take it
 TARGETS = (1e-4, 1e-3, 1e-2, 1e-1)  # of a corrected target, in which there is no rounding noise to fit
 ROWS = 128

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-import numpy.typing as npt
 
 from ...grids.weights import Grid
+from ...numerics.arrays import Array
 from ...numerics.cholesky import Factor, solve_lower, solve_transposed
 from ...numerics.moments import Moments, calibrated_gram, shortfall
 from ..registry import register
 from .gptq import damped_problem, nearest_plane
 from .rtn import better_rows, rtn
-
-Array = npt.NDArray[Any]
 
 
 @register(

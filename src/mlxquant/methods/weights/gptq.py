@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-import numpy.typing as npt
 
 from ...grids.weights import Grid
+from ...numerics.arrays import Array
 from ...numerics.cholesky import Factor
 from ...numerics.moments import Moments, calibrated_gram, energy
 from ..registry import register
 from .rtn import rtn
-
-Array = npt.NDArray[Any]
 
 
 @register("round", "gptq", citation="gptq", summary="column by column with error feedback, largest inputs first")

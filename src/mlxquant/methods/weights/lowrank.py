@@ -9,16 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from ...errors import NumericsError
+from ...numerics.arrays import Array
 from ...numerics.moments import Moments, calibrated_gram, energy
 from ..registry import register
 
-Array = npt.NDArray[Any]
 Quantize = Callable[[Array, "Moments | None"], Array]  # a residual [out,in] to its dequantized codes [out,in], by these moments
 TURNS, TRIAL_TURNS = 6, 2
 DAMPINGS = (1.0, 10.0, 100.0)

@@ -6,18 +6,15 @@ step suits them. With the codes fixed the error is quadratic in the scales (and 
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-import numpy.typing as npt
 
 from ...grids.weights import Grid, WeightFormat, snap
+from ...numerics.arrays import Array
 from ...numerics.moments import Moments, calibrated_gram, energy
 from ..registry import register
 from .descent import descend
 from .gptq import damped_problem
 
-Array = npt.NDArray[Any]
 CHUNK = 2**22  # numbers in the normal equations of the rows that are solved at once
 
 

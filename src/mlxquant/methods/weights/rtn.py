@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-import numpy.typing as npt
 
 from ...grids.weights import Grid, grouped
+from ...numerics.arrays import Array
 from ...numerics.moments import Moments, excess
 from ..registry import register
 
-Array = npt.NDArray[Any]
 ROWS = 32
 
 

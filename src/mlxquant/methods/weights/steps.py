@@ -6,16 +6,13 @@ round, solve for the step in closed form, round again. A grid only gives way to 
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-import numpy.typing as npt
 
 from ...grids.weights import Grid, WeightFormat, fit_extremes, grouped, snap
+from ...numerics.arrays import Array
 from ...numerics.moments import Moments, calibrated_gram
 from ..registry import register
 
-Array = npt.NDArray[Any]
 LADDER = np.geomspace(0.94, 0.1, 36, dtype=np.float32)  # widths to try, relative to the extremes; the refits fill the gaps
 REFITS = 5
 CHUNK = 2**18  # weights searched at a time: three float32 buffers of them stay in a cache
