@@ -25,7 +25,7 @@ import mlxquant  # noqa: F401  # before mlx
 
 # isort: split
 from mlxquant.commandline.console import progress, result, say
-from mlxquant.files.artifacts import file_digest
+from mlxquant.files.checked import file_digest
 
 ATTEMPTS = 20
 PROMPT = "a large red circle at left on white background"

@@ -28,7 +28,8 @@ import mlx.core as mx
 from mlxquant import train_gpt
 from mlxquant.calibration.corpus import read_corpus
 from mlxquant.commandline.console import progress, result, say
-from mlxquant.files.artifacts import atomic_file, canonical
+from mlxquant.files.atomic import atomic_file
+from mlxquant.files.checked import canonical
 from mlxquant.layers.tree import parameters
 from mlxquant.metrics.bootstrap import interval
 from mlxquant.metrics.prediction import Prediction, predict

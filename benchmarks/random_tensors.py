@@ -20,7 +20,7 @@ import mlxquant  # noqa: F401  # before mlx
 
 # isort: split
 from mlxquant.commandline.console import progress
-from mlxquant.files.artifacts import atomic_file
+from mlxquant.files.atomic import atomic_file
 
 OUTLIERS = 128  # one channel in this many
 

@@ -45,7 +45,8 @@ from mlxquant.api import jobs
 from mlxquant.api.model import Model, QuantizedModel
 from mlxquant.calibration.trajectories import Calibration
 from mlxquant.commandline.console import peak_bytes, progress, result, say
-from mlxquant.files import artifacts
+from mlxquant.files import checked
+from mlxquant.files.atomic import atomic_file, ensure_writable
 from mlxquant.models.catalog import adapter_class
 from mlxquant.progress import Progress
 from mlxquant.recipes.presets import parse_recipe
@@ -120,8 +121,8 @@ class Parts:
     def add(self, name: str, seconds: float) -> None:
         self.seconds[name] = self.seconds.get(name, 0.0) + seconds
         if time.monotonic() - self._saved > INTERVAL:
-            with artifacts.atomic_file(self._path) as temporary:
-                temporary.write_text(artifacts.canonical(self.seconds), encoding="utf-8")
+            with atomic_file(self._path) as temporary:
+                temporary.write_text(checked.canonical(self.seconds), encoding="utf-8")
             self._saved = time.monotonic()
 
     def progress(self, rest: str) -> Progress:
@@ -152,7 +153,7 @@ def calibration(model: Model, job: Job, work: Path, bars: Progress) -> Calibrati
 
 def calibrate(job: Job) -> dict[str, Any]:
     model, work, parts = full_precision(job), jobs.partial_folder(job.quantized), job.parts("calibrate")
-    artifacts.ensure_writable(work)
+    ensure_writable(work)
     calib = calibration(model, job, work, parts.progress("sampling"))
     return {"parts": parts.seconds, "pairs": calib.facts["samples"], "bytes": size_of(work)}
 
@@ -229,7 +230,7 @@ class State:
     """FOLDER/state.json: the job, the figures of its finished stages, and for how long the unfinished ones have run so far."""
 
     def __init__(self, job: Job):
-        self._path, wanted = Path(job.work) / "state.json", artifacts.plain(asdict(job) | {"work": "."})
+        self._path, wanted = Path(job.work) / "state.json", checked.plain(asdict(job) | {"work": "."})
         self._data: dict[str, Any] = {"job": wanted, "stages": {}, "spent": {}}
         if self._path.exists():
             self._data = json.loads(self._path.read_text(encoding="utf-8"))
@@ -247,8 +248,8 @@ class State:
     def save(self, **changes: dict[str, Any]) -> None:
         for key, change in changes.items():
             self._data[key] |= change
-        with artifacts.atomic_file(self._path) as temporary:
-            temporary.write_text(artifacts.canonical(self._data), encoding="utf-8")
+        with atomic_file(self._path) as temporary:
+            temporary.write_text(checked.canonical(self._data), encoding="utf-8")
 
 
 def finish(name: str, job: Job, state: State) -> dict[str, Any]:
@@ -304,7 +305,7 @@ def table(stages: dict[str, dict[str, Any]]) -> str:
 
 
 def machine() -> dict[str, Any]:
-    return {"platform": platform.platform(), "cores": os.cpu_count(), "python": platform.python_version(), **artifacts.versions()}
+    return {"platform": platform.platform(), "cores": os.cpu_count(), "python": platform.python_version(), **checked.versions()}
 
 
 @click.command()

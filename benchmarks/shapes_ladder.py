@@ -24,8 +24,9 @@ import mlx.nn as nn
 
 from mlxquant.api.model import Model, QuantizedModel
 from mlxquant.commandline.console import progress, result, say
-from mlxquant.files.artifacts import atomic_file, canonical
-from mlxquant.grids.tables import TableReader, represented
+from mlxquant.files.atomic import atomic_file
+from mlxquant.files.checked import canonical
+from mlxquant.grids.reading import TableReader, represented
 from mlxquant.layers.tree import set_module
 from mlxquant.metrics.bootstrap import interval
 from mlxquant.metrics.psnr import psnr

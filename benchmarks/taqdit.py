@@ -29,8 +29,9 @@ import mlx.core as mx
 from mlxquant.api.model import Model
 from mlxquant.calibration.trajectories import Calibration
 from mlxquant.commandline.console import progress, result, say
-from mlxquant.files.artifacts import atomic_file, canonical
-from mlxquant.grids.tables import TableReader
+from mlxquant.files.atomic import atomic_file
+from mlxquant.files.checked import canonical
+from mlxquant.grids.reading import TableReader
 from mlxquant.layers.tree import set_module
 from mlxquant.metrics.bootstrap import interval
 from mlxquant.metrics.psnr import psnr

@@ -19,7 +19,7 @@ import numpy as np
 from mlxquant.calibration.corpus import read_corpus
 from mlxquant.commandline.console import Command, progress, result, say
 from mlxquant.errors import ArtifactError, CalibrationError
-from mlxquant.files import artifacts
+from mlxquant.files.atomic import ensure_writable
 from mlxquant.models.gpt.adapter import EMBEDDED, GPTAdapter
 from mlxquant.qat.training import batch, loss
 from mlxquant.spin_quant.files import FILE, save_spun
@@ -64,7 +64,7 @@ def command(place, data, out_dir, steps, bits, activation_bits, kv_bits, start, 
     before = bits_per_token(model, held_out)
     activation, held = (None if value == "16" else int(value) for value in (activation_bits, kv_bits))
     spin = SpinQuant(model, bits, activation, start, seed, kv_bits=held)
-    artifacts.ensure_writable(out_dir)
+    ensure_writable(out_dir)
     if steps:
         spin.optimize(text, steps, progress=progress)
     spin.apply(text, progress=progress)

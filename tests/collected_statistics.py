@@ -6,7 +6,7 @@ import mlx.core as mx
 
 import mlxquant as mq
 from mlxquant.layers.tree import tapped
-from mlxquant.numerics.statistics import Collector
+from mlxquant.sweep.collecting import Collector
 from mlxquant.sweep.sensitivity import Sensitivity, measure
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 from PIL import Image
 
-from mlxquant.files import artifacts
+from mlxquant.files.checked import write_json
 
 KINDS = ("attn.q_proj", "mlp.fc2")
 
@@ -49,7 +49,7 @@ def write_sample(folder, names=("rtn-w4a8", "gptq-w4a8"), prompts=3, steps=4, si
         ],
         "trajectory_sigma": [*np.linspace(1, 0.001, steps).tolist(), 0.0],
     }  # fmt: skip
-    artifacts.write_json(folder / "report.json", "evaluation", facts)
+    write_json(folder / "report.json", "evaluation", facts)
     for place, model in enumerate(results):
         write_layers(folder, model, steps, blocks, rng, 0.1 / (1 + place))
     return facts
@@ -102,7 +102,7 @@ def write_layers(folder, model, steps, blocks, rng, error):
         "layers": layers,
         "decisions": [*(_decision(stage, error) for stage in stages[:-1]), {"stage": stages[-1], "kept": "exact", "layers": {}}],
     }
-    artifacts.write_json(folder / "layers" / f"{model['folder']}.json", "layer-report", facts)
+    write_json(folder / "layers" / f"{model['folder']}.json", "layer-report", facts)
 
 
 def _layer(path, role, stage, weight, sigma, rng, error, activation):

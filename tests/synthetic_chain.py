@@ -15,8 +15,8 @@ import numpy as np
 from mlxquant.grids.time import Clock
 from mlxquant.models.adapter import Stage
 from mlxquant.models.diffusion import DiffusionAdapter
+from mlxquant.sampling.conditioning import Conditioning
 from mlxquant.sampling.prompts import Prompt
-from mlxquant.sampling.sampler import Conditioning
 
 TEXT = 8  # width of the conditioning, of one token
 

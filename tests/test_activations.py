@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from mlxquant.errors import RecipeError
-from mlxquant.grids.tables import ActivationTable, Entry, nearest_levels, represented
+from mlxquant.grids.reading import Entry, represented
+from mlxquant.grids.tables import ActivationTable, nearest_levels
 from mlxquant.methods.inputs.tiers import quantized
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mlxquant import adaround_optimize
-from mlxquant.files import artifacts
+from mlxquant.files.checked import file_digest, read_json
 from mlxquant.layers.tree import get_module
 from mlxquant.methods.weights import adaround
 from mlxquant.models.shapes.adapter import MMDiTShapes
@@ -16,7 +16,8 @@ from mlxquant.pipeline.apply import TrackFiles, install
 from mlxquant.pipeline.block_cache import BlockCache
 from mlxquant.pipeline.quant_config import QuantConfig
 from mlxquant.pipeline.weight_files import WeightFiles
-from mlxquant.sweep import store, sweep
+from mlxquant.sweep import store
+from mlxquant.sweep import sweep as sweeping
 from mlxquant.sweep.folding import divide
 
 import command_line
@@ -81,7 +82,7 @@ def verb(calib, out, *options, length=SHORT):
 
 
 def config_of(folder):
-    return artifacts.read_json(folder / "config.json", "adaround-weights")
+    return read_json(folder / "config.json", "adaround-weights")
 
 
 def test_the_folder_is_as_promised(calib, whole):
@@ -94,10 +95,10 @@ def test_the_folder_is_as_promised(calib, whole):
         "iterations": 12, "batch": 4, "rate": 0.4, "seed": 0
     }  # fmt: skip
     assert {"pressure", "warmup", "drop", "trust"} <= set(learning)
-    assert config["parents"] == {"metadata.json": artifacts.file_digest(calib / "adaround_cache" / "metadata.json")}
-    assert config["calibration"] == artifacts.file_digest(calib / "manifest.json")
+    assert config["parents"] == {"metadata.json": file_digest(calib / "adaround_cache" / "metadata.json")}
+    assert config["calibration"] == file_digest(calib / "manifest.json")
     assert config["complete"] is True
-    assert config["files"] == {f"weights/{name}": artifacts.file_digest(folder / "weights" / name) for name in ("mm0.npz", "mm1.npz")}
+    assert config["files"] == {f"weights/{name}": file_digest(folder / "weights" / name) for name in ("mm0.npz", "mm1.npz")}
     assert set(config["blocks"]) == {"mm0", "mm1"}
     for block in config["blocks"].values():
         assert set(block["errors"]) == {"learned", "calibrated", "rtn"}
@@ -126,7 +127,7 @@ def test_a_tie_is_no_win_and_a_block_that_lost_is_reported(calib, tmp_path, monk
     def broken(method, work, *rest):
         return {path: np.zeros(layer.shape, np.uint8) for path, layer in work._layers.items() if path in work.grids}, {"iterations": 1}
 
-    monkeypatch.setattr(sweep, "reconstruct_stage", broken)
+    monkeypatch.setattr(sweeping, "reconstruct_stage", broken)
     facts, said = succeed(*verb(calib, tmp_path / "lost"))
     assert facts["win_rate"] == 0
     assert "calibrated" in said
@@ -257,7 +258,7 @@ def test_folds_are_rounded_with_and_computed_with(calib, tmp_path):
     assert FC2 in decided.migrations
     assert decided.divisors[Q].max() / np.median(decided.divisors[Q]) > 3
     succeed(*verb(calib, tmp_path, "--bits-w", 8, "--quant-config", quant_config, length=ONE))
-    assert config_of(tmp_path)["quant_config"] == artifacts.file_digest(quant_config)
+    assert config_of(tmp_path)["quant_config"] == file_digest(quant_config)
     exact, adapter = velocity(spiky_adapter()), spiky_adapter()
     install(adapter, TrackFiles(tmp_path, quant_config).store(adapter, active=False), adapter.stages[1:-1])
     assert np.linalg.norm(velocity(adapter) - exact) / np.linalg.norm(exact) < 0.02

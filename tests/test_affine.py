@@ -8,13 +8,14 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
+from mlxquant.grids.packing import unpack
 from mlxquant.grids.tables import ActivationTable
 from mlxquant.grids.time import Clock
-from mlxquant.grids.weights import WeightFormat, fit_extremes, unpack
+from mlxquant.grids.weights import WeightFormat, fit_extremes
 from mlxquant.layers.linear import QuantizedLinear
 from mlxquant.layers.plain import affine_layer, obstacles, restored
 from mlxquant.layers.tree import parameters
-from mlxquant.methods.weights.lowrank import LowRank
+from mlxquant.numerics.low_rank import LowRank
 
 FORMATS = ["w2", "w3-g32", "w4", "w4-asym", "w4-g64", "w4-g128-sym", "w5-g32", "w6", "w7", "w7-g64", "w8", "w8-tensor", "w8-g32"]
 

@@ -11,10 +11,10 @@ from mlxquant.files import kept_arrays
 from mlxquant.grids.weights import Grid, WeightFormat, fit_extremes
 from mlxquant.layers.linear import QuantizedLinear
 from mlxquant.layers.tree import swapped
-from mlxquant.methods.weights.lowrank import LowRank
+from mlxquant.numerics.low_rank import LowRank
 from mlxquant.recipes.presets import parse_recipe
 from mlxquant.recipes.recipe import LayerSpec
-from mlxquant.sweep import allocation, sweep
+from mlxquant.sweep import allocation, sensitivity
 from mlxquant.sweep.allocation import allocate, stored_bytes
 
 from conftest import tiny_adapter
@@ -182,7 +182,7 @@ def test_equal_calls_give_equal_plans(model, calib, mixed):
 def test_a_killed_survey_goes_on_in_the_stage_it_was_in(model, calib, mixed, tmp_path, monkeypatch, finished):
     """There are four stages; sensitivities, the first file, are measured once."""
     kept, surveyed, measured = [], [], []
-    save, collect, probe = kept_arrays.Measurements.save, allocation.weight_errors, sweep.measure
+    save, collect, probe = kept_arrays.Measurements.save, allocation.weight_errors, sensitivity.measure
 
     def stop(self, name, tables):
         if len(kept) == finished:
@@ -198,7 +198,7 @@ def test_a_killed_survey_goes_on_in_the_stage_it_was_in(model, calib, mixed, tmp
         again()
     monkeypatch.setattr(kept_arrays.Measurements, "save", save)
     monkeypatch.setattr(allocation, "weight_errors", lambda path, *rest: surveyed.append(path) or collect(path, *rest))
-    monkeypatch.setattr(sweep, "measure", lambda *rest, **more: measured.append(1) or probe(*rest, **more))
+    monkeypatch.setattr(sensitivity, "measure", lambda *rest, **more: measured.append(1) or probe(*rest, **more))
     assert kept == ["sensitivity", *(stage.name for stage in model.adapter.stages)][:finished]
     resumed = again()
     assert resumed.facts == mixed.facts
@@ -224,8 +224,8 @@ def test_other_limits_need_no_second_survey(model, calib, mixed, tmp_path, monke
 
 
 def test_allocation_and_sweep_share_sensitivities(model, calib, tmp_path, monkeypatch):
-    probe, count = sweep.measure, []
-    monkeypatch.setattr(sweep, "measure", lambda *rest, **more: count.append(1) or probe(*rest, **more))
+    probe, count = sensitivity.measure, []
+    monkeypatch.setattr(sensitivity, "measure", lambda *rest, **more: count.append(1) or probe(*rest, **more))
     whole = mq.quantize(model, calib, "rtn+mixed+sensitivity-w4a8")
     kept = mq.quantize(model, calib, "rtn+mixed+sensitivity-w4a8", work=tmp_path)
     assert len(count) == 3

@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 from mlxquant import analyze_activations
-from mlxquant.files import artifacts
+from mlxquant.files import checked
+from mlxquant.files.checked import file_digest, read_json
 from mlxquant.models.shapes.adapter import MMDiTShapes
 from mlxquant.pipeline.quant_config import QuantConfig
 from mlxquant.sweep.inputs import Options
@@ -63,7 +64,7 @@ def test_the_command_writes_what_it_promises(stats_file, stats):
     assert config.facts["options"]["rule"] == "error"
     assert config.step_keys == ("step_2", "step_1", "step_0")
     np.testing.assert_array_equal(config.sigmas, stats.sigmas)
-    analysis = artifacts.read_json(folder / "layer_temporal_analysis.json", "temporal-analysis")
+    analysis = read_json(folder / "layer_temporal_analysis.json", "temporal-analysis")
     assert (analysis["config"], analysis["parents"]) == ("quant_config.json", config.facts["parents"])
     assert set(analysis["layers"]) == set(config.plain)
     with Image.open(folder / "quant_ranges.png") as image:
@@ -103,7 +104,7 @@ def test_options_reach_the_decision(stats_file, tmp_path):
     facts, _ = succeed("--stats", stats_file, "--output", tmp_path / "a" / "mine.json", *arguments)
     config = QuantConfig.read(tmp_path / "a" / "mine.json")
     expected = Options("threshold", thresholds=(1.5, 1e6), range="average", alpha=0.25, migration=True)
-    assert config.facts["options"] == artifacts.plain(expected.__dict__)
+    assert config.facts["options"] == checked.plain(expected.__dict__)
     assert facts["counts"]["6"] > 0
     assert (tmp_path / "a" / "mine.npz").exists()
 
@@ -151,8 +152,8 @@ def test_the_activation_track_from_its_first_step(tmp_path, monkeypatch):
         command_line.succeed(verb, *options)
     facts, _ = succeed("--stats", tmp_path / "activations" / "layer_statistics.json")
     config = QuantConfig.read(tmp_path / "activations" / "quant_config.json")
-    assert config.facts["calibration"] == artifacts.file_digest(tmp_path / "manifest.json")
-    assert config.facts["parents"] == {"layer_statistics.json": artifacts.file_digest(tmp_path / "activations" / "layer_statistics.json")}
+    assert config.facts["calibration"] == file_digest(tmp_path / "manifest.json")
+    assert config.facts["parents"] == {"layer_statistics.json": file_digest(tmp_path / "activations" / "layer_statistics.json")}
     assert config.step_keys == ("2", "0")
     adapter = tiny_adapter()
     assert set(config.plain) == {path for path in adapter.linears() if adapter.role(path) in ("attention", "mlp")}

@@ -11,8 +11,11 @@ from PIL import Image, ImageDraw, ImageFont
 
 import mlxquant as mq
 from mlxquant.errors import AdapterError, ArtifactError, CalibrationError
-from mlxquant.files import artifacts
+from mlxquant.files import checked
+from mlxquant.files import parameters as parameter_files
 from mlxquant.files.array_memory import ArrayMemory
+from mlxquant.files.checked import read_json, read_tensors, write_json, write_tensors
+from mlxquant.files.parameters import _fits_float16
 from mlxquant.layers.linear import QuantizedLinear
 from mlxquant.layers.tree import set_module
 
@@ -83,10 +86,10 @@ def test_damaged_folders_are_refused(quantized, tmp_path, name, damage):
 def test_whole_weights_of_another_model_are_refused(quantized, tmp_path):
     quantized.save(tmp_path / "q")
     path = tmp_path / "q" / "weights.safetensors"
-    arrays, header = artifacts.read_tensors(path, "weights")
+    arrays, header = read_tensors(path, "weights")
     name = next(iter(arrays))
-    artifacts.write_tensors(path, "weights", {**arrays, name: arrays[name] + 1}, {"model": header["model"]})
-    artifacts.read_tensors(path, "weights")  # the file itself is in order
+    write_tensors(path, "weights", {**arrays, name: arrays[name] + 1}, {"model": header["model"]})
+    read_tensors(path, "weights")  # the file itself is in order
     with pytest.raises(ArtifactError, match=r"weights\.safetensors: checksum does not match"):
         mq.load(tmp_path / "q")
 
@@ -95,8 +98,8 @@ def test_whole_weights_of_another_model_are_refused(quantized, tmp_path):
 def test_weights_that_model_json_does_not_vouch_for_are_refused(quantized, tmp_path, files):
     quantized.save(tmp_path / "q")
     path = tmp_path / "q" / "model.json"
-    facts = {k: v for k, v in artifacts.read_json(path, "quantized-model").items() if k not in ("kind", "version")}
-    artifacts.write_json(path, "quantized-model", {**facts, "files": files})
+    facts = {k: v for k, v in read_json(path, "quantized-model").items() if k not in ("kind", "version")}
+    write_json(path, "quantized-model", {**facts, "files": files})
     with pytest.raises(ArtifactError):
         mq.load(tmp_path / "q")
 
@@ -121,7 +124,7 @@ def test_loading_hashes_every_byte_once(quantized, tmp_path, monkeypatch):
     size = sum(path.stat().st_size for path in (tmp_path / "q").iterdir())
     counts = []
     counting = types.SimpleNamespace(sha256=lambda data=b"": CountingHash(counts, data), file_digest=None)
-    monkeypatch.setattr(artifacts, "hashlib", counting)
+    monkeypatch.setattr(checked, "hashlib", counting)
     mq.load(tmp_path / "q")
     assert size * 0.99 < sum(counts) < size * 1.01  # model.json is hashed without its checksum
 
@@ -144,8 +147,8 @@ def test_half_precision_models_come_back_in_half_precision(tiny, tmp_path):
 def test_saving_looks_for_what_fits_half_precision_once(tiny, tmp_path, monkeypatch):
     model = mq.quantize(tiny, mq.calibrate(tiny, prompts=1, steps=1), "rtn-w4a8")
     asked = []
-    fits = artifacts._fits_float16
-    monkeypatch.setattr(artifacts, "_fits_float16", ArrayMemory(lambda value: asked.append(value.shape) or fits(value)))
+    fits = _fits_float16
+    monkeypatch.setattr(parameter_files, "_fits_float16", ArrayMemory(lambda value: asked.append(value.shape) or fits(value)))
     model.save(tmp_path / "q")
     count = len(asked)
     assert model.size.model_bytes > 0
@@ -178,8 +181,8 @@ def test_existing_folder_is_kept_without_force(quantized, tmp_path):
 def test_incomplete_model_json_is_refused(quantized, tmp_path, key):
     quantized.save(tmp_path / "q")
     path = tmp_path / "q" / "model.json"
-    facts = {k: v for k, v in artifacts.read_json(path, "quantized-model").items() if k not in (key, "kind", "version")}
-    artifacts.write_json(path, "quantized-model", facts)
+    facts = {k: v for k, v in read_json(path, "quantized-model").items() if k not in (key, "kind", "version")}
+    write_json(path, "quantized-model", facts)
     with pytest.raises(ArtifactError, match=r"model\.json: incomplete"):
         mq.load(tmp_path / "q")
 

@@ -7,7 +7,7 @@ import mlx.core as mx
 import pytest
 
 from mlxquant.files.array_memory import ArrayMemory
-from mlxquant.files.artifacts import array_digest
+from mlxquant.files.checked import array_digest
 
 DTYPES = [mx.float32, mx.float16, mx.bfloat16, mx.uint8]
 

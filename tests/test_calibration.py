@@ -12,7 +12,7 @@ import pytest
 
 from mlxquant.calibration.trajectories import Calibration, collect, take_turns
 from mlxquant.errors import ArtifactError, CalibrationError
-from mlxquant.files import artifacts
+from mlxquant.files.checked import read_json, read_tensors, write_tensors
 from mlxquant.models.shapes.adapter import MMDiTShapes
 
 from command_line import fail, succeed
@@ -210,9 +210,9 @@ def test_a_limit_is_saved_and_what_has_none_yet_is_read(tmp_path):
     calib = drawn(Chain(), samples=4)
     calib.save(tmp_path / FILE)
     assert Calibration.load(tmp_path / FILE).facts == calib.facts
-    arrays, header = artifacts.read_tensors(tmp_path / FILE, "calibration")
+    arrays, header = read_tensors(tmp_path / FILE, "calibration")
     old = {key: value for key, value in header.items() if key not in ("samples", "pictures", "latent_shape", "kind", "version")}
-    artifacts.write_tensors(tmp_path / "old", "calibration", arrays, old)
+    write_tensors(tmp_path / "old", "calibration", arrays, old)
     assert Calibration.load(tmp_path / "old").facts == drawn(Chain()).facts
 
 
@@ -233,7 +233,7 @@ def test_the_command_takes_a_limit(tmp_path, monkeypatch):
     monkeypatch.setattr(MMDiTShapes, "pretrained", classmethod(lambda cls, *place: tiny_adapter()))
     job = ["quantize", "--model", "mmdit-shapes", "--recipe", "rtn-w4a8", "--num-prompts", 3, "--steps", 2]
     succeed(*job, "--samples", 2, "--out", tmp_path / "few")
-    assert artifacts.read_json(tmp_path / "few" / "model.json", "quantized-model")["calibration"]["pictures"] == [[0], [1]]
+    assert read_json(tmp_path / "few" / "model.json", "quantized-model")["calibration"]["pictures"] == [[0], [1]]
     succeed(*job, "--out", tmp_path / "all")
-    assert artifacts.read_json(tmp_path / "all" / "model.json", "quantized-model")["calibration"]["samples"] == 6
+    assert read_json(tmp_path / "all" / "model.json", "quantized-model")["calibration"]["samples"] == 6
     assert "0 is not in the range" in fail(*job, "--samples", 0, "--out", tmp_path / "none")

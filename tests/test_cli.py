@@ -15,7 +15,7 @@ from PIL import Image
 
 from mlxquant.commandline import cli
 from mlxquant.errors import NumericsError
-from mlxquant.files import artifacts
+from mlxquant.files.checked import read_json
 from mlxquant.models.shapes import adapter as mmdit_shapes
 from mlxquant.models.shapes.adapter import MMDiTShapes
 from mlxquant.sweep.store import FolderStore
@@ -32,7 +32,7 @@ from conftest import tiny_adapter
 from mlxquant.models.mmdit_shapes import MMDiTShapes
 from mlxquant.store import FolderStore
 MMDiTShapes.pretrained = classmethod(lambda cls: tiny_adapter())
-from mlxquant.cli import main
+from mlxquant.commandline.cli import main
 main(sys.argv[1:])
 """
 
@@ -66,7 +66,7 @@ def test_own_prompts_and_overrides(tmp_path):
     (tmp_path / "p.txt").write_text(f"3\t{PROMPT}\n")
     facts, _ = succeed(*QUANTIZE, "--prompts", tmp_path / "p.txt", "--override", "*.mlp.fc2=w8a16", "--out", tmp_path / "q")
     assert facts["recipe"] == "gptq-w4a8,*.mlp.fc2=w8a16"
-    saved = artifacts.read_json(tmp_path / "q" / "model.json", "quantized-model")
+    saved = read_json(tmp_path / "q" / "model.json", "quantized-model")
     assert saved["calibration"]["prompts"] == [[3, PROMPT]]
 
 
@@ -86,7 +86,7 @@ def test_demo_reports_what_later_checks_read(tmp_path):
     assert 0 <= facts["fp"]["accuracy"] <= 1
     assert sorted(os.listdir(tmp_path / "demo")) == ["comparison.png", "gptq-w4a8", "report.json", "rtn-w4a8"]
     assert sorted(os.listdir(tmp_path)) == ["demo"]
-    report = artifacts.read_json(tmp_path / "demo" / "report.json", "demo-report")
+    report = read_json(tmp_path / "demo" / "report.json", "demo-report")
     assert report["recipes"] == facts["recipes"]
     with Image.open(facts["comparison"]) as image:
         assert np.asarray(image).std() > 5

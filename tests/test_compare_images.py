@@ -10,7 +10,7 @@ from PIL import Image
 
 from mlxquant.evaluation import report_folder
 from mlxquant.evaluation.image_folders import read_picture
-from mlxquant.files import artifacts
+from mlxquant.files.checked import read_json
 from mlxquant.metrics import inception, sets
 from mlxquant.metrics.catalog import METRICS
 from mlxquant.metrics.psnr import psnr
@@ -42,7 +42,7 @@ def folders(tmp_path):
 
 
 def report_of(folder):
-    return artifacts.read_json(folder / "report.json", "evaluation")
+    return read_json(folder / "report.json", "evaluation")
 
 
 def test_pairs_are_measured_and_copied(folders, tmp_path):

@@ -19,7 +19,7 @@ from mlxquant.api import jobs
 from mlxquant.errors import NumericsError
 from mlxquant.evaluation import cost, half_precision, paired, report_folder
 from mlxquant.evaluation.drawings import Drawings
-from mlxquant.files import artifacts
+from mlxquant.files.checked import read_json
 from mlxquant.models.shapes.adapter import MMDiTShapes
 
 from command_line import fail, succeed
@@ -35,7 +35,7 @@ from conftest import tiny_adapter
 from mlxquant.models.mmdit_shapes import MMDiTShapes
 MMDiTShapes.pretrained = classmethod(lambda cls: tiny_adapter())
 MMDiTShapes.batch = 2
-from mlxquant.cli import main
+from mlxquant.commandline.cli import main
 main(sys.argv[1:])
 """
 
@@ -62,7 +62,7 @@ def whole(tmp_path_factory):
 
 
 def read(folder):
-    return artifacts.read_json(folder / "report.json", "evaluation")
+    return read_json(folder / "report.json", "evaluation")
 
 
 def lasting(data, measured):

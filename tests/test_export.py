@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from mlxquant.errors import ArtifactError, ExportError
-from mlxquant.files import artifacts
+from mlxquant.files.checked import file_digest, read_json
 from mlxquant.layers.linear import find_quantized
 from mlxquant.layers.tree import get_module
 from mlxquant.models.shapes.adapter import MMDiTShapes
@@ -118,9 +118,9 @@ def test_the_command_says_what_it_wrote(folder, tmp_path):
     assert facts["bytes"] == sum(path.stat().st_size for path in files)
     assert 4 < facts["bits_per_weight"] < 16
     assert f"{facts['layers']} packed layers" in said
-    record = artifacts.read_json(tmp_path / "out" / "export.json", "export")
+    record = read_json(tmp_path / "out" / "export.json", "export")
     assert record["recipe"]["name"] == "rtn-w4a8"
-    assert record["files"] == {path.name: artifacts.file_digest(path) for path in files}
+    assert record["files"] == {path.name: file_digest(path) for path in files}
     again, _ = succeed("export", "--model", folder, "--target", "mlx", "--out", tmp_path / "out", "--force")
     assert again == facts
 

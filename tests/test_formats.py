@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from mlxquant.errors import NumericsError, RecipeError
-from mlxquant.grids.weights import Grid, WeightFormat, fit_extremes, pack, snap, unpack
+from mlxquant.grids.packing import pack, unpack
+from mlxquant.grids.weights import Grid, WeightFormat, fit_extremes, snap
 
 FORMATS = [
     WeightFormat(bits, group, symmetric)

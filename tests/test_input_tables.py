@@ -6,7 +6,7 @@ import mlxquant  # noqa: F401  # before mlx
 import numpy as np
 import pytest
 
-from mlxquant.numerics.statistics import InputRanges
+from mlxquant.numerics.input_ranges import InputRanges
 from mlxquant.sweep.inputs import LayerInput, Options, decide_input, mean_error
 
 SIGMA = np.float32([0.3, 0.8])

@@ -13,7 +13,7 @@ from mlxquant.grids.time import Clock
 from mlxquant.grids.weights import WeightFormat, fit_extremes
 from mlxquant.layers import linear as layers_module
 from mlxquant.layers.linear import QuantizedLinear, integer_matmul
-from mlxquant.methods.weights.lowrank import LowRank
+from mlxquant.numerics.low_rank import LowRank
 from mlxquant.numerics.transform import Transform
 
 CLOCK = Clock()

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 import mlxquant as mq
-from mlxquant.files import artifacts
+from mlxquant.files.checked import file_digest, read_json, write_json
 from mlxquant.grids.tables import ActivationTable
 from mlxquant.layers import linear
 from mlxquant.layers.linear import QuantizedLinear
@@ -114,7 +114,7 @@ def test_comparison_has_four_models_and_their_differences(made, tmp_path):
 
 def test_difference_statistics_are_those_of_the_pictures(made, tmp_path):
     facts, said = succeed(*verb(made, tmp_path / "a.png", "w4", "activations/quant_config.json", (PROMPT,), "--diff-stats"))
-    report = artifacts.read_json(tmp_path / "a.diff.json", "difference-statistics")
+    report = read_json(tmp_path / "a.diff.json", "difference-statistics")
     assert [text for _, text in report["prompts"]] == [PROMPT]
     assert report["models"] == facts["models"]
     assert set(report["models"]) == {"RTN", "V1", "V2"}
@@ -175,10 +175,10 @@ def test_a_saved_model_draws_the_same_picture(made, tmp_path):
     generate = ("generate", "--model", tmp_path / "m", "--prompt", PROMPT, "--seed", 42, "--steps", 2, "--output", tmp_path / "b.png")
     succeed(*generate)
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
-    model = artifacts.read_json(tmp_path / "m" / "model.json", "quantized-model")
+    model = read_json(tmp_path / "m" / "model.json", "quantized-model")
     assert model["tracks"] == {
-        "config.json": artifacts.file_digest(made / "w4" / "config.json"),
-        "quant_config.json": artifacts.file_digest(made / "tiers.json"),
+        "config.json": file_digest(made / "w4" / "config.json"),
+        "quant_config.json": file_digest(made / "tiers.json"),
     }
     assert str(made) not in (tmp_path / "m" / "model.json").read_text()
     assert "--force" in fail(*verb(made, tmp_path / "c.png", "w4", "tiers.json", (PROMPT,), "--save", tmp_path / "m"))
@@ -233,9 +233,9 @@ def test_unfinished_and_damaged_weights_are_refused(made, tmp_path):
     block = tmp_path / "w4" / "weights" / "mm1.npz"
     block.write_bytes(block.read_bytes()[:-1])
     assert "mm1.npz: sha256" in fail(*verb(tmp_path, tmp_path / "a.png", config=None))
-    data = artifacts.read_json(tmp_path / "w4" / "config.json", "adaround-weights")
+    data = read_json(tmp_path / "w4" / "config.json", "adaround-weights")
     del data["kind"], data["version"], data["files"]["weights/mm1.npz"]
-    artifacts.write_json(tmp_path / "w4" / "config.json", "adaround-weights", {**data, "complete": False})
+    write_json(tmp_path / "w4" / "config.json", "adaround-weights", {**data, "complete": False})
     assert "not finished (1 files so far); run 'mlxquant adaround-optimize' again" in fail(*verb(tmp_path, tmp_path / "a.png", config=None))
     assert os.listdir(tmp_path) == ["w4"]
 
@@ -252,7 +252,7 @@ def test_a_file_of_prompts_is_drawn_and_measured(made, tmp_path):
     (tmp_path / "p.txt").write_text(f"3\t{PROMPT}\n4\t{OTHER}\n5\t{PROMPT}\n")
     arguments = ["--adaround-output", made / "w4", "--prompts", tmp_path / "p.txt", "--num-prompts", 2, "--num-steps", 2]
     facts, _ = succeed("load-adaround-model", *arguments, "--diff-stats", "--output-image", tmp_path / "a.png")
-    report = artifacts.read_json(tmp_path / "a.diff.json", "difference-statistics")
+    report = read_json(tmp_path / "a.diff.json", "difference-statistics")
     assert report["prompts"] == [[3, PROMPT], [4, OTHER]]
     assert set(facts["models"]) == {"RTN", "V1"}
 
@@ -269,5 +269,5 @@ def test_quantize_refuses_foreign_tracks_before_it_calibrates(made, tmp_path):
     assert os.listdir(tmp_path) == []
     _, said = succeed(*quantize("gptq-w4a8", "w4", *out))
     assert "without --quant-config the blocks keep unquantized activations" in said
-    report = artifacts.read_json(tmp_path / "m" / "model.json", "quantized-model")["stages"][1]["layers"]
+    report = read_json(tmp_path / "m" / "model.json", "quantized-model")["stages"][1]["layers"]
     assert {facts["activation"] for facts in report.values()} == {16}

@@ -9,7 +9,7 @@ from mlx.utils import tree_flatten
 import mlxquant as mq
 from mlxquant.contents.reader import read_contents
 from mlxquant.errors import ArtifactError
-from mlxquant.files import artifacts
+from mlxquant.files.checked import read_tensors, write_tensors
 from mlxquant.grids.tables import ActivationTable
 from mlxquant.grids.time import Clock
 from mlxquant.layers.linear import QuantizedLinear
@@ -75,7 +75,7 @@ def test_what_is_shared_is_written_once_and_shared_again(tmp_path):
     model.other.weight = model.layers[0].weight
     mq.quantize_linears(model)
     path = save_module(model, tmp_path / "model.safetensors")
-    assert sum(value.nbytes for value in artifacts.read_tensors(path, "quantized-module")[0].values()) == sum(
+    assert sum(value.nbytes for value in read_tensors(path, "quantized-module")[0].values()) == sum(
         {id(v): v.nbytes for v in arrays(model).values()}.values()
     )
     fresh = vision(seed=1)
@@ -175,7 +175,7 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
         (tmp_path / "damaged.safetensors").write_bytes(content)
         with pytest.raises(ArtifactError, match=r"damaged\.safetensors"):
             load_module(fresh, tmp_path / "damaged.safetensors")
-    artifacts.write_tensors(tmp_path / "stage.safetensors", "stage", {"a": mx.zeros((1,))})
+    write_tensors(tmp_path / "stage.safetensors", "stage", {"a": mx.zeros((1,))})
     with pytest.raises(ArtifactError, match="expected a file of kind 'quantized-module', found 'stage'"):
         load_module(fresh, tmp_path / "stage.safetensors")
     with pytest.raises(ArtifactError, match="No such file"):
@@ -185,7 +185,7 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
 
 def test_an_unknown_class_is_refused(tmp_path):
     header = {"layers": {"layers.0": {"class": "Later"}}, "layers_that_share": {}, "same_layers": {}, "same_arrays": {}}
-    artifacts.write_tensors(tmp_path / "later.safetensors", "quantized-module", {}, header)
+    write_tensors(tmp_path / "later.safetensors", "quantized-module", {}, header)
     with pytest.raises(ArtifactError, match="'Later', which this mlxquant does not know"):
         load_module(vision(), tmp_path / "later.safetensors")
 

@@ -4,8 +4,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlxquant.grids.packing import dequantized, unpacked
-from mlxquant.grids.weights import Grid, WeightFormat, pack
+from mlxquant.grids.packing import dequantized, pack, unpacked
+from mlxquant.grids.weights import Grid, WeightFormat
 
 WIDTHS = (1, 3, 9, 27, 32, 64, 75, 147, 576)
 

@@ -34,7 +34,7 @@ from PIL import Image
 
 import mlxquant as mq
 from mlxquant.commandline import cli
-from mlxquant.files import artifacts
+from mlxquant.files.checked import file_digest
 from mlxquant.layers.tree import set_module
 from mlxquant.models.shapes.adapter import MMDiTShapes
 from mlxquant.pipeline.quant_config import QuantConfig
@@ -124,7 +124,7 @@ def test_every_step_leaves_what_the_next_one_reads(made):
 def test_every_file_names_its_parents(made):
     """A folder made from other data is refused because of these; see each step's own tests."""
     calib = made / "calib"
-    sha = {path.name: artifacts.file_digest(path) for path in made.rglob("*.json")}
+    sha = {path.name: file_digest(path) for path in made.rglob("*.json")}
     cache, weights, statistics, config, analysis = (
         json.loads((made / name).read_text())
         for name in (

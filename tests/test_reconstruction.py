@@ -9,18 +9,22 @@ import pytest
 
 import mlxquant as mq
 from mlxquant.errors import ArtifactError, RecipeError
-from mlxquant.grids.tables import ActivationTable, round_through
+from mlxquant.grids.reading import round_through
+from mlxquant.grids.tables import ActivationTable
 from mlxquant.grids.time import Clock
 from mlxquant.grids.weights import WeightFormat, fit_extremes
 from mlxquant.layers.linear import QuantizedLinear
 from mlxquant.layers.tree import get_module
 from mlxquant.methods.weights.adaround import Settings
-from mlxquant.methods.weights.lowrank import LowRank
+from mlxquant.numerics.low_rank import LowRank
 from mlxquant.numerics.transform import Transform
 from mlxquant.recipes.presets import parse_recipe
-from mlxquant.sweep import store, streams, sweep
+from mlxquant.sweep import store
+from mlxquant.sweep import sweep as sweeping
 from mlxquant.sweep.reconstruction import Minibatch, Reconstruction, SoftLinear
 from mlxquant.sweep.rounding import Rounding
+from mlxquant.sweep.streams import ExactStream, run_stage
+from mlxquant.sweep.sweep import Sweep
 
 SHORT = Settings(iterations=60, batch=4)
 BLOCK = "multimodal_transformer_blocks.0"
@@ -41,10 +45,10 @@ def block(tiny):
     adapter = tiny.adapter
     sigmas, states = calibrate(tiny).batches(adapter)
     embed, stage = adapter.stages[:2]
-    inputs = streams.run_stage(adapter, embed, sigmas, states)
-    teacher = streams.ExactStream(adapter, sigmas, inputs)
+    inputs = run_stage(adapter, embed, sigmas, states)
+    teacher = ExactStream(adapter, sigmas, inputs)
     plan = recipe().plan({path: adapter.role(path) for path in adapter.linears()})
-    job = sweep.Sweep(adapter, recipe(), plan, sigmas, teacher)
+    job = Sweep(adapter, recipe(), plan, sigmas, teacher)
     targets = teacher.targets(stage)
     specs = {path: spec for path, spec in plan.items() if stage.owns(path)}
     start = Rounding(job, stage, specs, inputs, {}).first()[0]
@@ -81,7 +85,7 @@ def test_the_gradient_reaches_every_layer_of_both_streams(block):
 def test_without_the_straight_through_estimator_query_and_fc1_learn_nothing(block, monkeypatch):
     """What the public predecessor did; this is the difference that the estimator makes."""
     work, start, _ = block
-    monkeypatch.setattr("mlxquant.grids.tables.round_through", mx.round)
+    monkeypatch.setattr("mlxquant.grids.reading.round_through", mx.round)
     weights = {path: start.layers[path].dequantized() for path in work.grids}
     with work.installed():
         slopes = mx.grad(lambda w: work.loss(w, *work.minibatch(0)))(weights)
@@ -240,7 +244,7 @@ def test_one_bad_method_does_not_get_through_the_gate(tiny, monkeypatch):
     def broken(method, work, start, nearest, *rest):
         return {path: np.zeros(layer.shape, np.uint8) for path, layer in work._layers.items() if path in work.grids}, {}
 
-    monkeypatch.setattr(sweep, "reconstruct_stage", broken)
+    monkeypatch.setattr(sweeping, "reconstruct_stage", broken)
     quantized = mq.quantize(tiny, calib, recipe())
     assert "learned" not in {stage["kept"] for stage in quantized.facts["stages"]}
     for path, layer in plain.layers.items():

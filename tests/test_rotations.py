@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 
 from mlxquant.errors import AdapterError
+from mlxquant.layers.held_heads import key_rotation
 from mlxquant.layers.tree import get_module, parameters, swapped, tapped
 from mlxquant.layers.turned_norm import TurnedNorm
 from mlxquant.models.gpt.adapter import GPTAdapter
 from mlxquant.models.gpt.tokenizers import CharTokenizer
 from mlxquant.numerics import cayley
 from mlxquant.spin_quant.residual_stream import residual_stream, untie
-from mlxquant.spin_quant.rotations import folded, hold_heads, key_rotation, rotate, start
+from mlxquant.spin_quant.rotations import folded, hold_heads, rotate, start
 
 from language_models import tiny_gpt, tiny_mlx_lm, tokens
 

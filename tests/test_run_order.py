@@ -7,9 +7,9 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxquant.layers.tree import tapped
-from mlxquant.numerics.statistics import Sharing
-from mlxquant.sweep import rounding
+from mlxquant.sweep.collecting import Sharing
 from mlxquant.sweep.dependence import levels
+from mlxquant.sweep.rounding import Rounding
 
 from tiny_language import TEXT, gpt_folder
 
@@ -55,10 +55,10 @@ def test_nothing_is_no_group():
 
 def test_a_gpt_block_is_rounded_in_the_order_in_which_it_runs(tmp_path, monkeypatch):
     """Its two outputs have the same name, ``c_proj``, and the second reads what the layer after the first writes."""
-    groups, statistics = [], rounding.Rounding._statistics
+    groups, statistics = [], Rounding._statistics
     (tmp_path / "text.txt").write_text(TEXT)
     model = mq.load(gpt_folder(tmp_path / "gpt"))
-    monkeypatch.setattr(rounding.Rounding, "_statistics", lambda self, paths, *rest: groups.append(paths) or statistics(self, paths, *rest))
+    monkeypatch.setattr(Rounding, "_statistics", lambda self, paths, *rest: groups.append(paths) or statistics(self, paths, *rest))
     mq.quantize(model, mq.calibrate_text(model, tmp_path / "text.txt", samples=2), "gptq+sequential-w4a16")
     block = [[path.removeprefix("model.h.0.") for path in group] for group in groups if group[0].startswith("model.h.0.")]
     assert block == [["attn.c_attn"], ["attn.c_proj"], ["mlp.c_fc"], ["mlp.c_proj"]]

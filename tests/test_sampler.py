@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 
 from mlxquant.errors import AdapterError
-from mlxquant.grids.time import flow_sigmas
-from mlxquant.sampling.sampler import Conditioning, sample, seeded_noise
+from mlxquant.sampling.conditioning import Conditioning
+from mlxquant.sampling.sampler import sample, seeded_noise
+from mlxquant.sampling.schedules import flow_sigmas
 
 SHAPE = (4, 4, 2)
 

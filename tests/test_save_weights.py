@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mlxquant.files import artifacts
+from mlxquant.files.checked import read_tensors
 from mlxquant.qat.convert import quantizing_points
 from mlxquant.qat.folders import quantized_gpt
 from mlxquant.qat.integer import quantizing_weights
@@ -35,7 +35,7 @@ def read(path):
     if path.suffix == ".npz":
         with np.load(path, allow_pickle=False) as file:
             return dict(file)
-    return {name: np.array(value) for name, value in artifacts.read_tensors(path, "quantized-values")[0].items()}
+    return {name: np.array(value) for name, value in read_tensors(path, "quantized-values")[0].items()}
 
 
 @pytest.mark.parametrize("kind", ["npz", "safetensors"])

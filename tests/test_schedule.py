@@ -5,7 +5,8 @@ import pytest
 
 from mlxquant.errors import AdapterError, RecipeError
 from mlxquant.grids.tables import ActivationTable
-from mlxquant.grids.time import Clock, flow_sigmas, log_snr
+from mlxquant.grids.time import Clock, log_snr
+from mlxquant.sampling.schedules import flow_sigmas
 
 
 def test_log_snr_is_odd_around_one_half_and_clamped():

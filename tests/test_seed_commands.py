@@ -8,7 +8,7 @@ import pytest
 import mlxquant as mq
 from mlxquant import benchmark_final, calibrate_snr, quantize_qronos
 from mlxquant.evaluate import command as evaluate
-from mlxquant.files import artifacts
+from mlxquant.files.checked import read_json
 from mlxquant.models.shapes.adapter import MMDiTShapes
 from mlxquant.quantize import command as quantize
 from mlxquant.recipes.presets import parse_recipe
@@ -37,7 +37,7 @@ def test_calibrate_snr_writes_a_model(tmp_path):
 def test_quantize_qronos_is_the_recipe_sequential_and_damped(tmp_path):
     facts, _ = succeed("quantize-qronos", "--save-path", tmp_path / "q", *QUICK)
     assert facts["recipe"] == "qronos+damped-w4a8"
-    recipe = artifacts.read_json(tmp_path / "q" / "model.json", "quantized-model")["recipe"]
+    recipe = read_json(tmp_path / "q" / "model.json", "quantized-model")["recipe"]
     spec = recipe["rules"][-1][1]
     assert recipe["sequential"]
     assert (spec["rounding"], spec["held_out"], spec["weight"]["bits"], spec["activation"]["bits"]) == ("qronos", True, 4, 8)

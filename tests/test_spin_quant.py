@@ -7,13 +7,13 @@ import pytest
 
 from mlxquant.errors import AdapterError, CalibrationError, NumericsError, RecipeError
 from mlxquant.grids.weights import WeightFormat, fit_extremes
+from mlxquant.layers.held_heads import HeldHeads
 from mlxquant.layers.linear import QuantizedLinear, find_quantized
 from mlxquant.layers.tree import get_module, parameters
 from mlxquant.models.gpt.network import GPTConfig
 from mlxquant.numerics import cayley
 from mlxquant.spin_quant.learning import SpinQuant
 from mlxquant.spin_quant.network import rounded_weight
-from mlxquant.spin_quant.rotations import HeldHeads
 
 from language_models import own_text, tiny_gpt, tiny_mlx_lm, tokens
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mlxquant.errors import NumericsError
-from mlxquant.numerics.statistics import InputStatistics
+from mlxquant.sweep.collecting import InputStatistics
 
 
 def inputs(samples=3, tokens=20, width=8, seed=0):

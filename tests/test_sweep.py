@@ -8,16 +8,20 @@ import pytest
 
 import mlxquant as mq
 from mlxquant.errors import ArtifactError, CalibrationError, NumericsError, RecipeError
-from mlxquant.files import artifacts
+from mlxquant.files import checked
 from mlxquant.layers.linear import QuantizedLinear
 from mlxquant.layers.tree import get_module, tapped
 from mlxquant.methods import registry
 from mlxquant.methods.weights.adaround import Settings
-from mlxquant.numerics.statistics import Collector
+from mlxquant.progress import silent
 from mlxquant.recipes.presets import parse_recipe
-from mlxquant.sweep import store, streams, sweep
+from mlxquant.sweep import store
+from mlxquant.sweep.collecting import Collector
 from mlxquant.sweep.folding import divide
 from mlxquant.sweep.inputs import LayerInput, Options, decide_input
+from mlxquant.sweep.sensitivity import measured
+from mlxquant.sweep.streams import ExactStream, run_stage, stage_error
+from mlxquant.sweep.sweep import Sweep
 
 from conftest import tiny_adapter
 
@@ -148,7 +152,7 @@ def test_bits_are_those_that_the_measured_costs_allow(tiny):
     table = tables(mq.quantize(tiny, calib, recipe))[FC2]
     sigmas, states = calib.batches(tiny.adapter)
     plan = recipe.plan({path: tiny.adapter.role(path) for path in tiny.adapter.linears()})
-    costs = sweep.measured(tiny.adapter, tiny.adapter.stages, sigmas, states, plan, sweep.silent).of_outputs(FC2, table.sigma)
+    costs = measured(tiny.adapter, tiny.adapter.stages, sigmas, states, plan, silent).of_outputs(FC2, table.sigma)
     collector = Collector()
     with tapped(tiny.adapter.module, [FC2], collector):
         for sigma, state in zip(sigmas, states, strict=True):
@@ -214,8 +218,8 @@ def test_interrupted_sweep_resumes_to_the_same_model(tiny, tmp_path, monkeypatch
         mq.quantize(tiny, calib, "gptq-w4a8", work=tmp_path)
     monkeypatch.setattr(store.FolderStore, "save", save)
     rebuilt = []
-    original = sweep.Sweep.quantize
-    monkeypatch.setattr(sweep.Sweep, "quantize", lambda self, s, *rest: rebuilt.append(s.name) or original(self, s, *rest))
+    original = Sweep.quantize
+    monkeypatch.setattr(Sweep, "quantize", lambda self, s, *rest: rebuilt.append(s.name) or original(self, s, *rest))
     assert_same(mq.quantize(tiny, calib, "gptq-w4a8", work=tmp_path), whole)
     assert rebuilt == [s.name for s in tiny.adapter.stages][stage:]
 
@@ -265,12 +269,12 @@ def test_errors_are_measured_on_what_a_stage_writes(tiny):
     calib = calibrate(tiny)
     sigmas, states = calib.batches(tiny.adapter)
     embed, block = tiny.adapter.stages[:2]
-    inputs = streams.run_stage(tiny.adapter, embed, sigmas, states)
-    targets = streams.ExactStream(tiny.adapter, sigmas, inputs).targets(block)
+    inputs = run_stage(tiny.adapter, embed, sigmas, states)
+    targets = ExactStream(tiny.adapter, sigmas, inputs).targets(block)
     assert set(targets[0]) == {"image", "text"}
-    assert streams.stage_error(targets, targets) == 0
+    assert stage_error(targets, targets) == 0
     halved = [{**s, "image": s["image"] * 0.5} for s in targets]
-    assert streams.stage_error(halved, targets) == pytest.approx(0.25 / 2)  # image and text count the same, the conditioning not
+    assert stage_error(halved, targets) == pytest.approx(0.25 / 2)  # image and text count the same, the conditioning not
 
 
 def test_overflowing_stage_is_named(tiny):
@@ -302,7 +306,7 @@ def test_calibration_is_saved_and_loaded(tiny, tmp_path):
 
 
 def test_equal_facts_give_equal_digests():
-    assert artifacts.digest({"a": 1, "b": [2]}) == artifacts.digest({"b": [2], "a": 1})
+    assert checked.digest({"a": 1, "b": [2]}) == checked.digest({"b": [2], "a": 1})
 
 
 def spiky():

@@ -11,8 +11,11 @@ import mlxquant as mq
 from mlxquant.methods import registry
 from mlxquant.methods.weights.adaround import Settings
 from mlxquant.recipes.presets import parse_recipe
-from mlxquant.sweep import rounding, streams, sweep
+from mlxquant.sweep import rounding, sweep
 from mlxquant.sweep.rounding import Rounding
+from mlxquant.sweep.sensitivity import measured
+from mlxquant.sweep.streams import ExactStream, run_stage
+from mlxquant.sweep.sweep import Sweep
 
 from synthetic_chain import Chain
 
@@ -50,8 +53,8 @@ def test_states_are_freed_when_they_have_left_their_stage():
     sigmas, made = mq.calibrate(mq.Model(chain), prompts=2, steps=2).batches(chain)
     recipe = parse_recipe("rtn-w4a16")
     plan = recipe.plan({path: chain.role(path) for path in chain.linears()})
-    states = streams.run_stage(chain, chain.stages[0], sigmas, made)
-    job = sweep.Sweep(chain, recipe, plan, sigmas, streams.ExactStream(chain, sigmas, states))
+    states = run_stage(chain, chain.stages[0], sigmas, made)
+    job = Sweep(chain, recipe, plan, sigmas, ExactStream(chain, sigmas, states))
     stages = job.run(chain.stages[1:], states)
     assert [stage["stage"] for stage in stages] == ["blocks.0", "blocks.1", "head"]
     assert states == []
@@ -60,7 +63,7 @@ def test_states_are_freed_when_they_have_left_their_stage():
 def test_moments_are_gone_before_the_stage_is_run(tiny, calib, monkeypatch):
     """They are the largest thing beside the states, and only rounding needs them."""
     alive = []
-    statistics, judge = Rounding._statistics, sweep.Sweep._judge
+    statistics, judge = Rounding._statistics, Sweep._judge
 
     def watched(self, *arguments):
         found = statistics(self, *arguments)
@@ -72,7 +75,7 @@ def test_moments_are_gone_before_the_stage_is_run(tiny, calib, monkeypatch):
         return judge(self, *arguments, **options)
 
     monkeypatch.setattr(Rounding, "_statistics", watched)
-    monkeypatch.setattr(sweep.Sweep, "_judge", judged)
+    monkeypatch.setattr(Sweep, "_judge", judged)
     mq.quantize(tiny, calib, "gptq-w4a8")
     assert len(alive) > 20
 
@@ -142,12 +145,12 @@ def test_sensitivities_are_measured_on_a_few_rows_of_each_level(monkeypatch, row
     monkeypatch.setattr(sweep, "measure", lambda a, stages, sigmas, states, plan, **rest: seen.extend(zip(sigmas, states, strict=True)))
     monkeypatch.setattr(sweep, "SENSITIVITY_ROWS", 9)
     sigmas, states = mq.calibrate(mq.Model(chain), prompts=5, steps=2).batches(chain)
-    sweep.measured(chain, chain.stages, sigmas, states, {}, sweep.silent)
+    measured(chain, chain.stages, sigmas, states, {}, sweep.silent)
     assert [len(state["t"]) for _, state in seen] == expected
     assert [sigma for sigma, _ in seen] == sigmas
     seen.clear()
     monkeypatch.setattr(sweep, "SENSITIVITY_ROWS", 2)
-    sweep.measured(chain, chain.stages, sigmas, states, {}, sweep.silent)
+    measured(chain, chain.stages, sigmas, states, {}, sweep.silent)
     assert [len(state["t"]) for _, state in seen] == [2, 2]
     assert [sigma for sigma, _ in seen] == [sigmas[0], sigmas[3]]
     np.testing.assert_array_equal(np.array(seen[1][1]["latent"]), np.array(states[3]["latent"][:2]))

@@ -11,7 +11,8 @@ import safetensors
 import safetensors.numpy
 
 from mlxquant.errors import ArtifactError
-from mlxquant.files import artifacts, tensor_layout
+from mlxquant.files import checked, tensor_layout
+from mlxquant.files.checked import KEY, VERSION, array_digest, read_tensors, write_tensors
 
 MIXED = {
     "zz": mx.array([[1.5, -2.0]], mx.float32),
@@ -31,7 +32,7 @@ BRAIN = mx.array([[1.0, -2.5, 3e38]], mx.bfloat16)
 
 def written(tmp_path, arrays, header=None):
     path = tmp_path / "x.safetensors"
-    artifacts.write_tensors(path, "thing", arrays, header)
+    write_tensors(path, "thing", arrays, header)
     return path
 
 
@@ -68,7 +69,7 @@ def test_bfloat16_is_stored_and_comes_back(tmp_path):
     stored = dict(safetensors.deserialize(path.read_bytes()))
     assert stored["brain"]["dtype"] == "BF16"
     assert bytes(stored["brain"]["data"]) == bytes(BRAIN.view(mx.uint8))
-    by_mlx, (ours, _) = mx.load(str(path)), artifacts.read_tensors(path, "thing")
+    by_mlx, (ours, _) = mx.load(str(path)), read_tensors(path, "thing")
     for found in (by_mlx, ours):
         assert {name: (value.dtype, value.shape) for name, value in found.items()} == {
             name: (value.dtype, value.shape) for name, value in arrays.items()
@@ -94,13 +95,13 @@ def test_dtypes_that_nothing_here_needs_are_refused(tmp_path, dtype):
 
 def damaged(tmp_path, change):
     """A file with an honest checksum whose header says something wrong."""
-    facts = {"kind": "thing", "version": artifacts.VERSION}
+    facts = {"kind": "thing", "version": VERSION}
     arrays = {"a": mx.zeros((4,)), "b": mx.ones((2, 2))}
     entries = json.loads(tensor_layout.header(arrays, {})[8:])
     change(entries)
 
     def head(sha256):
-        entries["__metadata__"] = {artifacts.KEY: artifacts.canonical({**facts, "sha256": sha256})}
+        entries["__metadata__"] = {KEY: checked.canonical({**facts, "sha256": sha256})}
         text = json.dumps(entries).encode()
         return len(text).to_bytes(8, "little") + text
 
@@ -127,11 +128,11 @@ def damaged(tmp_path, change):
 )
 def test_headers_that_do_not_describe_the_bytes_are_refused(tmp_path, change):
     with pytest.raises(ArtifactError, match=r"bad\.safetensors: not a tensor file of mlxquant, or a damaged one"):
-        artifacts.read_tensors(damaged(tmp_path, change), "thing")
+        read_tensors(damaged(tmp_path, change), "thing")
 
 
 def test_the_damage_above_is_the_damage(tmp_path):
-    arrays, _ = artifacts.read_tensors(damaged(tmp_path, lambda entries: None), "thing")
+    arrays, _ = read_tensors(damaged(tmp_path, lambda entries: None), "thing")
     assert set(arrays) == {"a", "b"}
 
 
@@ -141,9 +142,9 @@ def test_nothing_is_copied_to_be_written_or_hashed_and_one_tensor_to_be_read(tmp
     mx.eval(arrays)
     path = tmp_path / "big.safetensors"
     for work, most in (
-        (lambda: artifacts.write_tensors(path, "thing", arrays), size // 4),
-        (lambda: artifacts.array_digest(arrays["brain"]), size // 4),
-        (lambda: artifacts.read_tensors(path, "thing"), 2 * size + size // 4),
+        (lambda: write_tensors(path, "thing", arrays), size // 4),
+        (lambda: array_digest(arrays["brain"]), size // 4),
+        (lambda: read_tensors(path, "thing"), 2 * size + size // 4),
     ):
         tracemalloc.start()
         work()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mlxquant.errors import RecipeError
-from mlxquant.grids.tables import TokenReader, represented
+from mlxquant.grids.reading import TokenReader, represented
 from mlxquant.grids.time import Clock
 from mlxquant.grids.weights import WeightFormat, fit_extremes
 from mlxquant.layers.linear import QuantizedLinear

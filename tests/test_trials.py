@@ -12,13 +12,15 @@ from mlxquant.errors import NumericsError, RecipeError
 from mlxquant.layers.attention import find_quantized_attentions
 from mlxquant.layers.tree import parameters
 from mlxquant.methods import registry
-from mlxquant.methods.weights.lowrank import DAMPINGS, LowRank
+from mlxquant.methods.weights.lowrank import DAMPINGS
+from mlxquant.numerics.low_rank import LowRank
 from mlxquant.numerics.transform import Transform
 from mlxquant.recipes.presets import parse_recipe
 from mlxquant.sweep import layer as layer_rounding
-from mlxquant.sweep import rounding as trials
-from mlxquant.sweep import sweep
+from mlxquant.sweep import rounding
 from mlxquant.sweep.choosing import Proposal, propose
+from mlxquant.sweep.rounding import Rounding
+from mlxquant.sweep.sweep import Sweep
 
 from conftest import tiny_adapter
 from synthetic_chain import Chain
@@ -97,7 +99,7 @@ def test_a_killed_sweep_with_transforms_ends_with_the_same_bytes(spiky, calib, t
 
 def test_costs_follow_what_is_folded_into_a_layers_rows(spiky, calib, monkeypatch):
     """What its outputs are worth in all is the same before and after: a row that was divided writes less, and its errors cost more."""
-    worth, rows, read = {}, {}, trials.Rounding._input
+    worth, rows, read = {}, {}, Rounding._input
 
     def watched(self, path, spec, ranges, weight=None, folded=None):
         found = read(self, path, spec, ranges, weight, folded)
@@ -107,8 +109,8 @@ def test_costs_follow_what_is_folded_into_a_layers_rows(spiky, calib, monkeypatc
             rows.setdefault(path, []).append(np.linalg.norm(found.weight, axis=1))
         return found
 
-    monkeypatch.setattr(trials.Rounding, "_input", watched)
-    monkeypatch.setattr(trials, "propose", lambda *given: replace(propose(*given), before=np.inf))  # so that everything is tried
+    monkeypatch.setattr(Rounding, "_input", watched)
+    monkeypatch.setattr(rounding, "propose", lambda *given: replace(propose(*given), before=np.inf))  # so that everything is tried
     mq.quantize(spiky, calib, "gptq+smoothquant+tiers-w4a8")
     values = [path for path in worth if path.endswith("v_proj")]
     assert any(not np.allclose(rows[path][-1], rows[path][0], rtol=0.01) for path in values)
@@ -117,13 +119,13 @@ def test_costs_follow_what_is_folded_into_a_layers_rows(spiky, calib, monkeypatc
 
 
 def test_sequential_recipes_show_each_layer_what_rounded_ones_write(spiky, calib, monkeypatch):
-    groups, statistics = [], trials.Rounding._statistics
+    groups, statistics = [], Rounding._statistics
 
     def watched(self, paths, online, done):
         groups.append((list(paths), set(done)))
         return statistics(self, paths, online, done)
 
-    monkeypatch.setattr(trials.Rounding, "_statistics", watched)
+    monkeypatch.setattr(Rounding, "_statistics", watched)
     mq.quantize(spiky, calib, "gptq+sequential-w4a16")
     block = [(paths, done) for paths, done in groups if any(path.startswith(BLOCK) for path in paths)]
     names = [{path.rpartition(".")[2] for path in paths} for paths, _ in block]
@@ -151,7 +153,7 @@ def test_a_transform_that_overflows_is_not_kept_and_it_says_so(spiky, calib, mon
     def huge(method, readers, place, current):
         return Proposal(Transform(np.full(readers[0].seen.weight.shape[1], 1e-25, np.float32)), 1.0, 0.5)
 
-    monkeypatch.setattr(trials, "propose", huge)
+    monkeypatch.setattr(rounding, "propose", huge)
     stages = mq.quantize(spiky, calib, "gptq+smoothquant-w4a16").facts["stages"]
     found = [stage["transforms"]["smoothquant"] for stage in stages if stage.get("transforms", {}).get("smoothquant", {}).get("tensors")]
     assert found
@@ -161,7 +163,7 @@ def test_a_transform_that_overflows_is_not_kept_and_it_says_so(spiky, calib, mon
 
 def test_only_the_trial_that_is_learned_from_keeps_what_learning_takes(spiky, calib, monkeypatch):
     """Moments and float64 weights of a stage's layers are half a gigabyte in SD3-Medium's blocks."""
-    losers, transform = [], sweep.Sweep._transform
+    losers, transform = [], Sweep._transform
 
     def watched(self, stage, rounding, start, *rest):
         made, trial = [start], rounding.transformed
@@ -171,7 +173,7 @@ def test_only_the_trial_that_is_learned_from_keeps_what_learning_takes(spiky, ca
         assert best.goals or not start.layers
         return best, facts
 
-    monkeypatch.setattr(sweep.Sweep, "_transform", watched)
+    monkeypatch.setattr(Sweep, "_transform", watched)
     recipe = parse_recipe("gptq+smoothquant+rotation+learned-w4a16")
     mq.quantize(spiky, calib, replace(recipe, learning=replace(recipe.learning, iterations=1)))
     assert losers
@@ -196,13 +198,13 @@ def test_a_branch_that_hurts_is_left_out_and_what_comes_after_goes_on_without(sp
 
 
 def test_a_shift_that_hurts_is_left_out(spiky, calib, monkeypatch):
-    table = trials.activation_table
+    table = rounding.activation_table
 
     def spoilt(seen, spec, layer, after):
         found = table(seen, spec, layer, after)
         return replace(found, step=found.step * 9) if spec.shift and after == "gelu" else found
 
-    monkeypatch.setattr(trials, "activation_table", spoilt)
+    monkeypatch.setattr(rounding, "activation_table", spoilt)
     done, plain = (mq.quantize(spiky, calib, f"gptq{shift}-w8a8") for shift in ("+shift", ""))
     blocks = [stage for stage in done.facts["stages"] if stage["stage"].startswith("multimodal")]
     assert {stage["kept"] for stage in blocks} == {"without shift"}
@@ -242,7 +244,10 @@ def test_methods_run_end_to_end_and_beat_rounding(spiky, calib, recipe):
 
 def test_a_second_round_calibrates_on_what_the_quantized_model_draws(spiky, calib, tmp_path):
     once, twice = (mq.quantize(spiky, calib, f"{name}-w4a4", work=tmp_path / name) for name in ("gptq", "gptq+progressive"))
-    latents = [mq.calibration.Calibration.load(path).latents for path in (tmp_path / "gptq+progressive").rglob("calibration.safetensors")]
+    latents = [
+        mq.calibration.trajectories.Calibration.load(path).latents
+        for path in (tmp_path / "gptq+progressive").rglob("calibration.safetensors")
+    ]
     assert len(latents) == 1
     assert latents[0].shape == calib.latents.shape
     np.testing.assert_array_equal(np.array(latents[0][0]), np.array(calib.latents[0]))  # the same noise

@@ -18,15 +18,8 @@ from ._blas import prefer_fast_blas
 
 prefer_fast_blas()  # before anything imports mlx.core
 
-from .api.model import (
-    Model,  # noqa: E402
-    QuantizedModel,  # noqa: E402
-    calibrate,  # noqa: E402
-    calibrate_text,  # noqa: E402
-    compare,  # noqa: E402
-    load,  # noqa: E402
-    quantize,  # noqa: E402
-)
+from .api.model import Model, QuantizedModel, load
+from .api.quantizing import calibrate, calibrate_text, compare, quantize
 from .errors import MlxQuantError  # noqa: E402
 from .exporters.targets import export  # noqa: E402
 from .layers.convolutions import (

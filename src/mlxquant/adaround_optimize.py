@@ -10,7 +10,8 @@ import click
 
 from .commandline.console import Command, peak_bytes, progress, result, say, verbose_option
 from .errors import AdapterError
-from .files import artifacts
+from .files import checked
+from .files.checked import file_digest
 from .grids.tables import BITS
 from .grids.weights import WeightFormat
 from .methods.weights.adaround import Settings
@@ -24,7 +25,8 @@ from .pipeline.quant_config import QuantConfig
 from .pipeline.weight_files import CONFIG, KIND, WeightFiles
 from .recipes.recipe import ActivationSpec, LayerSpec, Recipe
 from .sweep.layer import Preset
-from .sweep.sweep import Sweep, measured
+from .sweep.sensitivity import measured
+from .sweep.sweep import Sweep
 
 STARTS: dict[str, dict[str, Any]] = {
     "nearest": {"rounding": "rtn"},
@@ -101,13 +103,13 @@ def command(
         "source": cache.source,
         "calibration": cache.calibration,
         "parents": {"metadata.json": cache.sha256},
-        "quant_config": None if quant_config is None else artifacts.file_digest(quant_config),
+        "quant_config": None if quant_config is None else file_digest(quant_config),
         "bits_w": bits_w,
         "bits_a": int(bits_a),
         "iters": iters,
         "start": start,
         "recipe": recipe.to_dict(),
-        "versions": artifacts.versions(),
+        "versions": checked.versions(),
     }
     ledger = Ledger.open(output_dir / CONFIG, KIND, facts, "adaround-optimize", force, resume)
     if ledger.complete:

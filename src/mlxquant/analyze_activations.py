@@ -9,10 +9,10 @@ from typing import Any
 import click
 import numpy as np
 
-from .api import model
+from .api.model import load
 from .commandline.console import Command, progress, result, say, verbose_option
 from .errors import ArtifactError
-from .files.artifacts import ensure_writable
+from .files.atomic import ensure_writable
 from .layers.tree import starred
 from .methods.inputs.tiers import BUDGET, TIERS
 from .pipeline import temporal
@@ -89,7 +89,7 @@ def command(
     ensure_writable(output.absolute().parent)
     if (found := finished(output, made_from(stats, options), force)) is not None:
         say(f"{output} is finished already, with these settings")
-    config = found or decide(stats, model.load(name or stats.model).adapter, options, progress)
+    config = found or decide(stats, load(name or stats.model).adapter, options, progress)
     facts = temporal.analyze(config)
     bits = {path: table.bits for path, table in config.plain.items()}
     title = f"{config.facts['model']}: {config.mean_bits:.2f} bits on average, by {rule}"

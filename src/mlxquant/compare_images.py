@@ -16,7 +16,7 @@ from .evaluation.image_folders import paired, read_picture
 from .evaluation.metric_options import chosen_metrics, metric_option, weights_option
 from .evaluation.paired import blank, few
 from .evaluation.report_folder import machine, say_report, summarise, write_report
-from .files import artifacts
+from .files.atomic import atomic_folder, ensure_writable, refuse_existing
 from .sampling.prompts import read_prompts
 
 
@@ -58,8 +58,8 @@ def command(
     texting = [metric.name for metric in metrics if metric.needs == "prompts"]
     if texting and prompts is None:
         raise ArtifactError(f"--metric {texting[0]} looks at the text of each picture; pass it with --prompts")
-    artifacts.refuse_existing(out, force)
-    artifacts.ensure_writable(out.absolute().parent)
+    refuse_existing(out, force)
+    ensure_writable(out.absolute().parent)
     judge = Judge(metrics, None if prompts is None else [prompt.text for prompt in prompts], places=places)
     labels = distinct(folder.absolute().name for folder in folders)
     pictures = [Pictures(*own, partial(map, read_picture, paths)) for own, paths in zip(labels, files, strict=True)]
@@ -84,7 +84,7 @@ def command(
         "notes": [*judge.notes, *few(len(names))],
         "methods": [],
     }
-    with artifacts.atomic_folder(out, force) as temporary:
+    with atomic_folder(out, force) as temporary:
         write_report(temporary, report, pictures, progress)
     say_report(report)
     say(f"{out / 'report.html'}")

@@ -9,9 +9,11 @@ from typing import Any
 import click
 
 from .api import jobs
-from .api import model as api
+from .api.model import load
+from .api.quantizing import calibrate, compare
 from .commandline.console import Command, force_option, peak_bytes, progress, result, say, verbose_option
-from .files import artifacts
+from .files.atomic import atomic_folder
+from .files.checked import write_json
 from .recipes.presets import parse_recipe
 from .report.comparison import Comparison
 
@@ -35,15 +37,15 @@ RECIPES = ("rtn-w4a8", "gptq-w4a8")
 def command(out: Path, seed: int, num_prompts: int, steps: int | None, force: bool) -> None:
     """Quantize the embedded model to W4A8, rounded and calibrated, and compare the pictures."""
     start = time.perf_counter()
-    model = api.load(MODEL)
+    model = load(MODEL)
     adapter = model.diffusion
     recipes = [parse_recipe(name) for name in RECIPES]
     with jobs.work_folder(out, force) as work:
         prompts = adapter.prompts("calibration", 16, seed)
-        calib = api.calibrate(model, prompts, steps, progress=progress, work=work)
+        calib = calibrate(model, prompts, steps, progress=progress, work=work)
         done = {recipe.name: jobs.quantized(model, calib, recipe, work, progress) for recipe in recipes}
         models = {name: d.model for name, d in done.items()}
-        comparison = api.compare(model, models, adapter.prompts("evaluation", num_prompts, seed), steps=steps, progress=progress)
+        comparison = compare(model, models, adapter.prompts("evaluation", num_prompts, seed), steps=steps, progress=progress)
         report = {
             "model": MODEL,
             "seed": seed,
@@ -51,11 +53,11 @@ def command(out: Path, seed: int, num_prompts: int, steps: int | None, force: bo
             "fp": {"accuracy": comparison.accuracy["FP"]["mean"]},
             "recipes": {name: figures(d, comparison) for name, d in done.items()},
         }
-        with artifacts.atomic_folder(out, force) as temporary:
+        with atomic_folder(out, force) as temporary:
             comparison.save(temporary / "comparison.png")
             for name, quantized in models.items():
                 quantized.save(temporary / name)
-            artifacts.write_json(temporary / "report.json", "demo-report", {**report, "attributes": comparison.accuracy})
+            write_json(temporary / "report.json", "demo-report", {**report, "attributes": comparison.accuracy})
     say_table(report)
     say(f"{out / 'comparison.png'}")
     seconds = time.perf_counter() - start

@@ -10,7 +10,10 @@ from typing import Any
 import click
 
 from .api import jobs
-from .api import model as api
+from .api.model import Model
+from .api.model import load as load_model
+from .api.plan import plan
+from .api.quantizing import calibrate
 from .commandline.console import (
     MODEL_HELP,
     Command,
@@ -31,7 +34,7 @@ from .evaluation.metric_options import chosen_metrics, metric_option, weights_op
 from .evaluation.paired import FLOOR, Evaluation
 from .evaluation.quantizing import quantized_contender
 from .evaluation.report_folder import put, say_report, summarise, write_report
-from .files import artifacts
+from .files.atomic import atomic_folder
 from .recipes.presets import parse_recipe
 from .recipes.recipe import Recipe
 from .sampling.prompts import Prompt, read_prompts
@@ -102,7 +105,7 @@ def command(
     models = load(names, size)
     adapter = models[0].diffusion
     for recipe in recipes:
-        api.plan(models[0], recipe)
+        plan(models[0], recipe)
     steps, cfg = adapter.steps if steps is None else steps, adapter.cfg if cfg_weight is None else cfg_weight
     prompts = chosen(adapter, prompt_file, num_prompts, PROMPTS, "evaluation", seed)
     examples = []
@@ -116,7 +119,7 @@ def command(
             model.adapter.check_finite()
         contenders = [Contender(*own, model, model.adapter.fingerprint) for own, model in zip(labels, models, strict=False)]
         if recipes:
-            calib = api.calibrate(models[0], examples, steps, cfg, progress=progress, samples=samples, work=work)
+            calib = calibrate(models[0], examples, steps, cfg, progress=progress, samples=samples, work=work)
         for recipe, own in zip(recipes, labels[len(models) :], strict=True):
             contenders.append(quantized_contender(models[0], calib, recipe, own, work, progress))
         most = peak_bytes()  # now, for measuring the models' own peaks starts MLX's count over
@@ -131,7 +134,7 @@ def command(
             "calibration": {"prompts": len(examples), "steps": steps, "cfg_weight": cfg, "seed": seed} if recipes else None,
         }
         report, pictures = Evaluation(drawings, contenders[1:], judge, work, progress).report(settings, floor)
-        with artifacts.atomic_folder(out, force) as temporary:
+        with atomic_folder(out, force) as temporary:
             for one, facts in zip(contenders[1:], report["results"], strict=True):
                 if facts["quantized"]:
                     put(work / "layers" / f"{one.folder}.json", temporary / "layers" / f"{one.folder}.json")
@@ -143,9 +146,9 @@ def command(
     result({**summarise(report), "out": str(out), "seconds": time.perf_counter() - start, "peak_bytes": max(most, peak_bytes())})
 
 
-def load(names: tuple[str, ...], size: int | None) -> list[api.Model]:
+def load(names: tuple[str, ...], size: int | None) -> list[Model]:
     """The models, all drawing pictures of one size: that of the first, where none is asked for."""
-    models = [api.load(name, size) for name in names]
+    models = [load_model(name, size) for name in names]
     for name, model in zip(names, models, strict=True):
         if size is None and model.diffusion.latent_shape != models[0].diffusion.latent_shape:
             model.diffusion.resize(models[0].diffusion.size)
@@ -157,7 +160,7 @@ def load(names: tuple[str, ...], size: int | None) -> list[api.Model]:
     return models
 
 
-def label(reference: str, model: api.Model) -> str:
+def label(reference: str, model: Model) -> str:
     """What people call a model that was loaded: its folder's name, or its own."""
     return Path(reference).name or model.name
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import click
 
-from .api import model
+from .api.model import load
 from .commandline.console import MODEL_HELP, Command, force_option, result, say, verbose_option
 from .exporters.plain import FLOATS
 from .exporters.targets import TARGETS, export
-from .files import artifacts
+from .files.atomic import refuse_existing
 
 
 @click.command("export", cls=Command)
@@ -26,8 +26,8 @@ def command(name: str, target: str, out: Path, drop_activations: bool, dtype: st
 
     The calibrated codes are written bit for bit; what the target has no place for is refused, by name.
     """
-    artifacts.refuse_existing(out, force)
-    facts = export(model.load(name), out, target, drop_activations=drop_activations, dtype=dtype, force=force)
+    refuse_existing(out, force)
+    facts = export(load(name), out, target, drop_activations=drop_activations, dtype=dtype, force=force)
     say(f"{out}: {facts['bytes'] / 1e6:.2f} MB, {facts['bits_per_weight']:.2f} bits per weight, {facts['layers']} packed layers")
     for note in facts["notes"]:
         say(f"  {note}")

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import click
 
-from .api import model as api
+from .api.model import load
+from .api.quantizing import compare
 from .commandline.console import MODEL_HELP, Command, peak_bytes, progress, result, say, size_option, verbose_option
 from .errors import AdapterError
-from .files import artifacts
+from .files.atomic import ensure_writable
 from .report.comparison import save_png, to_pil
 from .sampling.prompts import Prompt
 
@@ -40,8 +41,8 @@ def command(
         raise AdapterError("--prompt is empty; describe the picture")
     if output.is_dir():
         raise AdapterError(f"--output {output} is a folder; name a PNG file")
-    model = api.load(name, size)
-    artifacts.ensure_writable(output.absolute().parent)
+    model = load(name, size)
+    ensure_writable(output.absolute().parent)
     facts: dict[str, object] = {}
     label = Path(name).name
     start = time.perf_counter()
@@ -49,10 +50,10 @@ def command(
         image = model.images([Prompt(seed, text)], steps, cfg_weight, progress=progress)[0]
         save_png(to_pil(image), output)
     else:
-        other = api.load(reference, size)
+        other = load(reference, size)
         if size is None and other.diffusion.latent_shape != model.diffusion.latent_shape:
             other.diffusion.resize(model.diffusion.size)
-        comparison = api.compare(other, {label: model}, text, seed, steps, cfg_weight, progress)
+        comparison = compare(other, {label: model}, text, seed, steps, cfg_weight, progress)
         comparison.save(output)
         facts = {"psnr_db": float(comparison.psnr_db[label].mean())}
         say(f"{name} against {reference}: {comparison.figures(label)}")

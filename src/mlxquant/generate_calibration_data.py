@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from .api import model as api
+from .api.model import QuantizedModel, load
 from .commandline.console import MODEL_HELP, Command, peak_bytes, progress, result, say, size_option, verbose_option
 from .errors import CalibrationError
 from .pipeline import samples
@@ -45,8 +45,8 @@ def command(
 ) -> None:
     """Sample real trajectories and keep the latent before every step."""
     start = time.perf_counter()
-    model = api.load(name, size)
-    if isinstance(model, api.QuantizedModel):
+    model = load(name, size)
+    if isinstance(model, QuantizedModel):
         raise CalibrationError(f"{name} is quantized; draw the trajectories with the full-precision model")
     adapter = model.diffusion
     prompts = read_prompts(prompt_file) if prompt_file else adapter.prompts("calibration", num_images, seed)

@@ -9,11 +9,11 @@ from typing import Any
 import click
 import numpy as np
 
-from .api import model as api
-from .api.model import Model, QuantizedModel
+from .api.model import Model, QuantizedModel, load
 from .commandline.console import Command, peak_bytes, progress, result, say, size_option, verbose_option
 from .errors import AdapterError
-from .files import artifacts
+from .files.atomic import ensure_writable, refuse_existing
+from .files.checked import write_json
 from .layers.tree import set_module
 from .models.catalog import model_name
 from .pipeline.apply import TrackFiles, install
@@ -67,19 +67,19 @@ def command(
     if output_image.is_dir():
         raise AdapterError(f"--output-image {output_image} is a folder; name a PNG file")
     if folder is not None:
-        artifacts.refuse_existing(folder, force)
+        refuse_existing(folder, force)
     facts = WeightFiles.facts(adaround_output)
     if model_name(name) not in (None, facts["model"]):
         raise AdapterError(f"{adaround_output} is of model {facts['model']!r}, not of {name!r}; leave --model out or optimize that model")
     files = TrackFiles(adaround_output, quant_config)
-    exact = api.load(name or facts["model"], size)
+    exact = load(name or facts["model"], size)
     models = {"V1": assemble(exact, files, active=False)}
     if quant_config is not None:
         models["V2"] = assemble(exact, files, active=True)
     final = next(reversed(models.values()))
     for path in (output_image, folder):
         if path is not None:
-            artifacts.ensure_writable(path.absolute().parent)
+            ensure_writable(path.absolute().parent)
     drawn = {**references(exact, final), **models} if compare or diff_stats else {"": final}
     images = {key: model.images(prompts, num_steps, cfg_weight, progress=progress) for key, model in drawn.items()}
     comparison = Comparison.of(prompts, images, final.diffusion.attributes)
@@ -91,7 +91,7 @@ def command(
         save_png(to_pil(np.concatenate(list(pictures), axis=1)), output_image)
     if diff_stats:
         data = {"models": report, "prompts": [[p.seed, p.text] for p in prompts]}
-        artifacts.write_json(output_image.with_suffix(".diff.json"), "difference-statistics", data)
+        write_json(output_image.with_suffix(".diff.json"), "difference-statistics", data)
     if report:
         say(f"{'against FP':<12}{'PSNR dB':>9}{'mean |d|':>10}{'max |d|':>9}{'> 1/255':>9}")
         for key, row in report.items():

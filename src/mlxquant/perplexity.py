@@ -9,7 +9,7 @@ from typing import Any
 import click
 import numpy as np
 
-from .api import model as api
+from .api.model import Model, QuantizedModel, load
 from .calibration.corpus import read_corpus
 from .commandline.console import Command, peak_bytes, progress, result, say, verbose_option
 from .metrics.bootstrap import interval
@@ -29,7 +29,7 @@ def command(names: tuple[str, ...], data: Path | None, length: int | None, windo
     first: Prediction | None = None
     for name in names:
         start = time.perf_counter()
-        model = api.load(name)
+        model = load(name)
         if length is None:
             length = model.language.context
         found = model.predict(corpus.held_out, length, windows, progress)
@@ -54,9 +54,9 @@ def compared(found: Prediction, first: Prediction) -> dict[str, Any]:
     return {"difference": float(difference.mean()), "difference_95": interval(difference)}
 
 
-def stored(model: api.Model) -> dict[str, Any]:
+def stored(model: Model) -> dict[str, Any]:
     """Its size, where it is quantized."""
-    if not isinstance(model, api.QuantizedModel):
+    if not isinstance(model, QuantizedModel):
         return {}
     return {"model_bytes": model.size.model_bytes, "bits_per_weight": model.size.bits_per_weight}
 

@@ -8,7 +8,10 @@ from pathlib import Path
 import click
 
 from .api import jobs
-from .api import model as api
+from .api.model import Model, load
+from .api.plan import plan
+from .api.quantizing import calibrate, calibrate_text
+from .calibration.data import CalibrationData
 from .commandline.console import (
     MODEL_HELP,
     Command,
@@ -27,7 +30,6 @@ from .pipeline.apply import TrackFiles
 from .recipes.presets import parse_recipe
 from .recipes.recipe import Recipe
 from .sampling.prompts import read_prompts
-from .sweep.streams import CalibrationData
 
 
 @click.command("quantize", cls=Command)
@@ -97,10 +99,10 @@ def command(
     if quant_config is not None and adaround_output is None:
         raise RecipeError("--quant-config has the activation scales for the weights of --adaround-output; pass both")
     tracks = None if adaround_output is None else TrackFiles(adaround_output, quant_config)
-    model = api.load(name, size)
-    plan = api.plan(model, recipe)
+    model = load(name, size)
+    layers = plan(model, recipe)
     if tracks is not None:
-        tracks.store(model.clone(), plan)  # refused now, if at all, and not after the calibration
+        tracks.store(model.clone(), layers)  # refused now, if at all, and not after the calibration
         if quant_config is None:
             say("without --quant-config the blocks keep unquantized activations")
     with jobs.work_folder(out, force, resume) as work:
@@ -128,7 +130,7 @@ def command(
 
 
 def calibrated(
-    model: api.Model,
+    model: Model,
     work: Path,
     prompt_file: Path | None,
     num_prompts: int | None,
@@ -146,12 +148,12 @@ def calibrated(
             raise AdapterError(
                 f"{model.name} is a language model, for which {' and '.join(given)} mean nothing; calibrate with --data TEXT"
             )
-        return api.calibrate_text(model, data, samples, length, seed)
+        return calibrate_text(model, data, samples, length, seed)
     if data is not None or length is not None:
         raise AdapterError(f"{model.name} draws pictures, for which --data and --length mean nothing; calibrate with --prompts FILE")
     adapter = model.diffusion
     prompts = read_prompts(prompt_file)[:num_prompts] if prompt_file else adapter.prompts("calibration", num_prompts or 16, seed)
-    return api.calibrate(model, prompts, steps, cfg, progress=progress, samples=samples, work=work)
+    return calibrate(model, prompts, steps, cfg, progress=progress, samples=samples, work=work)
 
 
 def limited(recipe: Recipe, bits_per_weight: float | None, bits_per_activation: float | None) -> Recipe:

@@ -10,7 +10,8 @@ import numpy as np
 
 from .commandline.console import UNDERSCORES, Command, result, say, verbose_option
 from .errors import ArtifactError, RecipeError
-from .files import artifacts
+from .files.atomic import atomic_file, ensure_writable
+from .files.checked import write_tensors
 from .qat.folders import quantized_gpt
 from .qat.integer import quantized_values
 
@@ -40,12 +41,12 @@ def command(out_dir: Path, file_name: str, file_type: str, device: str | None, f
     values = quantized_values(model)
     if not values:
         raise RecipeError(f"{out_dir} was trained without quantization; train it with --linear-variant-attn quantized_linear, for instance")
-    artifacts.ensure_writable(path.absolute().parent)
+    ensure_writable(path.absolute().parent)
     if file_type == "npz":
-        with artifacts.atomic_file(path) as temporary, temporary.open("wb") as file:
+        with atomic_file(path) as temporary, temporary.open("wb") as file:
             np.savez_compressed(file, allow_pickle=False, **{name: np.array(value) for name, value in values.items()})
     else:
-        artifacts.write_tensors(path, KIND, values, {"facts": {"quantization": facts["quantization"], "text": facts["text"]}})
+        write_tensors(path, KIND, values, {"facts": {"quantization": facts["quantization"], "text": facts["text"]}})
     tensors = sorted(name.removesuffix(".codes") for name in values if name.endswith(".codes"))
     say(f"{path}: {len(tensors)} quantized tensors")
     result({"file": str(path), "tensors": tensors, "bytes": path.stat().st_size})

@@ -18,7 +18,10 @@ from tqdm import tqdm
 from .calibration.corpus import Corpus, read_corpus
 from .commandline.console import UNDERSCORES, Command, peak_bytes, progress, result, say, verbose_option
 from .errors import AdapterError, ArtifactError, CalibrationError, NumericsError, RecipeError
-from .files import artifacts
+from .files import checked
+from .files.atomic import ensure_writable
+from .files.checked import array_digest, read_tensors, write_tensors
+from .files.parameters import load_parameters
 from .layers.tree import parameters
 from .metrics.prediction import predict
 from .models.catalog import pretrained
@@ -57,7 +60,7 @@ class Run:
     def save(self) -> None:
         trees = {"model": self.model.parameters(), "optimizer": self.optimizer.state, "activations": kept_activations(self.model)}
         arrays = {f"{name}.{key}": value for name, tree in trees.items() for key, value in parameters(tree).items()}
-        artifacts.write_tensors(self.checkpoint, "training", arrays, {"facts": self.facts, "step": self.step})
+        write_tensors(self.checkpoint, "training", arrays, {"facts": self.facts, "step": self.step})
         self.saved = time.monotonic()
 
     def resume(self) -> None:
@@ -65,15 +68,15 @@ class Run:
         self.saved = time.monotonic()
         if not self.checkpoint.exists():
             return
-        arrays, header = artifacts.read_tensors(self.checkpoint, "training")
-        if header["facts"] != artifacts.plain(self.facts):
+        arrays, header = read_tensors(self.checkpoint, "training")
+        if header["facts"] != checked.plain(self.facts):
             raise ArtifactError(
-                f"{self.checkpoint} belongs to a run with other settings ({differences(header['facts'], artifacts.plain(self.facts))}); "
+                f"{self.checkpoint} belongs to a run with other settings ({differences(header['facts'], checked.plain(self.facts))}); "
                 "choose another --out-dir, or give the same settings"
             )
         parts = {name: {k.removeprefix(f"{name}."): v for k, v in arrays.items() if k.startswith(f"{name}.")} for name in
                  ("model", "optimizer", "activations")}  # fmt: skip
-        artifacts.load_parameters(self.model, parts["model"], str(self.checkpoint))
+        load_parameters(self.model, parts["model"], str(self.checkpoint))
         restore_activations(self.model, parts["activations"])
         self.optimizer.state, self.step = tree_unflatten(list(parts["optimizer"].items())), header["step"]
 
@@ -169,7 +172,7 @@ def command(
     run = Run(out_dir, facts, model, optimizer, ramp)
     run.resume()
     refuse_foreign(run)
-    artifacts.ensure_writable(out_dir)
+    ensure_writable(out_dir)
 
     update = training_step(model, optimizer, DTYPES[dtype])
     recent: list[float] = []
@@ -216,7 +219,7 @@ def refuse_foreign(run: Run) -> None:
 
 def weights_digest(model: GPT) -> str:
     """What a model that is trained on starts as."""
-    return artifacts.digest({name: artifacts.array_digest(value) for name, value in parameters(model).items()})
+    return checked.digest({name: array_digest(value) for name, value in parameters(model).items()})
 
 
 def count(model: GPT) -> int:

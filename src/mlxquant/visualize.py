@@ -14,7 +14,9 @@ from .commandline.console import UNDERSCORES, Command, force_option, progress, r
 from .contents.reader import read_contents
 from .contents.views import View, views
 from .errors import ArtifactError
-from .files import artifacts
+from .files import checked
+from .files.atomic import atomic_folder, refuse_existing
+from .files.checked import write_json
 from .report.tensor_plots import Panel, draw_sheets, draw_tensor
 
 SHEET, LIST = "sheet.png", "report.json"
@@ -42,8 +44,8 @@ def command(path: Path | None, file_name: Path | None, weight: str, graph: str, 
         raise click.UsageError("name a file or folder, as PATH or with --file-name")
     contents = read_contents(path)
     chosen = choose(views(contents), weight, path)
-    artifacts.refuse_existing(out, force)
-    with artifacts.atomic_folder(out, force) as folder:
+    refuse_existing(out, force)
+    with atomic_folder(out, force) as folder:
         if sheet:
             panels = [panel(view, graph) for view in progress(chosen, "tensors")]
             files = [file.name for file in draw_sheets(panels, folder / SHEET)]
@@ -52,7 +54,7 @@ def command(path: Path | None, file_name: Path | None, weight: str, graph: str, 
             for view, name in progress(list(zip(chosen, files, strict=True)), "pictures"):
                 draw_tensor(panel(view, graph), folder / name)
         facts = {"graph": graph, "files": files, "tensors": [{"name": view.name, "kind": view.kind} for view in chosen]}
-        artifacts.write_json(folder / LIST, "tensor-pictures", {**facts, "of": contents.kind, **artifacts.versions()})
+        write_json(folder / LIST, "tensor-pictures", {**facts, "of": contents.kind, **checked.versions()})
     say(f"{out}: {len(files)} picture{'s' if len(files) > 1 else ''} of {len(chosen)} tensor{'s' if len(chosen) > 1 else ''}")
     result({"out": str(out), **facts})
 

@@ -10,7 +10,7 @@ import pytest
 from mlxquant.exporters.diffusionkit import checkpoint_arrays, effective_weight
 from mlxquant.grids.weights import WeightFormat, fit_extremes
 from mlxquant.layers.linear import QuantizedLinear
-from mlxquant.methods.weights.lowrank import LowRank
+from mlxquant.numerics.low_rank import LowRank
 
 
 @pytest.mark.parametrize("options", [{}, {"rotation": 16}, {"divisor": True}, {"rotation": 64, "divisor": True, "branch": True}])

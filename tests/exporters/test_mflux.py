@@ -13,7 +13,7 @@ import pytest
 from mlx.utils import tree_unflatten
 
 from mlxquant.errors import ExportError
-from mlxquant.grids.weights import unpack
+from mlxquant.grids.packing import unpack
 from mlxquant.layers.linear import find_quantized
 from mlxquant.layers.tree import get_module, parameters
 

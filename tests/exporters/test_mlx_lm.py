@@ -14,7 +14,8 @@ from mlx.utils import tree_map
 
 from mlxquant.errors import ExportError
 from mlxquant.exporters import mlx_lm as target
-from mlxquant.grids.weights import WeightFormat, fit_extremes, unpack
+from mlxquant.grids.packing import unpack
+from mlxquant.grids.weights import WeightFormat, fit_extremes
 from mlxquant.layers.embeddings import QuantizedEmbedding
 from mlxquant.layers.linear import QuantizedLinear, find_quantized
 from mlxquant.layers.tree import find_linears, get_module, set_module

@@ -6,7 +6,7 @@ import pytest
 from mlxquant.errors import CalibrationError, NumericsError
 from mlxquant.grids.weights import WeightFormat
 from mlxquant.methods.registry import get, members
-from mlxquant.methods.weights import lowrank
+from mlxquant.methods.weights.lowrank import DAMPINGS, TRIAL_TURNS, TURNS
 from mlxquant.numerics.moments import Moments, energy
 
 METHODS = members("branch")
@@ -71,7 +71,7 @@ def test_the_residual_is_easier_to_quantize_than_the_weight(find):
     weight, moments = layer()
     quantize = to_nearest()
     branch = find(weight, moments, 8, quantize)
-    assert quantize.calls <= lowrank.TURNS + lowrank.TRIAL_TURNS * len(lowrank.DAMPINGS)
+    assert quantize.calls <= TURNS + TRIAL_TURNS * len(DAMPINGS)
     residual = weight - branch.weight
     without, beside = (energy(w - quantize(w), moments.gram).sum() for w in (weight, residual))
     assert beside < 0.6 * without

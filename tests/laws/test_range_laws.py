@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from mlxquant.methods.registry import get, members
-from mlxquant.numerics.statistics import InputStatistics
+from mlxquant.sweep.collecting import InputStatistics
 
 METHODS = members("range")
 

@@ -9,7 +9,7 @@ import pytest
 from mlxquant.methods.inputs.clipping import extremes
 from mlxquant.methods.inputs.tiers import TIERS, mixed, quantized
 from mlxquant.methods.registry import members
-from mlxquant.numerics.statistics import InputStatistics
+from mlxquant.sweep.collecting import InputStatistics
 
 RULES = members("tier")
 WEIGHT = np.random.default_rng(9).normal(size=(8, 16)).astype(np.float32)

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from mlxquant.methods.registry import members
+from mlxquant.numerics.input_ranges import InputRanges
 from mlxquant.numerics.moments import Moments
-from mlxquant.numerics.statistics import InputRanges
 from mlxquant.numerics.transform import Place, Transform
 
 METHODS = members("transform")

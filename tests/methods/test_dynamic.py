@@ -6,7 +6,7 @@ import pytest
 from mlxquant.methods.inputs.clipping import error, extremes
 from mlxquant.methods.inputs.dynamic import dynamic, power_law_ratio
 from mlxquant.methods.inputs.tiers import OutputErrors
-from mlxquant.numerics.statistics import InputRanges
+from mlxquant.numerics.input_ranges import InputRanges
 
 rng = np.random.default_rng(0)
 SIZE = (64, 64)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mlxquant.methods.inputs.envelopes import envelope, upper_envelope
-from mlxquant.numerics.statistics import InputRanges
+from mlxquant.numerics.input_ranges import InputRanges
 
 
 def exact(basis, y):

@@ -8,7 +8,6 @@ from mlxquant.methods.registry import get
 from mlxquant.methods.weights.lowrank import (
     DAMPINGS,
     TRIAL_TURNS,
-    LowRank,
     Metric,
     by_turns,
     damped,
@@ -18,6 +17,7 @@ from mlxquant.methods.weights.lowrank import (
     svd,
     whitened,
 )
+from mlxquant.numerics.low_rank import LowRank
 from mlxquant.numerics.moments import Moments, energy
 
 

@@ -5,7 +5,7 @@ import pytest
 
 from mlxquant.methods.transforms.ptq4dit import calibrated_salience, ptq4dit, rank_correlation, ranks
 from mlxquant.methods.transforms.smoothquant import divisor
-from mlxquant.numerics.statistics import InputRanges
+from mlxquant.numerics.input_ranges import InputRanges
 from mlxquant.numerics.transform import Place
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mlxquant.methods.transforms.rotation import dealt, rotation
-from mlxquant.numerics.statistics import InputRanges
+from mlxquant.numerics.input_ranges import InputRanges
 from mlxquant.numerics.transform import Place
 
 

@@ -10,7 +10,7 @@ from mlxquant.methods.inputs.clipping import average, extremes
 from mlxquant.methods.inputs.shift import centred, migration, shifted
 from mlxquant.methods.inputs.tiers import quantized, relative_errors
 from mlxquant.methods.transforms.smoothquant import divided
-from mlxquant.numerics.statistics import InputStatistics
+from mlxquant.sweep.collecting import InputStatistics
 
 WEIGHT = np.random.default_rng(9).normal(size=(8, 128)).astype(np.float32)
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mlxquant.methods.transforms.smoothquant import candidate, divided, divisor, peaks, spike
-from mlxquant.numerics.statistics import InputRanges
+from mlxquant.numerics.input_ranges import InputRanges
 
 
 def data(width=40, seed=0):

@@ -5,7 +5,7 @@ import pytest
 
 from mlxquant.methods.transforms.smoothquant import divisor
 from mlxquant.methods.transforms.tcaq import joint_ratios, tcaq, timestep_weights
-from mlxquant.numerics.statistics import InputRanges
+from mlxquant.numerics.input_ranges import InputRanges
 from mlxquant.numerics.transform import Place
 
 

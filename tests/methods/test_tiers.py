@@ -10,7 +10,7 @@ from mlxquant.grids.weights import WeightFormat, fit_extremes
 from mlxquant.layers.linear import QuantizedLinear
 from mlxquant.methods.inputs.clipping import extremes
 from mlxquant.methods.inputs.tiers import OutputErrors, error, lowered, mixed, quantized, relative_errors, rms, threshold
-from mlxquant.numerics.statistics import InputRanges
+from mlxquant.numerics.input_ranges import InputRanges
 
 
 def ranges_of(*rows):

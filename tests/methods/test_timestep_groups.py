@@ -7,7 +7,7 @@ import pytest
 
 from mlxquant.methods.inputs.clipping import error
 from mlxquant.methods.inputs.timestep_groups import best_groups, group_costs, grouped
-from mlxquant.numerics.statistics import InputRanges
+from mlxquant.numerics.input_ranges import InputRanges
 
 WEIGHT = np.random.default_rng(9).normal(size=(8, 6))
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 import mlxquant as mq
-from mlxquant.files import artifacts
+from mlxquant.files import checked
 from mlxquant.files.array_memory import ArrayMemory
+from mlxquant.files.checked import array_digest
 from mlxquant.layers.tree import get_module, parameters, set_module
 from mlxquant.models import adapter as adapter_module
 from mlxquant.sweep.folding import divide
@@ -19,8 +20,8 @@ FC2 = "multimodal_transformer_blocks.0.image_transformer_block.mlp.fc2"
 
 def anew(adapter):
     """The fingerprint by its definition."""
-    digests = {name: artifacts.array_digest(mx.array(np.array(value))) for name, value in parameters(adapter.module).items()}
-    return artifacts.digest(digests)
+    digests = {name: array_digest(mx.array(np.array(value))) for name, value in parameters(adapter.module).items()}
+    return checked.digest(digests)
 
 
 @pytest.fixture
@@ -30,7 +31,7 @@ def hashed(monkeypatch):
 
     def digest(value):
         shapes.append(value.shape)
-        return artifacts.array_digest(value)
+        return array_digest(value)
 
     monkeypatch.setattr(adapter_module, "_digest", ArrayMemory(digest))
     return shapes

@@ -1,12 +1,14 @@
 """The embedded model keeps the adapter contract, and its weights are what they claim to be."""
 
+from pathlib import Path
+
 import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
 from mlxquant.errors import AdapterError, ArtifactError
-from mlxquant.files import artifacts
+from mlxquant.files.checked import read_tensors
 from mlxquant.models.catalog import pretrained
 from mlxquant.models.shapes import adapter as mmdit_shapes
 from mlxquant.models.shapes.adapter import MMDiTShapes, to_images, to_latent
@@ -55,9 +57,9 @@ def test_captions_become_tokens_and_the_empty_prompt_is_padding():
 
 
 def test_shipped_weights_fit_in_ten_megabytes_and_tell_their_origin():
-    path = artifacts.Path(mmdit_shapes.__file__).parents[1] / "assets" / mmdit_shapes.WEIGHTS
+    path = Path(mmdit_shapes.__file__).parents[1] / "assets" / mmdit_shapes.WEIGHTS
     assert path.stat().st_size <= 10_000_000
-    arrays, header = artifacts.read_tensors(path, "mmdit-shapes")
+    arrays, header = read_tensors(path, "mmdit-shapes")
     assert header["config"] == CONFIG.to_dict()
     assert header["command"].startswith("python -m mlxquant.models.train_shapes --steps")
     assert {"seed", "steps"} <= set(header)
@@ -65,7 +67,7 @@ def test_shipped_weights_fit_in_ten_megabytes_and_tell_their_origin():
 
 
 def test_damaged_weights_are_refused(tmp_path, monkeypatch):
-    path = artifacts.Path(mmdit_shapes.__file__).parents[1] / "assets" / mmdit_shapes.WEIGHTS
+    path = Path(mmdit_shapes.__file__).parents[1] / "assets" / mmdit_shapes.WEIGHTS
     damaged = bytearray(path.read_bytes())
     damaged[len(damaged) // 2] ^= 1
     (tmp_path / mmdit_shapes.WEIGHTS).write_bytes(damaged)

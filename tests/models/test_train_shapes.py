@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from mlxquant.files import artifacts
+from mlxquant.files.checked import read_tensors
 from mlxquant.models import train_shapes
 from mlxquant.models.mmdit.network import MMDiTConfig
 from mlxquant.models.shapes.adapter import WEIGHTS
@@ -41,7 +41,7 @@ def test_killed_training_resumes_to_the_same_weights(tmp_path, monkeypatch):
     assert train(tmp_path / "killed").exit_code == 0
     for name in (WEIGHTS, "training.safetensors"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    _, header = artifacts.read_tensors(tmp_path / "whole" / WEIGHTS, "mmdit-shapes")
+    _, header = read_tensors(tmp_path / "whole" / WEIGHTS, "mmdit-shapes")
     assert header["command"] == "python -m mlxquant.models.train_shapes --steps 6 --batch-size 4 --learning-rate 0.002 --seed 0"
     outcome = train(tmp_path / "whole", "--seed", 1)
     assert outcome.exit_code == 1

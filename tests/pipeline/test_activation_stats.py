@@ -12,10 +12,10 @@ from mlxquant.errors import AdapterError, ArtifactError, CalibrationError, Numer
 from mlxquant.layers.tree import Tap, tapped
 from mlxquant.models.adapter import Stage
 from mlxquant.models.shapes.adapter import MMDiTShapes
-from mlxquant.numerics.statistics import MovingCentre, Picks
 from mlxquant.pipeline import activation_stats, samples
 from mlxquant.pipeline import ledger as ledgers
 from mlxquant.pipeline.activation_stats import HIST_EDGES, ActivationStats
+from mlxquant.pipeline.collecting import MovingCentre, Picks
 from mlxquant.pipeline.samples import Samples
 from mlxquant.sweep.sensitivity import measure
 

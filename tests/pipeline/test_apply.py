@@ -10,12 +10,11 @@ import numpy as np
 import pytest
 
 from mlxquant.errors import ArtifactError, CalibrationError, RecipeError
-from mlxquant.files import artifacts
+from mlxquant.files.checked import file_digest
 from mlxquant.grids.weights import WeightFormat
 from mlxquant.layers.linear import QuantizedLinear
 from mlxquant.layers.tree import tapped
 from mlxquant.methods.inputs.clipping import affine_table
-from mlxquant.numerics.statistics import Collector
 from mlxquant.pipeline.apply import TrackFiles, Tracks, check, install, prepare
 from mlxquant.pipeline.divisions import Division
 from mlxquant.pipeline.ledger import Ledger
@@ -23,6 +22,7 @@ from mlxquant.pipeline.quant_config import QuantConfig
 from mlxquant.pipeline.weight_files import CONFIG, KIND, WeightFiles
 from mlxquant.recipes.presets import parse_recipe
 from mlxquant.recipes.recipe import LayerSpec
+from mlxquant.sweep.collecting import Collector
 from mlxquant.sweep.rounding import round_to_nearest
 from mlxquant.sweep.store import StageResult
 
@@ -111,7 +111,7 @@ def files(tmp_path_factory, config):
     """Both tracks, the weights rounded after the config's divisions."""
     folder = tmp_path_factory.mktemp("tracks")
     config.write(folder / "quant_config.json")
-    write_weights(folder / "weights", config, quant_config=artifacts.file_digest(folder / "quant_config.json"))
+    write_weights(folder / "weights", config, quant_config=file_digest(folder / "quant_config.json"))
     return TrackFiles(folder / "weights", folder / "quant_config.json")
 
 
@@ -246,7 +246,7 @@ def test_the_report_is_of_the_activations_that_run(undivided, config):
 
 def test_both_files_are_named_by_their_digests(files):
     assert files.digests == {
-        "config.json": artifacts.file_digest(files.weights / "config.json"),
-        "quant_config.json": artifacts.file_digest(files.config),
+        "config.json": file_digest(files.weights / "config.json"),
+        "quant_config.json": file_digest(files.config),
     }
     assert set(TrackFiles(files.weights).digests) == {"config.json"}

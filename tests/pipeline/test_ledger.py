@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mlxquant.errors import ArtifactError
-from mlxquant.files import artifacts
+from mlxquant.files.checked import file_digest, write_json
 from mlxquant.pipeline.ledger import Ledger, load_npz, read_npz, write_npz
 
 FACTS = {"model": "m", "steps": 3, "parents": {"manifest.json": "abc"}}
@@ -47,7 +47,7 @@ def test_npz_that_changed_or_went_away_is_refused(tmp_path):
         read_npz(tmp_path / "a.npz", sha256)
     (tmp_path / "a.npz").write_text("no npz")
     with pytest.raises(ArtifactError, match="not readable as npz"):
-        read_npz(tmp_path / "a.npz", artifacts.file_digest(tmp_path / "a.npz"))
+        read_npz(tmp_path / "a.npz", file_digest(tmp_path / "a.npz"))
     with pytest.raises(ArtifactError, match="No such file"):
         read_npz(tmp_path / "none.npz", sha256)
 
@@ -133,7 +133,7 @@ def test_missing_foreign_and_damaged_ledgers_are_refused(tmp_path):
         Ledger.read(path, "test")
     with pytest.raises(ArtifactError, match="or remove this file to let mlxquant test start over"):
         opened(tmp_path, force=True)
-    artifacts.write_json(path, "test", {"made_from": []})
+    write_json(path, "test", {"made_from": []})
     with pytest.raises(ArtifactError, match="'files' is missing"):
         Ledger.read(path, "test")
 
@@ -141,7 +141,7 @@ def test_missing_foreign_and_damaged_ledgers_are_refused(tmp_path):
 @pytest.mark.parametrize("name", ["../precious.npz", "/precious.npz", "samples/../../precious.npz"])
 def test_a_ledger_cannot_name_files_outside_its_folder(tmp_path, name):
     facts = {**FACTS, "made_from": sorted(FACTS), "files": {name: "abc"}, "complete": False}
-    artifacts.write_json(tmp_path / "ledger.json", "test", facts)
+    write_json(tmp_path / "ledger.json", "test", facts)
     with pytest.raises(ArtifactError, match="not inside its folder"):
         opened(tmp_path, force=True)
 

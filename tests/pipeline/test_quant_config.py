@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mlxquant.errors import ArtifactError
-from mlxquant.files import artifacts
+from mlxquant.files.checked import read_json, write_json
 from mlxquant.grids.tables import ActivationTable
 from mlxquant.methods.inputs.clipping import affine_table
 from mlxquant.pipeline.divisions import Division
@@ -87,7 +87,7 @@ def test_divided_entries_stand_beside_the_plain_ones():
 def test_the_json_is_what_the_pipeline_promises(tmp_path):
     c = config()
     c.write(tmp_path / "quant_config.json")
-    data = artifacts.read_json(tmp_path / "quant_config.json", "quant-config")
+    data = read_json(tmp_path / "quant_config.json", "quant-config")
     assert data["sigma_map"] == {key: float(s) for key, s in zip(c.step_keys, SIGMAS, strict=True)}
     entry = data["per_timestep"]["step_9"]["b.0.q"]
     assert entry == {"bits": 6, "scale": float(c.plain["b.0.q"].step[1]), "shift": float(c.plain["b.0.q"].shift[1, 0])}
@@ -142,9 +142,9 @@ def test_damage_is_refused(tmp_path):
     with pytest.raises(ArtifactError, match=r"quant_config\.npz"):
         QuantConfig.read(path)
     sidecar.write_bytes(content)
-    data = artifacts.read_json(path, "quant-config")
+    data = read_json(path, "quant-config")
     facts = {k: v for k, v in data.items() if k not in ("kind", "version", "migration")}
-    artifacts.write_json(path, "quant-config", facts)
+    write_json(path, "quant-config", facts)
     with pytest.raises(ArtifactError, match=r"'migration' is missing; run analyze_activations again"):
         QuantConfig.read(path)
     path.write_text(path.read_text().replace('"bits": 8', '"bits": 6'))

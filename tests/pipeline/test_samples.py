@@ -14,8 +14,8 @@ from mlxquant.models.shapes.adapter import MMDiTShapes
 from mlxquant.pipeline import ledger as ledgers
 from mlxquant.pipeline.samples import Samples
 from mlxquant.report.comparison import to_pil
+from mlxquant.sampling.conditioning import Conditioning
 from mlxquant.sampling.prompts import write_prompts
-from mlxquant.sampling.sampler import Conditioning
 
 import command_line
 from conftest import tiny_adapter

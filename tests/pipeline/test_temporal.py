@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mlxquant.files import artifacts
+from mlxquant.files.checked import read_json
 from mlxquant.grids.tables import ActivationTable
 from mlxquant.pipeline import temporal
 from mlxquant.pipeline.quant_config import QuantConfig
@@ -59,5 +59,5 @@ def test_spearman_is_of_ranks():
 def test_the_file_names_its_config(tmp_path):
     temporal.write(tmp_path / "t.json", temporal.analyze(CONFIG), CONFIG, "mine.json")
     assert temporal.config_of(tmp_path / "t.json") == "mine.json"
-    data = artifacts.read_json(tmp_path / "t.json", "temporal-analysis")
+    data = read_json(tmp_path / "t.json", "temporal-analysis")
     assert data["parents"] == CONFIG.facts["parents"]

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from mlxquant.errors import ArtifactError
-from mlxquant.files import artifacts
+from mlxquant.files.checked import read_json, write_json
 from mlxquant.report import page_pictures, page_plots
 from mlxquant.report.page import write_page
 from mlxquant.report.page_layers import kind
@@ -106,7 +106,7 @@ def numbers(data):
 
 
 def layers_of(sample, model):
-    return artifacts.read_json(sample[0] / "layers" / f"{model['folder']}.json", "layer-report")
+    return read_json(sample[0] / "layers" / f"{model['folder']}.json", "layer-report")
 
 
 def test_what_people_read_is_the_value_rounded(sample):
@@ -174,7 +174,7 @@ def test_folders_of_pictures_have_a_page_without_models(tmp_path):
     }
     facts |= {"reference": {**facts["reference"], **sizes}, "results": [{**facts["results"][0], **unknown, **sizes}]}
     facts["prompts"] = [{"index": 0, "name": "cat", "text": None}]
-    artifacts.write_json(tmp_path / "report.json", "evaluation", facts)
+    write_json(tmp_path / "report.json", "evaluation", facts)
     html = write_page(tmp_path).read_text("utf-8")
     assert [name for name in SECTIONS if f'id="{name}"' in html] == list(SECTIONS)
     assert "Pictures compared" in html
@@ -216,7 +216,7 @@ def test_damaged_and_missing_files_are_one_clear_error(tmp_path):
 def test_an_incomplete_report_is_one_clear_error(tmp_path):
     facts = write_sample(tmp_path, names=("rtn",))
     del facts["metrics"]
-    artifacts.write_json(tmp_path / "report.json", "evaluation", facts)
+    write_json(tmp_path / "report.json", "evaluation", facts)
     with pytest.raises(ArtifactError, match=r"report\.json: incomplete .*metrics.*run the evaluation again"):
         write_page(tmp_path)
 

@@ -8,13 +8,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..files import artifacts
+from ..calibration.data import CalibrationData
+from ..files import checked
+from ..files.atomic import ensure_writable, refuse_existing, remove_folder
 from ..pipeline.apply import TrackFiles
 from ..progress import Progress
 from ..recipes.recipe import Recipe
-from ..sweep.streams import CalibrationData
-from . import model as api
 from .model import Model, QuantizedModel
+from .quantizing import quantize
 
 
 def partial_folder(out: Path) -> Path:
@@ -28,19 +29,19 @@ def work_folder(out: Path, force: bool, resume: bool = True) -> Iterator[Path]:
 
     Raises ArtifactError at once when ``out`` exists and may not be replaced, or could not be written in the end.
     """
-    artifacts.refuse_existing(out, force)
-    artifacts.ensure_writable(out.absolute().parent)
+    refuse_existing(out, force)
+    ensure_writable(out.absolute().parent)
     work = partial_folder(out)
     if not resume:
-        artifacts.remove_folder(work)
-    artifacts.ensure_writable(work)
+        remove_folder(work)
+    ensure_writable(work)
     try:
         yield work
     except BaseException:
         if not any(work.iterdir()):
             work.rmdir()
         raise
-    artifacts.remove_folder(work)
+    remove_folder(work)
 
 
 @dataclass(frozen=True)
@@ -54,10 +55,10 @@ def quantized(
 ) -> Quantized:
     """Sweep with its progress in ``work``."""
     start = time.perf_counter()
-    done = api.quantize(model, calib, recipe, work / recipe_folder(recipe), progress, tracks)
+    done = quantize(model, calib, recipe, work / recipe_folder(recipe), progress, tracks)
     return Quantized(done, time.perf_counter() - start)
 
 
 def recipe_folder(recipe: Recipe) -> str:
     """A folder name for a recipe: its name where that is safe, a digest of it otherwise."""
-    return recipe.name if recipe.name.replace("-", "").isalnum() else "recipe-" + artifacts.digest(recipe.name)[:12]
+    return recipe.name if recipe.name.replace("-", "").isalnum() else "recipe-" + checked.digest(recipe.name)[:12]

@@ -10,12 +10,12 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import CalibrationError
-from ..files import artifacts
+from ..files.checked import array_digest
 from ..models.adapter import Adapter, State
 from ..models.language import NO_TIME, LanguageAdapter, Tokens
 from ..progress import Progress, silent
-from ..sweep.streams import OnDemand
 from .corpus import Corpus
+from .data import OnDemand
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class TextCalibration:
     @property
     def record(self) -> dict[str, Any]:
         """All that it depends on, as plain data."""
-        digest = artifacts.array_digest(mx.array(self.windows))
+        digest = array_digest(mx.array(self.windows))
         return {"model": self.model, "source": self.source, "windows": list(self.windows.shape), "tokens": digest, **self.about}
 
     def batches(self, adapter: Adapter, size: int | None = None) -> tuple[list[float], OnDemand]:

@@ -16,13 +16,13 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import ArtifactError, CalibrationError
-from ..files import artifacts
+from ..files.checked import array_digest, read_tensors, write_tensors
 from ..models.adapter import Adapter, State
 from ..models.diffusion import DiffusionAdapter, diffusion
 from ..progress import Progress, silent
 from ..sampling.prompts import Prompt
 from ..sampling.sampler import SamplerStep
-from ..sweep.streams import OnDemand
+from .data import OnDemand
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Calibration:
     @property
     def record(self) -> dict[str, Any]:
         """All that it depends on, as plain data."""
-        return self.facts | {"latents": artifacts.array_digest(self.latents)}
+        return self.facts | {"latents": array_digest(self.latents)}
 
     def judged(self, count: int) -> range:
         """All batches: few are at the same noise level."""
@@ -111,12 +111,12 @@ class Calibration:
         return [float(self.sigmas[step]) for step, _ in parts], OnDemand(make, range(len(parts)))
 
     def save(self, path: Path) -> None:
-        artifacts.write_tensors(path, "calibration", {"latents": self.latents}, {**self.facts, "sigmas": self.sigmas.tolist()})
+        write_tensors(path, "calibration", {"latents": self.latents}, {**self.facts, "sigmas": self.sigmas.tolist()})
 
     @classmethod
     def load(cls, path: Path) -> Calibration:
         """Raises ArtifactError when the file is damaged or foreign."""
-        arrays, header = artifacts.read_tensors(path, "calibration")
+        arrays, header = read_tensors(path, "calibration")
         prompts = tuple(Prompt(seed, text) for seed, text in header["prompts"])
         made, sigmas = (header["model"], header["source"], prompts, header["steps"], header["cfg"]), np.array(header["sigmas"])
         return cls(*made, sigmas, arrays["latents"], header.get("samples"))  # what was saved before there was a limit has none

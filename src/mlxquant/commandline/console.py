@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from .._blas import prefer_fast_blas
 from ..errors import MlxQuantError
-from ..files.artifacts import explain
+from ..files.atomic import explain
 
 
 class Command(click.Command):

@@ -16,7 +16,7 @@ import numpy as np
 
 from ..errors import ArtifactError
 from ..files import tensor_layout
-from ..files.artifacts import explain
+from ..files.atomic import explain
 from ..numerics.arrays import Array
 
 AGAIN = "download or write it anew"

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from ..errors import ArtifactError, RecipeError
-from ..grids.weights import Grid, WeightFormat, unpack
+from ..grids.packing import unpack
+from ..grids.weights import Grid, WeightFormat
 from ..layers.model_size import PACKED
 from ..numerics.arrays import Array
 from .arrays import StoredArray

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ArtifactError
-from ..files import artifacts
-from ..files.artifacts import KEY
+from ..files.atomic import explain
+from ..files.checked import KEY, read_json, verify_tensors
 from ..pipeline.activation_stats import KIND as STATISTICS_KIND
 from ..pipeline.activation_stats import ActivationStats
 from ..pipeline.ledger import Ledger, verify
@@ -76,7 +76,7 @@ def read_contents(path: Path) -> Contents:
         if path.suffix == ".safetensors":
             return _read_checkpoint(path, [path])
     except OSError as error:
-        raise artifacts.explain(error, path) from error
+        raise explain(error, path) from error
     raise ArtifactError(f"{path}: expected a folder, or a .safetensors, .npz or .json file; name one of these")
 
 
@@ -121,7 +121,7 @@ def _read_json(path: Path) -> Contents:
     data = _plain_json(path)
     if "kind" not in data:
         raise ArtifactError(f"{path}: says no kind, so mlxquant did not write it; name a checkpoint or one of our files")
-    data = artifacts.read_json(path, str(data["kind"]))
+    data = read_json(path, str(data["kind"]))
     kind = str(data["kind"])
     found = Contents(path, kind, _short(data), checks={path.name: "sha256"})
     try:
@@ -196,7 +196,7 @@ def _read_checkpoint(path: Path, shards: list[Path]) -> Contents:
         found.arrays.extend(arrays)
         name = str(shard.relative_to(folder))
         if KEY in metadata:
-            headers.append(header := artifacts.verify_tensors(shard))
+            headers.append(header := verify_tensors(shard))
             layers = stored_layers(header.get("layers", {}), arrays, _errors(header))
             found.layers.extend(layers)
             found.checks[name] = "sha256"

@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..api.model import Model, QuantizedModel
-from ..files import artifacts
+from ..files.parameters import compact
 from ..layers.tree import parameters
 from ..progress import Progress
 from ..sampling.prompts import Prompt
@@ -82,6 +82,6 @@ def sizes(model: Model) -> dict[str, Any]:
             "bits_per_weight": size.bits_per_weight,
             "bits_per_quantized_weight": size.bits_per_quantized_weight,
         }
-    arrays = [artifacts.compact(value) for value in parameters(model.adapter.module).values()]
+    arrays = [compact(value) for value in parameters(model.adapter.module).values()]
     stored, count = sum(value.nbytes for value in arrays), sum(value.size for value in arrays)
     return {"model_bytes": stored, "bits_per_weight": 8 * stored / count, "bits_per_quantized_weight": None}

@@ -16,8 +16,8 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import ArtifactError
-from ..files import artifacts
-from ..files.artifacts import versions
+from ..files import checked
+from ..files.checked import read_tensors, versions, write_tensors
 from ..metrics.trajectory import trajectory_error
 from ..numerics.arrays import Array
 from ..progress import Progress
@@ -74,7 +74,7 @@ class Drawings:
             arrays["trajectory"] = mx.array(self._deviation(latents, start).astype(np.float32))
         path = self._path(one, start)
         path.parent.mkdir(parents=True, exist_ok=True)
-        artifacts.write_tensors(path, KIND, arrays, {"job": self.job(one, start)})
+        write_tensors(path, KIND, arrays, {"job": self.job(one, start)})
 
     def _deviation(self, latents: Sequence[mx.array], start: int) -> Array:
         """[steps + 1, batch]"""
@@ -110,16 +110,16 @@ class Drawings:
             "cfg": self.cfg,
             "latent_shape": one.model.diffusion.latent_shape,
         }
-        return artifacts.digest(facts | versions())
+        return checked.digest(facts | versions())
 
     def _finished(self, one: Contender, start: int) -> bool:
         path = self._path(one, start)
         if not path.exists():
             return False
         try:
-            return bool(artifacts.read_tensors(path, KIND)[1]["job"] == self.job(one, start))
+            return bool(read_tensors(path, KIND)[1]["job"] == self.job(one, start))
         except ArtifactError as error:
             raise ArtifactError(f"{error}; or pass --no-resume, or remove the file: its pictures are then drawn again") from error
 
     def _read(self, one: Contender, start: int) -> dict[str, mx.array]:
-        return artifacts.read_tensors(self._path(one, start), KIND)[0]
+        return read_tensors(self._path(one, start), KIND)[0]

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
 from ..errors import ArtifactError
-from ..files.artifacts import explain
+from ..files.atomic import explain
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
 MODES = ("RGB", "RGBA", "L", "LA", "P", "1")  # of 8 bits, that are pictures in sRGB with or without transparency

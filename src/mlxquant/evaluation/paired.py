@@ -11,7 +11,9 @@ from typing import Any
 from ..api.model import QuantizedModel
 from ..calibration.trajectories import Calibration
 from ..errors import NumericsError
-from ..files import artifacts
+from ..files import checked
+from ..files.atomic import ensure_writable
+from ..files.checked import read_json, write_json
 from ..metrics.bootstrap import interval
 from ..progress import Progress
 from .citations import cited
@@ -76,12 +78,12 @@ class Evaluation:
         """What each model costs, by name; measured once."""
         everyone, first = [self.reference, *self.contenders], self.drawings.prompts[0]
         path = self.work / "cost.json"
-        job = artifacts.digest({"models": [one.source for one in everyone], "cfg": self.drawings.cfg, "machine": machine()})
-        if path.exists() and (kept := artifacts.read_json(path, "cost"))["job"] == job:
+        job = checked.digest({"models": [one.source for one in everyone], "cfg": self.drawings.cfg, "machine": machine()})
+        if path.exists() and (kept := read_json(path, "cost"))["job"] == job:
             measured = kept["costs"]
         else:
             measured = measure_costs([one.model for one in everyone], first, self.drawings.cfg, self.progress)
-            artifacts.write_json(path, "cost", {"job": job, "costs": measured})
+            write_json(path, "cost", {"job": job, "costs": measured})
         return {one.name: {**sizes(one.model), **cost} for one, cost in zip(everyone, measured, strict=True)}
 
     def _floor(self) -> Contender | None:
@@ -119,15 +121,15 @@ class Evaluation:
             return
         path = self.work / "layers" / f"{one.folder}.json"
         job = self.drawings.job(one, 0)
-        if path.exists() and artifacts.read_json(path, "layer-report")["job"] == job:
+        if path.exists() and read_json(path, "layer-report")["job"] == job:
             return
-        artifacts.ensure_writable(path.parent)
+        ensure_writable(path.parent)
         adapter, count = self.reference.model.adapter, min(PICTURES, len(self.drawings.prompts), self.drawings.starts.step)
         some, latents = self.drawings.prompts[:count], self.drawings.latents(count)
         sigmas = self.drawings.sigmas[:-1]
         calib = Calibration(adapter.name, self.reference.source, some, self.drawings.steps, self.drawings.cfg, sigmas, latents)
         facts = layer_report(self.reference.model, quantized, calib, self.progress)
-        artifacts.write_json(path, "layer-report", {"model": one.name, "job": job, **facts})
+        write_json(path, "layer-report", {"model": one.name, "job": job, **facts})
 
 
 def blank(name: str, folder: str) -> dict[str, Any]:

@@ -7,8 +7,9 @@ from pathlib import Path
 from ..api import jobs
 from ..api.model import Model, QuantizedModel
 from ..calibration.trajectories import Calibration
-from ..files import artifacts
-from ..files.artifacts import versions
+from ..files import checked
+from ..files.atomic import ensure_writable, remove_folder
+from ..files.checked import array_digest, versions
 from ..progress import Progress
 from ..recipes.recipe import Recipe
 from .contender import Contender
@@ -26,20 +27,20 @@ def quantized_contender(
     name, folder = label
     made_from = {
         "recipe": recipe.to_dict(),
-        "calibration": {**calib.facts, "latents": artifacts.array_digest(calib.latents), "source": calib.source},
+        "calibration": {**calib.facts, "latents": array_digest(calib.latents), "source": calib.source},
         **versions(),
     }
-    job = artifacts.digest(made_from)
+    job = checked.digest(made_from)
     kept, watch_file = work / "models" / folder, work / "models" / f"{folder}.json"
-    artifacts.ensure_writable(kept.parent)
+    ensure_writable(kept.parent)
     seconds = kept_seconds(watch_file, job) if (kept / "model.json").exists() else None
     if seconds is not None:
         quantized = QuantizedModel.load(kept)
     else:
-        artifacts.remove_folder(kept)
+        remove_folder(kept)
         watch = Stopwatch(watch_file, job)
         quantized = jobs.quantized(model, calib, recipe, work, watch.watching(progress)).model
         seconds = watch.keep()
         quantized.save(kept)
-        artifacts.remove_folder(work / jobs.recipe_folder(recipe))
+        remove_folder(work / jobs.recipe_folder(recipe))
     return Contender(name, folder, quantized, quantized.adapter.fingerprint, seconds)

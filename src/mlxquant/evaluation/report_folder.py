@@ -13,7 +13,9 @@ from typing import Any
 import mlx.core as mx
 
 from ..commandline.console import say
-from ..files import artifacts
+from ..files import checked
+from ..files.atomic import atomic_file
+from ..files.checked import write_json
 from ..progress import Progress
 from ..report.comparison import save_png, to_pil
 from ..report.page import write_page
@@ -33,7 +35,7 @@ LISTS = ("each", "attributes", "trajectory", "trajectory_interval")  # of a mode
 def machine() -> str:
     """What the figures were computed on."""
     device = "gpu" if mx.default_device() == mx.gpu else "cpu"
-    return f"{platform.machine()} {platform.system()}, Python {platform.python_version()}, mlx {artifacts.versions()['mlx']}, {device}"
+    return f"{platform.machine()} {platform.system()}, Python {platform.python_version()}, mlx {checked.versions()['mlx']}, {device}"
 
 
 def write_report(folder: Path, report: Mapping[str, Any], pictures: Sequence[Pictures], progress: Progress) -> None:
@@ -42,7 +44,7 @@ def write_report(folder: Path, report: Mapping[str, Any], pictures: Sequence[Pic
         (folder / "images" / some.folder).mkdir(parents=True)
         for index, image in enumerate(some.each()):
             save_png(to_pil(image), folder / "images" / some.folder / f"{index:04d}.png")
-    artifacts.write_json(folder / "report.json", KIND, {**report, **artifacts.versions()})
+    write_json(folder / "report.json", KIND, {**report, **checked.versions()})
     write_table(folder / "report.csv", [report["reference"], *report["results"]])
     write_page(folder)
 
@@ -51,7 +53,7 @@ def write_table(path: Path, models: Sequence[Mapping[str, Any]]) -> None:
     """One row a model: all of its single numbers, intervals as two columns, unknown ones empty."""
     rows = [_flat(model) for model in models]
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    with artifacts.atomic_file(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+    with atomic_file(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         table = csv.DictWriter(file, columns, restval="", lineterminator="\n")
         table.writeheader()
         table.writerows(rows)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ..files import artifacts
+from ..files.checked import read_json, write_json
 from ..progress import Progress
 
 INTERVAL = 1.0  # seconds between two writes
@@ -32,7 +32,7 @@ class Stopwatch:
     def keep(self) -> float:
         """Write the seconds so far, and return them."""
         seconds, self._written = self.seconds, time.perf_counter()
-        artifacts.write_json(self._path, "stopwatch", {"job": self._job, "seconds": seconds})
+        write_json(self._path, "stopwatch", {"job": self._job, "seconds": seconds})
         return seconds
 
     def watching(self, progress: Progress) -> Progress:
@@ -51,5 +51,5 @@ def kept_seconds(path: Path, job: str) -> float | None:
     """What the stopwatch of this job showed last; None where there is none. Raises ArtifactError when the file is damaged."""
     if not path.exists():
         return None
-    kept = artifacts.read_json(path, "stopwatch")
+    kept = read_json(path, "stopwatch")
     return float(kept["seconds"]) if kept["job"] == job else None

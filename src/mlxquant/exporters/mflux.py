@@ -12,7 +12,7 @@ from pathlib import Path
 import mlx.nn as nn
 
 from ..errors import ExportError
-from ..files import artifacts
+from ..files import checked
 from ..layers.tree import parameters
 from .plain import PlainModule, write_shards
 
@@ -43,5 +43,5 @@ def write_mflux(folder: Path, plain: PlainModule, component: str) -> None:
     metadata = {"quantization_level": level, "mflux_version": VERSION}
     (folder / component).mkdir()
     where = write_shards(folder / component, plain.arrays, metadata, "{index}.safetensors", FILE_LIMIT)
-    index = artifacts.canonical({"metadata": metadata, "weight_map": where})
+    index = checked.canonical({"metadata": metadata, "weight_map": where})
     (folder / component / "model.safetensors.index.json").write_text(index, encoding="utf-8")

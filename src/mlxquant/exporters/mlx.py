@@ -14,7 +14,9 @@ from typing import Any
 import mlx.core as mx
 
 from ..api.model import KIND, QuantizedModel
-from ..files import artifacts
+from ..files import checked
+from ..files.checked import file_digest, write_json, write_tensors
+from ..files.parameters import compact
 from ..layers.attention import find_quantized_attentions
 from ..layers.linear import QuantizedLinear, find_quantized
 from ..layers.plain import affine_layer, obstacles, plain_bits
@@ -42,7 +44,7 @@ def split_module(model: QuantizedModel, drop_activations: bool) -> tuple[PlainMo
             elif path in own:
                 sidecar[name] = value
         else:
-            main[name] = artifacts.compact(value)
+            main[name] = compact(value)
     for path, layer in plain.items():
         main |= placed(path, layer)
     why = Counter(" and ".join(reasons[path]) for path in own)
@@ -64,10 +66,10 @@ def write_mlx(folder: Path, model: QuantizedModel, drop_activations: bool) -> Pl
     plain, sidecar = split_module(model, drop_activations)
     files = {WEIGHTS: plain.arrays, **({SIDECAR: sidecar} if sidecar else {})}
     for name, arrays in files.items():
-        artifacts.write_tensors(folder / name, "weights", arrays, {"model": model.name})
+        write_tensors(folder / name, "weights", arrays, {"model": model.name})
     setting = {**(plain.usual or {}), **plain.layers, **dict.fromkeys(plain.unquantized, False)}
     description = model.adapter.describe()
-    config = artifacts.canonical({"model": model.name, **description, **({"quantization": setting} if plain.layers else {})})
+    config = checked.canonical({"model": model.name, **description, **({"quantization": setting} if plain.layers else {})})
     (folder / "config.json").write_text(config, encoding="utf-8")
     layers = {path: structure(layer.facts, drop_activations) for path, layer in model.layers.items()}
     facts = {
@@ -76,10 +78,10 @@ def write_mlx(folder: Path, model: QuantizedModel, drop_activations: bool) -> Pl
         "layers": layers,
         "plain": list(plain.layers),
         "attentions": {} if drop_activations else module_facts(find_quantized_attentions(model.adapter.module)),
-        "files": {name: artifacts.file_digest(folder / name) for name in files},
-        **artifacts.versions(),
+        "files": {name: file_digest(folder / name) for name in files},
+        **checked.versions(),
     }
-    artifacts.write_json(folder / "model.json", KIND, facts)
+    write_json(folder / "model.json", KIND, facts)
     return plain
 
 

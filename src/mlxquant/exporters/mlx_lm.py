@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ExportError
-from ..files import artifacts
+from ..files import checked
 from .plain import PlainModule, write_shards
 
 FILE_LIMIT = 5 << 30  # bytes, as mlx-lm splits its files
@@ -48,4 +48,4 @@ def quantized_config(config: Mapping[str, Any], plain: PlainModule) -> dict[str,
 
 
 def _write(path: Path, data: Mapping[str, Any]) -> None:
-    path.write_text(artifacts.canonical(data), encoding="utf-8")
+    path.write_text(checked.canonical(data), encoding="utf-8")

@@ -14,7 +14,9 @@ import mlx.nn as nn
 
 from ..api.model import Model, QuantizedModel
 from ..errors import ExportError
-from ..files import artifacts
+from ..files import checked
+from ..files.atomic import atomic_folder, refuse_existing
+from ..files.checked import file_digest, write_json
 from ..models.language import LanguageAdapter
 from .diffusionkit import MODEL, float_module, write_diffusionkit
 from .mflux import COMPONENT, check_component, write_mflux
@@ -54,8 +56,8 @@ def export(
         raise ExportError(f"--target {target} has its own dtypes; leave --dtype out")
     module = model.adapter.module if isinstance(model, Model) else model
     out = Path(out)
-    artifacts.refuse_existing(out, force)
-    with artifacts.atomic_folder(out, force) as folder:
+    refuse_existing(out, force)
+    with atomic_folder(out, force) as folder:
         if target == "mlx":
             plain = write_mlx(folder, quantized_model(model), drop_activations)
         elif target == "diffusionkit":
@@ -79,8 +81,8 @@ def export(
         }
         known = model.facts if isinstance(model, QuantizedModel) else {}
         origin = {key: known[key] for key in ORIGIN if key in known}
-        digests = {name: artifacts.file_digest(path) for name, path in files.items()}
-        artifacts.write_json(folder / FACTS, KIND, {**facts, **origin, "layers": plain.layers, "files": digests, **artifacts.versions()})
+        digests = {name: file_digest(path) for name, path in files.items()}
+        write_json(folder / FACTS, KIND, {**facts, **origin, "layers": plain.layers, "files": digests, **checked.versions()})
     return {"out": str(out), **facts, "layers": len(plain.layers)}
 
 

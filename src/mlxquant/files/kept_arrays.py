@@ -10,7 +10,9 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from . import artifacts
+from . import checked
+from .atomic import ensure_writable
+from .checked import read_progress, write_tensors
 
 Array = npt.NDArray[np.float64]
 KIND = "measurement"
@@ -23,9 +25,9 @@ class Measurements:
     """
 
     def __init__(self, folder: Path | None, job: Any):
-        self._folder, self._job = folder, artifacts.digest([job, artifacts.versions()])
+        self._folder, self._job = folder, checked.digest([job, checked.versions()])
         if folder is not None:
-            artifacts.ensure_writable(folder)
+            ensure_writable(folder)
 
     def _path(self, folder: Path, name: str) -> Path:
         return folder / f"{name}.{KIND}.safetensors"
@@ -34,11 +36,11 @@ class Measurements:
         """What ``save`` kept for this job, bit for bit, or None. A damaged file raises ArtifactError."""
         if self._folder is None:
             return None
-        found = artifacts.read_progress(self._path(self._folder, name), KIND, self._job, "this is then measured again")
+        found = read_progress(self._path(self._folder, name), KIND, self._job, "this is then measured again")
         return None if found is None else {key: np.array(bits).view(np.float64) for key, bits in found[0].items()}
 
     def save(self, name: str, arrays: Mapping[str, Array]) -> None:
         """Keep arrays of any shape but (); as uint64, for Metal has no float64."""
         if self._folder is not None:
             bits = {key: mx.array(np.ascontiguousarray(value, np.float64).view(np.uint64)) for key, value in arrays.items()}
-            artifacts.write_tensors(self._path(self._folder, name), KIND, bits, {"job": self._job})
+            write_tensors(self._path(self._folder, name), KIND, bits, {"job": self._job})

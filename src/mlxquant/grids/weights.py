@@ -139,35 +139,3 @@ def fit_extremes(weight: Array, format: WeightFormat) -> Grid:
     scales = snap(np.where(high > low, (high - low) / (format.levels - 1), 1.0))
     biases = low.astype(np.float16).astype(np.float32)
     return Grid(format, *(np.ascontiguousarray(np.broadcast_to(v, (rows, v.shape[1]))) for v in (scales, biases)))
-
-
-def pack(codes: Array, bits: int) -> Array:
-    """Codes [out, in] to MLX's packed layout: one little-endian bit stream a row, uint32 [out, ceil(in * bits / 32)].
-
-    For the widths that MLX accepts this is bit for bit what ``mx.quantize`` stores. Eight codes at a time fill ``bits`` bytes.
-    """
-    rows, width = codes.shape
-    if codes.size and int(codes.max()) >= 2**bits:
-        raise NumericsError(f"code {int(codes.max())} does not fit in {bits} bits")
-    words = -(-width * bits // 32)
-    eights = np.zeros((rows, -(-words * 4 // bits)), "<u8")
-    for place in range(8):
-        column = codes[:, place::8]
-        eights[:, : column.shape[1]] |= column.astype("<u8") << np.uint64(bits * place)
-    stream = eights.view(np.uint8).reshape(rows, -1, 8)[:, :, :bits].reshape(rows, -1)
-    return np.ascontiguousarray(stream[:, : 4 * words]).view("<u4").astype(np.uint32)
-
-
-def unpack(words: Array, bits: int, width: int) -> Array:
-    """The inverse of ``pack``: uint8 codes [out, width]."""
-    rows, count = len(words), -(-width // 8)
-    stream = np.ascontiguousarray(words, "<u4").view(np.uint8)[:, : count * bits]
-    padded = np.zeros((rows, count * bits), np.uint8)
-    padded[:, : stream.shape[1]] = stream
-    eights = np.zeros((rows, count, 8), np.uint8)
-    eights[:, :, :bits] = padded.reshape(rows, count, bits)
-    values = eights.reshape(rows, -1).view("<u8")
-    codes = np.empty((rows, 8 * count), np.uint8)
-    for place in range(8):
-        codes[:, place::8] = (values >> np.uint64(bits * place)) & np.uint64(2**bits - 1)
-    return np.ascontiguousarray(codes[:, :width])

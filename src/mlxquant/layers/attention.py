@@ -14,7 +14,8 @@ import mlx.nn as nn
 import numpy as np
 
 from ..errors import AdapterError
-from ..grids.tables import TABLE, ActivationTable, TableReader, represented
+from ..grids.reading import TableReader, represented
+from ..grids.tables import TABLE, ActivationTable
 from ..grids.time import Clock
 from .fast_cpu import attention, probabilities
 

@@ -17,8 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import AdapterError
-from ..grids.packing import affine, dequantized
-from ..grids.weights import Grid, WeightFormat, pack, unpack
+from ..grids.packing import affine, dequantized, pack, unpack
+from ..grids.weights import Grid, WeightFormat
 from .weight_only import rounded
 
 OPTIONS = ("stride", "padding", "dilation", "groups", "output_padding")

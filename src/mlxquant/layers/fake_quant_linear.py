@@ -17,7 +17,8 @@ import mlx.nn as nn
 import numpy as np
 
 from ..errors import AdapterError, ArtifactError, CalibrationError, NumericsError, RecipeError
-from ..files import artifacts
+from ..files.checked import read_tensors, write_tensors
+from ..files.parameters import load_parameters
 from ..grids.weights import WeightFormat, fit_extremes
 from ..methods.transforms.tcaq import joint_ratios
 from .tree import parameters
@@ -150,12 +151,12 @@ class FakeQuantLinear(nn.Module):
 
     def save(self, path: str | Path) -> None:
         """Write the layer as one safetensors file, calibrated as far as it is. Raises ArtifactError where that fails."""
-        artifacts.write_tensors(Path(path), KIND, parameters(self), {"layer": self._facts})
+        write_tensors(Path(path), KIND, parameters(self), {"layer": self._facts})
 
     @classmethod
     def load(cls, path: str | Path) -> FakeQuantLinear:
         """What ``save`` wrote; raises ArtifactError on a damaged or foreign file."""
-        arrays, header = artifacts.read_tensors(Path(path), KIND)
+        arrays, header = read_tensors(Path(path), KIND)
         try:
             facts = header["layer"]
             layer = cls(**{**facts, "dtype": getattr(mx, facts["dtype"])})
@@ -163,7 +164,7 @@ class FakeQuantLinear(nn.Module):
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ArtifactError(f"{path}: incomplete or foreign ({error!r}); save the layer again") from error
         layer.timesteps, layer.low, layer.high = mx.zeros((count,)), mx.zeros((count, width)), mx.zeros((count, width))
-        artifacts.load_parameters(layer, arrays, str(path))
+        load_parameters(layer, arrays, str(path))
         return layer
 
     @property

@@ -20,12 +20,13 @@ import numpy.typing as npt
 
 from ..errors import AdapterError
 from ..grids.integer_matmul import EXACT, integer_matmul, use_packed_kernels
-from ..grids.packing import affine, dequantized
-from ..grids.tables import TABLE, ActivationTable, Entry, TableReader, TokenReader, represented
+from ..grids.packing import affine, dequantized, pack, unpack
+from ..grids.reading import Entry, TableReader, TokenReader, represented
+from ..grids.tables import TABLE, ActivationTable
 from ..grids.time import Clock
-from ..grids.weights import GROUPS, Grid, WeightFormat, pack, unpack
-from ..methods.weights.lowrank import LowRank
+from ..grids.weights import GROUPS, Grid, WeightFormat
 from ..numerics.hadamard import block_size, rotated_blocks
+from ..numerics.low_rank import LowRank
 from .tree import parameters
 
 

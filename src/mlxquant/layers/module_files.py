@@ -14,7 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..errors import AdapterError, ArtifactError
-from ..files import artifacts
+from ..files.checked import read_tensors, write_tensors
 from .convolutions import KINDS, QuantizedConvolution, convolution_options
 from .embeddings import QuantizedEmbedding
 from .linear import QuantizedLinear
@@ -60,7 +60,7 @@ def save_module(model: nn.Module, path: str | Path) -> Path:
             structure[kind][place] = {"class": type(module).__name__, **module.facts}
         else:
             same_layers[place] = at
-    artifacts.write_tensors(path, KIND, arrays, {**structure, "same_layers": same_layers, "same_arrays": same_arrays})
+    write_tensors(path, KIND, arrays, {**structure, "same_layers": same_layers, "same_arrays": same_arrays})
     return path
 
 
@@ -70,7 +70,7 @@ def load_module(model: nn.Module, path: str | Path) -> nn.Module:
     Raises ArtifactError on a missing, damaged or foreign file, and on another model; then the model is as it was.
     """
     path = Path(path)
-    arrays, header = artifacts.read_tensors(path, KIND)
+    arrays, header = read_tensors(path, KIND)
     layers = {place: _blank(path, place, facts) for place, facts in (header["layers"] | header["layers_that_share"]).items()}
     layers.update({place: layers[at] for place, at in header["same_layers"].items()})
     for place, layer in layers.items():

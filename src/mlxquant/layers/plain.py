@@ -13,7 +13,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ..grids.weights import GROUPS, WeightFormat, pack
+from ..grids.packing import pack
+from ..grids.weights import GROUPS, WeightFormat
 from .linear import QuantizedLinear
 
 PLAIN = ("format", "shape", "bias", "bias_dtype", "dtype")  # facts of a layer that a plain one shares

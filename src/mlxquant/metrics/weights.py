@@ -16,7 +16,7 @@ from weakref import WeakValueDictionary
 import mlx.core as mx
 
 from ..errors import ArtifactError
-from ..files.artifacts import file_digest
+from ..files.checked import file_digest
 from ..files.hub import hub_files, lazy_tensors
 from .torch_file import read_checkpoint
 

@@ -20,14 +20,16 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import AdapterError, NumericsError
-from ..files import artifacts
+from ..files import checked
 from ..files.array_memory import ArrayMemory
+from ..files.atomic import relative_place
+from ..files.checked import array_digest
 from ..grids.time import Clock
 from ..layers.attention import SoftmaxAttention, find_attentions
 from ..layers.tree import find_linears, parameters
 
 State = dict[str, mx.array]
-_digest = ArrayMemory(artifacts.array_digest)
+_digest = ArrayMemory(array_digest)
 
 
 def written(outputs: State, inputs: State) -> list[str]:
@@ -129,7 +131,7 @@ class Adapter(ABC):
 
     def save_beside(self, folder: Path) -> str:
         """Write what a saved model needs besides its parameters into ``folder``; returns the place to load that from, as seen there."""
-        return artifacts.relative_place(self.place, folder)
+        return relative_place(self.place, folder)
 
     def edges(self) -> tuple[Edge, ...]:
         """Which layers read the same tensor, and what can be folded into what wrote it. Each layer is in at most one edge."""
@@ -145,7 +147,7 @@ class Adapter(ABC):
     @property
     def fingerprint(self) -> str:
         """sha256 over all parameters; an array is hashed again only when it is another or has changed."""
-        return artifacts.digest({name: _digest(value) for name, value in parameters(self.module).items()})
+        return checked.digest({name: _digest(value) for name, value in parameters(self.module).items()})
 
     def check_finite(self) -> None:
         """Raise NumericsError, naming the tensor, when a parameter holds NaN or infinity."""

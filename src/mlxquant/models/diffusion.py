@@ -11,9 +11,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import AdapterError
-from ..grids.time import Sigmas, flow_sigmas
+from ..sampling.conditioning import Conditioning
 from ..sampling.prompts import Prompt
-from ..sampling.sampler import Conditioning, SamplerStep, sample, seeded_noise
+from ..sampling.sampler import SamplerStep, sample, seeded_noise
+from ..sampling.schedules import Sigmas, flow_sigmas
 from .adapter import Adapter, State
 
 

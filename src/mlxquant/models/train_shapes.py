@@ -25,7 +25,8 @@ from tqdm import tqdm
 
 from ..commandline.console import Command, result
 from ..errors import ArtifactError
-from ..files import artifacts
+from ..files.atomic import ensure_writable
+from ..files.checked import read_tensors, write_tensors
 from ..layers.tree import parameters
 from .mmdit.network import MMDiTConfig
 from .shapes.adapter import WEIGHTS, ShapesModel, to_latent
@@ -104,13 +105,13 @@ class Run:
     def save(self) -> None:
         trees = {"model": self.model.parameters(), "average": self.average, "optimizer": self.optimizer.state}
         arrays = {f"{name}.{key}": value for name, tree in trees.items() for key, value in parameters(tree).items()}
-        artifacts.write_tensors(self.checkpoint, "training", arrays, {"facts": self.facts, "step": self.step})
+        write_tensors(self.checkpoint, "training", arrays, {"facts": self.facts, "step": self.step})
 
     def resume(self) -> None:
         """Go on from the checkpoint, if there is one; raises ArtifactError when it belongs to a run with other settings."""
         if not self.checkpoint.exists():
             return
-        arrays, header = artifacts.read_tensors(self.checkpoint, "training")
+        arrays, header = read_tensors(self.checkpoint, "training")
         if header["facts"] != self.facts:
             raise ArtifactError(f"{self.checkpoint} belongs to a run with other settings: {header['facts']}; choose another --out")
 
@@ -123,7 +124,7 @@ class Run:
     def publish(self) -> Path:
         """Write the averaged weights, float16, as the package ships them."""
         weights = {name: value.astype(mx.float16) for name, value in parameters(self.average).items()}
-        artifacts.write_tensors(self.folder / WEIGHTS, "mmdit-shapes", weights, self.facts)
+        write_tensors(self.folder / WEIGHTS, "mmdit-shapes", weights, self.facts)
         return self.folder / WEIGHTS
 
 
@@ -166,7 +167,7 @@ def main(out: Path, steps: int, batch_size: int, learning_rate: float, seed: int
     """
     workers = mx.distributed.init()
     chief = workers.rank() == 0
-    artifacts.ensure_writable(out)
+    ensure_writable(out)
     settings = {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed}
     options = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in settings.items())
     facts = {"config": CONFIG.to_dict(), **settings, "command": f"python -m mlxquant.models.train_shapes {options}"}

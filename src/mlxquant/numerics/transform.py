@@ -13,8 +13,8 @@ import numpy as np
 
 from .arrays import Array
 from .hadamard import rotated
+from .input_ranges import InputRanges
 from .moments import Moments
-from .statistics import InputRanges
 
 
 @dataclass(frozen=True)

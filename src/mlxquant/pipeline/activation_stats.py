@@ -16,14 +16,16 @@ import numpy as np
 
 from ..calibration.trajectories import Calibration
 from ..errors import AdapterError, ArtifactError, NumericsError
-from ..files import artifacts
+from ..files import checked
+from ..files.checked import file_digest, read_json, write_json
 from ..layers.tree import tapped
 from ..models.diffusion import DiffusionAdapter
 from ..numerics.arrays import Array
-from ..numerics.statistics import InputRanges, Picks, StepCollector, StepInputs
+from ..numerics.input_ranges import InputRanges
 from ..progress import Progress, silent
 from ..report.ranges import RangeCurves, draw_ranges
 from ..sweep.sensitivity import measure
+from .collecting import Picks, StepCollector, StepInputs
 from .ledger import Ledger
 from .samples import MANIFEST, Samples
 
@@ -136,12 +138,12 @@ class ActivationStats:
 
     @cached_property
     def _indices(self) -> list[dict[str, Any]]:
-        return [artifacts.read_json(self._file(index_name(step)), INDEX_KIND) for step in self.step_keys]
+        return [read_json(self._file(index_name(step)), INDEX_KIND) for step in self.step_keys]
 
     def _file(self, name: str) -> Path:
         path = self.ledger.folder / name
         if name not in self._verified:
-            if (found := artifacts.file_digest(path)) != (expected := self.ledger.files.get(name, "")):
+            if (found := file_digest(path)) != (expected := self.ledger.files.get(name, "")):
                 raise ArtifactError(
                     f"{path}: sha256 {found[:12]}… is not the {expected[:12]}… in {STATISTICS}; the file was changed or damaged, "
                     f"run '{COMMAND} --force'"
@@ -215,7 +217,7 @@ def collect(
         "sensitivity_rows": SENSITIVITY_ROWS,
         "seed": seed,
         "batch": adapter.batch,
-        "versions": artifacts.versions(),
+        "versions": checked.versions(),
     }
     sides = 1 if calibration.cfg in (0, 1) else 2
     ledger = Ledger.open(folder / STATISTICS, KIND, facts, COMMAND, force, resume)
@@ -297,9 +299,7 @@ def _write(ledger: Ledger, step: str, sigma: float, layers: dict[str, StepInputs
         index[leader] = _summary(inputs, magnitudes)
     ledger.add_npz(array_name(step), arrays)
     means = {path: float(values.mean()) for path, values in costs.items()}
-    artifacts.write_json(
-        ledger.path_of(index_name(step)), INDEX_KIND, {"step": step, "sigma": sigma, "layers": index, "sensitivity": means}
-    )
+    write_json(ledger.path_of(index_name(step)), INDEX_KIND, {"step": step, "sigma": sigma, "layers": index, "sensitivity": means})
     ledger.add([index_name(step)])
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import ArtifactError, CalibrationError, RecipeError
-from ..files import artifacts
+from ..files.checked import file_digest
 from ..grids.time import Clock
 from ..layers.tree import set_module
 from ..models.adapter import Adapter, Stage
@@ -64,7 +64,7 @@ class TrackFiles:
     def digests(self) -> dict[str, str]:
         """sha256 of both, by their usual names."""
         found = {CONFIG: self.weights / CONFIG, "quant_config.json": self.config}
-        return {name: artifacts.file_digest(path) for name, path in found.items() if path is not None}
+        return {name: file_digest(path) for name, path in found.items() if path is not None}
 
     def store(self, adapter: Adapter, plan: Mapping[str, LayerSpec] | None = None, active: bool = True) -> Tracks:
         """The store of both tracks for ``adapter``, to which the divisions that the weights were rounded with are applied first.
@@ -78,7 +78,7 @@ class TrackFiles:
         facts, where = weights.ledger.facts, weights.ledger.path
         check_source(f"{where}: the learned weights", facts["model"], facts["source"], adapter)
         config = None if self.config is None else QuantConfig.read(self.config)
-        digest = None if self.config is None else artifacts.file_digest(self.config)
+        digest = None if self.config is None else file_digest(self.config)
         rounded_with = facts["quant_config"]
         if rounded_with is not None and rounded_with != digest:
             raise ArtifactError(

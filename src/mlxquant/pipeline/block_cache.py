@@ -18,7 +18,7 @@ import numpy as np
 
 from ..calibration.trajectories import Calibration
 from ..errors import AdapterError, ArtifactError, NumericsError
-from ..files import artifacts
+from ..files import checked
 from ..models.adapter import State, hooked, written
 from ..models.diffusion import DiffusionAdapter
 from ..numerics.arrays import Array
@@ -151,7 +151,7 @@ def plan(adapter: DiffusionAdapter, samples: Samples, num_images: int, stride: i
         "tokens": {stream: [kept_tokens(length, tokens), length] for stream, length in sorted(lengths.items())},
         "seed": seed,
         "dtype": "float16",
-        "versions": artifacts.versions(),
+        "versions": checked.versions(),
     }
     kept = entries(traced, chosen(facts["tokens"], seed, range(1), 0))
     count = num_images * len(trajectories.sigmas)

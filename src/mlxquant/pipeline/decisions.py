@@ -14,10 +14,10 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import CalibrationError
-from ..files.artifacts import plain, versions
+from ..files.checked import plain, versions
 from ..models.adapter import Adapter, Edge
 from ..numerics.arrays import Array
-from ..numerics.statistics import InputRanges
+from ..numerics.input_ranges import InputRanges
 from ..progress import Progress, silent
 from ..sweep.inputs import LayerInput, Options, decide_input
 from .divisions import migrated, smoothed

@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 
 from ..errors import ArtifactError
-from ..files import artifacts
+from ..files import checked
+from ..files.atomic import atomic_file, ensure_writable, explain
+from ..files.checked import file_digest, read_json, write_json
 from ..numerics.arrays import Array
 
 OWN = ("files", "complete", "made_from")  # the ledger's own entries; ``made_from`` names those that are facts
@@ -23,9 +25,9 @@ OWN = ("files", "complete", "made_from")  # the ledger's own entries; ``made_fro
 def write_npz(path: Path, arrays: Mapping[str, Array]) -> str:
     """Write arrays atomically as ``.npz``; equal arrays give equal bytes. Returns the file's sha256."""
     ordered: dict[str, Any] = {name: np.asarray(arrays[name]) for name in sorted(arrays)}
-    with artifacts.atomic_file(path) as temporary, temporary.open("wb") as file:
+    with atomic_file(path) as temporary, temporary.open("wb") as file:
         np.savez(file, **ordered)
-    return artifacts.file_digest(path)
+    return file_digest(path)
 
 
 def read_npz(path: Path, sha256: str) -> dict[str, Array]:
@@ -36,7 +38,7 @@ def read_npz(path: Path, sha256: str) -> dict[str, Array]:
 
 def verify(path: Path, sha256: str) -> None:
     """Raise ArtifactError unless a file has this checksum."""
-    if (found := artifacts.file_digest(path)) != sha256:
+    if (found := file_digest(path)) != sha256:
         raise ArtifactError(
             f"{path}: sha256 {found[:12]}… is not the {sha256[:12]}… that was written; it was changed, run its step again with --force"
         )
@@ -73,8 +75,8 @@ class Ledger:
         ledger is on disk from its first ``save`` on, so a step that fails before it has made anything leaves nothing that binds the
         next attempt. ``command`` names the step for the error.
         """
-        facts = artifacts.plain(facts)
-        artifacts.ensure_writable(path.parent)
+        facts = checked.plain(facts)
+        ensure_writable(path.parent)
         if path.exists():
             try:
                 old = cls.read(path, kind)
@@ -96,7 +98,7 @@ class Ledger:
                     (path.parent / name).unlink(missing_ok=True)
                 path.unlink()
             except OSError as error:
-                raise artifacts.explain(error, path.parent) from error
+                raise explain(error, path.parent) from error
         return cls(path, kind, facts, {}, {}, False)
 
     @classmethod
@@ -104,7 +106,7 @@ class Ledger:
         """An existing ledger; raises ArtifactError when it is missing, damaged or another step's."""
         if not path.exists():
             raise ArtifactError(f"{path}: no such file; {remedy}")
-        data = artifacts.read_json(path, kind)
+        data = read_json(path, kind)
         try:
             files, complete, names = (data.pop(key) for key in OWN)
             facts = {name: data.pop(name) for name in names}
@@ -125,7 +127,7 @@ class Ledger:
     @property
     def sha256(self) -> str:
         """Of the ledger's own file, and so of everything that it lists: what children record as their parent."""
-        return artifacts.file_digest(self.path)
+        return file_digest(self.path)
 
     def arrays(self, name: str, prefix: str = "") -> dict[str, Array]:
         """The arrays of a listed ``.npz`` file whose names start with ``prefix``; its checksum is verified the first time."""
@@ -144,7 +146,7 @@ class Ledger:
 
     def add(self, names: Sequence[str]) -> None:
         """List files that exist already."""
-        self.files |= {name: artifacts.file_digest(self.folder / name) for name in names}
+        self.files |= {name: file_digest(self.folder / name) for name in names}
 
     def path_of(self, name: str) -> Path:
         """Where a file of this folder is written; the folders above it are made. Raises ArtifactError when they cannot be."""
@@ -152,7 +154,7 @@ class Ledger:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise artifacts.explain(error, path.parent) from error
+            raise explain(error, path.parent) from error
         return path
 
     @property
@@ -164,7 +166,7 @@ class Ledger:
         """Write the ledger, atomically."""
         self.complete = complete
         data = {**self.notes, **self.facts, **dict(zip(OWN, (self.files, complete, sorted(self.facts)), strict=True))}
-        artifacts.write_json(self.path, self.kind, data)
+        write_json(self.path, self.kind, data)
 
     def _drop_lost(self) -> None:
         """Forget files that are no longer there."""

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import ArtifactError
-from ..files import artifacts
+from ..files.checked import read_json, write_json
 from ..grids.tables import ActivationTable
 from ..numerics.arrays import Array
 from .divisions import Division, Tables
@@ -79,7 +79,7 @@ class QuantConfig:
         }
         sidecar = path.with_suffix(".npz")
         data["sidecar"] = {"file": sidecar.name, "sha256": write_npz(sidecar, vectors)}
-        artifacts.write_json(path, KIND, data)
+        write_json(path, KIND, data)
 
     def _entries(self, tables: Tables, name: str, vectors: dict[str, Array]) -> dict[str, dict[str, Any]]:
         """Entries by step key and layer; shifts [T,in] go to ``vectors`` under ``{layer}__{name}`` and are null here."""
@@ -113,7 +113,7 @@ class QuantConfig:
     @classmethod
     def read(cls, path: Path) -> QuantConfig:
         """What ``write`` wrote; raises ArtifactError when either file is missing, damaged or another's."""
-        data = artifacts.read_json(path, KIND)
+        data = read_json(path, KIND)
         try:
             vectors = read_npz(path.parent / data["sidecar"]["file"], data["sidecar"]["sha256"])
             levels = sorted(data["sigma_map"].items(), key=lambda item: item[1])

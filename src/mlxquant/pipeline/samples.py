@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from ..calibration.trajectories import Calibration
 from ..errors import AdapterError, CalibrationError, NumericsError
-from ..files import artifacts
+from ..files import checked
 from ..models.adapter import Adapter
 from ..models.diffusion import DiffusionAdapter
 from ..numerics.arrays import Array
@@ -132,7 +132,7 @@ def open_folder(
         "batch": adapter.batch,
         "latent_shape": list(adapter.latent_shape),
         "sigmas": adapter.sigmas(steps)[:-1].tolist(),
-        "versions": artifacts.versions(),
+        "versions": checked.versions(),
     }
     return Ledger.open(folder / MANIFEST, KIND, facts, COMMAND, force, resume)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..files import artifacts
+from ..files.checked import read_json, write_json
 from ..layers.tree import starred
 from ..numerics.arrays import Array
 from .quant_config import QuantConfig
@@ -77,9 +77,9 @@ def _ranks(values: Array) -> Array:
 
 def write(path: Path, analysis: Mapping[str, Any], config: QuantConfig, name: str) -> None:
     """Write the analysis of a config whose file is called ``name``, with the same parents."""
-    artifacts.write_json(path, KIND, {"config": name, "parents": config.facts["parents"], **analysis})
+    write_json(path, KIND, {"config": name, "parents": config.facts["parents"], **analysis})
 
 
 def config_of(path: Path) -> str:
     """The name of the config file that an analysis is of; raises ArtifactError when it is no analysis."""
-    return str(artifacts.read_json(path, KIND).get("config"))
+    return str(read_json(path, KIND).get("config"))

@@ -19,7 +19,7 @@ import mlx.nn as nn
 import numpy as np
 
 from ..errors import ArtifactError, MlxQuantError
-from ..files import artifacts
+from ..files import checked
 from ..grids.tables import ActivationTable
 from ..grids.time import Clock
 from ..grids.weights import Grid, WeightFormat
@@ -59,7 +59,7 @@ class WeightFiles:
         self.ledger = ledger
         self._index = {stage.name: index for index, stage in enumerate(stages)}
         self._linears = linears
-        self._job = artifacts.digest(ledger.facts)
+        self._job = checked.digest(ledger.facts)
 
     @classmethod
     def read(cls, folder: Path, stages: Sequence[Stage], linears: Mapping[str, nn.Linear]) -> WeightFiles:

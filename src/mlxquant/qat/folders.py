@@ -7,7 +7,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..files import artifacts
+from ..files.checked import read_tensors, write_tensors
 from ..models.gpt.files import load_gpt
 from ..models.gpt.network import GPT
 from ..models.gpt.tokenizers import ByteTokenizer, CharTokenizer
@@ -28,7 +28,7 @@ def quantized_gpt(folder: Path) -> tuple[GPT, ByteTokenizer | CharTokenizer, dic
     quantize_while_training(model, QuantizationOptions(facts.get(QUANTIZATION, {})))
     model.eval()
     if (folder / ACTIVATIONS).exists():
-        restore_activations(model, artifacts.read_tensors(folder / ACTIVATIONS, KIND)[0])
+        restore_activations(model, read_tensors(folder / ACTIVATIONS, KIND)[0])
     return model, tokenizer, facts
 
 
@@ -36,4 +36,4 @@ def save_activations(folder: Path, model: GPT) -> None:
     """Write what the points kept, if they kept anything."""
     kept: dict[str, mx.array] = kept_activations(model)
     if kept:
-        artifacts.write_tensors(folder / ACTIVATIONS, KIND, kept)
+        write_tensors(folder / ACTIVATIONS, KIND, kept)

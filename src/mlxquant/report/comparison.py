@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
-from ..files.artifacts import atomic_file
+from ..files.atomic import atomic_file
 from ..metrics.psnr import psnr
 from ..sampling.prompts import Prompt
 

@@ -14,7 +14,8 @@ from string import Template
 from typing import Any
 
 from ..errors import ArtifactError
-from ..files import artifacts
+from ..files.atomic import atomic_file
+from ..files.checked import read_json
 from . import page_layers, page_pictures, page_plots, page_tables
 
 Json = Mapping[str, Any]
@@ -27,10 +28,10 @@ def write_page(folder: Path) -> Path:
 
     Raises ArtifactError when one of these is missing, damaged, or of another version.
     """
-    report = artifacts.read_json(folder / "report.json", KIND)
+    report = read_json(folder / "report.json", KIND)
     try:
         layers = {
-            model["name"]: artifacts.read_json(folder / "layers" / f"{model['folder']}.json", LAYERS_KIND)
+            model["name"]: read_json(folder / "layers" / f"{model['folder']}.json", LAYERS_KIND)
             for model in report["results"]
             if model["quantized"]
         }
@@ -38,7 +39,7 @@ def write_page(folder: Path) -> Path:
     except (KeyError, TypeError, IndexError, AttributeError) as error:
         raise ArtifactError(f"{folder / 'report.json'}: incomplete or of another version ({error!r}); run the evaluation again") from error
     page = folder / "report.html"
-    with artifacts.atomic_file(page) as temporary:
+    with atomic_file(page) as temporary:
         temporary.write_text(html, encoding="utf-8")
     return page
 

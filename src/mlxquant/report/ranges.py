@@ -8,7 +8,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from ..files.artifacts import atomic_file
+from ..files.atomic import atomic_file
 from ..numerics.arrays import Array
 
 PER_PAGE, COLUMNS = 24, 4

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..files.artifacts import atomic_file
+from ..files.atomic import atomic_file
 from ..numerics.arrays import Array
 
 BAR, PALE, GRID = "#3f6ea8", "#6a6a70", "#e6e6ea"

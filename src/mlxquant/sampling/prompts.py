@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import CalibrationError
-from ..files.artifacts import atomic_file, explain
+from ..files.atomic import atomic_file, explain
 
 
 @dataclass(frozen=True)

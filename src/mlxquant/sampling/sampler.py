@@ -14,26 +14,9 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import AdapterError
-from ..grids.time import Sigmas
-
-Velocity = Callable[[mx.array, mx.array, mx.array, float], mx.array]
-
-
-@dataclass(frozen=True)
-class Conditioning:
-    """What the text encoders say: tokens [B,T,E] and pooled [B,P]."""
-
-    tokens: mx.array
-    pooled: mx.array
-
-    def __len__(self) -> int:
-        return self.tokens.shape[0]
-
-    def joined(self, other: Conditioning) -> Conditioning:
-        return Conditioning(mx.concatenate([self.tokens, other.tokens]), mx.concatenate([self.pooled, other.pooled]))
-
-    def take(self, rows: slice) -> Conditioning:
-        return Conditioning(self.tokens[rows], self.pooled[rows])
+from .conditioning import Conditioning
+from .guidance import Velocity, guided
+from .schedules import Sigmas
 
 
 @dataclass(frozen=True)
@@ -51,16 +34,6 @@ def seeded_noise(seeds: Sequence[int], shape: tuple[int, int, int]) -> mx.array:
     h, w, c = shape
     draws = [np.random.RandomState(seed % 2**32).standard_normal((c, h, w)).transpose(1, 2, 0) for seed in seeds]
     return mx.array(np.stack(draws).astype(np.float32))
-
-
-def guided(velocity: Velocity, latent: mx.array, sigma: float, text: Conditioning, empty: Conditioning, cfg: float) -> mx.array:
-    """Classifier-free guidance ``u + cfg (c - u)`` (arXiv 2207.12598) for any cfg >= 0; 1 and 0 need one side, others both in one batch."""
-    if cfg in (0, 1):
-        side = text if cfg == 1 else empty
-        return velocity(latent, side.tokens, side.pooled, sigma)
-    both = text.joined(empty)
-    conditional, unconditional = mx.split(velocity(mx.concatenate([latent, latent]), both.tokens, both.pooled, sigma), 2)
-    return unconditional + cfg * (conditional - unconditional)
 
 
 def sample(

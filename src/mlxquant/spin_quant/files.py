@@ -9,13 +9,15 @@ from typing import Any
 import mlx.core as mx
 
 from ..errors import ArtifactError
-from ..files import artifacts
+from ..files.atomic import ensure_writable
+from ..files.checked import read_tensors, write_tensors
+from ..files.parameters import load_parameters
+from ..layers.held_heads import HeldHeads
 from ..layers.linear import QuantizedLinear, find_quantized
 from ..layers.tree import get_module, parameters, set_module
 from ..layers.turned_norm import TurnedNorm
 from ..models.gpt.network import GPT, GPTConfig
 from ..models.gpt.tokenizers import ByteTokenizer, CharTokenizer, tokenizer_from_facts
-from .rotations import HeldHeads
 
 FILE, KIND = "spinquant.safetensors", "spinquant-gpt"
 FINAL = "model.ln_f"
@@ -23,7 +25,7 @@ FINAL = "model.ln_f"
 
 def save_spun(folder: Path, model: GPT, tokenizer: ByteTokenizer | CharTokenizer, facts: Mapping[str, Any]) -> Path:
     """Write a rotated GPT, quantized or not, with ``facts`` (plain data); returns the file. Equal input, equal bytes."""
-    artifacts.ensure_writable(folder)
+    ensure_writable(folder)
     header = {
         "config": model.config.to_dict(),
         "tokenizer": tokenizer.facts,
@@ -32,14 +34,14 @@ def save_spun(folder: Path, model: GPT, tokenizer: ByteTokenizer | CharTokenizer
         "held": {path: module.facts for path, module in model.named_modules() if isinstance(module, HeldHeads)},
         "facts": dict(facts),
     }
-    artifacts.write_tensors(folder / FILE, KIND, parameters(model), header)
+    write_tensors(folder / FILE, KIND, parameters(model), header)
     return folder / FILE
 
 
 def load_spun(place: Path) -> tuple[GPT, ByteTokenizer | CharTokenizer, dict[str, Any]]:
     """What ``save_spun`` wrote into a folder, or as this file: model, tokenizer and facts. Raises ArtifactError on anything else."""
     path = place / FILE if place.is_dir() else place
-    arrays, header = artifacts.read_tensors(path, KIND)
+    arrays, header = read_tensors(path, KIND)
     try:
         model = GPT(GPTConfig.from_dict(header["config"]))
         if header["turned"]:
@@ -52,7 +54,7 @@ def load_spun(place: Path) -> tuple[GPT, ByteTokenizer | CharTokenizer, dict[str
         tokenizer, facts = tokenizer_from_facts(header["tokenizer"]), header["facts"]
     except (KeyError, TypeError) as error:
         raise ArtifactError(f"{path}: an entry of its header is missing or foreign ({error}); write the file anew") from error
-    artifacts.load_parameters(model, arrays, str(path))
+    load_parameters(model, arrays, str(path))
     model.load_weights(list(arrays.items()))  # in the dtypes of the file
     for layer in layers.values():
         layer.refresh()

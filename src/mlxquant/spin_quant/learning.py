@@ -28,10 +28,10 @@ from ..numerics.transform import Transform
 from ..progress import Progress, silent
 from ..recipes.recipe import LayerSpec
 from ..sweep.layer import quantize_layer
-from . import rotations as turning
+from . import rotations
 from .network import Precision, SpinNetwork
 from .residual_stream import residual_stream
-from .rotations import Arrays
+from .rotations import Arrays, hold_heads
 
 BITS = (4, 6, 8)  # of activations
 CITATION = """@inproceedings{liu2025spinquant,
@@ -95,7 +95,7 @@ class SpinQuant:
         for path in self.stream.linears:
             self._format.columns(get_module(model, path).weight.shape[1])
         self._precision = Precision(self._format, activation_bits, kv_bits)
-        self.rotations = turning.start(self.stream, start, seed)
+        self.rotations = rotations.start(self.stream, start, seed)
         self.history: list[float] = []
         self.report: Report | None = None
         self.stock: bool | None = None  # not known before the model is rotated
@@ -146,7 +146,7 @@ class SpinQuant:
         Any recipe may quantize what results. ``stock`` says whether stock code can load it.
         """
         if not self._rotated:
-            self.stock = turning.rotate(self._model, _floats(self.rotations))
+            self.stock = rotations.rotate(self._model, _floats(self.rotations))
             self._rotated = True
         return self
 
@@ -171,7 +171,7 @@ class SpinQuant:
         for paths in progress(self.stream.groups, "rounding"):
             self._quantize(paths, spec, arrays, report)
         if self._precision.held is not None:
-            for path, module in turning.hold_heads(self._model, self.stream, self._precision.held).items():
+            for path, module in hold_heads(self._model, self.stream, self._precision.held).items():
                 set_module(self._model, path, module)
         report.after = stored_bytes(self._model)
         self.report = report

@@ -14,7 +14,7 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..grids.tables import TokenReader, represented, round_through
+from ..grids.reading import TokenReader, represented, round_through
 from ..grids.weights import WeightFormat
 from ..layers.tree import get_module, swapped
 from ..numerics.hadamard import block_size, rotated_blocks

@@ -8,21 +8,19 @@ go into their readers, and a LayerNorm asks for R1 1 = 1 (``methods.cayley``).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ..grids.tables import TokenReader, represented
+from ..layers.held_heads import HeldHeads
 from ..layers.tree import get_module, set_module
 from ..layers.turned_norm import TurnedNorm
 from ..numerics import cayley
 from .residual_stream import ResidualStream, Values, residual_stream, untie
 
 Arrays = dict[str, Any]  # "residual" [D,D] and "values", a list of [heads,size,size] by layer
-FIXED = 0  # the seed of rotations that are part of a format and not of a run
 
 
 @dataclass(frozen=True)
@@ -116,38 +114,6 @@ def _read_values(weight: mx.array, values: Values, rotation: mx.array) -> mx.arr
     rotation = mx.repeat(rotation, values.repeats, axis=0)
     mine = weight.reshape(weight.shape[0], -1, values.size).swapaxes(0, 1)
     return (mine @ rotation).swapaxes(0, 1).reshape(weight.shape)
-
-
-class HeldHeads(nn.Module):
-    """Rounds what another module returns as a key-value cache would hold it: each head of a token on its own scale, with ``bits`` bits
-    or, with None, not at all. With ``turned`` heads are rotated first (R3): queries and keys may be, for their products stay the same.
-    """
-
-    def __init__(self, layer: nn.Module, size: int, bits: int | None, turned: bool):
-        super().__init__()
-        self.layer = layer
-        self._size, self._bits, self._turned = size, bits, turned
-        self._reader = None if bits is None else TokenReader(bits)
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        """What it takes to wrap the same module again."""
-        return {"size": self._size, "bits": self._bits, "turned": self._turned}
-
-    def __call__(self, *args: Any, **options: Any) -> mx.array:
-        y = self.layer(*args, **options)
-        heads = y.astype(mx.float32).reshape(*y.shape[:-1], -1, self._size)
-        if self._turned:
-            heads = heads @ key_rotation(self._size)
-        if self._reader is not None:
-            heads = represented(heads, self._reader.read(heads))
-        return heads.reshape(y.shape).astype(y.dtype)
-
-
-@cache
-def key_rotation(size: int) -> mx.array:
-    """R3, the same for all heads of this size: float32 [size,size]."""
-    return mx.array(cayley.start("hadamard", size, False, np.random.default_rng(FIXED)), mx.float32)
 
 
 def hold_heads(model: nn.Module, stream: ResidualStream, bits: int) -> dict[str, nn.Module]:

@@ -20,6 +20,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from ..calibration.data import CalibrationData
 from ..errors import RecipeError
 from ..files.kept_arrays import Measurements
 from ..grids.weights import WeightFormat
@@ -29,14 +30,14 @@ from ..methods.inputs.tiers import TIERS
 from ..models.adapter import Adapter, Stage, State
 from ..numerics import knapsack
 from ..numerics.arrays import Array
+from ..numerics.input_ranges import InputRanges
 from ..numerics.moments import Moments, energy
-from ..numerics.statistics import Collector, InputRanges
 from ..progress import Progress, silent
 from ..recipes.recipe import ActivationSpec, LayerSpec, Recipe
+from .collecting import Collector
 from .inputs import LayerInput, Options, TierTables
-from .sensitivity import Sensitivity
-from .streams import CalibrationData, run_batch, run_stage
-from .sweep import measured, sensitivity_job
+from .sensitivity import Sensitivity, measured, sensitivity_job
+from .streams import run_batch, run_stage
 
 WIDTHS = (2, 3, 4, 5, 6, 8)  # bits of a weight that MLX's kernels read
 PINNED = 8  # a layer that a recipe gives so many bits keeps them

@@ -17,7 +17,7 @@ from ..layers.tree import swapped
 from ..methods import registry
 from ..models.adapter import Adapter, Stage, State
 from ..numerics.arrays import Array
-from ..numerics.statistics import InputRanges, RunningRanges
+from ..numerics.input_ranges import InputRanges, RunningRanges
 from ..progress import Progress, silent
 
 VALUES = 2**12  # of the probabilities of a batch, drawn to look at

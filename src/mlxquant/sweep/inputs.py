@@ -19,7 +19,7 @@ from ..methods.inputs.shift import centred, shifted
 from ..methods.inputs.tiers import BUDGET, TIERS, OutputErrors, mixed, relative_errors, rms
 from ..methods.transforms import smoothquant
 from ..numerics.arrays import Array
-from ..numerics.statistics import InputRanges
+from ..numerics.input_ranges import InputRanges
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,9 @@ from ..methods import registry
 from ..methods.inputs.tiers import TIERS
 from ..methods.weights.correction import corrected_target
 from ..methods.weights.damping import CANDIDATES, TARGETS, Choice, choose_damping
-from ..methods.weights.lowrank import LowRank, refitted
+from ..methods.weights.lowrank import refitted
 from ..numerics.arrays import Array
+from ..numerics.low_rank import LowRank
 from ..numerics.moments import Moments, output_error
 from ..numerics.transform import Transform
 from ..recipes.recipe import ActivationSpec, LayerSpec

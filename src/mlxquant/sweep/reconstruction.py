@@ -16,7 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ..grids.tables import Entry, TokenReader, represented
+from ..grids.reading import Entry, TokenReader, represented
 from ..layers.linear import QuantizedLinear
 from ..layers.tree import swapped
 from ..methods import registry

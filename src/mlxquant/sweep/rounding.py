@@ -8,9 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from functools import cached_property
-from math import inf
 from typing import Any
 
 import mlx.core as mx
@@ -20,86 +18,18 @@ import numpy as np
 from ..layers.linear import QuantizedLinear
 from ..layers.tree import swapped, tapped
 from ..methods import registry
-from ..models.adapter import Adapter, Edge, Fold, Stage, State
-from ..numerics.statistics import Collector, InputRanges, InputStatistics, Sharing
-from ..numerics.transform import Place, Transform
-from ..progress import Progress, silent
-from ..recipes.recipe import ActivationSpec, LayerSpec, Recipe
+from ..models.adapter import Edge, Stage, State
+from ..numerics.input_ranges import InputRanges
+from ..numerics.transform import Transform
+from ..recipes.recipe import ActivationSpec, LayerSpec
 from .choosing import Proposal, Reader, propose
+from .collecting import Collector, InputStatistics, Sharing
 from .dependence import levels
 from .folding import fold, foldable, producers, remaining
 from .inputs import LayerInput
 from .layer import Preset, Rounded, activation_table, quantize_layer
-from .sensitivity import Sensitivity
-from .store import Attentions, Layers
-from .streams import Teacher
-
-
-@dataclass(frozen=True)
-class Job:
-    """What stays the same from stage to stage: the model, what happens to its layers, the noise levels, and the teacher, who has targets
-    of the batches that are ``judged`` (None: all).
-    """
-
-    adapter: Adapter
-    recipe: Recipe
-    plan: Mapping[str, LayerSpec]
-    sigmas: list[float]
-    teacher: Teacher
-    presets: Mapping[str, Preset] = field(default_factory=dict)
-    sensitivity: Sensitivity | None = None
-    progress: Progress = silent
-    judged: Sequence[int] | None = None
-
-
-@dataclass
-class Trial:
-    """Layers that a stage was tried with, what there is to report of each, and, once it was run with them, how far what it then wrote
-    was from the targets: ``error``, as ``Deviation`` has it, and ``errors`` by tensor. ``goals`` are the layers whose codes may be learned;
-    ``attentions`` have quantized probabilities.
-    """
-
-    name: str
-    layers: Layers = field(default_factory=dict)
-    report: dict[str, dict[str, Any]] = field(default_factory=dict)
-    goals: dict[str, Rounded] = field(default_factory=dict)
-    attentions: Attentions = field(default_factory=dict)
-    error: float = inf
-    errors: dict[str, float] = field(default_factory=dict)
-    outputs: list[State] | None = None
-
-    @property
-    def modules(self) -> dict[str, nn.Module]:
-        """All that takes the place of something in the stage."""
-        return {**self.layers, **self.attentions}
-
-    def add(self, path: str, spec: LayerSpec, rounded: Rounded) -> None:
-        self.layers[path] = rounded.layer
-        facts = {"weight": str(spec.weight), "activation": rounded.layer.input_bits, "error": rounded.error}
-        self.report[path] = {**facts, **rounded.dampings.facts}
-        if spec.reconstruct is not None:
-            self.goals[path] = rounded
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """What ``edge.consumers`` read, all of them layers that are quantized; ``edge`` has only producers that are quantized with them."""
-
-    edge: Edge
-
-    @property
-    def name(self) -> str:
-        return self.edge.consumers[0]
-
-    @property
-    def place(self) -> Place:
-        return Place(self.edge.after, self.edge.mixes if self.edge.folds else 1, bool(self.edge.reorders))
-
-
-CALIBRATED, NEAREST = "calibrated", "rtn"  # trials
-Specs = dict[str, LayerSpec]  # how a trial treats each layer
-Transforms = dict[str, Transform]  # by name of the tensor
-Folded = list[tuple[Fold, Transform]]  # rows that write something else than they did, and what
+from .store import Attentions
+from .trial import CALIBRATED, NEAREST, Folded, Job, Specs, Tensor, Transforms, Trial
 
 
 class Rounding:

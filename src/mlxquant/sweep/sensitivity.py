@@ -14,6 +14,7 @@ Squared velocity error is averaged over the elements of a latent: velocities hav
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -22,11 +23,14 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from ..calibration.data import CalibrationData, OnDemand
 from ..errors import NumericsError
+from ..files.kept_arrays import Measurements
 from ..layers.tree import get_module, swapped
 from ..models.adapter import Adapter, Stage, State, written
 from ..numerics.arrays import Array
 from ..progress import Progress, silent
+from ..recipes.recipe import LayerSpec
 
 LEVELS = "/sigma"  # among tables
 
@@ -205,3 +209,41 @@ class _Probe:
         dials = [self._dials[path] for path in paths]
         _, found = mx.vjp(run, [state[key] for key in keys] + dials, list(slopes.values()))
         return dict(zip(keys, found, strict=False)), dict(zip(paths, found[len(keys) :], strict=True))
+
+
+SENSITIVITY_ROWS = 8
+SENSITIVITY = "sensitivity"  # its file among measurements
+
+
+def measured(
+    adapter: Adapter,
+    stages: Sequence[Stage],
+    sigmas: list[float],
+    states: Sequence[State],
+    plan: Mapping[str, LayerSpec],
+    progress: Progress,
+    kept: Measurements | None = None,
+) -> Sensitivity:
+    """Sensitivities of the stages and of the planned layers, on a few rows of each noise level, which suffice for an average: the first
+    of its batches, as many as one backward pass may have.
+
+    In batches as the sampler has them these are guided rows, whose errors guidance multiplies by more than the others'. What is ``kept``
+    already is not measured again.
+    """
+    if kept is not None and (tables := kept.load(SENSITIVITY)) is not None:
+        return Sensitivity.of(tables)
+    count, seen, some = min(SENSITIVITY_ROWS, adapter.rows), Counter[float](), list[int]()
+    for index, sigma in enumerate(sigmas):
+        if seen[sigma] < SENSITIVITY_ROWS:
+            seen[sigma] += min(count, next(iter(states[index].values())).shape[0])
+            some.append(index)
+    few = OnDemand(lambda index: {key: value[:count] for key, value in states[some[index]].items()}, range(len(some)))
+    found = measure(adapter, stages, [sigmas[index] for index in some], few, plan, progress=progress)
+    if kept is not None:
+        kept.save(SENSITIVITY, found.tables)
+    return found
+
+
+def sensitivity_job(calibration: CalibrationData, plan: Iterable[str]) -> dict[str, Any]:
+    """What sensitivities depend on, for ``Measurements``: not on how the layers of ``plan`` are quantized."""
+    return {"calibration": calibration.record, "layers": list(plan)}

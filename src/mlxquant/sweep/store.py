@@ -11,7 +11,9 @@ from typing import Any, Protocol, TypeVar
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..files import artifacts
+from ..files.atomic import ensure_writable
+from ..files.checked import read_progress, read_tensors, write_tensors
+from ..files.parameters import load_parameters
 from ..grids.time import Clock
 from ..layers.attention import QuantizedAttention
 from ..layers.linear import QuantizedLinear
@@ -56,11 +58,11 @@ class StageCheckpoint:
 
     def load(self) -> tuple[dict[str, mx.array], dict[str, Any]] | None:
         """What was saved by the same job, or None. A damaged file raises ArtifactError."""
-        found = artifacts.read_progress(self._path, "checkpoint", self._job, "its stage then starts over")
+        found = read_progress(self._path, "checkpoint", self._job, "its stage then starts over")
         return None if found is None else (found[0], found[1]["facts"])
 
     def save(self, arrays: dict[str, mx.array], facts: dict[str, Any]) -> None:
-        artifacts.write_tensors(self._path, "checkpoint", arrays, {"job": self._job, "facts": facts})
+        write_tensors(self._path, "checkpoint", arrays, {"job": self._job, "facts": facts})
         self._saved = time.monotonic()
 
     def clear(self) -> None:
@@ -88,7 +90,7 @@ class FolderStore:
 
     def __init__(self, folder: Path, job: str):
         self.folder, self._job = folder, job
-        artifacts.ensure_writable(folder)
+        ensure_writable(folder)
 
     def _path(self, stage: Stage) -> Path:
         return self.folder / f"{stage.name}.safetensors"
@@ -96,7 +98,7 @@ class FolderStore:
     def load(self, stage: Stage, clock: Clock) -> StageResult | None:
         if not self._path(stage).exists():
             return None
-        arrays, header = artifacts.read_tensors(self._path(stage), "stage")
+        arrays, header = read_tensors(self._path(stage), "stage")
         if header["job"] != self._job:
             return None
         attentions = restore_modules(QuantizedAttention, header["attentions"], arrays, clock)
@@ -105,7 +107,7 @@ class FolderStore:
     def save(self, stage: Stage, result: StageResult) -> None:
         structure = {"layers": module_facts(result.layers), "attentions": module_facts(result.attentions)}
         header = {"job": self._job, "facts": result.facts, **structure}
-        artifacts.write_tensors(self._path(stage), "stage", layer_arrays(result.modules), header)
+        write_tensors(self._path(stage), "stage", layer_arrays(result.modules), header)
         self.checkpoint(stage).clear()
 
     def checkpoint(self, stage: Stage) -> StageCheckpoint:
@@ -133,7 +135,7 @@ def restore_modules(kind: type[Quantized], facts: dict[str, Any], arrays: dict[s
     for path, structure in facts.items():
         module = kind.blank(structure, clock)
         own = {name.removeprefix(path + "."): value for name, value in arrays.items() if name.startswith(path + ".")}
-        artifacts.load_parameters(module, own, path)
+        load_parameters(module, own, path)
         module.refresh()
         modules[path] = module
     return modules

@@ -12,30 +12,27 @@ rounding looks at both streams, what enters the exact one is a fourth.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..calibration.data import CalibrationData, OnDemand
 from ..errors import NumericsError, RecipeError
 from ..files.kept_arrays import Measurements
 from ..layers.tree import set_module, swapped
-from ..methods import registry
 from ..models.adapter import Adapter, Stage, State
 from ..progress import Progress, silent
 from ..recipes.recipe import LayerSpec, Recipe
 from .attention import quantize_probabilities
 from .reconstruction import Reconstruction, reconstruct_stage
-from .rounding import NEAREST, Job, Rounding, Transforms, Trial
-from .sensitivity import Sensitivity, measure
+from .rounding import Rounding
+from .sensitivity import measured, sensitivity_job
 from .store import Attentions, StageCheckpoint, StageResult, Store
-from .streams import CalibrationData, Deviation, ExactStream, OnDemand, Weights, run_batch, run_stage
-
-SENSITIVITY_ROWS = 8
-SENSITIVITY = "sensitivity"  # its file among measurements
+from .streams import Deviation, ExactStream, Weights, run_batch, run_stage
+from .trial import NEAREST, Job, Transforms, Trial
 
 
 class Sweep(Job):
@@ -200,33 +197,6 @@ def untouched(stage: Stage) -> StageResult:
     return StageResult({}, {"stage": stage.name, "kept": "exact", "layers": {}})
 
 
-def check_model(adapter: Adapter, recipe: Recipe) -> None:
-    """Raise RecipeError where a recipe asks for what the model does not have: attention that can be opened, velocities, pictures."""
-    if recipe.probabilities is not None and not adapter.attentions():
-        raise RecipeError(
-            f"recipe {recipe.name}: the attention of {adapter.name} cannot be opened, so its probabilities stay as they are; "
-            "leave 'softmax' out, and 'tcaqdm', which has it"
-        )
-    if adapter.draws:
-        return
-    if recipe.sensitivity or recipe.allocates:
-        raise RecipeError(
-            f"recipe {recipe.name} weighs errors by what they change in a velocity, and {adapter.name} writes text; leave out 'mixed', "
-            "'sensitivity', 'tiers', 'taqdit' and average bits, or give layers their bits by overrides"
-        )
-    ranges = {spec.activation.range for _, spec in recipe.rules if spec is not None and spec.activation is not None}
-    if timed := sorted(name for name in ranges if registry.get("range", name).over_time):
-        raise RecipeError(
-            f"recipe {recipe.name}: {timed[0]!r} is about how inputs change with the noise level, and {adapter.name} writes text, without "
-            "noise; leave it out, or use 'error' or '-token'"
-        )
-    if recipe.rounds > 1:
-        raise RecipeError(
-            f"recipe {recipe.name} calibrates again on pictures that the quantized model draws, and {adapter.name} writes text; leave out "
-            "'progressive' and 'tcaqdm'"
-        )
-
-
 def sweep(
     adapter: Adapter,
     calibration: CalibrationData,
@@ -252,37 +222,3 @@ def sweep(
         sensitivity = measured(adapter, adapter.stages, sigmas, states, plan, progress, kept)
     job = Sweep(adapter, recipe, plan, sigmas, teacher, sensitivity=sensitivity, progress=progress, judged=judged)
     return job.run(adapter.stages, states, store)
-
-
-def measured(
-    adapter: Adapter,
-    stages: Sequence[Stage],
-    sigmas: list[float],
-    states: Sequence[State],
-    plan: Mapping[str, LayerSpec],
-    progress: Progress,
-    kept: Measurements | None = None,
-) -> Sensitivity:
-    """Sensitivities of the stages and of the planned layers, on a few rows of each noise level, which suffice for an average: the first
-    of its batches, as many as one backward pass may have.
-
-    In batches as the sampler has them these are guided rows, whose errors guidance multiplies by more than the others'. What is ``kept``
-    already is not measured again.
-    """
-    if kept is not None and (tables := kept.load(SENSITIVITY)) is not None:
-        return Sensitivity.of(tables)
-    count, seen, some = min(SENSITIVITY_ROWS, adapter.rows), Counter[float](), list[int]()
-    for index, sigma in enumerate(sigmas):
-        if seen[sigma] < SENSITIVITY_ROWS:
-            seen[sigma] += min(count, next(iter(states[index].values())).shape[0])
-            some.append(index)
-    few = OnDemand(lambda index: {key: value[:count] for key, value in states[some[index]].items()}, range(len(some)))
-    found = measure(adapter, stages, [sigmas[index] for index in some], few, plan, progress=progress)
-    if kept is not None:
-        kept.save(SENSITIVITY, found.tables)
-    return found
-
-
-def sensitivity_job(calibration: CalibrationData, plan: Iterable[str]) -> dict[str, Any]:
-    """What sensitivities depend on, for ``Measurements``: not on how the layers of ``plan`` are quantized."""
-    return {"calibration": calibration.record, "layers": list(plan)}

@@ -10,7 +10,7 @@ import numpy as np
 
 from ...grids.tables import ActivationTable
 from ...numerics.arrays import Array
-from ...numerics.statistics import InputRanges
+from ...numerics.input_ranges import InputRanges
 from ..registry import register
 
 EXTREMES = 1.0  # for how many sampled rows each channel's smallest value, and its largest, count in ``error``

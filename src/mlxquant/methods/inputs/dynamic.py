@@ -9,7 +9,7 @@ import numpy as np
 
 from ...grids.tables import ActivationTable
 from ...numerics.arrays import Array
-from ...numerics.statistics import InputRanges
+from ...numerics.input_ranges import InputRanges
 from ..registry import register
 from .clipping import error
 

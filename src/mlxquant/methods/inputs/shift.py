@@ -21,7 +21,7 @@ import numpy as np
 
 from ...grids.tables import ActivationTable
 from ...numerics.arrays import Array
-from ...numerics.statistics import InputRanges
+from ...numerics.input_ranges import InputRanges
 from .clipping import extremes
 
 RangeMethod = Callable[[InputRanges, Array, int], ActivationTable]

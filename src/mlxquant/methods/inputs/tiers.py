@@ -17,7 +17,7 @@ import numpy as np
 
 from ...grids.tables import ActivationTable, nearest_levels
 from ...numerics.arrays import Array
-from ...numerics.statistics import InputRanges
+from ...numerics.input_ranges import InputRanges
 from ..registry import register
 
 TIERS = (4, 6, 8)

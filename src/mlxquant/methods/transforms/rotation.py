@@ -14,7 +14,7 @@ import numpy as np
 
 from ...numerics.arrays import Array
 from ...numerics.hadamard import block_size
-from ...numerics.statistics import InputRanges
+from ...numerics.input_ranges import InputRanges
 from ...numerics.transform import Place, Transform
 from ..registry import register
 

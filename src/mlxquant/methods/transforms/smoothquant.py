@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 
 from ...numerics.arrays import Array
-from ...numerics.statistics import InputRanges
+from ...numerics.input_ranges import InputRanges
 from ...numerics.transform import Place, Transform
 from ..registry import register
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ...numerics.arrays import Array
-from ...numerics.statistics import InputRanges
+from ...numerics.input_ranges import InputRanges
 from ...numerics.transform import Place, Transform
 from ..registry import register
 from .smoothquant import timestep_peaks

@@ -14,6 +14,7 @@ import numpy as np
 
 from ...errors import NumericsError
 from ...numerics.arrays import Array
+from ...numerics.low_rank import LowRank
 from ...numerics.moments import Moments, calibrated_gram, energy
 from ..registry import register
 
@@ -22,25 +23,6 @@ TURNS, TRIAL_TURNS = 6, 2
 DAMPINGS = (1.0, 10.0, 100.0)
 LAST_DAMPING = 0.1
 SPARE, DEPTH = 8, 6  # of the Krylov space: more directions than asked for, and how often they are multiplied
-
-
-@dataclass(frozen=True)
-class LowRank:
-    """``up`` float16 [out,r] and ``down`` float16 [r,in]: ``y += (x downᵀ) upᵀ``. ``damping`` is the one that was chosen for it, if any."""
-
-    up: Array
-    down: Array
-    damping: float | None = None
-
-    @property
-    def weight(self) -> Array:
-        """What the branch stands for, float32 [out,in]."""
-        product: Array = self.up.astype(np.float32) @ self.down.astype(np.float32)
-        return product
-
-    @property
-    def rank(self) -> int:
-        return int(self.up.shape[1])
 
 
 @dataclass(frozen=True)

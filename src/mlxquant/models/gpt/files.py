@@ -14,7 +14,10 @@ from typing import Any
 import mlx.core as mx
 
 from ...errors import ArtifactError
-from ...files import artifacts, tensor_layout
+from ...files import checked, tensor_layout
+from ...files.atomic import atomic_file, ensure_writable, explain
+from ...files.checked import file_digest
+from ...files.parameters import load_parameters
 from ...layers.tree import parameters
 from .network import GPT, MODEL_TYPE, GPTConfig
 from .tokenizers import ByteTokenizer, CharTokenizer, tokenizer_from_facts
@@ -34,13 +37,13 @@ def save_gpt(
 
     The config is written last: it vouches for the weights, so a folder that was left half-way is not read.
     """
-    artifacts.ensure_writable(folder)
+    ensure_writable(folder)
     arrays = {name: value if dtype is None else value.astype(dtype) for name, value in parameters(model).items()}
     sha256 = write_weights(folder / WEIGHTS, arrays)
     for name, text in tokenizer.files().items():
         _write_text(folder / name, text)
     ours = {"tokenizer": tokenizer.facts, "sha256": sha256, **facts}
-    _write_text(folder / CONFIG, artifacts.canonical({**model.config.to_dict(), **ENDLESS, FACTS: ours}))
+    _write_text(folder / CONFIG, checked.canonical({**model.config.to_dict(), **ENDLESS, FACTS: ours}))
 
 
 def load_gpt(folder: Path) -> tuple[GPT, ByteTokenizer | CharTokenizer, dict[str, Any]]:
@@ -51,13 +54,13 @@ def load_gpt(folder: Path) -> tuple[GPT, ByteTokenizer | CharTokenizer, dict[str
     config = read_config(folder)
     ours = config[FACTS]
     path = folder / WEIGHTS
-    if (found := artifacts.file_digest(path)) != ours.get("sha256"):
+    if (found := file_digest(path)) != ours.get("sha256"):
         raise ArtifactError(
             f"{path}: checksum {found[:12]}… is not the {str(ours.get('sha256'))[:12]}… that {CONFIG} expects; "
             f"one of the two was changed or damaged, {AGAIN}"
         )
     model, arrays = GPT(GPTConfig.from_dict(config)), read_weights(path)
-    artifacts.load_parameters(model, arrays, str(path))
+    load_parameters(model, arrays, str(path))
     model.load_weights(list(arrays.items()))  # in the dtypes of the file
     return model, tokenizer_from_facts(ours.get("tokenizer", {})), {key: ours[key] for key in ours if key not in ("tokenizer", "sha256")}
 
@@ -80,11 +83,11 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def write_weights(path: Path, arrays: Mapping[str, mx.array]) -> str:
     """Write arrays as safetensors the way mlx-lm does, with no header of ours; returns the sha256 of the file. Equal input, equal bytes."""
-    with artifacts.atomic_file(path) as temporary, temporary.open("wb") as file:
+    with atomic_file(path) as temporary, temporary.open("wb") as file:
         file.write(tensor_layout.header(arrays, METADATA))
         for name in tensor_layout.in_order(arrays):
             file.write(tensor_layout.stored_bytes(arrays[name]))
-    return artifacts.file_digest(path)
+    return file_digest(path)
 
 
 def read_weights(path: Path) -> dict[str, mx.array]:
@@ -94,7 +97,7 @@ def read_weights(path: Path) -> dict[str, mx.array]:
             entries = tensor_layout.entries(tensor_layout.read_header(file, path.stat().st_size))
             return tensor_layout.read_arrays(file, entries, path.stat().st_size - file.tell(), lambda piece: None)
     except OSError as error:
-        raise artifacts.explain(error, path) from error
+        raise explain(error, path) from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ArtifactError(f"{path}: not a safetensors file, or a damaged one ({error!r}); {AGAIN}") from error
 
@@ -103,7 +106,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise artifacts.explain(error, path) from error
+        raise explain(error, path) from error
     except (ValueError, RecursionError) as error:
         raise ArtifactError(f"{path}: not readable as JSON ({error}); the file is damaged, {AGAIN}") from error
     if not isinstance(data, dict):
@@ -112,5 +115,5 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _write_text(path: Path, text: str) -> None:
-    with artifacts.atomic_file(path) as temporary:
+    with atomic_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")

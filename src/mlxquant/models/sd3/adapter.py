@@ -18,11 +18,12 @@ import numpy.typing as npt
 
 from ...errors import AdapterError
 from ...grids.time import Clock
+from ...sampling.conditioning import Conditioning
 from ...sampling.prompts import Prompt, parse_prompts
-from ...sampling.sampler import Conditioning
 from ..adapter import Edge, Stage, State
 from ..diffusion import DiffusionAdapter
-from ..mmdit.network import MMDiTConfig, mmdit_edges, mmdit_role
+from ..mmdit.chain import mmdit_edges, mmdit_role
+from ..mmdit.network import MMDiTConfig
 from .checkpoint import fill, mmdit_weights, vae_decoder
 from .diffusionkit import build_mmdit, host, modulations
 from .files import CHECKPOINT, PIXELS, Files

@@ -12,13 +12,15 @@ import numpy as np
 import numpy.typing as npt
 
 from ...errors import AdapterError
-from ...files import artifacts
+from ...files.checked import read_tensors
+from ...files.parameters import load_parameters
 from ...grids.time import Clock
+from ...sampling.conditioning import Conditioning
 from ...sampling.prompts import Prompt
-from ...sampling.sampler import Conditioning
 from ..adapter import Edge, Stage
 from ..diffusion import DiffusionAdapter
-from ..mmdit.network import MMDiT, MMDiTConfig, mmdit_edges, mmdit_role, mmdit_stages
+from ..mmdit.chain import mmdit_edges, mmdit_role, mmdit_stages
+from ..mmdit.network import MMDiT, MMDiTConfig
 from . import scenes
 from .captions import CaptionEncoder, tokenize
 
@@ -62,9 +64,9 @@ class MMDiTShapes(DiffusionAdapter):
     def pretrained(cls) -> MMDiTShapes:
         """The shipped weights; raises ArtifactError when the file is damaged."""
         with as_file(files("mlxquant.assets") / WEIGHTS) as path:
-            arrays, header = artifacts.read_tensors(path, kind="mmdit-shapes")
+            arrays, header = read_tensors(path, kind="mmdit-shapes")
         adapter = cls.blank({"config": header["config"]})
-        artifacts.load_parameters(adapter.module, {k: v.astype(mx.float32) for k, v in arrays.items()}, WEIGHTS)
+        load_parameters(adapter.module, {k: v.astype(mx.float32) for k, v in arrays.items()}, WEIGHTS)
         return adapter
 
     @classmethod

@@ -1,0 +1,151 @@
+"""Calibrate, quantize, compare: the notebook's verbs, which the command line calls, too."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..calibration import trajectories
+from ..calibration.corpus import read_corpus
+from ..calibration.data import CalibrationData
+from ..calibration.text import TextCalibration, collect_text
+from ..calibration.trajectories import Calibration
+from ..errors import AdapterError, CalibrationError
+from ..files import checked
+from ..files.atomic import ensure_writable
+from ..files.checked import versions
+from ..pipeline.apply import TrackFiles
+from ..progress import Progress, silent
+from ..recipes.presets import parse_recipe
+from ..recipes.recipe import LayerSpec, Recipe
+from ..report.comparison import Comparison
+from ..sampling.prompts import Prompt
+from ..sweep.allocation import allocate, stored_bits
+from ..sweep.store import FolderStore, Store
+from ..sweep.sweep import sweep
+from .model import Model, QuantizedModel
+from .plan import plan
+
+
+def calibrate(
+    model: Model,
+    prompts: int | Sequence[Prompt] = 16,
+    steps: int | None = None,
+    cfg: float | None = None,
+    seed: int = 0,
+    progress: Progress = silent,
+    samples: int | None = None,
+    work: str | Path | None = None,
+) -> Calibration:
+    """Collect trajectories for ``quantize``. With ``work``, a folder, a killed run resumes there.
+
+    ``prompts`` is a number, to take that many of the model's own calibration prompts with their seeds shifted by ``seed``, or a list.
+    ``samples`` limits how many pairs of a picture and a sampler step go through the layers when they are quantized: all steps, the
+    pictures in turn. By default that is the model's own limit; mmdit-shapes has none.
+    """
+    adapter = model.diffusion
+    some = adapter.prompts("calibration", prompts, seed) if isinstance(prompts, int) else list(prompts)
+    steps, cfg = adapter.steps if steps is None else steps, adapter.cfg if cfg is None else cfg
+    path = None if work is None else Path(work) / "calibration.safetensors"
+    if path is not None:
+        ensure_writable(path.parent)
+    return trajectories.collect(adapter, some, steps, cfg, progress, adapter.samples if samples is None else samples, path)
+
+
+def calibrate_text(
+    model: Model, data: str | Path | None = None, samples: int | None = None, length: int | None = None, seed: int = 0
+) -> TextCalibration:
+    """Text for ``quantize`` of a language model: ``samples`` windows of ``length`` tokens, by default as the model has them, from a text
+    file, or from the sources of Python's standard library. A part of either is left for ``Model.predict``; see ``corpus.read_corpus``.
+    """
+    return collect_text(model.language, read_corpus(None if data is None else Path(data)), samples, length, seed)
+
+
+def quantize(
+    model: Model,
+    calib: CalibrationData,
+    recipe: str | Recipe,
+    work: str | Path | None = None,
+    progress: Progress = silent,
+    tracks: TrackFiles | None = None,
+) -> QuantizedModel:
+    """Quantize a copy of ``model``; the model itself stays as it is. With ``work``, a folder, a killed run resumes there.
+
+    Where the recipe limits the average bits, each layer first gets its own (``allocation``); where it has several rounds, each after
+    the first calibrates on what the model quantized so far draws from the same prompts. ``tracks`` are files of the explicit pipeline whose
+    blocks are taken as they are; the recipe then decides on the other layers.
+    Raises RecipeError, CalibrationError or NumericsError before anything long starts where that can be known.
+    """
+    recipe = parse_recipe(recipe) if isinstance(recipe, str) else recipe
+    layers = plan(model, recipe)
+    model.adapter.check_finite()
+    if (calib.model, calib.source) != (model.name, model.adapter.fingerprint):
+        raise CalibrationError(
+            f"the calibration data is of other weights ({calib.model}) than the model's ({model.name}); calibrate this model"
+        )
+    facts: dict[str, Any] = {}
+    if recipe.allocates:
+        limit = stored_bits(model.adapter, layers) if recipe.mixed and recipe.bits_per_weight is None else recipe.bits_per_weight
+        place = None if work is None else Path(work)
+        given = allocate(model.adapter, calib, recipe, limit, recipe.bits_per_activation, progress=progress, work=place)
+        recipe, facts["allocation"] = given.recipe, given.facts
+    drawn: CalibrationData = calib
+    done: QuantizedModel | None = None
+    for turn in range(recipe.rounds):
+        folder = None if work is None else Path(work) / f"round-{turn + 1}" if recipe.rounds > 1 else Path(work)
+        if done is not None:
+            path = None
+            if folder is not None:
+                ensure_writable(folder)
+                path = folder / "calibration.safetensors"
+            drawn = calib.renewed(done.adapter, progress, path)
+        done = _quantize_once(model, drawn, recipe, layers, facts, folder, progress, tracks)
+    assert done is not None
+    return done
+
+
+def _quantize_once(
+    model: Model,
+    calib: CalibrationData,
+    recipe: Recipe,
+    layers: Mapping[str, LayerSpec],
+    facts: Mapping[str, Any],
+    work: Path | None,
+    progress: Progress,
+    tracks: TrackFiles | None,
+) -> QuantizedModel:
+    """One round of ``quantize``; ``facts`` are added to those of the result."""
+    adapter = model.clone()
+    made = {**facts, "recipe": recipe.to_dict(), "calibration": calib.record}
+    store: Store | None = None
+    if tracks is not None:
+        made["tracks"] = tracks.digests
+        store = tracks.store(adapter, layers)
+    elif work is not None:
+        store = FolderStore(work, checked.digest(made | versions()))
+    stages = sweep(adapter, calib, recipe, store, progress, work)
+    return QuantizedModel(adapter, {**made, "stages": stages})
+
+
+def compare(
+    reference: Model,
+    others: Model | Mapping[str, Model],
+    prompts: str | Sequence[Prompt],
+    seed: int = 0,
+    steps: int | None = None,
+    cfg: float | None = None,
+    progress: Progress = silent,
+) -> Comparison:
+    """The same prompts and seeds from the reference and from others, side by side, with the differences measured."""
+    some = [Prompt(seed, prompts)] if isinstance(prompts, str) else list(prompts)
+    named = {"quantized": others} if isinstance(others, Model) else dict(others)
+    for name, model in named.items():
+        if model.diffusion.latent_shape != reference.diffusion.latent_shape:
+            raise AdapterError(
+                f"{name} draws latents of {model.diffusion.latent_shape}, {reference.name} of {reference.diffusion.latent_shape}; load "
+                "both with the same size"
+            )
+    first = "reference" if isinstance(reference, QuantizedModel) or "FP" in named else "FP"
+    images = {name: m.images(some, steps, cfg, progress=progress) for name, m in {first: reference, **named}.items()}
+    return Comparison.of(some, images, reference.diffusion.attributes)

@@ -1,0 +1,68 @@
+"""What a sweep asks of calibration data, whatever it is of: batches of chain inputs at noise levels, made when they are needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol, overload
+
+from ..models.adapter import Adapter, State
+from ..progress import Progress, silent
+
+
+class OnDemand(Sequence[State]):
+    """States that are made anew by ``make(index)`` whenever they are asked for: whoever uses one decides how long it lives."""
+
+    def __init__(self, make: Callable[[int], State], indices: range):
+        self._make, self._indices = make, indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    @overload
+    def __getitem__(self, index: int) -> State: ...
+    @overload
+    def __getitem__(self, index: slice) -> OnDemand: ...
+    def __getitem__(self, index: int | slice) -> State | OnDemand:
+        found = self._indices[index]
+        return OnDemand(self._make, found) if isinstance(found, range) else self._make(found)
+
+    def some(self, indices: Sequence[int]) -> OnDemand:
+        """Those at these places."""
+        make, chosen = self._make, [self._indices[index] for index in indices]
+        return OnDemand(lambda place: make(chosen[place]), range(len(chosen)))
+
+    def clear(self) -> None:
+        """Be empty from now on, and forget what the states are made from."""
+        self._make, self._indices = lambda index: {}, range(0)
+
+
+class CalibrationData(Protocol):
+    """What a model is calibrated with."""
+
+    @property
+    def model(self) -> str:
+        """The name of the model that it was made for."""
+        ...
+
+    @property
+    def source(self) -> str:
+        """The fingerprint of that model's weights."""
+        ...
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """All that it depends on, as plain data."""
+        ...
+
+    def batches(self, adapter: Adapter, size: int | None = None) -> tuple[list[float], OnDemand]:
+        """Noise levels and chain inputs, each batch at one noise level, of at most ``size`` samples."""
+        ...
+
+    def judged(self, count: int) -> range:
+        """Which of so many batches show well enough which of two ways to quantize a stage is better."""
+        ...
+
+    def renewed(self, adapter: Adapter, progress: Progress = silent, path: Path | None = None) -> CalibrationData:
+        """The same, as another model's own runs would have it, kept in ``path`` while it is made."""
+        ...

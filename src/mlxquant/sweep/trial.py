@@ -1,0 +1,86 @@
+"""What a sweep shares between its stages, and one way to quantize a stage that can be compared with others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import inf
+from typing import Any
+
+import mlx.nn as nn
+
+from ..models.adapter import Adapter, Edge, Fold, State
+from ..numerics.transform import Place, Transform
+from ..progress import Progress, silent
+from ..recipes.recipe import LayerSpec, Recipe
+from .layer import Preset, Rounded
+from .sensitivity import Sensitivity
+from .store import Attentions, Layers
+from .streams import Teacher
+
+
+@dataclass(frozen=True)
+class Job:
+    """What stays the same from stage to stage: the model, what happens to its layers, the noise levels, and the teacher, who has targets
+    of the batches that are ``judged`` (None: all).
+    """
+
+    adapter: Adapter
+    recipe: Recipe
+    plan: Mapping[str, LayerSpec]
+    sigmas: list[float]
+    teacher: Teacher
+    presets: Mapping[str, Preset] = field(default_factory=dict)
+    sensitivity: Sensitivity | None = None
+    progress: Progress = silent
+    judged: Sequence[int] | None = None
+
+
+@dataclass
+class Trial:
+    """Layers that a stage was tried with, what there is to report of each, and, once it was run with them, how far what it then wrote
+    was from the targets: ``error``, as ``Deviation`` has it, and ``errors`` by tensor. ``goals`` are the layers whose codes may be learned;
+    ``attentions`` have quantized probabilities.
+    """
+
+    name: str
+    layers: Layers = field(default_factory=dict)
+    report: dict[str, dict[str, Any]] = field(default_factory=dict)
+    goals: dict[str, Rounded] = field(default_factory=dict)
+    attentions: Attentions = field(default_factory=dict)
+    error: float = inf
+    errors: dict[str, float] = field(default_factory=dict)
+    outputs: list[State] | None = None
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """All that takes the place of something in the stage."""
+        return {**self.layers, **self.attentions}
+
+    def add(self, path: str, spec: LayerSpec, rounded: Rounded) -> None:
+        self.layers[path] = rounded.layer
+        facts = {"weight": str(spec.weight), "activation": rounded.layer.input_bits, "error": rounded.error}
+        self.report[path] = {**facts, **rounded.dampings.facts}
+        if spec.reconstruct is not None:
+            self.goals[path] = rounded
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """What ``edge.consumers`` read, all of them layers that are quantized; ``edge`` has only producers that are quantized with them."""
+
+    edge: Edge
+
+    @property
+    def name(self) -> str:
+        return self.edge.consumers[0]
+
+    @property
+    def place(self) -> Place:
+        return Place(self.edge.after, self.edge.mixes if self.edge.folds else 1, bool(self.edge.reorders))
+
+
+CALIBRATED, NEAREST = "calibrated", "rtn"  # trials
+Specs = dict[str, LayerSpec]  # how a trial treats each layer
+Transforms = dict[str, Transform]  # by name of the tensor
+Folded = list[tuple[Fold, Transform]]  # rows that write something else than they did, and what
