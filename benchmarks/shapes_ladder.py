@@ -23,6 +23,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxquant.api.model import Model, QuantizedModel
+from mlxquant.calibration.trajectories import Calibration
 from mlxquant.commandline.console import progress, result, say
 from mlxquant.files.atomic import atomic_file
 from mlxquant.files.checked import canonical
@@ -67,7 +68,7 @@ def without_tables(quantized: QuantizedModel) -> Model:
     return other
 
 
-def build(name: str, model: Model, calib: mq.calibration.Calibration) -> Model:
+def build(name: str, model: Model, calib: Calibration) -> Model:
     if name.startswith("w16"):
         return activations_alone(model, mq.quantize(model, calib, "rtn-" + name.replace("w16", "w8"), progress=progress))
     recipe = name.removesuffix("-same-weights")

@@ -13,6 +13,7 @@ from mlxquant.contents.layers import bits_per_weight
 from mlxquant.contents.reader import read_contents
 from mlxquant.contents.tables import brief, grouped, lines
 from mlxquant.errors import ArtifactError
+from mlxquant.files import checked
 
 from command_line import fail, succeed
 from contents_samples import dequantized, write_everything, write_json, write_mlx_checkpoint
@@ -148,7 +149,7 @@ def test_an_unfinished_folder_says_so(copied):
     manifest = copied / "calib" / "manifest.json"
     data = json.loads(manifest.read_text())
     del data["sha256"], data["files"]["images/0000.png"]
-    manifest.write_text(mq.artifacts.canonical({**data, "complete": False, "sha256": mq.artifacts.digest({**data, "complete": False})}))
+    manifest.write_text(checked.canonical({**data, "complete": False, "sha256": checked.digest({**data, "complete": False})}))
     facts, said = succeed("inspect", copied / "calib")
     assert "not finished: 3 files so far" in said
     assert len(facts["files"]) == 4

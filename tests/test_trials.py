@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import mlxquant as mq
+from mlxquant.api.plan import plan
 from mlxquant.errors import NumericsError, RecipeError
 from mlxquant.layers.attention import find_quantized_attentions
 from mlxquant.layers.tree import parameters
@@ -281,4 +282,4 @@ def test_bits_are_given_where_they_buy_most(spiky, calib):
 
 def test_a_limit_that_cannot_be_met_is_refused_before_anything_long(spiky):
     with pytest.raises(RecipeError, match=r"2\.1 bits per weight cannot be met"):
-        mq.api.plan(spiky, parse_recipe("gptq+mixed2.1-w4a8"))
+        plan(spiky, parse_recipe("gptq+mixed2.1-w4a8"))

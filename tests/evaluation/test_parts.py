@@ -14,6 +14,7 @@ from mlxquant.evaluation.contender import distinct
 from mlxquant.evaluation.cost import measure_costs, peak, sizes
 from mlxquant.evaluation.half_precision import HalfLinear, half_precision
 from mlxquant.evaluation.report_folder import put
+from mlxquant.layers.tree import parameters
 from mlxquant.metrics.psnr import psnr
 from mlxquant.progress import silent
 from mlxquant.recipes.presets import parse_recipe
@@ -65,7 +66,7 @@ def test_costs_are_medians_in_turns(tiny, monkeypatch):
 
 
 def test_peak_counts_the_models_own_weights_and_nothing_of_others(tiny):
-    own = sum(value.nbytes for value in mq.rewrite.parameters(tiny.adapter.module).values())
+    own = sum(value.nbytes for value in parameters(tiny.adapter.module).values())
     alone = peak(tiny, PROMPT, 2.0)
     ballast = mx.zeros((1 << 22,))
     mx.eval(ballast)
@@ -76,7 +77,7 @@ def test_peak_counts_the_models_own_weights_and_nothing_of_others(tiny):
 
 def test_sizes_are_those_of_what_is_stored(tiny):
     facts = sizes(tiny)
-    arrays = mq.rewrite.parameters(tiny.adapter.module).values()
+    arrays = parameters(tiny.adapter.module).values()
     assert facts["model_bytes"] == sum(value.nbytes for value in arrays)  # random float32 does not fit into float16
     assert facts["bits_per_weight"] == 32
     assert facts["bits_per_quantized_weight"] is None

@@ -12,6 +12,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
+from mlxquant.api.plan import plan
 from mlxquant.errors import AdapterError, ArtifactError, CalibrationError, RecipeError
 from mlxquant.layers.tree import find_linears, tapped
 from mlxquant.models.catalog import find_model
@@ -233,7 +234,7 @@ def test_recipes_that_need_pictures_are_refused_before_anything_runs(recipe, wor
 def test_average_bits_need_pictures(tmp_path):
     model = mq.load(gpt_folder(tmp_path / "gpt"))
     with pytest.raises(RecipeError, match="average bits"):
-        mq.api.plan(model, replace(parse_recipe("gptq-w4a16"), bits_per_weight=3.5))
+        plan(model, replace(parse_recipe("gptq-w4a16"), bits_per_weight=3.5))
 
 
 def test_windows_longer_than_the_positions_are_refused(tmp_path):
