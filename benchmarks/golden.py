@@ -158,10 +158,7 @@ def text_model() -> mq.Model:
 def text_file() -> Path:
     """Text for the language models, in the present folder: some of it Python, all of it written here."""
     words = ["alpha", "beta", "gamma", "delta", "omega"]
-    lines = [
-        f"def {words[n % 5]}_{n}(x, y={n * n % 17}):\n    return x * {n} + y  # {words[n * 7 % 5]}\n"
-        for n in range(600)
-    ]
+    lines = [f"def {words[n % 5]}_{n}(x, y={n * n % 17}):\n    return x * {n} + y  # {words[n * 7 % 5]}\n" for n in range(600)]
     path = Path("text.txt")
     path.write_text("\n".join(lines), encoding="utf-8")
     return path
@@ -284,9 +281,7 @@ def _(folder: Path) -> None:
 @case("evaluate")
 def _(folder: Path) -> None:
     pictures = ("--num-prompts", 2, "--steps", 3, "--num-calibration-prompts", 1)
-    command(
-        folder, "evaluate", "--model", "mmdit-shapes", "--recipe", "rtn-w4a8", *pictures, "--out", folder / "report"
-    )
+    command(folder, "evaluate", "--model", "mmdit-shapes", "--recipe", "rtn-w4a8", *pictures, "--out", folder / "report")
     command(
         folder,
         "compare-images",
@@ -353,9 +348,7 @@ def _(folder: Path) -> None:
         (folder / f"{name}.json").write_text(json.dumps({"loss": spin.history, "report": vars(spin.report)}))
     turned = mq.load("gpt-python")
     SpinQuant(turned.adapter.module).optimize(tokens(), steps=2).rotate()
-    mq.quantize(turned, mq.calibrate_text(turned, text_file(), samples=4, length=32), "gptq-w4a8-token").save(
-        folder / "rotated"
-    )
+    mq.quantize(turned, mq.calibrate_text(turned, text_file(), samples=4, length=32), "gptq-w4a8-token").save(folder / "rotated")
 
 
 @case("training")
@@ -507,11 +500,7 @@ def digest(path: Path) -> str:
 def _lasting(data: Any, top: bool = True) -> Any:
     """JSON without what varies, and at the top without the file's checksum of it."""
     if isinstance(data, dict):
-        return {
-            key: _lasting(value, False)
-            for key, value in data.items()
-            if key not in VARYING and not (top and key == "sha256")
-        }
+        return {key: _lasting(value, False) for key, value in data.items() if key not in VARYING and not (top and key == "sha256")}
     return [_lasting(value, False) for value in data] if isinstance(data, list) else data
 
 
@@ -546,9 +535,7 @@ def inside(work: Path | None) -> Iterator[None]:
 
 
 @click.command()
-@click.option(
-    "--work", type=click.Path(path_type=Path), help="Keep what is written, in this folder.  [default: a temporary one]"
-)
+@click.option("--work", type=click.Path(path_type=Path), help="Keep what is written, in this folder.  [default: a temporary one]")
 @click.option("--out", type=click.Path(path_type=Path), help="Write the digests to this file, not to stdout.")
 @click.option("--against", type=click.Path(path_type=Path, exists=True), help="Compare with the digests in this file.")
 @click.option(

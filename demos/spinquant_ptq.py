@@ -20,7 +20,8 @@ from mlxquant.calibration.corpus import read_corpus
 from mlxquant.commandline.console import Command, progress, result, say
 from mlxquant.errors import ArtifactError, CalibrationError
 from mlxquant.files.atomic import ensure_writable
-from mlxquant.models.gpt.adapter import EMBEDDED, GPTAdapter
+from mlxquant.models.gpt.adapter import EMBEDDED
+from mlxquant.qat.adapter import TrainedGPT
 from mlxquant.qat.training import batch, loss
 from mlxquant.spin_quant.files import FILE, save_spun
 from mlxquant.spin_quant.learning import SpinQuant
@@ -56,7 +57,7 @@ def command(place, data, out_dir, steps, bits, activation_bits, kv_bits, start, 
     """Quantize a GPT with SpinQuant."""
     if (out_dir / FILE).exists() and not force:
         raise ArtifactError(f"{out_dir / FILE} exists; choose another folder or pass --force to replace it")
-    adapter, corpus = GPTAdapter.pretrained(place), read_corpus(data)
+    adapter, corpus = TrainedGPT.pretrained(place), read_corpus(data)
     model, tokenizer = adapter.module, adapter.tokenizer
     length = min(length or model.config.n_positions, model.config.n_positions)
     text = windows(tokenizer.encode(corpus.train), batches, batch_size, length, seed)

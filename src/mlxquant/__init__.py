@@ -7,43 +7,65 @@ calib = mq.calibrate(model, prompts=16, steps=28, seed=0)
 qmodel = mq.quantize(model, calib, "gptq-w4a8")
 mq.compare(model, qmodel, "a large red circle at left on white background", seed=7).save("circle.png")
 qmodel.save("out")
+
+Names are imported when they are first used, so that ``import mlxquant`` and the command line's help cost little.
 """
 
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from ._blas import prefer_fast_blas
 
 prefer_fast_blas()  # before anything imports mlx.core
 
-from .api.model import Model, QuantizedModel, load
-from .api.quantizing import calibrate, calibrate_text, compare, quantize
-from .errors import MlxQuantError  # noqa: E402
-from .exporters.targets import export  # noqa: E402
-from .layers.convolutions import (
-    QuantizedConv1d,  # noqa: E402
-    QuantizedConv2d,  # noqa: E402
-)
-from .layers.embeddings import QuantizedEmbedding  # noqa: E402
-from .layers.fake_quant_linear import FakeQuantLinear  # noqa: E402
-from .layers.linear import QuantizedLinear  # noqa: E402
-from .layers.module_files import (
-    load_module,  # noqa: E402
-    save_module,  # noqa: E402
-)
-from .layers.quantize_linears import quantize_linears  # noqa: E402
-from .layers.weight_only import W8A16Linear  # noqa: E402
-from .recipes.citations import citation  # noqa: E402
-from .recipes.presets import parse_recipe  # noqa: E402
-from .recipes.recipe import Recipe  # noqa: E402
-from .sampling.prompts import (
-    Prompt,  # noqa: E402
-    read_prompts,  # noqa: E402
-)
-from .spin_quant.learning import SpinQuant  # noqa: E402
+if TYPE_CHECKING:
+    from .api.model import Model, QuantizedModel, load
+    from .api.quantizing import calibrate, calibrate_text, compare, quantize
+    from .errors import MlxQuantError
+    from .exporters.targets import export
+    from .layers.convolutions import QuantizedConv1d, QuantizedConv2d
+    from .layers.embeddings import QuantizedEmbedding
+    from .layers.fake_quant_linear import FakeQuantLinear
+    from .layers.linear import QuantizedLinear
+    from .layers.module_files import load_module, save_module
+    from .layers.quantize_linears import quantize_linears
+    from .layers.weight_only import W8A16Linear
+    from .recipes.citations import citation
+    from .recipes.presets import parse_recipe
+    from .recipes.recipe import Recipe
+    from .sampling.prompts import Prompt, read_prompts
+    from .spin_quant.learning import SpinQuant
 
+HOMES = {  # what users import from here, and where it stands
+    "FakeQuantLinear": "layers.fake_quant_linear",
+    "MlxQuantError": "errors",
+    "Model": "api.model",
+    "Prompt": "sampling.prompts",
+    "QuantizedConv1d": "layers.convolutions",
+    "QuantizedConv2d": "layers.convolutions",
+    "QuantizedEmbedding": "layers.embeddings",
+    "QuantizedLinear": "layers.linear",
+    "QuantizedModel": "api.model",
+    "Recipe": "recipes.recipe",
+    "SpinQuant": "spin_quant.learning",
+    "W8A16Linear": "layers.weight_only",
+    "calibrate": "api.quantizing",
+    "calibrate_text": "api.quantizing",
+    "citation": "recipes.citations",
+    "compare": "api.quantizing",
+    "export": "exporters.targets",
+    "load": "api.model",
+    "load_module": "layers.module_files",
+    "parse_recipe": "recipes.presets",
+    "quantize": "api.quantizing",
+    "quantize_linears": "layers.quantize_linears",
+    "read_prompts": "sampling.prompts",
+    "save_module": "layers.module_files",
+}
 __all__ = [
     "FakeQuantLinear",
     "MlxQuantError",
@@ -73,10 +95,25 @@ __all__ = [
 
 
 class _Package(ModuleType):
+    """Python sets a submodule on its package when it is imported; one that is called like a name of ``HOMES`` must not hide that:
+    ``mq.quantize`` is the function, ``mlxquant.quantize`` the command's module.
+    """
+
     def __setattr__(self, name: str, value: object) -> None:
-        """``mq.quantize`` is the function; importing the command's module of the same name must not hide it."""
-        if not (isinstance(value, ModuleType) and callable(self.__dict__.get(name))):
+        if not (name in HOMES and isinstance(value, ModuleType)):
             super().__setattr__(name, value)
 
 
 sys.modules[__name__].__class__ = _Package
+
+
+def __getattr__(name: str) -> Any:
+    if name not in HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *HOMES})

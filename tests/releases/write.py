@@ -123,9 +123,7 @@ def write() -> tuple[dict, dict]:
     pictures = ("--num-images", 1, "--num-steps", STEPS, "--cfg-weight", 2, "--calib-dir", calib)
     command("generate-calibration-data", "--model", "mmdit-shapes", *pictures)
     command("cache-adaround-data", "--calib-dir", calib, "--num-images", 1, "--stride", 1)
-    command(
-        "adaround-optimize", "--cache-dir", f"{calib}/adaround_cache", "--output-dir", "steps/adaround", "--iters", 2
-    )
+    command("adaround-optimize", "--cache-dir", f"{calib}/adaround_cache", "--output-dir", "steps/adaround", "--iters", 2)
     command("collect-layer-activations", "--calib-dir", calib, "--num-images", 1, "--stride", 1, "--rows", 4)
     command("analyze-activations", "--stats", f"{calib}/activations/layer_statistics.json")
     tracks = ("--adaround-output", "steps/adaround", "--quant-config", f"{calib}/activations/quant_config.json")

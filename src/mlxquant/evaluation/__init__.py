@@ -1,0 +1,1 @@
+"""Contenders drawn on the same prompts: scores, intervals, cost, and the folder that reports them."""

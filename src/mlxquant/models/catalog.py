@@ -35,7 +35,7 @@ LANGUAGE = "mlx-lm"  # what any other hub id stands for
 MODELS = {
     "mmdit-shapes": Entry("mlxquant.models.shapes.adapter", "MMDiTShapes"),
     "sd3-medium": Entry("mlxquant.models.sd3.adapter", "SD3Medium", (HUB,), checkpoint=CHECKPOINT),
-    "gpt": Entry("mlxquant.models.gpt.adapter", "GPTAdapter", ("gpt-python",), checkpoint="config.json", key="mlxquant"),
+    "gpt": Entry("mlxquant.qat.adapter", "TrainedGPT", ("gpt-python",), checkpoint="config.json", key="mlxquant"),
     LANGUAGE: Entry("mlxquant.models.mlx_lm", "MLXLanguageModel", checkpoint="config.json", key="model_type"),
 }
 HUB_ID = r"[A-Za-z0-9][\w.-]*/[\w.-]+"

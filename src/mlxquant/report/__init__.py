@@ -1,0 +1,1 @@
+"""The HTML page, and the pictures that commands write."""

@@ -1,4 +1,4 @@
-"""GPTs of our own: ``gpt-python``, which is embedded and was trained on Python's standard library, and what ``train_gpt`` writes."""
+"""GPTs of our own: ``gpt-python``, which is embedded and was trained on Python's standard library, and others in folders like its."""
 
 from __future__ import annotations
 
@@ -8,12 +8,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from ...errors import AdapterError
 from ...layers.tree import set_module
 from ...layers.turned_norm import TurnedNorm
-from ...qat.folders import QUANTIZATION, quantized_gpt
-from ...qat.integer import to_integer_layers
-from ...qat.options import QuantizationOptions
 from ..language import LanguageAdapter
 from .files import load_gpt
 from .network import GPT, GPTConfig
@@ -22,11 +18,14 @@ from .tokenizers import ByteTokenizer, CharTokenizer, tokenizer_from_facts
 EMBEDDED = "gpt-python"
 
 
-class GPTAdapter(LanguageAdapter):
-    """A GPT with its tokenizer and what is known of how it was made.
+def embedded() -> tuple[GPT, ByteTokenizer | CharTokenizer, dict[str, Any]]:
+    """The model that ships with the package, its tokenizer, and what is known of how it was made."""
+    with as_file(files("mlxquant.assets") / EMBEDDED) as folder:
+        return load_gpt(folder)
 
-    One that was trained through rounding runs as it was trained, on integer layers and rounded activations; it is not quantized again.
-    """
+
+class GPTAdapter(LanguageAdapter):
+    """A GPT with its tokenizer and what is known of how it was made."""
 
     name = "gpt"
 
@@ -38,11 +37,7 @@ class GPTAdapter(LanguageAdapter):
     @classmethod
     def pretrained(cls, place: str = EMBEDDED) -> GPTAdapter:
         """The embedded weights, or those of a folder; raises ArtifactError when they are damaged."""
-        if place == EMBEDDED:
-            with as_file(files("mlxquant.assets") / EMBEDDED) as folder:
-                return cls(*load_gpt(folder))
-        module, tokenizer, facts = quantized_gpt(Path(place))
-        return cls(to_integer_layers(module), tokenizer, facts)
+        return cls(*(embedded() if place == EMBEDDED else load_gpt(Path(place))))
 
     @classmethod
     def blank(cls, description: dict[str, Any]) -> GPTAdapter:
@@ -52,11 +47,6 @@ class GPTAdapter(LanguageAdapter):
             set_module(module, "model.ln_f", TurnedNorm(module.model.ln_f, mx.zeros((module.config.n_embd,) * 2)))
         module.set_dtype(getattr(mx, description["dtype"]))
         return cls(module, tokenizer, description["facts"])
-
-    def twin(self) -> GPTAdapter:
-        if QuantizationOptions(self.facts.get(QUANTIZATION, {})).anything:
-            raise AdapterError("this GPT was trained through rounding and is quantized already; quantize one that was trained without")
-        return super().twin()
 
     @property
     def tokenizer(self) -> ByteTokenizer | CharTokenizer:
