@@ -1,17 +1,19 @@
 """One digest of every file that mlxquant writes: ``python benchmarks/golden.py --out digests.txt``.
 
-Run it before and after a change that must change nothing, on one machine, and compare: ``--against digests.txt`` prints what differs and
-exits with 1. The embedded models are quantized by every kind of method at tiny settings (two prompts, four steps, a few short windows of
-text), and go through the six steps of the pipeline, SpinQuant, training with quantization, evaluation, ``inspect`` and the exporters. So
-it is about bytes; whether they are good bytes is for the tests and the other benchmarks.
+Run it before and after a change that must change nothing, on one machine, and compare: ``--against digests.txt`` prints
+what differs and exits with 1. The embedded models are quantized by every kind of method at tiny settings (two prompts,
+four steps, a few short windows of text), and go through the six steps of the pipeline, SpinQuant, training with
+quantization, evaluation, ``inspect`` and the exporters. So it is about bytes; whether they are good bytes is for the
+tests and the other benchmarks.
 
-It calls nothing but ``import mlxquant``, ``mlxquant.spin_quant.SpinQuant`` and the command line, so that modules can move under it. An
-exporter to DiffusionKit is left out, which needs DiffusionKit and a checkpoint of SD3.
+It calls nothing but ``import mlxquant``, ``mlxquant.spin_quant.SpinQuant`` and the command line, so that modules can
+move under it. An exporter to DiffusionKit is left out, which needs DiffusionKit and a checkpoint of SD3.
 
-A line is ``CASE/PATH  SHA256``; ``CASE/stdout.json`` is the last line that the case's command printed. What differs from run to run is
-taken out before anything is written or digested: the versions of mlxquant and MLX are pinned, so are the clock and the gauge of MLX's
-memory, and of JSON and CSV files the keys and columns in ``VARYING`` do not count. One thread computes, for the order of a sum
-decides which of two equally near codes a weight gets. The last line of stdout is one JSON object.
+A line is ``CASE/PATH  SHA256``; ``CASE/stdout.json`` is the last line that the case's command printed. What differs
+from run to run is taken out before anything is written or digested: the versions of mlxquant and MLX are pinned, so are
+the clock and the gauge of MLX's memory, and of JSON and CSV files the keys and columns in ``VARYING`` do not count. One
+thread computes, for the order of a sum decides which of two equally near codes a weight gets. The last line of stdout
+is one JSON object.
 """
 
 # ruff: noqa: E402  (threads, version and clock are set before anything is imported)
@@ -124,7 +126,9 @@ def case(name: str) -> Callable[[Callable[[Path], None]], Callable[[Path], None]
 
 
 def command(folder: Path, *arguments: object) -> None:
-    """Run a verb of mlxquant in this process; what it prints for programs is kept in ``folder``, its progress goes nowhere."""
+    """Run a verb of mlxquant in this process; what it prints for programs is kept in ``folder``, its progress goes
+    nowhere.
+    """
     said, told, kept = io.StringIO(), io.StringIO(), sys.argv
     sys.argv = ["mlxquant", *map(str, arguments)]
     try:
@@ -158,7 +162,10 @@ def text_model() -> mq.Model:
 def text_file() -> Path:
     """Text for the language models, in the present folder: some of it Python, all of it written here."""
     words = ["alpha", "beta", "gamma", "delta", "omega"]
-    lines = [f"def {words[n % 5]}_{n}(x, y={n * n % 17}):\n    return x * {n} + y  # {words[n * 7 % 5]}\n" for n in range(600)]
+    lines = [
+        f"def {words[n % 5]}_{n}(x, y={n * n % 17}):\n    return x * {n} + y  # {words[n * 7 % 5]}\n"
+        for n in range(600)
+    ]
     path = Path("text.txt")
     path.write_text("\n".join(lines), encoding="utf-8")
     return path
@@ -281,7 +288,9 @@ def _(folder: Path) -> None:
 @case("evaluate")
 def _(folder: Path) -> None:
     pictures = ("--num-prompts", 2, "--steps", 3, "--num-calibration-prompts", 1)
-    command(folder, "evaluate", "--model", "mmdit-shapes", "--recipe", "rtn-w4a8", *pictures, "--out", folder / "report")
+    command(
+        folder, "evaluate", "--model", "mmdit-shapes", "--recipe", "rtn-w4a8", *pictures, "--out", folder / "report"
+    )
     command(
         folder,
         "compare-images",
@@ -348,7 +357,9 @@ def _(folder: Path) -> None:
         (folder / f"{name}.json").write_text(json.dumps({"loss": spin.history, "report": vars(spin.report)}))
     turned = mq.load("gpt-python")
     SpinQuant(turned.adapter.module).optimize(tokens(), steps=2).rotate()
-    mq.quantize(turned, mq.calibrate_text(turned, text_file(), samples=4, length=32), "gptq-w4a8-token").save(folder / "rotated")
+    mq.quantize(turned, mq.calibrate_text(turned, text_file(), samples=4, length=32), "gptq-w4a8-token").save(
+        folder / "rotated"
+    )
 
 
 @case("training")
@@ -500,7 +511,11 @@ def digest(path: Path) -> str:
 def _lasting(data: Any, top: bool = True) -> Any:
     """JSON without what varies, and at the top without the file's checksum of it."""
     if isinstance(data, dict):
-        return {key: _lasting(value, False) for key, value in data.items() if key not in VARYING and not (top and key == "sha256")}
+        return {
+            key: _lasting(value, False)
+            for key, value in data.items()
+            if key not in VARYING and not (top and key == "sha256")
+        }
     return [_lasting(value, False) for value in data] if isinstance(data, list) else data
 
 
@@ -526,7 +541,9 @@ def differences(kept: dict[str, str], found: dict[str, str]) -> list[str]:
 
 @contextlib.contextmanager
 def inside(work: Path | None) -> Iterator[None]:
-    """Work in a folder, by default in one that is removed afterwards. Every path is relative to it, so none shows in a file."""
+    """Work in a folder, by default in one that is removed afterwards. Every path is relative to it, so none shows in a
+    file.
+    """
     with contextlib.ExitStack() as stack:
         place = Path(stack.enter_context(tempfile.TemporaryDirectory())) if work is None else work
         place.mkdir(parents=True, exist_ok=True)
@@ -535,7 +552,9 @@ def inside(work: Path | None) -> Iterator[None]:
 
 
 @click.command()
-@click.option("--work", type=click.Path(path_type=Path), help="Keep what is written, in this folder.  [default: a temporary one]")
+@click.option(
+    "--work", type=click.Path(path_type=Path), help="Keep what is written, in this folder.  [default: a temporary one]"
+)
 @click.option("--out", type=click.Path(path_type=Path), help="Write the digests to this file, not to stdout.")
 @click.option("--against", type=click.Path(path_type=Path, exists=True), help="Compare with the digests in this file.")
 @click.option(

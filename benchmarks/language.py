@@ -1,10 +1,11 @@
 """Which method is best for a language model: ``python benchmarks/language.py --work FOLDER``.
 
-Bits per character of ``gpt-python`` on held-out modules of Python's standard library, which differs between versions of Python: LOG.md says
-which. Weights alone, weights and activations, and quantization-aware training, which goes on from the same
-weights for ``--iterations``; a row of as many iterations in full precision stands beside it. Calibration is the same for all: 64 windows of
-256 bytes. Differences are to full precision, window by window, with bootstrap 95 % intervals. Rows that are in ``--work`` already are not
-computed again; ``--table`` prints what is there. The last line of stdout is one JSON object.
+Bits per character of ``gpt-python`` on held-out modules of Python's standard library, which differs between versions of
+Python: LOG.md says which. Weights alone, weights and activations, and quantization-aware training, which goes on from
+the same weights for ``--iterations``; a row of as many iterations in full precision stands beside it. Calibration is
+the same for all: 64 windows of 256 bytes. Differences are to full precision, window by window, with bootstrap 95 %
+intervals. Rows that are in ``--work`` already are not computed again; ``--table`` prints what is there. The last line
+of stdout is one JSON object.
 """
 
 from __future__ import annotations
@@ -56,7 +57,9 @@ SPUN = {  # rows of SpinQuant itself: bits of weights and inputs, steps of learn
     "spinquant w4a8": (4, 8, 100),
     "spinquant w4a16": (4, None, 100),
 }
-ROTATED = [f"spinquant+{rest}" for rest in ("qronos-w4a16", "qronos-w3a16", "gptq+corrected-w3a16", "gptq+rotation-w4a4-token")]
+ROTATED = [
+    f"spinquant+{rest}" for rest in ("qronos-w4a16", "qronos-w3a16", "gptq+corrected-w3a16", "gptq+rotation-w4a4-token")
+]
 LINEARS = ["--linear_variant_attn", "quantized_linear", "--linear_variant_mlp", "quantized_linear"]
 INPUTS_4 = ["--activations_quant_scale", "token"]
 TRAINED = {
@@ -68,9 +71,11 @@ TRAINED = {
     "qat symmetric w3": [*LINEARS, "--quantize_linear_method", "symmetric_quant", "--quantize_linear_bits", "3"],
     "qat symmetric w2": [*LINEARS, "--quantize_linear_method", "symmetric_quant", "--quantize_linear_bits", "2"],
     "qat ternary": [*LINEARS, "--quantize_linear_method", "ternary_quant"],
-    "qat symmetric w4, activations 8": [*LINEARS, "--quantize_linear_method", "symmetric_quant", "--quantize_linear_bits", "4",
+    "qat symmetric w4, activations 8": [*LINEARS, "--quantize_linear_method", "symmetric_quant",
+    "--quantize_linear_bits", "4",
                                         "--quantize_attn_act", "--quantize_mlp_act"],
-    "qat symmetric w4, activations 4 a token": [*LINEARS, "--quantize_linear_method", "symmetric_quant", "--quantize_linear_bits", "4",
+    "qat symmetric w4, activations 4 a token": [*LINEARS, "--quantize_linear_method", "symmetric_quant",
+    "--quantize_linear_bits", "4",
                                                 *INPUTS_4, "--quantize_attn_act", "--quantize_mlp_act",
                                                 "--quantize_attn_act_bits", "4", "--quantize_mlp_act_bits", "4"],
 }  # fmt: skip
@@ -113,7 +118,9 @@ class Bench:
         model, bits = make()
         seconds = time.process_time() - start
         adapter = model.language
-        found = predict(adapter.logits, adapter.tokenizer, self.corpus.held_out, adapter.context, self.windows, progress=progress)
+        found = predict(
+            adapter.logits, adapter.tokenizer, self.corpus.held_out, adapter.context, self.windows, progress=progress
+        )
         stored = sum(value.nbytes for value in parameters(adapter.module).values())
         return {"nats": found.nats.tolist(), "tokens": found.tokens.tolist(), "characters": found.characters.tolist(),
                 "bytes": stored, "bits_per_weight": bits, "seconds": seconds}  # fmt: skip
@@ -133,7 +140,9 @@ class Bench:
         return mq.Model(copy), mq.QuantizedModel(copy, {}).size.bits_per_quantized_weight
 
     def spun(self, weight: int, inputs: int | None, steps: int) -> tuple[mq.Model, float]:
-        """SpinQuant by itself: rotations learned or, without steps, Hadamard matrices; GPTQ; inputs a token; R4 online."""
+        """SpinQuant by itself: rotations learned or, without steps, Hadamard matrices; GPTQ; inputs a token; R4
+        online.
+        """
         copy = self.model.clone()
         copy.module.set_dtype(mx.float32)
         spin = SpinQuant(copy.module, weight, inputs)
@@ -160,7 +169,8 @@ class Bench:
 
     def trained(self, name: str) -> tuple[mq.Model, float]:
         folder = self.work / "trained" / self.path(name).stem
-        arguments = ["--init-from", MODEL, "--out-dir", str(folder), "--max-iters", str(self.iterations), "--batch-size", "8",
+        arguments = ["--init-from", MODEL, "--out-dir", str(folder), "--max-iters", str(self.iterations),
+        "--batch-size", "8",
                      "--learning-rate", "5e-4", "--eval-interval", "0", "--eval-windows", "1",
                      "--quantization_warmup_iters", "0"]  # fmt: skip
         train_gpt.command.main([*arguments, *TRAINED[name]], standalone_mode=False)
@@ -178,7 +188,9 @@ def rows() -> list[str]:
 
 
 def summary(row: dict[str, Any], exact: dict[str, Any]) -> dict[str, Any]:
-    mine, first = (Prediction(np.array(r["nats"]), np.array(r["tokens"]), np.array(r["characters"])) for r in (row, exact))
+    mine, first = (
+        Prediction(np.array(r["nats"]), np.array(r["tokens"]), np.array(r["characters"])) for r in (row, exact)
+    )
     difference = mine.each - first.each
     return {
         "bits_per_character": mine.bits_per_character,

@@ -1,9 +1,14 @@
-"""GPTQ side by side with ``mlx_lm.quant.gptq``, on the same model, text and bits, in one run: ``python benchmarks/language_peers.py``.
+"""GPTQ side by side with ``mlx_lm.quant.gptq``, on the same model, text and bits, in one run: ``python
+benchmarks/language_peers.py``.
 
-The model is ``gpt-python``, or with ``--folder`` any folder that mlx-lm loads, in float32; the text 64 windows of 256 tokens; groups of
-64. Embeddings are in full precision on both sides (mlx-lm's are put back after it has quantized them). Held-out bits per character are
-those of stock mlx-lm's forward pass, ours from the exported folder, weights dequantized for the sake of CPUs, whose packed kernels are
-slow. Times are wall time of quantizing alone, alternating, median of ``--repeats``. The last line of stdout is one JSON object. Needs the
+The model is ``gpt-python``, or with ``--folder`` any folder that mlx-lm loads, in float32; the text 64 windows of 256
+tokens; groups of
+64. Embeddings are in full precision on both sides (mlx-lm's are put back after it has quantized them). Held-out bits
+    per character are
+those of stock mlx-lm's forward pass, ours from the exported folder, weights dequantized for the sake of CPUs, whose
+packed kernels are
+slow. Times are wall time of quantizing alone, alternating, median of ``--repeats``. The last line of stdout is one JSON
+object. Needs the
 extra ``mlx-lm``.
 """
 
@@ -63,8 +68,14 @@ def timed(run: Callable[[], Any]) -> tuple[Any, float]:
 
 
 @click.command(help=__doc__)
-@click.option("--folder", type=click.Path(path_type=Path, exists=True), help="A folder that mlx-lm loads.  [default: gpt-python's]")
-@click.option("--bits", type=click.Choice([2, 4, 8]), default=4, show_default=True, help="Those that mlx-lm's GPTQ knows.")
+@click.option(
+    "--folder",
+    type=click.Path(path_type=Path, exists=True),
+    help="A folder that mlx-lm loads.  [default: gpt-python's]",
+)
+@click.option(
+    "--bits", type=click.Choice([2, 4, 8]), default=4, show_default=True, help="Those that mlx-lm's GPTQ knows."
+)
 @click.option("--samples", default=64, show_default=True)
 @click.option("--windows", default=128, show_default=True, help="Of held-out text.")
 @click.option("--repeats", default=3, show_default=True)
@@ -112,10 +123,13 @@ def main(folder: Path | None, bits: int, samples: int, windows: int, repeats: in
                 "seconds_each": times.get(name),
             }
             say(
-                f"{name:24} {prediction.bits_per_character:.5f} bits per character, {facts[name]['lost']:+.5f}, perplexity "
-                f"{prediction.perplexity:.4f}" + (f", {facts[name]['seconds']:.1f} s" if name in times else "")
+                f"{name:24} {prediction.bits_per_character:.5f} bits per character, {facts[name]['lost']:+.5f},"
+                f" perplexity {prediction.perplexity:.4f}"
+                + (f", {facts[name]['seconds']:.1f} s" if name in times else "")
             )
-        result({"bits": bits, "group": GROUP, "mlx_lm": version("mlx-lm"), "platform": platform.platform(), "rows": facts})
+        result(
+            {"bits": bits, "group": GROUP, "mlx_lm": version("mlx-lm"), "platform": platform.platform(), "rows": facts}
+        )
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
-"""One layer, one weight method: how much output error is left, on calibration and on held-out tokens, and in how many seconds.
+"""One layer, one weight method: how much output error is left, on calibration and on held-out tokens, and in how many
+seconds.
 
     python benchmarks/layer_methods.py --data layer --method gptq --steps search --bits 4 --group-size -1
 
-Without ``--w`` and ``--x`` it runs on the benchmark layer, which it draws from a seed: 1536x1536 Student-t weights and 2048 correlated
-tokens with 8 outlier channels, and as many held-out tokens. With ``--two-inputs`` the quantized model sees those tokens as they come
-out of a layer with 8-bit activations and 4-bit weights, and errors are against the exact output. The last line on stdout is one JSON
-object. Group size -1 is one symmetric step a row; 32, 64 and 128 are asymmetric groups. ``--growth`` times layers of several widths.
+Without ``--w`` and ``--x`` it runs on the benchmark layer, which it draws from a seed: 1536x1536 Student-t weights and
+2048 correlated tokens with 8 outlier channels, and as many held-out tokens. With ``--two-inputs`` the quantized model
+sees those tokens as they come out of a layer with 8-bit activations and 4-bit weights, and errors are against the exact
+output. The last line on stdout is one JSON object. Group size -1 is one symmetric step a row; 32, 64 and 128 are
+asymmetric groups. ``--growth`` times layers of several widths.
 """
 
 from __future__ import annotations
@@ -47,8 +49,8 @@ def round_symmetric(values: Array, bits: int, axis: int) -> Array:
 
 
 def benchmark_layer(width: int = 1536, tokens: int = 2048, seed: int = 0) -> dict[str, Array]:
-    """W [width,width]; X, X_test [tokens,width] of the full-precision model; X_quant, X_test_quant the same tokens out of a layer
-    with 8-bit activations and 4-bit weights. All float32.
+    """W [width,width]; X, X_test [tokens,width] of the full-precision model; X_quant, X_test_quant the same tokens out
+    of a layer with 8-bit activations and 4-bit weights. All float32.
 
     The inputs are white noise through a matrix with power-law singular values, 8 of whose columns are 20 times larger.
     """
@@ -90,7 +92,9 @@ def load(path: Path, width: int | None = None) -> Array:
         found = f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else "an archive of arrays"
         raise click.ClickException(f"{path}: found {found}, expected a matrix of floats")
     if width is not None and array.shape[1] != width:
-        raise click.ClickException(f"{path}: found {array.shape[1]} columns, expected {width}, the input width of the weight")
+        raise click.ClickException(
+            f"{path}: found {array.shape[1]} columns, expected {width}, the input width of the weight"
+        )
     if not np.isfinite(array).all():
         raise NumericsError(f"{path}: holds NaN or infinite values")
     return array.astype(np.float32, copy=False)
@@ -122,8 +126,8 @@ def generated(folder: Path, width: int, tokens: int) -> dict[str, Path]:
 
 @dataclass(frozen=True)
 class Plan:
-    """How a weight is quantized: the format, how steps and codes are found, whether they aim at the corrected target, whether both are
-    refined at the end.
+    """How a weight is quantized: the format, how steps and codes are found, whether they aim at the corrected target,
+    whether both are refined at the end.
     """
 
     format: WeightFormat
@@ -132,8 +136,12 @@ class Plan:
     corrected: bool = False
     refine: bool = False
 
-    def run(self, weight: Array, moments: Moments, damping: float | None = None, aim: float = 1e-3) -> tuple[Grid, Array]:
-        """Grid and codes; ``damping`` of the rounding (None: the method's own) and of the target that it ``aim``s at."""
+    def run(
+        self, weight: Array, moments: Moments, damping: float | None = None, aim: float = 1e-3
+    ) -> tuple[Grid, Array]:
+        """Grid and codes; ``damping`` of the rounding (None: the method's own) and of the target that it
+        ``aim``s at.
+        """
         options = {} if damping is None or self.method == "rtn" else {"damping": damping}
         target = corrected_target(weight, moments, aim) if self.corrected else weight
         grid = registry.get("steps", self.steps).function(target, self.format, moments)
@@ -158,7 +166,9 @@ class Plan:
 
 
 def moments_of(seen: Array, exact: Array | None, hold_out: bool) -> Moments:
-    """Of all tokens [n,in], every fourth of them apart as well where wanted; with the cross term where there are two streams."""
+    """Of all tokens [n,in], every fourth of them apart as well where wanted; with the cross term where there are two
+    streams.
+    """
     moments = Moments.empty(seen.shape[1])
     held = np.arange(len(seen)) % HELD_OUT == HELD_OUT - 1 if hold_out else np.zeros(len(seen), bool)
     for some, held_out in ((~held, False), (held, True)):
@@ -178,7 +188,8 @@ def timed(work: Callable[[], Any], repeat: int) -> tuple[Any, list[float]]:
 
 
 def growth(plan: Plan, repeat: int) -> dict[str, Any]:
-    """Seconds of square layers over their width K, and the power of K by which they grow from each to the next: 3 is K³.
+    """Seconds of square layers over their width K, and the power of K by which they grow from each to the next: 3 is
+    K³.
 
     The inputs are white noise with outlier channels, fewer than K: the time does not depend on them.
     """
@@ -205,30 +216,52 @@ def relative_error(weight: Array, inputs: Array, quantized: Array, quantized_inp
 
 
 def machine() -> dict[str, Any]:
-    return {"platform": platform.platform(), "cores": os.cpu_count(), "numpy": np.__version__, "python": platform.python_version()}
+    return {
+        "platform": platform.platform(),
+        "cores": os.cpu_count(),
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+    }
 
 
 @click.command(help=__doc__)
 @click.option("--w", "weight_file", type=Path_, help="Weight [out,in], npy.")
 @click.option("--x", "inputs_file", type=Path_, help="Calibration inputs [n,in], npy.")
-@click.option("--xq", "quantized_inputs_file", type=Path_, help="The same tokens as the quantized model sees them; moments are of these.")
-@click.option("--xtest", "test_file", type=Path_, help="Held-out inputs [n,in], npy.")
-@click.option("--xtestq", "quantized_test_file", type=Path_, help="The held-out tokens as the quantized model sees them.")
 @click.option(
-    "--data", type=click.Path(path_type=Path, file_okay=False), help="Folder of the drawn layer.  [default: in the temporary folder]"
+    "--xq",
+    "quantized_inputs_file",
+    type=Path_,
+    help="The same tokens as the quantized model sees them; moments are of these.",
+)
+@click.option("--xtest", "test_file", type=Path_, help="Held-out inputs [n,in], npy.")
+@click.option(
+    "--xtestq", "quantized_test_file", type=Path_, help="The held-out tokens as the quantized model sees them."
+)
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder of the drawn layer.  [default: in the temporary folder]",
 )
 @click.option("--method", default="gptq", show_default=True, help="Rounding method.")
 @click.option("--steps", default="search", show_default=True, help="How the grid is chosen.")
 @click.option("--bits", default=4, show_default=True, type=click.IntRange(2, 8))
 @click.option("--group-size", default=-1, show_default=True, type=click.Choice([-1, 32, 64, 128]))
-@click.option("--damping", type=click.FloatRange(0), help="Relative to the mean of the Hessian's diagonal.  [default: the method's]")
+@click.option(
+    "--damping",
+    type=click.FloatRange(0),
+    help="Relative to the mean of the Hessian's diagonal.  [default: the method's]",
+)
 @click.option("--held-out", is_flag=True, help="Choose dampings on every fourth calibration token.")
-@click.option("--corrected", is_flag=True, help="Aim at the target that makes up for what the inputs have lost; needs two inputs.")
+@click.option(
+    "--corrected", is_flag=True, help="Aim at the target that makes up for what the inputs have lost; needs two inputs."
+)
 @click.option("--refine", is_flag=True, help="Refit steps and codes by turns in the end.")
 @click.option("--two-inputs", is_flag=True, help="The drawn layer's inputs come from a quantized layer.")
 @click.option("--width", default=1536, show_default=True, type=click.IntRange(8), help="Of the drawn layer.")
 @click.option("--tokens", default=2048, show_default=True, type=click.IntRange(1), help="Of the drawn layer.")
-@click.option("--growth", "grow", is_flag=True, help=f"Only time square layers of widths {', '.join(map(str, WIDTHS))}.")
+@click.option(
+    "--growth", "grow", is_flag=True, help=f"Only time square layers of widths {', '.join(map(str, WIDTHS))}."
+)
 @click.option("--out", type=Path_, help="Write the dequantized weight here, float32 npy.")
 @click.option("--repeat", default=1, show_default=True, type=click.IntRange(1), help="Time this many runs.")
 def main(
@@ -261,7 +294,14 @@ def main(
         raise click.UsageError("--held-out chooses what --damping sets; give one of them")
     format = WeightFormat(bits, "channel" if group_size == -1 else group_size, symmetric=group_size == -1)
     plan = Plan(format, steps, method, corrected, refine)
-    facts = {"method": method, "steps": steps, "bits": bits, "group_size": group_size, "corrected": corrected, "refine": refine}
+    facts = {
+        "method": method,
+        "steps": steps,
+        "bits": bits,
+        "group_size": group_size,
+        "corrected": corrected,
+        "refine": refine,
+    }
     try:
         if grow:
             click.echo(json.dumps({**facts, **growth(plan, repeat), "machine": machine()}, sort_keys=True))

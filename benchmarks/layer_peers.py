@@ -1,10 +1,12 @@
-"""llm-compressor's GPTQ on the layer that ``layer_methods.py`` has drawn: the public implementation to be no slower than.
+"""llm-compressor's GPTQ on the layer that ``layer_methods.py`` has drawn: the public implementation to be no slower
+than.
 
     python benchmarks/layer_methods.py --data layer
     OTHER/bin/python benchmarks/layer_peers.py layer/1536-inputs-2048-tokens --repeat 5
 
-Runs in an environment of its own that has llmcompressor (0.14) and a CPU build of torch; mlxquant is not needed there. Per-channel
-symmetric 4 bits, steps by its min-max observer, act-order, damping 0.01. Threads are OMP_NUM_THREADS. The last line is one JSON object.
+Runs in an environment of its own that has llmcompressor (0.14) and a CPU build of torch; mlxquant is not needed there.
+Per-channel symmetric 4 bits, steps by its min-max observer, act-order, damping 0.01. Threads are OMP_NUM_THREADS. The
+last line is one JSON object.
 """
 
 import json
@@ -22,7 +24,9 @@ logging.disable(logging.WARNING)
 
 def relative_error(weight, inputs, quantized):
     output = inputs.astype(np.float64) @ weight.T.astype(np.float64)
-    return float(np.linalg.norm(output - inputs.astype(np.float64) @ quantized.T.astype(np.float64)) / np.linalg.norm(output))
+    return float(
+        np.linalg.norm(output - inputs.astype(np.float64) @ quantized.T.astype(np.float64)) / np.linalg.norm(output)
+    )
 
 
 @click.command(help=__doc__)

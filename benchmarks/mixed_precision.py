@@ -1,8 +1,10 @@
-"""What mixed precision is worth: ``python benchmarks/mixed_precision.py --recipe gptq-w4a16 --bits-per-weight 5.5 --bits-per-weight 6``.
+"""What mixed precision is worth: ``python benchmarks/mixed_precision.py --recipe gptq-w4a16 --bits-per-weight 5.5
+--bits-per-weight 6``.
 
-On ``mmdit-shapes`` and its held-out prompts: PSNR of the decoded picture against full precision at the same seed (mean and bootstrap 95 %
-interval) and attribute accuracy, of uniform recipes and of the same recipes with their bits allocated to each limit. ``predicted`` is
-the velocity error that the allocation expects. The last line of stdout is one JSON object.
+On ``mmdit-shapes`` and its held-out prompts: PSNR of the decoded picture against full precision at the same seed (mean
+and bootstrap 95 % interval) and attribute accuracy, of uniform recipes and of the same recipes with their bits
+allocated to each limit. ``predicted`` is the velocity error that the allocation expects. The last line of stdout is one
+JSON object.
 """
 
 from __future__ import annotations
@@ -27,11 +29,17 @@ from mlxquant.sweep.allocation import allocate
 
 @click.command()
 @click.option("--recipe", "names", multiple=True, default=("gptq-w4a16",), show_default=True)
-@click.option("--bits-per-weight", "weights", multiple=True, type=float, help="Of quantized weights, with their scales.")
-@click.option("--bits-per-activation", "inputs", type=float, help="With each of them: the average over inputs and noise levels.")
+@click.option(
+    "--bits-per-weight", "weights", multiple=True, type=float, help="Of quantized weights, with their scales."
+)
+@click.option(
+    "--bits-per-activation", "inputs", type=float, help="With each of them: the average over inputs and noise levels."
+)
 @click.option("--num-prompts", default=32, show_default=True)
 @click.option("--calibration-prompts", default=16, show_default=True)
-def main(names: tuple[str, ...], weights: tuple[float, ...], inputs: float | None, num_prompts: int, calibration_prompts: int) -> None:
+def main(
+    names: tuple[str, ...], weights: tuple[float, ...], inputs: float | None, num_prompts: int, calibration_prompts: int
+) -> None:
     model = mq.load("mmdit-shapes")
     calib = mq.calibrate(model, calibration_prompts, progress=progress)
     prompts = model.adapter.prompts("evaluation", num_prompts)
@@ -58,11 +66,16 @@ def main(names: tuple[str, ...], weights: tuple[float, ...], inputs: float | Non
                 "activation_bits": float(sum(tables) / len(tables)) if tables else 16.0,
                 "predicted": facts.get("error"),
                 "predicted_uniform": facts.get("error_before"),
-                "layers_by_bits": dict(sorted(Counter(layer.format.bits for layer in quantized.layers.values()).items())),
+                "layers_by_bits": dict(
+                    sorted(Counter(layer.format.bits for layer in quantized.layers.values()).items())
+                ),
                 "seconds": seconds,
             }
             row = rows[row_name]
-            say(f"{row_name}: {row['psnr_db']:.2f} dB at {row['bits_per_quantized_weight']:.3f} bits, layers {row['layers_by_bits']}")
+            say(
+                f"{row_name}: {row['psnr_db']:.2f} dB at {row['bits_per_quantized_weight']:.3f} bits, layers"
+                f" {row['layers_by_bits']}"
+            )
     machine = f"{platform.machine()} {platform.system()}, Python {platform.python_version()}, mlx {mx.__version__}"
     result({"prompts": num_prompts, "calibration_prompts": calibration_prompts, "machine": machine, "rows": rows})
 

@@ -2,10 +2,11 @@
 
     python benchmarks/random_sd3.py --size sd3-medium --folder FOLDER --no-text
 
-Names, layouts and dtype (float16) are those of the published files, as DiffusionKit's loaders find them before their own adjustments.
-The weights are noise that behaves like a trained model: every layer, output channel and input channel has its own scale, some input
-channels are outliers, gates are small, and hidden states stay of about unit scale from the first block to the last. Pictures are
-noise too. A seed gives the same bytes; a tensor is drawn, written and forgotten. The last line on stdout is one JSON object.
+Names, layouts and dtype (float16) are those of the published files, as DiffusionKit's loaders find them before their
+own adjustments. The weights are noise that behaves like a trained model: every layer, output channel and input channel
+has its own scale, some input channels are outliers, gates are small, and hidden states stay of about unit scale from
+the first block to the last. Pictures are noise too. A seed gives the same bytes; a tensor is drawn, written and
+forgotten. The last line on stdout is one JSON object.
 """
 
 from __future__ import annotations
@@ -24,7 +25,17 @@ import mlxquant  # noqa: F401  # before mlx
 # isort: split
 from mlxquant.commandline.console import result, say
 from random_tensors import Tensor, convolution, linear, norm, write_tensors
-from random_text_encoders import TOKEN, ClipSizes, T5Sizes, clip, t5, write_clip_config, write_clip_tokenizer, write_json, write_t5_config
+from random_text_encoders import (
+    TOKEN,
+    ClipSizes,
+    T5Sizes,
+    clip,
+    t5,
+    write_clip_config,
+    write_clip_tokenizer,
+    write_json,
+    write_t5_config,
+)
 
 LATENT, PATCH, FREQUENCIES = 16, 2, 256
 MMDIT, TEXT, T5_CONFIG = "argmaxinc/mlx-stable-diffusion-3-medium", "argmaxinc/stable-diffusion", "google/t5-v1_1-xxl"
@@ -32,8 +43,8 @@ MMDIT, TEXT, T5_CONFIG = "argmaxinc/mlx-stable-diffusion-3-medium", "argmaxinc/s
 
 @dataclass(frozen=True)
 class Sizes:
-    """``table`` is the side of the position table, which is also the largest side of a latent that DiffusionKit accepts; ``vae`` the
-    channels of the VAE's four levels, multiples of its 32 groups.
+    """``table`` is the side of the position table, which is also the largest side of a latent that DiffusionKit
+    accepts; ``vae`` the channels of the VAE's four levels, multiples of its 32 groups.
     """
 
     hidden: int
@@ -54,17 +65,26 @@ class Sizes:
 
 
 SD3_MEDIUM = Sizes(
-    1536, 24, 192, (128, 256, 512, 512), ClipSizes(768, 12, 12, "quick_gelu", 49408), ClipSizes(1280, 32, 20, "gelu", 49408),
+    1536, 24, 192, (128, 256, 512, 512), ClipSizes(768, 12, 12, "quick_gelu", 49408), ClipSizes(1280, 32, 20, "gelu",
+    49408),
     T5Sizes(24, 64, 64, 10240, 32128),
 )  # fmt: skip
 TINY = Sizes(
-    128, 2, 32, (32, 32, 64, 64), ClipSizes(48, 2, 2, "quick_gelu", 600), ClipSizes(80, 2, 2, "gelu", 600), T5Sizes(1, 2, 16, 32, 512)
+    128,
+    2,
+    32,
+    (32, 32, 64, 64),
+    ClipSizes(48, 2, 2, "quick_gelu", 600),
+    ClipSizes(80, 2, 2, "gelu", 600),
+    T5Sizes(1, 2, 16, 32, 512),
 )
 SIZES = {"sd3-medium": SD3_MEDIUM, "tiny": TINY}
 
 
 def mmdit(sizes: Sizes) -> Iterator[Tensor]:
-    """The transformer. Rows of adaLN are shift, scale, gate (twice); gates are small, so that 24 blocks add up to a few units."""
+    """The transformer. Rows of adaLN are shift, scale, gate (twice); gates are small, so that 24 blocks add up to a few
+    units.
+    """
     d, prefix = sizes.hidden, "model.diffusion_model."
     yield from convolution(f"{prefix}x_embedder.proj", d, LATENT, PATCH)
     yield Tensor(f"{prefix}pos_embed", (1, sizes.table**2, d), 0.5)
@@ -100,7 +120,9 @@ def residual(name: str, before: int, after: int) -> Iterator[Tensor]:
 def vae_half(
     half: str, direction: str, levels: Sequence[tuple[int, int]], blocks: int, before: int, after: int, deepest: int
 ) -> Iterator[Tensor]:
-    """Encoder or decoder of the VAE, from ``before`` to ``after`` channels through ``levels`` (number, channels) in running order."""
+    """Encoder or decoder of the VAE, from ``before`` to ``after`` channels through ``levels`` (number, channels) in
+    running order.
+    """
     name, channels = f"first_stage_model.{half}", levels[0][1]
     yield from convolution(f"{name}.conv_in", channels, before, 3)
     for level, wanted in levels:
@@ -148,7 +170,9 @@ def snapshot(cache: Path, repository: str) -> Path:
 
 
 def write_hub_cache(cache: Path, sizes: Sizes = TINY, seed: int = 0) -> Path:
-    """Everything that DiffusionKit downloads, where it finds it without a network when HF_HUB_CACHE names this folder."""
+    """Everything that DiffusionKit downloads, where it finds it without a network when HF_HUB_CACHE names this
+    folder.
+    """
     write_json(snapshot(cache, MMDIT) / "config.json", asdict(sizes))
     write_checkpoint(snapshot(cache, MMDIT), sizes, seed)
     write_encoders(snapshot(cache, TEXT), sizes, seed)
@@ -157,7 +181,9 @@ def write_hub_cache(cache: Path, sizes: Sizes = TINY, seed: int = 0) -> Path:
 
 
 def write_folder(folder: Path, sizes: Sizes = TINY, seed: int = 0, text: bool = True) -> Path:
-    """The same files in one folder, T5's config and tokenizer beside its weights; without ``text`` transformer and VAE alone."""
+    """The same files in one folder, T5's config and tokenizer beside its weights; without ``text`` transformer and VAE
+    alone.
+    """
     write_checkpoint(folder, sizes, seed)
     if text:
         write_encoders(folder, sizes, seed)
@@ -173,7 +199,9 @@ def parameters(tensors: Iterable[Tensor]) -> int:
 @click.option("--size", "name", type=click.Choice(list(SIZES)), default="tiny", show_default=True)
 @click.option("--folder", type=click.Path(path_type=Path), help="Write one folder.")
 @click.option("--hub-cache", type=click.Path(path_type=Path), help="Write a Hugging Face cache, for HF_HUB_CACHE.")
-@click.option("--text/--no-text", default=True, show_default=True, help="Text encoders too: 11 GB more at the real size.")
+@click.option(
+    "--text/--no-text", default=True, show_default=True, help="Text encoders too: 11 GB more at the real size."
+)
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0))
 def main(name: str, folder: Path | None, hub_cache: Path | None, text: bool, seed: int) -> None:
     """Write a random checkpoint."""
@@ -184,7 +212,10 @@ def main(name: str, folder: Path | None, hub_cache: Path | None, text: bool, see
         written = write_hub_cache(hub_cache, sizes, seed)
     else:
         raise click.UsageError("pass either --folder or --hub-cache, and --no-text with --folder only")
-    seconds, size = time.perf_counter() - start, sum(path.stat().st_size for path in written.rglob("*") if path.is_file())
+    seconds, size = (
+        time.perf_counter() - start,
+        sum(path.stat().st_size for path in written.rglob("*") if path.is_file()),
+    )
     weights = parameters(mmdit(sizes))
     say(f"{written}: {size / 1e9:.3f} GB in {seconds:.1f} s, transformer of {weights / 1e9:.3f} B parameters")
     result({"path": str(written), "bytes": size, "seconds": seconds, "parameters": weights, "seed": seed})

@@ -1,6 +1,7 @@
 """Random tensors that behave like a trained model's, and files of them that are written one tensor at a time.
 
-Every tensor, output channel and input channel has its own scale, and some input channels are outliers. A seed gives the same bytes.
+Every tensor, output channel and input channel has its own scale, and some input channels are outliers. A seed gives the
+same bytes.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ OUTLIERS = 128  # one channel in this many
 
 @dataclass(frozen=True)
 class Tensor:
-    """What a tensor is drawn from: normal of this ``scale`` around ``mean``, times a lognormal factor for the tensor and one for each
-    row; the rows fall into equal ``parts`` with a factor each; one channel in 128 is ``outlier`` times larger.
+    """What a tensor is drawn from: normal of this ``scale`` around ``mean``, times a lognormal factor for the tensor
+    and one for each row; the rows fall into equal ``parts`` with a factor each; one channel in 128 is ``outlier`` times
+    larger.
     """
 
     name: str
@@ -42,7 +44,12 @@ class Tensor:
         """The same values for the same seed and name."""
         random = np.random.Generator(np.random.SFC64([seed, zlib.crc32(self.name.encode())]))
         rows, axis = self.shape[0], min(1, len(self.shape) - 1)
-        factors = self.scale * random.lognormal(0, 0.2) * random.lognormal(0, 0.2, rows) * np.repeat(self.parts, rows // len(self.parts))
+        factors = (
+            self.scale
+            * random.lognormal(0, 0.2)
+            * random.lognormal(0, 0.2, rows)
+            * np.repeat(self.parts, rows // len(self.parts))
+        )
         outliers = random.choice(self.shape[axis], -(-self.shape[axis] // OUTLIERS), replace=False)
         values = random.standard_normal(self.shape, np.float32)
         values *= factors.astype(np.float32).reshape(-1, *[1] * (len(self.shape) - 1))
@@ -51,8 +58,12 @@ class Tensor:
         return values.astype("<f2")
 
 
-def linear(name: str, rows: int, columns: int, gain: float = 1.0, parts: tuple[float, ...] = (1.0,), bias: float = 0.1) -> Iterator[Tensor]:
-    """A Linear that maps inputs of unit scale to outputs of scale ``gain``, with outliers among its input channels and its biases."""
+def linear(
+    name: str, rows: int, columns: int, gain: float = 1.0, parts: tuple[float, ...] = (1.0,), bias: float = 0.1
+) -> Iterator[Tensor]:
+    """A Linear that maps inputs of unit scale to outputs of scale ``gain``, with outliers among its input channels and
+    its biases.
+    """
     yield Tensor(f"{name}.weight", (rows, columns), gain / math.sqrt(columns), parts=parts, outlier=4.0)
     yield Tensor(f"{name}.bias", (rows,), bias, parts=parts, outlier=8.0)
 

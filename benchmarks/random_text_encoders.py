@@ -64,7 +64,9 @@ def clip(sizes: ClipSizes) -> Iterator[Tensor]:
 
 
 def t5(sizes: T5Sizes) -> Iterator[Tensor]:
-    """T5's encoder, without biases; its queries are not divided by the root of the head size, so their weights are smaller."""
+    """T5's encoder, without biases; its queries are not divided by the root of the head size, so their weights are
+    smaller.
+    """
     inner = sizes.heads * sizes.head
     for name in ("shared", "encoder.embed_tokens"):
         yield Tensor(f"{name}.weight", (sizes.vocabulary, TOKEN), 1.0)
@@ -75,7 +77,11 @@ def t5(sizes: T5Sizes) -> Iterator[Tensor]:
         for part, shape in shapes.items():
             gain = 1 / math.sqrt(sizes.head) if part == "q" else 1.0
             yield Tensor(f"{name}.0.SelfAttention.{part}.weight", shape, gain / math.sqrt(shape[1]))
-        shapes = {"wi_0": (sizes.feed_forward, TOKEN), "wi_1": (sizes.feed_forward, TOKEN), "wo": (TOKEN, sizes.feed_forward)}
+        shapes = {
+            "wi_0": (sizes.feed_forward, TOKEN),
+            "wi_1": (sizes.feed_forward, TOKEN),
+            "wo": (TOKEN, sizes.feed_forward),
+        }
         for part, shape in shapes.items():
             yield Tensor(f"{name}.1.DenseReluDense.{part}.weight", shape, 1 / math.sqrt(shape[1]))
         for part in ("0", "1"):
@@ -107,8 +113,8 @@ def letter_merges() -> Iterator[tuple[str, str]]:
 
 
 def write_clip_tokenizer(folder: Path, vocabulary: int) -> None:
-    """``vocab.json`` and ``merges.txt`` with CLIP's structure: symbols, symbols that end a word, merges, markers. DiffusionKit finds
-    the end of a prompt as its largest id, so the end marker is the last.
+    """``vocab.json`` and ``merges.txt`` with CLIP's structure: symbols, symbols that end a word, merges, markers.
+    DiffusionKit finds the end of a prompt as its largest id, so the end marker is the last.
     """
     symbols = byte_symbols()
     merges = list(islice(letter_merges(), vocabulary - 2 * len(symbols) - 2))
@@ -134,7 +140,9 @@ def write_clip_config(path: Path, sizes: ClipSizes) -> None:
 
 
 def write_t5_config(folder: Path, sizes: T5Sizes) -> None:
-    """``config.json`` and the tokenizer: a unigram model of the embedded model's captions in which every printable character is known."""
+    """``config.json`` and the tokenizer: a unigram model of the embedded model's captions in which every printable
+    character is known.
+    """
     import sentencepiece
 
     facts = {

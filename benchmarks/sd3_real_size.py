@@ -2,16 +2,18 @@
 
     python benchmarks/sd3_real_size.py --work FOLDER
 
-Writes a checkpoint of 2.085 B parameters, calibrates, quantizes, saves, loads and draws one picture, each in a process of its own whose
-peak resident memory is its own, too. Text encoders are stubs at their real output shapes, the VAE is real. A run that was killed goes
-on where it was: FOLDER/state.json has the finished stages, and calibration and sweep keep their own progress. ``--size tiny`` does the
-same in seconds. The last line on stdout is one JSON object.
+Writes a checkpoint of 2.085 B parameters, calibrates, quantizes, saves, loads and draws one picture, each in a process
+of its own whose peak resident memory is its own, too. Text encoders are stubs at their real output shapes, the VAE is
+real. A run that was killed goes on where it was: FOLDER/state.json has the finished stages, and calibration and sweep
+keep their own progress. ``--size tiny`` does the same in seconds. The last line on stdout is one JSON object.
 
 The projection is for this machine, 512x512 pixels, 50 prompts and 28 steps, from what was measured:
-- one row (a latent with one side of the guidance) through the transformer costs ``12 n d^2 + 2 n^2 d`` multiplications a block for n
+- one row (a latent with one side of the guidance) through the transformer costs ``12 n d^2 + 2 n^2 d`` multiplications
+  a block for n
   tokens (a quarter of the latent's pixels, and 589 of text) of width d: Linears and attention;
 - calibration runs prompts x steps rows on each side of the guidance, all of them;
-- in the sweep statistics and comparisons scale with rows and their cost, of which there are as many (picture, step) pairs as the
+- in the sweep statistics and comparisons scale with rows and their cost, of which there are as many (picture, step)
+  pairs as the
   model's own limit has it; rounding the layers does not depend on either;
 - decoding scales with pixels; loading and saving do not change.
 """
@@ -208,7 +210,9 @@ STAGES: dict[str, Callable[[Job], dict[str, Any]]] = {
 
 
 def exit_with_parent() -> None:
-    """End this process as soon as the one that reads its results is gone, killed or not: nobody else may be working in the folder."""
+    """End this process as soon as the one that reads its results is gone, killed or not: nobody else may be working in
+    the folder.
+    """
 
     def wait() -> None:
         while os.read(sys.stdin.fileno(), 1):
@@ -227,7 +231,9 @@ def run_stage(name: str, job: Job) -> None:
 
 
 class State:
-    """FOLDER/state.json: the job, the figures of its finished stages, and for how long the unfinished ones have run so far."""
+    """FOLDER/state.json: the job, the figures of its finished stages, and for how long the unfinished ones have run so
+    far.
+    """
 
     def __init__(self, job: Job):
         self._path, wanted = Path(job.work) / "state.json", checked.plain(asdict(job) | {"work": "."})
@@ -235,7 +241,9 @@ class State:
         if self._path.exists():
             self._data = json.loads(self._path.read_text(encoding="utf-8"))
         if self._data["job"] != wanted:
-            raise click.ClickException(f"{self._path} is of another run, {self._data['job']}; choose another --work or remove it")
+            raise click.ClickException(
+                f"{self._path} is of another run, {self._data['job']}; choose another --work or remove it"
+            )
 
     @property
     def stages(self) -> dict[str, dict[str, Any]]:
@@ -290,7 +298,9 @@ def projection(job: Job, stages: dict[str, dict[str, Any]]) -> dict[str, float]:
     return {
         "calibrate": stages["calibrate"]["process_seconds"] + sampling * (rows / (job.prompts * job.steps) * cost - 1),
         "quantize": stages["quantize"]["process_seconds"] + sweep * (pairs * cost - 1),
-        "image": image["load"] + image["sampling"] * 28 / job.steps * cost + image["decoding"] * (512 / job.pixels) ** 2,
+        "image": (
+            image["load"] + image["sampling"] * 28 / job.steps * cost + image["decoding"] * (512 / job.pixels) ** 2
+        ),
     }
 
 
@@ -299,13 +309,20 @@ def table(stages: dict[str, dict[str, Any]]) -> str:
     for name, facts in stages.items():
         disk = f"{facts['bytes'] / 1e9:.3f}" if "bytes" in facts else ""
         parts = ", ".join(f"{part} {seconds:.1f}" for part, seconds in facts.get("parts", {}).items())
-        figures = f"{facts['process_seconds']:>10.1f}{len(facts['attempts']):>10}{facts['peak_bytes'] / 1e9:>10.2f}{disk:>10}"
+        figures = (
+            f"{facts['process_seconds']:>10.1f}{len(facts['attempts']):>10}{facts['peak_bytes'] / 1e9:>10.2f}{disk:>10}"
+        )
         rows.append(f"{name:<12}{figures}  {parts}")
     return "\n".join(rows)
 
 
 def machine() -> dict[str, Any]:
-    return {"platform": platform.platform(), "cores": os.cpu_count(), "python": platform.python_version(), **checked.versions()}
+    return {
+        "platform": platform.platform(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        **checked.versions(),
+    }
 
 
 @click.command()
@@ -328,10 +345,19 @@ def main(stage: str | None, **options: Any) -> None:
         if name not in state.stages:
             state.save(stages={name: finish(name, job, state)})
     stages, projected = state.stages, projection(job, state.stages)
-    seconds, peak = sum(facts["process_seconds"] for facts in stages.values()), max(facts["peak_bytes"] for facts in stages.values())
+    seconds, peak = (
+        sum(facts["process_seconds"] for facts in stages.values()),
+        max(facts["peak_bytes"] for facts in stages.values()),
+    )
     say(table(stages))
-    say(f"{seconds / 60:.1f} minutes, at most {peak / 1e9:.2f} GB resident, {stages['quantize']['bits_per_weight']:.2f} bits per weight")
-    say("projection for 512x512, 50 prompts, 28 steps here: " + ", ".join(f"{k} {v / 60:.0f} min" for k, v in projected.items()))
+    say(
+        f"{seconds / 60:.1f} minutes, at most {peak / 1e9:.2f} GB resident, {stages['quantize']['bits_per_weight']:.2f}"
+        " bits per weight"
+    )
+    say(
+        "projection for 512x512, 50 prompts, 28 steps here: "
+        + ", ".join(f"{k} {v / 60:.0f} min" for k, v in projected.items())
+    )
     report = {"job": asdict(job), "stages": stages, "seconds": seconds, "peak_bytes": peak, "machine": machine()}
     result({**report, "projection_512px_50_prompts_28_steps_seconds": projected})
 

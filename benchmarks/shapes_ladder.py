@@ -1,9 +1,10 @@
 """How much each part of W4A8 costs on pictures: ``python benchmarks/shapes_ladder.py``.
 
-On ``mmdit-shapes`` and its held-out prompts, PSNR of the decoded picture against full precision at the same seed (mean and paired
-bootstrap 95 % interval) and attribute accuracy, for: weights alone (activations in full precision), activations alone (weights in full
-precision), and both. ``-same-weights`` rows take a W4A8 model's weights without its activation tables. Rows that are in ``--work``
-already are not computed again. The last line of stdout is one JSON object.
+On ``mmdit-shapes`` and its held-out prompts, PSNR of the decoded picture against full precision at the same seed (mean
+and paired bootstrap 95 % interval) and attribute accuracy, for: weights alone (activations in full precision),
+activations alone (weights in full precision), and both. ``-same-weights`` rows take a W4A8 model's weights without its
+activation tables. Rows that are in ``--work`` already are not computed again. The last line of stdout is one JSON
+object.
 """
 
 from __future__ import annotations
@@ -70,7 +71,9 @@ def without_tables(quantized: QuantizedModel) -> Model:
 
 def build(name: str, model: Model, calib: Calibration) -> Model:
     if name.startswith("w16"):
-        return activations_alone(model, mq.quantize(model, calib, "rtn-" + name.replace("w16", "w8"), progress=progress))
+        return activations_alone(
+            model, mq.quantize(model, calib, "rtn-" + name.replace("w16", "w8"), progress=progress)
+        )
     recipe = name.removesuffix("-same-weights")
     quantized = mq.quantize(model, calib, recipe, progress=progress)
     return quantized if name == recipe else without_tables(quantized)
@@ -91,7 +94,11 @@ def main(num_prompts: int, calibration_prompts: int, names: tuple[str, ...], wor
     say(f"{'row':<26}{'PSNR dB':>9}{'95 %':>16}{'accuracy':>10}{'shape':>8}{'seconds':>9}")
     say(f"{'fp':<26}{'':>25}{rows['fp']['accuracy']['mean']:>10.1%}{rows['fp']['accuracy']['shape']:>8.1%}")
     for name in names or ROWS:
-        kept = work / f"{name}-{num_prompts}-{calibration_prompts}-{model.adapter.fingerprint[:8]}.json" if work is not None else None
+        kept = (
+            work / f"{name}-{num_prompts}-{calibration_prompts}-{model.adapter.fingerprint[:8]}.json"
+            if work is not None
+            else None
+        )
         if kept is not None and kept.exists():
             rows[name] = json.loads(kept.read_text())
         else:
@@ -114,7 +121,10 @@ def main(num_prompts: int, calibration_prompts: int, names: tuple[str, ...], wor
         row = rows[name]
         span = "{:.1f} to {:.1f}".format(*row["psnr_95"])
         accuracy = row["accuracy"]
-        figures = f"{row['psnr_db']:>9.2f}{span:>16}{accuracy['mean']:>10.1%}{accuracy['shape']:>8.1%}{row['seconds_quantize']:>9.1f}"
+        figures = (
+            f"{row['psnr_db']:>9.2f}{span:>16}{accuracy['mean']:>10.1%}{accuracy['shape']:>8.1%}"
+            f"{row['seconds_quantize']:>9.1f}"
+        )
         say(f"{name:<26}{figures}")
     machine = f"{platform.machine()} {platform.system()}, Python {platform.python_version()}, mlx {mx.__version__}"
     result({"prompts": num_prompts, "calibration_prompts": calibration_prompts, "machine": machine, "rows": rows})

@@ -1,10 +1,11 @@
 """What each part of the TaQ-DiT pipeline is worth on pictures: ``python benchmarks/taqdit.py --work FOLDER``.
 
-On ``mmdit-shapes`` and its held-out prompts, hard-rounded weights, PSNR of the decoded picture against full precision at the same seed
-(mean and paired bootstrap 95 % interval) and attribute accuracy. Three parts: weights and activations together (``rows``), one
-ingredient changed at a time (``ablations``), and PSNR over mean activation width for both tier rules with full-precision weights
-(``frontier``). Rows that are in ``--work`` already are not computed again, and two processes may share the folder with different
-``--part`` or ``--row``. Tables go to stderr as Markdown; the last line of stdout is one JSON object. It also draws the frontier.
+On ``mmdit-shapes`` and its held-out prompts, hard-rounded weights, PSNR of the decoded picture against full precision
+at the same seed (mean and paired bootstrap 95 % interval) and attribute accuracy. Three parts: weights and activations
+together (``rows``), one ingredient changed at a time (``ablations``), and PSNR over mean activation width for both tier
+rules with full-precision weights (``frontier``). Rows that are in ``--work`` already are not computed again, and two
+processes may share the folder with different ``--part`` or ``--row``. Tables go to stderr as Markdown; the last line of
+stdout is one JSON object. It also draws the frontier.
 """
 
 from __future__ import annotations
@@ -61,7 +62,10 @@ def layers(recipe: Recipe, **changes: Any) -> Recipe:
 
 def inputs(recipe: Recipe, **changes: Any) -> Recipe:
     """With changes to how activations are quantized."""
-    rules = [(p, replace(s, activation=replace(s.activation, **changes)) if s is not None and s.activation else s) for p, s in recipe.rules]
+    rules = [
+        (p, replace(s, activation=replace(s.activation, **changes)) if s is not None and s.activation else s)
+        for p, s in recipe.rules
+    ]
     return replace(recipe, rules=tuple(rules))
 
 
@@ -71,7 +75,11 @@ ABLATIONS: dict[str, tuple[str, Callable[[Recipe], Recipe], int]] = {
     "started from the corrected target": ("taqdit-w4a16", lambda r: layers(r, corrected=True), CALIBRATION),
     "errors not weighed by sensitivity": ("taqdit-w4a16", lambda r: replace(r, sensitivity=False), CALIBRATION),
     "sensitivity without learning": ("taqdit-w4a16", lambda r: layers(r, reconstruct=None), CALIBRATION),
-    "a tenth of the regulariser": ("taqdit-w4a16", lambda r: learning(r, pressure=r.learning.pressure / 10), CALIBRATION),
+    "a tenth of the regulariser": (
+        "taqdit-w4a16",
+        lambda r: learning(r, pressure=r.learning.pressure / 10),
+        CALIBRATION,
+    ),
     "300 iterations": ("taqdit-w4a16", lambda r: learning(r, iterations=300), CALIBRATION),
     "64 calibration prompts": ("taqdit-w4a16", lambda r: r, 64),
     "gptq-w4a16, 64 calibration prompts": ("gptq-w4a16", lambda r: r, 64),
@@ -79,7 +87,11 @@ ABLATIONS: dict[str, tuple[str, Callable[[Recipe], Recipe], int]] = {
     "taqdit-w4a8, 64 calibration prompts": ("taqdit-w4a8", lambda r: r, 64),
     "QDrop 0.5": ("taqdit-w4a8", lambda r: learning(r, drop=0.5), CALIBRATION),
     "all inputs 8 bits": ("taqdit-w4a8", lambda r: inputs(r, budget=None, shift=False), CALIBRATION),
-    "one step for all timesteps, 8 bits": ("taqdit-w4a8", lambda r: inputs(r, budget=None, shift=False, per_timestep=False), CALIBRATION),
+    "one step for all timesteps, 8 bits": (
+        "taqdit-w4a8",
+        lambda r: inputs(r, budget=None, shift=False, per_timestep=False),
+        CALIBRATION,
+    ),
 }
 
 
@@ -153,7 +165,10 @@ class Bench:
         other, facts = built(name, self.model, self.calibration)
         row = {**self.measured(other), **facts}
         if name == "taqdit-w4a8":
-            self.kept("taqdit-w4a8:weights", lambda: {**self.measured(without_tables(other)), **facts, "activation_bits": 16.0})
+            self.kept(
+                "taqdit-w4a8:weights",
+                lambda: {**self.measured(without_tables(other)), **facts, "activation_bits": 16.0},
+            )
         return row
 
     def frontier(self) -> dict[str, list[dict[str, float]]]:
@@ -226,9 +241,17 @@ def draw_frontier(frontier: dict[str, list[dict[str, float]]], path: Path) -> No
 
 @click.command()
 @click.option("--num-prompts", default=32, show_default=True)
-@click.option("--part", "parts", multiple=True, type=click.Choice(["rows", "ablations", "frontier"]), help="[default: all]")
+@click.option(
+    "--part", "parts", multiple=True, type=click.Choice(["rows", "ablations", "frontier"]), help="[default: all]"
+)
 @click.option("--row", "names", multiple=True, help="Only these rows or ablations.")
-@click.option("--work", type=click.Path(path_type=Path), default="taqdit-benchmark", show_default=True, help="Keeps finished rows.")
+@click.option(
+    "--work",
+    type=click.Path(path_type=Path),
+    default="taqdit-benchmark",
+    show_default=True,
+    help="Keeps finished rows.",
+)
 @click.option("--plot", type=click.Path(path_type=Path), help="Where to draw the frontier.")
 def main(num_prompts: int, parts: tuple[str, ...], names: tuple[str, ...], work: Path, plot: Path | None) -> None:
     bench = Bench(num_prompts, work)

@@ -1,9 +1,10 @@
 """Where an error hurts the picture: ``python benchmarks/where_errors_matter.py --recipe gptq-w4a16``.
 
-Three looks at a quantized ``mmdit-shapes`` on held-out prompts. ``coherence``: its velocity error along full-precision trajectories, added
-up as the sampler does, beside what errors of random and of equal sign would add up to. ``windows``: PSNR when it is used for a few
-sampler steps only. ``sensitivity``: the range of what a unit of squared error costs in mean squared velocity error, over noise levels
-(averaged over the channels of the last block's image stream) and over streams. The last line of stdout is one JSON object.
+Three looks at a quantized ``mmdit-shapes`` on held-out prompts. ``coherence``: its velocity error along full-precision
+trajectories, added up as the sampler does, beside what errors of random and of equal sign would add up to. ``windows``:
+PSNR when it is used for a few sampler steps only. ``sensitivity``: the range of what a unit of squared error costs in
+mean squared velocity error, over noise levels (averaged over the channels of the last block's image stream) and over
+streams. The last line of stdout is one JSON object.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ def coherence(model: Model, other: Model, prompts: list[Prompt]) -> dict[str, fl
     text, empty = adapter.encode(texts), adapter.encode([""] * len(texts))
     lengths = -np.diff(adapter.sigmas(adapter.steps))
     errors = [
-        length * np.array(guided(other.adapter.velocity, step.latent, step.sigma, text, empty, adapter.cfg) - step.velocity)
+        length
+        * np.array(guided(other.adapter.velocity, step.latent, step.sigma, text, empty, adapter.cfg) - step.velocity)
         for step, length in zip(progress(steps, "coherence"), lengths, strict=True)
     ]
     stacked = np.array(errors)
@@ -68,7 +70,9 @@ def windows(model: Model, other: Model, prompts: list[Prompt]) -> dict[str, floa
     reference = draw(0, 0)
     starts = range(0, adapter.steps, WINDOW)
     return {
-        f"{sigmas[s]:.2f} to {sigmas[min(s + WINDOW, adapter.steps)]:.2f}": float(psnr(draw(s, s + WINDOW), reference).mean())
+        f"{sigmas[s]:.2f} to {sigmas[min(s + WINDOW, adapter.steps)]:.2f}": float(
+            psnr(draw(s, s + WINDOW), reference).mean()
+        )
         for s in progress(starts, "windows")
     }
 

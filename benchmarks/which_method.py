@@ -1,11 +1,11 @@
 """Which method is best, and at what: ``python benchmarks/which_method.py --work FOLDER``.
 
-Every method at six formats on ``mmdit-shapes``: PSNR of the decoded picture against full precision at the same seed on held-out
-prompts (mean and bootstrap 95 % interval), the paired difference to ``gptq`` in the same format with its interval, attribute accuracy,
-stored bits a weight of the whole model, and CPU seconds to quantize. Calibration is the same for all: 16 prompts, 28 steps. Rows that
-are in ``--work`` already are not computed again, so several processes may share it; those behind the README are in
-``benchmarks/results/which_method``. ``--table`` prints what is there. After the rows comes one table of PSNR and accuracy, methods by
-formats. The last line of stdout is one JSON object.
+Every method at six formats on ``mmdit-shapes``: PSNR of the decoded picture against full precision at the same seed on
+held-out prompts (mean and bootstrap 95 % interval), the paired difference to ``gptq`` in the same format with its
+interval, attribute accuracy, stored bits a weight of the whole model, and CPU seconds to quantize. Calibration is the
+same for all: 16 prompts, 28 steps. Rows that are in ``--work`` already are not computed again, so several processes may
+share it; those behind the README are in ``benchmarks/results/which_method``. ``--table`` prints what is there. After
+the rows comes one table of PSNR and accuracy, methods by formats. The last line of stdout is one JSON object.
 """
 
 from __future__ import annotations
@@ -62,7 +62,11 @@ def rows() -> list[str]:
     quick += [f"gptq+{method}-{form}" for method in RANGES for form in FORMATS if not form.endswith("a16")]
     quick += [f"gptq+softmax{form[3:]}-{form}" for form in FORMATS if not form.endswith("a16")]
     quick += [f"gptq+progressive-{form}" for form in FORMATS if not form.endswith("a16")]
-    return quick + [f"{method}-{form}" for method in BEST for form in FORMATS] + [f"{m}-{form}@300" for m in LEARNED for form in FORMATS]
+    return (
+        quick
+        + [f"{method}-{form}" for method in BEST for form in FORMATS]
+        + [f"{m}-{form}@300" for m in LEARNED for form in FORMATS]
+    )
 
 
 def measure(bench: Bench, name: str) -> dict[str, Any]:
@@ -97,7 +101,10 @@ def accuracy(bench: Bench, images: np.ndarray) -> float:
 def summary(bench: Bench, name: str, row: dict[str, Any]) -> dict[str, Any]:
     """The figures of a row, with the paired difference to gptq in the same format where that is there."""
     each = np.array(row["psnr_each"])
-    figures = {key: row[key] for key in ("accuracy", "bits_per_weight", "activation_bits", "seconds_quantize", "transforms_kept")}
+    figures = {
+        key: row[key]
+        for key in ("accuracy", "bits_per_weight", "activation_bits", "seconds_quantize", "transforms_kept")
+    }
     figures |= {"psnr_db": float(each.mean()), "psnr_95": interval(each)}
     base = bench.path(f"gptq-{format_of(name)}")
     if base.exists():
@@ -121,7 +128,9 @@ def cell(figures: dict[str, Any] | None) -> str:
 
 
 def say_matrix(figures: dict[str, dict[str, Any]]) -> None:
-    """PSNR and accuracy, a line a method, the best at W4A8 first; bits and seconds are of W4A8, or of the first format that is there."""
+    """PSNR and accuracy, a line a method, the best at W4A8 first; bits and seconds are of W4A8, or of the first format
+    that is there.
+    """
     by_method: dict[str, dict[str, dict[str, Any]]] = {}
     for name, row in figures.items():
         by_method.setdefault(method_of(name), {})[format_of(name)] = row
@@ -151,7 +160,9 @@ def line(name: str, figures: dict[str, Any]) -> str:
 @click.option("--work", type=click.Path(path_type=Path), required=True, help="Folder that keeps finished rows.")
 def main(num_prompts: int, names: tuple[str, ...], table: bool, work: Path) -> None:
     bench = Bench(num_prompts, work)
-    wanted = list(names) or (sorted(path.stem.replace(".", "+") for path in bench.work.glob("*.json")) if table else rows())
+    wanted = list(names) or (
+        sorted(path.stem.replace(".", "+") for path in bench.work.glob("*.json")) if table else rows()
+    )
     found = {name: bench.kept(name, partial(measure, bench, name)) for name in wanted}
     figures = {name: summary(bench, name, row) for name, row in found.items()}
     say(

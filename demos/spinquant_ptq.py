@@ -30,7 +30,9 @@ from mlxquant.spin_quant.learning import SpinQuant
 def windows(tokens, count, size, length, seed):
     """``count`` arrays of ``size`` pieces of a text, int [size,length]."""
     if len(tokens) <= length:
-        raise CalibrationError(f"a text of {len(tokens)} tokens is too short for pieces of {length}; pass a longer one with --data")
+        raise CalibrationError(
+            f"a text of {len(tokens)} tokens is too short for pieces of {length}; pass a longer one with --data"
+        )
     return [np.array(batch(tokens, seed, step, size, length)[0]) for step in range(count)]
 
 
@@ -41,19 +43,37 @@ def bits_per_token(model, arrays):
 
 @click.command(cls=Command)
 @click.option("--ckpt", "--model", "place", default=EMBEDDED, show_default=True, help="A folder that train-gpt wrote.")
-@click.option("--data", type=click.Path(path_type=Path), help="Text to calibrate on; its end is held out.  [default: Python's library]")
-@click.option("--out-dir", "--out_dir", type=click.Path(path_type=Path), default=Path("spinquant_out"), show_default=True)
-@click.option("--steps", type=click.IntRange(0), default=100, show_default=True, help="Cayley steps; 0 leaves the rotations as they start.")
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    help="Text to calibrate on; its end is held out.  [default: Python's library]",
+)
+@click.option(
+    "--out-dir", "--out_dir", type=click.Path(path_type=Path), default=Path("spinquant_out"), show_default=True
+)
+@click.option(
+    "--steps",
+    type=click.IntRange(0),
+    default=100,
+    show_default=True,
+    help="Cayley steps; 0 leaves the rotations as they start.",
+)
 @click.option("--bits", type=click.IntRange(2, 8), default=4, show_default=True, help="Of weights.")
-@click.option("--activation-bits", "--activation_bits", type=click.Choice(["4", "6", "8", "16"]), default="16", show_default=True)
+@click.option(
+    "--activation-bits", "--activation_bits", type=click.Choice(["4", "6", "8", "16"]), default="16", show_default=True
+)
 @click.option("--kv-bits", "--kv_bits", type=click.Choice(["4", "6", "8", "16"]), default="16", show_default=True)
 @click.option("--start", type=click.Choice(["hadamard", "random"]), default="hadamard", show_default=True)
-@click.option("--batches", type=click.IntRange(1), default=8, show_default=True, help="Of text to learn and calibrate on.")
+@click.option(
+    "--batches", type=click.IntRange(1), default=8, show_default=True, help="Of text to learn and calibrate on."
+)
 @click.option("--batch-size", "--batch_size", type=click.IntRange(1), default=8, show_default=True)
 @click.option("--length", type=click.IntRange(2), help="Of pieces of text.  [default: the model's context]")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--force", is_flag=True, help="Replace an existing result.")
-def command(place, data, out_dir, steps, bits, activation_bits, kv_bits, start, batches, batch_size, length, seed, force):
+def command(
+    place, data, out_dir, steps, bits, activation_bits, kv_bits, start, batches, batch_size, length, seed, force
+):
     """Quantize a GPT with SpinQuant."""
     if (out_dir / FILE).exists() and not force:
         raise ArtifactError(f"{out_dir / FILE} exists; choose another folder or pass --force to replace it")

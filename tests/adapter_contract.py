@@ -1,4 +1,6 @@
-"""What every adapter must keep. A new adapter subclasses ``AdapterContract`` and gives ``make_adapter`` and ``whole``."""
+"""What every adapter must keep. A new adapter subclasses ``AdapterContract`` and gives ``make_adapter`` and
+``whole``.
+"""
 
 from abc import ABC, abstractmethod
 
@@ -84,7 +86,9 @@ class AdapterContract(ABC):
     def test_sampling_is_reproducible_and_independent_of_the_batch(self, adapter):
         prompts = adapter.prompts("evaluation", 2)
         both = np.array(adapter.generate([p.text for p in prompts], [p.seed for p in prompts], 2, 3.0))
-        np.testing.assert_array_equal(both, np.array(adapter.generate([p.text for p in prompts], [p.seed for p in prompts], 2, 3.0)))
+        np.testing.assert_array_equal(
+            both, np.array(adapter.generate([p.text for p in prompts], [p.seed for p in prompts], 2, 3.0))
+        )
         alone = np.array(adapter.generate([prompts[1].text], [prompts[1].seed], 2, 3.0))
         np.testing.assert_allclose(both[1:], alone, atol=1e-3)
 

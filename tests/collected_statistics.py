@@ -1,4 +1,6 @@
-"""Activation statistics of a model, collected in memory: what the decisions ask for, without the files of the pipeline."""
+"""Activation statistics of a model, collected in memory: what the decisions ask for, without the files of the
+pipeline.
+"""
 
 from dataclasses import dataclass, field
 

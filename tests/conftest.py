@@ -1,4 +1,6 @@
-"""Shared models: the embedded one, and a tiny one of the same kind with random weights for tests that only need the machinery."""
+"""Shared models: the embedded one, and a tiny one of the same kind with random weights for tests that only need the
+machinery.
+"""
 
 import os
 from importlib.util import find_spec
@@ -22,7 +24,9 @@ def tiny_adapter():
     """Random weights, the same every time, large enough that every layer matters."""
     adapter = MMDiTShapes.blank({"config": TINY})
     keys = iter(mx.random.split(mx.random.key(0), 500))
-    adapter.module.update(tree_map(lambda x: mx.random.normal(x.shape, key=next(keys)) * 0.15, adapter.module.parameters()))
+    adapter.module.update(
+        tree_map(lambda x: mx.random.normal(x.shape, key=next(keys)) * 0.15, adapter.module.parameters())
+    )
     mx.eval(adapter.module.parameters())
     return adapter
 

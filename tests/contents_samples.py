@@ -14,7 +14,8 @@ from conftest import tiny_adapter
 
 
 def write_everything(temporary):
-    """``model`` (quantized, with its unfinished job in ``work``), ``calib`` with both tracks in it, ``weights`` of the weight track.
+    """``model`` (quantized, with its unfinished job in ``work``), ``calib`` with both tracks in it, ``weights`` of the
+    weight track.
 
     Written once a session, where pytest's ``tmp_path_factory`` keeps temporary folders.
     """
@@ -28,9 +29,27 @@ def write_everything(temporary):
         calibration = mq.calibrate(model, prompts=1, steps=2, work=folder / "work")
         mq.quantize(model, calibration, "gptq-w4a8", work=folder / "work" / "gptq-w4a8").save(folder / "model")
         calib = folder / "calib"
-        succeed("generate-calibration-data", "--model", "mmdit-shapes", "--num-images", 1, "--num-steps", 2, "--calib-dir", calib)
+        succeed(
+            "generate-calibration-data",
+            "--model",
+            "mmdit-shapes",
+            "--num-images",
+            1,
+            "--num-steps",
+            2,
+            "--calib-dir",
+            calib,
+        )
         succeed("cache-adaround-data", "--calib-dir", calib, "--num-images", 1, "--stride", 1)
-        succeed("adaround-optimize", "--cache-dir", calib / "adaround_cache", "--output-dir", folder / "weights", "--iters", 1)
+        succeed(
+            "adaround-optimize",
+            "--cache-dir",
+            calib / "adaround_cache",
+            "--output-dir",
+            folder / "weights",
+            "--iters",
+            1,
+        )
         succeed("collect-layer-activations", "--calib-dir", calib, "--num-images", 1, "--stride", 1)
         succeed("analyze-activations", "--stats", calib / "activations" / "layer_statistics.json")
         mx.enable_compile()
@@ -38,9 +57,13 @@ def write_everything(temporary):
 
 
 def write_mlx_checkpoint(folder):
-    """A folder as mlx-lm writes it: two shards, an index, one layer of 4 bits in groups of 32 and one of 8 in 64, one not quantized."""
+    """A folder as mlx-lm writes it: two shards, an index, one layer of 4 bits in groups of 32 and one of 8 in 64, one
+    not quantized.
+    """
     folder.mkdir()
-    weights = {name: mx.random.normal((16, 128), key=mx.random.key(place)) for place, name in enumerate(("a", "b", "norm"))}
+    weights = {
+        name: mx.random.normal((16, 128), key=mx.random.key(place)) for place, name in enumerate(("a", "b", "norm"))
+    }
     arrays = {"norm.weight": weights["norm"].astype(mx.bfloat16)}
     for name, bits, group in (("a", 4, 32), ("b", 8, 64)):
         packed = mx.quantize(weights[name], group_size=group, bits=bits)
@@ -52,7 +75,9 @@ def write_mlx_checkpoint(folder):
         mx.save_safetensors(str(folder / file), own, {"format": "mlx"})
         where |= dict.fromkeys(own, file)
     write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": where})
-    write_json(folder / "config.json", {"quantization": {"group_size": 32, "bits": 4, "b": {"group_size": 64, "bits": 8}}})
+    write_json(
+        folder / "config.json", {"quantization": {"group_size": 32, "bits": 4, "b": {"group_size": 64, "bits": 8}}}
+    )
     return arrays
 
 

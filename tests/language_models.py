@@ -1,4 +1,6 @@
-"""Tiny language models for tests: a GPT, and mlx-lm's from their configs, with weights at random and norms that have gains."""
+"""Tiny language models for tests: a GPT, and mlx-lm's from their configs, with weights at random and norms that have
+gains.
+"""
 
 import importlib
 
@@ -11,7 +13,8 @@ from mlxquant.sampling.text import sample_tokens
 
 CONFIG = GPTConfig(vocab_size=40, n_positions=24, n_embd=32, n_head=2, n_layer=2)
 LLAMA = {
-    "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48, "num_attention_heads": 4,
+    "num_key_value_heads": 2,
     "rms_norm_eps": 1e-5, "vocab_size": 40, "head_dim": 8, "max_position_embeddings": 64, "rope_theta": 10000.0,
 }  # fmt: skip
 

@@ -1,4 +1,6 @@
-"""The folder of an evaluation as ``mlxquant evaluate`` writes it, with made-up numbers, for tests of what is drawn from it."""
+"""The folder of an evaluation as ``mlxquant evaluate`` writes it, with made-up numbers, for tests of what is drawn from
+it.
+"""
 
 import numpy as np
 from PIL import Image
@@ -12,7 +14,9 @@ def write_sample(folder, names=("rtn-w4a8", "gptq-w4a8"), prompts=3, steps=4, si
     """Returns the facts of ``report.json``."""
     rng = np.random.default_rng(0)
     folder.mkdir(parents=True, exist_ok=True)
-    texts = [{"index": i, "seed": 10000 + i, "text": f"a large red circle <{i}> & a blue square"} for i in range(prompts)]
+    texts = [
+        {"index": i, "seed": 10000 + i, "text": f"a large red circle <{i}> & a blue square"} for i in range(prompts)
+    ]
     reference = _model("FP", None, prompts, steps, rng, 0.0)
     results = [_model(name, name, prompts, steps, rng, 0.03 / (1 + place)) for place, name in enumerate(names)]
     clean = rng.random((prompts, side, side, 3))
@@ -32,14 +36,17 @@ def write_sample(folder, names=("rtn-w4a8", "gptq-w4a8"), prompts=3, steps=4, si
         "machine": "x86_64 Linux, Python 3.11.7, mlx 0.32.4, cpu",
         "prompts": texts,
         "metrics": [
-            _metric("psnr_db", "PSNR", "dB", True), _metric("ssim", "SSIM", "", True), _metric("accuracy", "Attributes", "", True),
+            _metric("psnr_db", "PSNR", "dB", True), _metric("ssim", "SSIM", "", True), _metric("accuracy",
+            "Attributes", "", True),
             {**_metric("kid", "KID", "", False), "network": "Inception-v3", "per_image": False},
         ],
         "reference": reference,
         "results": results,
-        "noise_floor": {**_model("float16", "float16", prompts, steps, rng, 1e-4), "quantized": False, "model_bytes": None},
+        "noise_floor": {**_model("float16", "float16", prompts, steps, rng, 1e-4), "quantized": False,
+        "model_bytes": None},
         "differences": [
-            {"metric": "psnr_db", "a": name, "b": names[0], "mean": 3.21875, "interval": [2.5, 3.9]} for name in names[1:]
+            {"metric": "psnr_db", "a": name, "b": names[0], "mean": 3.21875, "interval": [2.5, 3.9]}
+            for name in names[1:]
         ],
         "measured": ["latency_s", "latency_p95_s", "latency_ratio", "seconds_quantize", "peak_bytes"],
         "notes": ["KID on 3 pictures: a rough figure", "<script>alert(1)</script>"],
@@ -73,7 +80,8 @@ def _model(name, recipe, prompts, steps, rng, error):
         "kid": 0.00123 if judged else None, "kid_interval": None, "kid_samples": prompts,
         "attributes": {"mean": 0.9375 - error, "shape": 0.9}, "each": {"accuracy": [1.0] * prompts},
         "trajectory": None, "trajectory_interval": None,
-        "model_bytes": 2_596_388 + int(1e7 * error) if judged else 7_060_000, "bits_per_weight": 5.886 if judged else 16.0,
+        "model_bytes": 2_596_388 + int(1e7 * error) if judged else 7_060_000,
+        "bits_per_weight": 5.886 if judged else 16.0,
         "bits_per_quantized_weight": 5.5385 if judged else None,
         "latency_s": 0.0187, "latency_p95_s": 0.0213, "latency_ratio": 1.125, "peak_bytes": 31_234_567,
         "seconds_quantize": 12.34 if judged else None,
@@ -100,7 +108,10 @@ def write_layers(folder, model, steps, blocks, rng, error):
         "sigma": sigma,
         "stages": {"name": stages, "error": [[error * (i + 1) * (1 + s) for s in sigma] for i in range(len(stages))]},
         "layers": layers,
-        "decisions": [*(_decision(stage, error) for stage in stages[:-1]), {"stage": stages[-1], "kept": "exact", "layers": {}}],
+        "decisions": [
+            *(_decision(stage, error) for stage in stages[:-1]),
+            {"stage": stages[-1], "kept": "exact", "layers": {}},
+        ],
     }
     write_json(folder / "layers" / f"{model['folder']}.json", "layer-report", facts)
 
@@ -108,7 +119,13 @@ def write_layers(folder, model, steps, blocks, rng, error):
 def _layer(path, role, stage, weight, sigma, rng, error, activation):
     bits = int(weight[1:])
     high = 4 + rng.random(len(sigma))
-    table = {"sigma": sigma, "low": (-high).tolist(), "high": high.tolist(), "step": (high / 128).tolist(), "bits": [8] * len(sigma)}
+    table = {
+        "sigma": sigma,
+        "low": (-high).tolist(),
+        "high": high.tolist(),
+        "step": (high / 128).tolist(),
+        "bits": [8] * len(sigma),
+    }
     counts = np.histogram(rng.standard_normal(4096).clip(-3, 3), 2**bits, (-3, 3))[0]
     return {
         "path": path, "role": role, "stage": stage, "weight": weight, "activation": activation,
@@ -124,10 +141,12 @@ def _layer(path, role, stage, weight, sigma, rng, error, activation):
 def _decision(stage, error):
     tensor = {"error_before": 3 * error, "error_after": error}
     return {
-        "stage": stage, "kept": "calibrated", "error": error**2, "errors": {"calibrated": error**2, "rtn": 4 * error**2},
+        "stage": stage, "kept": "calibrated", "error": error**2, "errors": {"calibrated": error**2,
+        "rtn": 4 * error**2},
         "learning": {"flipped": 0.0625, "iterations": 20}, "layers": {},
         "transforms": {
-            "smoothquant": {"kept": True, "error": error**2, "tensors": dict.fromkeys((f"{stage}.q", f"{stage}.fc1"), tensor)},
+            "smoothquant": {"kept": True, "error": error**2, "tensors": dict.fromkeys((f"{stage}.q", f"{stage}.fc1"),
+            tensor)},
             "rotation": {"kept": False, "error": 2 * error**2, "tensors": {f"{stage}.q": tensor}},
             "tcaq": {"kept": False, "tensors": {}},
             "ptq4dit": {"kept": False, "failed": "a <stage> overflows", "tensors": {f"{stage}.q": tensor}},

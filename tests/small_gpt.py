@@ -12,7 +12,20 @@ from mlxquant.qat.convert import quantize_while_training
 from mlxquant.qat.options import QuantizationOptions
 
 CONFIG = GPTConfig(vocab_size=61, n_positions=24, n_embd=32, n_head=2, n_layer=2)
-SMALL = ["--n_layer", "2", "--n_head", "2", "--n_embd", "32", "--block_size", "16", "--batch_size", "4", "--eval_interval", "0"]
+SMALL = [
+    "--n_layer",
+    "2",
+    "--n_head",
+    "2",
+    "--n_embd",
+    "32",
+    "--block_size",
+    "16",
+    "--batch_size",
+    "4",
+    "--eval_interval",
+    "0",
+]
 TEXT = "".join(f"def f{n}(x):\n    return x + {n * n}  # {n % 7} é\n\n" for n in range(120))
 
 

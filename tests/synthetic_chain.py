@@ -1,4 +1,5 @@
-"""A model that is nothing but a chain: small layers and large hidden states, as a picture model has them, and counters of what it is asked.
+"""A model that is nothing but a chain: small layers and large hidden states, as a picture model has them, and counters
+of what it is asked.
 
 ``embed`` and ``head`` around residual blocks of one Linear each; states hold the latent [B,H,W,4] and image [B,N,D].
 """
@@ -50,7 +51,10 @@ class Chain(DiffusionAdapter):
     def _embed(self, state):
         latent = state["latent"]
         image = self.module.embed(latent).reshape(len(latent), -1, self.shape[1])
-        return {"latent": latent, "image": image + self.module.context(state["tokens"]) + mx.cos(state["t"])[:, None, None]}
+        return {
+            "latent": latent,
+            "image": image + self.module.context(state["tokens"]) + mx.cos(state["t"])[:, None, None],
+        }
 
     def _block(self, index, state):
         if index == 0:

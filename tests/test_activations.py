@@ -14,7 +14,9 @@ def make(log, bits=4, step=2.0, shift=-0.17, sigma=(0.1, 0.5, 1.0)):
     count = len(sigma)
     spread = lambda value, dtype: np.broadcast_to(np.asarray(value, dtype), count).copy()  # noqa: E731
     shift = np.broadcast_to(np.asarray(shift, np.float32).reshape(-1, 1), (count, 1)).copy()
-    return ActivationTable(np.float32(sigma), spread(step, np.float32), shift, spread(bits, np.uint8), spread(log, bool))
+    return ActivationTable(
+        np.float32(sigma), spread(step, np.float32), shift, spread(bits, np.uint8), spread(log, bool)
+    )
 
 
 def levels_of(bits):
@@ -50,7 +52,9 @@ def test_rounding_is_idempotent_monotone_and_keeps_to_its_levels(bits):
     np.testing.assert_array_equal(nearest_levels(once, bits), once)
     assert (np.diff(once) >= 0).all()
     assert set(once.tolist()) <= set(levels_of(bits).tolist())
-    np.testing.assert_array_equal(nearest_levels(np.float32([-1, 0, 1, 9]), bits), np.float32([levels_of(bits)[-1]] * 2 + [1, 1]))
+    np.testing.assert_array_equal(
+        nearest_levels(np.float32([-1, 0, 1, 9]), bits), np.float32([levels_of(bits)[-1]] * 2 + [1, 1])
+    )
 
 
 def test_a_batch_may_mix_uniform_logarithmic_and_unquantized_samples():
@@ -91,7 +95,9 @@ def test_between_levels_nothing_is_clipped_that_either_neighbour_keeps(log, bits
         between = ActivationTable(np.float32([sigma]), step, moved, wide, is_log)
         for i in neighbours:
             for end in (-1e9, 1e9):
-                kept, reach = (quantized(t, entry, np.full(width, end, np.float32)) for t, entry in ((table, i), (between, 0)))
+                kept, reach = (
+                    quantized(t, entry, np.full(width, end, np.float32)) for t, entry in ((table, i), (between, 0))
+                )
                 assert (np.sign(end) * (reach - kept) >= -1e-4 * between.span).all()  # a shift is no level, but nearly
 
 

@@ -1,4 +1,6 @@
-"""Step 3 of the weight track: what it promises, the same bytes after any interruption, and one clear error on everything else."""
+"""Step 3 of the weight track: what it promises, the same bytes after any interruption, and one clear error on
+everything else.
+"""
 
 import shutil
 from functools import partial
@@ -32,7 +34,9 @@ fail = partial(command_line.fail, code=1)
 
 
 def spiky_adapter():
-    """The tiny model with one channel that stands out before q, k and v, and one after a GELU: SmoothQuant and migration pay."""
+    """The tiny model with one channel that stands out before q, k and v, and one after a GELU: SmoothQuant and
+    migration pay.
+    """
     adapter = tiny_adapter()
     divisor = np.ones(32, np.float32)
     divisor[5] = 1 / 60
@@ -49,7 +53,9 @@ def files(folder):
 
 @pytest.fixture(scope="module", autouse=True)
 def small_model():
-    """The small model, looked at every fifth iteration, without MLX's compiler: a second a block, and others test it."""
+    """The small model, looked at every fifth iteration, without MLX's compiler: a second a block, and others
+    test it.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(MMDiTShapes, "pretrained", classmethod(lambda cls: spiky_adapter()))
         patch.setattr(adaround, "EVERY", 5)
@@ -63,7 +69,18 @@ def calib(tmp_path_factory):
     """Trajectories, block cache and quantization config."""
     folder = tmp_path_factory.mktemp("calib")
     here = ("--calib-dir", folder)
-    succeed("generate-calibration-data", "--model", "mmdit-shapes", "--num-images", 2, "--num-steps", 4, "--cfg-weight", 2, *here)
+    succeed(
+        "generate-calibration-data",
+        "--model",
+        "mmdit-shapes",
+        "--num-images",
+        2,
+        "--num-steps",
+        4,
+        "--cfg-weight",
+        2,
+        *here,
+    )
     succeed("cache-adaround-data", *here, "--num-images", 2, "--stride", 2)
     succeed("collect-layer-activations", *here, "--num-images", 2, "--stride", 1)
     succeed("analyze-activations", "--stats", folder / "activations" / "layer_statistics.json", "--migration")
@@ -98,7 +115,9 @@ def test_the_folder_is_as_promised(calib, whole):
     assert config["parents"] == {"metadata.json": file_digest(calib / "adaround_cache" / "metadata.json")}
     assert config["calibration"] == file_digest(calib / "manifest.json")
     assert config["complete"] is True
-    assert config["files"] == {f"weights/{name}": file_digest(folder / "weights" / name) for name in ("mm0.npz", "mm1.npz")}
+    assert config["files"] == {
+        f"weights/{name}": file_digest(folder / "weights" / name) for name in ("mm0.npz", "mm1.npz")
+    }
     assert set(config["blocks"]) == {"mm0", "mm1"}
     for block in config["blocks"].values():
         assert set(block["errors"]) == {"learned", "calibrated", "rtn"}
@@ -110,7 +129,9 @@ def test_the_folder_is_as_promised(calib, whole):
 
 
 def test_learning_wins_and_says_how_much_it_changed(calib, tmp_path):
-    facts, _ = succeed(*verb(calib, tmp_path, "--start", "nearest", length=("--iters", 60, "--batch-size", 4, "--learning-rate", 0.1)))
+    facts, _ = succeed(
+        *verb(calib, tmp_path, "--start", "nearest", length=("--iters", 60, "--batch-size", 4, "--learning-rate", 0.1))
+    )
     blocks = config_of(tmp_path)["blocks"].values()
     assert any(b["kept"] == "learned" for b in blocks)
     for block in blocks:
@@ -118,14 +139,20 @@ def test_learning_wins_and_says_how_much_it_changed(calib, tmp_path):
         assert (block["kept"] == "learned") == (errors["learned"] < min(errors["calibrated"], errors["rtn"]))
         if block["kept"] == "learned":
             assert 0 < block["learning"]["flipped"] < 0.7
-    assert facts["win_rate"] == np.mean([b["errors"]["learned"] < min(b["errors"]["calibrated"], b["errors"]["rtn"]) for b in blocks]) > 0
+    assert (
+        facts["win_rate"]
+        == np.mean([b["errors"]["learned"] < min(b["errors"]["calibrated"], b["errors"]["rtn"]) for b in blocks])
+        > 0
+    )
 
 
 def test_a_tie_is_no_win_and_a_block_that_lost_is_reported(calib, tmp_path, monkeypatch):
     assert succeed(*verb(calib, tmp_path / "tie", length=ONE))[0]["win_rate"] == 0  # one step flips nothing
 
     def broken(method, work, *rest):
-        return {path: np.zeros(layer.shape, np.uint8) for path, layer in work._layers.items() if path in work.grids}, {"iterations": 1}
+        return {path: np.zeros(layer.shape, np.uint8) for path, layer in work._layers.items() if path in work.grids}, {
+            "iterations": 1
+        }
 
     monkeypatch.setattr(sweeping, "reconstruct_stage", broken)
     facts, said = succeed(*verb(calib, tmp_path / "lost"))
@@ -157,13 +184,27 @@ def interrupted(monkeypatch, calib, out, target, name, at, before=False):
     ("target", "name", "at", "before", "left"),
     [
         (store.StageCheckpoint, "save", 2, False, {"mm0.checkpoint.safetensors"}),  # inside the first block
-        (store.StageCheckpoint, "save", 4, False, {"mm1.checkpoint.safetensors", "weights/mm0.npz"}),  # inside the second
+        (
+            store.StageCheckpoint,
+            "save",
+            4,
+            False,
+            {"mm1.checkpoint.safetensors", "weights/mm0.npz"},
+        ),  # inside the second
         (WeightFiles, "save", 1, False, {"weights/mm0.npz"}),  # between the blocks
         (WeightFiles, "save", 2, True, {"mm1.checkpoint.safetensors", "weights/mm0.npz"}),  # learned and not written
-        (store.StageCheckpoint, "clear", 1, True, {"mm0.checkpoint.safetensors", "weights/mm0.npz"}),  # written and not cleared
+        (
+            store.StageCheckpoint,
+            "clear",
+            1,
+            True,
+            {"mm0.checkpoint.safetensors", "weights/mm0.npz"},
+        ),  # written and not cleared
     ],
 )
-def test_an_interrupted_run_resumes_to_the_same_bytes(calib, whole, tmp_path, monkeypatch, target, name, at, before, left):
+def test_an_interrupted_run_resumes_to_the_same_bytes(
+    calib, whole, tmp_path, monkeypatch, target, name, at, before, left
+):
     monkeypatch.setattr(store, "INTERVAL", 0.0)
     interrupted(monkeypatch, calib, tmp_path, target, name, at, before)
     assert set(files(tmp_path)) - {"config.json"} == left
@@ -174,7 +215,9 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(calib, whole, tmp_path, mo
 def test_no_resume_starts_over(calib, whole, tmp_path, monkeypatch):
     interrupted(monkeypatch, calib, tmp_path, WeightFiles, "save", 1)
     saved, save = [], WeightFiles.save
-    monkeypatch.setattr(WeightFiles, "save", lambda self, stage, result: (saved.append(stage.name), save(self, stage, result))[1])
+    monkeypatch.setattr(
+        WeightFiles, "save", lambda self, stage, result: (saved.append(stage.name), save(self, stage, result))[1]
+    )
     succeed(*verb(calib, tmp_path, "--no-resume"))
     assert len(saved) == 2
     assert files(tmp_path) == files(whole[0])
@@ -196,13 +239,19 @@ def test_a_finished_folder_is_left_alone(calib, whole, monkeypatch):
     monkeypatch.setattr(adaround_optimize, "learn", None)
     again, _ = succeed(*verb(calib, folder))
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
-    assert {k: again[k] for k in ("output", "blocks", "win_rate")} == {k: facts[k] for k in ("output", "blocks", "win_rate")}
+    assert {k: again[k] for k in ("output", "blocks", "win_rate")} == {
+        k: facts[k] for k in ("output", "blocks", "win_rate")
+    }
 
 
 def test_other_settings_need_force(calib, tmp_path):
     succeed(*verb(calib, tmp_path, length=ONE))
     before = files(tmp_path)
-    for option, names in ((("--bits-w", 3), "bits_w, recipe"), (("--seed", 1), "recipe"), (("--start", "nearest"), "recipe, start")):
+    for option, names in (
+        (("--bits-w", 3), "bits_w, recipe"),
+        (("--seed", 1), "recipe"),
+        (("--start", "nearest"), "recipe, start"),
+    ):
         message = fail(*verb(calib, tmp_path, *option, length=ONE))
         assert f"other settings or inputs ({names})" in message
         assert "--force to let adaround-optimize start over" in message
@@ -216,7 +265,10 @@ def test_every_start_works_and_records_itself(calib, whole, tmp_path, start):
     succeed(*verb(calib, tmp_path, "--start", start, length=ONE))
     config = config_of(tmp_path)
     spec = config["recipe"]["rules"][-1][1]
-    assert (config["start"], spec["rounding"], spec["corrected"]) == (start, *(("rtn", False) if start == "nearest" else ("gptq", True)))
+    assert (config["start"], spec["rounding"], spec["corrected"]) == (
+        start,
+        *(("rtn", False) if start == "nearest" else ("gptq", True)),
+    )
     assert all({"learned", "calibrated"} <= set(block["errors"]) for block in config["blocks"].values())
     assert files(tmp_path)["weights/mm1.npz"] != files(whole[0])["weights/mm1.npz"]
 
@@ -251,7 +303,9 @@ def velocity(adapter):
 
 
 def test_folds_are_rounded_with_and_computed_with(calib, tmp_path):
-    """Eight-bit weights of a model whose SmoothQuant and migration were applied: divided on one side only, nothing would fit."""
+    """Eight-bit weights of a model whose SmoothQuant and migration were applied: divided on one side only, nothing
+    would fit.
+    """
     quant_config = calib / "activations" / "quant_config.json"
     decided = QuantConfig.read(quant_config)
     assert Q in decided.divisors
@@ -297,7 +351,9 @@ def test_stale_and_damaged_caches_are_refused(calib, tmp_path, monkeypatch):
     assert "run 'mlxquant cache-adaround-data' first" in fail(*verb(tmp_path / "none", tmp_path / "out"))
     monkeypatch.setattr(MMDiTShapes, "pretrained", classmethod(lambda cls: tiny_adapter()))
     assert "are of mmdit-shapes with other weights" in fail(*verb(calib, tmp_path / "out"))
-    assert "is of model 'mmdit-shapes', not of 'sd3-medium'" in fail(*verb(calib, tmp_path / "out", "--model", "sd3-medium"))
+    assert "is of model 'mmdit-shapes', not of 'sd3-medium'" in fail(
+        *verb(calib, tmp_path / "out", "--model", "sd3-medium")
+    )
 
 
 @pytest.mark.parametrize(
@@ -314,5 +370,9 @@ def test_impossible_settings_are_one_clear_error(calib, tmp_path, options, messa
 
 def test_defaults_are_the_seed_documents():
     options = {option.name: option for option in adaround_optimize.command.params}
-    assert {name: options[name].default for name in ("bits_w", "bits_a", "iters")} == {"bits_w": 4, "bits_a": "8", "iters": 1000}
+    assert {name: options[name].default for name in ("bits_w", "bits_a", "iters")} == {
+        "bits_w": 4,
+        "bits_a": "8",
+        "iters": 1000,
+    }
     assert all(options[name].required for name in ("cache_dir", "output_dir"))

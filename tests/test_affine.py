@@ -1,4 +1,6 @@
-"""A quantized layer in MLX's own layout: the same codes, the same numbers, and back to the same bytes; what has no place is named."""
+"""A quantized layer in MLX's own layout: the same codes, the same numbers, and back to the same bytes; what has no
+place is named.
+"""
 
 import mlxquant  # noqa: F401  # before mlx
 
@@ -17,7 +19,21 @@ from mlxquant.layers.plain import affine_layer, obstacles, restored
 from mlxquant.layers.tree import parameters
 from mlxquant.numerics.low_rank import LowRank
 
-FORMATS = ["w2", "w3-g32", "w4", "w4-asym", "w4-g64", "w4-g128-sym", "w5-g32", "w6", "w7", "w7-g64", "w8", "w8-tensor", "w8-g32"]
+FORMATS = [
+    "w2",
+    "w3-g32",
+    "w4",
+    "w4-asym",
+    "w4-g64",
+    "w4-g128-sym",
+    "w5-g32",
+    "w6",
+    "w7",
+    "w7-g64",
+    "w8",
+    "w8-tensor",
+    "w8-g32",
+]
 
 
 def layer(format="w4", shape=(24, 128), bias=True, scale=1.0, **options):
@@ -33,13 +49,17 @@ def test_a_plain_layer_computes_the_same_numbers(format):
     assert plain.bits == (8 if "w7" in format else ours.format.bits)
     codes = unpack(np.array(plain.arrays["weight"]), plain.bits, 128)
     np.testing.assert_array_equal(codes, ours.codes())
-    scales, biases = (np.repeat(np.array(plain.arrays[name], np.float64), plain.group_size, axis=1) for name in ("scales", "biases"))
+    scales, biases = (
+        np.repeat(np.array(plain.arrays[name], np.float64), plain.group_size, axis=1) for name in ("scales", "biases")
+    )
     exact = scales * codes + biases
     np.testing.assert_allclose(np.array(ours.dequantized()), exact, rtol=1e-6, atol=1e-7)
 
     theirs = nn.Linear(128, 24).to_quantized(**plain.setting)
     theirs.load_weights(list(plain.arrays.items()))
-    assert {name: value.dtype for name, value in parameters(theirs).items()} == {k: v.dtype for k, v in plain.arrays.items()}
+    assert {name: value.dtype for name, value in parameters(theirs).items()} == {
+        k: v.dtype for k, v in plain.arrays.items()
+    }
     x = np.random.default_rng(1).standard_normal((3, 128)).astype(np.float32)
     wanted = x.astype(np.float64) @ exact.T + np.arange(24) / 8
     np.testing.assert_allclose(np.array(theirs(mx.array(x))), wanted, atol=3e-5)
@@ -66,7 +86,9 @@ def test_scales_are_float32_where_float16_has_no_room_for_their_bias():
     assert np.abs(np.array(plain.arrays["biases"])).max() > np.finfo(np.float16).max
     assert affine_layer(layer("w8")).arrays["biases"].dtype == mx.float16
     arrays = {f"a.{name}": value for name, value in plain.arrays.items()}
-    np.testing.assert_array_equal(np.array(restored(arrays, {"a": ours.facts}, ["a"])["a.scales"]), np.array(ours.scales))
+    np.testing.assert_array_equal(
+        np.array(restored(arrays, {"a": ours.facts}, ["a"])["a.scales"]), np.array(ours.scales)
+    )
 
 
 def with_table(made):

@@ -19,7 +19,9 @@ from mlxquant.sweep.allocation import allocate, stored_bytes
 
 from conftest import tiny_adapter
 
-SILENT_END = "multimodal_transformer_blocks.1.text_transformer_block.attn.q_proj"  # nothing that it writes reaches the velocity
+SILENT_END = (  # nothing that it writes reaches the velocity
+    "multimodal_transformer_blocks.1.text_transformer_block.attn.q_proj"
+)
 BLOCK = "multimodal_transformer_blocks.0"
 
 
@@ -49,7 +51,9 @@ def test_bytes_are_those_of_the_layer(text, rank):
     form = WeightFormat.parse(text)
     for shape in ((8, 64), (5, 192)):
         small = min(rank, *shape)
-        branch = LowRank(np.ones((shape[0], small), np.float16), np.ones((small, shape[1]), np.float16)) if rank else None
+        branch = (
+            LowRank(np.ones((shape[0], small), np.float16), np.ones((small, shape[1]), np.float16)) if rank else None
+        )
         layer = QuantizedLinear(np.zeros(shape, np.uint8), fit_extremes(np.ones(shape), form), branch=branch)
         assert stored_bytes(LayerSpec(form, branch="svd" if rank else None, rank=rank), shape) == layer.nbytes
 
@@ -70,7 +74,9 @@ def test_the_quantized_model_is_as_large_as_was_said(model, calib, mixed):
 
 
 def test_a_recipe_with_branches_keeps_its_size(model, calib):
-    quantized = mq.quantize(model, calib, allocate(model.adapter, calib, parse_recipe("rtn+svd2-w4a16"), bits_per_weight=7).recipe)
+    quantized = mq.quantize(
+        model, calib, allocate(model.adapter, calib, parse_recipe("rtn+svd2-w4a16"), bits_per_weight=7).recipe
+    )
     assert 6.5 < quantized.size.bits_per_quantized_weight <= 7
 
 
@@ -100,8 +106,9 @@ def test_more_bytes_never_predict_more_error_and_uniform_is_beaten_at_its_size(m
 
 
 def test_the_predicted_error_is_that_of_the_velocity(model, calib):
-    """One layer at a time in 4 bits, measured on the whole calibration set. In the last layer nothing is left to estimate. Inside the
-    model the prediction is to first order and takes errors of tokens as independent: what they have in common adds up to more.
+    """One layer at a time in 4 bits, measured on the whole calibration set. In the last layer nothing is left to
+    estimate. Inside the model the prediction is to first order and takes errors of tokens as independent: what they
+    have in common adds up to more.
     """
     facts = allocate(model.adapter, calib, parse_recipe("rtn-w4a16", ["@output=w4a16"]), widths=(4,)).facts["layers"]
     adapter, (sigmas, states) = model.adapter, calib.batches(model.adapter)
@@ -152,7 +159,9 @@ def test_the_sweep_takes_about_as_many_bits_as_was_said(model, calib, mixed):
 
 def test_fewer_bits_cost_more(model, calib):
     recipe = parse_recipe("rtn-w4a8")
-    errors = [allocate(model.adapter, calib, recipe, bits_per_activation=bits).facts["input_error"] for bits in (4, 6, 8)]
+    errors = [
+        allocate(model.adapter, calib, recipe, bits_per_activation=bits).facts["input_error"] for bits in (4, 6, 8)
+    ]
     assert errors == sorted(errors, reverse=True)
     assert errors[0] > 20 * errors[-1]
 
@@ -160,7 +169,9 @@ def test_fewer_bits_cost_more(model, calib):
 @pytest.mark.parametrize("name", ["gptq-w4a16", "qronos-w4a16"])
 def test_prediction_is_for_the_method_that_will_round(model, calib, name):
     """Both see what GPTQ sees in the full-precision model, where the streams do not differ."""
-    own, nearest = (allocate(model.adapter, calib, parse_recipe(recipe)).facts["error"] for recipe in (name, "rtn-w4a16"))
+    own, nearest = (
+        allocate(model.adapter, calib, parse_recipe(recipe)).facts["error"] for recipe in (name, "rtn-w4a16")
+    )
     assert own < 0.5 * nearest
 
 
@@ -191,7 +202,9 @@ def test_a_killed_survey_goes_on_in_the_stage_it_was_in(model, calib, mixed, tmp
         save(self, name, tables)
 
     def again():
-        return allocate(model.adapter, calib, parse_recipe("rtn-w4a8"), bits_per_weight=6, bits_per_activation=6, work=tmp_path)
+        return allocate(
+            model.adapter, calib, parse_recipe("rtn-w4a8"), bits_per_weight=6, bits_per_activation=6, work=tmp_path
+        )
 
     monkeypatch.setattr(kept_arrays.Measurements, "save", stop)
     with pytest.raises(KeyboardInterrupt):
@@ -219,7 +232,9 @@ def test_a_survey_of_other_formats_is_not_taken(model, calib, tmp_path):
 def test_other_limits_need_no_second_survey(model, calib, mixed, tmp_path, monkeypatch):
     allocate(model.adapter, calib, parse_recipe("rtn-w4a8"), bits_per_weight=5, bits_per_activation=7, work=tmp_path)
     monkeypatch.setattr(allocation, "weight_errors", None)
-    other = allocate(model.adapter, calib, parse_recipe("rtn-w4a8"), bits_per_weight=6, bits_per_activation=6, work=tmp_path)
+    other = allocate(
+        model.adapter, calib, parse_recipe("rtn-w4a8"), bits_per_weight=6, bits_per_activation=6, work=tmp_path
+    )
     assert other.facts == mixed.facts
 
 
@@ -241,7 +256,8 @@ def test_nothing_asked_is_nothing_changed(model, calib):
 @pytest.mark.parametrize(
     ("name", "limits", "message"),
     [
-        ("rtn-w4a8", {"bits_per_weight": 2.5}, r"2\.5 bits .* cannot be met; its 32 layers, 11 of which keep 8 bits, take 4\.967 to 8\.4"),
+        ("rtn-w4a8", {"bits_per_weight": 2.5},
+        r"2\.5 bits .* cannot be met; its 32 layers, 11 of which keep 8 bits, take 4\.967 to 8\.4"),
         ("rtn-w8a8", {"bits_per_weight": 6}, r"6 bits per weight cannot be met"),
         ("rtn-w4a8", {"bits_per_weight": float("nan")}, r"nan bits per weight cannot be met"),
         ("rtn-w4a8", {"bits_per_activation": 3.5}, r"3\.5 bits per activation cannot be met; inputs take 4 to 8"),

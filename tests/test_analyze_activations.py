@@ -1,4 +1,6 @@
-"""The verb: a config, its analysis and its picture from the statistics, equal for equal runs, and one clear error on everything else."""
+"""The verb: a config, its analysis and its picture from the statistics, equal for equal runs, and one clear error on
+everything else.
+"""
 
 import os
 from functools import partial
@@ -46,15 +48,26 @@ def stats_file(tmp_path, monkeypatch, stats):
 def test_the_command_writes_what_it_promises(stats_file, stats):
     facts, said = succeed("--stats", stats_file)
     folder = stats_file.parent
-    assert sorted(os.listdir(folder)) == ["layer_temporal_analysis.json", "quant_config.json", "quant_config.npz", "quant_ranges.png"]
+    assert sorted(os.listdir(folder)) == [
+        "layer_temporal_analysis.json",
+        "quant_config.json",
+        "quant_config.npz",
+        "quant_ranges.png",
+    ]
     config = QuantConfig.read(folder / "quant_config.json")
     assert {"output", "mean_bits", "counts", "switchers", "always_a8"} <= set(facts)
-    assert sum(facts["counts"].values()) == facts["layers"] * facts["timesteps"] == sum(t.bits.size for t in config.plain.values())
+    assert (
+        sum(facts["counts"].values())
+        == facts["layers"] * facts["timesteps"]
+        == sum(t.bits.size for t in config.plain.values())
+    )
     assert facts["mean_bits"] == config.mean_bits
     assert "attn.q_proj" in said
     assert "velocity" in said
     q = [
-        line.split() for line in said.splitlines() if line.startswith("multimodal_transformer_blocks.*.image_transformer_block.attn.q_proj")
+        line.split()
+        for line in said.splitlines()
+        if line.startswith("multimodal_transformer_blocks.*.image_transformer_block.attn.q_proj")
     ]
     kind = [facts for path, facts in config.layers.items() if path.endswith("image_transformer_block.attn.q_proj")]
     for position, name in ((-2, "error"), (-1, "relative_error")):
@@ -100,7 +113,17 @@ def test_a_killed_run_is_repeated_without_force_and_other_configs_keep_their_ana
 
 def test_options_reach_the_decision(stats_file, tmp_path):
     (tmp_path / "a").mkdir()
-    arguments = ["--rule", "threshold", "--thresholds", "1.5,1e6", "--range", "average", "--alpha", "0.25", "--migration"]
+    arguments = [
+        "--rule",
+        "threshold",
+        "--thresholds",
+        "1.5,1e6",
+        "--range",
+        "average",
+        "--alpha",
+        "0.25",
+        "--migration",
+    ]
     facts, _ = succeed("--stats", stats_file, "--output", tmp_path / "a" / "mine.json", *arguments)
     config = QuantConfig.read(tmp_path / "a" / "mine.json")
     expected = Options("threshold", thresholds=(1.5, 1e6), range="average", alpha=0.25, migration=True)
@@ -153,7 +176,9 @@ def test_the_activation_track_from_its_first_step(tmp_path, monkeypatch):
     facts, _ = succeed("--stats", tmp_path / "activations" / "layer_statistics.json")
     config = QuantConfig.read(tmp_path / "activations" / "quant_config.json")
     assert config.facts["calibration"] == file_digest(tmp_path / "manifest.json")
-    assert config.facts["parents"] == {"layer_statistics.json": file_digest(tmp_path / "activations" / "layer_statistics.json")}
+    assert config.facts["parents"] == {
+        "layer_statistics.json": file_digest(tmp_path / "activations" / "layer_statistics.json")
+    }
     assert config.step_keys == ("2", "0")
     adapter = tiny_adapter()
     assert set(config.plain) == {path for path in adapter.linears() if adapter.role(path) in ("attention", "mlp")}

@@ -46,7 +46,9 @@ def test_stored_size_is_what_the_formats_imply(quantized, tmp_path, embedded):
     file = (tmp_path / "q" / "weights.safetensors").stat().st_size
     header = 250 * len(quantized._arrays())  # names, shapes and offsets
     assert size.model_bytes <= file <= size.model_bytes + header
-    implied = sum(layer.format.bits_per_weight(layer.shape) * np.prod(layer.shape) for layer in quantized.layers.values())
+    implied = sum(
+        layer.format.bits_per_weight(layer.shape) * np.prod(layer.shape) for layer in quantized.layers.values()
+    )
     weights = sum(np.prod(layer.shape) for layer in quantized.layers.values())
     assert size.bits_per_quantized_weight == pytest.approx(implied / weights)
     main = [layer for layer in quantized.layers.values() if layer.table is not None]
@@ -94,7 +96,9 @@ def test_whole_weights_of_another_model_are_refused(quantized, tmp_path):
         mq.load(tmp_path / "q")
 
 
-@pytest.mark.parametrize("files", [{"weights.safetensors": ""}, {"weights.safetensors": None}, {}, {"../q/weights.safetensors": "0" * 64}])
+@pytest.mark.parametrize(
+    "files", [{"weights.safetensors": ""}, {"weights.safetensors": None}, {}, {"../q/weights.safetensors": "0" * 64}]
+)
 def test_weights_that_model_json_does_not_vouch_for_are_refused(quantized, tmp_path, files):
     quantized.save(tmp_path / "q")
     path = tmp_path / "q" / "model.json"
@@ -148,7 +152,9 @@ def test_saving_looks_for_what_fits_half_precision_once(tiny, tmp_path, monkeypa
     model = mq.quantize(tiny, mq.calibrate(tiny, prompts=1, steps=1), "rtn-w4a8")
     asked = []
     fits = _fits_float16
-    monkeypatch.setattr(parameter_files, "_fits_float16", ArrayMemory(lambda value: asked.append(value.shape) or fits(value)))
+    monkeypatch.setattr(
+        parameter_files, "_fits_float16", ArrayMemory(lambda value: asked.append(value.shape) or fits(value))
+    )
     model.save(tmp_path / "q")
     count = len(asked)
     assert model.size.model_bytes > 0

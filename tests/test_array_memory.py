@@ -1,4 +1,6 @@
-"""What is remembered of an array is forgotten the moment that the array is another, and never keeps a replaced array in memory."""
+"""What is remembered of an array is forgotten the moment that the array is another, and never keeps a replaced array in
+memory.
+"""
 
 import gc
 import weakref

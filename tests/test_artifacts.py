@@ -15,7 +15,11 @@ from mlxquant.files.atomic import atomic_file, atomic_folder, ensure_writable, r
 from mlxquant.files.checked import read_json, read_tensors, verify_tensors, write_json, write_tensors
 from mlxquant.files.parameters import compact
 
-ARRAYS = {"b": mx.arange(6, dtype=mx.float32).reshape(2, 3), "a": mx.array([1, 2], mx.uint32), "c": mx.zeros((3,), mx.float16)}
+ARRAYS = {
+    "b": mx.arange(6, dtype=mx.float32).reshape(2, 3),
+    "a": mx.array([1, 2], mx.uint32),
+    "c": mx.zeros((3,), mx.float16),
+}
 
 
 @pytest.fixture
@@ -152,7 +156,10 @@ def written(tmp_path):
 def test_a_folder_that_is_not_ours_is_never_replaced(tmp_path):
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures" / "cat.png").write_text("")
-    with pytest.raises(ArtifactError, match="not written by mlxquant"), atomic_folder(tmp_path / "pictures", force=True):
+    with (
+        pytest.raises(ArtifactError, match="not written by mlxquant"),
+        atomic_folder(tmp_path / "pictures", force=True),
+    ):
         pass
     with pytest.raises(ArtifactError, match="folder of its own"):
         refuse_existing(Path("/"), force=True)

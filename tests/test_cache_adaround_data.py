@@ -39,7 +39,9 @@ def small_model(monkeypatch):
 
 def make_samples(folder, cfg=2.0, adapter=None):
     adapter = adapter or tiny_adapter()
-    return samples.draw(adapter, samples.open_folder(adapter, adapter.prompts("calibration", IMAGES), STEPS, cfg, 0, folder))
+    return samples.draw(
+        adapter, samples.open_folder(adapter, adapter.prompts("calibration", IMAGES), STEPS, cfg, 0, folder)
+    )
 
 
 @pytest.fixture
@@ -53,21 +55,31 @@ def files(folder):
 
 
 def direct(adapter, folder, cfg=2.0):
-    """Without hooks or files: at each noise level, every stage's output state, rows guided then unguided of each image in turn."""
+    """Without hooks or files: at each noise level, every stage's output state, rows guided then unguided of each image
+    in turn.
+    """
     prompts = Samples.read(folder).prompts
     text, empty = adapter.encode([p.text for p in prompts]), adapter.encode([""])
     for step in range(0, STEPS, STRIDE):
         sigma, parts = float(adapter.sigmas(STEPS)[step]), []
         for image in range(IMAGES):
             x = mx.array(np.load(folder / f"samples/{image:04d}_{step:03d}.npz")["x"])[None]
-            sides = {0: [empty], 1: [text.take(slice(image, image + 1))]}.get(cfg, [text.take(slice(image, image + 1)), empty])
+            sides = {0: [empty], 1: [text.take(slice(image, image + 1))]}.get(
+                cfg, [text.take(slice(image, image + 1)), empty]
+            )
             states = [adapter.state(x, side.tokens, side.pooled, sigma) for side in sides]
             state, chain = {key: mx.concatenate([s[key] for s in states]) for key in states[0]}, []
             for stage in adapter.stages:
                 state = stage.run(state)
                 chain.append(state)
             parts.append(chain)
-        yield sigma, [{key: np.concatenate([np.array(p[i][key]) for p in parts]) for key in parts[0][i]} for i in range(len(parts[0]))]
+        yield (
+            sigma,
+            [
+                {key: np.concatenate([np.array(p[i][key]) for p in parts]) for key in parts[0][i]}
+                for i in range(len(parts[0]))
+            ],
+        )
 
 
 @pytest.mark.parametrize("cfg", [2.0, 1.0, 0.0])
@@ -113,7 +125,9 @@ def test_blocks_run_from_the_cached_inputs_reach_the_cached_targets(calib):
 
 
 def test_the_folder_is_small_and_holds_no_conditioning(calib):
-    """Lessons 12 and 13: no inputs, outputs at a few tokens, float16, nothing that a prompt determines, no absolute paths."""
+    """Lessons 12 and 13: no inputs, outputs at a few tokens, float16, nothing that a prompt determines, no absolute
+    paths.
+    """
     facts, _ = succeed(calib)
     folder = calib / "adaround_cache"
     written = files(folder)
@@ -142,17 +156,23 @@ def test_the_disk_it_announces_is_enough_and_not_far_off(calib):
 
 
 def test_one_forward_pass_serves_all_blocks(calib, monkeypatch):
-    """Lesson 14: passes are images times steps in batches, not multiplied by the blocks; one evaluation collects all arrays."""
+    """Lesson 14: passes are images times steps in batches, not multiplied by the blocks; one evaluation collects all
+    arrays.
+    """
     calls, evaluations = [], []
     velocity, evaluate = MMDiTShapes.velocity, mx.eval
-    monkeypatch.setattr(MMDiTShapes, "velocity", lambda self, x, *rest: calls.append(len(x)) or velocity(self, x, *rest))
+    monkeypatch.setattr(
+        MMDiTShapes, "velocity", lambda self, x, *rest: calls.append(len(x)) or velocity(self, x, *rest)
+    )
     monkeypatch.setattr(block_cache.mx, "eval", lambda *some: evaluations.append(some) or evaluate(*some))
     succeed(calib)
     assert calls == [2, 4, 4, 2, 2]  # one to measure, then two steps of two images and two of one, guided and unguided
     assert sum(isinstance(some[0], dict) and "mm0__image" in some[0] for some in evaluations) == 4
 
 
-@pytest.mark.parametrize(("tokens", "image", "text"), [(None, 8, 4), (5, 5, 5), (20, 20, 12), (0, 64, 12), (1000, 64, 12)])
+@pytest.mark.parametrize(
+    ("tokens", "image", "text"), [(None, 8, 4), (5, 5, 5), (20, 20, 12), (0, 64, 12), (1000, 64, 12)]
+)
 def test_tokens_are_sorted_distinct_and_the_same_for_both_sides(calib, tokens, image, text):
     succeed(calib, *([] if tokens is None else ["--tokens", tokens]), "--seed", 3)
     cache = BlockCache.read(calib / "adaround_cache")
@@ -169,7 +189,9 @@ def test_tokens_are_sorted_distinct_and_the_same_for_both_sides(calib, tokens, i
 
 def test_tokens_follow_seed_image_and_step():
     """Fixed places would teach the rounding those places only: measured, it cost 1 dB."""
-    counts = {name: (block_cache.kept_tokens(length, None), length) for name, length in {"image": 1024, "text": 154}.items()}
+    counts = {
+        name: (block_cache.kept_tokens(length, None), length) for name, length in {"image": 1024, "text": 154}.items()
+    }
     assert counts == {"image": (128, 1024), "text": (19, 154)}
     first = draw_tokens(counts, 0, image=3, step=5)
     np.testing.assert_array_equal(first["image"], draw_tokens(counts, 0, image=3, step=5)["image"])
@@ -203,7 +225,9 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(calib, monkeypatch, writes
             BlockCache.read(folder)
         assert len(BlockCache.read(folder, complete=False).ledger.files) == (2 if writes == 3 else 5)
     calls, velocity = [], MMDiTShapes.velocity
-    monkeypatch.setattr(MMDiTShapes, "velocity", lambda self, x, *rest: calls.append(len(x)) or velocity(self, x, *rest))
+    monkeypatch.setattr(
+        MMDiTShapes, "velocity", lambda self, x, *rest: calls.append(len(x)) or velocity(self, x, *rest)
+    )
     succeed(calib)
     assert len(calls) == 1 + {0: 4, 1: 4, 3: 3, 5: 1}[writes]
     assert files(folder) == files(whole)
@@ -301,7 +325,10 @@ def test_what_float16_cannot_hold_is_refused_by_block_and_stream(tmp_path):
     adapter = loud_adapter()
     found = make_samples(tmp_path / "c", adapter=adapter)
     plan = block_cache.plan(adapter, found, 1, 1)
-    with pytest.raises(NumericsError, match=r"output of block multimodal_transformer_blocks\.1, stream 'image', reaches \d\.\d+e\+0[5-9]"):
+    with pytest.raises(
+        NumericsError,
+        match=r"output of block multimodal_transformer_blocks\.1, stream 'image', reaches \d\.\d+e\+0[5-9]",
+    ):
         block_cache.write(plan, adapter, tmp_path / "cache")
     assert adapter._hooks == {}
     assert files(tmp_path / "cache") == {}
@@ -345,7 +372,9 @@ def test_a_model_that_runs_past_its_hooks_is_refused(calib):
 def test_block_1_is_not_block_11(tmp_path):
     """Lesson 11: names decoded by their beginning."""
     adapter = MMDiTShapes.blank({"config": {**TINY, "depth_multimodal": 12}})
-    adapter.module.update(tree_map(lambda x: mx.random.normal(x.shape, key=mx.random.key(x.size)) * 0.15, adapter.module.parameters()))
+    adapter.module.update(
+        tree_map(lambda x: mx.random.normal(x.shape, key=mx.random.key(x.size)) * 0.15, adapter.module.parameters())
+    )
     plan = block_cache.plan(adapter, make_samples(tmp_path / "c", adapter=adapter), 1, STEPS)
     cache = block_cache.write(plan, adapter, tmp_path / "cache")
     assert [set(cache.targets(block)[0]) for block in (1, 11)] == [{"image", "text"}, {"image"}]
@@ -354,7 +383,10 @@ def test_block_1_is_not_block_11(tmp_path):
 
 def test_defaults_are_the_seed_documents():
     command = cli.main.get_command(None, "cache-adaround-data")
-    assert {p.name: p.default for p in command.params if p.name in ("num_images", "stride")} == {"num_images": 5, "stride": 5}
+    assert {p.name: p.default for p in command.params if p.name in ("num_images", "stride")} == {
+        "num_images": 5,
+        "stride": 5,
+    }
 
 
 def test_inputs_come_from_the_trajectories_and_only_from_the_right_ones(calib, tmp_path):

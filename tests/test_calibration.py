@@ -76,13 +76,17 @@ def test_a_batch_is_what_the_sampler_sees(cfg, samples):
             rows = range(len(state["t"]))
             guided = [row % 2 == 0 if in_order else row < count for row in rows] if cfg == 2 else [True] * count
             for row in rows:
-                picture = next(p for p in calib.pictures[step] if mx.array_equal(calib.latents[step, p], state["latent"][row]))
+                picture = next(
+                    p for p in calib.pictures[step] if mx.array_equal(calib.latents[step, p], state["latent"][row])
+                )
                 text = texts[picture] if guided[row] else ""
                 assert mx.array_equal(state["tokens"][row], adapter.encode([text]).tokens[0])
                 assert mx.array_equal(state["pooled"][row], adapter.encode([text]).pooled[0])
                 found.append((step, picture, guided[row]))
         sides = (True, False) if cfg == 2 else (True,)
-        assert sorted(found) == sorted((s, p, side) for s, some in enumerate(calib.pictures) for p in some for side in sides)
+        assert sorted(found) == sorted(
+            (s, p, side) for s, some in enumerate(calib.pictures) for p in some for side in sides
+        )
 
 
 def test_in_order_takes_all_pictures_of_a_step_at_once():
@@ -211,7 +215,11 @@ def test_a_limit_is_saved_and_what_has_none_yet_is_read(tmp_path):
     calib.save(tmp_path / FILE)
     assert Calibration.load(tmp_path / FILE).facts == calib.facts
     arrays, header = read_tensors(tmp_path / FILE, "calibration")
-    old = {key: value for key, value in header.items() if key not in ("samples", "pictures", "latent_shape", "kind", "version")}
+    old = {
+        key: value
+        for key, value in header.items()
+        if key not in ("samples", "pictures", "latent_shape", "kind", "version")
+    }
     write_tensors(tmp_path / "old", "calibration", arrays, old)
     assert Calibration.load(tmp_path / "old").facts == drawn(Chain()).facts
 

@@ -25,7 +25,10 @@ def keys(text):
         ("qronos-w4a16", ["zhang2025qronos"]),
         ("descent+smoothquant-w4a8", ["behdin2023quantease", "xiao2023smoothquant"]),
         ("svdquant-w4a8", ["frantar2023gptq", "xiao2023smoothquant", "li2025svdquant"]),
-        ("taqdit-w4a8", ["nagel2020adaround", "li2021brecq", "frantar2023gptq", "xiao2023smoothquant", "liu2024taqdit"]),
+        (
+            "taqdit-w4a8",
+            ["nagel2020adaround", "li2021brecq", "frantar2023gptq", "xiao2023smoothquant", "liu2024taqdit"],
+        ),
         ("rtn+tdq-w4a8", ["so2023tdq"]),
         ("rtn+corrected-w4a16", ["zhang2025qronos"]),
         ("rtn+progressive-w4a16", ["huang2024tcaqdm"]),

@@ -55,7 +55,17 @@ def test_quantize_then_generate(tmp_path):
     succeed("generate", "--model", tmp_path / "q", "--prompt", PROMPT, "--seed", 7, "--steps", 2, "--output", again)
     assert picture.read_bytes() == again.read_bytes()
     facts, _ = succeed(
-        "generate", "--model", tmp_path / "q", "--compare", "mmdit-shapes", "--prompt", PROMPT, "--steps", 2, "--output", again
+        "generate",
+        "--model",
+        tmp_path / "q",
+        "--compare",
+        "mmdit-shapes",
+        "--prompt",
+        PROMPT,
+        "--steps",
+        2,
+        "--output",
+        again,
     )
     assert facts["psnr_db"] > 0
     with Image.open(again) as image:
@@ -64,7 +74,9 @@ def test_quantize_then_generate(tmp_path):
 
 def test_own_prompts_and_overrides(tmp_path):
     (tmp_path / "p.txt").write_text(f"3\t{PROMPT}\n")
-    facts, _ = succeed(*QUANTIZE, "--prompts", tmp_path / "p.txt", "--override", "*.mlp.fc2=w8a16", "--out", tmp_path / "q")
+    facts, _ = succeed(
+        *QUANTIZE, "--prompts", tmp_path / "p.txt", "--override", "*.mlp.fc2=w8a16", "--out", tmp_path / "q"
+    )
     assert facts["recipe"] == "gptq-w4a8,*.mlp.fc2=w8a16"
     saved = read_json(tmp_path / "q" / "model.json", "quantized-model")
     assert saved["calibration"]["prompts"] == [[3, PROMPT]]
@@ -114,8 +126,12 @@ def test_bad_arguments_are_one_clear_error(tmp_path, change, message):
 def test_empty_prompt_files_and_prompts_are_refused(tmp_path):
     (tmp_path / "p.txt").write_text("")
     assert "holds no prompts" in fail(*QUANTIZE, "--prompts", tmp_path / "p.txt", "--out", tmp_path / "q")
-    assert "--prompt is empty" in fail("generate", "--model", "mmdit-shapes", "--prompt", " ", "--output", tmp_path / "a.png")
-    assert "cannot draw 'a cat'" in fail("generate", "--model", "mmdit-shapes", "--prompt", "a cat", "--output", tmp_path / "a.png")
+    assert "--prompt is empty" in fail(
+        "generate", "--model", "mmdit-shapes", "--prompt", " ", "--output", tmp_path / "a.png"
+    )
+    assert "cannot draw 'a cat'" in fail(
+        "generate", "--model", "mmdit-shapes", "--prompt", "a cat", "--output", tmp_path / "a.png"
+    )
     (tmp_path / "p.txt").write_text("1\ta tabby cat\n")
     assert "cannot draw 'a tabby cat'" in fail(*QUANTIZE, "--prompts", tmp_path / "p.txt", "--out", tmp_path / "q")
     assert os.listdir(tmp_path) == ["p.txt"]
@@ -150,7 +166,9 @@ def test_nan_weights_are_one_clear_error(tmp_path, monkeypatch):
 
     monkeypatch.setattr(MMDiTShapes, "pretrained", classmethod(poisoned))
     assert "final_layer.linear.weight holds 1 NaN" in fail(*QUANTIZE, "--out", tmp_path / "q")
-    assert "NaN" in fail("generate", "--model", "mmdit-shapes", "--prompt", PROMPT, "--steps", "1", "--output", tmp_path / "a.png")
+    assert "NaN" in fail(
+        "generate", "--model", "mmdit-shapes", "--prompt", PROMPT, "--steps", "1", "--output", tmp_path / "a.png"
+    )
     assert os.listdir(tmp_path) == []
 
 
@@ -194,7 +212,9 @@ def test_killed_quantize_resumes_to_the_same_bytes(tmp_path, stages):
 
 
 def test_interrupt_says_how_to_go_on(tmp_path):
-    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it, and so would their children
+    heard = partial(
+        signal.signal, signal.SIGINT, signal.SIG_DFL
+    )  # a shell's background jobs ignore it, and so would their children
     process = subprocess_run(tmp_path, "demo", "--out", tmp_path / "demo", "--steps", 60, preexec_fn=heard)
     deadline = time.monotonic() + 60
     while not (tmp_path / "demo.partial" / "calibration.safetensors").exists():
@@ -221,7 +241,9 @@ def test_progress_of_other_settings_is_not_used(tmp_path, monkeypatch):
     assert sorted(os.listdir(tmp_path / "b.partial")) == ["calibration.safetensors", "gptq-w4a8"]
     monkeypatch.setattr(FolderStore, "save", save)
     succeed(*QUANTIZE, "--out", tmp_path / "b")
-    assert (tmp_path / "a" / "weights.safetensors").read_bytes() == (tmp_path / "b" / "weights.safetensors").read_bytes()
+    assert (tmp_path / "a" / "weights.safetensors").read_bytes() == (
+        tmp_path / "b" / "weights.safetensors"
+    ).read_bytes()
 
 
 def test_paths_that_cannot_be_looked_at_are_one_clear_error(tmp_path):
@@ -250,12 +272,14 @@ def test_every_verb_is_a_module_too():
 
 
 def test_module_entry_point_prints_no_warning():
-    done = subprocess.run([sys.executable, "-m", "mlxquant.quantize", "--help"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "mlxquant.quantize", "--help"], capture_output=True, text=True, check=True
+    )
     assert done.stderr == ""
     assert "--recipe" in done.stdout
-    assert subprocess.run([sys.executable, "-m", "mlxquant", "--version"], capture_output=True, text=True, check=True).stdout.startswith(
-        "mlxquant"
-    )
+    assert subprocess.run(
+        [sys.executable, "-m", "mlxquant", "--version"], capture_output=True, text=True, check=True
+    ).stdout.startswith("mlxquant")
 
 
 def test_embedded_weights_ship_with_the_package():

@@ -41,7 +41,11 @@ def test_the_folder_is_as_promised(calib):
     written = files(out)
     steps = [f"timestep_stats/step_{step}{end}" for step in (0, 2) for end in (".npz", "_index.json")]
     assert set(written) == {"layer_statistics.json", "ranges.png", *steps}
-    assert {k: facts[k] for k in ("layers", "timesteps", "model")} == {"layers": 21, "timesteps": 2, "model": "mmdit-shapes"}
+    assert {k: facts[k] for k in ("layers", "timesteps", "model")} == {
+        "layers": 21,
+        "timesteps": 2,
+        "model": "mmdit-shapes",
+    }
     assert facts["disk_bytes"] == sum(path.stat().st_size for name, path in written.items() if name != "ranges.png")
     assert facts["seconds"] > 0
     assert facts["peak_bytes"] > 1e6
@@ -58,10 +62,29 @@ def test_the_folder_is_as_promised(calib):
 
 
 def test_every_flag_counts(calib, tmp_path):
-    succeed(calib, "--output-dir", tmp_path / "s", "--num-images", 2, "--stride", 1, "--rows", 4, "--seed", 3, "--model", "mmdit-shapes")
+    succeed(
+        calib,
+        "--output-dir",
+        tmp_path / "s",
+        "--num-images",
+        2,
+        "--stride",
+        1,
+        "--rows",
+        4,
+        "--seed",
+        3,
+        "--model",
+        "mmdit-shapes",
+    )
     stats = ActivationStats.read(tmp_path / "s" / "layer_statistics.json")
     facts = stats.ledger.facts
-    assert {k: facts[k] for k in ("num_images", "stride", "rows", "seed")} == {"num_images": 2, "stride": 1, "rows": 4, "seed": 3}
+    assert {k: facts[k] for k in ("num_images", "stride", "rows", "seed")} == {
+        "num_images": 2,
+        "stride": 1,
+        "rows": 4,
+        "seed": 3,
+    }
     assert stats.ranges(stats.layers[0]).rows.shape == (4, 4, 32)
     assert not (calib / "activations").exists()
 

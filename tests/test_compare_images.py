@@ -1,4 +1,6 @@
-"""``mlxquant compare-images``: pairs by name, the metrics of everything else, and one clear error on what is no pair."""
+"""``mlxquant compare-images``: pairs by name, the metrics of everything else, and one clear error on what is no
+pair.
+"""
 
 import math
 import os
@@ -54,12 +56,18 @@ def test_pairs_are_measured_and_copied(folders, tmp_path):
         (read_picture(folders[1] / own), read_picture(folders[0] / exact))
         for own, exact in (("cat.png", "cat.png"), ("dog.JPG", "dog.png"))
     ]
-    assert result["each"] == {"psnr_db": [float(psnr(*pair)[0]) for pair in pairs], "ssim": [float(ssim(*pair)[0]) for pair in pairs]}
+    assert result["each"] == {
+        "psnr_db": [float(psnr(*pair)[0]) for pair in pairs],
+        "ssim": [float(ssim(*pair)[0]) for pair in pairs],
+    }
     assert result["psnr_db"] == np.mean(result["each"]["psnr_db"])
     assert result["model_bytes"] is None
     assert facts["results"][0]["psnr_db"] == result["psnr_db"]
     assert "PSNR" in said
-    with Image.open(tmp_path / "r" / "images" / "b" / "0001.png") as copied, Image.open(folders[1] / "dog.JPG") as given:
+    with (
+        Image.open(tmp_path / "r" / "images" / "b" / "0001.png") as copied,
+        Image.open(folders[1] / "dog.JPG") as given,
+    ):
         np.testing.assert_array_equal(np.asarray(copied), np.asarray(given))
     assert sorted(os.listdir(tmp_path / "r")) == ["images", "report.csv", "report.json"]
 
@@ -113,8 +121,20 @@ def test_arguments_are_checked_first(folders, tmp_path):
     assert "No such file" in fail("compare-images", folders[0], tmp_path / "none", "--out", tmp_path / "r")
     assert "--prompts" in fail("compare-images", *folders, "--metric", "clip-score", "--out", tmp_path / "r")
     (tmp_path / "p.txt").write_text("1\ta cat\n")
-    assert "1 prompts for 2 pictures" in fail("compare-images", *folders, "--prompts", tmp_path / "p.txt", "--out", tmp_path / "r")
-    wrong = fail("compare-images", tmp_path / "none", folders[1], "--metric", "fid", "--weights", "fad=x", "--out", tmp_path / "r")
+    assert "1 prompts for 2 pictures" in fail(
+        "compare-images", *folders, "--prompts", tmp_path / "p.txt", "--out", tmp_path / "r"
+    )
+    wrong = fail(
+        "compare-images",
+        tmp_path / "none",
+        folders[1],
+        "--metric",
+        "fid",
+        "--weights",
+        "fad=x",
+        "--out",
+        tmp_path / "r",
+    )
     assert "no metric 'fad'" in wrong
     succeed("compare-images", *folders, "--out", tmp_path / "r")
     assert "--force" in fail("compare-images", *folders, "--out", tmp_path / "r")

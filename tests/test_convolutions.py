@@ -29,7 +29,9 @@ def built(name):
     """A layer with weights that are the same every time, and an input for it."""
     make, shape = LAYERS[name]
     layer, rng = make(), np.random.default_rng(0)
-    layer.update({key: mx.array(rng.normal(size=value.shape).astype(np.float32)) for key, value in layer.parameters().items()})
+    layer.update(
+        {key: mx.array(rng.normal(size=value.shape).astype(np.float32)) for key, value in layer.parameters().items()}
+    )
     return layer, mx.array(rng.normal(size=shape).astype(np.float32))
 
 
@@ -57,7 +59,12 @@ def reference(x, kernel, bias, stride, padding, dilation, groups):
     for o, i, j in itertools.product(range(out), range(down), range(across)):
         start = o // (out // groups) * channels
         top, left = i * stride[0], j * stride[1]
-        patch = x[:, top : top + dilation * rows : dilation, left : left + dilation * columns : dilation, start : start + channels]
+        patch = x[
+            :,
+            top : top + dilation * rows : dilation,
+            left : left + dilation * columns : dilation,
+            start : start + channels,
+        ]
         y[:, i, j, o] = (patch[:, :rows, :columns] * kernel[o]).sum((1, 2, 3)) + bias[o]
     return y
 

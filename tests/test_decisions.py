@@ -1,4 +1,6 @@
-"""From statistics to decisions: complete, better where it claims to be, and refused where they do not belong to the model."""
+"""From statistics to decisions: complete, better where it claims to be, and refused where they do not belong to the
+model.
+"""
 
 from dataclasses import replace
 
@@ -106,11 +108,16 @@ def test_the_error_rule_keeps_its_budget_or_says_eight(plain):
 
 
 def test_bits_go_where_errors_reach_the_velocity(plain):
-    """A layer whose errors cost a thousand times as much is given bits, the others are not, and at once for each timestep."""
+    """A layer whose errors cost a thousand times as much is given bits, the others are not, and at once for each
+    timestep.
+    """
     adapter, stats = plain
     factors = np.array([1.0, 1e3, 1.0])[:, None]
     dearer = {**stats.costs.layers, Q: stats.costs.layers[Q] * factors}
-    before, after = (decide(s, adapter, Options(budget=7e-5)) for s in (stats, replace(stats, costs=replace(stats.costs, layers=dearer))))
+    before, after = (
+        decide(s, adapter, Options(budget=7e-5))
+        for s in (stats, replace(stats, costs=replace(stats.costs, layers=dearer)))
+    )
     np.testing.assert_array_equal(after.plain[Q].bits[[0, 2]], before.plain[Q].bits[[0, 2]])
     assert (before.plain[Q].bits[1], after.plain[Q].bits[1]) == (4, 8)
     for path in set(before.plain) - {Q}:
@@ -192,7 +199,11 @@ def test_migration_is_tried_when_asked_for(spiky):
     config = decide(stats, adapter, Options(migration=True))
     division = config.migration[FC2]
     assert division.divisor[7] == division.facts["largest"] > 1
-    assert division.applied == (division.facts["error_after"] < division.facts["error_before"]) == config.layers[FC2]["migration"]
+    assert (
+        division.applied
+        == (division.facts["error_after"] < division.facts["error_before"])
+        == config.layers[FC2]["migration"]
+    )
     assert set(config.migrations) == {path for path, facts in config.layers.items() if facts["migration"]}
     assert FC2 in config.migrations
     assert config.tables(migrated=True)[FC2] is not config.plain[FC2]
@@ -208,7 +219,9 @@ def test_statistics_of_another_model_are_refused(plain):
         decide(replace(stats, layers=[]), adapter, Options())
 
 
-@pytest.mark.parametrize("options", [{"budget": 0.0}, {"budget": float("nan")}, {"thresholds": (10.0, 6.0)}, {"thresholds": (0.0, 1.0)}])
+@pytest.mark.parametrize(
+    "options", [{"budget": 0.0}, {"budget": float("nan")}, {"thresholds": (10.0, 6.0)}, {"thresholds": (0.0, 1.0)}]
+)
 def test_impossible_options_are_refused(options):
     with pytest.raises(RecipeError, match="found"):
         Options(**options)

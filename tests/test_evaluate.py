@@ -42,7 +42,9 @@ main(sys.argv[1:])
 
 @pytest.fixture(scope="module", autouse=True)
 def small_model():
-    """Commands run on the tiny model: they are the same, only faster. Pictures come in batches of two; pages are left out."""
+    """Commands run on the tiny model: they are the same, only faster. Pictures come in batches of two; pages are left
+    out.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(MMDiTShapes, "pretrained", classmethod(lambda cls: tiny_adapter()))
         patch.setattr(MMDiTShapes, "batch", 2)
@@ -86,7 +88,16 @@ def test_report_holds_what_it_promises(whole):
     folder, facts, said = whole
     report = read(folder)
     assert [row["recipe"] for row in report["results"]] == ["rtn-w4a8", "gptq-w4a8"]
-    promised = {"psnr_db", "ssim", "accuracy", "bits_per_weight", "model_bytes", "seconds_quantize", "latency_s", "peak_bytes"}
+    promised = {
+        "psnr_db",
+        "ssim",
+        "accuracy",
+        "bits_per_weight",
+        "model_bytes",
+        "seconds_quantize",
+        "latency_s",
+        "peak_bytes",
+    }
     for row in report["results"]:
         assert all(row[key] > 0 for key in promised - {"accuracy"})
         assert 0 <= row["accuracy"] <= 1
@@ -210,7 +221,12 @@ def same_report(folder, whole):
     """Whether a report equals another but for what was measured, and all of its layer reports and pictures do."""
     one, other = read(folder), read(whole)
     assert lasting(one, other["measured"]) == lasting(other, other["measured"])
-    names = [path.relative_to(whole) for kind in ("layers", "images", "models") for path in (whole / kind).rglob("*") if path.is_file()]
+    names = [
+        path.relative_to(whole)
+        for kind in ("layers", "images", "models")
+        for path in (whole / kind).rglob("*")
+        if path.is_file()
+    ]
     assert len(names) > 10
     for name in names:
         assert (folder / name).read_bytes() == (whole / name).read_bytes(), name
@@ -220,7 +236,9 @@ def same_report(folder, whole):
     ("owner", "name", "count", "draws", "sweeps"),
     [(jobs, "quantized", 1, 8, 1), (Drawings, "_draw", 5, 3, 0), (paired, "layer_report", 1, 0, 0)],
 )
-def test_a_run_that_stops_anywhere_goes_on_to_the_same_report(whole, tmp_path, monkeypatch, owner, name, count, draws, sweeps):
+def test_a_run_that_stops_anywhere_goes_on_to_the_same_report(
+    whole, tmp_path, monkeypatch, owner, name, count, draws, sweeps
+):
     with monkeypatch.context() as patch:
         stop_after(patch, owner, name, count)
         assert "stopped here" in fail(*EVALUATE, *THREE, "--out", tmp_path / "r")
@@ -284,7 +302,10 @@ def test_what_another_job_left_is_not_used_and_damage_is_one_clear_error(whole, 
         (["--model", "mmdit-shapes", "--recipe", "rtn-w4a8", "--prompts", "none.txt"], "No such file"),
         (["--model", "mmdit-shapes", "--recipe", "rtn-w4a8", "--num-prompts", "0"], "0 is not in the range"),
         (["--model", "mmdit-shapes", "--recipe", "rtn-w4a8", "--metric", "vmaf"], "vmaf"),
-        (["--model", "sd9", "--recipe", "rtn-w4a8", "--metric", "fid", "--weights", "fid=none.pth"], "none.pth: no such file or folder"),
+        (
+            ["--model", "sd9", "--recipe", "rtn-w4a8", "--metric", "fid", "--weights", "fid=none.pth"],
+            "none.pth: no such file or folder",
+        ),
     ],
 )
 def test_bad_arguments_are_one_clear_error(tmp_path, arguments, message):

@@ -183,7 +183,10 @@ def test_an_unquantized_model_has_nothing_to_tell(tiny_model, tmp_path):
         ({"target": "gguf"}, "no target 'gguf'; expected one of mlx-lm, mlx, mflux, diffusionkit"),
         ({"target": "mlx", "dtype": "float16"}, "has its own dtypes"),
         ({"target": "mflux", "dtype": "int8"}, "no dtype 'int8'; expected one of float16, bfloat16, float32"),
-        ({"target": "mlx"}, "writes what mlxquant.quantize made, found a bare Linear; save a bare module with save_module"),
+        (
+            {"target": "mlx"},
+            "writes what mlxquant.quantize made, found a bare Linear; save a bare module with save_module",
+        ),
         ({"target": "mlx-lm"}, "a bare Linear goes to mlx-lm with its config and its tokenizer"),
     ],
 )

@@ -72,7 +72,9 @@ def test_a_frozen_layer_is_the_formula_in_float64(bits):
     point = np.rint(-low / step)
     codes = np.clip(np.rint(x / ratio / step) + point, 0, 2**bits - 1)
     expected = (codes - point) * step @ rounded.T + bias
-    np.testing.assert_allclose(layer(mx.array(x.astype(np.float32)), timestamp=1), expected, atol=0.02 if bits == 4 else 2e-3)
+    np.testing.assert_allclose(
+        layer(mx.array(x.astype(np.float32)), timestamp=1), expected, atol=0.02 if bits == 4 else 2e-3
+    )
 
 
 def test_quantization_is_as_good_as_its_bits():
@@ -101,7 +103,12 @@ def test_ranges_contain_zero_and_zero_is_exact():
         assert mx.all(layer(mx.zeros((1, 24)), timestamp=t) == 0).item()
     x = mx.abs(inputs()) + 5
     assert (
-        (mx.abs(layer._represented(x / layer.ratio, 0) * layer.ratio - x) <= layer.get_activation_qparams(0)[0] * layer.ratio).all().item()
+        (
+            mx.abs(layer._represented(x / layer.ratio, 0) * layer.ratio - x)
+            <= layer.get_activation_qparams(0)[0] * layer.ratio
+        )
+        .all()
+        .item()
     )
 
 
@@ -160,12 +167,16 @@ def test_calibration_never_mixes_units():
 
 
 @pytest.mark.parametrize("make", [calibrated, frozen, lambda **options: FakeQuantLinear(24, 8, **options)])
-@pytest.mark.parametrize("options", [{"dtype": mx.float16, "R_trunc": 4.0}, {"bias": False, "weight_bits": 4, "activation_bits": 6}])
+@pytest.mark.parametrize(
+    "options", [{"dtype": mx.float16, "R_trunc": 4.0}, {"bias": False, "weight_bits": 4, "activation_bits": 6}]
+)
 def test_save_and_load(tmp_path, make, options):
     layer = make(**options)
     layer.save(tmp_path / "layer.safetensors")
     again = FakeQuantLinear.load(tmp_path / "layer.safetensors")
-    for (name, value), (other, found) in zip(tree_flatten(layer.parameters()), tree_flatten(again.parameters()), strict=True):
+    for (name, value), (other, found) in zip(
+        tree_flatten(layer.parameters()), tree_flatten(again.parameters()), strict=True
+    ):
         assert name == other
         assert value.dtype == found.dtype
         np.testing.assert_array_equal(value, found)

@@ -58,7 +58,9 @@ def test_dividing_an_edge_leaves_the_velocity(adapter, edge):
 
 @pytest.mark.parametrize("edge", FOLDED, ids=lambda e: e.consumers[0])
 def test_consumers_really_see_the_divided_tensor(adapter, edge):
-    """Folding into the wrong rows and undoing it in the wrong columns would cancel, too, if both were wrong together."""
+    """Folding into the wrong rows and undoing it in the wrong columns would cancel, too, if both were wrong
+    together.
+    """
 
     def inputs():
         seen = {}

@@ -37,7 +37,9 @@ def test_packing_is_mlx_layout(bits):
     words, scales, biases = mx.quantize(weight, group_size=64, bits=bits)
     codes = unpack(np.array(words), bits, 128)
     ours = codes.reshape(8, 2, 64) * np.array(scales)[..., None] + np.array(biases)[..., None]
-    np.testing.assert_allclose(ours.reshape(8, 128), np.array(mx.dequantize(words, scales, biases, group_size=64, bits=bits)), atol=1e-6)
+    np.testing.assert_allclose(
+        ours.reshape(8, 128), np.array(mx.dequantize(words, scales, biases, group_size=64, bits=bits)), atol=1e-6
+    )
     np.testing.assert_array_equal(pack(codes, bits), np.array(words))
 
 

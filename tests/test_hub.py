@@ -1,4 +1,6 @@
-"""What is said when a file cannot be had from the hub, each time with what to do about it. The package's own errors: ``tests/host``."""
+"""What is said when a file cannot be had from the hub, each time with what to do about it. The package's own errors:
+``tests/host``.
+"""
 
 import builtins
 
@@ -37,7 +39,10 @@ def test_files_come_in_order(monkeypatch, tmp_path):
         (RepositoryNotFoundError("404"), "accept the licence at https://huggingface.co/someone/net "),
         (of_status(401), "set HF_TOKEN"),
         (caused_by(403), "fine-grained token"),
-        (LocalEntryNotFoundError("offline"), "'hf download someone/net a.bin b.json' on a connected machine .*, or draw it yourself$"),
+        (
+            LocalEntryNotFoundError("offline"),
+            "'hf download someone/net a.bin b.json' on a connected machine .*, or draw it yourself$",
+        ),
         (EntryNotFoundError("no"), "someone/net has no file a.bin; .*, draw it yourself$"),
         (of_status(500), r"a.bin could not be downloaded \(status 500\); run the same command again"),
         (TimeoutError(), r"\(TimeoutError\)"),

@@ -1,4 +1,6 @@
-"""How one input is quantized: the shift is judged by what errors cost, people read the same number whatever they cost."""
+"""How one input is quantized: the shift is judged by what errors cost, people read the same number whatever
+they cost.
+"""
 
 import mlxquant  # noqa: F401  # before mlx
 
@@ -20,7 +22,9 @@ def ranges_of(x):
 
 @pytest.fixture
 def pair():
-    """Two channels that two outputs copy. With 4 bits the second lies on the grid as it is; around ``shift`` the first does."""
+    """Two channels that two outputs copy. With 4 bits the second lies on the grid as it is; around ``shift`` the first
+    does.
+    """
     x = np.stack([np.full(16, 0.5), np.arange(16)], 1).astype(np.float32)
     return ranges_of(x), np.eye(2, dtype=np.float32), np.float32([[-20, 7.5]] * 2)
 
@@ -37,8 +41,14 @@ def test_the_shift_is_judged_by_what_errors_cost(pair, costs, shifted):
 
 
 def test_costs_change_the_error_and_not_what_people_read():
-    ranges, weight = ranges_of(np.random.default_rng(0).normal(size=(40, 8)).astype(np.float32)), np.eye(8, dtype=np.float32)[:4]
-    once, ten = (decide_input(LayerInput(ranges, weight, np.full((2, 4), c)), None, Options(tiers=(6,))).facts for c in (1.0, 10.0))
+    ranges, weight = (
+        ranges_of(np.random.default_rng(0).normal(size=(40, 8)).astype(np.float32)),
+        np.eye(8, dtype=np.float32)[:4],
+    )
+    once, ten = (
+        decide_input(LayerInput(ranges, weight, np.full((2, 4), c)), None, Options(tiers=(6,))).facts
+        for c in (1.0, 10.0)
+    )
     assert ten["error"] == pytest.approx(10 * once["error"])
     assert ten["relative_error"] == once["relative_error"] > 0.005
     relative = decide_input(LayerInput(ranges, weight), None, Options(tiers=(6,))).facts
@@ -49,7 +59,9 @@ def test_only_the_tiers_on_offer_are_taken(pair):
     _, weight, shift = pair
     for tiers in ((4,), (4, 6), (4, 6, 8)):
         for budget, expected in ((1e-30, max(tiers)), (1e6, 4)):
-            layer = LayerInput(ranges_of(np.random.default_rng(0).normal(size=(40, 2)).astype(np.float32)), weight, np.ones((2, 2)))
+            layer = LayerInput(
+                ranges_of(np.random.default_rng(0).normal(size=(40, 2)).astype(np.float32)), weight, np.ones((2, 2))
+            )
             decided = decide_input(layer, shift, Options(budget=budget, tiers=tiers))
             assert set(decided.table.bits.tolist()) == {expected}
             assert decided.facts["always_a8"] == (expected == 8)
@@ -58,10 +70,14 @@ def test_only_the_tiers_on_offer_are_taken(pair):
 def test_dividing_an_input_leaves_its_outputs_and_costs():
     rng = np.random.default_rng(1)
     layer = LayerInput(
-        ranges_of(rng.normal(size=(40, 8)).astype(np.float32)), rng.normal(size=(4, 8)).astype(np.float32), rng.random((2, 4))
+        ranges_of(rng.normal(size=(40, 8)).astype(np.float32)),
+        rng.normal(size=(4, 8)).astype(np.float32),
+        rng.random((2, 4)),
     )
     divided = layer.divided(np.geomspace(0.1, 10, 8).astype(np.float32))
-    np.testing.assert_allclose(divided.ranges.rows @ divided.weight.T, layer.ranges.rows @ layer.weight.T, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        divided.ranges.rows @ divided.weight.T, layer.ranges.rows @ layer.weight.T, rtol=1e-4, atol=1e-5
+    )
     np.testing.assert_array_equal(divided.costs, layer.costs)
     table = decide_input(layer, None, Options(tiers=(8,))).table
     assert mean_error(layer, table, layer.weight) == pytest.approx(mean_error(layer, table), rel=1e-3)

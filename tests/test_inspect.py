@@ -37,7 +37,10 @@ def test_a_quantized_model_is_what_it_is(made):
         path: (list(layer.shape), str(layer.format)) for path, layer in model.layers.items()
     }
     assert {row["input"] for row in facts["layers"]} == {"A8 x2", "-"}
-    assert (facts["bytes"], facts["bits_per_weight"]) == (model.size.model_bytes, pytest.approx(model.size.bits_per_weight))
+    assert (facts["bytes"], facts["bits_per_weight"]) == (
+        model.size.model_bytes,
+        pytest.approx(model.size.bits_per_weight),
+    )
     assert facts["bits_per_quantized_weight"] == pytest.approx(model.size.bits_per_quantized_weight)
     assert facts["facts"]["recipe"]["name"] == "gptq-w4a8"
     assert facts["files"] == {"model.json": "sha256", "weights.safetensors": "sha256"}
@@ -53,7 +56,10 @@ def test_rotations_branches_and_divisors_are_told(tiny, tmp_path):
     assert facts["bits_per_quantized_weight"] == pytest.approx(model.size.bits_per_quantized_weight)
     told = {row["layer"]: row.get("besides", "") for row in facts["layers"]}
     for path, layer in model.layers.items():
-        assert ("divided" in told[path], f"rotated by {layer.rotation}" in told[path]) == ("act_divisor" in layer, layer.rotation > 1)
+        assert ("divided" in told[path], f"rotated by {layer.rotation}" in told[path]) == (
+            "act_divisor" in layer,
+            layer.rotation > 1,
+        )
         assert ("rank 4 beside" in told[path]) == (layer.branch is not None)
     assert "besides" in table
 
@@ -98,7 +104,8 @@ def test_learned_weights_are_read_on_their_grid(made):
 
 
 @pytest.mark.parametrize(
-    "path", ["model/weights.safetensors", "model/model.json", "calib/samples/0000_001.npz", "work/calibration.safetensors",
+    "path", ["model/weights.safetensors", "model/model.json", "calib/samples/0000_001.npz",
+    "work/calibration.safetensors",
              "calib/activations/quant_config.npz", "work/gptq-w4a8/head.safetensors"],
 )  # fmt: skip
 def test_one_flipped_bit_is_found(copied, path):
@@ -149,7 +156,9 @@ def test_an_unfinished_folder_says_so(copied):
     manifest = copied / "calib" / "manifest.json"
     data = json.loads(manifest.read_text())
     del data["sha256"], data["files"]["images/0000.png"]
-    manifest.write_text(checked.canonical({**data, "complete": False, "sha256": checked.digest({**data, "complete": False})}))
+    manifest.write_text(
+        checked.canonical({**data, "complete": False, "sha256": checked.digest({**data, "complete": False})})
+    )
     facts, said = succeed("inspect", copied / "calib")
     assert "not finished: 3 files so far" in said
     assert len(facts["files"]) == 4
@@ -159,7 +168,9 @@ def test_checkpoints_of_other_tools_are_listed(tmp_path):
     arrays = write_mlx_checkpoint(tmp_path / "m")
     facts, table = succeed("inspect", tmp_path / "m")
     assert {row["layer"]: row["weight"] for row in facts["layers"]} == {"a": "w4-g32", "b": "w8-g64"}
-    assert [(row["array"], row["shape"], row["dtype"]) for row in facts["arrays"]] == [("norm.weight", [16, 128], "bfloat16")]
+    assert [(row["array"], row["shape"], row["dtype"]) for row in facts["arrays"]] == [
+        ("norm.weight", [16, 128], "bfloat16")
+    ]
     assert facts["bits_per_weight"] == pytest.approx(8 * sum(v.nbytes for v in arrays.values()) / (3 * 16 * 128))
     assert "nothing vouches for the values" in table
     contents = read_contents(tmp_path / "m")
@@ -195,7 +206,10 @@ def test_dtypes_that_mlx_lacks_are_listed(tmp_path):
     path = tmp_path / "a.safetensors"
     path.write_bytes(len(head).to_bytes(8, "little") + head + np.arange(6.0).tobytes() + bytes(5))
     arrays, _ = list_arrays(path)
-    assert [(a.name, a.dtype, a.shape, a.readable) for a in arrays] == [("x", "float64", (2, 3), True), ("y", "float8_e4m3", (5,), False)]
+    assert [(a.name, a.dtype, a.shape, a.readable) for a in arrays] == [
+        ("x", "float64", (2, 3), True),
+        ("y", "float8_e4m3", (5,), False),
+    ]
     assert np.array_equal(arrays[0].read(), np.arange(6.0).reshape(2, 3))
     with pytest.raises(ArtifactError, match="float8_e4m3, which can be listed and not read"):
         arrays[1].read()
@@ -209,7 +223,9 @@ def test_listing_reads_no_weights(tmp_path, monkeypatch):
 
 
 def test_plain_checkpoints_have_the_bits_of_their_dtype(tmp_path):
-    mx.save_safetensors(str(tmp_path / "a.safetensors"), {"x.weight": mx.zeros((8, 8), mx.bfloat16), "y.weight": mx.zeros((8, 8))})
+    mx.save_safetensors(
+        str(tmp_path / "a.safetensors"), {"x.weight": mx.zeros((8, 8), mx.bfloat16), "y.weight": mx.zeros((8, 8))}
+    )
     assert bits_per_weight(list_arrays(tmp_path / "a.safetensors")[0], []) == 24
 
 

@@ -46,7 +46,8 @@ def test_the_first_pattern_that_matches_is_told():
 
 
 @pytest.mark.parametrize(
-    ("pattern", "near"), [("lm_heads", "lm_head"), ("*.lm_hed", "lm_head"), ("backbone.stem.conf", CONV), (re.compile("mlp.fd$"), "fc")]
+    ("pattern", "near"),
+    [("lm_heads", "lm_head"), ("*.lm_hed", "lm_head"), ("backbone.stem.conf", CONV), (re.compile("mlp.fd$"), "fc")],
 )
 def test_a_pattern_that_matches_nothing_is_told_with_near_names(pattern, near):
     with pytest.raises(RecipeError, match="matches none of the model's 3 layers") as caught:

@@ -31,7 +31,9 @@ def layer(format="w4", out=12, width=128, activations=None, bias=True, seed=0):
     rng = np.random.default_rng(seed)
     weight = rng.normal(0, 0.05, (out, width)).astype(np.float32)
     grid = fit_extremes(weight, WeightFormat.parse(format))
-    made = QuantizedLinear(grid.quantize(weight), grid, mx.array(rng.normal(size=out).astype(np.float32)) if bias else None)
+    made = QuantizedLinear(
+        grid.quantize(weight), grid, mx.array(rng.normal(size=out).astype(np.float32)) if bias else None
+    )
     if activations is not None:
         made.set_activations(activations, CLOCK)
     return made
@@ -93,7 +95,10 @@ def test_grouped_and_asymmetric_formats_agree_with_float64(format):
     made, x = layer(format, activations=activations), inputs()
     with CLOCK.at(1.0):
         y = np.array(made(x))
-    x_hat = activation_codes(x, activations.step[2], activations.shift[2], 8) * np.float64(activations.step[2]) + activations.shift[2]
+    x_hat = (
+        activation_codes(x, activations.step[2], activations.shift[2], 8) * np.float64(activations.step[2])
+        + activations.shift[2]
+    )
     expected = x_hat @ made.grid().dequantize(made.codes()).astype(np.float64).T + np.array(made.bias)
     np.testing.assert_allclose(y, expected, atol=2e-5)
 
@@ -193,7 +198,13 @@ def test_a_layer_that_was_saved_before_biases_had_dtypes_is_float32():
 
 
 def test_a_blank_takes_no_memory():
-    facts = {"format": WeightFormat(8).to_dict(), "shape": [4096, 4096], "bias": True, "bias_dtype": "float16", "table": [28, 4096]}
+    facts = {
+        "format": WeightFormat(8).to_dict(),
+        "shape": [4096, 4096],
+        "bias": True,
+        "bias_dtype": "float16",
+        "table": [28, 4096],
+    }
     before = mx.get_active_memory()
     blank = QuantizedLinear.blank(facts, CLOCK)
     assert blank.nbytes > 1 << 24
@@ -232,7 +243,9 @@ def test_a_shift_costs_no_dequantized_weight(format, shift_width, monkeypatch):
     assert structure(made) == before
 
 
-@pytest.mark.parametrize("format", ["w2", "w4", "w7", "w8", "w4-tensor", "w8-tensor-asym", "w4-asym", "w3-g64", "w4-g32-sym", "w7-g32"])
+@pytest.mark.parametrize(
+    "format", ["w2", "w4", "w7", "w8", "w4-tensor", "w8-tensor-asym", "w4-asym", "w3-g64", "w4-g32-sym", "w7-g32"]
+)
 def test_the_dequantized_weight_is_the_grids(format):
     made = layer(format)
     np.testing.assert_array_equal(np.array(made.dequantized()), made.grid().dequantize(made.codes()))
@@ -259,14 +272,23 @@ def test_half_precision_inputs_keep_their_dtype_and_lose_nothing_but_the_last_ro
 
 BRANCH = LowRank(*(np.random.default_rng(7).normal(0, 0.3, shape).astype(np.float16) for shape in ((12, 3), (3, 128))))
 DIVISOR = np.random.default_rng(8).uniform(0.5, 2, 128).astype(np.float32)
-PARTS = [(None, 1, None), (DIVISOR, 1, None), (None, 64, None), (None, 1, BRANCH), (DIVISOR, 16, None), (DIVISOR, 64, BRANCH)]
+PARTS = [
+    (None, 1, None),
+    (DIVISOR, 1, None),
+    (None, 64, None),
+    (None, 1, BRANCH),
+    (DIVISOR, 16, None),
+    (DIVISOR, 64, BRANCH),
+]
 every_part = pytest.mark.parametrize(
     ("divisor", "rotation", "branch"), PARTS, ids=["plain", "divisor", "rotation", "branch", "both", "everything"]
 )
 
 
 def transformed_layer(divisor, rotation, branch, format="w4", activations=None):
-    """A layer whose integer weight and branch together stand, up to rounding, for the returned weight float64 [12,128]."""
+    """A layer whose integer weight and branch together stand, up to rounding, for the returned weight float64
+    [12,128].
+    """
     weight = np.random.default_rng(0).normal(0, 0.05, (12, 128))
     low = 0 if branch is None else branch.weight.astype(np.float64)
     transform = Transform(divisor=divisor, block=rotation)
@@ -282,7 +304,9 @@ def transformed_layer(divisor, rotation, branch, format="w4", activations=None):
 @every_part
 @pytest.mark.parametrize("format", ["w4", "w8", "w4-g64"])
 def test_a_transformed_layer_is_the_plain_function(divisor, rotation, branch, format):
-    """Against float64: x R D^-1 meets what the integers and the branch stand for, and that is the weight up to half a step."""
+    """Against float64: x R D^-1 meets what the integers and the branch stand for, and that is the weight up to half a
+    step.
+    """
     made, weight = transformed_layer(divisor, rotation, branch, format)
     x = inputs()
     integers = made.grid().dequantize(made.codes()).astype(np.float64)
@@ -370,4 +394,6 @@ def test_half_precision_goes_through_transforms_and_branches(dtype):
     x = inputs().astype(dtype)
     y, exact = made(x), made(x.astype(mx.float32))
     assert y.dtype == dtype
-    np.testing.assert_allclose(np.array(y.astype(mx.float32)), np.array(exact), atol=0.1 if dtype == mx.bfloat16 else 0.02)
+    np.testing.assert_allclose(
+        np.array(y.astype(mx.float32)), np.array(exact), atol=0.1 if dtype == mx.bfloat16 else 0.02
+    )

@@ -12,11 +12,15 @@ from mlxquant.commandline.cli import MODULES, VERBS
 ROOT = Path(mlxquant.__file__).parent
 GROUND = ["_blas", "errors", "progress"]  # what any folder may import
 FOLDERS = [  # a folder imports only from those before it
-    "files", "numerics", "sampling", "commandline", "grids", "methods", "recipes", "layers", "models", "calibration", "metrics", "qat",
+    "files", "numerics", "sampling", "commandline", "grids", "methods", "recipes", "layers", "models", "calibration",
+    "metrics", "qat",
     "sweep", "report", "pipeline", "spin_quant", "api", "contents", "evaluation", "exporters",
 ]  # fmt: skip
 DOORS = [MODULES.get(verb, verb.replace("-", "_")) for verb in VERBS]
-KNOW_NOT = {"methods": {"models", "layers"}, "models": {"methods"}}  # methods never name a model, models never name a method
+KNOW_NOT = {
+    "methods": {"models", "layers"},
+    "models": {"methods"},
+}  # methods never name a model, models never name a method
 
 
 def files():
@@ -30,13 +34,17 @@ MODULES_OF = dict(files())
 
 
 def imports(name, path):
-    """Modules of the package that a file imports, also inside of functions and for type checkers, as dotted names inside it."""
+    """Modules of the package that a file imports, also inside of functions and for type checkers, as dotted names
+    inside it.
+    """
     package = [*name.split(".")] if path.name == "__init__.py" and name else name.split(".")[:-1]
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.level:
             base = package[: len(package) - node.level + 1] + (node.module.split(".") if node.module else [])
-            found |= {dotted for alias in node.names if (dotted := ".".join([*base, alias.name])) in MODULES_OF} or {".".join(base)}
+            found |= {dotted for alias in node.names if (dotted := ".".join([*base, alias.name])) in MODULES_OF} or {
+                ".".join(base)
+            }
     return found - {name}
 
 
@@ -74,7 +82,9 @@ def test_imports_run_one_way():
     for name, targets in IMPORTS.items():
         for target in targets:
             inside = name.split(".")[0] == target.split(".")[0] != ""
-            assert inside or not name or rank(target) < rank(name) or rank(name) > len(FOLDERS), f"{name} imports {target}"
+            assert inside or not name or rank(target) < rank(name) or rank(name) > len(FOLDERS), (
+                f"{name} imports {target}"
+            )
 
 
 def test_imports_run_in_no_circle():

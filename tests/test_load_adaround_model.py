@@ -1,4 +1,6 @@
-"""Step 4: both tracks in one model, pictures and figures of what each part costs, a folder that other commands read, and refusals."""
+"""Step 4: both tracks in one model, pictures and figures of what each part costs, a folder that other commands read,
+and refusals.
+"""
 
 import os
 import shutil
@@ -41,15 +43,30 @@ def tier(table, bits):
     edge = 2.0 ** (table.bits.astype(float) - 1)
     low, step = table.shift - (edge * table.step)[:, None], table.step * (2 * edge - 1) / (2.0**bits - 1)
     shift = low + 2 ** (bits - 1) * step[:, None]
-    return ActivationTable(table.sigma, step.astype(np.float32), shift.astype(np.float32), np.full_like(table.bits, bits))
+    return ActivationTable(
+        table.sigma, step.astype(np.float32), shift.astype(np.float32), np.full_like(table.bits, bits)
+    )
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """Both tracks: weights of 4 bits, weights of 8 bits rounded with a config, and two configs, one that uses every tier."""
+    """Both tracks: weights of 4 bits, weights of 8 bits rounded with a config, and two configs, one that uses every
+    tier.
+    """
     folder = tmp_path_factory.mktemp("made")
     calib = ("--calib-dir", folder)
-    succeed("generate-calibration-data", "--model", "mmdit-shapes", "--num-images", 2, "--num-steps", 3, "--cfg-weight", 2, *calib)
+    succeed(
+        "generate-calibration-data",
+        "--model",
+        "mmdit-shapes",
+        "--num-images",
+        2,
+        "--num-steps",
+        3,
+        "--cfg-weight",
+        2,
+        *calib,
+    )
     succeed("cache-adaround-data", *calib, "--num-images", 2, "--stride", 1)
     succeed("collect-layer-activations", *calib, "--num-images", 2, "--stride", 1)
     succeed("analyze-activations", "--stats", folder / "activations" / "layer_statistics.json", "--budget", 1e-9)
@@ -58,14 +75,33 @@ def made(tmp_path_factory):
     replace(eight, plain=plain, smoothquant={}, migration={}).write(folder / "tiers.json")
     optimize = ("adaround-optimize", "--cache-dir", folder / "adaround_cache", "--iters", 1)
     succeed(*optimize, "--output-dir", folder / "w4")
-    succeed(*optimize, "--output-dir", folder / "w8", "--bits-w", 8, "--quant-config", folder / "activations" / "quant_config.json")
+    succeed(
+        *optimize,
+        "--output-dir",
+        folder / "w8",
+        "--bits-w",
+        8,
+        "--quant-config",
+        folder / "activations" / "quant_config.json",
+    )
     return folder
 
 
 def verb(made, out, weights="w4", config="activations/quant_config.json", prompts=(PROMPT,), *options):
     quant = () if config is None else ("--quant-config", made / config)
     texts = [part for text in prompts for part in ("--prompt", text)]
-    return ("load-adaround-model", "--adaround-output", made / weights, *quant, *texts, "--num-steps", 2, "--output-image", out, *options)
+    return (
+        "load-adaround-model",
+        "--adaround-output",
+        made / weights,
+        *quant,
+        *texts,
+        "--num-steps",
+        2,
+        "--output-image",
+        out,
+        *options,
+    )
 
 
 def picture(path):
@@ -82,7 +118,9 @@ def test_without_a_config_it_draws_v1_and_with_one_v2(made, tmp_path):
     assert v1.shape == (32, 32, 3)
     assert 0 < np.abs(v1 - v2).mean() < 0.02  # activations are quantized, to 8 bits
     for name, active in (("v1", False), ("v2", True)):
-        model = assemble(mq.Model(tiny_adapter()), TrackFiles(made / "w4", made / "activations" / "quant_config.json"), active)
+        model = assemble(
+            mq.Model(tiny_adapter()), TrackFiles(made / "w4", made / "activations" / "quant_config.json"), active
+        )
         expected = model.images([mq.Prompt(42, PROMPT)], 2)[0]
         np.testing.assert_allclose(picture(tmp_path / f"{name}.png"), np.clip(expected, 0, 1), atol=0.5 / 255 + 1e-6)
     assert sorted(os.listdir(tmp_path)) == ["v1.png", "v2.png"]
@@ -97,7 +135,9 @@ def test_several_prompts_are_side_by_side_with_seeds_counting_up(made, tmp_path)
 
 
 def test_comparison_has_four_models_and_their_differences(made, tmp_path):
-    facts, said = succeed(*verb(made, tmp_path / "a.png", "w4", "activations/quant_config.json", (PROMPT, OTHER), "--compare"))
+    facts, said = succeed(
+        *verb(made, tmp_path / "a.png", "w4", "activations/quant_config.json", (PROMPT, OTHER), "--compare")
+    )
     assert set(facts["models"]) == {"RTN", "V1", "V2"}
     page = picture(tmp_path / "a.png")
     cell, gap = 144, 10
@@ -113,14 +153,17 @@ def test_comparison_has_four_models_and_their_differences(made, tmp_path):
 
 
 def test_difference_statistics_are_those_of_the_pictures(made, tmp_path):
-    facts, said = succeed(*verb(made, tmp_path / "a.png", "w4", "activations/quant_config.json", (PROMPT,), "--diff-stats"))
+    facts, said = succeed(
+        *verb(made, tmp_path / "a.png", "w4", "activations/quant_config.json", (PROMPT,), "--diff-stats")
+    )
     report = read_json(tmp_path / "a.diff.json", "difference-statistics")
     assert [text for _, text in report["prompts"]] == [PROMPT]
     assert report["models"] == facts["models"]
     assert set(report["models"]) == {"RTN", "V1", "V2"}
     tracks = TrackFiles(made / "w4", made / "activations" / "quant_config.json")
     exact, v2 = (
-        m.images([mq.Prompt(42, PROMPT)], 2)[0] for m in (mq.Model(tiny_adapter()), assemble(mq.Model(tiny_adapter()), tracks, active=True))
+        m.images([mq.Prompt(42, PROMPT)], 2)[0]
+        for m in (mq.Model(tiny_adapter()), assemble(mq.Model(tiny_adapter()), tracks, active=True))
     )
     gap = np.abs(exact - v2)
     row = report["models"]["V2"]
@@ -129,7 +172,9 @@ def test_difference_statistics_are_those_of_the_pictures(made, tmp_path):
     assert row["changed"] == pytest.approx((gap > 1 / 255).mean(), abs=1e-3)
     assert row["psnr_db"] == pytest.approx(-10 * np.log10(np.mean(gap.astype(np.float64) ** 2)), abs=1e-3)
     for name in ("RTN", "V1", "V2"):
-        assert any(line.startswith(name) and f"{report['models'][name]['psnr_db']:.2f}" in line for line in said.splitlines())
+        assert any(
+            line.startswith(name) and f"{report['models'][name]['psnr_db']:.2f}" in line for line in said.splitlines()
+        )
     assert picture(tmp_path / "a.png").shape == (32, 32, 3)  # the picture is the last model's
 
 
@@ -137,7 +182,9 @@ def test_calibrated_weights_beat_rounding_and_eight_bits_cost_little(made, tmp_p
     four, _ = succeed(*verb(made, tmp_path / "a.png", "w4", "activations/quant_config.json", (PROMPT,), "--diff-stats"))
     assert four["models"]["V1"]["psnr_db"] > four["models"]["RTN"]["psnr_db"] + 1
     assert abs(four["models"]["V1"]["psnr_db"] - four["models"]["V2"]["psnr_db"]) < 1
-    eight, _ = succeed(*verb(made, tmp_path / "b.png", "w8", "activations/quant_config.json", (PROMPT,), "--diff-stats"))
+    eight, _ = succeed(
+        *verb(made, tmp_path / "b.png", "w8", "activations/quant_config.json", (PROMPT,), "--diff-stats")
+    )
     assert eight["models"]["V2"]["psnr_db"] > four["models"]["V2"]["psnr_db"] + 6
 
 
@@ -164,7 +211,9 @@ def test_v2_runs_on_integer_codes_of_every_tier(made, monkeypatch):
     model.images([mq.Prompt(1, PROMPT)], 3)
     assert seen == {8, 32, 128}  # 4, 6 and 8 bits
     seen.clear()
-    assemble(mq.Model(tiny_adapter()), TrackFiles(made / "w4", made / "tiers.json"), active=False).images([mq.Prompt(1, PROMPT)], 3)
+    assemble(mq.Model(tiny_adapter()), TrackFiles(made / "w4", made / "tiers.json"), active=False).images(
+        [mq.Prompt(1, PROMPT)], 3
+    )
     assert not seen
 
 
@@ -172,7 +221,19 @@ def test_a_saved_model_draws_the_same_picture(made, tmp_path):
     facts, said = succeed(*verb(made, tmp_path / "a.png", "w4", "tiers.json", (PROMPT,), "--save", tmp_path / "m"))
     assert facts["saved"] == str(tmp_path / "m")
     assert "bits per weight" in said
-    generate = ("generate", "--model", tmp_path / "m", "--prompt", PROMPT, "--seed", 42, "--steps", 2, "--output", tmp_path / "b.png")
+    generate = (
+        "generate",
+        "--model",
+        tmp_path / "m",
+        "--prompt",
+        PROMPT,
+        "--seed",
+        42,
+        "--steps",
+        2,
+        "--output",
+        tmp_path / "b.png",
+    )
     succeed(*generate)
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     model = read_json(tmp_path / "m" / "model.json", "quantized-model")
@@ -208,7 +269,9 @@ def test_what_does_not_fit_is_one_clear_error(made, tmp_path, change, message):
 
 
 def test_other_models_and_other_weights_are_refused(made, tmp_path, monkeypatch):
-    assert "is of model 'mmdit-shapes', not of 'sd3-medium'" in fail(*verb(made, tmp_path / "a.png"), "--model", "sd3-medium")
+    assert "is of model 'mmdit-shapes', not of 'sd3-medium'" in fail(
+        *verb(made, tmp_path / "a.png"), "--model", "sd3-medium"
+    )
 
     def other(cls):
         adapter = tiny_adapter()
@@ -224,7 +287,9 @@ def test_a_config_of_other_trajectories_is_refused(made, tmp_path):
     config = QuantConfig.read(made / "activations" / "quant_config.json")
     config.facts["calibration"] = "d" * 64
     config.write(tmp_path / "quant_config.json")
-    assert "come from different calibration data" in fail(*verb(made, tmp_path / "a.png", config=tmp_path / "quant_config.json"))
+    assert "come from different calibration data" in fail(
+        *verb(made, tmp_path / "a.png", config=tmp_path / "quant_config.json")
+    )
     assert not (tmp_path / "a.png").exists()
 
 
@@ -236,7 +301,9 @@ def test_unfinished_and_damaged_weights_are_refused(made, tmp_path):
     data = read_json(tmp_path / "w4" / "config.json", "adaround-weights")
     del data["kind"], data["version"], data["files"]["weights/mm1.npz"]
     write_json(tmp_path / "w4" / "config.json", "adaround-weights", {**data, "complete": False})
-    assert "not finished (1 files so far); run 'mlxquant adaround-optimize' again" in fail(*verb(tmp_path, tmp_path / "a.png", config=None))
+    assert "not finished (1 files so far); run 'mlxquant adaround-optimize' again" in fail(
+        *verb(tmp_path, tmp_path / "a.png", config=None)
+    )
     assert os.listdir(tmp_path) == ["w4"]
 
 
@@ -250,7 +317,16 @@ def test_places_that_cannot_be_written_are_refused(made, tmp_path):
 
 def test_a_file_of_prompts_is_drawn_and_measured(made, tmp_path):
     (tmp_path / "p.txt").write_text(f"3\t{PROMPT}\n4\t{OTHER}\n5\t{PROMPT}\n")
-    arguments = ["--adaround-output", made / "w4", "--prompts", tmp_path / "p.txt", "--num-prompts", 2, "--num-steps", 2]
+    arguments = [
+        "--adaround-output",
+        made / "w4",
+        "--prompts",
+        tmp_path / "p.txt",
+        "--num-prompts",
+        2,
+        "--num-steps",
+        2,
+    ]
     facts, _ = succeed("load-adaround-model", *arguments, "--diff-stats", "--output-image", tmp_path / "a.png")
     report = read_json(tmp_path / "a.diff.json", "difference-statistics")
     assert report["prompts"] == [[3, PROMPT], [4, OTHER]]
@@ -259,7 +335,16 @@ def test_a_file_of_prompts_is_drawn_and_measured(made, tmp_path):
 
 def test_quantize_refuses_foreign_tracks_before_it_calibrates(made, tmp_path):
     def quantize(recipe, weights, *options):
-        return ("quantize", "--model", "mmdit-shapes", "--recipe", recipe, "--adaround-output", made / weights, *options)
+        return (
+            "quantize",
+            "--model",
+            "mmdit-shapes",
+            "--recipe",
+            recipe,
+            "--adaround-output",
+            made / weights,
+            *options,
+        )
 
     out = ("--out", tmp_path / "m", "--num-prompts", 1, "--steps", 1)
     assert "is in format w4, the recipe wants w3" in fail(*quantize("gptq-w3a8", "w4", *out))

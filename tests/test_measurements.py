@@ -12,7 +12,9 @@ FOUND = {"a/b": np.array([[1 / 3, -0.0], [np.nextafter(1, 2), 5e-324]]), "c": np
 def test_numbers_come_back_bit_for_bit(tmp_path):
     Measurements(tmp_path, {"job": 1}).save("some.stage", FOUND)
     again = Measurements(tmp_path, {"job": 1}).load("some.stage")
-    assert {name: table.tobytes() for name, table in again.items()} == {name: table.tobytes() for name, table in FOUND.items()}
+    assert {name: table.tobytes() for name, table in again.items()} == {
+        name: table.tobytes() for name, table in FOUND.items()
+    }
     assert {table.shape for table in again.values()} == {(2, 2), (1,)}
     assert Measurements(tmp_path, {"job": 1}).load("some") is None
 
@@ -37,5 +39,7 @@ def test_a_damaged_file_is_refused_with_the_remedy(tmp_path):
     Measurements(tmp_path, 1).save("stage", FOUND)
     (path,) = tmp_path.iterdir()
     path.write_bytes(path.read_bytes()[:-1] + b"\x01")
-    with pytest.raises(ArtifactError, match=r"stage\.measurement\.safetensors.*checksum.*--no-resume, or remove the file"):
+    with pytest.raises(
+        ArtifactError, match=r"stage\.measurement\.safetensors.*checksum.*--no-resume, or remove the file"
+    ):
         Measurements(tmp_path, 1).load("stage")

@@ -95,7 +95,9 @@ def test_a_file_can_be_inspected(tmp_path):
     mq.quantize_linears(model, embeddings=True)
     contents = read_contents(save_module(model, tmp_path / "model.safetensors"))
     assert contents.kind == "quantized-module"
-    assert {layer.path: str(layer.format) for layer in contents.layers} == dict.fromkeys(("conv", "layers.0", "layers.1", "classes"), "w8")
+    assert {layer.path: str(layer.format) for layer in contents.layers} == dict.fromkeys(
+        ("conv", "layers.0", "layers.1", "classes"), "w8"
+    )
 
 
 def other_class(model):

@@ -23,7 +23,8 @@ def test_unpacked_is_the_inverse_of_pack(bits, width):
 
 @pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize(
-    ("group", "width"), [("channel", 27), ("channel", 64), ("channel", 576), ("tensor", 75), ("tensor", 64), (32, 96), (64, 576)]
+    ("group", "width"),
+    [("channel", 27), ("channel", 64), ("channel", 576), ("tensor", 75), ("tensor", 64), (32, 96), (64, 576)],
 )
 def test_dequantized_is_the_grid(bits, group, width):
     q, format = codes(bits, width), WeightFormat(bits, group, symmetric=False)

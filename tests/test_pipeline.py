@@ -2,21 +2,30 @@
 
 What went wrong in the public TaQ-DiT scripts (shared/lessons.md), and the test that would fail if it went wrong here:
 
- 1 no straight-through estimator       test_reconstruction: the_gradient_reaches_every_layer, without_the_straight_through_estimator
+ 1 no straight-through estimator       test_reconstruction: the_gradient_reaches_every_layer,
+ without_the_straight_through_estimator
  2 a maximum used as a step            pipeline/test_quant_config: scale_is_a_step_and_every_code_is_used
  3 the zero point ignored qmin         the same
  4 the regulariser outweighed all      methods/test_adaround: the_regulariser_does_not_swamp_the_reconstruction
  5 modulations of other rows, no text  test_reconstruction: a_minibatch_mixes_timesteps, both_streams_count
  6 the optimiser only ran on fakes     here: the_optimiser_runs_the_real_block
- 7 rounding lost in the export         pipeline/test_weight_files: the_learned_rounding_survives; here: what_was_learned_is_what_is_saved
- 8 alpha at the wrong start            methods/test_adaround: it_starts_exactly_at_the_weight, a_resumed_run (raw alphas)
- 9 signed percentiles, 0.95 momentum   laws/test_tier_laws: a_mirrored_input, pipeline/test_activation_stats: few_samples_do_not
-10 curves below the maximum, clipping  test_schedule: between_levels_the_range_is_the_envelope, test_decisions: nothing_that_was_seen
-11 layers skipped in silence           here: no_step_leaves_a_layer_out; swallowed errors: here; other prompts: pipeline/test_samples
-12 manifests at the end, paths, seeds  here: folders_can_be_moved, everything_is_a_function_of_the_settings; all resume tests
+ 7 rounding lost in the export         pipeline/test_weight_files: the_learned_rounding_survives; here:
+ what_was_learned_is_what_is_saved
+ 8 alpha at the wrong start            methods/test_adaround: it_starts_exactly_at_the_weight, a_resumed_run (raw
+ alphas)
+ 9 signed percentiles, 0.95 momentum   laws/test_tier_laws: a_mirrored_input, pipeline/test_activation_stats:
+ few_samples_do_not
+10 curves below the maximum, clipping  test_schedule: between_levels_the_range_is_the_envelope, test_decisions:
+nothing_that_was_seen
+11 layers skipped in silence           here: no_step_leaves_a_layer_out; swallowed errors: here; other prompts:
+pipeline/test_samples
+12 manifests at the end, paths, seeds  here: folders_can_be_moved, everything_is_a_function_of_the_settings; all resume
+tests
 13 152 GB of block inputs              test_cache_adaround_data: the_folder_is_small
-14 histograms of everything            pipeline/test_activation_stats: rows_are_spread; test_cache_adaround_data: one_forward_pass
-15 metrics that measure nothing        not here: pictures are compared with full precision's, pixel by pixel (metrics/test_psnr)
+14 histograms of everything            pipeline/test_activation_stats: rows_are_spread; test_cache_adaround_data:
+one_forward_pass
+15 metrics that measure nothing        not here: pictures are compared with full precision's, pixel by pixel
+(metrics/test_psnr)
 """
 
 import ast
@@ -60,17 +69,45 @@ def arguments(folder):
     """The six steps as the README shows them, smaller."""
     calib = folder / "calib"
     sampling = ["--model", "mmdit-shapes", "--num-images", 2, "--num-steps", 4, "--cfg-weight", 2]
-    loading = ["--adaround-output", folder / "weights", "--quant-config", calib / "activations" / "quant_config.json", "--prompt", PROMPT]
+    loading = [
+        "--adaround-output",
+        folder / "weights",
+        "--quant-config",
+        calib / "activations" / "quant_config.json",
+        "--prompt",
+        PROMPT,
+    ]
     return dict(
         zip(
             VERBS,
             [
                 [*sampling, "--calib-dir", calib],
                 ["--calib-dir", calib, "--num-images", 2, "--stride", 2],
-                ["--cache-dir", calib / "adaround_cache", "--output-dir", folder / "weights", "--bits-w", 4, "--bits-a", 8, "--iters", 3],
+                [
+                    "--cache-dir",
+                    calib / "adaround_cache",
+                    "--output-dir",
+                    folder / "weights",
+                    "--bits-w",
+                    4,
+                    "--bits-a",
+                    8,
+                    "--iters",
+                    3,
+                ],
                 ["--calib-dir", calib, "--num-images", 2, "--stride", 2],
                 ["--stats", calib / "activations" / "layer_statistics.json"],
-                [*loading, "--num-steps", 2, "--output-image", folder / "a.png", "--compare", "--diff-stats", "--save", folder / "model"],
+                [
+                    *loading,
+                    "--num-steps",
+                    2,
+                    "--output-image",
+                    folder / "a.png",
+                    "--compare",
+                    "--diff-stats",
+                    "--save",
+                    folder / "model",
+                ],
             ],
             strict=True,
         )
@@ -108,11 +145,13 @@ def test_every_step_leaves_what_the_next_one_reads(made):
     expected = {
         "calib/manifest.json", "calib/samples/0000_000.npz", "calib/samples/0001_003.npz", "calib/latents/0001.npz",
         "calib/images/0001.png",
-        "calib/adaround_cache/metadata.json", "calib/adaround_cache/samples/0000_000.npz", "calib/adaround_cache/samples/0001_002.npz",
+        "calib/adaround_cache/metadata.json", "calib/adaround_cache/samples/0000_000.npz",
+        "calib/adaround_cache/samples/0001_002.npz",
         "weights/config.json", "weights/weights/mm0.npz", "weights/weights/mm1.npz",
         "calib/activations/layer_statistics.json", "calib/activations/timestep_stats/step_0.npz",
         "calib/activations/timestep_stats/step_2_index.json", "calib/activations/quant_config.json",
-        "calib/activations/layer_temporal_analysis.json", "a.png", "a.diff.json", "model/model.json", "model/weights.safetensors",
+        "calib/activations/layer_temporal_analysis.json", "a.png", "a.diff.json", "model/model.json",
+        "model/weights.safetensors",
     }  # fmt: skip
     assert expected <= set(files(made))
     with Image.open(made / "a.png") as image:
@@ -176,7 +215,9 @@ def test_no_step_leaves_a_layer_out(made):
 
 
 def test_what_was_learned_is_what_is_saved(made):
-    """Lesson 7, over the whole way: the codes of the weight track's files are those of the model that generate draws with."""
+    """Lesson 7, over the whole way: the codes of the weight track's files are those of the model that generate draws
+    with.
+    """
     layers = mq.load(made / "model").layers
     for name in ("mm0.npz", "mm1.npz"):
         with np.load(made / "weights" / "weights" / name) as arrays:
@@ -187,8 +228,8 @@ def test_what_was_learned_is_what_is_saved(made):
 
 
 def test_the_optimiser_runs_the_real_block(made, tmp_path):
-    """Lesson 6: an optimiser without the block's modulation. The error that it reports is the one that the model has, measured here
-    with the model's own forward pass on the trajectories, each row with its own conditioning.
+    """Lesson 6: an optimiser without the block's modulation. The error that it reports is the one that the model has,
+    measured here with the model's own forward pass on the trajectories, each row with its own conditioning.
     """
     cache, out = tmp_path / "cache", tmp_path / "weights"
     succeed("cache-adaround-data", *arguments(made)["cache-adaround-data"], "--tokens", 0, "--output-dir", cache)
@@ -207,7 +248,9 @@ def test_the_optimiser_runs_the_real_block(made, tmp_path):
     for stream in ("image", "text"):
         y, z = (np.stack([np.array(state[stream]) for state in side]) for side in (exact, quantized))
         errors.append(((z - y) ** 2).sum() / (y**2).sum())
-    assert files.ledger.notes["blocks"]["mm0"]["error"] == pytest.approx(np.mean(errors), rel=0.05)  # what is cached is float16
+    assert files.ledger.notes["blocks"]["mm0"]["error"] == pytest.approx(
+        np.mean(errors), rel=0.05
+    )  # what is cached is float16
 
 
 def test_errors_are_not_swallowed():
@@ -215,7 +258,9 @@ def test_errors_are_not_swallowed():
     for path in Path(mq.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ExceptHandler):
-                broad = node.type is None or (isinstance(node.type, ast.Name) and node.type.id in ("Exception", "BaseException"))
+                broad = node.type is None or (
+                    isinstance(node.type, ast.Name) and node.type.id in ("Exception", "BaseException")
+                )
                 assert not broad or isinstance(node.body[-1], ast.Raise), f"{path.name}, line {node.lineno}"
 
 

@@ -55,7 +55,11 @@ def test_named_methods_use_what_exists(name):
     method = METHODS[name]
     wanted = [("steps", method.steps), ("round", method.rounding), ("range", method.range)]
     wanted += [("transform", transform) for transform in method.transforms]
-    wanted += [(kind, found) for kind, found in (("branch", method.branch), ("reconstruct", method.reconstruct)) if found is not None]
+    wanted += [
+        (kind, found)
+        for kind, found in (("branch", method.branch), ("reconstruct", method.reconstruct))
+        if found is not None
+    ]
     for kind, found in wanted:
         assert registry.get(kind, found).name == found
     assert main(f"{name}-w4a8").weight == WeightFormat(4)
@@ -89,7 +93,10 @@ def test_only_some_methods_look_at_both_streams():
         ("gptq+tdq+logsnr-w4a8", "'logsnr' comes after 'tdq'; a recipe has one range method"),
         ("svdquant+whitened8-w4a8", "'whitened8' comes after 'svd'; a recipe has one branch"),
         ("gptq+softmax8+softmax4-w4a8", "'softmax4' comes after 'softmax8'; a recipe has one width of probabilities"),
-        ("gptq+logsnr-w4a16", "'logsnr' is about quantized inputs, and a16 has none; leave it out, or choose a8, a6 or a4"),
+        (
+            "gptq+logsnr-w4a16",
+            "'logsnr' is about quantized inputs, and a16 has none; leave it out, or choose a8, a6 or a4",
+        ),
         ("gptq+shift-w4a16", "'shift' is about quantized inputs"),
         ("taqdit+tiers-w4a16", "'tiers' is about quantized inputs"),
         ("rtn+damped-w4a8", "'damped' chooses a damping, and rtn has none; leave it out, or round by gptq"),
@@ -120,7 +127,8 @@ def test_damping_is_chosen_for_whatever_has_one():
 
 
 @pytest.mark.parametrize(
-    ("ingredient", "field", "value"), [("mse", "steps", "mse"), ("refit", "refine", "refit"), ("adaround", "reconstruct", "adaround")]
+    ("ingredient", "field", "value"),
+    [("mse", "steps", "mse"), ("refit", "refine", "refit"), ("adaround", "reconstruct", "adaround")],
 )
 def test_every_kind_of_a_layers_methods_can_be_named(ingredient, field, value):
     for method in ("gptq", "rtn"):

@@ -1,4 +1,6 @@
-"""Attention probabilities put on tables: per noise level, from what a stage really computes, with nothing left behind."""
+"""Attention probabilities put on tables: per noise level, from what a stage really computes, with nothing left
+behind.
+"""
 
 import mlx.core as mx
 import numpy as np

@@ -15,13 +15,37 @@ LEAST = {"calibration": 128, "evaluation": 288}
 FIRST_SEED = {"calibration": 1000, "evaluation": 20000}
 RUN = 16  # prompts that hold every category once
 FILLERS = frozenset(
-    ("a", "an", "and", "as", "at", "by", "for", "from", "in", "into", "is", "it", "its", "of", "on", "or", "the", "to", "with")
+    (
+        "a",
+        "an",
+        "and",
+        "as",
+        "at",
+        "by",
+        "for",
+        "from",
+        "in",
+        "into",
+        "is",
+        "it",
+        "its",
+        "of",
+        "on",
+        "or",
+        "the",
+        "to",
+        "with",
+    )
 )
 NUMBERS = r"two|three|four|five|six|seven|eight|nine|ten|dozen"
 COLOURS = (
-    r"black|white|grey|red|orange|yellow|green|blue|teal|turquoise|purple|violet|magenta|pink|brown|gold|golden|silver|crimson|indigo|navy"
+    r"black|white|grey|red|orange|yellow|green|blue|teal|turquoise|purple|violet|magenta|pink|brown|gold|golden|silver"
+    r"|crimson|indigo|navy"
 )
-PLACES = r"left|right|behind|in front of|above|below|under|underneath|on top|beside|next to|between|inside|across|foot of|riding on"
+PLACES = (
+    r"left|right|behind|in front of|above|below|under|underneath|on top|beside|next to|between|inside|across|foot"
+    r" of|riding on"
+)
 PEOPLE = (
     r"man|woman|men|women|boy|girl|child|children|toddlers?|teenage|grandmother|couple|baby|person|students|player"
     r"|nurse|chef|potter|hunter|firefighter|surgeon|shepherd|beekeeper|calligrapher|schoolboy"
@@ -32,7 +56,8 @@ MEDIA = (
 )
 DISTANCES = r"macro|close-up|close view|wide shot|wide view|wide picture|wide aerial|aerial wide|aerial|panoramic"
 TAG_SOUP = (
-    r"\d+k\b|masterpiece|best quality|highly detailed|ultra|hyper-?realistic|trending|award|hdr|unreal engine|artstation|in the style of"
+    r"\d+k\b|masterpiece|best quality|highly detailed|ultra|hyper-?realistic|trending|award|hdr|unreal"
+    r" engine|artstation|in the style of"
 )
 
 
@@ -103,12 +128,18 @@ def test_text_is_clean(name):
     assert [t for t in prompts if t != " ".join(t.split())] == []
     assert matching(prompts, TAG_SOUP) == []
     assert [t for t in prompts if t.count('"') % 2] == []
-    assert len({" ".join(words(t)[:3]) for t in prompts}) > 0.9 * len(prompts), "too many prompts open with the same words"
+    assert len({" ".join(words(t)[:3]) for t in prompts}) > 0.9 * len(prompts), (
+        "too many prompts open with the same words"
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_header_names_purpose_and_licence(name):
-    header = [line for line in (files("mlxquant.assets") / f"{name}.txt").read_text("utf-8").splitlines() if line.startswith("#")]
+    header = [
+        line
+        for line in (files("mlxquant.assets") / f"{name}.txt").read_text("utf-8").splitlines()
+        if line.startswith("#")
+    ]
     assert header[0].startswith(f"# {name.capitalize()} prompts")
     assert "MIT License" in header[-1]
 
@@ -116,7 +147,14 @@ def test_header_names_purpose_and_licence(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_lengths_range_from_three_words_to_sixty(name):
     lengths = [len(t.split()) for t in texts(name)]
-    for shortest, longest, least in ((3, 3, 1 / 16), (4, 9, 1 / 8), (10, 19, 1 / 4), (20, 39, 1 / 16), (40, 59, 1 / 50), (60, 90, 1 / 16)):
+    for shortest, longest, least in (
+        (3, 3, 1 / 16),
+        (4, 9, 1 / 8),
+        (10, 19, 1 / 4),
+        (20, 39, 1 / 16),
+        (40, 59, 1 / 50),
+        (60, 90, 1 / 16),
+    ):
         share = sum(shortest <= n <= longest for n in lengths) / len(lengths)
         assert share >= least, f"{share:.3f} of the prompts have {shortest} to {longest} words"
     assert min(lengths) == 3
@@ -161,7 +199,8 @@ def test_styles_and_distances_are_covered(name, style):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(
-    "pattern", ["night", "rain|rainy|rainstorm", "snow", "fog|mist|misty", "city|street|skyline", "kitchen|room|interior"]
+    "pattern",
+    ["night", "rain|rainy|rainstorm", "snow", "fog|mist|misty", "city|street|skyline", "kitchen|room|interior"],
 )
 def test_scenes_are_covered(name, pattern):
     assert matching(texts(name), pattern)

@@ -26,7 +26,11 @@ TOKENS = mx.array([[1, 2, 3], [4, 5, 6]])
 class Block(nn.Module):
     def __init__(self, width):
         super().__init__()
-        self.norm, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.Linear(2 * width, width, bias=False)
+        self.norm, self.up, self.down = (
+            nn.LayerNorm(width),
+            nn.Linear(width, 2 * width),
+            nn.Linear(2 * width, width, bias=False),
+        )
 
     def __call__(self, x):
         return x + self.down(nn.gelu(self.up(self.norm(x))))
@@ -113,7 +117,9 @@ def test_patterns_decide_what_is_taken(exclude, include, taken):
 def test_a_pattern_that_matches_nothing_is_an_error_and_changes_nothing():
     model = language()
     before = arrays(model)
-    with pytest.raises(RecipeError, match=r"exclude pattern 'lm_heads' matches none of the model's 6 layers; such as: lm_head"):
+    with pytest.raises(
+        RecipeError, match=r"exclude pattern 'lm_heads' matches none of the model's 6 layers; such as: lm_head"
+    ):
         quantize_linears(model, exclude=["lm_heads"])
     with pytest.raises(RecipeError, match="include pattern"):
         quantize_linears(model, include=["layers.7"])
@@ -121,14 +127,17 @@ def test_a_pattern_that_matches_nothing_is_an_error_and_changes_nothing():
 
 
 @pytest.mark.parametrize(
-    ("text", "format"), [("w8a16", "w8"), ("w4a16-g64", "w4-g64"), ("w2-g32", "w2-g32"), ("w4", "w4"), ("w3a16-g128-sym", "w3-g128-sym")]
+    ("text", "format"),
+    [("w8a16", "w8"), ("w4a16-g64", "w4-g64"), ("w2-g32", "w2-g32"), ("w4", "w4"), ("w3a16-g128-sym", "w3-g128-sym")],
 )
 def test_formats_are_those_of_recipes(text, format):
     assert str(parse_format(text)) == format
 
 
 def test_formats_that_need_calibration_or_do_not_exist_are_refused():
-    with pytest.raises(RecipeError, match=r"'w4a8' quantizes activations to 8 bits, which needs calibration data: use mq.calibrate"):
+    with pytest.raises(
+        RecipeError, match=r"'w4a8' quantizes activations to 8 bits, which needs calibration data: use mq.calibrate"
+    ):
         parse_format("w4a8")
     for text in ("w9", "w1a16", "int8", "w4a16-g48", "", "w4a5"):
         with pytest.raises(RecipeError):
@@ -138,7 +147,9 @@ def test_formats_that_need_calibration_or_do_not_exist_are_refused():
 def test_groups_that_do_not_fit_name_the_layer_or_fall_back():
     model = language(width=48)
     before = arrays(model)
-    with pytest.raises(RecipeError, match=r"groups of 32 do not divide the width of 3 layers: layers\.0\.up \(48\).*fallback='w8a16'"):
+    with pytest.raises(
+        RecipeError, match=r"groups of 32 do not divide the width of 3 layers: layers\.0\.up \(48\).*fallback='w8a16'"
+    ):
         quantize_linears(model, "w4a16-g32")
     assert unchanged(model, before)
     report = quantize_linears(model, "w4a16-g32", fallback="w8a16")
@@ -179,7 +190,9 @@ def test_hidden_layers_stay_unless_they_are_parameters_elsewhere():
     assert type(model._alone) is nn.Linear
     assert model._first is model.lm_head
     assert "lm_head" in {layer.path for layer in report.layers}
-    assert {layer.path: layer.reason for layer in report.kept}["_alone"] == "hidden, it is none of the model's parameters"
+    assert {layer.path: layer.reason for layer in report.kept}[
+        "_alone"
+    ] == "hidden, it is none of the model's parameters"
 
 
 def test_layers_that_share_a_weight_share_its_codes():
@@ -228,7 +241,9 @@ def test_a_model_that_says_how_it_wants_to_be_quantized_is_asked():
     report = quantize_linears(model, "w4a16-g32")
     assert {layer.format for layer in report.layers if layer.path.endswith("up")} == {"w8-g32"}
     assert {layer.format for layer in report.layers if layer.path.endswith("down")} == {"w4-g32"}
-    assert {layer.path: layer.reason for layer in report.kept}["lm_head"] == "refused by the model's own quant_predicate"
+    assert {layer.path: layer.reason for layer in report.kept}[
+        "lm_head"
+    ] == "refused by the model's own quant_predicate"
     assert [layer.path for layer in quantize_linears(model, include=["lm_head"]).layers] == ["lm_head"]
 
 
@@ -260,8 +275,17 @@ class Adapted(nn.Linear):
 class Odd(nn.Module):
     def __init__(self):
         super().__init__()
-        self.scaled, self.renamed, self.adapted, self.plain = Scaled(32, 8), Renamed(32, 8), Adapted(32, 8), nn.Linear(32, 8)
-        self.stock, self.recurrent, self.conv = nn.QuantizedLinear(32, 32, group_size=32), nn.LSTM(8, 4), nn.Conv2d(3, 4, 3)
+        self.scaled, self.renamed, self.adapted, self.plain = (
+            Scaled(32, 8),
+            Renamed(32, 8),
+            Adapted(32, 8),
+            nn.Linear(32, 8),
+        )
+        self.stock, self.recurrent, self.conv = (
+            nn.QuantizedLinear(32, 32, group_size=32),
+            nn.LSTM(8, 4),
+            nn.Conv2d(3, 4, 3),
+        )
 
 
 def test_what_computes_something_else_is_left_with_the_reason():
@@ -285,7 +309,9 @@ def test_what_computes_something_else_is_left_with_the_reason():
 def test_nothing_to_quantize_is_an_error():
     model = language()
     quantize_linears(model)
-    with pytest.raises(RecipeError, match=r"nothing to quantize in Language: embed: embeddings=True takes embeddings; layers.0"):
+    with pytest.raises(
+        RecipeError, match=r"nothing to quantize in Language: embed: embeddings=True takes embeddings; layers.0"
+    ):
         quantize_linears(model)
     with pytest.raises(RecipeError, match=r"nothing to quantize in LayerNorm: it has no nn.Linear"):
         quantize_linears(nn.LayerNorm(4))

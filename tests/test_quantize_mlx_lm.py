@@ -16,14 +16,18 @@ pytest.importorskip("mlx_lm")
 
 CONFIGS = {
     "llama": {
-        "hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 96, "num_attention_heads": 4,
+        "num_key_value_heads": 2,
         "rms_norm_eps": 1e-5, "vocab_size": 64, "tie_word_embeddings": False,
     },
-    "gpt2": {"n_ctx": 32, "n_embd": 64, "n_head": 4, "n_layer": 2, "n_positions": 32, "layer_norm_epsilon": 1e-5, "vocab_size": 64},
+    "gpt2": {"n_ctx": 32, "n_embd": 64, "n_head": 4, "n_layer": 2, "n_positions": 32, "layer_norm_epsilon": 1e-5,
+    "vocab_size": 64},
     "gptj": {"n_embd": 64, "vocab_size": 64, "n_positions": 32, "n_head": 4, "rotary_dim": 8, "n_layer": 2},
     "qwen3_moe": {
-        "hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2,
-        "num_experts": 4, "num_experts_per_tok": 2, "decoder_sparse_step": 1, "mlp_only_layers": [], "moe_intermediate_size": 32,
+        "hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 96, "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_experts": 4, "num_experts_per_tok": 2, "decoder_sparse_step": 1, "mlp_only_layers": [],
+        "moe_intermediate_size": 32,
         "rms_norm_eps": 1e-5, "vocab_size": 64, "head_dim": 16, "rope_theta": 1e4, "tie_word_embeddings": True,
         "max_position_embeddings": 64, "norm_topk_prob": True,
     },
@@ -81,7 +85,9 @@ def test_a_model_that_says_how_it_wants_to_be_quantized_is_asked():
     formats = {layer.path: layer.format for layer in report.layers}
     assert formats["model.layers.0.mlp.gate"] == "w8-g32"  # its router
     assert formats["model.layers.0.self_attn.q_proj"] == "w4-g32"
-    assert {layer.reason for layer in report.kept if "switch_mlp" in layer.path} == {"no quantized form of SwitchLinear here"}
+    assert {layer.reason for layer in report.kept if "switch_mlp" in layer.path} == {
+        "no quantized form of SwitchLinear here"
+    }
 
 
 def test_adapters_train_on_top_of_a_quantized_model():
@@ -95,7 +101,9 @@ def test_adapters_train_on_top_of_a_quantized_model():
     before = {name for name, _ in tree_flatten(model.trainable_parameters())}
     _, gradients = nn.value_and_grad(model, lambda tokens: model(tokens).square().mean())(tokens)
     moved = {name for name, value in tree_flatten(gradients) if mx.abs(value).max().item() > 0}
-    assert moved == {name for name in before if name.endswith("lora_b")}  # which start at zero, so that lora_a cannot move yet
+    assert moved == {
+        name for name in before if name.endswith("lora_b")
+    }  # which start at zero, so that lora_a cannot move yet
     assert {name.rpartition(".")[2] for name in before} == {"lora_a", "lora_b"}
 
 

@@ -1,4 +1,6 @@
-"""benchmarks/random_sd3.py: real files of the real size, reproducible, refused before anything is written. Text encoders: tests/host."""
+"""benchmarks/random_sd3.py: real files of the real size, reproducible, refused before anything is written. Text
+encoders: tests/host.
+"""
 
 import importlib
 import json

@@ -29,7 +29,12 @@ def test_a_method_brings_its_options_along():
     plan = recipe.plan(LAYERS)
     assert recipe.sensitivity
     assert plan["blocks.0.mlp.fc1"] == LayerSpec(
-        WeightFormat(4), ActivationSpec(6, budget=BUDGET, shift=True), "search", "gptq", reconstruct="adaround", transforms=("smoothquant",)
+        WeightFormat(4),
+        ActivationSpec(6, budget=BUDGET, shift=True),
+        "search",
+        "gptq",
+        reconstruct="adaround",
+        transforms=("smoothquant",),
     )
     assert plan["blocks.0.ada"] == LayerSpec(WeightFormat(8), None, "search", "gptq")
     for name in ("rtn-w4a8", "gptq-w4a8", "descent-w4a8", "adaround-w4a8"):
@@ -51,7 +56,8 @@ def test_overrides_keep_the_methods_options(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["", "w4a8", "gptq", "gptq-", "magic-w4a8", "gptq-w9a8", "gptq-w4a5", "gptq-w4a8-g100", "rtn-w4a8-extra", "rtn-w4"]
+    "name",
+    ["", "w4a8", "gptq", "gptq-", "magic-w4a8", "gptq-w9a8", "gptq-w4a5", "gptq-w4a8-g100", "rtn-w4a8-extra", "rtn-w4"],
 )
 def test_unknown_recipes_are_refused(name):
     with pytest.raises(RecipeError, match="unknown recipe"):

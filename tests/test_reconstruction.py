@@ -62,7 +62,9 @@ def block(tiny):
 def test_rounding_passes_the_gradient_that_mlx_does_not():
     x = mx.array([0.2, 1.7, -2.4])
     np.testing.assert_array_equal(np.array(round_through(x)), [0, 2, -2])
-    np.testing.assert_array_equal(np.array(mx.grad(lambda v: (round_through(v) * mx.array([1.0, 2.0, 3.0])).sum())(x)), [1, 2, 3])
+    np.testing.assert_array_equal(
+        np.array(mx.grad(lambda v: (round_through(v) * mx.array([1.0, 2.0, 3.0])).sum())(x)), [1, 2, 3]
+    )
     assert (np.array(mx.grad(lambda v: mx.round(v).sum())(x)) == 0).all()
 
 
@@ -103,7 +105,9 @@ def transformed():
     branch = LowRank(*(rng.normal(0, 0.3, shape).astype(np.float16) for shape in ((6, 3), (3, 64))))
     grid = fit_extremes(weight, WeightFormat(4))
     clock = Clock()
-    layer = QuantizedLinear(grid.quantize(weight), grid, mx.array(rng.normal(size=6), mx.float32), mx.array(divisor), 16, branch)
+    layer = QuantizedLinear(
+        grid.quantize(weight), grid, mx.array(rng.normal(size=6), mx.float32), mx.array(divisor), 16, branch
+    )
     minibatch = Minibatch(level=mx.array([0, 0]))
     x = mx.array(rng.normal(size=(2, 5, 64)).astype(np.float32))
     return layer, lambda: SoftLinear(layer, np.float32([0.5]), minibatch, 0.0, 0), x, clock
@@ -130,7 +134,9 @@ def test_the_gradient_passes_division_rotation_and_branch(transformed):
 
 
 def test_a_minibatch_mixes_timesteps_and_every_sample_keeps_its_own(block):
-    """The loss of a mixed minibatch is the mean of its samples' losses, each with its own conditioning, scales and targets."""
+    """The loss of a mixed minibatch is the mean of its samples' losses, each with its own conditioning, scales and
+    targets.
+    """
     work, start, _ = block
     weights = {path: start.layers[path].dequantized() for path in work.grids}
     inputs, wanted, picked, key = work.minibatch(0)
@@ -138,7 +144,9 @@ def test_a_minibatch_mixes_timesteps_and_every_sample_keeps_its_own(block):
     with work.installed():
         together = work.loss(weights, inputs, wanted, picked, key).item()
         alone = [
-            work.loss(weights, *({k: v[i : i + 1] for k, v in d.items()} for d in (inputs, wanted)), picked[i : i + 1], key).item()
+            work.loss(
+                weights, *({k: v[i : i + 1] for k, v in d.items()} for d in (inputs, wanted)), picked[i : i + 1], key
+            ).item()
             for i in range(len(picked))
         ]
     assert len(set(np.round(alone, 6))) > 1
@@ -186,7 +194,9 @@ def test_a_minibatch_has_no_more_rows_than_the_model_allows(tiny, monkeypatch, a
     seen, loss = set(), Reconstruction.loss
     monkeypatch.setattr(type(tiny.adapter), "rows", allowed)
     monkeypatch.setattr(
-        Reconstruction, "loss", lambda self, weights, inputs, *rest: (seen.add(len(inputs["image"])), loss(self, weights, inputs, *rest))[1]
+        Reconstruction,
+        "loss",
+        lambda self, weights, inputs, *rest: (seen.add(len(inputs["image"])), loss(self, weights, inputs, *rest))[1],
     )
     stages = mq.quantize(tiny, calibrate(tiny), recipe(learning=Settings(iterations=2, batch=4))).facts["stages"]
     assert seen == {used}
@@ -287,7 +297,9 @@ def test_a_kill_inside_a_block_resumes_to_the_same_bytes(tiny, tmp_path, monkeyp
     monkeypatch.setattr(store.StageCheckpoint, "save", save)
     resumed = mq.quantize(tiny, calib, job, work=tmp_path)
     assert not list(tmp_path.glob("*.checkpoint.safetensors"))
-    assert [stage["learning"] for stage in resumed.facts["stages"][1:-1]] == [stage["learning"] for stage in whole.facts["stages"][1:-1]]
+    assert [stage["learning"] for stage in resumed.facts["stages"][1:-1]] == [
+        stage["learning"] for stage in whole.facts["stages"][1:-1]
+    ]
     for path, layer in whole.layers.items():
         np.testing.assert_array_equal(layer.codes(), resumed.layers[path].codes())
 

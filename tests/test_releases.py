@@ -1,6 +1,8 @@
-"""What every release has written loads for ever: models, and what they say and draw; files that later steps read; reports.
+"""What every release has written loads for ever: models, and what they say and draw; files that later steps read;
+reports.
 
-``tests/releases/write.py`` wrote the folders with the code of their releases; it says what they hold, and is used here for inputs.
+``tests/releases/write.py`` wrote the folders with the code of their releases; it says what they hold, and is used here
+for inputs.
 """
 
 import json
@@ -56,7 +58,9 @@ def test_text_models_predict_what_they_predicted(release, said):
     places = [place for place in said if place.startswith("text/")]
     assert len(places) >= 4
     for place in places:
-        assert mq.load(release / place).predict(TEXT[:400], length=16).bits_per_character == pytest.approx(said[place], abs=CLOSE)
+        assert mq.load(release / place).predict(TEXT[:400], length=16).bits_per_character == pytest.approx(
+            said[place], abs=CLOSE
+        )
 
 
 def test_a_spun_model_goes_on_as_it_did(release, said):
@@ -126,7 +130,9 @@ def test_every_step_accepts_what_the_steps_before_wrote(release, tmp_path, drawn
 
 def test_inspect_verifies_everything(release):
     places = [*(release / "pictures").iterdir(), *(release / "text").iterdir(), *(release / "exports").iterdir()]
-    places += [release / name for name in ("spun", "module.safetensors", "fake.safetensors", "steps/calib", "steps/adaround")]
+    places += [
+        release / name for name in ("spun", "module.safetensors", "fake.safetensors", "steps/calib", "steps/adaround")
+    ]
     places += [release / name for name in ("steps/model", "report", "report/report.json", "steps/calib/adaround_cache")]
     for place in places:
         assert command("inspect", place), place

@@ -1,4 +1,6 @@
-"""What SpinQuant rotates, and what was trained through rounding, go through the rest of the package as any other model does."""
+"""What SpinQuant rotates, and what was trained through rounding, go through the rest of the package as any other model
+does.
+"""
 
 import mlxquant as mq  # before mlx
 
@@ -26,15 +28,23 @@ def _rest(adapter):
     return (adapter.tokenizer, {}) if adapter.name == "gpt" else (adapter.describe()["config"],)
 
 
-@pytest.mark.parametrize("kind", ["gpt", pytest.param("llama", marks=pytest.mark.mlxlm), pytest.param("tied", marks=pytest.mark.mlxlm)])
+@pytest.mark.parametrize(
+    "kind", ["gpt", pytest.param("llama", marks=pytest.mark.mlxlm), pytest.param("tied", marks=pytest.mark.mlxlm)]
+)
 @pytest.mark.parametrize("recipe", ["gptq-w4a4-token", "qronos-w4a16-g32", "gptq+rotation-w4a4-token"])
 def test_any_recipe_quantizes_a_rotated_model_and_it_is_saved(kind, recipe, tmp_path):
-    source = gpt_folder(tmp_path / "in") if kind == "gpt" else llama_folder(tmp_path / "in", tie_word_embeddings=kind == "tied")
+    source = (
+        gpt_folder(tmp_path / "in")
+        if kind == "gpt"
+        else llama_folder(tmp_path / "in", tie_word_embeddings=kind == "tied")
+    )
     exact, model = mq.load(source), rotated(source)
     if kind != "gpt":
         model.adapter._tokenizer = exact.language.tokenizer
     tokens = mx.array(exact.language.tokenizer.encode(TEXT)[:32][None])
-    np.testing.assert_allclose(np.array(model.language.logits(tokens)), np.array(exact.language.logits(tokens)), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        np.array(model.language.logits(tokens)), np.array(exact.language.logits(tokens)), rtol=1e-4, atol=1e-4
+    )
     (tmp_path / "text.txt").write_text(TEXT)
     calib = mq.calibrate_text(model, tmp_path / "text.txt", samples=4, length=32)
     done = mq.quantize(model, calib, recipe)
@@ -53,8 +63,24 @@ def test_a_turned_norm_has_no_place_in_stock_mlx_lm(tmp_path):
 
 def test_a_gpt_trained_through_rounding_is_measured_as_it_was_trained(tmp_path):
     (tmp_path / "text.txt").write_text(TEXT)
-    shape = ("--n_layer", 1, "--n_head", 2, "--n_embd", 32, "--block_size", 32, "--batch_size", 2, "--max_iters", 2, "--eval_interval", 0)
-    rounding = ("--linear_variant_attn", "quantized_linear", "--linear_variant_mlp", "quantized_linear", "--quantize_linear_method",
+    shape = (
+        "--n_layer",
+        1,
+        "--n_head",
+        2,
+        "--n_embd",
+        32,
+        "--block_size",
+        32,
+        "--batch_size",
+        2,
+        "--max_iters",
+        2,
+        "--eval_interval",
+        0,
+    )
+    rounding = ("--linear_variant_attn", "quantized_linear", "--linear_variant_mlp", "quantized_linear",
+    "--quantize_linear_method",
                 "ternary_quant", "--quantization_warmup_iters", 0)  # fmt: skip
     trained, _ = succeed("train-gpt", "--out_dir", tmp_path / "out", "--data", tmp_path / "text.txt", *shape, *rounding)
     measured, _ = succeed("perplexity", "--model", tmp_path / "out", "--data", tmp_path / "text.txt")

@@ -23,7 +23,11 @@ MODELS = [
     pytest.param(tiny_gpt, id="gpt"),
     pytest.param(lambda: tiny_mlx_lm("gpt2"), id="mlx-lm-gpt2", marks=mlxlm),
     pytest.param(lambda: tiny_mlx_lm("llama", tie_word_embeddings=True), id="llama-tied", marks=mlxlm),
-    pytest.param(lambda: tiny_mlx_lm("llama", tie_word_embeddings=False, attention_bias=True, mlp_bias=True), id="llama", marks=mlxlm),
+    pytest.param(
+        lambda: tiny_mlx_lm("llama", tie_word_embeddings=False, attention_bias=True, mlp_bias=True),
+        id="llama",
+        marks=mlxlm,
+    ),
     pytest.param(lambda: tiny_mlx_lm("mistral", tie_word_embeddings=False), id="mistral", marks=mlxlm),
     pytest.param(lambda: tiny_mlx_lm("qwen2", tie_word_embeddings=True), id="qwen2", marks=mlxlm),
     pytest.param(lambda: tiny_mlx_lm("qwen3", tie_word_embeddings=False), id="qwen3", marks=mlxlm),
@@ -38,7 +42,10 @@ def model(request):
 
 
 def arrays(rotations):
-    return {"residual": mx.array(rotations["residual"], mx.float32), "values": [mx.array(v, mx.float32) for v in rotations["values"]]}
+    return {
+        "residual": mx.array(rotations["residual"], mx.float32),
+        "values": [mx.array(v, mx.float32) for v in rotations["values"]],
+    }
 
 
 def logits(model, seed=0):

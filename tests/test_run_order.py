@@ -15,7 +15,9 @@ from tiny_language import TEXT, gpt_folder
 
 
 class Crossing(nn.Module):
-    """a and b read the input; c what a writes, behind a ReLU and a maximum; d all; alone runs last and hangs on nothing."""
+    """a and b read the input; c what a writes, behind a ReLU and a maximum; d all; alone runs last and hangs on
+    nothing.
+    """
 
     def __init__(self):
         super().__init__()
@@ -58,7 +60,11 @@ def test_a_gpt_block_is_rounded_in_the_order_in_which_it_runs(tmp_path, monkeypa
     groups, statistics = [], Rounding._statistics
     (tmp_path / "text.txt").write_text(TEXT)
     model = mq.load(gpt_folder(tmp_path / "gpt"))
-    monkeypatch.setattr(Rounding, "_statistics", lambda self, paths, *rest: groups.append(paths) or statistics(self, paths, *rest))
+    monkeypatch.setattr(
+        Rounding, "_statistics", lambda self, paths, *rest: groups.append(paths) or statistics(self, paths, *rest)
+    )
     mq.quantize(model, mq.calibrate_text(model, tmp_path / "text.txt", samples=2), "gptq+sequential-w4a16")
-    block = [[path.removeprefix("model.h.0.") for path in group] for group in groups if group[0].startswith("model.h.0.")]
+    block = [
+        [path.removeprefix("model.h.0.") for path in group] for group in groups if group[0].startswith("model.h.0.")
+    ]
     assert block == [["attn.c_attn"], ["attn.c_proj"], ["mlp.c_fc"], ["mlp.c_proj"]]

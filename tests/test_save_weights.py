@@ -17,8 +17,10 @@ from command_line import fail, succeed
 from small_gpt import SMALL, text_file
 
 OPTIONS = [
-    "--linear_variant_attn=quantized_linear", "--linear_variant_mlp_up=quantized_linear", "--quantize_linear_method=affine_quant",
-    "--quantize_linear_mlp_up_method=ternary_quant", "--quantize_mlp_act", "--quantize_mlp_act_bits=4", "--store_activations",
+    "--linear_variant_attn=quantized_linear", "--linear_variant_mlp_up=quantized_linear",
+    "--quantize_linear_method=affine_quant",
+    "--quantize_linear_mlp_up_method=ternary_quant", "--quantize_mlp_act", "--quantize_mlp_act_bits=4",
+    "--store_activations",
     "--quantization_warmup_iters=0",
 ]  # fmt: skip
 
@@ -40,7 +42,9 @@ def read(path):
 
 @pytest.mark.parametrize("kind", ["npz", "safetensors"])
 def test_the_file_has_the_integers_behind_every_quantized_tensor(trained, tmp_path, kind):
-    facts, _ = succeed("save-weights", "--out_dir", trained / "out", "--file_name", tmp_path / "values", "--file_type", kind)
+    facts, _ = succeed(
+        "save-weights", "--out_dir", trained / "out", "--file_name", tmp_path / "values", "--file_type", kind
+    )
     values = read(tmp_path / f"values.{kind}")
     model, _, _ = quantized_gpt(trained / "out")
     expected = {}
@@ -49,7 +53,9 @@ def test_the_file_has_the_integers_behind_every_quantized_tensor(trained, tmp_pa
         names = [f"{path}.{part}" for part in "qkv"] if path.endswith("c_attn") else [path]
         expected |= dict(zip(names, np.split(weight, len(names)), strict=True))
     assert set(facts["tensors"]) == set(expected) | set(quantizing_points(model))
-    assert set(values) == {f"{name}.{part}" for name in facts["tensors"] for part in ("codes", "scale", "zero_point", "bits")}
+    assert set(values) == {
+        f"{name}.{part}" for name in facts["tensors"] for part in ("codes", "scale", "zero_point", "bits")
+    }
     for name in facts["tensors"]:
         codes, bits = values[f"{name}.codes"], int(values[f"{name}.bits"])
         assert codes.dtype == np.int8
@@ -67,7 +73,17 @@ def test_two_runs_write_the_same_bytes_and_files_are_kept(trained, tmp_path, mon
     monkeypatch.chdir(tmp_path)
     for kind in ("npz", "safetensors"):
         for name in ("one", f"two.{kind}"):
-            succeed("save-weights", "--out-dir", trained / "out", "--file-name", name, "--file-type", kind, "--device", "cpu")
+            succeed(
+                "save-weights",
+                "--out-dir",
+                trained / "out",
+                "--file-name",
+                name,
+                "--file-type",
+                kind,
+                "--device",
+                "cpu",
+            )
         assert (tmp_path / f"one.{kind}").read_bytes() == (tmp_path / f"two.{kind}").read_bytes()
     assert "--force" in fail("save-weights", "--out-dir", trained / "out", "--file-name", "one")
     succeed("save-weights", "--out-dir", trained / "out", "--file-name", "one", "--force")
@@ -86,10 +102,16 @@ def test_what_cannot_be_written_is_refused(trained, tmp_path, monkeypatch):
 def test_visualize_draws_values_and_codes(trained, tmp_path, kind, graph):
     succeed("save-weights", "--out_dir", trained / "out", "--file_name", tmp_path / "values", "--file_type", kind)
     file = tmp_path / f"values.{kind}"
-    facts, _ = succeed("visualize", "--file_name", file, "--weight", "*h.0.*[cn]_*", "--graph", graph, "--image_folder", tmp_path / "v")
+    facts, _ = succeed(
+        "visualize", "--file_name", file, "--weight", "*h.0.*[cn]_*", "--graph", graph, "--image_folder", tmp_path / "v"
+    )
     names = [tensor["name"] for tensor in facts["tensors"]]
     assert len(names) == 2 * (3 + 1 + 1 + 2)
-    assert {"model.h.0.attn.c_attn.k.codes", "model.h.0.mlp.c_fc.values", "model.h.0.mlp.activation_output.codes"} <= set(names)
+    assert {
+        "model.h.0.attn.c_attn.k.codes",
+        "model.h.0.mlp.c_fc.values",
+        "model.h.0.mlp.activation_output.codes",
+    } <= set(names)
     for name in facts["files"]:
         with Image.open(tmp_path / "v" / name) as image:
             assert np.asarray(image.convert("RGB")).std() > 5

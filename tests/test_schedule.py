@@ -83,7 +83,9 @@ def test_between_levels_the_range_is_the_envelope_of_the_neighbours(bits, width)
             assert (high >= own_high - 1e-3).all()
         if width == 1:  # and no wider than it must be
             both = [span(table.step[[i]], table.shift[[i]], table.bits[[i]]) for i in neighbours]
-            np.testing.assert_allclose([low.min(), high.max()], [min(b[0].min() for b in both), max(b[1].max() for b in both)], rtol=1e-5)
+            np.testing.assert_allclose(
+                [low.min(), high.max()], [min(b[0].min() for b in both), max(b[1].max() for b in both)], rtol=1e-5
+            )
 
 
 def test_outside_the_levels_the_nearest_entry_holds():

@@ -31,7 +31,12 @@ def test_calibrate_snr_writes_a_model(tmp_path):
     tables = [layer.table for layer in model.layers.values() if layer.table is not None]
     assert tables
     assert all(set(table.bits) == {8} and (table.step > 0).all() for table in tables)
-    assert model.images([mq.Prompt(1, "a large red circle at left on white background")], steps=2).shape == (1, 32, 32, 3)
+    assert model.images([mq.Prompt(1, "a large red circle at left on white background")], steps=2).shape == (
+        1,
+        32,
+        32,
+        3,
+    )
 
 
 def test_quantize_qronos_is_the_recipe_sequential_and_damped(tmp_path):
@@ -40,13 +45,20 @@ def test_quantize_qronos_is_the_recipe_sequential_and_damped(tmp_path):
     recipe = read_json(tmp_path / "q" / "model.json", "quantized-model")["recipe"]
     spec = recipe["rules"][-1][1]
     assert recipe["sequential"]
-    assert (spec["rounding"], spec["held_out"], spec["weight"]["bits"], spec["activation"]["bits"]) == ("qronos", True, 4, 8)
+    assert (spec["rounding"], spec["held_out"], spec["weight"]["bits"], spec["activation"]["bits"]) == (
+        "qronos",
+        True,
+        4,
+        8,
+    )
 
 
 def test_they_give_the_same_model_as_quantize(tmp_path):
     succeed("calibrate-snr", "--wbits", 4, "--abits", 6, "--save_path", tmp_path / "a", *QUICK)
     succeed("quantize", "--model", "mmdit-shapes", "--recipe", "rtn+logsnr-w4a6", "--out", tmp_path / "b", *QUICK)
-    assert (tmp_path / "a" / "weights.safetensors").read_bytes() == (tmp_path / "b" / "weights.safetensors").read_bytes()
+    assert (tmp_path / "a" / "weights.safetensors").read_bytes() == (
+        tmp_path / "b" / "weights.safetensors"
+    ).read_bytes()
 
 
 def test_the_folder_is_named_after_the_recipe_and_not_overwritten(tmp_path, monkeypatch):
@@ -80,7 +92,17 @@ def evaluated(monkeypatch):
 
 
 def test_benchmark_final_compares_folders_with_their_baseline(tmp_path, evaluated):
-    outcome = run("benchmark-final", tmp_path / "a", "b", "--model", "sd3-medium", "--metric", "lpips", "--out", tmp_path / "report")
+    outcome = run(
+        "benchmark-final",
+        tmp_path / "a",
+        "b",
+        "--model",
+        "sd3-medium",
+        "--metric",
+        "lpips",
+        "--out",
+        tmp_path / "report",
+    )
     assert outcome.exit_code == 0, outcome.output
     assert evaluated["names"] == ("sd3-medium", str(tmp_path / "a"), "b")
     assert (evaluated["recipe_names"], evaluated["asked"]) == ((), ("lpips",))
@@ -100,9 +122,31 @@ def test_benchmark_final_without_folders_evaluates_the_seeds_recipes(evaluated):
 def test_every_option_they_pass_on_exists():
     """A renamed option of ``quantize`` or ``evaluate`` must not be passed in vain."""
     known = {parameter.name for parameter in quantize.params}
-    assert {"name", "size", "recipe_name", "prompt_file", "num_prompts", "steps", "seed", "out", "force", "resume"} <= known
+    assert {
+        "name",
+        "size",
+        "recipe_name",
+        "prompt_file",
+        "num_prompts",
+        "steps",
+        "seed",
+        "out",
+        "force",
+        "resume",
+    } <= known
     known = {parameter.name for parameter in evaluate.params}
-    assert {"names", "recipe_names", "size", "prompt_file", "num_prompts", "steps", "seed", "asked", "out", "force"} <= known
+    assert {
+        "names",
+        "recipe_names",
+        "size",
+        "prompt_file",
+        "num_prompts",
+        "steps",
+        "seed",
+        "asked",
+        "out",
+        "force",
+    } <= known
 
 
 @pytest.mark.parametrize("module", [calibrate_snr, quantize_qronos, benchmark_final])

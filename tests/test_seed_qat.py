@@ -1,4 +1,6 @@
-"""The commands of seed 003's README on training, saving and drawing, as they stand there: only sizes and the text are added."""
+"""The commands of seed 003's README on training, saving and drawing, as they stand there: only sizes and the text are
+added.
+"""
 
 import json
 import shlex
@@ -39,11 +41,22 @@ def shell(folder, command, *more):
 
 @pytest.mark.slow
 def test_train_save_and_draw(tmp_path):
-    trained = shell(tmp_path, TRAIN, "--data", text_file(tmp_path), "--out_dir=quantized_model", *SMALL, "--max_iters=3", "--n_layer=1")
+    trained = shell(
+        tmp_path,
+        TRAIN,
+        "--data",
+        text_file(tmp_path),
+        "--out_dir=quantized_model",
+        *SMALL,
+        "--max_iters=3",
+        "--n_layer=1",
+    )
     assert trained["quantized"]
     saved = shell(tmp_path, SAVE)
     assert saved["file"] == "quantized_data.npz"
     assert len(saved["tensors"]) == 6 + 12
     drawn = shell(tmp_path, DRAW)
-    assert sorted(path.name for path in (tmp_path / "quantized_images").iterdir()) == sorted([*drawn["files"], "report.json"])
+    assert sorted(path.name for path in (tmp_path / "quantized_images").iterdir()) == sorted(
+        [*drawn["files"], "report.json"]
+    )
     assert {tensor["name"].rsplit(".", 1)[0] for tensor in drawn["tensors"]} == set(saved["tensors"])

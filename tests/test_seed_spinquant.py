@@ -63,7 +63,9 @@ def folder(tmp_path_factory):
 
 
 def demo(name, *arguments):
-    return subprocess.run([sys.executable, str(DEMOS / f"{name}.py"), *map(str, arguments)], capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, str(DEMOS / f"{name}.py"), *map(str, arguments)], capture_output=True, text=True
+    )
 
 
 def test_the_demos_run_one_after_the_other(folder):
@@ -77,7 +79,10 @@ def test_the_demos_run_one_after_the_other(folder):
     again = demo("spinquant_ptq", "--model", folder / "gpt", "--data", folder / "text.txt", "--out-dir", out)
     assert again.returncode == 1
     assert "--force" in again.stderr
-    texts = [demo("spinquant_sample", "--ckpt", place, "--prompt", "Test", "--max_new_tokens", 20) for place in (out, out / FILE)]
+    texts = [
+        demo("spinquant_sample", "--ckpt", place, "--prompt", "Test", "--max_new_tokens", 20)
+        for place in (out, out / FILE)
+    ]
     assert [done.returncode for done in texts] == [0, 0], texts[0].stderr
     assert texts[0].stdout.startswith("Test")
     assert texts[0].stdout == texts[1].stdout

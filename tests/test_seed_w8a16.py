@@ -1,4 +1,6 @@
-"""The usage of seed 004 ("PyTorch Custom Quantizer Algorithm"), translated to MLX: each snippet of its README runs and keeps its word."""
+"""The usage of seed 004 ("PyTorch Custom Quantizer Algorithm"), translated to MLX: each snippet of its README runs and
+keeps its word.
+"""
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -14,7 +16,11 @@ class MyCustomModel(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.embed, self.hidden, self.lm_head = nn.Embedding(100, 64), nn.Linear(64, 256), nn.Linear(256, 100, bias=False)
+        self.embed, self.hidden, self.lm_head = (
+            nn.Embedding(100, 64),
+            nn.Linear(64, 256),
+            nn.Linear(256, 100, bias=False),
+        )
 
     def __call__(self, tokens):
         return self.lm_head(nn.relu(self.hidden(self.embed(tokens))))
@@ -60,7 +66,11 @@ class CodeGen(nn.Module):
 class Bottleneck(nn.Module):
     def __init__(self, width):
         super().__init__()
-        self.conv1, self.conv2, self.conv3 = nn.Conv2d(width, 16, 1), nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, width, 1)
+        self.conv1, self.conv2, self.conv3 = (
+            nn.Conv2d(width, 16, 1),
+            nn.Conv2d(16, 16, 3, padding=1),
+            nn.Conv2d(16, width, 1),
+        )
         self.bn1, self.bn2, self.bn3 = nn.BatchNorm(16), nn.BatchNorm(16), nn.BatchNorm(width)
 
     def __call__(self, x):
@@ -69,7 +79,9 @@ class Bottleneck(nn.Module):
 
 
 class Detector(nn.Module):
-    """DETR's parts: a convolutional backbone, a transformer over its cells and learned queries, a head for classes and one for boxes."""
+    """DETR's parts: a convolutional backbone, a transformer over its cells and learned queries, a head for classes and
+    one for boxes.
+    """
 
     def __init__(self, width=64, classes=11, queries=6):
         super().__init__()
@@ -82,7 +94,9 @@ class Detector(nn.Module):
 
     def __call__(self, picture):
         cells = self.input_projection(self.backbone(picture)).flatten(1, 2)
-        queries = mx.broadcast_to(self.query_position_embeddings.weight, (len(picture), *self.query_position_embeddings.weight.shape))
+        queries = mx.broadcast_to(
+            self.query_position_embeddings.weight, (len(picture), *self.query_position_embeddings.weight.shape)
+        )
         found = self.transformer(cells, queries, None, None, None)
         return self.class_labels_classifier(found), mx.sigmoid(self.bbox_predictor(found))
 
@@ -166,12 +180,16 @@ def test_excluding_several_layers():
 def test_quantized_layers_can_be_accessed():
     model = built(MyCustomModel)
     mq.quantize_linears(model, "w8a16")
-    lines = [f"Layer {name}: scales={m.scales.shape}" for name, m in model.named_modules() if isinstance(m, W8A16Linear)]
+    lines = [
+        f"Layer {name}: scales={m.scales.shape}" for name, m in model.named_modules() if isinstance(m, W8A16Linear)
+    ]
     assert sorted(lines) == ["Layer hidden: scales=(256, 1)", "Layer lm_head: scales=(100, 1)"]
 
 
 def test_the_stated_equations():
-    """``scales = abs(weights).max(dim=-1) / 127``, ``round(weights / scales)``, ``linear(input, int8_weights) * scales``."""
+    """``scales = abs(weights).max(dim=-1) / 127``, ``round(weights / scales)``, ``linear(input, int8_weights) *
+    scales``.
+    """
     rng = np.random.default_rng(0)
     weights, x = rng.normal(size=(8, 32)).astype(np.float32), rng.normal(size=(3, 32)).astype(np.float32)
     layer = W8A16Linear(32, 8, bias=False).quantize(mx.array(weights))

@@ -74,13 +74,15 @@ def measured(adapter):
 
 
 def exact(adapter, tokens, width, run):
-    """The diagonal of J^T J [width], summed over tokens and averaged over the velocity's elements: one row of J by each of those, 256 at
-    a time. ``run`` adds [B,tokens,width] inside the model and returns the velocity."""
+    """The diagonal of J^T J [width], summed over tokens and averaged over the velocity's elements: one row of J by each
+    of those, 256 at a time. ``run`` adds [B,tokens,width] inside the model and returns the velocity."""
     total, size = np.zeros(width), int(np.prod(adapter.latent_shape))
     for start in range(0, size, 256):
         state = states_of(adapter, copies=256)
         picked = mx.eye(size)[start : start + 256].reshape(256, *adapter.latent_shape)
-        rows = mx.grad(lambda error, state=state, picked=picked: (run(error, state) * picked).sum())(mx.zeros((256, tokens, width)))
+        rows = mx.grad(lambda error, state=state, picked=picked: (run(error, state) * picked).sum())(
+            mx.zeros((256, tokens, width))
+        )
         total += np.array(mx.square(rows).sum((0, 1)), np.float64)
     return total / size
 
@@ -91,7 +93,9 @@ def assert_close(found, expected):
     np.testing.assert_allclose(found, expected, rtol=0.35)
 
 
-@pytest.mark.parametrize("path", [f"{BLOCK}.image_transformer_block.attn.q_proj", f"{BLOCK}.text_transformer_block.mlp.fc2"])
+@pytest.mark.parametrize(
+    "path", [f"{BLOCK}.image_transformer_block.attn.q_proj", f"{BLOCK}.text_transformer_block.mlp.fc2"]
+)
 def test_a_layers_costs_are_the_exact_diagonal(adapter, measured, path):
     def run(error, state):
         with disturbed(adapter, path, error):
@@ -115,7 +119,9 @@ def test_a_stages_costs_are_the_exact_diagonal(adapter, measured, key, tokens):
 
 @pytest.mark.parametrize("path", LAYERS)
 def test_noise_costs_what_is_predicted(adapter, measured, path):
-    """Small independent errors at every token and output, 128 draws, and the mean squared change of the velocity that they make."""
+    """Small independent errors at every token and output, 128 draws, and the mean squared change of the velocity that
+    they make.
+    """
     costs, state = measured.layers[path][0], states_of(adapter, copies=128)
     error = mx.random.normal((128, LAYERS[path], len(costs)), key=mx.random.key(1)) * 1e-2
     before = velocity(adapter, state)
@@ -147,7 +153,10 @@ def test_the_end_of_a_chain_is_measured_from_its_own_inputs(adapter):
     state = states_of(adapter)
     with adapter.clock.at(SIGMA):
         later = adapter.stages[0].run(state)
-    whole, part = measure(adapter, adapter.stages, [SIGMA], [state], LAYERS), measure(adapter, adapter.stages[1:], [SIGMA], [later], LAYERS)
+    whole, part = (
+        measure(adapter, adapter.stages, [SIGMA], [state], LAYERS),
+        measure(adapter, adapter.stages[1:], [SIGMA], [later], LAYERS),
+    )
     assert set(whole.stages) - set(part.stages) == {"embed"}
     for path in LAYERS:
         np.testing.assert_allclose(part.layers[path], whole.layers[path], rtol=1e-4)
@@ -159,7 +168,10 @@ def test_rows_of_a_level_are_averaged_and_levels_ascend(adapter):
     found = measure(adapter, adapter.stages, levels, states, LAYERS)
     np.testing.assert_array_equal(found.sigma, np.float32([0.3, 0.9]))
     for path in LAYERS:
-        alone = [measure(adapter, adapter.stages, levels[i : i + 1], [x], [path], seed=i).layers[path][0] for i, x in enumerate(states)]
+        alone = [
+            measure(adapter, adapter.stages, levels[i : i + 1], [x], [path], seed=i).layers[path][0]
+            for i, x in enumerate(states)
+        ]
         np.testing.assert_allclose(found.layers[path], [alone[1], (alone[0] + 3 * alone[2]) / 4], rtol=1e-5)
 
 
@@ -200,7 +212,9 @@ def test_only_what_enters_the_stages_is_held_for_all_of_them():
 
 
 def test_equal_seeds_give_equal_bytes(adapter):
-    first, same, other = (measure(adapter, adapter.stages, [SIGMA], [states_of(adapter)], LAYERS, seed=seed) for seed in (0, 0, 1))
+    first, same, other = (
+        measure(adapter, adapter.stages, [SIGMA], [states_of(adapter)], LAYERS, seed=seed) for seed in (0, 0, 1)
+    )
     for path in list(LAYERS)[:-1]:
         np.testing.assert_array_equal(first.layers[path], same.layers[path])
         assert not np.array_equal(first.layers[path], other.layers[path])
@@ -208,7 +222,9 @@ def test_equal_seeds_give_equal_bytes(adapter):
 
 def test_costs_are_looked_up_at_the_nearest_level():
     found = Sensitivity(np.float32([0.2, 0.8]), {}, {"a": np.array([[1.0, 3.0], [5.0, 7.0]])})
-    np.testing.assert_array_equal(found.of_outputs("a", np.float32([0.0, 0.45, 0.55, 1.0])), [[1, 3], [1, 3], [5, 7], [5, 7]])
+    np.testing.assert_array_equal(
+        found.of_outputs("a", np.float32([0.0, 0.45, 0.55, 1.0])), [[1, 3], [1, 3], [5, 7], [5, 7]]
+    )
     assert found.of_outputs("b", [0.5]) is None
     assert found.of_layer("a", 0.9) == pytest.approx(1.5)
     assert found.of_layer("b", 0.9) == 1

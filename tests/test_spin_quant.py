@@ -21,7 +21,9 @@ OUTLIER = 3
 
 
 def spiked_gpt():
-    """One channel of the residual stream is 20 times as large as the others, for every token, and counts as much less."""
+    """One channel of the residual stream is 20 times as large as the others, for every token, and counts as
+    much less.
+    """
     model = tiny_gpt(GPTConfig(40, 24, 64, 2, 1))
     factor = np.ones(64, np.float32)
     factor[OUTLIER] = 20
@@ -50,7 +52,10 @@ def distance(model, expected):
 def unrotated(model, **options):
     """Rounded as SpinQuant would, without a rotation of its own."""
     spin = SpinQuant(model, **options)
-    spin.rotations = {"residual": np.eye(spin.stream.width), "values": [np.stack([np.eye(v.size)] * v.heads) for v in spin.stream.values]}
+    spin.rotations = {
+        "residual": np.eye(spin.stream.width),
+        "values": [np.stack([np.eye(v.size)] * v.heads) for v in spin.stream.values],
+    }
     return spin
 
 
@@ -78,7 +83,9 @@ def test_the_loss_is_that_of_what_apply_leaves():
     spin = SpinQuant(model, bits=8, activation_bits=8)
     expected = spin.loss(seen)
     spin.apply(seen, rounding="rtn", steps="extremes")
-    losses = [nn.losses.cross_entropy(model(mx.array(t[:, :-1])), mx.array(t[:, 1:]), reduction="mean").item() for t in seen]
+    losses = [
+        nn.losses.cross_entropy(model(mx.array(t[:, :-1])), mx.array(t[:, 1:]), reduction="mean").item() for t in seen
+    ]
     assert np.mean(losses) == pytest.approx(expected, rel=2e-3)
 
 
@@ -118,7 +125,9 @@ def test_every_rotation_is_learned():
 def test_other_data_other_rotations_and_the_same_data_the_same():
     def learned(seed):
         model = tiny_gpt()
-        return SpinQuant(model, bits=3, start="random").optimize(own_text(model, seed=seed), steps=6).rotations["residual"]
+        return (
+            SpinQuant(model, bits=3, start="random").optimize(own_text(model, seed=seed), steps=6).rotations["residual"]
+        )
 
     np.testing.assert_array_equal(learned(0), learned(0))
     assert np.abs(learned(0) - learned(1)).max() > 1e-3
@@ -312,7 +321,8 @@ def test_activations_alone_may_be_rounded_in_the_loss():
     model = tiny_gpt()
     seen = own_text(model)
     alone, both = (
-        SpinQuant(model, bits=3, activation_bits=4, start="random").optimize(seen, steps=2, weights=weights) for weights in (False, True)
+        SpinQuant(model, bits=3, activation_bits=4, start="random").optimize(seen, steps=2, weights=weights)
+        for weights in (False, True)
     )
     assert alone.history[0] < both.history[0] - 0.1
     assert len(alone.history) == 2
@@ -353,5 +363,8 @@ def test_rotations_that_are_worse_than_the_start_are_not_kept():
 
 
 def test_weights_are_rounded_for_the_inputs_that_they_see():
-    errors = {way: SpinQuant(tiny_gpt(), bits=3).apply(data(), rounding=way, steps="extremes").report.errors for way in ("rtn", "gptq")}
+    errors = {
+        way: SpinQuant(tiny_gpt(), bits=3).apply(data(), rounding=way, steps="extremes").report.errors
+        for way in ("rtn", "gptq")
+    }
     assert sum(errors["gptq"].values()) < 0.9 * sum(errors["rtn"].values())

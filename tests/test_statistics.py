@@ -67,14 +67,22 @@ def test_inputs_are_not_copied():
 
 
 def test_every_fourth_sample_of_each_noise_level_is_held_out():
-    batches = {0.9: (inputs(3), inputs(5, seed=1)), 0.4: (inputs(3, seed=2), inputs(5, seed=3)), 0.1: (inputs(3, seed=4),)}
+    batches = {
+        0.9: (inputs(3), inputs(5, seed=1)),
+        0.4: (inputs(3, seed=2), inputs(5, seed=3)),
+        0.1: (inputs(3, seed=4),),
+    }
     statistics = InputStatistics(8, hold_out=True)
     for index in range(2):
         for sigma, some in batches.items():
             if index < len(some):
                 statistics.add(some[index], sigma, some[index] * 2)
-    everything = np.concatenate([np.array(x).reshape(-1, 8) for some in batches.values() for x in some]).astype(np.float64)
-    held = np.concatenate([np.array(batches[sigma][1])[[0, 4]].reshape(-1, 8) for sigma in (0.9, 0.4)]).astype(np.float64)
+    everything = np.concatenate([np.array(x).reshape(-1, 8) for some in batches.values() for x in some]).astype(
+        np.float64
+    )
+    held = np.concatenate([np.array(batches[sigma][1])[[0, 4]].reshape(-1, 8) for sigma in (0.9, 0.4)]).astype(
+        np.float64
+    )
     np.testing.assert_allclose(statistics.moments.gram, everything.T @ everything, rtol=1e-5, atol=1e-4)
     np.testing.assert_allclose(statistics.moments.held_out.gram, held.T @ held, rtol=1e-5, atol=1e-4)
     np.testing.assert_allclose(statistics.moments.held_out.cross, 2 * held.T @ held, rtol=1e-5, atol=1e-4)

@@ -1,4 +1,6 @@
-"""A stage that was finished comes back from disk as it was: same layers, same dtypes, same bytes when it is written again."""
+"""A stage that was finished comes back from disk as it was: same layers, same dtypes, same bytes when it is written
+again.
+"""
 
 import mlx.core as mx
 import numpy as np
@@ -18,12 +20,16 @@ CLOCK = Clock()
 
 def layers(dtype):
     rng = np.random.default_rng(0)
-    table = ActivationTable(np.float32([0.2, 0.8]), np.float32([0.1, 0.2]), np.zeros((2, 64), np.float32), np.uint8([8, 8]))
+    table = ActivationTable(
+        np.float32([0.2, 0.8]), np.float32([0.1, 0.2]), np.zeros((2, 64), np.float32), np.uint8([8, 8])
+    )
     made = {}
     for path, format in (("block.a", "w4"), ("block.ab", "w8-asym")):
         weight = rng.normal(size=(8, 64)).astype(np.float32)
         grid = fit_extremes(weight, WeightFormat.parse(format))
-        made[path] = QuantizedLinear(grid.quantize(weight), grid, mx.array(rng.normal(size=8)).astype(dtype), mx.ones(64))
+        made[path] = QuantizedLinear(
+            grid.quantize(weight), grid, mx.array(rng.normal(size=8)).astype(dtype), mx.ones(64)
+        )
     made["block.a"].set_activations(table, CLOCK)
     return made
 
@@ -41,7 +47,9 @@ def test_a_finished_stage_comes_back_as_it_was(tmp_path, dtype):
         with CLOCK.at(0.5):
             np.testing.assert_array_equal(np.array(again.layers[path](x)), np.array(layer(x)))
     found, expected = layer_arrays(again.layers), layer_arrays(made)
-    assert {name: value.dtype for name, value in found.items()} == {name: value.dtype for name, value in expected.items()}
+    assert {name: value.dtype for name, value in found.items()} == {
+        name: value.dtype for name, value in expected.items()
+    }
     assert found["block.a.bias"].dtype == dtype
     store.save(STAGE, again)
     assert (tmp_path / "block.safetensors").read_bytes() == first

@@ -53,7 +53,9 @@ def test_the_model_itself_is_left_alone(tiny):
 
 
 def test_formats_follow_the_recipe(tiny):
-    quantized = mq.quantize(tiny, calibrate(tiny), parse_recipe("rtn-w3a6-g32", ["*.mlp.fc2=w5a16", "context_embedder=keep"]))
+    quantized = mq.quantize(
+        tiny, calibrate(tiny), parse_recipe("rtn-w3a6-g32", ["*.mlp.fc2=w5a16", "context_embedder=keep"])
+    )
     layers = quantized.layers
     block = "multimodal_transformer_blocks.0.image_transformer_block"
     assert "context_embedder" not in layers
@@ -80,10 +82,14 @@ UNUSED = "multimodal_transformer_blocks.1.text_transformer_block.attn.q_proj"  #
 
 
 def tiered(name="gptq-w4a8", budget=1e-5, sensitivity=True, **changes):
-    """A recipe whose layers choose their bits; the budget is for the tiny model, whose velocities are not of unit variance."""
+    """A recipe whose layers choose their bits; the budget is for the tiny model, whose velocities are not of unit
+    variance.
+    """
     recipe = replace(parse_recipe(name), sensitivity=sensitivity)
     activation = {"budget": budget, "shift": True, **changes}
-    rules = tuple((p, replace(s, activation=replace(s.activation, **activation)) if s.activation else s) for p, s in recipe.rules)
+    rules = tuple(
+        (p, replace(s, activation=replace(s.activation, **activation)) if s.activation else s) for p, s in recipe.rules
+    )
     return replace(recipe, rules=rules)
 
 
@@ -125,7 +131,9 @@ def test_tiers_are_chosen_in_the_sweep_and_survive_the_disk(skewed, tmp_path):
 def test_a_wider_budget_takes_fewer_bits_and_never_more_than_the_recipes(tiny):
     calib = calibrate(tiny, steps=3)
     bits = [
-        np.concatenate([t.bits for p, t in tables(mq.quantize(tiny, calib, tiered("rtn-w8a6", budget))).items() if p != UNUSED])
+        np.concatenate(
+            [t.bits for p, t in tables(mq.quantize(tiny, calib, tiered("rtn-w8a6", budget))).items() if p != UNUSED]
+        )
         for budget in (1e-12, 1e-5, 1e6)
     ]
     assert [set(b.tolist()) for b in bits] == [{6}, {4, 6}, {4}]
@@ -147,7 +155,9 @@ def test_without_a_sensitivity_the_budget_is_relative(tiny):
 
 
 def test_bits_are_those_that_the_measured_costs_allow(tiny):
-    """The first block, whose inputs are the exact model's: what was decided, against the rule on what the model really reads."""
+    """The first block, whose inputs are the exact model's: what was decided, against the rule on what the model really
+    reads.
+    """
     calib, recipe = calibrate(tiny, steps=3), tiered("rtn-w8a8")
     table = tables(mq.quantize(tiny, calib, recipe))[FC2]
     sigmas, states = calib.batches(tiny.adapter)
@@ -162,7 +172,9 @@ def test_bits_are_those_that_the_measured_costs_allow(tiny):
                     state = stage.run(state)
                 mx.eval(state)
     ranges, weight = collector[FC2].ranges, np.array(tiny.adapter.linears()[FC2].weight)
-    expected = decide_input(LayerInput(ranges, weight, costs), (ranges.least + ranges.most) / 2, Options(budget=1e-5)).table
+    expected = decide_input(
+        LayerInput(ranges, weight, costs), (ranges.least + ranges.most) / 2, Options(budget=1e-5)
+    ).table
     np.testing.assert_array_equal(table.bits, expected.bits)
     np.testing.assert_allclose(table.shift, expected.shift, rtol=0.05, atol=0.05)
 
@@ -274,7 +286,9 @@ def test_errors_are_measured_on_what_a_stage_writes(tiny):
     assert set(targets[0]) == {"image", "text"}
     assert stage_error(targets, targets) == 0
     halved = [{**s, "image": s["image"] * 0.5} for s in targets]
-    assert stage_error(halved, targets) == pytest.approx(0.25 / 2)  # image and text count the same, the conditioning not
+    assert stage_error(halved, targets) == pytest.approx(
+        0.25 / 2
+    )  # image and text count the same, the conditioning not
 
 
 def test_overflowing_stage_is_named(tiny):
@@ -310,7 +324,9 @@ def test_equal_facts_give_equal_digests():
 
 
 def spiky():
-    """The tiny model with one channel of two inputs forty times louder: the same function, an input that one step serves badly."""
+    """The tiny model with one channel of two inputs forty times louder: the same function, an input that one step
+    serves badly.
+    """
     model = mq.Model(tiny_adapter())
     edges = {edge.consumers[0]: edge for edge in model.adapter.edges()}
     for first in (f"{BLOCK}.image_transformer_block.attn.q_proj", f"{BLOCK}.image_transformer_block.mlp.fc1"):
@@ -335,7 +351,10 @@ def test_spiky_inputs_are_smoothed_inside_the_sweep(tmp_path):
     exact, both = (q.images(prompts, 3) for q in (model, quantized))
     assert np.abs(exact - both).mean() < 0.02
     table = quantized.layers[f"{BLOCK}.image_transformer_block.mlp.fc1"].table
-    assert (table.step * 2.0**table.bits < 0.5 * rough.layers[f"{BLOCK}.image_transformer_block.mlp.fc1"].table.step * 2.0**8).all()
+    assert (
+        table.step * 2.0**table.bits
+        < 0.5 * rough.layers[f"{BLOCK}.image_transformer_block.mlp.fc1"].table.step * 2.0**8
+    ).all()
     quantized.save(tmp_path / "q")
     np.testing.assert_array_equal(mq.load(tmp_path / "q").images(prompts, 3), both)
 
@@ -349,5 +368,7 @@ def test_what_is_not_stored_is_not_divided():
     assert facts["kept"]
     assert facts["tensors"]
     for path in facts["tensors"]:
-        folded = path.endswith("o_proj")  # into values, which are quantized; adaLN is not, so the layer divides while it runs
+        folded = path.endswith(
+            "o_proj"
+        )  # into values, which are quantized; adaLN is not, so the layer divides while it runs
         assert ("act_divisor" in quantized.layers[path]) != folded

@@ -41,7 +41,9 @@ def peak_copies(recipe):
     [("rtn-w4a16", False, 3), ("gptq-w4a16", False, 3), ("gptq-w4a16", True, 4), ("taqdit-w4a16", False, 3)],
 )
 def test_three_copies_of_the_hidden_states_are_held(recipe, corrected, copies):
-    """What enters the stage and what both streams write; a fourth where the rounding looks at what enters the exact one."""
+    """What enters the stage and what both streams write; a fourth where the rounding looks at what enters the exact
+    one.
+    """
     made = replace(parse_recipe(recipe), learning=Settings(iterations=25, batch=4))
     rules = tuple((p, replace(s, corrected=corrected)) for p, s in made.rules)
     assert peak_copies(replace(made, rules=rules)) < copies + 0.5
@@ -107,7 +109,9 @@ def test_moments_go_layer_by_layer(tiny, calib, monkeypatch):
 @pytest.mark.parametrize("hurts", [False, True])
 def test_only_a_winner_that_was_not_tried_last_is_run_again(tiny, calib, monkeypatch, hurts):
     runs, run = [], sweep.run_stage
-    monkeypatch.setattr(sweep, "run_stage", lambda adapter, stage, *rest: (runs.append(stage.name), run(adapter, stage, *rest))[1])
+    monkeypatch.setattr(
+        sweep, "run_stage", lambda adapter, stage, *rest: (runs.append(stage.name), run(adapter, stage, *rest))[1]
+    )
     if hurts:
         zeros = registry.Method("gptq", "round", lambda w, grid, moments: np.zeros(w.shape, np.uint8), None, "broken")
         get = registry.get
@@ -142,7 +146,9 @@ def test_sensitivities_are_measured_on_a_few_rows_of_each_level(monkeypatch, row
     """The first of each batch, one backward pass at most, and no more batches than it takes."""
     chain, seen = Chain(), []
     chain.rows = rows
-    monkeypatch.setattr(sweep, "measure", lambda a, stages, sigmas, states, plan, **rest: seen.extend(zip(sigmas, states, strict=True)))
+    monkeypatch.setattr(
+        sweep, "measure", lambda a, stages, sigmas, states, plan, **rest: seen.extend(zip(sigmas, states, strict=True))
+    )
     monkeypatch.setattr(sweep, "SENSITIVITY_ROWS", 9)
     sigmas, states = mq.calibrate(mq.Model(chain), prompts=5, steps=2).batches(chain)
     measured(chain, chain.stages, sigmas, states, {}, sweep.silent)

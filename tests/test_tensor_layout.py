@@ -1,4 +1,6 @@
-"""Our tensor files are safetensors files, byte for byte what the safetensors crate writes, and are never held twice in memory."""
+"""Our tensor files are safetensors files, byte for byte what the safetensors crate writes, and are never held twice in
+memory.
+"""
 
 import hashlib
 import json
@@ -79,8 +81,15 @@ def test_bfloat16_is_stored_and_comes_back(tmp_path):
 
 
 def test_bfloat16_lies_where_the_crate_puts_it(tmp_path):
-    """Between int32 and float16: the crate reads only files whose tensors follow each other, so a wrong order would not be noticed."""
-    values = {"half": mx.zeros((1,), mx.float16), "brain": BRAIN, "index": mx.zeros((1,), mx.int32), "code": mx.zeros((1,), mx.int8)}
+    """Between int32 and float16: the crate reads only files whose tensors follow each other, so a wrong order would not
+    be noticed.
+    """
+    values = {
+        "half": mx.zeros((1,), mx.float16),
+        "brain": BRAIN,
+        "index": mx.zeros((1,), mx.int32),
+        "code": mx.zeros((1,), mx.int8),
+    }
     data = written(tmp_path, values).read_bytes()
     entries = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     assert list(entries) == ["__metadata__", "index", "brain", "half", "code"]

@@ -131,7 +131,9 @@ class TestPrediction:
         predict(logits, ByteTokenizer(), text, 10, limit=4)
         assert seen == [0, 30, 60, 90]
 
-    @pytest.mark.parametrize(("text", "length", "limit"), [("", 64, None), (TEXT, 0, None), (TEXT, -5, None), (TEXT, 64, 0)])
+    @pytest.mark.parametrize(
+        ("text", "length", "limit"), [("", 64, None), (TEXT, 0, None), (TEXT, -5, None), (TEXT, 64, 0)]
+    )
     def test_nothing_to_predict_is_said_so(self, text, length, limit):
         with pytest.raises(CalibrationError, match=r"too short|at least 1"):
             predict(lambda tokens: mx.zeros((*tokens.shape, 256)), ByteTokenizer(), text, length, limit)
@@ -146,12 +148,24 @@ class TestPrediction:
 
 def test_quantize_and_perplexity_on_the_command_line(folder, text, tmp_path):
     done, _ = succeed(
-        "quantize", "--model", folder, "--recipe", "gptq-w4a8-token", "--data", text, "--samples", 4, "--out", tmp_path / "out"
+        "quantize",
+        "--model",
+        folder,
+        "--recipe",
+        "gptq-w4a8-token",
+        "--data",
+        text,
+        "--samples",
+        4,
+        "--out",
+        tmp_path / "out",
     )
     assert 4 < done["bits_per_quantized_weight"] < 5
     facts, said = succeed("perplexity", "--model", folder, "--model", tmp_path / "out", "--data", text)
     full, quantized = facts["models"][str(folder)], facts["models"][str(tmp_path / "out")]
-    assert quantized["difference"] == pytest.approx(quantized["bits_per_character"] - full["bits_per_character"], abs=1e-9)
+    assert quantized["difference"] == pytest.approx(
+        quantized["bits_per_character"] - full["bits_per_character"], abs=1e-9
+    )
     assert quantized["bits_per_weight"] == pytest.approx(done["bits_per_weight"])
     assert "bits per character" in said
 
@@ -159,7 +173,9 @@ def test_quantize_and_perplexity_on_the_command_line(folder, text, tmp_path):
 def test_options_of_the_other_kind_of_model_are_refused(folder, text, tmp_path):
     out = ("--out", tmp_path / "out")
     assert "--data TEXT" in fail("quantize", "--model", folder, "--recipe", "rtn-w4a16", "--num-prompts", 2, *out)
-    assert "--prompts FILE" in fail("quantize", "--model", "mmdit-shapes", "--recipe", "rtn-w4a16", "--data", text, *out)
+    assert "--prompts FILE" in fail(
+        "quantize", "--model", "mmdit-shapes", "--recipe", "rtn-w4a16", "--data", text, *out
+    )
     assert "writes no text" in fail("perplexity", "--model", "mmdit-shapes")
     assert "draws no pictures" in fail("generate", "--model", folder, "--prompt", "a circle")
     assert not list(tmp_path.glob("out*"))

@@ -12,7 +12,9 @@ from language_models import tiny_gpt
 
 
 class Next(nn.Module):
-    """Its logits depend on the last token and say the next number is likeliest, by ``sharpness``; it notes how much it saw."""
+    """Its logits depend on the last token and say the next number is likeliest, by ``sharpness``; it notes how much it
+    saw.
+    """
 
     def __init__(self, size=10, sharpness=5.0):
         super().__init__()

@@ -13,7 +13,9 @@ from mlxquant.grids.time import Clock
 from mlxquant.grids.weights import WeightFormat, fit_extremes
 from mlxquant.layers.linear import QuantizedLinear
 
-X = np.random.default_rng(0).normal(size=(3, 5, 64)).astype(np.float32) * np.array([1, 10, 100])[:, None, None].astype(np.float32)
+X = np.random.default_rng(0).normal(size=(3, 5, 64)).astype(np.float32) * np.array([1, 10, 100])[:, None, None].astype(
+    np.float32
+)
 
 
 def layer(bits=4, group="channel", symmetric=True):
@@ -64,7 +66,9 @@ def test_structure_survives():
     other.load_weights(list(run.parameters().items()))
     other.refresh()
     np.testing.assert_array_equal(np.array(other(mx.array(X))), np.array(run(mx.array(X))))
-    old = {key: value for key, value in run.facts.items() if key != "token"}  # as it was saved before there were such layers
+    old = {
+        key: value for key, value in run.facts.items() if key != "token"
+    }  # as it was saved before there were such layers
     assert QuantizedLinear.blank(old, Clock()).input_bits == 16.0
 
 

@@ -1,4 +1,6 @@
-"""``mlxquant train-gpt``: a run that is killed and resumed ends with the same bytes, and what it writes runs quantized."""
+"""``mlxquant train-gpt``: a run that is killed and resumed ends with the same bytes, and what it writes runs
+quantized.
+"""
 
 import json
 
@@ -24,15 +26,27 @@ from command_line import fail, run, succeed
 from small_gpt import CONFIG, SMALL, TEXT, random_gpt, text_file
 
 EVERYTHING = [
-    "--quantize_attn_act", "--quantize_mlp_act", "--no-quantize_mlp_act_output", "--linear_variant_attn=quantized_linear",
-    "--linear_variant_mlp=quantized_linear", "--quantize_linear_method=stochastic_quant", "--activations_quant_method=stochastic_quant",
+    "--quantize_attn_act", "--quantize_mlp_act", "--no-quantize_mlp_act_output",
+    "--linear_variant_attn=quantized_linear",
+    "--linear_variant_mlp=quantized_linear", "--quantize_linear_method=stochastic_quant",
+    "--activations_quant_method=stochastic_quant",
     "--quantize_linear_bits=4", "--quantize_wte", "--store_activations", "--quantization_warmup_iters=1",
     "--quantization_level_schedule=linear", "--full_quant_iteration=5", "--dtype=bfloat16",
 ]  # fmt: skip
 
 
 def arguments(folder, out, *options, iterations=7):
-    return ["train-gpt", "--data", text_file(folder), "--out_dir", folder / out, *SMALL, "--max_iters", iterations, *options]
+    return [
+        "train-gpt",
+        "--data",
+        text_file(folder),
+        "--out_dir",
+        folder / out,
+        *SMALL,
+        "--max_iters",
+        iterations,
+        *options,
+    ]
 
 
 def contents(folder):
@@ -70,7 +84,8 @@ def test_a_killed_run_ends_with_the_same_bytes(tmp_path, monkeypatch, options):
 
 
 def test_what_it_says_is_what_the_folder_does(tmp_path):
-    facts, said = succeed(*arguments(tmp_path, "out", "--linear_variant_mlp=quantized_linear", "--quantize_linear_method=ternary_quant",
+    facts, said = succeed(*arguments(tmp_path, "out", "--linear_variant_mlp=quantized_linear",
+    "--quantize_linear_method=ternary_quant",
                                      "--quantization_warmup_iters=2", "--eval-windows", "5"))  # fmt: skip
     assert f"{facts['bits_per_character']:.4f} bits per character of held-out text, quantized" in said
     model, tokenizer, known = quantized_gpt(tmp_path / "out")
@@ -87,7 +102,10 @@ def test_what_it_says_is_what_the_folder_does(tmp_path):
 
 def test_training_lowers_the_loss_by_character_and_by_byte(tmp_path):
     for level, size in (("char", len(set(TEXT))), ("byte", 256)):
-        found = [succeed(*arguments(tmp_path, f"{level}{n}", "--level", level, iterations=n))[0]["bits_per_character"] for n in (1, 60)]
+        found = [
+            succeed(*arguments(tmp_path, f"{level}{n}", "--level", level, iterations=n))[0]["bits_per_character"]
+            for n in (1, 60)
+        ]
         assert found[1] < 0.7 * found[0]
         model, tokenizer, _ = load_gpt(tmp_path / f"{level}60")
         assert model.config.vocab_size == tokenizer.vocab_size == size
@@ -103,12 +121,19 @@ def test_held_out_text_is_looked_at_without_a_change(tmp_path):
     before, ids = parameters(model), np.arange(300) % CONFIG.vocab_size
     first = mean_loss(model, ids, 0, 2, 3, 8, mx.bfloat16)
     assert first == mean_loss(model, ids, 0, 2, 3, 8, mx.bfloat16)
-    assert all(mx.array_equal(value, before[name]) and value.dtype == mx.float32 for name, value in parameters(model).items())
+    assert all(
+        mx.array_equal(value, before[name]) and value.dtype == mx.float32 for name, value in parameters(model).items()
+    )
 
 
 def test_a_trained_model_is_trained_on(tmp_path):
     succeed(*arguments(tmp_path, "first", iterations=30))
-    options = ["--init-from", tmp_path / "first", "--linear_variant_mlp=quantized_linear", "--quantization_warmup_iters=0"]
+    options = [
+        "--init-from",
+        tmp_path / "first",
+        "--linear_variant_mlp=quantized_linear",
+        "--quantization_warmup_iters=0",
+    ]
     small = ["train-gpt", "--data", text_file(tmp_path), "--max_iters", 3, "--batch_size", 4]
     facts, _ = succeed(*small, "--out-dir", tmp_path / "second", *options)
     start, end = (parameters(load_gpt(tmp_path / name)[0]) for name in ("first", "second"))

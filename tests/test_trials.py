@@ -1,4 +1,6 @@
-"""What a stage is tried with: transforms, the order of rounding, branches, damping, rounds and attention probabilities."""
+"""What a stage is tried with: transforms, the order of rounding, branches, damping, rounds and attention
+probabilities.
+"""
 
 from dataclasses import replace
 
@@ -65,7 +67,9 @@ def test_a_transform_is_kept_only_where_the_block_gains_and_leaves_the_model(spi
             assert method == name
             assert all(tensor["error_after"] < tensor["error_before"] for tensor in facts["tensors"].values())
             if facts["tensors"]:
-                assert facts["kept"] == (facts["error"] < stage["errors"].get("calibrated", np.inf) or "calibrated" not in stage["errors"])
+                assert facts["kept"] == (
+                    facts["error"] < stage["errors"].get("calibrated", np.inf) or "calibrated" not in stage["errors"]
+                )
                 assert (stage["kept"] == f"calibrated+{name}") <= facts["kept"]
 
 
@@ -99,7 +103,9 @@ def test_a_killed_sweep_with_transforms_ends_with_the_same_bytes(spiky, calib, t
 
 
 def test_costs_follow_what_is_folded_into_a_layers_rows(spiky, calib, monkeypatch):
-    """What its outputs are worth in all is the same before and after: a row that was divided writes less, and its errors cost more."""
+    """What its outputs are worth in all is the same before and after: a row that was divided writes less, and its
+    errors cost more.
+    """
     worth, rows, read = {}, {}, Rounding._input
 
     def watched(self, path, spec, ranges, weight=None, folded=None):
@@ -111,7 +117,9 @@ def test_costs_follow_what_is_folded_into_a_layers_rows(spiky, calib, monkeypatc
         return found
 
     monkeypatch.setattr(Rounding, "_input", watched)
-    monkeypatch.setattr(rounding, "propose", lambda *given: replace(propose(*given), before=np.inf))  # so that everything is tried
+    monkeypatch.setattr(
+        rounding, "propose", lambda *given: replace(propose(*given), before=np.inf)
+    )  # so that everything is tried
     mq.quantize(spiky, calib, "gptq+smoothquant+tiers-w4a8")
     values = [path for path in worth if path.endswith("v_proj")]
     assert any(not np.allclose(rows[path][-1], rows[path][0], rtol=0.01) for path in values)
@@ -156,7 +164,11 @@ def test_a_transform_that_overflows_is_not_kept_and_it_says_so(spiky, calib, mon
 
     monkeypatch.setattr(rounding, "propose", huge)
     stages = mq.quantize(spiky, calib, "gptq+smoothquant-w4a16").facts["stages"]
-    found = [stage["transforms"]["smoothquant"] for stage in stages if stage.get("transforms", {}).get("smoothquant", {}).get("tensors")]
+    found = [
+        stage["transforms"]["smoothquant"]
+        for stage in stages
+        if stage.get("transforms", {}).get("smoothquant", {}).get("tensors")
+    ]
     assert found
     assert all(not facts["kept"] and "infinite" in facts["failed"] for facts in found)
     assert {stage["kept"] for stage in stages} <= {"calibrated", "rtn"}
@@ -184,7 +196,10 @@ def test_only_the_trial_that_is_learned_from_keeps_what_learning_takes(spiky, ca
 def test_a_branch_that_hurts_is_left_out_and_what_comes_after_goes_on_without(spiky, calib, monkeypatch):
     def noise(weight, moments, rank, quantize):
         rng = np.random.default_rng(0)
-        return LowRank(rng.normal(size=(len(weight), rank)).astype(np.float16), rng.normal(size=(rank, weight.shape[1])).astype(np.float16))
+        return LowRank(
+            rng.normal(size=(len(weight), rank)).astype(np.float16),
+            rng.normal(size=(rank, weight.shape[1])).astype(np.float16),
+        )
 
     good = mq.quantize(spiky, calib, "gptq+svd2+smoothquant-w4a8")
     monkeypatch.setitem(registry._METHODS, ("branch", "svd"), replace(registry.get("branch", "svd"), function=noise))
@@ -193,7 +208,9 @@ def test_a_branch_that_hurts_is_left_out_and_what_comes_after_goes_on_without(sp
     blocks = [stage for stage in done.facts["stages"] if stage["stage"].startswith("multimodal")]
     assert all(stage["kept"].startswith("without branch") for stage in blocks)
     assert all(layer.branch is None for layer in done.layers.values())
-    assert [s["error"] for s in blocks] == [s["error"] for s in plain.facts["stages"] if s["stage"].startswith("multimodal")]
+    assert [s["error"] for s in blocks] == [
+        s["error"] for s in plain.facts["stages"] if s["stage"].startswith("multimodal")
+    ]
     assert any(layer.branch is not None for layer in good.layers.values())
     assert all(stage["error"] <= stage["errors"].get("without branch", np.inf) for stage in good.facts["stages"])
 
@@ -235,7 +252,9 @@ def test_damping_is_chosen_and_recorded(spiky, calib):
     assert all(("target_damping" in row) == ("damping" in row) for row in rows)
 
 
-@pytest.mark.parametrize("recipe", ["qronos-w4a8", "gptaq-w4a8", "gptq+corrected+damped-w4a8", "descent+refit-w3a16", "svdquant-w4a4"])
+@pytest.mark.parametrize(
+    "recipe", ["qronos-w4a8", "gptaq-w4a8", "gptq+corrected+damped-w4a8", "descent+refit-w3a16", "svdquant-w4a4"]
+)
 def test_methods_run_end_to_end_and_beat_rounding(spiky, calib, recipe):
     done = mq.quantize(spiky, calib, recipe)
     compared = [stage for stage in done.facts["stages"] if "rtn" in stage["errors"]]
@@ -244,7 +263,9 @@ def test_methods_run_end_to_end_and_beat_rounding(spiky, calib, recipe):
 
 
 def test_a_second_round_calibrates_on_what_the_quantized_model_draws(spiky, calib, tmp_path):
-    once, twice = (mq.quantize(spiky, calib, f"{name}-w4a4", work=tmp_path / name) for name in ("gptq", "gptq+progressive"))
+    once, twice = (
+        mq.quantize(spiky, calib, f"{name}-w4a4", work=tmp_path / name) for name in ("gptq", "gptq+progressive")
+    )
     latents = [
         mq.calibration.trajectories.Calibration.load(path).latents
         for path in (tmp_path / "gptq+progressive").rglob("calibration.safetensors")
@@ -255,7 +276,9 @@ def test_a_second_round_calibrates_on_what_the_quantized_model_draws(spiky, cali
     drawn = once.images(list(calib.prompts), steps=3)
     assert np.abs(drawn - spiky.images(list(calib.prompts), steps=3)).max() > 0
     assert not np.array_equal(np.array(latents[0][-1]), np.array(calib.latents[-1]))
-    assert any(not np.array_equal(value, arrays(once)[name]) for name, value in arrays(twice).items() if name in arrays(once))
+    assert any(
+        not np.array_equal(value, arrays(once)[name]) for name, value in arrays(twice).items() if name in arrays(once)
+    )
 
 
 def test_probabilities_are_quantized_and_survive_the_disk(spiky, calib, tmp_path):

@@ -54,7 +54,9 @@ def test_every_kind_has_pictures(made, tmp_path, path, weight, kinds, graph):
 
 def test_a_sheet_has_all(made, tmp_path, monkeypatch):
     monkeypatch.setattr(tensor_plots, "PER_SHEET", 2)
-    facts, said = succeed("visualize", made / "model", "--weight", "*.0.image*[qkv]_proj.codes", "--sheet", "--out", tmp_path / "v")
+    facts, said = succeed(
+        "visualize", made / "model", "--weight", "*.0.image*[qkv]_proj.codes", "--sheet", "--out", tmp_path / "v"
+    )
     assert len(facts["tensors"]) == 3
     assert facts["files"] == ["sheet-1.png", "sheet-2.png"]
     assert "2 pictures of 3 tensors" in said
@@ -69,8 +71,12 @@ def test_folders_are_not_replaced_unasked(made, tmp_path):
 
 
 def test_names_that_mean_nothing_are_one_clear_error(made, tmp_path):
-    assert "no tensor is called 'zzz*'; it has" in fail("visualize", made / "model", "--weight", "zzz*", "--out", tmp_path / "v", code=1)
-    said = fail("visualize", made / "calib" / "activations" / "layer_temporal_analysis.json", "--out", tmp_path / "v", code=1)
+    assert "no tensor is called 'zzz*'; it has" in fail(
+        "visualize", made / "model", "--weight", "zzz*", "--out", tmp_path / "v", code=1
+    )
+    said = fail(
+        "visualize", made / "calib" / "activations" / "layer_temporal_analysis.json", "--out", tmp_path / "v", code=1
+    )
     assert "holds no tensors that can be drawn" in said
     assert not (tmp_path / "v").exists()
 
@@ -91,7 +97,9 @@ def test_inputs_run_from_noise_to_picture(made):
     contents = read_contents(made / "calib" / "activations")
     view = views(contents)[0]
     stats, path = contents.statistics, view.name.removesuffix(".input")
-    assert [label for label, _ in view.samples()] == [f"sigma {sigma:.3g}" for sigma in sorted(stats.sigmas, reverse=True)]
+    assert [label for label, _ in view.samples()] == [
+        f"sigma {sigma:.3g}" for sigma in sorted(stats.sigmas, reverse=True)
+    ]
     largest = np.abs(np.stack([stats.ranges(path).least, stats.ranges(path).most])).max(0)
     assert np.array_equal(view.matrix(), largest[::-1])
 

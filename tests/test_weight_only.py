@@ -35,7 +35,9 @@ def test_the_layer_is_the_formula_in_float64(dtype):
     assert (layer.codes().astype(int) - 128 == codes).all()
     assert (np.array(layer.scales).astype(np.float64) == scales).all()
     x = normal((7, 40), 3).astype(dtype)
-    expected = np.array(x.astype(mx.float32)).astype(np.float64) @ (codes * scales).T + np.array(linear.bias.astype(mx.float32))
+    expected = np.array(x.astype(mx.float32)).astype(np.float64) @ (codes * scales).T + np.array(
+        linear.bias.astype(mx.float32)
+    )
     y = layer(x)
     assert y.dtype == dtype
     tolerance = {mx.float32: 1e-5, mx.float16: 2e-2, mx.bfloat16: 0.15}[dtype]
@@ -43,7 +45,9 @@ def test_the_layer_is_the_formula_in_float64(dtype):
 
 
 def test_codes_of_a_bfloat16_weight_never_wrap():
-    """The seed divided in the weight's own dtype: there the largest weight of a row can come to 128, which is -128 in int8."""
+    """The seed divided in the weight's own dtype: there the largest weight of a row can come to 128, which is -128 in
+    int8.
+    """
     weight = normal((4096, 8), 4).astype(mx.bfloat16)
     scales = mx.abs(weight).max(-1) / mx.array(127, mx.bfloat16)
     seeds = mx.round(weight / scales[:, None])
@@ -56,7 +60,9 @@ def test_codes_of_a_bfloat16_weight_never_wrap():
     centred = layer.codes().astype(int) - 128
     assert np.abs(centred).max() == 127
     assert (np.sign(centred) == np.where(centred == 0, 0, np.sign(exact))).all()
-    assert (np.abs(np.array(layer.dequantized()) - exact) / steps).max() < 0.6  # half a step, and the scale's rounding to float16
+    assert (
+        np.abs(np.array(layer.dequantized()) - exact) / steps
+    ).max() < 0.6  # half a step, and the scale's rounding to float16
 
 
 @pytest.mark.parametrize("bits", range(2, 9))

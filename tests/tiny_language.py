@@ -1,4 +1,6 @@
-"""Small language models for tests: a GPT of ours and, where mlx-lm is installed, a Llama, both with the byte tokenizer, as folders."""
+"""Small language models for tests: a GPT of ours and, where mlx-lm is installed, a Llama, both with the byte tokenizer,
+as folders.
+"""
 
 import json
 

@@ -95,8 +95,8 @@ __all__ = [
 
 
 class _Package(ModuleType):
-    """Python sets a submodule on its package when it is imported; one that is called like a name of ``HOMES`` must not hide that:
-    ``mq.quantize`` is the function, ``mlxquant.quantize`` the command's module.
+    """Python sets a submodule on its package when it is imported; one that is called like a name of ``HOMES`` must not
+    hide that: ``mq.quantize`` is the function, ``mlxquant.quantize`` the command's module.
     """
 
     def __setattr__(self, name: str, value: object) -> None:

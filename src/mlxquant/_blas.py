@@ -1,8 +1,8 @@
 """Give MLX's CPU backend a real BLAS, before ``mlx.core`` is first imported.
 
-The Linux CPU wheel of MLX bundles reference BLAS (about 3 GFLOP/s). Loading an OpenBLAS with global symbols beforehand makes
-libmlx bind its ``cblas_*`` calls to it, which is 25 to 30 times faster. macOS uses Accelerate and needs nothing. Without an
-OpenBLAS everything still works, slowly.
+The Linux CPU wheel of MLX bundles reference BLAS (about 3 GFLOP/s). Loading an OpenBLAS with global symbols beforehand
+makes libmlx bind its ``cblas_*`` calls to it, which is 25 to 30 times faster. macOS uses Accelerate and needs nothing.
+Without an OpenBLAS everything still works, slowly.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ def prefer_fast_blas() -> str | None:
     if not sys.platform.startswith("linux"):
         return None
     if "mlx.core" in sys.modules:
-        log.warning("mlx was imported before mlxquant, so its matmul runs on slow reference BLAS; import mlxquant first")
+        log.warning(
+            "mlx was imported before mlxquant, so its matmul runs on slow reference BLAS; import mlxquant first"
+        )
         return None
     for name in _candidates():
         try:
@@ -49,5 +51,7 @@ def prefer_fast_blas() -> str | None:
             continue
         log.debug("MLX's CPU matmul runs on %s", Path(name).name)
         return name
-    log.debug("no OpenBLAS found: MLX's CPU matmul will be 25 to 30 times slower; pip install scipy-openblas32==0.3.23.293")
+    log.debug(
+        "no OpenBLAS found: MLX's CPU matmul will be 25 to 30 times slower; pip install scipy-openblas32==0.3.23.293"
+    )
     return None

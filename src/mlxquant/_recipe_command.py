@@ -19,14 +19,27 @@ def recipe_command(name: str, method: str, weight_bits: int, input_bits: int, su
     @click.option("--model", default=MODEL, show_default=True, help=MODEL_HELP)
     @size_option
     @click.option("--wbits", type=int, default=weight_bits, show_default=True, help="Bits of a weight, 2 to 8.")
-    @click.option("--abits", type=int, default=input_bits, show_default=True, help="Bits of an activation: 4, 6, 8, or 16 for none.")
-    @click.option("--save-path", "--save_path", type=click.Path(path_type=Path), help="Folder for the model.  [default: the recipe's name]")
+    @click.option(
+        "--abits",
+        type=int,
+        default=input_bits,
+        show_default=True,
+        help="Bits of an activation: 4, 6, 8, or 16 for none.",
+    )
+    @click.option(
+        "--save-path",
+        "--save_path",
+        type=click.Path(path_type=Path),
+        help="Folder for the model.  [default: the recipe's name]",
+    )
     @click.option("--prompts", type=click.Path(path_type=Path), help="Calibration prompts, as of 'mlxquant quantize'.")
     @click.option("--num-prompts", type=click.IntRange(1), help="Use the first N prompts.")
     @click.option("--steps", type=click.IntRange(1), help="Sampler steps of the calibration.  [default: the model's]")
     @click.option("--data", type=click.Path(path_type=Path), help="Calibration text of a language model.")
     @click.option("--length", type=click.IntRange(2), help="Tokens of a window of that text.")
-    @click.option("--samples", type=click.IntRange(1), help="At most so many pairs of a picture and a step, or windows of text.")
+    @click.option(
+        "--samples", type=click.IntRange(1), help="At most so many pairs of a picture and a step, or windows of text."
+    )
     @click.option("--seed", default=0, show_default=True, help="Shifts the noise seeds of the model's own prompts.")
     @force_option
     @resume_option

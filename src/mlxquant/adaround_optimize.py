@@ -37,12 +37,23 @@ DEFAULT = Settings()
 
 
 @click.command("adaround-optimize", cls=Command)
-@click.option("--cache-dir", type=click.Path(path_type=Path), required=True, help="Folder that 'mlxquant cache-adaround-data' wrote.")
 @click.option(
-    "--calib-dir", type=click.Path(path_type=Path), help="Where the trajectories are now.  [default: the folder around the cache's]"
+    "--cache-dir",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Folder that 'mlxquant cache-adaround-data' wrote.",
 )
-@click.option("--output-dir", type=click.Path(path_type=Path), required=True, help="Folder for config.json and weights/mm*.npz.")
-@click.option("--bits-w", type=click.IntRange(2, 8), default=4, show_default=True, help="Bits of attention and MLP weights.")
+@click.option(
+    "--calib-dir",
+    type=click.Path(path_type=Path),
+    help="Where the trajectories are now.  [default: the folder around the cache's]",
+)
+@click.option(
+    "--output-dir", type=click.Path(path_type=Path), required=True, help="Folder for config.json and weights/mm*.npz."
+)
+@click.option(
+    "--bits-w", type=click.IntRange(2, 8), default=4, show_default=True, help="Bits of attention and MLP weights."
+)
 @click.option(
     "--bits-a",
     type=click.Choice([str(b) for b in BITS]),
@@ -50,17 +61,48 @@ DEFAULT = Settings()
     show_default=True,
     help="Bits of activations, where --quant-config does not choose them; 16: as they are.",
 )
-@click.option("--iters", type=click.IntRange(1), default=DEFAULT.iterations, show_default=True, help="Adam steps a block.")
-@click.option("--start", type=click.Choice(list(STARTS)), default="gptq", show_default=True, help="Codes that learning starts from.")
-@click.option("--batch-size", type=click.IntRange(1), default=DEFAULT.batch, show_default=True, help="Samples a step, of mixed timesteps.")
-@click.option("--learning-rate", type=float, default=DEFAULT.rate, show_default=True)
-@click.option("--pressure", type=float, default=DEFAULT.pressure, show_default=True, help="Weight of the rounding regulariser.")
 @click.option(
-    "--qdrop", type=click.FloatRange(0, 1), default=DEFAULT.drop, show_default=True, help="Probability to leave an activation unquantized."
+    "--iters", type=click.IntRange(1), default=DEFAULT.iterations, show_default=True, help="Adam steps a block."
 )
-@click.option("--sensitivity/--no-sensitivity", default=True, show_default=True, help="Weigh errors by what they do to the velocity.")
-@click.option("--quant-config", type=click.Path(path_type=Path), help="Round the weights as this file's folds and shifts change them.")
-@click.option("--model", "name", help="Where its weights are: a hub id or a folder.  [default: the name of the cache's model]")
+@click.option(
+    "--start",
+    type=click.Choice(list(STARTS)),
+    default="gptq",
+    show_default=True,
+    help="Codes that learning starts from.",
+)
+@click.option(
+    "--batch-size",
+    type=click.IntRange(1),
+    default=DEFAULT.batch,
+    show_default=True,
+    help="Samples a step, of mixed timesteps.",
+)
+@click.option("--learning-rate", type=float, default=DEFAULT.rate, show_default=True)
+@click.option(
+    "--pressure", type=float, default=DEFAULT.pressure, show_default=True, help="Weight of the rounding regulariser."
+)
+@click.option(
+    "--qdrop",
+    type=click.FloatRange(0, 1),
+    default=DEFAULT.drop,
+    show_default=True,
+    help="Probability to leave an activation unquantized.",
+)
+@click.option(
+    "--sensitivity/--no-sensitivity",
+    default=True,
+    show_default=True,
+    help="Weigh errors by what they do to the velocity.",
+)
+@click.option(
+    "--quant-config",
+    type=click.Path(path_type=Path),
+    help="Round the weights as this file's folds and shifts change them.",
+)
+@click.option(
+    "--model", "name", help="Where its weights are: a hub id or a folder.  [default: the name of the cache's model]"
+)
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of the minibatches.")
 @click.option("--force", is_flag=True, help="Start over where the folder holds other weights.")
 @click.option("--resume/--no-resume", default=True, show_default=True, help="Go on where a killed run was.")
@@ -89,7 +131,9 @@ def command(
     learning = Settings(iters, batch_size, learning_rate, pressure, drop=qdrop, seed=seed)
     cache = BlockCache.read(cache_dir)
     if model_name(name) not in (None, cache.model):
-        raise AdapterError(f"{cache_dir} is of model {cache.model!r}, not of {name!r}; leave --model out or cache that model")
+        raise AdapterError(
+            f"{cache_dir} is of model {cache.model!r}, not of {name!r}; leave --model out or cache that model"
+        )
     adapter = diffusion(pretrained(name or cache.model))
     cache.check(adapter)
     presets: dict[str, Preset] = {}
@@ -142,7 +186,9 @@ def learn(
     ledger: Ledger,
     resume: bool = True,
 ) -> None:
-    """Run the blocks through the sweep, from the cache's states towards the cache's targets, into the ledger's folder."""
+    """Run the blocks through the sweep, from the cache's states towards the cache's targets, into the ledger's
+    folder.
+    """
     blocks = adapter.stages[1:-1]
     linears = {path: layer for path, layer in adapter.linears().items() if any(stage.owns(path) for stage in blocks)}
     plan = recipe.plan({path: adapter.role(path) for path in linears})
@@ -158,7 +204,9 @@ def learn(
 
 
 def block_recipe(bits_w: int, bits_a: int, start: str, learning: Settings, sensitivity: bool) -> Recipe:
-    """Attention and MLP weights learned, modulation rounded to 8 bits: at 4 its error enters every block at every step."""
+    """Attention and MLP weights learned, modulation rounded to 8 bits: at 4 its error enters every block at
+    every step.
+    """
     activation = None if bits_a == 16 else ActivationSpec(bits_a)
     main = LayerSpec(WeightFormat(bits_w), activation, steps="search", reconstruct="adaround", **STARTS[start])
     careful = LayerSpec(WeightFormat(8), None, steps="search", rounding="gptq")
@@ -177,9 +225,13 @@ def wins(errors: dict[str, float]) -> bool:
 
 
 def row(block: str, facts: dict[str, Any]) -> str:
-    """A block's line in the table: errors of what it writes, hard-rounded, and how it was learned where that was kept."""
+    """A block's line in the table: errors of what it writes, hard-rounded, and how it was learned where that
+    was kept.
+    """
     errors, learning = facts["errors"], facts.get("learning")
-    figures = "".join(f"{errors[name]:>10.2e}" if name in errors else f"{'':>10}" for name in ("learned", "calibrated", "rtn"))
+    figures = "".join(
+        f"{errors[name]:>10.2e}" if name in errors else f"{'':>10}" for name in ("learned", "calibrated", "rtn")
+    )
     learned = "" if learning is None else f"{learning['flipped']:>9.1%}{learning['iterations']:>7}"
     return f"{block:<8}{facts['kept']:<12}{figures}{learned}"
 

@@ -1,4 +1,6 @@
-"""``mlxquant analyze-activations``: from activation statistics to bits, steps and shifts for every layer and timestep."""
+"""``mlxquant analyze-activations``: from activation statistics to bits, steps and shifts for every layer and
+timestep.
+"""
 
 from __future__ import annotations
 
@@ -36,10 +38,20 @@ def two_numbers(context: click.Context, parameter: click.Parameter, value: str) 
 
 @click.command("analyze-activations", cls=Command)
 @click.option(
-    "--stats", "stats_file", type=click.Path(path_type=Path), required=True, help="layer_statistics.json of collect-layer-activations."
+    "--stats",
+    "stats_file",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="layer_statistics.json of collect-layer-activations.",
 )
-@click.option("--output", type=click.Path(path_type=Path), help="The config to write.  [default: quant_config.json beside the statistics]")
-@click.option("--model", "name", help="Where the model is: a hub id or a folder.  [default: the model of the statistics]")
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    help="The config to write.  [default: quant_config.json beside the statistics]",
+)
+@click.option(
+    "--model", "name", help="Where the model is: a hub id or a folder.  [default: the model of the statistics]"
+)
 @click.option(
     "--rule",
     type=click.Choice(["error", "threshold"]),
@@ -54,7 +66,11 @@ def two_numbers(context: click.Context, parameter: click.Parameter, value: str) 
     help="Mean squared error of the velocity that --rule error lets each layer's input cause.",
 )
 @click.option(
-    "--thresholds", default="6,10", show_default=True, callback=two_numbers, help="Of --rule threshold: A4 below the first, A6 below."
+    "--thresholds",
+    default="6,10",
+    show_default=True,
+    callback=two_numbers,
+    help="Of --rule threshold: A4 below the first, A6 below.",
 )
 @click.option(
     "--range",
@@ -64,7 +80,13 @@ def two_numbers(context: click.Context, parameter: click.Parameter, value: str) 
     show_default=True,
     help="What the codes span. 'average' is what TaQ-DiT does; it clips, and it ruins pictures.",
 )
-@click.option("--alpha", type=click.FloatRange(0, 1), default=0.5, show_default=True, help="How much SmoothQuant moves into the weights.")
+@click.option(
+    "--alpha",
+    type=click.FloatRange(0, 1),
+    default=0.5,
+    show_default=True,
+    help="How much SmoothQuant moves into the weights.",
+)
 @click.option("--migration", is_flag=True, help="Try to even out post-GELU channels by integers, too.")
 @click.option("--force", is_flag=True, help="Replace existing files.")
 @verbose_option
@@ -116,47 +138,70 @@ def command(
 
 
 def check_outputs(stats_file: Path, output: Path, analysis: Path, force: bool) -> None:
-    """Raise ArtifactError, before any work, when the config cannot have its name or its folder has another config's analysis."""
+    """Raise ArtifactError, before any work, when the config cannot have its name or its folder has another config's
+    analysis.
+    """
     if output.suffix != ".json" or output.absolute() == stats_file.absolute():
-        raise ArtifactError(f"{output}: expected a name for the config that ends in .json and is not that of the statistics")
+        raise ArtifactError(
+            f"{output}: expected a name for the config that ends in .json and is not that of the statistics"
+        )
     if output.is_dir():
         raise ArtifactError(f"{output} is a folder; choose a name for the config")
     if output == analysis:
-        raise ArtifactError(f"{output} is the name of the temporal analysis, which is written beside the config; choose another")
+        raise ArtifactError(
+            f"{output} is the name of the temporal analysis, which is written beside the config; choose another"
+        )
     if analysis.exists() and not force and (other := temporal.config_of(analysis)) != output.name:
         raise ArtifactError(
-            f"{analysis} exists and is of {other}; choose an --output in a folder of its own, or pass --force to replace it"
+            f"{analysis} exists and is of {other}; choose an --output in a folder of its own, or pass --force to"
+            " replace it"
         )
 
 
 def finished(output: Path, facts: dict[str, Any], force: bool) -> QuantConfig | None:
-    """The config that is there already, when it was decided from the same; raises ArtifactError when it is another and not ``force``."""
+    """The config that is there already, when it was decided from the same; raises ArtifactError when it is another and
+    not ``force``.
+    """
     if force or not output.exists():
         return None
     config = QuantConfig.read(output)
     if config.facts != facts:
         changed = sorted(key for key in facts.keys() | config.facts.keys() if facts.get(key) != config.facts.get(key))
-        raise ArtifactError(f"{output} exists and was made from other {', '.join(changed)}; choose another --output or pass --force")
+        raise ArtifactError(
+            f"{output} exists and was made from other {', '.join(changed)}; choose another --output or pass --force"
+        )
     return config
 
 
 def say_table(config: QuantConfig) -> None:
-    """Layers by kind: how many of their timesteps are in each tier, the mean squared velocity error that rounding a layer's input
-    causes, and the mean relative error of its output.
+    """Layers by kind: how many of their timesteps are in each tier, the mean squared velocity error that rounding a
+    layer's input causes, and the mean relative error of its output.
     """
     kinds: dict[str, list[str]] = {}
     for path in config.plain:
         kinds.setdefault(starred(path), []).append(path)
     width = max(map(len, kinds))
-    say(f"{'layers':{width}} " + "".join(f"{f'A{tier}':>7}" for tier in TIERS) + f"{'mean':>7}{'velocity':>11}{'output':>9}")
+    say(
+        f"{'layers':{width}} "
+        + "".join(f"{f'A{tier}':>7}" for tier in TIERS)
+        + f"{'mean':>7}{'velocity':>11}{'output':>9}"
+    )
     for kind, paths in kinds.items():
         bits = np.stack([config.plain[path].bits for path in paths])
-        cost, error = (float(np.mean([config.layers[path][name] for path in paths])) for name in ("error", "relative_error"))
+        cost, error = (
+            float(np.mean([config.layers[path][name] for path in paths])) for name in ("error", "relative_error")
+        )
         counts = "".join(f"{int((bits == tier).sum()):7}" for tier in TIERS)
         say(f"{kind:{width}} {counts}{bits.mean():7.2f}{cost:11.2e}{error:9.4f}")
     tried = [layer for layer in config.layers.values() if "error_shifted" in layer]
-    say(f"mean {config.mean_bits:.2f} bits; shifted: {sum(layer['shifted'] for layer in tried)} of {len(tried)} post-GELU inputs")
-    say(f"SmoothQuant: {len(config.divisors)} of {len(config.smoothquant)} candidates lower the error; {len(config.migrations)} migrated")
+    say(
+        f"mean {config.mean_bits:.2f} bits; shifted: {sum(layer['shifted'] for layer in tried)} of {len(tried)}"
+        " post-GELU inputs"
+    )
+    say(
+        f"SmoothQuant: {len(config.divisors)} of {len(config.smoothquant)} candidates lower the error;"
+        f" {len(config.migrations)} migrated"
+    )
 
 
 if __name__ == "__main__":

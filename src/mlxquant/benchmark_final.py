@@ -1,6 +1,8 @@
-"""``python -m mlxquant.benchmark_final``: seed 002's comparison of its methods, as ``mlxquant evaluate`` with its recipes.
+"""``python -m mlxquant.benchmark_final``: seed 002's comparison of its methods, as ``mlxquant evaluate`` with its
+recipes.
 
-Similarity to the baseline, size, latency and memory; LPIPS, CLIP score and FID where their networks are asked for with ``--metric``.
+Similarity to the baseline, size, latency and memory; LPIPS, CLIP score and FID where their networks are asked for with
+``--metric``.
 """
 
 from __future__ import annotations
@@ -20,13 +22,29 @@ RECIPES = ("rtn+logsnr-w8a8", "gptq+sequential-w4a8", "qronos+damped-w4a8", "qro
 @click.argument("folders", nargs=-1)
 @click.option("--model", default="mmdit-shapes", show_default=True, help=f"The baseline. {MODEL_HELP}")
 @size_option
-@click.option("--prompts", type=click.Path(path_type=Path), help="Prompts to draw.  [default: the model's own, held out from calibration]")
+@click.option(
+    "--prompts",
+    type=click.Path(path_type=Path),
+    help="Prompts to draw.  [default: the model's own, held out from calibration]",
+)
 @click.option("--num-prompts", type=click.IntRange(1), help="Use the first N prompts.")
 @click.option("--steps", type=click.IntRange(1), help="Sampler steps.  [default: the model's]")
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Shifts the noise seeds of the model's own prompts.")
+@click.option(
+    "--seed",
+    default=0,
+    show_default=True,
+    type=click.IntRange(0),
+    help="Shifts the noise seeds of the model's own prompts.",
+)
 @metric_option
 @weights_option
-@click.option("--out", type=click.Path(path_type=Path), default="benchmark-final", show_default=True, help="Folder for the report.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default="benchmark-final",
+    show_default=True,
+    help="Folder for the report.",
+)
 @force_option
 @verbose_option
 @click.pass_context

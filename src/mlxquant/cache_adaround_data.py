@@ -1,4 +1,6 @@
-"""``mlxquant cache-adaround-data``: step 2 of the weight track, what each block writes on the trajectories of step 1."""
+"""``mlxquant cache-adaround-data``: step 2 of the weight track, what each block writes on the trajectories of
+step 1.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,12 @@ from .pipeline.samples import Samples
 
 
 @click.command("cache-adaround-data", cls=Command)
-@click.option("--calib-dir", type=click.Path(path_type=Path), required=True, help="Folder that generate-calibration-data wrote.")
-@click.option("--output-dir", type=click.Path(path_type=Path), help="Folder for the cache.  [default: CALIB_DIR/adaround_cache]")
+@click.option(
+    "--calib-dir", type=click.Path(path_type=Path), required=True, help="Folder that generate-calibration-data wrote."
+)
+@click.option(
+    "--output-dir", type=click.Path(path_type=Path), help="Folder for the cache.  [default: CALIB_DIR/adaround_cache]"
+)
 @click.option("--num-images", default=5, show_default=True, type=click.IntRange(1), help="Use the first N images.")
 @click.option("--stride", default=5, show_default=True, type=click.IntRange(1), help="Use every N-th step.")
 @click.option(
@@ -26,9 +32,13 @@ from .pipeline.samples import Samples
 )
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Decides which tokens.")
 @click.option(
-    "--model", "name", help="Where its weights are: a hub id or a folder.  [default: the name of the model that drew the trajectories]"
+    "--model",
+    "name",
+    help="Where its weights are: a hub id or a folder.  [default: the name of the model that drew the trajectories]",
 )
-@click.option("--resume/--no-resume", default=True, show_default=True, help="Go on where a killed run of the same settings was.")
+@click.option(
+    "--resume/--no-resume", default=True, show_default=True, help="Go on where a killed run of the same settings was."
+)
 @click.option("--force", is_flag=True, help="Replace a cache that is there.")
 @verbose_option
 def command(
@@ -48,10 +58,16 @@ def command(
     adapter = diffusion(pretrained(name or samples.model))
     out = calib_dir / "adaround_cache" if output_dir is None else output_dir
     plan = block_cache.plan(adapter, samples, num_images, stride, tokens, seed)
-    theirs = f"{plan.seed_layout_bytes / 1e6:.1f} MB with every block's inputs and outputs and the text conditioning of every step"
+    theirs = (
+        f"{plan.seed_layout_bytes / 1e6:.1f} MB with every block's inputs and outputs and the text conditioning of"
+        " every step"
+    )
     say(f"{out} needs {plan.disk_bytes / 1e6:.1f} MB of disk; it would be {theirs}")
     cache = block_cache.write(plan, adapter, out, force, resume, progress)
-    say(f"{out}: {len(cache.blocks)} blocks at {len(cache.sigmas)} steps of {num_images} images, {cache.ledger.disk_bytes / 1e6:.1f} MB")
+    say(
+        f"{out}: {len(cache.blocks)} blocks at {len(cache.sigmas)} steps of {num_images} images,"
+        f" {cache.ledger.disk_bytes / 1e6:.1f} MB"
+    )
     result(
         {
             "output_dir": str(out),

@@ -1,4 +1,6 @@
-"""``mlxquant collect-layer-activations``: step 2 of the activation track, what every layer's input looks like at each timestep."""
+"""``mlxquant collect-layer-activations``: step 2 of the activation track, what every layer's input looks like at each
+timestep.
+"""
 
 from __future__ import annotations
 
@@ -15,16 +17,32 @@ from .pipeline.samples import Samples
 
 
 @click.command("collect-layer-activations", cls=Command)
-@click.option("--calib-dir", type=click.Path(path_type=Path), required=True, help="Folder that generate-calibration-data wrote.")
-@click.option("--output-dir", type=click.Path(path_type=Path), help="Folder for the statistics.  [default: CALIB_DIR/activations]")
+@click.option(
+    "--calib-dir", type=click.Path(path_type=Path), required=True, help="Folder that generate-calibration-data wrote."
+)
+@click.option(
+    "--output-dir", type=click.Path(path_type=Path), help="Folder for the statistics.  [default: CALIB_DIR/activations]"
+)
 @click.option("--num-images", default=5, show_default=True, type=click.IntRange(1), help="Use the first N images.")
 @click.option("--stride", default=2, show_default=True, type=click.IntRange(1), help="Use every N-th step.")
-@click.option("--rows", default=32, show_default=True, type=click.IntRange(1), help="Input rows to keep of each layer and timestep.")
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of the rows, and of the sensitivities.")
 @click.option(
-    "--model", "name", help="Where its weights are: a hub id or a folder.  [default: the name of the model that drew the trajectories]"
+    "--rows",
+    default=32,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Input rows to keep of each layer and timestep.",
 )
-@click.option("--resume/--no-resume", default=True, show_default=True, help="Go on where a killed run of the same settings was.")
+@click.option(
+    "--seed", default=0, show_default=True, type=click.IntRange(0), help="Of the rows, and of the sensitivities."
+)
+@click.option(
+    "--model",
+    "name",
+    help="Where its weights are: a hub id or a folder.  [default: the name of the model that drew the trajectories]",
+)
+@click.option(
+    "--resume/--no-resume", default=True, show_default=True, help="Go on where a killed run of the same settings was."
+)
 @click.option("--force", is_flag=True, help="Replace statistics that are there.")
 @verbose_option
 def command(
@@ -45,7 +63,10 @@ def command(
     model = diffusion(pretrained(name or samples.model))
     stats = activation_stats.collect(model, samples, num_images, stride, rows, seed, out, force, resume, progress)
     disk_bytes = stats.ledger.disk_bytes
-    say(f"{out}: {len(stats.layers)} layers with {len(stats.leaders)} inputs, {len(stats.sigmas)} timesteps, {disk_bytes / 1e6:.1f} MB")
+    say(
+        f"{out}: {len(stats.layers)} layers with {len(stats.leaders)} inputs, {len(stats.sigmas)} timesteps,"
+        f" {disk_bytes / 1e6:.1f} MB"
+    )
     result(
         {
             "output_dir": str(out),

@@ -27,7 +27,10 @@ from .sampling.prompts import read_prompts
     "--prompts",
     "prompt_file",
     type=click.Path(path_type=Path),
-    help="What the pictures show, one seed<TAB>prompt a line in the order of their names; for metrics that look at the text.",
+    help=(
+        "What the pictures show, one seed<TAB>prompt a line in the order of their names; for metrics that look at the"
+        " text."
+    ),
 )
 @metric_option
 @weights_option
@@ -45,8 +48,8 @@ def command(
 ) -> None:
     """Compare pictures in folders with those of the folder REFERENCE.
 
-    Pictures are paired by name, cat.png with cat.jpg too; a pair is of one size. Writes report.html, report.json, report.csv and
-    every picture.
+    Pictures are paired by name, cat.png with cat.jpg too; a pair is of one size. Writes report.html, report.json,
+    report.csv and every picture.
     """
     start = time.perf_counter()
     metrics, places = chosen_metrics(asked, weights)
@@ -54,7 +57,10 @@ def command(
     names, files = paired(folders)
     prompts = None if prompt_file is None else read_prompts(prompt_file)
     if prompts is not None and len(prompts) != len(names):
-        raise ArtifactError(f"{prompt_file} holds {len(prompts)} prompts for {len(names)} pictures; expected one for each, in name order")
+        raise ArtifactError(
+            f"{prompt_file} holds {len(prompts)} prompts for {len(names)} pictures; expected one for each, in name"
+            " order"
+        )
     texting = [metric.name for metric in metrics if metric.needs == "prompts"]
     if texting and prompts is None:
         raise ArtifactError(f"--metric {texting[0]} looks at the text of each picture; pass it with --prompts")
@@ -64,7 +70,8 @@ def command(
     labels = distinct(folder.absolute().name for folder in folders)
     pictures = [Pictures(*own, partial(map, read_picture, paths)) for own, paths in zip(labels, files, strict=True)]
     facts = [
-        {**blank(one.name, one.folder), **judge.score(one, pictures[0] if one is not pictures[0] else None, progress)} for one in pictures
+        {**blank(one.name, one.folder), **judge.score(one, pictures[0] if one is not pictures[0] else None, progress)}
+        for one in pictures
     ]
     table = judge.table(accuracy=False)
     report = {
@@ -72,7 +79,8 @@ def command(
         "settings": {"folders": [one.name for one in pictures]},
         "machine": machine(),
         "prompts": [
-            {"index": index, "name": name, "text": None if prompts is None else prompts[index].text} for index, name in enumerate(names)
+            {"index": index, "name": name, "text": None if prompts is None else prompts[index].text}
+            for index, name in enumerate(names)
         ],
         "metrics": table,
         "reference": facts[0],

@@ -29,9 +29,19 @@ RECIPES = ("rtn-w4a8", "gptq-w4a8")
     show_default=True,
     help="Folder for pictures, report and models.",
 )
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Shifts the noise seeds of calibration and evaluation.")
-@click.option("--num-prompts", default=32, show_default=True, type=click.IntRange(1), help="Held-out prompts to draw and measure.")
-@click.option("--steps", type=click.IntRange(1), help="Sampler steps, of the calibration too.  [default: the model's, 28]")
+@click.option(
+    "--seed",
+    default=0,
+    show_default=True,
+    type=click.IntRange(0),
+    help="Shifts the noise seeds of calibration and evaluation.",
+)
+@click.option(
+    "--num-prompts", default=32, show_default=True, type=click.IntRange(1), help="Held-out prompts to draw and measure."
+)
+@click.option(
+    "--steps", type=click.IntRange(1), help="Sampler steps, of the calibration too.  [default: the model's, 28]"
+)
 @force_option
 @verbose_option
 def command(out: Path, seed: int, num_prompts: int, steps: int | None, force: bool) -> None:
@@ -45,7 +55,9 @@ def command(out: Path, seed: int, num_prompts: int, steps: int | None, force: bo
         calib = calibrate(model, prompts, steps, progress=progress, work=work)
         done = {recipe.name: jobs.quantized(model, calib, recipe, work, progress) for recipe in recipes}
         models = {name: d.model for name, d in done.items()}
-        comparison = compare(model, models, adapter.prompts("evaluation", num_prompts, seed), steps=steps, progress=progress)
+        comparison = compare(
+            model, models, adapter.prompts("evaluation", num_prompts, seed), steps=steps, progress=progress
+        )
         report = {
             "model": MODEL,
             "seed": seed,
@@ -61,7 +73,15 @@ def command(out: Path, seed: int, num_prompts: int, steps: int | None, force: bo
     say_table(report)
     say(f"{out / 'comparison.png'}")
     seconds = time.perf_counter() - start
-    result({**report, "out": str(out), "comparison": str(out / "comparison.png"), "seconds": seconds, "peak_bytes": peak_bytes()})
+    result(
+        {
+            **report,
+            "out": str(out),
+            "comparison": str(out / "comparison.png"),
+            "seconds": seconds,
+            "peak_bytes": peak_bytes(),
+        }
+    )
 
 
 def figures(done: jobs.Quantized, comparison: Comparison) -> dict[str, float]:
@@ -82,7 +102,10 @@ def say_table(report: dict[str, Any]) -> None:
     say(f"{'FP':<12}{'':>9}{report['fp']['accuracy']:>10.1%}")
     for name, row in report["recipes"].items():
         quality = f"{row['psnr_db']:>9.2f}{row['accuracy']:>10.1%}"
-        say(f"{name:<12}{quality}{row['bits_per_weight']:>13.2f}{row['model_bytes'] / 1e6:>7.2f}{row['seconds_quantize']:>9.1f}")
+        say(
+            f"{name:<12}{quality}{row['bits_per_weight']:>13.2f}{row['model_bytes'] / 1e6:>7.2f}"
+            f"{row['seconds_quantize']:>9.1f}"
+        )
 
 
 if __name__ == "__main__":

@@ -48,9 +48,18 @@ PROMPTS, CALIBRATION_PROMPTS = 64, 16
     "names",
     multiple=True,
     required=True,
-    help=f"{MODEL_HELP} Or a folder that 'mlxquant quantize' wrote. The first is the reference; again for more to compare with it.",
+    help=(
+        f"{MODEL_HELP} Or a folder that 'mlxquant quantize' wrote. The first is the reference; again for more to"
+        " compare with it."
+    ),
 )
-@click.option("--recipe", "recipe_names", multiple=True, metavar="RECIPE", help="Quantize the first model by this recipe; again for more.")
+@click.option(
+    "--recipe",
+    "recipe_names",
+    multiple=True,
+    metavar="RECIPE",
+    help="Quantize the first model by this recipe; again for more.",
+)
 @size_option
 @click.option(
     "--prompts",
@@ -58,17 +67,42 @@ PROMPTS, CALIBRATION_PROMPTS = 64, 16
     type=click.Path(path_type=Path),
     help="Prompts to draw, one seed<TAB>prompt a line.  [default: the model's own, held out from calibration]",
 )
-@click.option("--num-prompts", type=click.IntRange(1), help="Use the first N prompts.  [default: all of the file, 64 of the model's own]")
+@click.option(
+    "--num-prompts",
+    type=click.IntRange(1),
+    help="Use the first N prompts.  [default: all of the file, 64 of the model's own]",
+)
 @click.option("--steps", type=click.IntRange(1), help="Sampler steps, of the calibration too.  [default: the model's]")
-@click.option("--cfg-weight", type=click.FloatRange(0), help="Guidance, of the calibration too.  [default: the model's]")
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Shifts the noise seeds of the model's own prompts.")
+@click.option(
+    "--cfg-weight", type=click.FloatRange(0), help="Guidance, of the calibration too.  [default: the model's]"
+)
+@click.option(
+    "--seed",
+    default=0,
+    show_default=True,
+    type=click.IntRange(0),
+    help="Shifts the noise seeds of the model's own prompts.",
+)
 @metric_option
 @weights_option
-@click.option("--calibration-prompts", type=click.Path(path_type=Path), help="A prompt file for the recipes.  [default: the model's own]")
-@click.option("--num-calibration-prompts", type=click.IntRange(1), help="Its first N.  [default: all of the file, 16 of the model's own]")
+@click.option(
+    "--calibration-prompts",
+    type=click.Path(path_type=Path),
+    help="A prompt file for the recipes.  [default: the model's own]",
+)
+@click.option(
+    "--num-calibration-prompts",
+    type=click.IntRange(1),
+    help="Its first N.  [default: all of the file, 16 of the model's own]",
+)
 @click.option("--samples", type=click.IntRange(1), help="As of 'mlxquant quantize'.")
 @click.option("--iters", type=click.IntRange(1), help="As of 'mlxquant quantize'.")
-@click.option("--floor/--no-floor", default=True, show_default=True, help="Also draw the reference in float16: the least difference.")
+@click.option(
+    "--floor/--no-floor",
+    default=True,
+    show_default=True,
+    help="Also draw the reference in float16: the least difference.",
+)
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the report.")
 @force_option
 @resume_option
@@ -95,7 +129,8 @@ def command(
 ) -> None:
     """Judge quantized models against a reference on the same prompts and seeds.
 
-    Recipes quantize the reference first. Writes report.html, report.json, report.csv, every picture, and the quantized models.
+    Recipes quantize the reference first. Writes report.html, report.json, report.csv, every picture, and the quantized
+    models.
     """
     start = time.perf_counter()
     if len(names) + len(recipe_names) < 2:
@@ -110,14 +145,18 @@ def command(
     prompts = chosen(adapter, prompt_file, num_prompts, PROMPTS, "evaluation", seed)
     examples = []
     if recipes:
-        examples = chosen(adapter, calibration_prompts, num_calibration_prompts, CALIBRATION_PROMPTS, "calibration", seed)
+        examples = chosen(
+            adapter, calibration_prompts, num_calibration_prompts, CALIBRATION_PROMPTS, "calibration", seed
+        )
     judge = Judge(metrics, [prompt.text for prompt in prompts], adapter.attributes, places)
     loaded = [label(name, model) for name, model in zip(names, models, strict=True)]
     _, *labels = distinct([FLOOR, *loaded, *(recipe.name for recipe in recipes)])
     with jobs.work_folder(out, force, resume) as work:
         for model in models:
             model.adapter.check_finite()
-        contenders = [Contender(*own, model, model.adapter.fingerprint) for own, model in zip(labels, models, strict=False)]
+        contenders = [
+            Contender(*own, model, model.adapter.fingerprint) for own, model in zip(labels, models, strict=False)
+        ]
         if recipes:
             calib = calibrate(models[0], examples, steps, cfg, progress=progress, samples=samples, work=work)
         for recipe, own in zip(recipes, labels[len(models) :], strict=True):
@@ -131,7 +170,9 @@ def command(
             "size": adapter.size,
             "seed": seed,
             "batch": adapter.batch,
-            "calibration": {"prompts": len(examples), "steps": steps, "cfg_weight": cfg, "seed": seed} if recipes else None,
+            "calibration": (
+                {"prompts": len(examples), "steps": steps, "cfg_weight": cfg, "seed": seed} if recipes else None
+            ),
         }
         report, pictures = Evaluation(drawings, contenders[1:], judge, work, progress).report(settings, floor)
         with atomic_folder(out, force) as temporary:
@@ -143,7 +184,14 @@ def command(
             write_report(temporary, report, pictures, progress)
     say_report(report)
     say(f"{out / 'report.html'}")
-    result({**summarise(report), "out": str(out), "seconds": time.perf_counter() - start, "peak_bytes": max(most, peak_bytes())})
+    result(
+        {
+            **summarise(report),
+            "out": str(out),
+            "seconds": time.perf_counter() - start,
+            "peak_bytes": max(most, peak_bytes()),
+        }
+    )
 
 
 def load(names: tuple[str, ...], size: int | None) -> list[Model]:
@@ -154,8 +202,8 @@ def load(names: tuple[str, ...], size: int | None) -> list[Model]:
             model.diffusion.resize(models[0].diffusion.size)
         if model.diffusion.latent_shape != models[0].diffusion.latent_shape:
             raise AdapterError(
-                f"{name} draws latents of {model.diffusion.latent_shape}, {names[0]} of {models[0].diffusion.latent_shape}; "
-                "only models of one kind can be compared"
+                f"{name} draws latents of {model.diffusion.latent_shape}, {names[0]} of"
+                f" {models[0].diffusion.latent_shape}; only models of one kind can be compared"
             )
     return models
 

@@ -14,11 +14,17 @@ from .files.atomic import refuse_existing
 
 
 @click.command("export", cls=Command)
-@click.option("--model", "name", required=True, help=f"A folder that 'mlxquant quantize' wrote. Or unquantized: {MODEL_HELP}")
+@click.option(
+    "--model", "name", required=True, help=f"A folder that 'mlxquant quantize' wrote. Or unquantized: {MODEL_HELP}"
+)
 @click.option("--target", type=click.Choice(TARGETS), required=True, help="The tool that is to read it.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the files.")
-@click.option("--drop-activations", is_flag=True, help="Leave activation scales out where the target has no place for them.")
-@click.option("--dtype", type=click.Choice(list(FLOATS)), help="Of every floating tensor, scales included.  [default: its own]")
+@click.option(
+    "--drop-activations", is_flag=True, help="Leave activation scales out where the target has no place for them."
+)
+@click.option(
+    "--dtype", type=click.Choice(list(FLOATS)), help="Of every floating tensor, scales included.  [default: its own]"
+)
 @force_option
 @verbose_option
 def command(name: str, target: str, out: Path, drop_activations: bool, dtype: str | None, force: bool) -> None:
@@ -28,7 +34,10 @@ def command(name: str, target: str, out: Path, drop_activations: bool, dtype: st
     """
     refuse_existing(out, force)
     facts = export(load(name), out, target, drop_activations=drop_activations, dtype=dtype, force=force)
-    say(f"{out}: {facts['bytes'] / 1e6:.2f} MB, {facts['bits_per_weight']:.2f} bits per weight, {facts['layers']} packed layers")
+    say(
+        f"{out}: {facts['bytes'] / 1e6:.2f} MB, {facts['bits_per_weight']:.2f} bits per weight, {facts['layers']}"
+        " packed layers"
+    )
     for note in facts["notes"]:
         say(f"  {note}")
     result(facts)

@@ -1,4 +1,6 @@
-"""``mlxquant generate``: one picture from any model, and beside it what another model makes of the same prompt and seed."""
+"""``mlxquant generate``: one picture from any model, and beside it what another model makes of the same prompt and
+seed.
+"""
 
 from __future__ import annotations
 

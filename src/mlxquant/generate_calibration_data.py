@@ -1,4 +1,6 @@
-"""``mlxquant generate-calibration-data``: step 1 of the explicit pipeline, real trajectories of the full-precision model."""
+"""``mlxquant generate-calibration-data``: step 1 of the explicit pipeline, real trajectories of the full-precision
+model.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +21,15 @@ from .sampling.prompts import read_prompts
 @size_option
 @click.option("--num-images", default=50, show_default=True, type=click.IntRange(1))
 @click.option("--num-steps", default=50, show_default=True, type=click.IntRange(1), help="Sampler steps.")
-@click.option("--cfg-weight", default=7.5, show_default=True, type=click.FloatRange(0), help="Classifier-free guidance.")
-@click.option("--calib-dir", type=click.Path(path_type=Path), required=True, help="Folder for samples, latents, images and manifest.json.")
+@click.option(
+    "--cfg-weight", default=7.5, show_default=True, type=click.FloatRange(0), help="Classifier-free guidance."
+)
+@click.option(
+    "--calib-dir",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Folder for samples, latents, images and manifest.json.",
+)
 @click.option(
     "--prompts",
     "prompt_file",
@@ -28,7 +37,9 @@ from .sampling.prompts import read_prompts
     help="Prompts, one seed<TAB>prompt a line; the first --num-images of them.  [default: the model's own]",
 )
 @click.option("--seed", default=0, show_default=True, help="Shifts the noise seeds of the model's own prompts.")
-@click.option("--resume/--no-resume", default=True, show_default=True, help="Go on where a killed run of the same settings was.")
+@click.option(
+    "--resume/--no-resume", default=True, show_default=True, help="Go on where a killed run of the same settings was."
+)
 @click.option("--force", is_flag=True, help="Replace trajectories that are there.")
 @verbose_option
 def command(
@@ -52,7 +63,9 @@ def command(
     prompts = read_prompts(prompt_file) if prompt_file else adapter.prompts("calibration", num_images, seed)
     if len(prompts) < num_images:
         where = prompt_file or f"{name}'s own calibration set"
-        raise CalibrationError(f"{where} holds {len(prompts)} prompts, --num-images is {num_images}; add prompts or ask for fewer images")
+        raise CalibrationError(
+            f"{where} holds {len(prompts)} prompts, --num-images is {num_images}; add prompts or ask for fewer images"
+        )
     ledger = samples.open_folder(adapter, prompts[:num_images], num_steps, cfg_weight, seed, calib_dir, force, resume)
     if ledger.complete:
         say(f"{calib_dir} is finished already, with these settings; --force would draw it again")

@@ -16,7 +16,9 @@ from .contents.tables import array_rows, fact_lines, grouped, layer_rows, lines,
 
 @click.command("inspect", cls=Command)
 @click.argument("path", type=click.Path(path_type=Path))
-@click.option("--each", is_flag=True, help="A line for every layer and array, not one for all that differ only by their numbers.")
+@click.option(
+    "--each", is_flag=True, help="A line for every layer and array, not one for all that differ only by their numbers."
+)
 @verbose_option
 def command(path: Path, each: bool) -> None:
     """Show what is at PATH: a quantized model, any other file or folder that mlxquant wrote, or any checkpoint.
@@ -34,12 +36,21 @@ def command(path: Path, each: bool) -> None:
             say("")
             for line in lines(rows if each else grouped(rows)):
                 say(line)
-    result({**facts, "facts": contents.facts, "layers": layers, "arrays": arrays, "files": contents.checks, "notes": contents.notes})
+    result(
+        {
+            **facts,
+            "facts": contents.facts,
+            "layers": layers,
+            "arrays": arrays,
+            "files": contents.checks,
+            "notes": contents.notes,
+        }
+    )
 
 
 def figures(contents: Contents) -> dict[str, Any]:
-    """Counts and sizes: ``bytes`` of all arrays, ``bits_per_weight`` of all that is stored, where it is a model's, and of the quantized
-    layers alone.
+    """Counts and sizes: ``bytes`` of all arrays, ``bits_per_weight`` of all that is stored, where it is a model's, and
+    of the quantized layers alone.
     """
     layers = contents.layers
     weights = sum(layer.weights for layer in layers)
@@ -51,7 +62,9 @@ def figures(contents: Contents) -> dict[str, Any]:
         "layers_count": len(layers),
         "bytes": sum(array.nbytes for array in contents.arrays),
         "bits_per_weight": bits_per_weight(contents.arrays, layers) if model else None,
-        "bits_per_quantized_weight": sum(layer.bits_per_weight * layer.weights for layer in layers) / weights if weights else None,
+        "bits_per_quantized_weight": sum(layer.bits_per_weight * layer.weights for layer in layers) / weights
+        if weights
+        else None,
         "dtypes": dict(sorted(Counter(array.dtype for array in contents.arrays).items())),
     }
 

@@ -20,8 +20,8 @@ from .recipes.presets import INGREDIENTS, METHODS, NAMED, Method, parse_recipe
 def command(only_json: bool) -> None:
     """List every method with its paper, and what recipes are made of.
 
-    A recipe is METHOD[+INGREDIENT...]-wBaB. A METHOD is one of those below or the name of any way to round; an INGREDIENT is one of
-    those below, or any method that is no way to round, no tier and no fake quantizer.
+    A recipe is METHOD[+INGREDIENT...]-wBaB. A METHOD is one of those below or the name of any way to round; an
+    INGREDIENT is one of those below, or any method that is no way to round, no tier and no fake quantizer.
     """
     found = catalogue()
     if not only_json:
@@ -34,7 +34,13 @@ def catalogue() -> dict[str, Any]:
     """The registry's methods by kind, and what the names in recipes stand for, as plain data."""
     return {
         "methods": [
-            {"kind": kind, "name": method.name, "summary": method.summary, "citation": method.citation_key, "paper": paper(method)}
+            {
+                "kind": kind,
+                "name": method.name,
+                "summary": method.summary,
+                "citation": method.citation_key,
+                "paper": paper(method),
+            }
             for kind in registry.KINDS
             for method in registry.members(kind)
         ],
@@ -71,14 +77,18 @@ def arxiv_id(key: str) -> str | None:
 def differences(method: Method) -> dict[str, Any]:
     """How weights are rounded, and what else is not as it would be if nothing was said."""
     usual = asdict(Method())
-    return {name: value for name, value in asdict(method).items() if name in ("steps", "rounding") or value != usual[name]}
+    return {
+        name: value for name, value in asdict(method).items() if name in ("steps", "rounding") or value != usual[name]
+    }
 
 
 def table(found: dict[str, Any]) -> list[str]:
     """Lines for people."""
     lines, last = [f"{'kind':<12}{'name':<18}{'arXiv':<12}what it does"], ""
     for row in found["methods"]:
-        lines.append(f"{row['kind'] if row['kind'] != last else '':<12}{row['name']:<18}{row['paper'] or '':<12}{row['summary']}")
+        lines.append(
+            f"{row['kind'] if row['kind'] != last else '':<12}{row['name']:<18}{row['paper'] or '':<12}{row['summary']}"
+        )
         last = row["kind"]
     for title, part in (("METHOD", "recipes"), ("INGREDIENT", "ingredients")):
         cited = {name: " ".join(ids) for name, ids in found["papers"][part].items()}

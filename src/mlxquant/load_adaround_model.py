@@ -1,4 +1,6 @@
-"""``mlxquant load-adaround-model``: both tracks' outputs in one model, and the pictures that show what each part costs."""
+"""``mlxquant load-adaround-model``: both tracks' outputs in one model, and the pictures that show what each
+part costs.
+"""
 
 from __future__ import annotations
 
@@ -25,18 +27,40 @@ from .sweep.rounding import round_to_nearest
 
 
 @click.command("load-adaround-model", cls=Command)
-@click.option("--adaround-output", type=click.Path(path_type=Path), required=True, help="Folder that 'mlxquant adaround-optimize' wrote.")
-@click.option("--quant-config", type=click.Path(path_type=Path), help="File that 'mlxquant analyze-activations' wrote: adds V2 (W4A8).")
+@click.option(
+    "--adaround-output",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Folder that 'mlxquant adaround-optimize' wrote.",
+)
+@click.option(
+    "--quant-config",
+    type=click.Path(path_type=Path),
+    help="File that 'mlxquant analyze-activations' wrote: adds V2 (W4A8).",
+)
 @click.option("--prompt", "texts", multiple=True, help="What to draw; may be given several times.")
-@click.option("--prompts", "prompt_file", type=click.Path(path_type=Path), help="And a file of prompts, one seed<TAB>prompt a line.")
+@click.option(
+    "--prompts",
+    "prompt_file",
+    type=click.Path(path_type=Path),
+    help="And a file of prompts, one seed<TAB>prompt a line.",
+)
 @click.option("--num-prompts", type=click.IntRange(1), help="Of the file, only the first N.")
-@click.option("--seed", default=42, show_default=True, type=click.IntRange(0), help="Of the first prompt; the next ones count up.")
+@click.option(
+    "--seed", default=42, show_default=True, type=click.IntRange(0), help="Of the first prompt; the next ones count up."
+)
 @click.option("--num-steps", type=click.IntRange(1), help="[default: the model's]")
 @click.option("--cfg-weight", type=click.FloatRange(0), help="[default: the model's]")
 @click.option("--output-image", type=click.Path(path_type=Path), default="quant_test.png", show_default=True)
 @click.option("--compare", is_flag=True, help="Draw full precision, round-to-nearest, V1 and V2 side by side.")
-@click.option("--diff-stats", is_flag=True, help="Measure each against full precision; writes OUTPUT_IMAGE with the suffix .diff.json.")
-@click.option("--save", "folder", type=click.Path(path_type=Path), help="Write the model as a folder for 'mlxquant generate'.")
+@click.option(
+    "--diff-stats",
+    is_flag=True,
+    help="Measure each against full precision; writes OUTPUT_IMAGE with the suffix .diff.json.",
+)
+@click.option(
+    "--save", "folder", type=click.Path(path_type=Path), help="Write the model as a folder for 'mlxquant generate'."
+)
 @click.option("--model", "name", help="Where the model is: a hub id or a folder.  [default: the model of the weights]")
 @size_option
 @click.option("--force", is_flag=True, help="Replace an existing --save folder.")
@@ -58,19 +82,26 @@ def command(
     size: int | None,
     force: bool,
 ) -> None:
-    """Load learned weights, V1, and with --quant-config static activation scales for every timestep, V2; and draw with them."""
+    """Load learned weights, V1, and with --quant-config static activation scales for every timestep, V2; and draw with
+    them.
+    """
     start = time.perf_counter()
     prompts = [Prompt(seed + index, text) for index, text in enumerate(texts)]
     prompts += read_prompts(prompt_file)[:num_prompts] if prompt_file is not None else []
     if not prompts or not all(prompt.text.strip() for prompt in prompts):
-        raise AdapterError("--prompt is empty or missing; describe the picture, or pass a file of prompts with --prompts")
+        raise AdapterError(
+            "--prompt is empty or missing; describe the picture, or pass a file of prompts with --prompts"
+        )
     if output_image.is_dir():
         raise AdapterError(f"--output-image {output_image} is a folder; name a PNG file")
     if folder is not None:
         refuse_existing(folder, force)
     facts = WeightFiles.facts(adaround_output)
     if model_name(name) not in (None, facts["model"]):
-        raise AdapterError(f"{adaround_output} is of model {facts['model']!r}, not of {name!r}; leave --model out or optimize that model")
+        raise AdapterError(
+            f"{adaround_output} is of model {facts['model']!r}, not of {name!r}; leave --model out or optimize that"
+            " model"
+        )
     files = TrackFiles(adaround_output, quant_config)
     exact = load(name or facts["model"], size)
     models = {"V1": assemble(exact, files, active=False)}
@@ -100,12 +131,19 @@ def command(
         final.save(folder, force)
         say(f"{folder}: {final.size.model_bytes / 1e6:.2f} MB, {final.size.bits_per_weight:.2f} bits per weight")
     say(f"{output_image}")
-    facts = {"output": str(output_image), "models": report, "seconds": time.perf_counter() - start, "peak_bytes": peak_bytes()}
+    facts = {
+        "output": str(output_image),
+        "models": report,
+        "seconds": time.perf_counter() - start,
+        "peak_bytes": peak_bytes(),
+    }
     result({**facts, "saved": None if folder is None else str(folder)})
 
 
 def assemble(exact: Model, files: TrackFiles, active: bool) -> QuantizedModel:
-    """A model with the tracks' layers in its blocks and everything else as in ``exact``; ``active`` quantizes the activations."""
+    """A model with the tracks' layers in its blocks and everything else as in ``exact``; ``active`` quantizes the
+    activations.
+    """
     made_from = WeightFiles.facts(files.weights)
     adapter = exact.clone()
     stages = install(adapter, files.store(adapter, active=active), adapter.stages[1:-1])
@@ -119,7 +157,9 @@ def assemble(exact: Model, files: TrackFiles, active: bool) -> QuantizedModel:
 
 
 def references(exact: Model, like: QuantizedModel) -> dict[str, Model]:
-    """What a model is compared with: full precision, and the same layers in the same formats, rounded to nearest, with exact inputs."""
+    """What a model is compared with: full precision, and the same layers in the same formats, rounded to nearest, with
+    exact inputs.
+    """
     adapter = exact.clone()
     linears = adapter.linears()
     for path, layer in like.layers.items():

@@ -17,10 +17,24 @@ from .metrics.prediction import Prediction
 
 
 @click.command("perplexity", cls=Command)
-@click.option("--model", "names", multiple=True, required=True, help="gpt-python, a folder or a hub id; the first is the reference.")
-@click.option("--data", type=click.Path(path_type=Path), help="A text file, whose end is used.  [default: Python's standard library]")
+@click.option(
+    "--model",
+    "names",
+    multiple=True,
+    required=True,
+    help="gpt-python, a folder or a hub id; the first is the reference.",
+)
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    help="A text file, whose end is used.  [default: Python's standard library]",
+)
 @click.option("--length", type=click.IntRange(2), help="Tokens of a window.  [default: the first model's]")
-@click.option("--windows", type=click.IntRange(1), help="At most so many windows, evenly spread.  [default: all of the held-out text]")
+@click.option(
+    "--windows",
+    type=click.IntRange(1),
+    help="At most so many windows, evenly spread.  [default: all of the held-out text]",
+)
 @verbose_option
 def command(names: tuple[str, ...], data: Path | None, length: int | None, windows: int | None) -> None:
     """Bits per character on held-out text: less is better."""
@@ -65,7 +79,11 @@ def line(name: str, row: dict[str, Any]) -> str:
     text = f"{name}: {row['bits_per_character']:.4f} bits per character, perplexity {row['perplexity']:.3f}"
     if "difference" in row:
         text += f", {row['difference']:+.4f}"
-        text += "" if row["difference_95"] is None else f" ({row['difference_95'][0]:+.4f} to {row['difference_95'][1]:+.4f})"
+        text += (
+            ""
+            if row["difference_95"] is None
+            else f" ({row['difference_95'][0]:+.4f} to {row['difference_95'][1]:+.4f})"
+        )
     return text + (f", {row['bits_per_weight']:.2f} bits per weight" if "bits_per_weight" in row else "")
 
 

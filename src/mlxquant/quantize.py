@@ -35,7 +35,12 @@ from .sampling.prompts import read_prompts
 @click.command("quantize", cls=Command)
 @click.option("--model", "name", required=True, help=MODEL_HELP)
 @size_option
-@click.option("--recipe", "recipe_name", required=True, help="METHOD[+INGREDIENT…]-wBaB, such as gptq-w4a8; see 'mlxquant methods'.")
+@click.option(
+    "--recipe",
+    "recipe_name",
+    required=True,
+    help="METHOD[+INGREDIENT…]-wBaB, such as gptq-w4a8; see 'mlxquant methods'.",
+)
 @click.option(
     "--override",
     multiple=True,
@@ -48,7 +53,11 @@ from .sampling.prompts import read_prompts
     type=click.Path(path_type=Path),
     help="Calibration prompts, one seed<TAB>prompt a line.  [default: the model's own]",
 )
-@click.option("--num-prompts", type=click.IntRange(1), help="Use the first N prompts.  [default: all of the file, 16 of the model's own]")
+@click.option(
+    "--num-prompts",
+    type=click.IntRange(1),
+    help="Use the first N prompts.  [default: all of the file, 16 of the model's own]",
+)
 @click.option("--steps", type=click.IntRange(1), help="Sampler steps of the calibration.  [default: the model's]")
 @click.option("--cfg-weight", type=click.FloatRange(0), help="Guidance of the calibration.  [default: the model's]")
 @click.option(
@@ -56,16 +65,43 @@ from .sampling.prompts import read_prompts
     type=click.IntRange(1),
     help="At most so many pairs of a picture and a step go through the layers; all steps do.  [default: the model's]",
 )
-@click.option("--data", type=click.Path(path_type=Path), help="Calibration text of a language model.  [default: Python's standard library]")
 @click.option(
-    "--length", type=click.IntRange(2), help="Tokens of a window of that text; --samples says how many windows.  [default: the model's]"
+    "--data",
+    type=click.Path(path_type=Path),
+    help="Calibration text of a language model.  [default: Python's standard library]",
 )
-@click.option("--seed", default=0, show_default=True, help="Shifts the noise seeds of the model's own prompts, or chooses other windows.")
-@click.option("--bits-per-weight", type=click.FloatRange(2, 8), help="Give each layer its own bits, so many on average, scales included.")
-@click.option("--bits-per-activation", type=click.FloatRange(4, 8), help="The same for inputs, by the arithmetic they take part in.")
+@click.option(
+    "--length",
+    type=click.IntRange(2),
+    help="Tokens of a window of that text; --samples says how many windows.  [default: the model's]",
+)
+@click.option(
+    "--seed",
+    default=0,
+    show_default=True,
+    help="Shifts the noise seeds of the model's own prompts, or chooses other windows.",
+)
+@click.option(
+    "--bits-per-weight",
+    type=click.FloatRange(2, 8),
+    help="Give each layer its own bits, so many on average, scales included.",
+)
+@click.option(
+    "--bits-per-activation",
+    type=click.FloatRange(4, 8),
+    help="The same for inputs, by the arithmetic they take part in.",
+)
 @click.option("--iters", type=click.IntRange(1), help="Adam steps a block, for recipes that learn.  [default: 1000]")
-@click.option("--adaround-output", type=click.Path(path_type=Path), help="Take the blocks' weights from this folder of adaround-optimize.")
-@click.option("--quant-config", type=click.Path(path_type=Path), help="And their activation scales from this file of analyze-activations.")
+@click.option(
+    "--adaround-output",
+    type=click.Path(path_type=Path),
+    help="Take the blocks' weights from this folder of adaround-optimize.",
+)
+@click.option(
+    "--quant-config",
+    type=click.Path(path_type=Path),
+    help="And their activation scales from this file of analyze-activations.",
+)
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the quantized model.")
 @force_option
 @resume_option
@@ -141,27 +177,42 @@ def calibrated(
     data: Path | None,
     length: int | None,
 ) -> CalibrationData:
-    """Text for a language model, pictures for one that draws; raises AdapterError on options that are for the other kind."""
+    """Text for a language model, pictures for one that draws; raises AdapterError on options that are for the other
+    kind.
+    """
     if isinstance(model.adapter, LanguageAdapter):
         pictures = {"--prompts": prompt_file, "--num-prompts": num_prompts, "--steps": steps, "--cfg-weight": cfg}
         if given := [name for name, value in pictures.items() if value is not None]:
             raise AdapterError(
-                f"{model.name} is a language model, for which {' and '.join(given)} mean nothing; calibrate with --data TEXT"
+                f"{model.name} is a language model, for which {' and '.join(given)} mean nothing; calibrate with --data"
+                " TEXT"
             )
         return calibrate_text(model, data, samples, length, seed)
     if data is not None or length is not None:
-        raise AdapterError(f"{model.name} draws pictures, for which --data and --length mean nothing; calibrate with --prompts FILE")
+        raise AdapterError(
+            f"{model.name} draws pictures, for which --data and --length mean nothing; calibrate with --prompts FILE"
+        )
     adapter = model.diffusion
-    prompts = read_prompts(prompt_file)[:num_prompts] if prompt_file else adapter.prompts("calibration", num_prompts or 16, seed)
+    prompts = (
+        read_prompts(prompt_file)[:num_prompts]
+        if prompt_file
+        else adapter.prompts("calibration", num_prompts or 16, seed)
+    )
     return calibrate(model, prompts, steps, cfg, progress=progress, samples=samples, work=work)
 
 
 def limited(recipe: Recipe, bits_per_weight: float | None, bits_per_activation: float | None) -> Recipe:
     """A recipe with limits on its average bits, which its name then says."""
     if bits_per_weight is not None:
-        recipe = replace(recipe, name=f"{recipe.name},bits-per-weight={bits_per_weight:g}", bits_per_weight=bits_per_weight)
+        recipe = replace(
+            recipe, name=f"{recipe.name},bits-per-weight={bits_per_weight:g}", bits_per_weight=bits_per_weight
+        )
     if bits_per_activation is not None:
-        recipe = replace(recipe, name=f"{recipe.name},bits-per-activation={bits_per_activation:g}", bits_per_activation=bits_per_activation)
+        recipe = replace(
+            recipe,
+            name=f"{recipe.name},bits-per-activation={bits_per_activation:g}",
+            bits_per_activation=bits_per_activation,
+        )
     return recipe
 
 

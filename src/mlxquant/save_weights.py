@@ -19,9 +19,23 @@ KIND = "quantized-values"
 
 
 @click.command("save-weights", cls=Command, context_settings=UNDERSCORES)
-@click.option("--out-dir", type=click.Path(path_type=Path), default="out", show_default=True, help="A folder that train-gpt wrote.")
-@click.option("--file-name", default="quantized_weights", show_default=True, help="The file to write, with or without its suffix.")
-@click.option("--file-type", type=click.Choice(["npz", "safetensors", "pkl"]), default="npz", show_default=True, help="pkl is refused.")
+@click.option(
+    "--out-dir",
+    type=click.Path(path_type=Path),
+    default="out",
+    show_default=True,
+    help="A folder that train-gpt wrote.",
+)
+@click.option(
+    "--file-name", default="quantized_weights", show_default=True, help="The file to write, with or without its suffix."
+)
+@click.option(
+    "--file-type",
+    type=click.Choice(["npz", "safetensors", "pkl"]),
+    default="npz",
+    show_default=True,
+    help="pkl is refused.",
+)
 @click.option("--device", type=click.Choice(["cpu", "gpu"]), help="Where to compute.  [default: MLX's]")
 @click.option("--force", is_flag=True, help="Replace an existing file.")
 @verbose_option
@@ -31,7 +45,9 @@ def command(out_dir: Path, file_name: str, file_type: str, device: str | None, f
     A value is scale * (codes - zero_point). 'mlxquant visualize FILE' draws them.
     """
     if file_type == "pkl":
-        raise RecipeError("a pickle runs whatever code is in it when it is read; write --file-type npz or safetensors instead")
+        raise RecipeError(
+            "a pickle runs whatever code is in it when it is read; write --file-type npz or safetensors instead"
+        )
     path = Path(file_name) if file_name.endswith(f".{file_type}") else Path(f"{file_name}.{file_type}")
     if path.exists() and not force:
         raise ArtifactError(f"{path} exists; choose another --file-name or pass --force to replace it")
@@ -40,7 +56,10 @@ def command(out_dir: Path, file_name: str, file_type: str, device: str | None, f
     model, _, facts = quantized_gpt(out_dir)
     values = quantized_values(model)
     if not values:
-        raise RecipeError(f"{out_dir} was trained without quantization; train it with --linear-variant-attn quantized_linear, for instance")
+        raise RecipeError(
+            f"{out_dir} was trained without quantization; train it with --linear-variant-attn quantized_linear, for"
+            " instance"
+        )
     ensure_writable(path.absolute().parent)
     if file_type == "npz":
         with atomic_file(path) as temporary, temporary.open("wb") as file:

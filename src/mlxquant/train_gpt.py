@@ -43,7 +43,9 @@ SHAPE = {"n_layer": 4, "n_head": 6, "n_embd": 192, "block_size": 256}  # of a mo
 
 @dataclass
 class Run:
-    """A training run in a folder: the model, its optimizer, and how far it is. Random numbers are functions of seed and step."""
+    """A training run in a folder: the model, its optimizer, and how far it is. Random numbers are functions of seed and
+    step.
+    """
 
     folder: Path
     facts: dict[str, Any]  # what the run's result depends on
@@ -58,23 +60,31 @@ class Run:
         return self.folder / CHECKPOINT
 
     def save(self) -> None:
-        trees = {"model": self.model.parameters(), "optimizer": self.optimizer.state, "activations": kept_activations(self.model)}
+        trees = {
+            "model": self.model.parameters(),
+            "optimizer": self.optimizer.state,
+            "activations": kept_activations(self.model),
+        }
         arrays = {f"{name}.{key}": value for name, tree in trees.items() for key, value in parameters(tree).items()}
         write_tensors(self.checkpoint, "training", arrays, {"facts": self.facts, "step": self.step})
         self.saved = time.monotonic()
 
     def resume(self) -> None:
-        """Go on from the checkpoint, if there is one; raises ArtifactError when it belongs to a run with other settings."""
+        """Go on from the checkpoint, if there is one; raises ArtifactError when it belongs to a run with other
+        settings.
+        """
         self.saved = time.monotonic()
         if not self.checkpoint.exists():
             return
         arrays, header = read_tensors(self.checkpoint, "training")
         if header["facts"] != checked.plain(self.facts):
             raise ArtifactError(
-                f"{self.checkpoint} belongs to a run with other settings ({differences(header['facts'], checked.plain(self.facts))}); "
-                "choose another --out-dir, or give the same settings"
+                f"{self.checkpoint} belongs to a run with other settings"
+                f" ({differences(header['facts'], checked.plain(self.facts))}); choose another --out-dir, or give the"
+                " same settings"
             )
-        parts = {name: {k.removeprefix(f"{name}."): v for k, v in arrays.items() if k.startswith(f"{name}.")} for name in
+        parts = {name: {k.removeprefix(f"{name}."): v for k, v in arrays.items() if k.startswith(f"{name}.")}
+        for name in
                  ("model", "optimizer", "activations")}  # fmt: skip
         load_parameters(self.model, parts["model"], str(self.checkpoint))
         restore_activations(self.model, parts["activations"])
@@ -83,7 +93,10 @@ class Run:
 
 def differences(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
     """What two runs do not have in common, in words."""
-    flat = [{**facts.get("training", {}), **facts.get(QUANTIZATION, {}), "text": facts.get("text")} for facts in (theirs, ours)]
+    flat = [
+        {**facts.get("training", {}), **facts.get(QUANTIZATION, {}), "text": facts.get("text")}
+        for facts in (theirs, ours)
+    ]
     names = [name for name in flat[1] if flat[0].get(name) != flat[1][name]]
     return ", ".join(f"{name} {flat[0].get(name)}, now {flat[1][name]}" for name in names) or "of another version"
 
@@ -91,7 +104,8 @@ def differences(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
 def start(
     reference: str | None, level: str | None, corpus: Corpus, seed: int, **shape: int | None
 ) -> tuple[GPT, ByteTokenizer | CharTokenizer]:
-    """A model and its tokenizer: a fresh one, or, of a folder or a name, one that is trained on; its shape is then its own.
+    """A model and its tokenizer: a fresh one, or, of a folder or a name, one that is trained on; its shape is then its
+    own.
 
     Raises RecipeError when something else is asked of a trained model, AdapterError when it is no GPT of ours.
     """
@@ -102,27 +116,42 @@ def start(
         return fresh_gpt(config, seed), tokenizer
     model, tokenizer = trained(reference)
     config = model.config
-    found = {"n_layer": config.n_layer, "n_head": config.n_head, "n_embd": config.n_embd, "block_size": config.n_positions,
+    found = {"n_layer": config.n_layer, "n_head": config.n_head, "n_embd": config.n_embd,
+    "block_size": config.n_positions,
              "level": tokenizer.level}  # fmt: skip
-    if other := [f"{name} {found[name]}" for name, asked in {**shape, "level": level}.items() if asked not in (None, found[name])]:
+    if other := [
+        f"{name} {found[name]}" for name, asked in {**shape, "level": level}.items() if asked not in (None, found[name])
+    ]:
         raise RecipeError(f"{reference} has {', '.join(other)}; leave out what describes another model")
     model.set_dtype(mx.float32)
     return model, tokenizer
 
 
 def trained(reference: str) -> tuple[GPT, ByteTokenizer | CharTokenizer]:
-    """A GPT of ours in full precision, also one that was trained through rounding; raises AdapterError when it is none."""
+    """A GPT of ours in full precision, also one that was trained through rounding; raises AdapterError when it
+    is none.
+    """
     if is_gpt_folder(Path(reference)):
         return load_gpt(Path(reference))[:2]
     adapter = pretrained(reference)
     if not isinstance(adapter, GPTAdapter) or not isinstance(adapter.module, GPT):
-        raise AdapterError(f"{reference}: only GPTs of ours can be trained on; expected a folder that train-gpt wrote, or gpt-python")
+        raise AdapterError(
+            f"{reference}: only GPTs of ours can be trained on; expected a folder that train-gpt wrote, or gpt-python"
+        )
     return adapter.module, adapter.tokenizer
 
 
 @click.command("train-gpt", cls=Command, context_settings=UNDERSCORES, epilog=PATTERNS)
-@click.option("--out-dir", type=click.Path(path_type=Path), default="out", show_default=True, help="Folder to write; run again to resume.")
-@click.option("--data", type=click.Path(path_type=Path), help="A text file.  [default: the sources of Python's standard library]")
+@click.option(
+    "--out-dir",
+    type=click.Path(path_type=Path),
+    default="out",
+    show_default=True,
+    help="Folder to write; run again to resume.",
+)
+@click.option(
+    "--data", type=click.Path(path_type=Path), help="A text file.  [default: the sources of Python's standard library]"
+)
 @click.option("--init-from", help="Train on: a folder that this command wrote, or gpt-python.")
 @click.option("--level", type=click.Choice(sorted(TOKENIZERS)), help="What a token is.  [default: byte]")
 @click.option("--n-layer", type=click.IntRange(1), help=f"Blocks.  [default: {SHAPE['n_layer']}]")
@@ -130,42 +159,86 @@ def trained(reference: str) -> tuple[GPT, ByteTokenizer | CharTokenizer]:
 @click.option("--n-embd", type=click.IntRange(1), help=f"Width.  [default: {SHAPE['n_embd']}]")
 @click.option("--block-size", type=click.IntRange(2), help=f"Tokens of a window.  [default: {SHAPE['block_size']}]")
 @click.option("--batch-size", default=16, show_default=True, type=click.IntRange(1), help="Windows of an iteration.")
-@click.option("--max-iters", default=1500, show_default=True, type=click.IntRange(1), help="Iterations of the whole run.")
-@click.option("--learning-rate", default=2e-3, show_default=True, type=click.FloatRange(0, min_open=True), help="Peak rate of AdamW.")
+@click.option(
+    "--max-iters", default=1500, show_default=True, type=click.IntRange(1), help="Iterations of the whole run."
+)
+@click.option(
+    "--learning-rate",
+    default=2e-3,
+    show_default=True,
+    type=click.FloatRange(0, min_open=True),
+    help="Peak rate of AdamW.",
+)
 @click.option("--weight-decay", default=0.1, show_default=True, type=click.FloatRange(0))
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0))
 @click.option(
-    "--dtype", type=click.Choice(list(DTYPES)), default="float32", show_default=True, help="Of activations; the weights stay float32."
+    "--dtype",
+    type=click.Choice(list(DTYPES)),
+    default="float32",
+    show_default=True,
+    help="Of activations; the weights stay float32.",
 )
-@click.option("--save-dtype", type=click.Choice(list(DTYPES)), default="float32", show_default=True, help="Of the weights written.")
-@click.option("--eval-interval", default=250, show_default=True, type=click.IntRange(0), help="Between looks at held-out text.")
+@click.option(
+    "--save-dtype",
+    type=click.Choice(list(DTYPES)),
+    default="float32",
+    show_default=True,
+    help="Of the weights written.",
+)
+@click.option(
+    "--eval-interval", default=250, show_default=True, type=click.IntRange(0), help="Between looks at held-out text."
+)
 @click.option("--eval-iters", default=4, show_default=True, type=click.IntRange(1), help="Batches of such a look.")
-@click.option("--eval-windows", default=256, show_default=True, type=click.IntRange(1), help="Of held-out text, for the final figure.")
+@click.option(
+    "--eval-windows",
+    default=256,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Of held-out text, for the final figure.",
+)
 @quantization_options
 @verbose_option
 def command(
-    out_dir: Path, data: Path | None, init_from: str | None, level: str | None, n_layer: int | None, n_head: int | None, n_embd: int | None,
-    block_size: int | None, batch_size: int, max_iters: int, learning_rate: float, weight_decay: float, seed: int, dtype: str,
+    out_dir: Path, data: Path | None, init_from: str | None, level: str | None, n_layer: int | None,
+    n_head: int | None, n_embd: int | None,
+    block_size: int | None, batch_size: int, max_iters: int, learning_rate: float, weight_decay: float, seed: int,
+    dtype: str,
     save_dtype: str, eval_interval: int, eval_iters: int, eval_windows: int, **given: Any,
 ) -> None:  # fmt: skip
-    """Train a small GPT on text, in full precision or through fake quantizers. Ctrl-C and the same command resume, to the same bytes.
+    """Train a small GPT on text, in full precision or through fake quantizers. Ctrl-C and the same command resume, to
+    the same bytes.
 
-    The folder is one that mlx-lm loads. Its weights are in full precision; 'mlxquant save-weights' writes the integers behind them.
+    The folder is one that mlx-lm loads. Its weights are in full precision; 'mlxquant save-weights' writes the integers
+    behind them.
     """
     options = QuantizationOptions({name: value for name, value in given.items() if value is not None})
     corpus = read_corpus(data)
-    model, tokenizer = start(init_from, level, corpus, seed, n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block_size)
+    model, tokenizer = start(
+        init_from, level, corpus, seed, n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block_size
+    )
     length = model.config.n_positions
-    tokens = {part: encoded(tokenizer, text, length, part) for part, text in (("train", corpus.train), ("held-out", corpus.held_out))}
+    tokens = {
+        part: encoded(tokenizer, text, length, part)
+        for part, text in (("train", corpus.train), ("held-out", corpus.held_out))
+    }
     training = {
-        "max_iters": max_iters, "batch_size": batch_size, "learning_rate": learning_rate, "weight_decay": weight_decay, "seed": seed,
+        "max_iters": max_iters, "batch_size": batch_size, "learning_rate": learning_rate, "weight_decay": weight_decay,
+        "seed": seed,
         "dtype": dtype, "init_from": None if init_from is None else Path(init_from).name,
         "started_at": None if init_from is None else weights_digest(model),
     }  # fmt: skip
-    facts: dict[str, Any] = {"model": model.config.to_dict(), "text": corpus.facts, "training": training, QUANTIZATION: options.to_dict()}
+    facts: dict[str, Any] = {
+        "model": model.config.to_dict(),
+        "text": corpus.facts,
+        "training": training,
+        QUANTIZATION: options.to_dict(),
+    }
     warmup = options["quantization_warmup_iters"]
     if options.anything and warmup >= max_iters:
-        say(f"none of the {max_iters} iterations is quantized, the warm-up takes {warmup}; lower --quantization-warmup-iters")
+        say(
+            f"none of the {max_iters} iterations is quantized, the warm-up takes {warmup}; lower"
+            " --quantization-warmup-iters"
+        )
     ramp = quantize_while_training(model, options, seed, DTYPES[dtype])
     optimizer = build_optimizer(max_iters, learning_rate, weight_decay)
     optimizer.init(model.trainable_parameters())
@@ -182,12 +255,17 @@ def command(
         ramp.iteration = step
         recent.append(float(np.array(update(*batch(tokens["train"], seed, step, batch_size, length)))))
         if not np.isfinite(recent[-1]):
-            raise NumericsError(f"the loss of iteration {step} is {recent[-1]}; use a lower --learning-rate, or --dtype float32")
+            raise NumericsError(
+                f"the loss of iteration {step} is {recent[-1]}; use a lower --learning-rate, or --dtype float32"
+            )
         run.step = step + 1
         bar.set_postfix(loss=f"{np.mean(recent[-50:]):.4f}", refresh=False)
         if eval_interval and run.step % eval_interval == 0:
             held_out = mean_loss(model, tokens["held-out"], seed, eval_iters, batch_size, length, DTYPES[dtype])
-            bar.write(f"iteration {run.step}: loss {np.mean(recent[-50:]):.4f}, held-out {held_out:.4f} nats a token", file=sys.stderr)
+            bar.write(
+                f"iteration {run.step}: loss {np.mean(recent[-50:]):.4f}, held-out {held_out:.4f} nats a token",
+                file=sys.stderr,
+            )
         if run.step == max_iters or time.monotonic() - run.saved >= INTERVAL:
             run.save()
     seconds = time.perf_counter() - began
@@ -195,10 +273,15 @@ def command(
     save_activations(out_dir, model)
     trained, _, _ = quantized_gpt(out_dir)  # what was written is what is measured
     found = predict(trained, tokenizer, corpus.held_out, length, eval_windows, progress=progress)
-    say(f"{out_dir}: {found.bits_per_character:.4f} bits per character of held-out text{', quantized' if options.anything else ''}")
+    say(
+        f"{out_dir}: {found.bits_per_character:.4f} bits per character of held-out"
+        f" text{', quantized' if options.anything else ''}"
+    )
     result({
-        "out": str(out_dir), "iterations": max_iters, "bits_per_character": found.bits_per_character, "perplexity": found.perplexity,
-        "loss": float(np.mean(recent[-50:])) if recent else None, "quantized": options.anything, "parameters": count(model),
+        "out": str(out_dir), "iterations": max_iters, "bits_per_character": found.bits_per_character,
+        "perplexity": found.perplexity,
+        "loss": float(np.mean(recent[-50:])) if recent else None, "quantized": options.anything,
+        "parameters": count(model),
         "iterations_a_second": len(recent) / seconds if recent else None, "peak_bytes": peak_bytes(),
     })  # fmt: skip
 
@@ -207,14 +290,18 @@ def encoded(tokenizer: ByteTokenizer | CharTokenizer, text: str, length: int, pa
     """Tokens int32 [n]; raises CalibrationError when there is not even one window."""
     tokens = tokenizer.encode(text)
     if len(tokens) <= length:
-        raise CalibrationError(f"the {part} text has {len(tokens)} tokens, a window {length}; pass more --data or a smaller --block-size")
+        raise CalibrationError(
+            f"the {part} text has {len(tokens)} tokens, a window {length}; pass more --data or a smaller --block-size"
+        )
     return tokens
 
 
 def refuse_foreign(run: Run) -> None:
     """Raise ArtifactError when the folder holds a model and nothing to resume it from: it would be replaced."""
     if (run.folder / CONFIG).exists() and not run.checkpoint.exists():
-        raise ArtifactError(f"{run.folder} holds a model without {CHECKPOINT}; choose another --out-dir, or remove it yourself")
+        raise ArtifactError(
+            f"{run.folder} holds a model without {CHECKPOINT}; choose another --out-dir, or remove it yourself"
+        )
 
 
 def weights_digest(model: GPT) -> str:

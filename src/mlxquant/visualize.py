@@ -25,17 +25,29 @@ SHEET, LIST = "sheet.png", "report.json"
 @click.command("visualize", cls=Command, context_settings=UNDERSCORES)
 @click.argument("path", type=click.Path(path_type=Path), required=False)
 @click.option("--file-name", type=click.Path(path_type=Path), help="The same as PATH.")
-@click.option("--weight", default="all", show_default=True, help="What to draw: a name or a pattern, such as '*.attn.*.codes'.")
-@click.option("--graph", type=click.Choice(["histogram", "matrix"]), default="histogram", show_default=True, help="How often, or where.")
+@click.option(
+    "--weight", default="all", show_default=True, help="What to draw: a name or a pattern, such as '*.attn.*.codes'."
+)
+@click.option(
+    "--graph",
+    type=click.Choice(["histogram", "matrix"]),
+    default="histogram",
+    show_default=True,
+    help="How often, or where.",
+)
 @click.option("--sheet", is_flag=True, help="Many on a picture, not one.")
-@click.option("--out", "--image-folder", "out", type=click.Path(path_type=Path), required=True, help="Folder for the pictures.")
+@click.option(
+    "--out", "--image-folder", "out", type=click.Path(path_type=Path), required=True, help="Folder for the pictures."
+)
 @force_option
 @verbose_option
-def command(path: Path | None, file_name: Path | None, weight: str, graph: str, sheet: bool, out: Path, force: bool) -> None:
+def command(
+    path: Path | None, file_name: Path | None, weight: str, graph: str, sheet: bool, out: Path, force: bool
+) -> None:
     """Draw weights, codes and activations of what is at PATH.
 
-    Of a quantized layer there are LAYER.weight and LAYER.codes, of activation statistics LAYER.input, of what save-weights wrote
-    NAME.values and NAME.codes; other arrays have their names.
+    Of a quantized layer there are LAYER.weight and LAYER.codes, of activation statistics LAYER.input, of what
+    save-weights wrote NAME.values and NAME.codes; other arrays have their names.
     """
     if path is not None and file_name is not None:
         raise click.UsageError("name one file, as PATH or with --file-name")
@@ -55,7 +67,10 @@ def command(path: Path | None, file_name: Path | None, weight: str, graph: str, 
                 draw_tensor(panel(view, graph), folder / name)
         facts = {"graph": graph, "files": files, "tensors": [{"name": view.name, "kind": view.kind} for view in chosen]}
         write_json(folder / LIST, "tensor-pictures", {**facts, "of": contents.kind, **checked.versions()})
-    say(f"{out}: {len(files)} picture{'s' if len(files) > 1 else ''} of {len(chosen)} tensor{'s' if len(chosen) > 1 else ''}")
+    say(
+        f"{out}: {len(files)} picture{'s' if len(files) > 1 else ''} of {len(chosen)}"
+        f" tensor{'s' if len(chosen) > 1 else ''}"
+    )
     result({"out": str(out), **facts})
 
 
@@ -74,7 +89,9 @@ def panel(view: View, graph: str) -> Panel:
     """A view's numbers, read, with a line on what they are."""
     if graph == "matrix":
         matrix = view.matrix()
-        return Panel(view.name, f"{view.note}; {_spread(matrix)}", view.rows, view.columns, matrix=matrix, levels=view.levels)
+        return Panel(
+            view.name, f"{view.note}; {_spread(matrix)}", view.rows, view.columns, matrix=matrix, levels=view.levels
+        )
     samples = view.samples()
     values = np.concatenate([values.reshape(-1) for _, values in samples])
     note = _use(values, view.levels) if view.levels else _spread(values)

@@ -80,7 +80,9 @@ def test_distances_of_sets_carry_their_size_and_a_warning():
     distance = SetMetric("frechet_distance", encode, lambda x, y: float(np.abs(x.mean(0) - y.mean(0)).sum()), "means")
     judge = Judge([fake("sets", distance)], TEXTS)
     figures = judge.score(pictures("b", OTHER), pictures("a", EXACT), silent)
-    assert figures["frechet_distance"] == pytest.approx(np.abs(OTHER.mean((0, 1, 2)) - EXACT.mean((0, 1, 2))).sum(), rel=1e-4)
+    assert figures["frechet_distance"] == pytest.approx(
+        np.abs(OTHER.mean((0, 1, 2)) - EXACT.mean((0, 1, 2))).sum(), rel=1e-4
+    )
     assert (figures["frechet_distance_samples"], figures["frechet_distance_interval"]) == (3, None)
     assert len(judge.notes) == 1
     assert "3 pictures" in judge.notes[0]
@@ -117,7 +119,10 @@ def test_a_network_looks_once_for_all_metrics_with_its_weights():
 
 
 def test_differences_are_paired():
-    models = [{"name": name, "each": {"psnr_db": values}} for name, values in (("a", [1.0, 2.0]), ("b", [3.0, 5.0]), ("c", [0.0, 0.0]))]
+    models = [
+        {"name": name, "each": {"psnr_db": values}}
+        for name, values in (("a", [1.0, 2.0]), ("b", [3.0, 5.0]), ("c", [0.0, 0.0]))
+    ]
     reference = {"name": "fp", "each": {}}
     rows = differences([{"key": "psnr_db"}, {"key": "ssim"}], reference, models)
     assert [(row["a"], row["b"], row["mean"]) for row in rows] == [("b", "a", 2.5), ("c", "a", -1.5)]

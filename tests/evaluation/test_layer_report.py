@@ -52,7 +52,9 @@ def test_errors_and_ranges_are_what_the_models_do(models, report):
     state, inputs = states[index], {}
     for name, one in (("exact", model), ("own", quantized)):
         with tapped(one.adapter.module, [row["path"]], lambda path, x, name=name: inputs.__setitem__(name, x)):
-            inputs[f"{name} out"] = one.adapter.velocity(state["latent"], state["tokens"], state["pooled"], sigmas[index])
+            inputs[f"{name} out"] = one.adapter.velocity(
+                state["latent"], state["tokens"], state["pooled"], sigmas[index]
+            )
             mx.eval(inputs)
     place = report["sigma"].index(float(np.float32(sigmas[index])))
     velocity = [np.array(inputs[f"{name} out"], np.float64) for name in ("exact", "own")]
@@ -84,7 +86,10 @@ def test_codes_are_counted_from_the_smallest(models, report):
 
 def test_a_table_covers_what_its_codes_stand_for():
     table = ActivationTable(
-        np.array([0.5, 1.0], np.float32), np.array([0.1, 0.1], np.float32), np.array([[1.0], [1.0]], np.float32), np.array([4, 16])
+        np.array([0.5, 1.0], np.float32),
+        np.array([0.1, 0.1], np.float32),
+        np.array([[1.0], [1.0]], np.float32),
+        np.array([4, 16]),
     )
     low, high, step = covered(table, table.sigma)
     np.testing.assert_allclose(low[:, 0], [1 - 0.8, -np.inf])

@@ -25,7 +25,11 @@ def test_metrics_come_once_and_with_their_places(tmp_path):
         (["fid"], ["fad={here}"], "no metric 'fad'; there are psnr"),
         ([], ["psnr={here}"], "psnr looks through no network"),
         ([], ["fid={here}"], "fid is not measured; add --metric fid"),
-        (["fid"], ["fid={here}/none"], "fid={here}/none: no such file or folder; .* 'hf download toshas/torch-fidelity "),
+        (
+            ["fid"],
+            ["fid={here}/none"],
+            "fid={here}/none: no such file or folder; .* 'hf download toshas/torch-fidelity ",
+        ),
         (["fid"], ["fid={here}"], f"{{here}}/{FILE} is missing; get it with 'hf download"),
         (["kid"], ["kid={here}/a.pth", "kid={here}/a.pth"], "kid has weights already, {here}/a.pth"),
     ],

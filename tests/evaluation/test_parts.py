@@ -84,7 +84,10 @@ def test_sizes_are_those_of_what_is_stored(tiny):
 
 
 def test_methods_are_cited_with_their_source():
-    names = {row["name"]: row["source"] for row in cited([parse_recipe("gptq-w4a8").to_dict(), parse_recipe("rtn-w4a8").to_dict()])}
+    names = {
+        row["name"]: row["source"]
+        for row in cited([parse_recipe("gptq-w4a8").to_dict(), parse_recipe("rtn-w4a8").to_dict()])
+    }
     assert names == {"round gptq": "arXiv 2210.17323"}
     features = [row["name"] for row in cited([parse_recipe("mixed+progressive-w4a8").to_dict()])]
     assert {"mixed precision", "progressive alignment"} <= set(features)

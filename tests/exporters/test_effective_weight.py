@@ -1,4 +1,6 @@
-"""One matrix in the place of a quantized layer: what DiffusionKit gets, with whatever the layer does to its input folded in."""
+"""One matrix in the place of a quantized layer: what DiffusionKit gets, with whatever the layer does to its input
+folded in.
+"""
 
 import mlxquant  # noqa: F401  # before mlx
 
@@ -13,7 +15,9 @@ from mlxquant.layers.linear import QuantizedLinear
 from mlxquant.numerics.low_rank import LowRank
 
 
-@pytest.mark.parametrize("options", [{}, {"rotation": 16}, {"divisor": True}, {"rotation": 64, "divisor": True, "branch": True}])
+@pytest.mark.parametrize(
+    "options", [{}, {"rotation": 16}, {"divisor": True}, {"rotation": 64, "divisor": True, "branch": True}]
+)
 def test_one_matrix_stands_for_a_whole_layer(options):
     generator = np.random.default_rng(0)
     weight = generator.standard_normal((24, 64)).astype(np.float32)
@@ -21,7 +25,8 @@ def test_one_matrix_stands_for_a_whole_layer(options):
     layer = QuantizedLinear(
         grid.quantize(weight), grid, rotation=options.get("rotation", 1),
         divisor=mx.array(generator.uniform(0.5, 2, 64), mx.float32) if "divisor" in options else None,
-        branch=LowRank(generator.standard_normal((24, 3)), generator.standard_normal((3, 64))) if "branch" in options else None,
+        branch=LowRank(generator.standard_normal((24, 3)), generator.standard_normal((3,
+        64))) if "branch" in options else None,
     )  # fmt: skip
     x = mx.array(generator.standard_normal((5, 64)), mx.float32)
     np.testing.assert_allclose(np.array(x @ effective_weight(layer).T), np.array(layer(x)), atol=3e-5)
@@ -29,7 +34,8 @@ def test_one_matrix_stands_for_a_whole_layer(options):
 
 def test_names_and_layouts_are_the_checkpoints():
     block = "multimodal_transformer_blocks.3.image_transformer_block"
-    rows = {f"{block}.attn.{one}_proj.{leaf}": mx.full((2, 4) if leaf == "weight" else (2,), i) for i, one in enumerate("qkv")
+    rows = {f"{block}.attn.{one}_proj.{leaf}": mx.full((2, 4) if leaf == "weight" else (2,), i) for i,
+    one in enumerate("qkv")
             for leaf in ("weight", "bias") if (one, leaf) != ("k", "bias")}  # fmt: skip
     others = {
         f"{block}.attn.o_proj.bias": mx.ones(2),

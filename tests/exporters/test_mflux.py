@@ -21,7 +21,12 @@ from mlxquant.layers.tree import get_module, parameters
 class Attention(nn.Module):
     def __init__(self, dim):
         super().__init__()
-        self.to_q, self.to_k, self.to_v, self.to_out = nn.Linear(dim, dim), nn.Linear(dim, dim), nn.Linear(dim, dim), [nn.Linear(dim, dim)]
+        self.to_q, self.to_k, self.to_v, self.to_out = (
+            nn.Linear(dim, dim),
+            nn.Linear(dim, dim),
+            nn.Linear(dim, dim),
+            [nn.Linear(dim, dim)],
+        )
 
 
 class Block(nn.Module):
@@ -43,8 +48,8 @@ class Transformer(nn.Module):
 
 
 def inferred(arrays, path, module):
-    """Bits and group size from shapes, by the rule of mflux's loader: the packed width over that of the unquantized weight, and
-    that over the number of scales in a row.
+    """Bits and group size from shapes, by the rule of mflux's loader: the packed width over that of the unquantized
+    weight, and that over the number of scales in a row.
     """
     width = module.weight.shape[-1]
     return int(arrays[f"{path}.weight"].shape[-1] * 32 / width), int(width / arrays[f"{path}.scales"].shape[-1])
@@ -78,12 +83,20 @@ def test_a_loader_that_looks_at_shapes_finds_our_codes(tmp_path):
 
 
 def test_mflux_itself_loads_it(tmp_path):
-    """Where it is installed, which is not where its torch and its MLX for CUDA would get in our way: by its own code, on its own model."""
+    """Where it is installed, which is not where its torch and its MLX for CUDA would get in our way: by its own code,
+    on its own model.
+    """
     loader = pytest.importorskip("mflux.models.common.weights.loading.weight_loader").WeightLoader
     applier = pytest.importorskip("mflux.models.common.weights.loading.weight_applier").WeightApplier
     kind = import_module("mflux.models.qwen.model.qwen_transformer.qwen_transformer").QwenTransformer
     definition = import_module("mflux.models.qwen.weights.qwen_weight_definition").QwenWeightDefinition
-    sizes = {"in_channels": 64, "num_layers": 2, "attention_head_dim": 128, "num_attention_heads": 2, "joint_attention_dim": 96}
+    sizes = {
+        "in_channels": 64,
+        "num_layers": 2,
+        "attention_head_dim": 128,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 96,
+    }
     module = kind(**sizes)
     mq.quantize_linears(module, "w4a16-g64", include=["transformer_blocks.*.attn.*"])
     mq.quantize_linears(module, "w8a16", include=["transformer_blocks.*.img_mod_linear"])
@@ -122,6 +135,8 @@ def test_another_component_goes_to_its_own_folder(tmp_path):
 
 
 def test_what_mflux_does_not_know_is_refused(tiny, tmp_path):
-    with pytest.raises(ExportError, match=r"a ShapesModel with the parts \['context_embedder'.* mflux has no SD3, write such a model"):
+    with pytest.raises(
+        ExportError, match=r"a ShapesModel with the parts \['context_embedder'.* mflux has no SD3, write such a model"
+    ):
         mq.export(tiny, tmp_path / "out", "mflux")
     assert list(tmp_path.iterdir()) == []

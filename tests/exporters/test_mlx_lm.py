@@ -25,7 +25,15 @@ from mlxquant.models.gpt.tokenizers import ByteTokenizer
 pytestmark = pytest.mark.mlxlm
 mlx_lm = pytest.importorskip("mlx_lm")
 
-MIXED = ["w2-g32", "w3-g64", "w4", "w5-asym", "w6-g32-sym", "w7", "w8-tensor"]  # the last layer of the GPT stays as it is
+MIXED = [
+    "w2-g32",
+    "w3-g64",
+    "w4",
+    "w5-asym",
+    "w6-g32-sym",
+    "w7",
+    "w8-tensor",
+]  # the last layer of the GPT stays as it is
 TOKENS = mx.array([[7, 1, 200, 3, 3, 90], [5, 4, 255, 0, 17, 9]])
 LLAMA = {
     "model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 96, "num_attention_heads": 4,
@@ -91,7 +99,9 @@ def test_a_gpt_of_mixed_bits(tmp_path, embeddings):
         np.testing.assert_array_equal(np.array(other.scales)[:, 0], np.array(layer.grid().scales)[:, 0])
     assert type(get_module(theirs, "model.h.1.mlp.c_proj")) is nn.Linear
     assert isinstance(theirs.model.wte, nn.QuantizedEmbedding) == embeddings
-    assert facts["bits_per_weight"] == pytest.approx(import_module("mlx_lm.utils").compute_bits_per_weight(theirs), rel=1e-6)
+    assert facts["bits_per_weight"] == pytest.approx(
+        import_module("mlx_lm.utils").compute_bits_per_weight(theirs), rel=1e-6
+    )
     assert facts["layers"] == 7 + embeddings
     assert any("7-bit codes written with 8 bits in 1 layers" in note for note in facts["notes"])
     assert tokenizer.encode("def") == list(b"def")
@@ -101,11 +111,17 @@ def test_a_gpt_of_mixed_bits(tmp_path, embeddings):
 def test_the_config_says_what_every_layer_is(tmp_path):
     module, config = gpt()
     quantized(module, ["w4-g64"] * 5)
-    mq.export(module, tmp_path / "out", "mlx-lm", config={**config, "mlxquant": {"sha256": "0"}}, tokenizer=ByteTokenizer())
+    mq.export(
+        module, tmp_path / "out", "mlx-lm", config={**config, "mlxquant": {"sha256": "0"}}, tokenizer=ByteTokenizer()
+    )
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     found = written["quantization"]
     assert written["quantization_config"] == found
-    assert {key: found.pop(key) for key in ("group_size", "bits", "mode")} == {"group_size": 64, "bits": 4, "mode": "affine"}
+    assert {key: found.pop(key) for key in ("group_size", "bits", "mode")} == {
+        "group_size": 64,
+        "bits": 4,
+        "mode": "affine",
+    }
     assert sum(value is False for value in found.values()) == 3 + 2  # Linears, and the two embeddings
     assert found["model.h.0.attn.c_attn"] == {"group_size": 64, "bits": 4, "mode": "affine"}
     assert written["n_embd"] == 64
@@ -154,7 +170,9 @@ def test_large_models_are_several_files(tmp_path, monkeypatch):
 
 def test_a_model_that_is_not_quantized(tmp_path):
     module, config = gpt()
-    facts = mq.export(module, tmp_path / "out", "mlx-lm", config={**config, "quantization": {"bits": 4}}, tokenizer=ByteTokenizer())
+    facts = mq.export(
+        module, tmp_path / "out", "mlx-lm", config={**config, "quantization": {"bits": 4}}, tokenizer=ByteTokenizer()
+    )
     assert facts["bits_per_weight"] == 32
     assert not {"quantization", "quantization_config"} & set(json.loads((tmp_path / "out" / "config.json").read_text()))
     assert difference(module(TOKENS), loaded(tmp_path / "out")[0](TOKENS)) < 3e-6
@@ -162,7 +180,9 @@ def test_a_model_that_is_not_quantized(tmp_path):
 
 def test_a_model_of_mlx_lms_own_quantization_keeps_it(tmp_path):
     module, config = llama(False)
-    nn.quantize(module, group_size=32, bits=4, class_predicate=lambda path, part: path.endswith(("up_proj", "embed_tokens")))
+    nn.quantize(
+        module, group_size=32, bits=4, class_predicate=lambda path, part: path.endswith(("up_proj", "embed_tokens"))
+    )
     nn.quantize(module, mode="mxfp4", group_size=32, class_predicate=lambda path, part: path.endswith("gate_proj"))
     quantized(module, ["w8-g32"] * 20)
     mq.export(module, tmp_path / "out", "mlx-lm", config=config, tokenizer=ByteTokenizer())
@@ -203,7 +223,8 @@ def test_what_a_language_model_was_trained_with_is_refused_or_dropped(tmp_path):
         layer.quantize_tokens(8)
     arguments = {"config": config, "tokenizer": ByteTokenizer()}
     with pytest.raises(
-        ExportError, match=r"c_attn has activations quantized a token \(as have 7 more layers\), which mlx-lm has no place for"
+        ExportError,
+        match=r"c_attn has activations quantized a token \(as have 7 more layers\), which mlx-lm has no place for",
     ):
         mq.export(module, tmp_path / "out", "mlx-lm", **arguments)
     facts = mq.export(module, tmp_path / "out", "mlx-lm", drop_activations=True, **arguments)

@@ -90,7 +90,10 @@ def test_activations_that_are_scaled_token_by_token_too(net):
 def test_what_the_weights_need_is_never_dropped(net):
     net.blocks[0].second = rounded(net.blocks[0].second, divisor=mx.ones(64), rotation=16)
     net.blocks[0].second.set_activations(TABLE, Clock())
-    with pytest.raises(ExportError, match=r"second has a division of its input's channels and a rotation of its input in blocks of 16, wh"):
+    with pytest.raises(
+        ExportError,
+        match=r"second has a division of its input's channels and a rotation of its input in blocks of 16, wh",
+    ):
         plain_module(net, "it", drop_activations=True)
 
 
@@ -98,7 +101,8 @@ def test_layers_of_our_own_that_no_tool_has_are_refused(net):
     convolution = nn.Conv2d(3, 8, 3)
     net.stem = QuantizedConvolution.from_convolution(convolution, WeightFormat(8))
     with pytest.raises(
-        ExportError, match=r"stem has a QuantizedConv2d, a layer of mlxquant's own, which it has no place for; quantize without it"
+        ExportError,
+        match=r"stem has a QuantizedConv2d, a layer of mlxquant's own, which it has no place for; quantize without it",
     ):
         plain_module(net, "it")
 
@@ -107,11 +111,15 @@ def test_dtypes(net):
     plain = plain_module(net, "it")
     half = plain.as_dtype("float16")
     assert {v.dtype for v in half.arrays.values()} == {mx.float16, mx.uint32}
-    np.testing.assert_array_equal(np.array(half.arrays["blocks.0.first.scales"]), np.array(plain.arrays["blocks.0.first.scales"]))
+    np.testing.assert_array_equal(
+        np.array(half.arrays["blocks.0.first.scales"]), np.array(plain.arrays["blocks.0.first.scales"])
+    )
     assert half.notes[0].startswith("floating tensors as float16: -0.0")
     coarse = plain.as_dtype("bfloat16")
     names = [f"blocks.{index}.first.scales" for index in range(2)]
-    exact, rough = (np.concatenate([np.array(p.arrays[name].astype(mx.float32)) for name in names]) for p in (plain, coarse))
+    exact, rough = (
+        np.concatenate([np.array(p.arrays[name].astype(mx.float32)) for name in names]) for p in (plain, coarse)
+    )
     assert f"up to {(np.abs(rough - exact) / exact).max():.1e} of" in coarse.notes[1]
     net.norm_scale = mx.array([1e5])
     with pytest.raises(ExportError, match="norm_scale: holds values that float16 cannot"):

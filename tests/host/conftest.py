@@ -1,7 +1,8 @@
 """The real DiffusionKit, and tiny SD3-Medium checkpoints in its own files.
 
-Without the package these tests are skipped, and where MLXQUANT_REQUIRE_DIFFUSIONKIT is set, as CI does, they fail. The folder is a
-package of its own so that this file is not the ``conftest`` that other tests import from; it must not be called diffusionkit.
+Without the package these tests are skipped, and where MLXQUANT_REQUIRE_DIFFUSIONKIT is set, as CI does, they fail. The
+folder is a package of its own so that this file is not the ``conftest`` that other tests import from; it must not be
+called diffusionkit.
 """
 
 import os
@@ -41,7 +42,9 @@ def random_sd3(patch):
 
 @pytest.fixture(scope="package")
 def hub_cache(diffusionkit, random_sd3, patch, tmp_path_factory):
-    """A Hugging Face cache with tiny checkpoints, as if HF_HUB_CACHE and HF_HUB_OFFLINE had been set before Python started."""
+    """A Hugging Face cache with tiny checkpoints, as if HF_HUB_CACHE and HF_HUB_OFFLINE had been set before Python
+    started.
+    """
     constants = import_module("huggingface_hub.constants")
     cache = random_sd3.write_hub_cache(tmp_path_factory.mktemp("hub"))
     patch.setenv("HF_HUB_CACHE", str(cache))
@@ -59,13 +62,14 @@ def sd3_folder(diffusionkit, random_sd3, tmp_path_factory):
 
 @pytest.fixture
 def tiny_host(hub_cache, random_sd3, monkeypatch):
-    """DiffusionKit's loaders with the tiny sizes in place of those that are written into it, and with the memory size that it asks of
-    Metal. For tests of the host alone: an adapter has to do without.
+    """DiffusionKit's loaders with the tiny sizes in place of those that are written into it, and with the memory size
+    that it asks of Metal. For tests of the host alone: an adapter has to do without.
     """
     model_io, config = import_module("diffusionkit.mlx.model_io"), import_module("diffusionkit.mlx.config")
     tiny = random_sd3.TINY
     transformer = config.MMDiTConfig(
-        num_heads=tiny.heads, depth_multimodal=tiny.depth, hidden_size_override=tiny.hidden, max_latent_resolution=tiny.table,
+        num_heads=tiny.heads, depth_multimodal=tiny.depth, hidden_size_override=tiny.hidden,
+        max_latent_resolution=tiny.table,
         pooled_text_embed_dim=tiny.pooled, dtype=mx.float16, float16_dtype=mx.float16,
     )  # fmt: skip
     monkeypatch.setitem(model_io._CONFIG, random_sd3.MMDIT, transformer)

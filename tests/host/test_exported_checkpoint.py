@@ -29,16 +29,24 @@ def calibration(model):
 
 @pytest.fixture
 def draw(diffusionkit, tiny_host, random_sd3):
-    """DiffusionKit's pipeline around a checkpoint, with everything but the transformer in float32, as we have it on the CPU."""
+    """DiffusionKit's pipeline around a checkpoint, with everything but the transformer in float32, as we have it on the
+    CPU.
+    """
 
     def drawn(folder):
         pipe = diffusionkit.DiffusionPipeline(
-            w16=True, shift=3.0, low_memory_mode=False, model_version=random_sd3.MMDIT, local_ckpt=str(folder / "sd3_medium.safetensors")
+            w16=True,
+            shift=3.0,
+            low_memory_mode=False,
+            model_version=random_sd3.MMDIT,
+            local_ckpt=str(folder / "sd3_medium.safetensors"),
         )
         for name in ("clip_l", "clip_g", "t5_encoder", "decoder", "encoder"):
             getattr(pipe, name).set_dtype(mx.float32)
         weights = {name: np.array(value.astype(mx.float32)) for name, value in parameters(pipe.mmdit).items()}
-        image, _ = pipe.generate_image(PROMPT.text, num_steps=3, cfg_weight=4.0, latent_size=(8, 8), seed=PROMPT.seed, verbose=False)
+        image, _ = pipe.generate_image(
+            PROMPT.text, num_steps=3, cfg_weight=4.0, latent_size=(8, 8), seed=PROMPT.seed, verbose=False
+        )
         return np.array(image, np.int32), weights
 
     return drawn
@@ -58,7 +66,9 @@ def test_the_picture_is_the_quantized_models(model, calibration, draw, recipe, t
     assert np.abs(ours - plain).max() > 20
     layers = find_quantized(quantized.adapter.module)
     for path, layer in layers.items():
-        np.testing.assert_array_equal(weights[f"{path}.weight"], np.array(effective_weight(layer).astype(mx.float16)).astype(np.float32))
+        np.testing.assert_array_equal(
+            weights[f"{path}.weight"], np.array(effective_weight(layer).astype(mx.float16)).astype(np.float32)
+        )
     assert any(f"{len(layers)} quantized layers written as float16" in note for note in facts["notes"])
     assert facts["bits_per_weight"] == 16
     assert any(layer.rotation > 1 for layer in layers.values()) == ("rotation" in recipe)
@@ -66,7 +76,9 @@ def test_the_picture_is_the_quantized_models(model, calibration, draw, recipe, t
 
 
 def test_an_unquantized_checkpoint_comes_back(sd3_folder, model, tmp_path):
-    """Every tensor of the original, but for the bias of the keys, which DiffusionKit leaves out and softmax does not see."""
+    """Every tensor of the original, but for the bias of the keys, which DiffusionKit leaves out and softmax does not
+    see.
+    """
     mq.export(model, tmp_path / "out", "diffusionkit")
     before, after = (mx.load(str(folder / "sd3_medium.safetensors")) for folder in (sd3_folder, tmp_path / "out"))
     assert before.keys() == after.keys()

@@ -50,7 +50,9 @@ def test_hidden_states_stay_of_unit_scale(pipeline):
 
 
 def test_t5_in_pieces_is_t5(pipeline):
-    """Without ``TransformerEncoder.__call__``, which asks for the memory size of a Metal device and has a one-shot mode."""
+    """Without ``TransformerEncoder.__call__``, which asks for the memory size of a Metal device and has a one-shot
+    mode.
+    """
     ids = pipeline._tokenize(pipeline.t5_tokenizer, PROMPT)
     t5 = pipeline.t5_encoder
     x = t5.wte(ids)
@@ -76,7 +78,8 @@ from diffusionkit.mlx import model_io
 from huggingface_hub import hf_hub_download
 for name in ("sd3_medium.safetensors", "config.json"):
     hf_hub_download("argmaxinc/mlx-stable-diffusion-3-medium", name)
-encoders = [model_io.load_text_encoder(model_key=key) for key in ("clip_l", "clip_g")] + [model_io.load_t5_encoder(low_memory_mode=False)]
+encoders = [model_io.load_text_encoder(model_key=key) for key in ("clip_l", "clip_g")]
+encoders += [model_io.load_t5_encoder(low_memory_mode=False)]
 tokenizer = model_io.load_tokenizer(vocab_key="tokenizer_l_vocab", merges_key="tokenizer_l_merges", pad_with_eos=True)
 print(len(encoders), len(tokenizer.tokenize("a cat")), model_io.load_t5_tokenizer(512).tokenize("a cat")[-1])
 """
@@ -113,9 +116,13 @@ def test_names_and_shapes_at_the_real_size(diffusionkit, random_sd3):
 def test_text_encoders_at_the_real_size(diffusionkit, random_sd3):
     model_io = diffusionkit.model_io
     for sizes in (random_sd3.SD3_MEDIUM.clip_l, random_sd3.SD3_MEDIUM.clip_g):
-        config = model_io.CLIPTextModelConfig(sizes.layers, sizes.hidden, sizes.heads, 77, sizes.vocabulary, sizes.hidden, sizes.activation)
+        config = model_io.CLIPTextModelConfig(
+            sizes.layers, sizes.hidden, sizes.heads, 77, sizes.vocabulary, sizes.hidden, sizes.activation
+        )
         found = [
-            pair for key, value in lazily(random_sd3.clip(sizes)).items() for pair in model_io.map_clip_text_encoder_weights(key, value)
+            pair
+            for key, value in lazily(random_sd3.clip(sizes)).items()
+            for pair in model_io.map_clip_text_encoder_weights(key, value)
         ]
         assert shapes(found) == shapes(tree_flatten(model_io.CLIPTextModel(config).parameters()))
     sizes = random_sd3.SD3_MEDIUM.t5

@@ -21,7 +21,9 @@ def test_a_seed_gives_the_same_bytes(random_sd3, sd3_folder, tmp_path):
 
 
 def test_hub_cache_and_folder_hold_the_same_files(random_sd3, hub_cache, sd3_folder):
-    transformer, text, t5 = (random_sd3.snapshot(hub_cache, name) for name in (random_sd3.MMDIT, random_sd3.TEXT, random_sd3.T5_CONFIG))
+    transformer, text, t5 = (
+        random_sd3.snapshot(hub_cache, name) for name in (random_sd3.MMDIT, random_sd3.TEXT, random_sd3.T5_CONFIG)
+    )
     assert contents(transformer)["sd3_medium.safetensors"] == (sd3_folder / "sd3_medium.safetensors").read_bytes()
     for folder in ("clip_l", "clip_g", "tokenizer_l", "tokenizer_g"):
         assert contents(text / folder) == contents(sd3_folder / folder)

@@ -90,7 +90,9 @@ def test_a_killed_run_goes_on_where_it_was(finished, tmp_path):
     del state["stages"]["quantize"], state["spent"]["quantize"]
     (folder / "state.json").write_text(json.dumps(state))
 
-    process = subprocess.Popen(command(folder), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    process = subprocess.Popen(
+        command(folder), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
     progress = folder / "quantized.partial" / "gptq-w4a8"
     wait(lambda: any(progress.glob("*.safetensors")))
     process.send_signal(signal.SIGKILL)

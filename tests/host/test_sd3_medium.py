@@ -1,4 +1,6 @@
-"""The adapter on DiffusionKit's modules: its contract, and that what it draws is what DiffusionKit's own pipeline draws."""
+"""The adapter on DiffusionKit's modules: its contract, and that what it draws is what DiffusionKit's own pipeline
+draws.
+"""
 
 import gc
 import subprocess
@@ -67,9 +69,13 @@ def test_texts_are_encoded_as_by_diffusionkit(model, their_pipeline):
 
 @pytest.mark.parametrize("cfg", [4.0, 1.5])
 def test_a_picture_is_diffusionkits(model, their_pipeline, cfg):
-    theirs, _ = their_pipeline.generate_image(PROMPTS[0], num_steps=3, cfg_weight=cfg, latent_size=(8, 8), seed=5, verbose=False)
+    theirs, _ = their_pipeline.generate_image(
+        PROMPTS[0], num_steps=3, cfg_weight=cfg, latent_size=(8, 8), seed=5, verbose=False
+    )
     assert close(model.generate(PROMPTS[0], seed=5, steps=3, cfg=cfg), theirs)
-    ours, _ = model.adapter.pipeline().generate_image(PROMPTS[0], num_steps=3, cfg_weight=cfg, latent_size=(8, 8), seed=5)
+    ours, _ = model.adapter.pipeline().generate_image(
+        PROMPTS[0], num_steps=3, cfg_weight=cfg, latent_size=(8, 8), seed=5
+    )
     assert close(ours, theirs)
 
 
@@ -98,7 +104,9 @@ def test_the_pipeline_draws_from_a_picture(model, their_pipeline, tmp_path):
 def test_any_guidance_runs_in_both(model, cfg):
     """DiffusionKit's own makes a negative prompt where none is used, and fails."""
     ours = np.array(model.generate(PROMPTS[0], seed=5, steps=2, cfg=cfg))
-    image, _ = model.adapter.pipeline().generate_image(PROMPTS[0], num_steps=2, cfg_weight=cfg, latent_size=(8, 8), seed=5, verbose=True)
+    image, _ = model.adapter.pipeline().generate_image(
+        PROMPTS[0], num_steps=2, cfg_weight=cfg, latent_size=(8, 8), seed=5, verbose=True
+    )
     if cfg == 0:  # without guidance DiffusionKit follows the prompt, and we the empty one
         ours = np.array(model.generate(PROMPTS[0], seed=5, steps=2, cfg=1.0))
     assert close(ours, image)
@@ -141,13 +149,20 @@ def test_nothing_is_left_patched_in_the_process(diffusionkit, sd3_folder):
     kit = host()
     modules = (kit.mmdit, kit.model_io, kit.t5, kit.vae, kit.clip, kit.config, kit.package)
     before, numbers = [dict(vars(m)) for m in modules], np.random.get_state()[1].copy()
-    classes = [dict(vars(kit.mmdit.MMDiT)), dict(vars(kit.mmdit.MultiModalTransformerBlock)), dict(vars(kit.t5.TransformerEncoder))]
+    classes = [
+        dict(vars(kit.mmdit.MMDiT)),
+        dict(vars(kit.mmdit.MultiModalTransformerBlock)),
+        dict(vars(kit.t5.TransformerEncoder)),
+    ]
     config = dict(vars(kit.config.SD3_2b))
     mq.load(sd3_folder, size=SIZE).generate(PROMPTS[0], steps=1)
-    mq.load(sd3_folder, size=SIZE).adapter.pipeline().generate_image(PROMPTS[0], num_steps=1, cfg_weight=3.0, latent_size=(8, 8), seed=1)
+    mq.load(sd3_folder, size=SIZE).adapter.pipeline().generate_image(
+        PROMPTS[0], num_steps=1, cfg_weight=3.0, latent_size=(8, 8), seed=1
+    )
     assert [dict(vars(m)) for m in modules] == before
     assert [
-        dict(vars(kit.mmdit.MMDiT)), dict(vars(kit.mmdit.MultiModalTransformerBlock)), dict(vars(kit.t5.TransformerEncoder))
+        dict(vars(kit.mmdit.MMDiT)), dict(vars(kit.mmdit.MultiModalTransformerBlock)),
+        dict(vars(kit.t5.TransformerEncoder))
     ] == classes  # fmt: skip
     assert dict(vars(kit.config.SD3_2b)) == config
     np.testing.assert_array_equal(np.random.get_state()[1], numbers)
@@ -181,7 +196,11 @@ def test_prompts_are_encoded_once_and_encoders_released(sd3_folder, monkeypatch)
     """Twins share what was encoded; the encoders are gone after each call, T5's layers one by one."""
     calls, model = [], mq.load(sd3_folder, size=SIZE)
     original = text_encoders.TextEncoders.encode
-    monkeypatch.setattr(text_encoders.TextEncoders, "encode", lambda self, prompts: calls.append(list(prompts)) or original(self, prompts))
+    monkeypatch.setattr(
+        text_encoders.TextEncoders,
+        "encode",
+        lambda self, prompts: calls.append(list(prompts)) or original(self, prompts),
+    )
     model.images([mq.Prompt(1, PROMPTS[0]), mq.Prompt(2, PROMPTS[1]), mq.Prompt(3, PROMPTS[0])], steps=1)
     mx.clear_cache()
     held = mx.get_active_memory()
@@ -212,7 +231,11 @@ def test_more_prompts_than_are_kept_are_encoded_once(sd3_folder, monkeypatch):
     monkeypatch.setattr(sd3_medium, "KEPT", 2)
     calls, model = [], mq.load(sd3_folder, size=SIZE)
     original = text_encoders.TextEncoders.encode
-    monkeypatch.setattr(text_encoders.TextEncoders, "encode", lambda self, prompts: calls.append(len(prompts)) or original(self, prompts))
+    monkeypatch.setattr(
+        text_encoders.TextEncoders,
+        "encode",
+        lambda self, prompts: calls.append(len(prompts)) or original(self, prompts),
+    )
     model.images([mq.Prompt(n, f"number {n}") for n in range(5)], steps=1)
     mq.calibrate(model, [mq.Prompt(n, f"number {n}") for n in range(5)], steps=1)
     assert calls == [6]
@@ -245,7 +268,9 @@ def test_other_checkpoints_are_refused(sd3_folder, random_sd3, tmp_path):
     wrong = {
         "holds no SD3 transformer": {"double_blocks.0.img_attn.qkv.weight": mx.zeros((3, 3))},
         "is of an SD3.5 transformer": {**arrays, prefix + "joint_blocks.0.x_block.attn2.qkv.weight": mx.zeros((3, 3))},
-        "tensors are missing, such as final_layer.linear.bias": {k: v for k, v in arrays.items() if "final_layer.linear.bias" not in k},
+        "tensors are missing, such as final_layer.linear.bias": {
+            k: v for k, v in arrays.items() if "final_layer.linear.bias" not in k
+        },
         "has shape": {**arrays, prefix + "final_layer.linear.bias": mx.zeros((3,))},
         "lacks a tensor": {k: v for k, v in arrays.items() if "y_embedder.mlp.0.weight" not in k},
     }

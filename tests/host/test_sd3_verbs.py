@@ -1,4 +1,6 @@
-"""SD3-Medium from its first file to its last picture: recipes, the six steps, saved models, DiffusionKit's pipeline, what can go wrong."""
+"""SD3-Medium from its first file to its last picture: recipes, the six steps, saved models, DiffusionKit's pipeline,
+what can go wrong.
+"""
 
 import json
 import shutil
@@ -33,7 +35,9 @@ def made(sd3_folder, tmp_path_factory):
 
 
 def test_diffusionkits_pipeline_draws_with_a_loaded_model(made, tmp_path):
-    """Calibrate, quantize, load, generate_image, PNG; per-timestep activation scales find their time in its sampler, too."""
+    """Calibrate, quantize, load, generate_image, PNG; per-timestep activation scales find their time in its sampler,
+    too.
+    """
     folder, quantized = made
     loaded = mq.load(folder)
     layers = loaded.layers
@@ -58,7 +62,9 @@ def test_a_hundred_alternating_prompts(made):
         if index % 10 < 8:
             image = model.generate(f"{PROMPT} number {which}", seed=which, steps=1)
         else:
-            image, _ = pipe.generate_image(f"{PROMPT} number {which}", num_steps=1, cfg_weight=5.0, latent_size=(8, 8), seed=which)
+            image, _ = pipe.generate_image(
+                f"{PROMPT} number {which}", num_steps=1, cfg_weight=5.0, latent_size=(8, 8), seed=which
+            )
         kind = (which, index % 10 < 8)
         first.setdefault(kind, np.array(image))
         last[kind] = np.array(image)
@@ -75,14 +81,18 @@ def test_recipes_run_and_survive_saving(sd3_folder, tmp_path, recipe):
     facts, _ = succeed("quantize", "--model", sd3_folder, "--recipe", recipe, "--out", tmp_path / "model", *arguments)
     assert facts["bits_per_weight"] < 16
     assert "inf" not in json.dumps(facts)
-    picture, _ = succeed("generate", "--model", tmp_path / "model", "--prompt", PROMPT, "--steps", 2, "--output", tmp_path / "a.png")
+    picture, _ = succeed(
+        "generate", "--model", tmp_path / "model", "--prompt", PROMPT, "--steps", 2, "--output", tmp_path / "a.png"
+    )
     with Image.open(picture["output"]) as image:
         assert image.size == (64, 64)
 
 
 def test_the_six_steps(sd3_folder, tmp_path):
     calib, where = tmp_path / "calib", ["--model", sd3_folder]
-    succeed("generate-calibration-data", *where, "--num-images", 2, "--num-steps", 3, "--calib-dir", calib, "--size", 64)
+    succeed(
+        "generate-calibration-data", *where, "--num-images", 2, "--num-steps", 3, "--calib-dir", calib, "--size", 64
+    )
     succeed("cache-adaround-data", *where, "--calib-dir", calib, "--num-images", 2, "--stride", 2)
     succeed(
         "adaround-optimize",
@@ -99,12 +109,25 @@ def test_the_six_steps(sd3_folder, tmp_path):
     succeed("collect-layer-activations", *where, "--calib-dir", calib, "--num-images", 2, "--stride", 2)
     succeed("analyze-activations", *where, "--stats", calib / "activations" / "layer_statistics.json")
     tracks = ["--adaround-output", tmp_path / "weights", "--quant-config", calib / "activations" / "quant_config.json"]
-    drawing = ["--prompt", PROMPT, "--num-steps", 2, "--size", 64, "--output-image", tmp_path / "a.png", "--compare", "--diff-stats"]
+    drawing = [
+        "--prompt",
+        PROMPT,
+        "--num-steps",
+        2,
+        "--size",
+        64,
+        "--output-image",
+        tmp_path / "a.png",
+        "--compare",
+        "--diff-stats",
+    ]
     facts, _ = succeed("load-adaround-model", *where, *tracks, *drawing, "--save", tmp_path / "model")
     assert set(facts["models"]) == {"RTN", "V1", "V2"}
     assert all(np.isfinite(row["psnr_db"]) for row in facts["models"].values())
     loaded = mq.load(tmp_path / "model")
-    blocks = [path for path in mq.load(sd3_folder).adapter.linears() if loaded.adapter.role(path) in ("attention", "mlp")]
+    blocks = [
+        path for path in mq.load(sd3_folder).adapter.linears() if loaded.adapter.role(path) in ("attention", "mlp")
+    ]
     assert set(blocks) <= loaded.layers.keys()
     assert loaded.generate(PROMPT, steps=1).size[0] > 0
 
@@ -117,7 +140,9 @@ def test_the_hub_ids_are_the_folder(hub_cache, sd3_folder):
 
 
 def test_a_saved_model_finds_its_text_encoders(made, sd3_folder, tmp_path):
-    """It names them by a path from its own place, so that both can move together; where they are not, the error says so."""
+    """It names them by a path from its own place, so that both can move together; where they are not, the error says
+    so.
+    """
     stated = json.loads((made[0] / "model.json").read_text())["model"]["place"]
     assert stated.startswith(".")
     shutil.copytree(sd3_folder, tmp_path / "there" / "sd3")
@@ -128,20 +153,26 @@ def test_a_saved_model_finds_its_text_encoders(made, sd3_folder, tmp_path):
     mq.quantize(adapter, mq.calibrate(adapter, prompts=1, steps=1), "rtn-w4a16").save(tmp_path / "there" / "model")
     expected = np.array(mq.load(tmp_path / "there" / "model").generate(PROMPT, steps=1))
     shutil.move(tmp_path / "there", tmp_path / "moved" / "here")
-    np.testing.assert_array_equal(np.array(mq.load(tmp_path / "moved" / "here" / "model").generate(PROMPT, steps=1)), expected)
+    np.testing.assert_array_equal(
+        np.array(mq.load(tmp_path / "moved" / "here" / "model").generate(PROMPT, steps=1)), expected
+    )
     shutil.rmtree(tmp_path / "moved" / "here" / "sd3")
     with pytest.raises(ArtifactError, match="text encoders and VAE are expected there"):
         mq.load(tmp_path / "moved" / "here" / "model").generate(PROMPT, steps=1)
 
 
 def test_a_hub_model_needs_no_checkpoint_to_load(hub_cache, tmp_path, monkeypatch):
-    """A quantized folder has the whole transformer: of the full-precision file only the VAE is read, and that when a picture is drawn."""
+    """A quantized folder has the whole transformer: of the full-precision file only the VAE is read, and that when a
+    picture is drawn.
+    """
     model = mq.load("sd3-medium", size=64)
     mq.quantize(model, mq.calibrate(model, prompts=1, steps=1), "rtn-w4a16").save(tmp_path / "model")
     assert json.loads((tmp_path / "model" / "model.json").read_text())["model"]["place"] in ("", HUB)
     from mlxquant.models.sd3 import adapter as sd3_medium
 
-    monkeypatch.setattr(sd3_medium, "mmdit_weights", lambda path: pytest.fail("the full-precision transformer was read"))
+    monkeypatch.setattr(
+        sd3_medium, "mmdit_weights", lambda path: pytest.fail("the full-precision transformer was read")
+    )
     assert mq.load(tmp_path / "model").generate(PROMPT, steps=1).size == (64, 64)
 
 
@@ -150,7 +181,19 @@ def test_a_missing_file_is_named_with_the_command_that_gets_it(sd3_folder, tmp_p
         folder = tmp_path / name.replace("/", "-")
         shutil.copytree(sd3_folder, folder)
         (folder / name).unlink()
-        said = fail("generate", "--model", folder, "--size", 64, "--prompt", PROMPT, "--steps", 1, "--output", tmp_path / "a.png")
+        said = fail(
+            "generate",
+            "--model",
+            folder,
+            "--size",
+            64,
+            "--prompt",
+            PROMPT,
+            "--steps",
+            1,
+            "--output",
+            tmp_path / "a.png",
+        )
         assert f"{folder / name} is missing" in said
         assert "hf download" in said
         assert not (tmp_path / "a.png").exists()
@@ -170,7 +213,19 @@ def test_a_missing_file_is_named_with_the_command_that_gets_it(sd3_folder, tmp_p
 def test_a_damaged_file_is_named(sd3_folder, tmp_path, name, message):
     shutil.copytree(sd3_folder, tmp_path / "sd3")
     (tmp_path / "sd3" / name).write_text("{")
-    said = fail("generate", "--model", tmp_path / "sd3", "--size", 64, "--prompt", PROMPT, "--steps", 1, "--output", tmp_path / "a.png")
+    said = fail(
+        "generate",
+        "--model",
+        tmp_path / "sd3",
+        "--size",
+        64,
+        "--prompt",
+        PROMPT,
+        "--steps",
+        1,
+        "--output",
+        tmp_path / "a.png",
+    )
     assert message in said
     assert "again" in said
 
@@ -224,11 +279,15 @@ def test_incomplete_encoders_are_refused(sd3_folder, tmp_path):
     for message, tensors in {
         "tensors are missing": {key: value for key, value in arrays.items() if key != name},
         "has shape": {**arrays, name: arrays[name][:5]},
-        "more layers than": {key: value for key, value in more.items() if "block.1.layer.0.SelfAttention.relative" not in key},
+        "more layers than": {
+            key: value for key, value in more.items() if "block.1.layer.0.SelfAttention.relative" not in key
+        },
     }.items():
         path.unlink()
         mx.save_safetensors(str(path), tensors)
-        assert message in fail("generate", "--model", tmp_path / "sd3", "--size", 64, "--prompt", PROMPT, "--output", tmp_path / "a.png")
+        assert message in fail(
+            "generate", "--model", tmp_path / "sd3", "--size", 64, "--prompt", PROMPT, "--output", tmp_path / "a.png"
+        )
 
 
 def test_a_missing_vae_is_missed_before_sampling(made, tmp_path):
@@ -249,9 +308,13 @@ def test_text_is_encoded_once_a_step(sd3_folder, tmp_path, monkeypatch):
     """Loading T5 costs more than a batch of pictures does."""
     calls = []
     original = TextEncoders.encode
-    monkeypatch.setattr(TextEncoders, "encode", lambda self, prompts: calls.append(len(prompts)) or original(self, prompts))
+    monkeypatch.setattr(
+        TextEncoders, "encode", lambda self, prompts: calls.append(len(prompts)) or original(self, prompts)
+    )
     calib, where = tmp_path / "calib", ["--model", sd3_folder]
-    succeed("generate-calibration-data", *where, "--num-images", 4, "--num-steps", 2, "--calib-dir", calib, "--size", 64)
+    succeed(
+        "generate-calibration-data", *where, "--num-images", 4, "--num-steps", 2, "--calib-dir", calib, "--size", 64
+    )
     assert calls == [5]
     succeed("collect-layer-activations", *where, "--calib-dir", calib, "--num-images", 4, "--stride", 1)
     assert calls[1:] == [5]
@@ -291,4 +354,6 @@ def test_a_folder_may_be_left(sd3_folder, monkeypatch, tmp_path):
 
 def test_a_folder_without_a_model_is_refused(tmp_path):
     assert "sd3_medium.safetensors" in fail("generate", "--model", tmp_path, "--prompt", PROMPT)
-    assert "neither a folder, nor a hub id of a language model, nor one of" in fail("generate", "--model", "sd4-medium", "--prompt", PROMPT)
+    assert "neither a folder, nor a hub id of a language model, nor one of" in fail(
+        "generate", "--model", "sd4-medium", "--prompt", PROMPT
+    )

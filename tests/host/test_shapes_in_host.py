@@ -1,4 +1,6 @@
-"""``mmdit-shapes`` in DiffusionKit's own MMDiT class: one checkpoint, two implementations, the same output, quantized or not."""
+"""``mmdit-shapes`` in DiffusionKit's own MMDiT class: one checkpoint, two implementations, the same output, quantized
+or not.
+"""
 
 import mlx.core as mx
 import numpy as np
@@ -34,8 +36,8 @@ def host_of(diffusionkit, adapter):
 
 
 def with_our_functions(host):
-    """The host with our GELU and attention, as the adapter of SD3-Medium has it; they differ from its own by a few units in the last
-    place.
+    """The host with our GELU and attention, as the adapter of SD3-Medium has it; they differ from its own by a few
+    units in the last place.
     """
     for block in host.multimodal_transformer_blocks:
         block.sdpa = lambda q, k, v, scale: attention(q, k, v)
@@ -69,7 +71,9 @@ def twins(embedded, tmp_path_factory):
 
 
 def differences(ours, host, clock, trajectory):
-    """Relative difference of the velocities [28], both sides of the guidance in one batch; ``clock`` is that of the host's layers."""
+    """Relative difference of the velocities [28], both sides of the guidance in one batch; ``clock`` is that of the
+    host's layers.
+    """
     steps, text = trajectory
     timesteps = mx.array(np.array([1000 * np.float32(step.sigma) for step in steps]))
     host.cache_modulation_params(text.pooled, timesteps)
@@ -95,7 +99,9 @@ def test_quantized_weights(diffusionkit, twins, trajectory):
 
 
 def test_quantized_weights_and_activations(diffusionkit, twins, trajectory):
-    """A last digit can move an input over a boundary of its 8-bit grid, and then many after it, so both sides compute alike here."""
+    """A last digit can move an input over a boundary of its 8-bit grid, and then many after it, so both sides compute
+    alike here.
+    """
     ours, theirs = twins("gptq-w4a8")
     host = with_our_functions(host_of(diffusionkit, theirs))
     assert differences(ours, host, theirs.clock, trajectory).max() <= CLOSE

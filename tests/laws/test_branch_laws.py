@@ -10,13 +10,19 @@ from mlxquant.methods.weights.lowrank import DAMPINGS, TRIAL_TURNS, TURNS
 from mlxquant.numerics.moments import Moments, energy
 
 METHODS = members("branch")
-every_branch = pytest.mark.parametrize("find", [method.function for method in METHODS], ids=[method.name for method in METHODS])
+every_branch = pytest.mark.parametrize(
+    "find", [method.function for method in METHODS], ids=[method.name for method in METHODS]
+)
 
 
 def layer(out=40, width=64, tokens=300, seed=0):
-    """A weight with a decaying spectrum [out,in] and the moments of correlated inputs with an outlier, a quarter of them held out."""
+    """A weight with a decaying spectrum [out,in] and the moments of correlated inputs with an outlier, a quarter of
+    them held out.
+    """
     rng = np.random.default_rng(seed)
-    weight = rng.standard_normal((out, 8)) @ rng.standard_normal((8, width)) * 0.1 + rng.standard_normal((out, width)) * 0.1
+    weight = (
+        rng.standard_normal((out, 8)) @ rng.standard_normal((8, width)) * 0.1 + rng.standard_normal((out, width)) * 0.1
+    )
     mixing = rng.standard_normal((width, width)) * np.linspace(2, 0.1, width)
     mixing[:, 3] *= 10
     moments = Moments.empty(width, np.float64)
@@ -93,7 +99,9 @@ def test_the_same_comes_out_every_time_and_nothing_changes(find):
 def test_scales_of_weights_fit_into_float16(find, scale):
     """With nothing quantized, because codes may flip at the last digit."""
     weight, moments = layer()
-    plain, scaled = (find(w, moments, 4, lambda residual, moments: np.zeros_like(residual)) for w in (weight, weight * scale))
+    plain, scaled = (
+        find(w, moments, 4, lambda residual, moments: np.zeros_like(residual)) for w in (weight, weight * scale)
+    )
     np.testing.assert_allclose(scaled.weight / scale, plain.weight, atol=3e-3 * np.abs(plain.weight).max())
 
 

@@ -94,7 +94,9 @@ def test_the_level_blends(method):
     values = Quantizer(method, 3).code(x, None, KEY).values
     assert mx.array_equal(straight_through(x, values, 1.0), values)
     assert mx.array_equal(straight_through(x, values, 0.0), x)
-    np.testing.assert_allclose(np.array(straight_through(x, values, 0.25)), 0.75 * np.array(x) + 0.25 * np.array(values), atol=1e-6)
+    np.testing.assert_allclose(
+        np.array(straight_through(x, values, 0.25)), 0.75 * np.array(x) + 0.25 * np.array(values), atol=1e-6
+    )
 
 
 @every_method
@@ -105,7 +107,9 @@ def test_half_scales_are_float16_numbers(method):
         assert np.array_equal(scale.astype(np.float16).astype(np.float32), scale)
         assert (scale >= np.finfo(np.float16).tiny).all()
         bias = np.array(coded.bias)  # as MLX's layout stores it; a symmetric one is a power of two times the scale
-        assert np.array_equal(bias, -(2.0 ** (coded.bits - 1)) * scale) or np.array_equal(bias.astype(np.float16).astype(np.float32), bias)
+        assert np.array_equal(bias, -(2.0 ** (coded.bits - 1)) * scale) or np.array_equal(
+            bias.astype(np.float16).astype(np.float32), bias
+        )
 
 
 @every_method
@@ -143,7 +147,9 @@ def test_affine_spans_the_range_and_zero():
         np.testing.assert_allclose(np.array(coded.scale).item(), scale, rtol=1e-6)
         zero = np.array(coded.zero_point).item()
         assert zero == pytest.approx(np.rint(-low / scale) - 32, abs=1e-4)
-        assert np.array(Quantizer("affine_quant", 6).code(mx.array([low, 0.0, high])).values)[1] == pytest.approx(0, abs=1e-6 * scale)
+        assert np.array(Quantizer("affine_quant", 6).code(mx.array([low, 0.0, high])).values)[1] == pytest.approx(
+            0, abs=1e-6 * scale
+        )
 
 
 def test_ternary_is_the_mean_magnitude_times_a_sign():
@@ -162,7 +168,9 @@ def test_stochastic_rounding_is_unbiased_with_the_variance_of_a_coin():
     x = np.concatenate([[7.0], 2 + fractions, -3 + fractions])  # with the first, the step at 4 bits is 1
     draws = 20000
     many = np.stack([x] * draws)
-    signed = np.array(Quantizer("stochastic_quant", 4).code(mx.array(many, mx.float32), (-1,), KEY).signed).astype(float)
+    signed = np.array(Quantizer("stochastic_quant", 4).code(mx.array(many, mx.float32), (-1,), KEY).signed).astype(
+        float
+    )
     f = x - np.floor(x)
     error = np.sqrt(np.maximum(f * (1 - f), 1e-9) / draws)
     assert (np.abs(signed.mean(0) - x) < 5 * error + 1e-6).all()
@@ -172,7 +180,9 @@ def test_stochastic_rounding_is_unbiased_with_the_variance_of_a_coin():
 
 def test_random_numbers_come_from_the_key_alone():
     x = SAMPLES["both signs"]
-    first, again, other = (np.array(code("stochastic_quant", x, 3, key=mx.random.key(seed)).codes) for seed in (1, 1, 2))
+    first, again, other = (
+        np.array(code("stochastic_quant", x, 3, key=mx.random.key(seed)).codes) for seed in (1, 1, 2)
+    )
     assert np.array_equal(first, again)
     assert not np.array_equal(first, other)
     mx.random.seed(3)

@@ -16,7 +16,9 @@ every = pytest.mark.parametrize("learn", RECONSTRUCT)
 
 
 def chain(bits, seed=0):
-    """Two layers with a nonlinearity between them, their grids, and the loss of the chain's output in units of rounding's."""
+    """Two layers with a nonlinearity between them, their grids, and the loss of the chain's output in units of
+    rounding's.
+    """
     random = np.random.default_rng(seed)
     x = mx.array((random.standard_normal((256, 24)) @ random.standard_normal((24, 24))).astype(np.float32))
     exact = {"first": random.standard_normal((32, 24)) / 5, "second": random.standard_normal((8, 32)) / 6}

@@ -1,7 +1,8 @@
-"""Laws of all methods that choose a grid ("steps"), codes on it ("round") or better both ("refine"); registering covers a new one.
+"""Laws of all methods that choose a grid ("steps"), codes on it ("round") or better both ("refine"); registering covers
+a new one.
 
-The moments are of two streams. Methods that need both are judged by the error against the full-precision stream's outputs, the others by
-the error on the inputs they see.
+The moments are of two streams. Methods that need both are judged by the error against the full-precision stream's
+outputs, the others by the error on the inputs they see.
 """
 
 import inspect
@@ -112,7 +113,9 @@ def test_steps_of_a_row_do_not_depend_on_the_others(find, format):
     weight, moments = layer()
     if format.group == "tensor":
         weight[1:] *= 0.5  # one step for all rows is that of any order of the rows
-        np.testing.assert_allclose(find(weight[::-1], format, moments).scales, find(weight, format, moments).scales, rtol=1e-3)
+        np.testing.assert_allclose(
+            find(weight[::-1], format, moments).scales, find(weight, format, moments).scales, rtol=1e-3
+        )
         return
     whole, alone = find(weight, format, moments), find(weight[3:4], format, moments)
     np.testing.assert_array_equal(alone.scales, whole.scales[3:4])
@@ -171,7 +174,9 @@ def test_codes_of_a_row_do_not_depend_on_the_others(find, format):
 def test_channels_may_come_in_any_order(find, text):
     weight, moments = layer()
     grid = search(weight, WeightFormat.parse(text), moments)
-    options = {"passes": 0} if "passes" in inspect.signature(find).parameters else {}  # descent visits channels in their order
+    options = (
+        {"passes": 0} if "passes" in inspect.signature(find).parameters else {}
+    )  # descent visits channels in their order
     order = np.random.default_rng(5).permutation(64)
     shuffled = find(weight[:, order], grid, of_channels(moments, order), **options)
     np.testing.assert_array_equal(shuffled, find(weight, grid, moments, **options)[:, order])
@@ -208,7 +213,9 @@ def test_the_unit_of_the_inputs_does_not_matter(find, strength):
     weight, moments = layer()
     grid = search(weight, WeightFormat(4), moments)
     codes = find(weight, grid, moments)
-    np.testing.assert_array_equal(find(weight, grid, Moments(moments.gram * strength, moments.count, moments.cross * strength)), codes)
+    np.testing.assert_array_equal(
+        find(weight, grid, Moments(moments.gram * strength, moments.count, moments.cross * strength)), codes
+    )
 
 
 @every_round

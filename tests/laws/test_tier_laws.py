@@ -56,7 +56,9 @@ def test_loosening_never_raises_bits_and_every_tier_is_reached(rule, weighed):
     costs = costs_of(ranges) if weighed else None
     seen = []
     for factor in np.geomspace(1e-3, 1e8, 160):
-        bits = rule.function(ranges, WEIGHT, tables(ranges), costs, **{name: factor * value for name, value in options(rule).items()})
+        bits = rule.function(
+            ranges, WEIGHT, tables(ranges), costs, **{name: factor * value for name, value in options(rule).items()}
+        )
         seen.append(bits)
     assert (np.diff(np.array(seen).astype(int), axis=0) <= 0).all()
     assert set(np.unique(seen)) == set(TIERS)
@@ -86,7 +88,10 @@ def test_only_tiers_that_there_are_tables_for_are_taken(rule):
 def test_dearer_errors_never_get_fewer_bits(rule):
     ranges = collect()
     costs = costs_of(ranges)
-    seen = [rule.function(ranges, WEIGHT, tables(ranges), costs * factor).astype(int) for factor in np.geomspace(1e-5, 1e5, 20)]
+    seen = [
+        rule.function(ranges, WEIGHT, tables(ranges), costs * factor).astype(int)
+        for factor in np.geomspace(1e-5, 1e5, 20)
+    ]
     assert (np.diff(seen, axis=0) >= 0).all()
 
 

@@ -10,7 +10,9 @@ from mlxquant.numerics.transform import Place, Transform
 
 METHODS = members("transform")
 PLACES = [Place(), Place("gelu", reorders=True), Place(mixes=16), Place(mixes=12)]
-every_transform = pytest.mark.parametrize("find", [method.function for method in METHODS], ids=[method.name for method in METHODS])
+every_transform = pytest.mark.parametrize(
+    "find", [method.function for method in METHODS], ids=[method.name for method in METHODS]
+)
 every_place = pytest.mark.parametrize("place", PLACES, ids=["plain", "reorders", "heads of 16", "heads of 12"])
 
 
@@ -20,7 +22,9 @@ def ranges_of(rows):
 
 
 def data(width=96, levels=3, seed=0):
-    """Inputs [T,R,in] with outlier channels that grow over the timesteps and a dead one, two weights, one of them with a dead column."""
+    """Inputs [T,R,in] with outlier channels that grow over the timesteps and a dead one, two weights, one of them with
+    a dead column.
+    """
     rng = np.random.default_rng(seed)
     rows = rng.standard_normal((levels, 40, width)) * np.exp(rng.standard_normal(width)) + 0.3
     rows[:, :, 1] *= 30 * np.arange(1, levels + 1)[:, None]
@@ -81,7 +85,9 @@ def test_what_is_dead_does_no_harm(find, dead):
     for transform in find(ranges, weights, Place(reorders=True)):
         for weight in weights:
             x = ranges.rows[0].astype(np.float64)
-            np.testing.assert_allclose(transform.inputs(x) @ transform.weight(weight).T, x @ weight.T, rtol=1e-10, atol=1e-10)
+            np.testing.assert_allclose(
+                transform.inputs(x) @ transform.weight(weight).T, x @ weight.T, rtol=1e-10, atol=1e-10
+            )
 
 
 @every_transform
@@ -112,7 +118,10 @@ def test_statistics_are_those_of_transformed_inputs(find, place):
         scale = np.sqrt(np.outer(np.diagonal(direct.gram), np.diagonal(direct.gram))) + 1e-9
         assert (np.abs(transform.moments(moments).gram - direct.gram) / scale).max() < 1e-9
         assert np.abs(transform.moments(moments).cross - direct.cross).max() < 1e-9 * np.abs(direct.cross).max()
-        changed, exact = transform.ranges(ranges), ranges_of(transform.inputs(ranges.rows.astype(np.float64)).astype(np.float32))
+        changed, exact = (
+            transform.ranges(ranges),
+            ranges_of(transform.inputs(ranges.rows.astype(np.float64)).astype(np.float32)),
+        )
         for name in ("low", "high", "least", "most", "rows"):
             assert getattr(changed, name).dtype == np.float32
             np.testing.assert_allclose(getattr(changed, name), getattr(exact, name), rtol=1e-5, atol=1e-4)

@@ -46,7 +46,9 @@ def test_soft_rounding_follows_the_paper():
     np.testing.assert_allclose(np.array(ada.h(mx.array(alpha.astype(np.float32)))), expected, atol=1e-6)
     for b in (20.0, 7.5, 2.0):
         reference = 1 - np.abs(2 * expected - 1) ** b
-        np.testing.assert_allclose(np.array(ada.regulariser(mx.array(alpha.astype(np.float32)), mx.array(b))), reference, atol=2e-5)
+        np.testing.assert_allclose(
+            np.array(ada.regulariser(mx.array(alpha.astype(np.float32)), mx.array(b))), reference, atol=2e-5
+        )
 
 
 def test_regulariser_is_zero_exactly_where_the_choice_is_made():
@@ -92,7 +94,9 @@ def test_a_start_is_kept_until_something_moves():
     assert ((both == codes).any(0)).all()
     assert (np.diff(both, axis=0) == 1).all()
     nearest = rtn(weight, grid)
-    np.testing.assert_allclose(soft(ada.choose(weight, grid, nearest, trust=0.0), grid), soft(ada.choose(weight, grid), grid), atol=1e-5)
+    np.testing.assert_allclose(
+        soft(ada.choose(weight, grid, nearest, trust=0.0), grid), soft(ada.choose(weight, grid), grid), atol=1e-5
+    )
 
 
 def test_it_finds_what_brute_force_finds():
@@ -115,19 +119,24 @@ def test_it_beats_rounding_and_improves_its_start():
     for name, codes in {"rtn": rtn(weight, grid), "gptq": gptq(weight, grid, moments)}.items():
         start = None if name == "rtn" else codes
         learned = learn(weight, grid, inputs, ada.choose(weight, grid, start)).codes["a.0.w"]
-        error[name], error[name + "+"] = (energy(weight - grid.dequantize(c), moments.gram).sum() for c in (codes, learned))
+        error[name], error[name + "+"] = (
+            energy(weight - grid.dequantize(c), moments.gram).sum() for c in (codes, learned)
+        )
     assert error["rtn+"] < 0.5 * error["rtn"]
     assert error["gptq+"] < error["gptq"]
 
 
 def test_the_regulariser_does_not_swamp_the_reconstruction():
-    """Summed over the weights it did: learning was rounding to nearest. Averaged, a wide layer is learned like a narrow one."""
+    """Summed over the weights it did: learning was rounding to nearest. Averaged, a wide layer is learned like a narrow
+    one.
+    """
     weight, grid, inputs, moments = problem(rows=64, width=64, bits=4)
     nearest = rtn(weight, grid)
     learned = learn(weight, grid, inputs, ada.choose(weight, grid)).codes["a.0.w"]
     assert 0.05 < (learned != nearest).mean() < 0.6
     assert (
-        energy(weight - grid.dequantize(learned), moments.gram).sum() < 0.6 * energy(weight - grid.dequantize(nearest), moments.gram).sum()
+        energy(weight - grid.dequantize(learned), moments.gram).sum()
+        < 0.6 * energy(weight - grid.dequantize(nearest), moments.gram).sum()
     )
 
 

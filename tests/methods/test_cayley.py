@@ -1,4 +1,6 @@
-"""Rotations to start from and Cayley steps: orthogonal, even, downhill, and the vector of ones stays where it has to."""
+"""Rotations to start from and Cayley steps: orthogonal, even, downhill, and the vector of ones stays where it
+has to.
+"""
 
 import numpy as np
 import pytest

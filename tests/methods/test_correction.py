@@ -1,4 +1,6 @@
-"""The corrected target: the optimum it claims to be, the identity that lets any rounder inherit it, and bounded memory."""
+"""The corrected target: the optimum it claims to be, the identity that lets any rounder inherit it, and bounded
+memory.
+"""
 
 import gc
 import tracemalloc
@@ -15,7 +17,10 @@ from mlxquant.numerics.moments import Moments, excess, shortfall
 def problem():
     """A weight [5,24], X and X~ [100,24], and their moments."""
     random = np.random.default_rng(0)
-    weight, exact = random.standard_normal((5, 24)), random.standard_normal((100, 24)) @ random.standard_normal((24, 24))
+    weight, exact = (
+        random.standard_normal((5, 24)),
+        random.standard_normal((100, 24)) @ random.standard_normal((24, 24)),
+    )
     seen = exact + 0.3 * random.standard_normal(exact.shape)
     moments = Moments.empty(24, np.float64)
     moments.add(seen, exact)
@@ -43,7 +48,9 @@ def test_the_excess_is_what_replacing_the_weight_adds(problem):
     weight, exact, seen, moments = problem
     other = weight + 0.1 * np.random.default_rng(1).standard_normal(weight.shape)
     before, after = (np.square(exact @ weight.T - seen @ w.T).sum(0) for w in (weight, other))
-    np.testing.assert_allclose(excess(weight - other, moments.gram, shortfall(weight, moments)), after - before, rtol=1e-10, atol=1e-9)
+    np.testing.assert_allclose(
+        excess(weight - other, moments.gram, shortfall(weight, moments)), after - before, rtol=1e-10, atol=1e-9
+    )
 
 
 def test_the_same_inputs_leave_the_weight_alone(problem):
@@ -60,7 +67,9 @@ def test_dead_columns_keep_their_weights(problem):
     target, live = corrected_target(weight, moments), np.setdiff1d(np.arange(24), [2, 9])
     np.testing.assert_array_equal(target[:, [2, 9]], weight[:, [2, 9]])
     # the others make up for what no longer comes through them
-    assert np.square(exact @ weight.T - seen @ target.T).sum() < 0.5 * np.square(exact @ weight.T - seen @ weight.T).sum()
+    assert (
+        np.square(exact @ weight.T - seen @ target.T).sum() < 0.5 * np.square(exact @ weight.T - seen @ weight.T).sum()
+    )
     assert np.isfinite(target[:, live]).all()
 
 

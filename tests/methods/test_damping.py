@@ -1,4 +1,6 @@
-"""Damping chosen on held-out tokens: judged on the right tokens by the right error, and worth it where tokens are few."""
+"""Damping chosen on held-out tokens: judged on the right tokens by the right error, and worth it where tokens
+are few.
+"""
 
 import numpy as np
 import pytest
@@ -52,7 +54,9 @@ def test_few_tokens_want_more_of_it_than_many_and_gain_by_it():
     few, many = (split(inputs(count)) for count in (72, 4000))
     assert choose_damping(weight, rounded, few).damping > choose_damping(weight, rounded, many).damping
     chosen = choose_damping(weight, rounded, few).damping
-    error, careless = (output_error(weight, rounded(weight, few, damping), fresh) for damping in (chosen, CANDIDATES[0]))
+    error, careless = (
+        output_error(weight, rounded(weight, few, damping), fresh) for damping in (chosen, CANDIDATES[0])
+    )
     assert error < 0.97 * careless
 
 
@@ -64,7 +68,9 @@ def test_with_two_streams_the_error_is_that_of_the_exact_output():
     before = np.square((exact - seen)[held] @ weight.T).sum()
     for damping, error in choice.errors.items():
         target = corrected_target(weight, moments.training, damping)
-        assert error == pytest.approx(np.square(exact[held] @ weight.T - seen[held] @ target.T).sum() - before, rel=1e-6)
+        assert error == pytest.approx(
+            np.square(exact[held] @ weight.T - seen[held] @ target.T).sum() - before, rel=1e-6
+        )
 
 
 def test_a_few_rows_stand_for_all():

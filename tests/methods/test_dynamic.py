@@ -10,7 +10,11 @@ from mlxquant.numerics.input_ranges import InputRanges
 
 rng = np.random.default_rng(0)
 SIZE = (64, 64)
-POWER_LAWS = {"pareto": rng.pareto(2.0, SIZE), "steep pareto": rng.pareto(4.0, SIZE), "softmax": rng.dirichlet(np.full(64, 0.05), 64)}
+POWER_LAWS = {
+    "pareto": rng.pareto(2.0, SIZE),
+    "steep pareto": rng.pareto(4.0, SIZE),
+    "softmax": rng.dirichlet(np.full(64, 0.05), 64),
+}
 OTHERS = {
     "normal": rng.normal(0, 1, SIZE),
     "far from 0": rng.normal(90, 1, SIZE),
@@ -44,7 +48,9 @@ def test_others_are_not_taken_for_power_laws(name):
 
 
 def test_a_power_law_ratio_is_the_difference_of_log_likelihoods():
-    """Against scipy-free integrals: Pareto's likelihood at the truth is met, and the rivals' are those of the textbook."""
+    """Against scipy-free integrals: Pareto's likelihood at the truth is met, and the rivals' are those of the
+    textbook.
+    """
     x = np.random.default_rng(3).pareto(2.0, 100_000)  # Lomax with a = 2, l = 1
     truth = np.mean(np.log(2.0) - 3 * np.log1p(x))
     exponential = np.mean(-np.log(x.mean()) - x / x.mean())

@@ -28,7 +28,9 @@ def layer():
 def textbook(weight, grid, hessian):
     """Algorithm 1 of the paper, one column at a time, in float64: codes and Σ e² [out]."""
     width = weight.shape[1]
-    scales, biases = (np.broadcast_to(grid.expand(v.astype(np.float64), width), weight.shape) for v in (grid.scales, grid.biases))
+    scales, biases = (
+        np.broadcast_to(grid.expand(v.astype(np.float64), width), weight.shape) for v in (grid.scales, grid.biases)
+    )
     order = np.argsort(-np.diagonal(hessian), kind="stable")
     upper = np.linalg.cholesky(np.linalg.inv(hessian[order][:, order])).T
     remaining, codes, losses = weight[:, order].copy(), np.empty(weight.shape, np.uint8), np.zeros(len(weight))
@@ -43,7 +45,9 @@ def textbook(weight, grid, hessian):
 
 def exact(grid, codes):
     """The dequantized weight in float64."""
-    return codes * grid.expand(grid.scales.astype(np.float64), codes.shape[1]) + grid.expand(grid.biases, codes.shape[1])
+    return codes * grid.expand(grid.scales.astype(np.float64), codes.shape[1]) + grid.expand(
+        grid.biases, codes.shape[1]
+    )
 
 
 @pytest.mark.parametrize("text", ["w2", "w3", "w4", "w4-asym", "w4-g32", "w3-g64-sym", "w4-tensor", "w8"])
@@ -64,7 +68,10 @@ def test_float32_moments_cost_nothing(layer, text):
     weight, exact = layer
     moments = Moments(exact.gram.astype(np.float32), exact.count)
     grid = search(weight, WeightFormat.parse(text), exact)
-    error, reference = (energy(weight - grid.dequantize(gptq(weight.astype(m.gram.dtype), grid, m)), exact.gram) for m in (moments, exact))
+    error, reference = (
+        energy(weight - grid.dequantize(gptq(weight.astype(m.gram.dtype), grid, m)), exact.gram)
+        for m in (moments, exact)
+    )
     assert error.sum() < 1.01 * reference.sum()
     nearest = energy(weight - grid.dequantize(rtn(weight, grid)), exact.gram)
     assert (error <= nearest * (1 + 1e-5)).all()
@@ -77,13 +84,18 @@ def test_float32_survives_inputs_far_from_zero_and_outliers():
     inputs[:, :2] *= 1000
     exact, moments = Moments.of(inputs.astype(np.float64)), Moments.of(inputs)
     grid = search(weight, WeightFormat(4), exact)
-    error, reference = (energy(weight - grid.dequantize(gptq(weight, grid, m)), exact.gram).sum() for m in (moments, exact))
+    error, reference = (
+        energy(weight - grid.dequantize(gptq(weight, grid, m)), exact.gram).sum() for m in (moments, exact)
+    )
     assert error < 1.05 * reference
 
 
 def test_memory_is_that_of_less_than_three_matrices():
     random = np.random.default_rng(0)
-    weight, moments = random.standard_normal((16, 1024)).astype(np.float32), Moments.of(random.standard_normal((64, 1024), np.float32))
+    weight, moments = (
+        random.standard_normal((16, 1024)).astype(np.float32),
+        Moments.of(random.standard_normal((64, 1024), np.float32)),
+    )
     grid = extremes(weight, WeightFormat(4))
     assert moments.gram.dtype == np.float32
     gc.disable()
@@ -101,7 +113,9 @@ def test_memory_is_that_of_less_than_three_matrices():
 def test_it_earns_its_keep(layer):
     weight, moments = layer
     grid = extremes(weight, WeightFormat(4))
-    error, baseline = (energy(weight - grid.dequantize(f(weight, grid, moments)), moments.gram).sum() for f in (gptq, rtn))
+    error, baseline = (
+        energy(weight - grid.dequantize(f(weight, grid, moments)), moments.gram).sum() for f in (gptq, rtn)
+    )
     assert error < 0.2 * baseline
 
 

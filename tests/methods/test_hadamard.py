@@ -12,7 +12,9 @@ def test_the_matrix_is_orthogonal_symmetric_and_regular(size):
     np.testing.assert_array_equal(matrix @ matrix.T, np.eye(size))
     np.testing.assert_array_equal(matrix, matrix.T)
     np.testing.assert_array_equal(np.abs(matrix), np.sqrt(1 / size))
-    np.testing.assert_array_equal(matrix.sum(0), np.ones(size))  # a Sylvester matrix has √size in one column and 0 in the others
+    np.testing.assert_array_equal(
+        matrix.sum(0), np.ones(size)
+    )  # a Sylvester matrix has √size in one column and 0 in the others
 
 
 def test_the_shared_matrix_cannot_be_changed():
@@ -27,7 +29,17 @@ def test_other_sizes_have_none(size):
 
 
 def test_blocks_are_the_largest_that_divide_the_width():
-    assert [block_size(width) for width in (1536, 6144, 4096, 192, 768, 96, 12, 6, 7)] == [256, 256, 256, 64, 256, 16, 4, 1, 1]
+    assert [block_size(width) for width in (1536, 6144, 4096, 192, 768, 96, 12, 6, 7)] == [
+        256,
+        256,
+        256,
+        64,
+        256,
+        16,
+        4,
+        1,
+        1,
+    ]
     assert block_size(1536, 64) == 64
     assert block_size(1536, 63) == 16
 

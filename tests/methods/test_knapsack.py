@@ -12,7 +12,9 @@ def problem(seed, items=5):
     """Costs that mostly fall with the size, as errors do with bits; sizes ascend in no regular steps."""
     rng = np.random.default_rng(seed)
     options = rng.integers(1, 5, items)
-    costs = [rng.permutation(n) * 0.01 + 10 * rng.random() * 4.0 ** -np.arange(n) * rng.uniform(0.5, 1.5, n) for n in options]
+    costs = [
+        rng.permutation(n) * 0.01 + 10 * rng.random() * 4.0 ** -np.arange(n) * rng.uniform(0.5, 1.5, n) for n in options
+    ]
     sizes = [np.cumsum(rng.integers(1, 40, n)) for n in options]
     return costs, sizes
 
@@ -61,7 +63,9 @@ def test_it_is_nearly_always_the_optimum():
 
 @pytest.mark.parametrize("seed", range(10))
 def test_on_the_hull_it_is_exact(seed):
-    """Where a price per byte decides, the capacity that it leads to is met exactly, and nothing of that size is better."""
+    """Where a price per byte decides, the capacity that it leads to is met exactly, and nothing of that size is
+    better.
+    """
     costs, sizes = problem(seed)
     for price in (0.001, 0.01, 0.05, 0.2):
         by_price = [int(np.argmin(cost + price * size)) for cost, size in zip(costs, sizes, strict=True)]
@@ -91,11 +95,16 @@ TIERS = (4, 6, 8)
 
 
 def inputs(seed, count=6, levels=5):
-    """Errors [3,T] that fall sixteenfold with two more bits, give or take, and what share of the work reads each input."""
+    """Errors [3,T] that fall sixteenfold with two more bits, give or take, and what share of the work reads
+    each input.
+    """
     rng = np.random.default_rng(seed)
     base = np.exp(rng.normal(0, 2, (count, 1, levels)))
     shares = rng.uniform(0.2, 1, count)
-    return list(base * 16.0 ** -np.arange(3)[:, None] * rng.uniform(0.8, 1.2, (count, 3, levels))), shares / shares.sum()
+    return (
+        list(base * 16.0 ** -np.arange(3)[:, None] * rng.uniform(0.8, 1.2, (count, 3, levels))),
+        shares / shares.sum(),
+    )
 
 
 def average(errors, shares, budget):
@@ -124,7 +133,9 @@ def test_budgets_lose_little_against_the_best_assignment(seed):
         ours += error[np.searchsorted(TIERS, bits), np.arange(len(bits))].sum()
         size += share * bits.sum()
     costs = [error[:, t] for error in errors for t in range(error.shape[1])]
-    sizes = [share * np.array(TIERS) for error, share in zip(errors, shares, strict=True) for _ in range(error.shape[1])]
+    sizes = [
+        share * np.array(TIERS) for error, share in zip(errors, shares, strict=True) for _ in range(error.shape[1])
+    ]
     best = total(costs, allocate(costs, sizes, size + 1e-9))
     assert best <= ours + 1e-12
     assert ours < 1.1 * best

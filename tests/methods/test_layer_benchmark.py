@@ -34,9 +34,13 @@ def test_figures_are_those_of_the_weight_that_is_written(folder):
     done = run(folder, *arguments.split())
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout.splitlines()[-1])
-    weight, inputs, test, quantized = (np.load(folder / f"{name}.npy").astype(np.float64) for name in ("W", "X", "XT", "Q"))
+    weight, inputs, test, quantized = (
+        np.load(folder / f"{name}.npy").astype(np.float64) for name in ("W", "X", "XT", "Q")
+    )
     for key, tokens in (("rel_error", inputs), ("rel_error_heldout", test)):
-        assert report[key] == pytest.approx(np.linalg.norm(tokens @ (weight - quantized).T) / np.linalg.norm(tokens @ weight.T))
+        assert report[key] == pytest.approx(
+            np.linalg.norm(tokens @ (weight - quantized).T) / np.linalg.norm(tokens @ weight.T)
+        )
     assert np.load(folder / "Q.npy").dtype == np.float32
     assert [report[key] for key in ("method", "steps", "bits", "group_size")] == ["gptq", "search", 3, 32]
     assert report["seconds"] > 0
@@ -69,7 +73,11 @@ def test_bad_input_is_one_line_on_stderr(folder, arguments, message):
 def test_the_drawn_layer_with_two_inputs_and_dampings_chosen(folder):
     drawn = ["--data", "drawn", "--width", "48", "--tokens", "240", "--two-inputs"]
     reports = []
-    for arguments in ("--method gptq", "--method qronos", "--method gptq-descent --corrected --held-out --refine --out Q.npy"):
+    for arguments in (
+        "--method gptq",
+        "--method qronos",
+        "--method gptq-descent --corrected --held-out --refine --out Q.npy",
+    ):
         done = run(folder, *drawn, *arguments.split())
         assert done.returncode == 0, done.stderr
         reports.append(json.loads(done.stdout.splitlines()[-1]))
@@ -79,7 +87,9 @@ def test_the_drawn_layer_with_two_inputs_and_dampings_chosen(folder):
     assert chosen["damping"] in CANDIDATES
     assert chosen["damping_of_target"] in TARGETS
     names = ("W", "X_test", "X_test_quant")
-    weight, exact, seen = (np.load(folder / "drawn/48-inputs-240-tokens" / f"{name}.npy").astype(np.float64) for name in names)
+    weight, exact, seen = (
+        np.load(folder / "drawn/48-inputs-240-tokens" / f"{name}.npy").astype(np.float64) for name in names
+    )
     outputs = exact @ weight.T
     error = np.linalg.norm(outputs - seen @ np.load(folder / "Q.npy").T.astype(np.float64)) / np.linalg.norm(outputs)
     assert chosen["rel_error_heldout"] == pytest.approx(error)

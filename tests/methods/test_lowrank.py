@@ -46,7 +46,10 @@ def truncated(weight, rank):
 @pytest.mark.parametrize("rank", [1, 5, 30])
 def test_leading_directions_are_lapacks(shape, rank):
     weight, moments = problem(*shape)
-    for metric, matrix in ((Metric(), np.eye(shape[1])), (Metric(moments.gram, 3.0), moments.gram + 3 * np.eye(shape[1]))):
+    for metric, matrix in (
+        (Metric(), np.eye(shape[1])),
+        (Metric(moments.gram, 3.0), moments.gram + 3 * np.eye(shape[1])),
+    ):
         found = leading_directions(weight, metric, rank)
         np.testing.assert_allclose(found.T @ found, np.eye(rank), atol=1e-10)
         values = np.linalg.eigvalsh(weight @ matrix @ weight.T)[::-1]
@@ -86,7 +89,9 @@ def test_the_whitened_fit_is_that_of_the_factorized_problem(damping):
 
 def test_much_damping_is_the_plain_svd():
     weight, moments = problem()
-    np.testing.assert_allclose(fitted(weight, damped(moments.gram, 1e9), 6).weight, fitted(weight, Metric(), 6).weight, atol=2e-3)
+    np.testing.assert_allclose(
+        fitted(weight, damped(moments.gram, 1e9), 6).weight, fitted(weight, Metric(), 6).weight, atol=2e-3
+    )
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
@@ -116,14 +121,18 @@ def test_whitening_pays_where_an_input_stands_out():
 
 
 def test_the_damping_follows_the_tokens_that_were_held_out(monkeypatch):
-    """A fit to fewer tokens than channels is not believed when other tokens contradict it, which nothing else sees before."""
+    """A fit to fewer tokens than channels is not believed when other tokens contradict it, which nothing else sees
+    before.
+    """
     rng = np.random.default_rng(1)
     weight = rng.standard_normal((60, 80))
     moments = Moments.empty(80, np.float64)
     moments.add(rng.standard_normal((10, 80)))
     moments.add(rng.standard_normal((2000, 80)), held_out=True)
     used = []
-    monkeypatch.setattr("mlxquant.methods.weights.lowrank.damped", lambda gram, damping: used.append(damping) or damped(gram, damping))
+    monkeypatch.setattr(
+        "mlxquant.methods.weights.lowrank.damped", lambda gram, damping: used.append(damping) or damped(gram, damping)
+    )
     counts = []
     branch = whitened(weight, moments, 6, lambda residual, seen: counts.append(seen.count) or nearest(residual, 6))
     assert used[-1] == branch.damping == 100

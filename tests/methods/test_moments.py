@@ -114,7 +114,9 @@ def test_some_tokens_may_be_held_out(inputs):
         np.testing.assert_allclose(found.cross, expected.cross, rtol=1e-12, atol=1e-12)
         assert found.count == expected.count
     divisor = np.linspace(0.5, 2, 8)
-    np.testing.assert_allclose(moments.divided(divisor).held_out.gram, moments.held_out.gram / np.outer(divisor, divisor))
+    np.testing.assert_allclose(
+        moments.divided(divisor).held_out.gram, moments.held_out.gram / np.outer(divisor, divisor)
+    )
 
 
 def test_float16_inputs_do_not_overflow():
@@ -150,7 +152,9 @@ def test_float32_is_enough_far_from_zero():
     inputs = (random.standard_normal((500, 64)) + 100 * random.standard_normal(64)).astype(np.float32)
     weight = random.standard_normal((5, 64))
     change = 0.01 * random.standard_normal((5, 64))
-    change -= np.outer(change @ inputs.mean(0), inputs.mean(0)) / np.square(inputs.mean(0)).sum()  # as feedback leaves it
+    change -= (
+        np.outer(change @ inputs.mean(0), inputs.mean(0)) / np.square(inputs.mean(0)).sum()
+    )  # as feedback leaves it
     exact = output_error(weight, weight - change, Moments.of(inputs.astype(np.float64)))
     assert output_error(weight, weight - change, Moments.of(inputs)) == pytest.approx(exact, rel=0.01)
 

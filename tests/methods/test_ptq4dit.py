@@ -27,14 +27,18 @@ def test_known_correlations():
     assert rank_correlation(a, np.exp(a)) == 1
     assert rank_correlation(a, -(a**3)) == -1
     assert rank_correlation(a, np.ones(4)) == 0
-    assert rank_correlation(np.array([1.0, 2, 3, 4, 5]), np.array([5.0, 6, 7, 8, 7])) == pytest.approx(0.8207826816681233)  # SciPy's
+    assert rank_correlation(np.array([1.0, 2, 3, 4, 5]), np.array([5.0, 6, 7, 8, 7])) == pytest.approx(
+        0.8207826816681233
+    )  # SciPy's
 
 
 def test_timesteps_count_the_more_the_less_they_agree_with_the_weights():
     columns = np.array([1.0, 2, 3, 4])
     agrees, disagrees = np.array([1.0, 2, 3, 4]), np.array([4.0, 3, 2, 1])
     share = np.exp(1) / (np.exp(1) + np.exp(-1))
-    np.testing.assert_allclose(calibrated_salience(np.stack([agrees, disagrees]), columns), share * disagrees + (1 - share) * agrees)
+    np.testing.assert_allclose(
+        calibrated_salience(np.stack([agrees, disagrees]), columns), share * disagrees + (1 - share) * agrees
+    )
 
 
 def test_one_timestep_is_smoothquant_at_a_half():

@@ -87,13 +87,18 @@ def test_it_makes_up_for_what_the_inputs_have_lost():
     moments = streams(exact[:400], seen[:400])
     grid = search(weight, WeightFormat(4), moments)
     for tokens in (slice(0, 400), slice(400, 800)):
-        q, a, g = (error(weight, grid.dequantize(f(weight, grid, moments)), exact[tokens], seen[tokens]) for f in (qronos, gptaq, gptq))
+        q, a, g = (
+            error(weight, grid.dequantize(f(weight, grid, moments)), exact[tokens], seen[tokens])
+            for f in (qronos, gptaq, gptq)
+        )
         assert q < 0.8 * g
         assert a < g
 
 
 def test_gptaq_hands_on_what_each_column_has_lost():
-    """Against the sum of its definition: each column's loss made up for by least squares of the columns that come after it."""
+    """Against the sum of its definition: each column's loss made up for by least squares of the columns that come after
+    it.
+    """
     weight, (exact, seen) = weight_of(width=16), inputs(16)
     moments = streams(exact, seen)
     hessian = moments.gram + 0.01 * np.diagonal(moments.gram).mean() * np.eye(16)
@@ -115,5 +120,7 @@ def test_float32_moments_cost_nothing():
     single = Moments(double.gram.astype(np.float32), double.count, double.cross.astype(np.float32))
     grid = search(weight, WeightFormat(4), double)
     reference = error(weight, grid.dequantize(qronos(weight, grid, double)), exact, seen)
-    assert error(weight, grid.dequantize(qronos(weight, grid, single)), exact, seen) == pytest.approx(reference, rel=0.01)
+    assert error(weight, grid.dequantize(qronos(weight, grid, single)), exact, seen) == pytest.approx(
+        reference, rel=0.01
+    )
     np.testing.assert_allclose(corrected_target(weight, single), corrected_target(weight, double), rtol=0.01, atol=1e-4)

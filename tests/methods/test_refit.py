@@ -72,9 +72,15 @@ def test_it_does_not_matter_how_the_codes_were_found():
     weight, _, moments = layer()
     grid = search(weight, WeightFormat(3), moments)
     target, hessian = damped_problem(weight, moments.gram, 0.01)
-    for codes in (nearest_plane(target, grid, Factor.of(hessian)), grid.quantize(weight), np.full(weight.shape, 3, np.uint8)):
+    for codes in (
+        nearest_plane(target, grid, Factor.of(hessian)),
+        grid.quantize(weight),
+        np.full(weight.shape, 3, np.uint8),
+    ):
         refined, found = refit(weight, grid, codes, moments)
-        assert (energy(target - refined.dequantize(found), hessian) < energy(target - grid.dequantize(codes), hessian)).all()
+        assert (
+            energy(target - refined.dequantize(found), hessian) < energy(target - grid.dequantize(codes), hessian)
+        ).all()
 
 
 @pytest.mark.parametrize("text", ["w4", "w4-g32", "w4-tensor"])

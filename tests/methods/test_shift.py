@@ -1,4 +1,6 @@
-"""The post-GELU shift and migration: exact without rounding, better with it where channels differ, and as the layer runs it."""
+"""The post-GELU shift and migration: exact without rounding, better with it where channels differ, and as the layer
+runs it.
+"""
 
 import mlx.core as mx
 import numpy as np
@@ -84,7 +86,10 @@ def test_migration_is_for_outlier_channels_alone_and_an_integer():
 def test_migration_looks_at_all_timesteps():
     early = np.ones(128)
     ranges = collect(np.zeros(128), early)
-    ranges.most[0, 3], ranges.least[0, 3] = 20.0, -20.0  # an outlier at the first timestep only; others reach 2 at the second
+    ranges.most[0, 3], ranges.least[0, 3] = (
+        20.0,
+        -20.0,
+    )  # an outlier at the first timestep only; others reach 2 at the second
     assert migration(ranges, centres(ranges))[3] == 10
 
 

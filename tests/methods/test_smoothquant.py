@@ -9,7 +9,9 @@ from mlxquant.numerics.input_ranges import InputRanges
 
 def data(width=40, seed=0):
     rng = np.random.default_rng(seed)
-    return np.exp(rng.normal(size=width)).astype(np.float32), [rng.normal(size=(n, width)).astype(np.float32) for n in (8, 3)]
+    return np.exp(rng.normal(size=width)).astype(np.float32), [
+        rng.normal(size=(n, width)).astype(np.float32) for n in (8, 3)
+    ]
 
 
 def columns(weights):

@@ -40,7 +40,9 @@ def test_a_search_lowers_its_own_error(weight, moments, text):
         if format.group == "tensor":
             before, after = before.sum(), after.sum()
         assert (after <= before * (1 + 1e-5)).all()
-        if format.bits <= 4 and format.group != "tensor":  # one step for all hangs on the few loudest weights, near the extremes
+        if (
+            format.bits <= 4 and format.group != "tensor"
+        ):  # one step for all hangs on the few loudest weights, near the extremes
             assert after.sum() < 0.95 * before.sum()
 
 
@@ -55,7 +57,9 @@ def test_search_finds_nearly_the_best_symmetric_step(weight, moments):
     format, power = WeightFormat(3), np.diagonal(moments.gram)
     found = loss(weight, search(weight, format, moments), power)
     widest = fit_extremes(weight, format).scales
-    best = np.min([loss(weight, Grid.symmetric(format, widest * f), power) for f in np.linspace(0.05, 1.2, 2000)], axis=0)
+    best = np.min(
+        [loss(weight, Grid.symmetric(format, widest * f), power) for f in np.linspace(0.05, 1.2, 2000)], axis=0
+    )
     assert found.sum() < 1.03 * best.sum()
 
 

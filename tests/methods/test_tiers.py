@@ -9,7 +9,16 @@ from mlxquant.grids.time import Clock
 from mlxquant.grids.weights import WeightFormat, fit_extremes
 from mlxquant.layers.linear import QuantizedLinear
 from mlxquant.methods.inputs.clipping import extremes
-from mlxquant.methods.inputs.tiers import OutputErrors, error, lowered, mixed, quantized, relative_errors, rms, threshold
+from mlxquant.methods.inputs.tiers import (
+    OutputErrors,
+    error,
+    lowered,
+    mixed,
+    quantized,
+    relative_errors,
+    rms,
+    threshold,
+)
 from mlxquant.numerics.input_ranges import InputRanges
 
 
@@ -63,7 +72,9 @@ def test_errors_with_a_rounded_weight_are_those_of_the_layer_that_runs():
     rounded = grid.dequantize(codes)
     relative = np.linalg.norm(y - exact) ** 2 / np.linalg.norm(exact) ** 2
     np.testing.assert_allclose(OutputErrors(ranges, weight)(table, rounded), relative, rtol=1e-4)
-    np.testing.assert_allclose(OutputErrors(ranges, weight, costs)(table, rounded), ((y - exact) ** 2).mean(0) @ costs[0], rtol=1e-4)
+    np.testing.assert_allclose(
+        OutputErrors(ranges, weight, costs)(table, rounded), ((y - exact) ** 2).mean(0) @ costs[0], rtol=1e-4
+    )
 
 
 def test_an_output_of_zero_is_no_division_by_zero():
@@ -126,7 +137,9 @@ def test_what_the_weight_ignores_does_not_count():
     ranges = ranges_of(x)
     assert error(ranges, weight, tables(ranges, weight), budget=0.05**2) == 6  # the outlier channel is the output
     weight[:, 3] = 0
-    assert error(ranges, weight, tables(ranges, weight), budget=0.05**2) == 8  # and now the step that it needs is all there is
+    assert (
+        error(ranges, weight, tables(ranges, weight), budget=0.05**2) == 8
+    )  # and now the step that it needs is all there is
 
 
 def test_scaling_input_against_weight_changes_a_threshold_and_no_error():

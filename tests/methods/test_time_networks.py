@@ -6,14 +6,24 @@ import numpy as np
 import pytest
 
 from mlxquant.grids.tables import ActivationTable
-from mlxquant.methods.inputs.time_networks import HIDDEN, OCTAVES, TimeNetwork, drawn_layer, inverse_softplus, signal_to_noise, timestep
+from mlxquant.methods.inputs.time_networks import (
+    HIDDEN,
+    OCTAVES,
+    TimeNetwork,
+    drawn_layer,
+    inverse_softplus,
+    signal_to_noise,
+    timestep,
+)
 
 TIMES = [timestep, signal_to_noise]
 SIGMA = np.linspace(0.02, 1, 28).astype(np.float32)
 
 
 def table(step, shift, bits=8):
-    return ActivationTable(SIGMA, np.asarray(step, np.float32), np.asarray(shift, np.float32)[:, None], np.full(28, bits, np.uint8))
+    return ActivationTable(
+        SIGMA, np.asarray(step, np.float32), np.asarray(shift, np.float32)[:, None], np.full(28, bits, np.uint8)
+    )
 
 
 def smooth():
@@ -29,7 +39,9 @@ def test_the_table_is_the_network(time):
     for i, sigma in enumerate(SIGMA.astype(np.float64).tolist()):
         lam = 10.0 if sigma == 0 else -10.0 if sigma == 1 else max(-10.0, min(10.0, 2 * math.log((1 - sigma) / sigma)))
         u = 2 * sigma - 1 if time is timestep else lam / 10
-        features = [math.sin(math.pi / 2 * 2**k * u) for k in range(OCTAVES)] + [math.cos(math.pi / 2 * 2**k * u) for k in range(OCTAVES)]
+        features = [math.sin(math.pi / 2 * 2**k * u) for k in range(OCTAVES)] + [
+            math.cos(math.pi / 2 * 2**k * u) for k in range(OCTAVES)
+        ]
         units = [max(0.0, bias[j] + sum(f * weight[k, j] for k, f in enumerate(features))) for j in range(HIDDEN)]
         outputs = [sum(h * network.last[j, o] for j, h in enumerate(units)) for o in range(2)]
         step = network.step * math.log(1 + math.exp(math.log(math.e - 1) + outputs[0]))
@@ -81,4 +93,6 @@ def test_log_snr_is_odd_and_clamped():
 def test_softplus_is_inverted():
     values = np.geomspace(1e-9, 1e3, 50)
     np.testing.assert_allclose(np.logaddexp(0, inverse_softplus(values)), values, rtol=1e-6)
-    np.testing.assert_allclose(inverse_softplus(np.array([2.0])), np.log(np.exp(2) - 1))  # the paper's last bias for a step of 2
+    np.testing.assert_allclose(
+        inverse_softplus(np.array([2.0])), np.log(np.exp(2) - 1)
+    )  # the paper's last bias for a step of 2

@@ -4,7 +4,9 @@ import numpy as np
 
 
 def random_tensors(shapes, seed=0):
-    """Name to float32 array; variances are positive, norms near 1, and LPIPS' heads positive as the learned ones are."""
+    """Name to float32 array; variances are positive, norms near 1, and LPIPS' heads positive as the learned
+    ones are.
+    """
     rng = np.random.default_rng(seed)
     found = {}
     for name, shape in shapes.items():

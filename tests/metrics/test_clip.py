@@ -11,11 +11,17 @@ from mlxquant.metrics.clip_scores import ClipIqa, ClipScore
 from mlxquant.metrics.images import shortest_side
 
 SIZES = clip.Sizes(
-    vision=clip.Tower("vision_model.", 128, 96, 2, 10), text=clip.Tower("text_model.", 64, 80, 2, 12), patch=14, words=40, joint=24
+    vision=clip.Tower("vision_model.", 128, 96, 2, 10),
+    text=clip.Tower("text_model.", 64, 80, 2, 12),
+    patch=14,
+    words=40,
+    joint=24,
 )
 TENSORS = {
     name: mx.array(value)
-    for name, value in random_tensors(clip.shapes(SIZES) | {"text_model.embeddings.position_embedding.weight": (12, 64)}).items()
+    for name, value in random_tensors(
+        clip.shapes(SIZES) | {"text_model.embeddings.position_embedding.weight": (12, 64)}
+    ).items()
 }
 IMAGES = np.random.default_rng(0).random((3, 20, 30, 3))
 
@@ -42,7 +48,9 @@ def test_embeddings_have_unit_length(network):
 
 def test_a_text_does_not_depend_on_its_neighbours(network):
     """Padding after the end changes nothing: attention is causal."""
-    np.testing.assert_allclose(network.encode_texts(["cat", "a long text"])[0], network.encode_texts(["cat"])[0], rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(
+        network.encode_texts(["cat", "a long text"])[0], network.encode_texts(["cat"])[0], rtol=1e-4, atol=1e-6
+    )
 
 
 def test_score_is_of_matched_pairs(network):
@@ -64,7 +72,8 @@ def test_pictures_alone():
     vision = {name: value for name, value in TENSORS.items() if not name.startswith("text")}
     network = clip.Clip(vision, "test")
     np.testing.assert_array_equal(
-        network.encode_images(IMAGES, shortest_side), clip.Clip(TENSORS, "test", tokenize).encode_images(IMAGES, shortest_side)
+        network.encode_images(IMAGES, shortest_side),
+        clip.Clip(TENSORS, "test", tokenize).encode_images(IMAGES, shortest_side),
     )
     with pytest.raises(AdapterError, match="without a tokenizer"):
         network.encode_texts(["cat"])

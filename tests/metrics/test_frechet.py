@@ -25,7 +25,8 @@ def test_float64_reference(samples):
 
 def test_diagonal_covariances():
     a, b = (
-        Gaussian.from_covariance(np.full(3, mean), np.diag(np.square(deviations))) for mean, deviations in ((0, [1, 2, 3]), (1, [2, 2, 0]))
+        Gaussian.from_covariance(np.full(3, mean), np.diag(np.square(deviations)))
+        for mean, deviations in ((0, [1, 2, 3]), (1, [2, 2, 0]))
     )
     assert frechet_distance(a, b) == pytest.approx(3 + 1 + 0 + 9)
 

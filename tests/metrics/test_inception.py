@@ -11,7 +11,9 @@ from mlxquant.metrics import inception
 
 @pytest.fixture(scope="module")
 def network():
-    return inception.Inception({name: mx.array(value) for name, value in random_tensors(inception.shapes()).items()}, "some/weights.pth")
+    return inception.Inception(
+        {name: mx.array(value) for name, value in random_tensors(inception.shapes()).items()}, "some/weights.pth"
+    )
 
 
 def test_features_of_a_picture_of_any_size(network):
@@ -29,7 +31,9 @@ def test_only_published_weights_say_so(network):
 
 
 def test_size_of_the_published_network():
-    """torchvision's has 23 834 568 parameters without the auxiliary classifier, of which 2 049 000 are in the last layer."""
+    """torchvision's has 23 834 568 parameters without the auxiliary classifier, of which 2 049 000 are in the last
+    layer.
+    """
     shapes = inception.shapes()
     count = sum(int(np.prod(shape)) for name, shape in shapes.items() if "running" not in name)
     assert count == 23_834_568 - 2_049_000

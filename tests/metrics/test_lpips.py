@@ -16,7 +16,9 @@ NOISE = RNG.standard_normal(IMAGES.shape)
 @pytest.fixture(scope="module", params=["ALEX", "VGG"])
 def network(request):
     trunk = getattr(lpips, request.param)
-    return lpips.Lpips(trunk, {name: mx.array(value) for name, value in random_tensors(lpips.shapes(trunk)).items()}, "test")
+    return lpips.Lpips(
+        trunk, {name: mx.array(value) for name, value in random_tensors(lpips.shapes(trunk)).items()}, "test"
+    )
 
 
 def test_distance_grows_from_nothing(network):
@@ -51,8 +53,12 @@ def test_the_smallest_picture(network):
 def test_another_networks_file_is_refused():
     tensors = {name: mx.array(value) for name, value in random_tensors(lpips.shapes(lpips.ALEX)).items()}
     with pytest.raises(ArtifactError, match=r"a.safetensors: .* tensors are missing, such as lin0"):
-        lpips.Lpips(lpips.ALEX, {name: value for name, value in tensors.items() if not name.startswith("lin")}, "a.safetensors")
-    with pytest.raises(ArtifactError, match=r"net.slice1.0.weight has shape \(64, 3, 3, 5\), expected \(64, 3, 11, 11\)"):
+        lpips.Lpips(
+            lpips.ALEX, {name: value for name, value in tensors.items() if not name.startswith("lin")}, "a.safetensors"
+        )
+    with pytest.raises(
+        ArtifactError, match=r"net.slice1.0.weight has shape \(64, 3, 3, 5\), expected \(64, 3, 11, 11\)"
+    ):
         lpips.Lpips(lpips.ALEX, tensors | {"net.slice1.0.weight": mx.zeros((64, 3, 3, 5))}, "a.safetensors")
 
 

@@ -45,7 +45,9 @@ def test_missing_weights_are_one_clear_error(name, tmp_path):
     row = metric(name)
     assert row.network == row.weights.network
     assert row.weights.licence
-    with pytest.raises(ArtifactError, match=f"{tmp_path}.* is missing; get it with 'hf download {row.weights.repository} "):
+    with pytest.raises(
+        ArtifactError, match=f"{tmp_path}.* is missing; get it with 'hf download {row.weights.repository} "
+    ):
         row.load(tmp_path)
 
 
@@ -58,7 +60,9 @@ def save(path, shapes):
 def test_lpips_from_a_file(tmp_path):
     """Only with the published heads."""
     tensors = save(tmp_path / "alexnet.safetensors", lpips.shapes(lpips.ALEX))
-    with pytest.raises(ArtifactError, match=r"its heads are not those of LPIPS v0\.1; get the published ones with 'hf download"):
+    with pytest.raises(
+        ArtifactError, match=r"its heads are not those of LPIPS v0\.1; get the published ones with 'hf download"
+    ):
         metric("lpips").load(tmp_path)
     heads = hashlib.sha256(b"".join(tensors[f"lin{index}.model.1.weight"].tobytes() for index in range(5))).hexdigest()
     trunk = replace(lpips.ALEX, heads=heads)

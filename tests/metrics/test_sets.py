@@ -14,7 +14,11 @@ def encode(images):
     return images.mean(axis=(1, 2))
 
 
-METRICS = [sets.frechet(encode, "means", False), sets.kernel_inception(encode, "means"), sets.clip_discrepancy(encode, "means")]
+METRICS = [
+    sets.frechet(encode, "means", False),
+    sets.kernel_inception(encode, "means"),
+    sets.clip_discrepancy(encode, "means"),
+]
 
 
 @pytest.mark.parametrize("metric", METRICS, ids=lambda metric: metric.name)

@@ -21,18 +21,26 @@ def by_definition(x, y):
             for j in range(x.shape[1] - 10):
                 a, b = x[i : i + 11, j : j + 11, c], y[i : i + 11, j : j + 11, c]
                 ma, mb = (window * a).sum(), (window * b).sum()
-                va, vb, vab = (window * (a - ma) ** 2).sum(), (window * (b - mb) ** 2).sum(), (window * (a - ma) * (b - mb)).sum()
+                va, vb, vab = (
+                    (window * (a - ma) ** 2).sum(),
+                    (window * (b - mb) ** 2).sum(),
+                    (window * (a - ma) * (b - mb)).sum(),
+                )
                 values.append((2 * ma * mb + 1e-4) * (2 * vab + 9e-4) / ((ma**2 + mb**2 + 1e-4) * (va + vb + 9e-4)))
     return np.mean(values)
 
 
 def test_definition():
-    np.testing.assert_allclose(ssim(IMAGES, REFERENCE), [by_definition(x, y) for x, y in zip(IMAGES, REFERENCE, strict=True)], rtol=1e-10)
+    np.testing.assert_allclose(
+        ssim(IMAGES, REFERENCE), [by_definition(x, y) for x, y in zip(IMAGES, REFERENCE, strict=True)], rtol=1e-10
+    )
 
 
 def test_identical_pictures_are_at_one_and_single_precision_suffices():
     np.testing.assert_allclose(ssim(IMAGES, IMAGES), 1, rtol=1e-12)
-    np.testing.assert_allclose(ssim(IMAGES.astype(np.float32), REFERENCE.astype(np.float32)), ssim(IMAGES, REFERENCE), rtol=1e-5)
+    np.testing.assert_allclose(
+        ssim(IMAGES.astype(np.float32), REFERENCE.astype(np.float32)), ssim(IMAGES, REFERENCE), rtol=1e-5
+    )
     black = np.zeros((1, 12, 12, 3))
     np.testing.assert_allclose(ssim(black, black), 1)
 

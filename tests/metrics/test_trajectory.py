@@ -19,7 +19,8 @@ def test_error_is_relative_and_per_sample():
 def test_error_is_the_ratio_of_root_mean_squares():
     x = [y + RNG.standard_normal(y.shape) for y in REFERENCE]
     expected = [
-        [np.sqrt(((a - b) ** 2).mean() / (b**2).mean()) for a, b in zip(xs, ys, strict=True)] for xs, ys in zip(x, REFERENCE, strict=True)
+        [np.sqrt(((a - b) ** 2).mean() / (b**2).mean()) for a, b in zip(xs, ys, strict=True)]
+        for xs, ys in zip(x, REFERENCE, strict=True)
     ]
     np.testing.assert_allclose(trajectory_error(x, REFERENCE), expected)
 
@@ -32,7 +33,11 @@ def test_error_is_the_ratio_of_root_mean_squares():
         ([REFERENCE[0], REFERENCE[1][:1]], REFERENCE[:2], "step 1: expected latents"),
         ([REFERENCE[0] * np.inf], REFERENCE[:1], "step 0: .*NaN or infinite"),
         ([REFERENCE[0]], [REFERENCE[0] * np.array([1, 0])[:, None, None, None]], "sample 1 are all zero"),
-        ([x[: 2 - s] for s, x in enumerate(REFERENCE[:2])], [x[: 2 - s] for s, x in enumerate(REFERENCE[:2])], "number of samples changes"),
+        (
+            [x[: 2 - s] for s, x in enumerate(REFERENCE[:2])],
+            [x[: 2 - s] for s, x in enumerate(REFERENCE[:2])],
+            "number of samples changes",
+        ),
     ],
 )
 def test_runs_that_do_not_compare_are_refused(latents, reference, message):

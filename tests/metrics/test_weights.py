@@ -36,7 +36,8 @@ def test_a_folder_holds_files_by_path_or_by_name(tmp_path):
 
 def test_a_missing_file_names_the_command(tmp_path):
     with pytest.raises(
-        ArtifactError, match=r"missing; get it with 'hf download someone/net sub/model.safetensors tokenizer.json --local-dir"
+        ArtifactError,
+        match=r"missing; get it with 'hf download someone/net sub/model.safetensors tokenizer.json --local-dir",
     ):
         WEIGHTS.paths(tmp_path)
 
@@ -51,7 +52,9 @@ def test_an_unreachable_hub_is_one_line(monkeypatch):
         raise ConnectionError("no network\nand more")
 
     stand_in(monkeypatch, download)
-    with pytest.raises(ArtifactError, match=r"^someone/net: .*\(no network\)[^\n]* or give a local file or folder with --weights$"):
+    with pytest.raises(
+        ArtifactError, match=r"^someone/net: .*\(no network\)[^\n]* or give a local file or folder with --weights$"
+    ):
         WEIGHTS.paths()
 
 
@@ -158,7 +161,9 @@ def write_row(path, pickled, table):
 @pytest.mark.parametrize("layout", ["zip", "row"])
 def test_checkpoints(pickled, tmp_path, layout):
     path = tmp_path / "w.pth"
-    table = pickled(OrderedDict(a=Tensor(0, (3, 4), (4, 1)), view=Tensor(1, (4, 2), (1, 4)), scalar=Tensor(7, (), ()), version=3))
+    table = pickled(
+        OrderedDict(a=Tensor(0, (3, 4), (4, 1)), view=Tensor(1, (4, 2), (1, 4)), scalar=Tensor(7, (), ()), version=3)
+    )
     write_zip(path, table) if layout == "zip" else write_row(path, pickled, table)
     found = read_checkpoint(path)
     assert set(found) == {"a", "view", "scalar"}
@@ -175,14 +180,19 @@ class Evil:
 
 def test_nothing_is_executed(pickled, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for write in (lambda path: write_zip(path, pickle.dumps({"a": Evil()})), lambda path: path.write_bytes(pickle.dumps(Evil()))):
+    for write in (
+        lambda path: write_zip(path, pickle.dumps({"a": Evil()})),
+        lambda path: path.write_bytes(pickle.dumps(Evil())),
+    ):
         write(tmp_path / "w.pth")
         with pytest.raises(ArtifactError, match=r"names posix.mkdir, which no table of tensors needs"):
             read_checkpoint(tmp_path / "w.pth")
     assert not (tmp_path / "executed").exists()
 
 
-@pytest.mark.parametrize("tensor", [(0, (13,), (1,)), (5, (2, 4), (4, 1)), (-1, (2,), (1,)), (0, (2,), (-1,)), (12, (1,), (1,))])
+@pytest.mark.parametrize(
+    "tensor", [(0, (13,), (1,)), (5, (2, 4), (4, 1)), (-1, (2,), (1,)), (0, (2,), (-1,)), (12, (1,), (1,))]
+)
 def test_a_tensor_outside_its_storage_is_refused(pickled, tmp_path, tensor):
     write_zip(tmp_path / "w.pth", pickled({"a": Tensor(*tensor)}))
     with pytest.raises(ArtifactError, match="outside its storage"):

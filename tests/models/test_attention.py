@@ -9,7 +9,13 @@ import pytest
 from mlxquant.errors import AdapterError
 from mlxquant.grids.tables import ActivationTable
 from mlxquant.grids.time import Clock
-from mlxquant.layers.attention import QuantizedAttention, ShownAttention, SoftmaxAttention, find_attentions, find_quantized_attentions
+from mlxquant.layers.attention import (
+    QuantizedAttention,
+    ShownAttention,
+    SoftmaxAttention,
+    find_attentions,
+    find_quantized_attentions,
+)
 from mlxquant.layers.fast_cpu import attention
 from mlxquant.layers.tree import set_module
 from mlxquant.methods.inputs.tiers import quantized
@@ -47,7 +53,9 @@ def test_the_seam_changes_nothing():
 def test_it_shows_probabilities_and_writes_the_same():
     q, k, v = inputs()
     shown = []
-    np.testing.assert_array_equal(np.array(ShownAttention(shown.append)(q, k, v)), np.array(SoftmaxAttention()(q, k, v)))
+    np.testing.assert_array_equal(
+        np.array(ShownAttention(shown.append)(q, k, v)), np.array(SoftmaxAttention()(q, k, v))
+    )
     np.testing.assert_allclose(np.array(shown[0]), reference(q, k, v)[0], atol=2e-6)
 
 

@@ -1,4 +1,6 @@
-"""The fingerprint of a model is that of the weights it has now, whatever was remembered before; and nothing is hashed twice."""
+"""The fingerprint of a model is that of the weights it has now, whatever was remembered before; and nothing is hashed
+twice.
+"""
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -83,7 +85,8 @@ def remove_bias(adapter):
 
 
 CHANGES = [
-    replace_weight, replace_layer, load_weights, change_dtype, fold, add_in_place, add_in_place_twice, set_one_number, remove_bias,
+    replace_weight, replace_layer, load_weights, change_dtype, fold, add_in_place, add_in_place_twice, set_one_number,
+    remove_bias,
 ]  # fmt: skip
 
 

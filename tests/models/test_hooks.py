@@ -87,7 +87,11 @@ def test_the_module_tree_does_not_see_them(adapter, inputs):
     before = ([path for path, _ in adapter.module.named_modules()], adapter.fingerprint, list(adapter.linears()))
     with hooked(adapter, names(adapter), lambda *_: None):
         adapter.velocity(*inputs)
-        assert ([path for path, _ in adapter.module.named_modules()], adapter.fingerprint, list(adapter.linears())) == before
+        assert (
+            [path for path, _ in adapter.module.named_modules()],
+            adapter.fingerprint,
+            list(adapter.linears()),
+        ) == before
 
 
 def test_hooks_belong_to_one_adapter(adapter, inputs):
@@ -98,11 +102,17 @@ def test_hooks_belong_to_one_adapter(adapter, inputs):
 
 
 def test_unknown_stages_are_refused(adapter, inputs):
-    with pytest.raises(AdapterError, match=r"no stages \['mm7'\].*embed"), hooked(adapter, [BLOCK, "mm7"], lambda *_: None):
+    with (
+        pytest.raises(AdapterError, match=r"no stages \['mm7'\].*embed"),
+        hooked(adapter, [BLOCK, "mm7"], lambda *_: None),
+    ):
         pass
     adapter.velocity(*inputs)
 
 
 def test_written_goes_by_identity_not_by_value():
     a = mx.ones(3)
-    assert written({"same": a, "copy": mx.ones(3), "new": a}, {"same": a, "copy": mx.ones(3), "dropped": a}) == ["copy", "new"]
+    assert written({"same": a, "copy": mx.ones(3), "new": a}, {"same": a, "copy": mx.ones(3), "dropped": a}) == [
+        "copy",
+        "new",
+    ]

@@ -69,7 +69,9 @@ class TestContract:
     def test_only_the_last_tokens_state_is_causal(self, model):
         """A later token changes nothing before it."""
         other = mx.concatenate([TOKENS[:, :-1], (TOKENS[:, -1:] + 1) % 256], axis=1)
-        np.testing.assert_array_equal(np.array(model.language.logits(TOKENS))[:, :-1], np.array(model.language.logits(other))[:, :-1])
+        np.testing.assert_array_equal(
+            np.array(model.language.logits(TOKENS))[:, :-1], np.array(model.language.logits(other))[:, :-1]
+        )
 
     def test_structure_is_rebuilt_and_weights_are_shared_by_a_clone(self, model):
         clone = model.clone()
@@ -81,7 +83,9 @@ class TestContract:
         adapter = model.clone()
         hidden = model.adapter.stages[0].run({"tokens": TOKENS})["hidden"]
         expected = model.adapter.stages[2].run({"tokens": TOKENS, "hidden": hidden})["hidden"]
-        np.testing.assert_array_equal(np.array(adapter.stages[2].run({"tokens": TOKENS, "hidden": hidden})["hidden"]), np.array(expected))
+        np.testing.assert_array_equal(
+            np.array(adapter.stages[2].run({"tokens": TOKENS, "hidden": hidden})["hidden"]), np.array(expected)
+        )
 
 
 @pytest.mark.parametrize(

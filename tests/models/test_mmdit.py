@@ -31,7 +31,9 @@ def shapes(model):
 
 
 def test_sd3_medium_has_its_published_size():
-    """Lazily built: no weight is materialised. 2.085 B parameters, the position table of 192 x 192 included; 340 Linears."""
+    """Lazily built: no weight is materialised. 2.085 B parameters, the position table of 192 x 192 included; 340
+    Linears.
+    """
     model = MMDiT(SD3_MEDIUM)
     total = sum(int(np.prod(shape)) for shape in shapes(model).values())
     assert total == pytest.approx(2.085e9, rel=0.003)
@@ -80,7 +82,11 @@ def reference(model, latent, tokens, pooled, t):
 
     latent, tokens, pooled, t = (np.array(v, np.float64) for v in (latent, tokens, pooled, t))
     b, height, width, _ = latent.shape
-    patches = latent.reshape(b, height // 2, 2, width // 2, 2, -1).transpose(0, 1, 3, 2, 4, 5).reshape(b, height // 2 * width // 2, -1)
+    patches = (
+        latent.reshape(b, height // 2, 2, width // 2, 2, -1)
+        .transpose(0, 1, 3, 2, 4, 5)
+        .reshape(b, height // 2 * width // 2, -1)
+    )
     image = patches @ p["x_embedder.proj.weight"].reshape(d, -1).T + p["x_embedder.proj.bias"]
     side, h, w = config.max_latent_resolution, height // 2, width // 2
     table = p["x_pos_embedder.pos_embed.weight"].reshape(side, side, d)
@@ -101,7 +107,11 @@ def reference(model, latent, tokens, pooled, t):
             for kind in "qkv":
                 heads = linear(modulated, f"{prefix}.attn.{kind}_proj").reshape(b, x.shape[1], config.num_heads, -1)
                 if config.use_qk_norm and kind in "qk":
-                    heads = heads / np.sqrt((heads**2).mean(-1, keepdims=True) + 1e-6) * p[f"{prefix}.qk_norm.{kind}_norm.weight"]
+                    heads = (
+                        heads
+                        / np.sqrt((heads**2).mean(-1, keepdims=True) + 1e-6)
+                        * p[f"{prefix}.qk_norm.{kind}_norm.weight"]
+                    )
                 qkv[kind].append(heads.transpose(0, 2, 1, 3))
         q, k, v = (np.concatenate(qkv[kind], 2) for kind in "qkv")
         scores = q @ k.transpose(0, 1, 3, 2) / np.sqrt(q.shape[-1])
@@ -166,7 +176,10 @@ def test_fast_gelu_and_its_gradient_are_exact():
 
 def test_fast_functions_need_no_compiler():
     """MLX compiles with g++ at run time where there is one, and runs without where there is none."""
-    script = "import mlxquant, mlx.core as mx; from mlxquant.layers.fast_cpu import attention, gelu; x = mx.ones((1, 1, 2, 2)); "
+    script = (
+        "import mlxquant, mlx.core as mx; from mlxquant.layers.fast_cpu import attention, gelu; x = mx.ones((1, 1, 2,"
+        " 2)); "
+    )
     script += "print(gelu(x) + attention(x, x, x))"
     done = subprocess.run([sys.executable, "-c", script], env={"PATH": ""}, capture_output=True, text=True, check=True)
     assert "1.84134" in done.stdout

@@ -57,7 +57,9 @@ def test_one_wrong_attribute_is_noticed(attribute):
     assert np.mean(noticed) > 0.99
 
 
-@pytest.mark.parametrize("image", [np.zeros((32, 32, 3)), np.ones((32, 32, 3)), RNG.random((32, 32, 3)), np.full((32, 32, 3), 0.49)])
+@pytest.mark.parametrize(
+    "image", [np.zeros((32, 32, 3)), np.ones((32, 32, 3)), RNG.random((32, 32, 3)), np.full((32, 32, 3), 0.49)]
+)
 def test_empty_and_random_pictures_do_not_pass(image):
     for scene in SCENES[:30]:
         marks = check(image, scene)

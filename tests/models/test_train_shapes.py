@@ -42,7 +42,10 @@ def test_killed_training_resumes_to_the_same_weights(tmp_path, monkeypatch):
     for name in (WEIGHTS, "training.safetensors"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     _, header = read_tensors(tmp_path / "whole" / WEIGHTS, "mmdit-shapes")
-    assert header["command"] == "python -m mlxquant.models.train_shapes --steps 6 --batch-size 4 --learning-rate 0.002 --seed 0"
+    assert (
+        header["command"]
+        == "python -m mlxquant.models.train_shapes --steps 6 --batch-size 4 --learning-rate 0.002 --seed 0"
+    )
     outcome = train(tmp_path / "whole", "--seed", 1)
     assert outcome.exit_code == 1
     assert "other settings" in outcome.stderr

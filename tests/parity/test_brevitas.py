@@ -1,7 +1,7 @@
 """GPTQ and Qronos against brevitas: the same grid, the same data, float64 on both sides.
 
-Without brevitas these tests are skipped, and where MLXQUANT_REQUIRE_PARITY is set they fail. ``pip install 'mlxquant[parity]'``; it needs
-a CPU build of torch.
+Without brevitas these tests are skipped, and where MLXQUANT_REQUIRE_PARITY is set they fail. ``pip install
+'mlxquant[parity]'``; it needs a CPU build of torch.
 """
 
 import os
@@ -36,7 +36,12 @@ def brevitas():
         refuse = pytest.fail if os.environ.get("MLXQUANT_REQUIRE_PARITY") else pytest.skip
         refuse(f"brevitas does not import ({error}); pip install 'mlxquant[parity]'")
     return SimpleNamespace(
-        torch=torch, linear=brevitas.nn.QuantLinear, GPTQ=GPTQ, Qronos=Qronos, handler=LayerHandler, format=Int8WeightPerChannelFloat
+        torch=torch,
+        linear=brevitas.nn.QuantLinear,
+        GPTQ=GPTQ,
+        Qronos=Qronos,
+        handler=LayerHandler,
+        format=Int8WeightPerChannelFloat,
     )
 
 
@@ -47,7 +52,9 @@ def problem(request):
     weight = random.standard_t(5, (96, 256)) * 0.02
     exact = random.standard_normal((1024, 256)) @ (random.standard_normal((256, 256)) * (1 + np.arange(256)) ** -0.5)
     exact[:, random.choice(256, 4, replace=False)] *= 20
-    seen = exact @ (np.eye(256) + 0.02 * random.standard_normal((256, 256))) + 0.05 * random.standard_normal(exact.shape) * exact.std(0)
+    seen = exact @ (np.eye(256) + 0.02 * random.standard_normal((256, 256))) + 0.05 * random.standard_normal(
+        exact.shape
+    ) * exact.std(0)
     moments = Moments.empty(256, np.float64)
     moments.add(seen, exact)
     format = WeightFormat(request.param)
@@ -55,11 +62,14 @@ def problem(request):
 
 
 def theirs(brevitas, method, weight, grid, *streams, **options):
-    """The codes that brevitas gives: ``streams`` are the inputs of the quantized layer and, where it looks at them, of the exact one."""
+    """The codes that brevitas gives: ``streams`` are the inputs of the quantized layer and, where it looks at them, of
+    the exact one.
+    """
     torch, format = brevitas.torch, grid.format
     steps = torch.tensor(grid.scales.astype(np.float64))
     layer = brevitas.linear(
-        weight.shape[1], weight.shape[0], bias=False, weight_quant=brevitas.format, weight_bit_width=format.bits, dtype=torch.float64,
+        weight.shape[1], weight.shape[0], bias=False, weight_quant=brevitas.format, weight_bit_width=format.bits,
+        dtype=torch.float64,
         weight_narrow_range=False, weight_scaling_impl_type="const", weight_scaling_init=steps * format.zero_code,
     )  # fmt: skip
     layer.weight.data = torch.tensor(weight)
@@ -88,7 +98,9 @@ def close(weight, grid, ours, others, exact, seen):
 def test_gptq(brevitas, problem):
     weight, _, seen, moments, grids = problem
     for grid in grids:
-        close(weight, grid, gptq(weight, grid, moments), theirs(brevitas, brevitas.GPTQ, weight, grid, seen), seen, seen)
+        close(
+            weight, grid, gptq(weight, grid, moments), theirs(brevitas, brevitas.GPTQ, weight, grid, seen), seen, seen
+        )
 
 
 def test_qronos(brevitas, problem):

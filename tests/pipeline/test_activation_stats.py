@@ -1,4 +1,6 @@
-"""Step 2 of the activation track: statistics that a plain NumPy reference agrees with, resumable, refused when stale or incomplete."""
+"""Step 2 of the activation track: statistics that a plain NumPy reference agrees with, resumable, refused when stale or
+incomplete.
+"""
 
 import json
 from dataclasses import replace
@@ -34,7 +36,9 @@ def small_and_plain(monkeypatch):
 
 def make_samples(folder, cfg=2.0):
     adapter = tiny_adapter()
-    return samples.draw(adapter, samples.open_folder(adapter, adapter.prompts("calibration", IMAGES), STEPS, cfg, 0, folder))
+    return samples.draw(
+        adapter, samples.open_folder(adapter, adapter.prompts("calibration", IMAGES), STEPS, cfg, 0, folder)
+    )
 
 
 @pytest.fixture
@@ -45,7 +49,9 @@ def calib(tmp_path):
 
 def collect(calib, out=None, adapter=None, images=IMAGES, stride=STRIDE, rows=ROWS, seed=0, **options):
     out = out or calib / "activations"
-    return activation_stats.collect(adapter or tiny_adapter(), Samples.read(calib), images, stride, rows, seed, out, **options)
+    return activation_stats.collect(
+        adapter or tiny_adapter(), Samples.read(calib), images, stride, rows, seed, out, **options
+    )
 
 
 def files(folder):
@@ -58,7 +64,9 @@ def expected_layers():
 
 
 def inputs(calib, cfg):
-    """Sigma and {layer: one [tokens,in] float64 array a sample} at each kept step, one picture and one side at a time."""
+    """Sigma and {layer: one [tokens,in] float64 array a sample} at each kept step, one picture and one side at
+    a time.
+    """
     adapter, drawn = tiny_adapter(), Samples.read(calib)
     for step in range(0, STEPS, STRIDE):
         sigma, seen = float(drawn.sigmas[step]), {}
@@ -87,7 +95,12 @@ def test_every_layer_agrees_with_numpy(tmp_path, cfg):
     assert stats.sigmas.dtype == np.float32
     close = {"rtol": 1e-4, "atol": 1e-5}
     for path in stats.layers:
-        ranges, shift, (edges, counts), summary = stats.ranges(path), stats.shift(path), stats.histogram(path), stats.summary(path)
+        ranges, shift, (edges, counts), summary = (
+            stats.ranges(path),
+            stats.shift(path),
+            stats.histogram(path),
+            stats.summary(path),
+        )
         assert (shift is not None) == path.endswith("fc2")
         np.testing.assert_array_equal(ranges.sigma, stats.sigmas)
         assert ranges.rows.dtype == np.float32
@@ -104,7 +117,9 @@ def test_every_layer_agrees_with_numpy(tmp_path, cfg):
             for r, row in enumerate(ranges.rows[t]):
                 x = some[r * len(some) // ROWS]
                 assert np.abs(x - row).max(1).min() < 1e-3 * max(1, np.abs(x).max())
-            np.testing.assert_allclose(counts[t], np.histogram(np.abs(ranges.rows[t]), edges)[0], atol=0.01 * counts[t].sum())
+            np.testing.assert_allclose(
+                counts[t], np.histogram(np.abs(ranges.rows[t]), edges)[0], atol=0.01 * counts[t].sum()
+            )
             assert counts[t].sum() == ROWS * low.shape[1]
             magnitudes, peaks = np.abs(ranges.rows[t]), np.maximum(-low.min(0), high.max(0))
             wanted = {
@@ -126,7 +141,12 @@ def test_layers_that_read_the_same_tensor_share_one_entry(calib):
     stats = collect(calib)
     for stream in (IMAGE, TEXT):
         assert [stats.leader(f"{stream}.attn.{name}_proj") for name in "qkv"] == [f"{stream}.attn.q_proj"] * 3
-        assert [stats.after(f"{stream}.{name}") for name in ("attn.q_proj", "attn.o_proj", "mlp.fc1", "mlp.fc2")] == ["", "", "", "gelu"]
+        assert [stats.after(f"{stream}.{name}") for name in ("attn.q_proj", "attn.o_proj", "mlp.fc1", "mlp.fc2")] == [
+            "",
+            "",
+            "",
+            "gelu",
+        ]
         for name in ("attn.o_proj", "mlp.fc1", "mlp.fc2"):
             assert stats.leader(f"{stream}.{name}") == f"{stream}.{name}"
     with np.load(calib / "activations" / "timestep_stats" / "step_0.npz") as arrays:
@@ -146,11 +166,15 @@ def test_every_layer_has_the_sensitivity_of_its_own_outputs(tmp_path, images, cf
     for t, step in enumerate(stats.step_keys):
         index = int(step) // STRIDE
         calibration = drawn.calibration(images, STRIDE)
-        one = replace(calibration, sigmas=calibration.sigmas[index : index + 1], latents=calibration.latents[index : index + 1])
+        one = replace(
+            calibration, sigmas=calibration.sigmas[index : index + 1], latents=calibration.latents[index : index + 1]
+        )
         sigmas, states = one.batches(adapter, 2)
         assert tuple(len(state["t"]) for state in states) == rows
         expected = measure(adapter, adapter.stages, sigmas, states, stats.layers, 7 + index)
-        means = json.loads((tmp_path / "c" / "activations" / "timestep_stats" / f"step_{step}_index.json").read_text())["sensitivity"]
+        means = json.loads((tmp_path / "c" / "activations" / "timestep_stats" / f"step_{step}_index.json").read_text())[
+            "sensitivity"
+        ]
         assert set(means) == set(stats.layers)
         for path in stats.layers:
             found = stats.sensitivity(path)
@@ -165,7 +189,9 @@ def test_every_layer_has_the_sensitivity_of_its_own_outputs(tmp_path, images, cf
 def test_sensitivities_are_of_the_first_rows_alone(calib, monkeypatch):
     seen = []
     monkeypatch.setattr(activation_stats, "SENSITIVITY_ROWS", 2)
-    monkeypatch.setattr(activation_stats, "measure", lambda *a: (seen.append([len(s["t"]) for s in a[3]]), measure(*a))[1])
+    monkeypatch.setattr(
+        activation_stats, "measure", lambda *a: (seen.append([len(s["t"]) for s in a[3]]), measure(*a))[1]
+    )
     collect(calib)
     assert seen == [[2], [2]]
 
@@ -176,13 +202,17 @@ def test_the_batch_size_does_not_matter(calib, monkeypatch):
     one = collect(calib, calib / "b")
     for path in one.leaders:
         for field in ("low", "high", "least", "most", "rows"):
-            np.testing.assert_allclose(getattr(one.ranges(path), field), getattr(two.ranges(path), field), rtol=2e-3, atol=2e-3)
+            np.testing.assert_allclose(
+                getattr(one.ranges(path), field), getattr(two.ranges(path), field), rtol=2e-3, atol=2e-3
+            )
     path = f"{IMAGE}.mlp.fc2"
     np.testing.assert_allclose(one.shift(path), two.shift(path), rtol=1e-4, atol=1e-5)
 
 
 def test_rows_follow_the_seed(calib):
-    kept = [collect(calib, calib / str(i), seed=seed).ranges(f"{IMAGE}.mlp.fc1").rows for i, seed in enumerate((0, 0, 1))]
+    kept = [
+        collect(calib, calib / str(i), seed=seed).ranges(f"{IMAGE}.mlp.fc1").rows for i, seed in enumerate((0, 0, 1))
+    ]
     np.testing.assert_array_equal(kept[0], kept[1])
     assert not np.array_equal(kept[0], kept[2])
 
@@ -240,12 +270,18 @@ def test_nan_is_refused_with_layer_and_timestep(calib, monkeypatch):
         latents[1, 2, 0, 0, 0] = np.nan
         return replace(whole, latents=mx.array(latents))
 
-    message = r"step 2 \(sigma 0.3\d+\): the input of layer multimodal_transformer_blocks.0.image_transformer_block.attn.q_proj holds NaN"
+    message = (
+        r"step 2 \(sigma 0.3\d+\): the input of layer"
+        r" multimodal_transformer_blocks.0.image_transformer_block.attn.q_proj holds NaN"
+    )
     with monkeypatch.context() as patch, pytest.raises(NumericsError, match=message):
         patch.setattr(Samples, "calibration", poisoned)
         collect(calib, adapter=adapter)
     assert taps(adapter) == []
-    assert sorted(p.name for p in (calib / "activations" / "timestep_stats").iterdir()) == ["step_0.npz", "step_0_index.json"]
+    assert sorted(p.name for p in (calib / "activations" / "timestep_stats").iterdir()) == [
+        "step_0.npz",
+        "step_0_index.json",
+    ]
     with pytest.raises(ArtifactError, match="not finished"):
         ActivationStats.read(calib / "activations" / "layer_statistics.json")
     assert len(collect(calib).sigmas) == 2
@@ -311,7 +347,9 @@ def test_statistics_of_other_trajectories_are_stale(calib):
     with pytest.raises(ArtifactError, match=r"other settings or inputs \(manifest.json\)"):
         collect(calib)
     assert collect(calib, force=True).calibration != old.calibration
-    assert ActivationStats.read(calib / "activations" / "layer_statistics.json").calibration == Samples.read(calib).sha256
+    assert (
+        ActivationStats.read(calib / "activations" / "layer_statistics.json").calibration == Samples.read(calib).sha256
+    )
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_written(calib):
@@ -337,7 +375,9 @@ def test_a_layer_that_is_never_reached_is_an_error(calib):
     adapter = tiny_adapter()
     first, block, *rest = adapter.stages
     adapter._stages = (first, Stage(block.name, block.prefixes, lambda state: state), *rest)
-    with pytest.raises(AdapterError, match=r"12 of 21 layers were never reached, the first is multimodal_transformer_blocks\.0\."):
+    with pytest.raises(
+        AdapterError, match=r"12 of 21 layers were never reached, the first is multimodal_transformer_blocks\.0\."
+    ):
         collect(calib, adapter=adapter)
     assert taps(adapter) == []
     assert files(calib / "activations") == {}
@@ -366,7 +406,9 @@ def test_lost_files_are_made_again(calib):
 def test_reading_is_lazy_and_verifies_once(calib, monkeypatch):
     collect(calib)
     digests, digest = [], activation_stats.artifacts.file_digest
-    monkeypatch.setattr(activation_stats.artifacts, "file_digest", lambda path: (digests.append(path.name), digest(path))[1])
+    monkeypatch.setattr(
+        activation_stats.artifacts, "file_digest", lambda path: (digests.append(path.name), digest(path))[1]
+    )
     stats = ActivationStats.read(calib / "activations" / "layer_statistics.json")
     assert digests == []
     for path in stats.layers:

@@ -1,4 +1,6 @@
-"""Both tracks in one model: what was divided is divided on both sides, tables are those of the divided input, strangers are refused."""
+"""Both tracks in one model: what was divided is divided on both sides, tables are those of the divided input, strangers
+are refused.
+"""
 
 import mlxquant as mq  # before mlx
 
@@ -29,7 +31,9 @@ from mlxquant.sweep.store import StageResult
 from conftest import tiny_adapter
 
 BLOCK = "multimodal_transformer_blocks.0"
-Q, OUT, FC1, FC2 = (f"{BLOCK}.image_transformer_block.{name}" for name in ("attn.q_proj", "attn.o_proj", "mlp.fc1", "mlp.fc2"))
+Q, OUT, FC1, FC2 = (
+    f"{BLOCK}.image_transformer_block.{name}" for name in ("attn.q_proj", "attn.o_proj", "mlp.fc1", "mlp.fc2")
+)
 CALIBRATION = "c" * 64
 
 
@@ -57,7 +61,9 @@ def table(found, by=1.0, bits=8):
 
 @pytest.fixture(scope="module")
 def config():
-    """A config that divides four inputs of the first block; tables of three widths on plain inputs, of 8 bits on divided ones."""
+    """A config that divides four inputs of the first block; tables of three widths on plain inputs, of 8 bits on
+    divided ones.
+    """
     adapter = tiny_adapter()
     seen = ranges(adapter)
     plain = {path: table(found, bits=(8, 6, 4)[index % 3]) for index, (path, found) in enumerate(seen.items())}
@@ -89,7 +95,14 @@ def write_weights(folder, config, bits=8, **changes):
     source, presets = adapter.fingerprint, {} if config is None else prepare(adapter, config)
     blocks = adapter.stages[1:-1]
     linears = {path: layer for path, layer in adapter.linears().items() if any(b.owns(path) for b in blocks)}
-    facts = {"model": adapter.name, "source": source, "calibration": CALIBRATION, "quant_config": None, "recipe": {}, **changes}
+    facts = {
+        "model": adapter.name,
+        "source": source,
+        "calibration": CALIBRATION,
+        "quant_config": None,
+        "recipe": {},
+        **changes,
+    }
     files = WeightFiles(Ledger.open(folder / CONFIG, KIND, facts, "adaround-optimize"), blocks, linears)
     for block in blocks:
         layers = {}
@@ -166,7 +179,9 @@ def test_tables_are_of_the_input_that_the_weights_were_rounded_for(files, undivi
 
 def test_only_v2_quantizes_activations(files):
     for active in (False, True):
-        layers = {path: m for path, m in assembled(files, active).module.named_modules() if isinstance(m, QuantizedLinear)}
+        layers = {
+            path: m for path, m in assembled(files, active).module.named_modules() if isinstance(m, QuantizedLinear)
+        }
         assert len(layers) > 20
         assert {path for path, layer in layers.items() if layer.table is not None} == (
             {path for path in layers if "adaLN" not in path} if active else set()
@@ -186,12 +201,16 @@ def test_layers_outside_the_blocks_stay_as_they_are(files):
 def test_weights_of_other_weights_are_refused(files):
     adapter = tiny_adapter()
     adapter.module.final_layer.linear.weight = adapter.module.final_layer.linear.weight + 1
-    with pytest.raises(CalibrationError, match=r"config\.json: the learned weights are of mmdit-shapes with other weights"):
+    with pytest.raises(
+        CalibrationError, match=r"config\.json: the learned weights are of mmdit-shapes with other weights"
+    ):
         files.store(adapter)
 
 
 def test_weights_need_the_very_config_that_they_were_rounded_with(files, config, tmp_path):
-    with pytest.raises(ArtifactError, match=r"rounded with a quantization config of sha256 .*none was given; pass that one"):
+    with pytest.raises(
+        ArtifactError, match=r"rounded with a quantization config of sha256 .*none was given; pass that one"
+    ):
         TrackFiles(files.weights).store(tiny_adapter())
     replace(config, layers={"changed": {}}).write(tmp_path / "quant_config.json")
     with pytest.raises(ArtifactError, match=r"sha256 .*, found .*; pass that one with --quant-config"):
@@ -201,7 +220,10 @@ def test_weights_need_the_very_config_that_they_were_rounded_with(files, config,
 def test_a_config_of_other_weights_or_data_is_refused(files, undivided, config, tmp_path):
     adapter, path = tiny_adapter(), tmp_path / "quant_config.json"
     for change, message in (
-        ({"calibration": "d" * 64}, r"different calibration data \(cccccccccccc… and dddddddddddd…\); run both tracks on one --calib-dir"),
+        (
+            {"calibration": "d" * 64},
+            r"different calibration data \(cccccccccccc… and dddddddddddd…\); run both tracks on one --calib-dir",
+        ),
         ({"source": "feed" * 16}, r"with weights feedfeedfeed…; collect and analyze the activations of this model"),
         ({"model": "sd9"}, "the quantization config of sd9"),
     ):
@@ -228,7 +250,9 @@ def test_formats_must_be_those_of_the_recipe(undivided):
     with pytest.raises(RecipeError, match="is in format w8, the recipe wants w4; choose its recipe"):
         undivided.store(adapter, parse_recipe("taqdit-w4a8").plan(roles))
     kept = parse_recipe("taqdit-w8a8", ["*.0.*.mlp.fc2=keep"]).plan(roles)
-    with pytest.raises(RecipeError, match=r"\.0\..*fc2 is in format w8, the recipe wants it kept as it is; choose its recipe"):
+    with pytest.raises(
+        RecipeError, match=r"\.0\..*fc2 is in format w8, the recipe wants it kept as it is; choose its recipe"
+    ):
         undivided.store(adapter, kept)
 
 

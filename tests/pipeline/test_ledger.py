@@ -11,7 +11,11 @@ from mlxquant.files.checked import file_digest, write_json
 from mlxquant.pipeline.ledger import Ledger, load_npz, read_npz, write_npz
 
 FACTS = {"model": "m", "steps": 3, "parents": {"manifest.json": "abc"}}
-ARRAYS = {"x": np.arange(6, dtype=np.float32).reshape(2, 3), "mm1__x": np.ones(2, np.float16), "mm11__x": np.zeros(1, np.int32)}
+ARRAYS = {
+    "x": np.arange(6, dtype=np.float32).reshape(2, 3),
+    "mm1__x": np.ones(2, np.float16),
+    "mm11__x": np.zeros(1, np.int32),
+}
 
 
 def opened(folder, facts=FACTS, **options):

@@ -26,11 +26,17 @@ def table(width=1, seed=0):
 def config():
     smooth = {
         "b.0.q": Division(
-            ("b.0.q", "b.0.k"), np.array([1, 2], np.float32), True, {"ratio": 7.5}, {"b.0.q": table(1, 3), "b.0.k": table(1, 4)}
+            ("b.0.q", "b.0.k"),
+            np.array([1, 2], np.float32),
+            True,
+            {"ratio": 7.5},
+            {"b.0.q": table(1, 3), "b.0.k": table(1, 4)},
         ),
         "b.1.q": Division(("b.1.q",), np.array([3, 2], np.float32), False, {"ratio": 6.0}, {}),
     }
-    migration = {"b.0.fc2": Division(("b.0.fc2",), np.array([1, 4], np.float32), True, {"largest": 4}, {"b.0.fc2": table(2, 5)})}
+    migration = {
+        "b.0.fc2": Division(("b.0.fc2",), np.array([1, 4], np.float32), True, {"largest": 4}, {"b.0.fc2": table(2, 5)})
+    }
     plain = {"b.0.q": table(1), "b.0.k": table(1, 1), "b.1.q": table(1, 6), "b.0.fc2": table(2, 2)}
     layers = {path: {"always_a8": False} for path in plain}
     return QuantConfig({"model": "m"}, ("step_20", "step_9", "step_0"), SIGMAS, plain, layers, smooth, migration)
@@ -62,10 +68,14 @@ def test_everything_comes_back(tmp_path):
 
 def test_logarithmic_entries_come_back_and_are_the_only_ones_to_be_marked(tmp_path):
     log = np.array([True, False, True])
-    mixed = replace(config(), plain={"b.0.q": replace(table(), log=log), "b.0.fc2": replace(table(2), log=~log), "b.1.q": table()})
+    mixed = replace(
+        config(), plain={"b.0.q": replace(table(), log=log), "b.0.fc2": replace(table(2), log=~log), "b.1.q": table()}
+    )
     mixed.write(tmp_path / "quant_config.json")
     read = QuantConfig.read(tmp_path / "quant_config.json")
-    assert {path: t.log.tolist() for path, t in read.plain.items()} == {path: t.log.tolist() for path, t in mixed.plain.items()}
+    assert {path: t.log.tolist() for path, t in read.plain.items()} == {
+        path: t.log.tolist() for path, t in mixed.plain.items()
+    }
     entries = json.loads((tmp_path / "quant_config.json").read_text())["per_timestep"]
     assert [[path for path, e in sorted(entries[key].items()) if "log" in e] for key in mixed.step_keys] == [
         ["b.0.q"],
@@ -115,7 +125,9 @@ def test_paths_are_relative_and_equal_configs_are_equal_bytes(tmp_path):
 
 
 def test_scale_is_a_step_and_every_code_is_used(tmp_path):
-    """Lessons 2, 3 and 10: an absolute maximum used as a step left 3 levels, and half of an asymmetric range collapsed."""
+    """Lessons 2, 3 and 10: an absolute maximum used as a step left 3 levels, and half of an asymmetric range
+    collapsed.
+    """
     low, high = -0.3, 7.7
     plain = {"layer": affine_table(SIGMAS, np.full(3, low), np.full(3, high), 8)}
     QuantConfig({}, ("2", "1", "0"), SIGMAS, plain, {"layer": {}}, {}, {}).write(tmp_path / "quant_config.json")

@@ -60,7 +60,9 @@ def test_the_folder_holds_what_the_sampler_saw(tmp_path):
                     assert set(sample) == {"x", "timestep", "sigma"}
                     assert {sample[k].dtype for k in sample} == {np.dtype(np.float32)}
                     np.testing.assert_array_equal(sample["x"], np.array(step.latent[row]))
-                    np.testing.assert_allclose((sample["sigma"], sample["timestep"]), (step.sigma, 1000 * step.sigma), rtol=1e-6)
+                    np.testing.assert_allclose(
+                        (sample["sigma"], sample["timestep"]), (step.sigma, 1000 * step.sigma), rtol=1e-6
+                    )
             with np.load(tmp_path / "c" / f"latents/{image:04d}.npz") as latent:
                 np.testing.assert_array_equal(latent["latent"], np.array(final[row]))
             with Image.open(tmp_path / "c" / f"images/{image:04d}.png") as picture:
@@ -114,7 +116,9 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(tmp_path, monkeypatch, wri
         assert len(json.loads((tmp_path / "c" / "manifest.json").read_text())["files"]) == 10
     calls = []
     generate = MMDiTShapes.generate
-    monkeypatch.setattr(MMDiTShapes, "generate", lambda self, prompts, *rest: calls.append(prompts) or generate(self, prompts, *rest))
+    monkeypatch.setattr(
+        MMDiTShapes, "generate", lambda self, prompts, *rest: calls.append(prompts) or generate(self, prompts, *rest)
+    )
     succeed(tmp_path / "c")
     assert len(calls) == (2 if writes < 8 else 1 if writes < 12 else 0)
     assert files(tmp_path / "c") == files(tmp_path / "whole")
@@ -125,7 +129,9 @@ def test_a_finished_folder_costs_no_sampling_and_a_lost_file_only_its_batch(tmp_
     before = files(tmp_path / "c")
     calls = []
     generate = MMDiTShapes.generate
-    monkeypatch.setattr(MMDiTShapes, "generate", lambda self, prompts, *rest: calls.append(prompts) or generate(self, prompts, *rest))
+    monkeypatch.setattr(
+        MMDiTShapes, "generate", lambda self, prompts, *rest: calls.append(prompts) or generate(self, prompts, *rest)
+    )
     outcome = run(tmp_path / "c")
     assert "finished already" in outcome.stderr
     assert json.loads(outcome.stdout)["manifest"] == first["manifest"]
@@ -186,7 +192,9 @@ def test_impossible_requests_are_one_clear_error_and_leave_nothing(tmp_path):
 
 def test_defaults_are_the_seed_documents(tmp_path):
     command = cli.main.get_command(None, "generate-calibration-data")
-    defaults = {p.name: p.default for p in command.params if p.name in ("name", "num_images", "num_steps", "cfg_weight")}
+    defaults = {
+        p.name: p.default for p in command.params if p.name in ("name", "num_images", "num_steps", "cfg_weight")
+    }
     assert defaults == {"name": "sd3-medium", "num_images": 50, "num_steps": 50, "cfg_weight": 7.5}
 
 
@@ -194,7 +202,12 @@ def test_calibration_is_a_selection_whose_text_is_encoded_again(tmp_path):
     succeed(tmp_path / "c")
     samples, adapter = Samples.read(tmp_path / "c"), tiny_adapter()
     calibration = samples.calibration(images=2, stride=2)
-    assert (calibration.model, calibration.source, calibration.steps, calibration.cfg) == ("mmdit-shapes", adapter.fingerprint, 3, 2.0)
+    assert (calibration.model, calibration.source, calibration.steps, calibration.cfg) == (
+        "mmdit-shapes",
+        adapter.fingerprint,
+        3,
+        2.0,
+    )
     assert calibration.latents.shape == (2, 2, *adapter.latent_shape)
     np.testing.assert_array_equal(calibration.sigmas, adapter.sigmas(3)[[0, 2]])
     seen = []
@@ -203,7 +216,9 @@ def test_calibration_is_a_selection_whose_text_is_encoded_again(tmp_path):
     sigmas, states = calibration.batches(adapter)
     assert sigmas == [seen[0].sigma, seen[2].sigma]
     for step, state in zip((seen[0], seen[2]), states, strict=True):
-        conditional, unconditional = mx.split(adapter.velocity(state["latent"], state["tokens"], state["pooled"], step.sigma), 2)
+        conditional, unconditional = mx.split(
+            adapter.velocity(state["latent"], state["tokens"], state["pooled"], step.sigma), 2
+        )
         guided = unconditional + 2.0 * (conditional - unconditional)
         np.testing.assert_allclose(np.array(guided), np.array(step.velocity), atol=1e-5)
 

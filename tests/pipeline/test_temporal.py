@@ -19,7 +19,9 @@ def config(spans, bits):
         step = (np.array(span) / (2.0**b - 1)).astype(np.float32)
         tables[path] = ActivationTable(SIGMAS, step, np.zeros((4, 1), np.float32), b)
     layers = {path: {"always_a8": bool((table.bits == 8).all())} for path, table in tables.items()}
-    return QuantConfig({"parents": {"layer_statistics.json": "0" * 64}}, ("3", "2", "1", "0"), SIGMAS, tables, layers, {}, {})
+    return QuantConfig(
+        {"parents": {"layer_statistics.json": "0" * 64}}, ("3", "2", "1", "0"), SIGMAS, tables, layers, {}, {}
+    )
 
 
 CONFIG = config([[1, 2, 3, 4], [5, 5, 5, 5], [9, 4, 4, 1]], [[4, 4, 6, 4], [8, 8, 8, 8], [8, 6, 6, 4]])

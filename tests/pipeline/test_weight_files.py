@@ -1,4 +1,6 @@
-"""The weight track's files: what the pipeline promises is in them, learned codes survive, and what does not fit is refused."""
+"""The weight track's files: what the pipeline promises is in them, learned codes survive, and what does not fit is
+refused.
+"""
 
 import json
 from dataclasses import replace
@@ -28,7 +30,11 @@ def model():
     """The tiny model, its blocks, and their layers."""
     adapter = tiny_adapter()
     blocks = adapter.stages[1:-1]
-    return adapter, blocks, {path: layer for path, layer in adapter.linears().items() if any(b.owns(path) for b in blocks)}
+    return (
+        adapter,
+        blocks,
+        {path: layer for path, layer in adapter.linears().items() if any(b.owns(path) for b in blocks)},
+    )
 
 
 def table(width):
@@ -47,13 +53,17 @@ def learned(adapter, stage, linears):
         divisor = np.linspace(1, 4, weight.shape[1]).astype(np.float32) if path.endswith("fc2") else None
         weight = weight if divisor is None else weight * divisor
         grid = fit_extremes(weight, WeightFormat(8 if adapter.role(path) == "modulation" else 4))
-        codes = np.clip(grid.quantize(weight).astype(int) + rng.integers(-1, 2, weight.shape), 0, grid.format.levels - 1)
+        codes = np.clip(
+            grid.quantize(weight).astype(int) + rng.integers(-1, 2, weight.shape), 0, grid.format.levels - 1
+        )
         codes[0, :2] = 0, grid.format.levels - 1  # both ends of the range
         bias, divided = linear.bias if "bias" in linear else None, None if divisor is None else mx.array(divisor)
         layers[path] = QuantizedLinear(codes.astype(np.uint8), grid, bias, divided)
         if adapter.role(path) != "modulation":
             layers[path].set_activations(table(weight.shape[1] if path.endswith("fc2") else 1), adapter.clock)
-    return StageResult(layers, {"stage": stage.name, "kept": "learned", "error": 0.5, "errors": {"learned": 0.5, "rtn": 0.75}})
+    return StageResult(
+        layers, {"stage": stage.name, "kept": "learned", "error": 0.5, "errors": {"learned": 0.5, "rtn": 0.75}}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +116,9 @@ def test_the_arrays_are_as_promised(folder, model, results):
 
 
 def test_the_learned_rounding_survives(folder, model, results):
-    """Lesson 7: an export that quantized again lost it. Rounding the loaded weight anew would change codes here, too."""
+    """Lesson 7: an export that quantized again lost it. Rounding the loaded weight anew would change codes
+    here, too.
+    """
     adapter, blocks, linears = model
     files = read(folder, model)
     for block in blocks:
@@ -154,7 +166,9 @@ def test_the_weight_is_what_the_codes_say_over_the_divisor(folder, model):
     with np.load(folder / "weights" / "mm0.npz") as arrays:
         weight = arrays[f"{FC2}__scale"][:, None] * arrays[f"{FC2}__weight_int"] / arrays[f"{FC2}__divisor"]
     x = mx.random.normal((3, 128), key=mx.random.key(1))
-    np.testing.assert_allclose(np.array(layer(x)), np.array(x) @ weight.T + np.array(linears[FC2].bias), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        np.array(layer(x)), np.array(x) @ weight.T + np.array(linears[FC2].bias), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_formats_and_blocks_are_known_without_loading(folder, model):
@@ -195,7 +209,9 @@ def test_arrays_that_do_not_fit_are_refused(folder, model, change, message):
     arrays = files.ledger.arrays("weights/mm0.npz")
     change(arrays)
     files.ledger.add_npz("weights/mm0.npz", arrays)
-    with pytest.raises(ArtifactError, match=rf"mm0\.npz: layer {STREAM}\.[a-z0-9_.]+: .*{message}.*--force --no-resume"):
+    with pytest.raises(
+        ArtifactError, match=rf"mm0\.npz: layer {STREAM}\.[a-z0-9_.]+: .*{message}.*--force --no-resume"
+    ):
         files.load(model[1][0], model[0].clock)
 
 
@@ -206,7 +222,10 @@ def test_layers_of_another_model_are_refused(folder, model):
     foreign = {name: value for name, value in arrays.items() if not name.startswith(Q)}
     for changed in (foreign, arrays | {"blocks.9.fc3__scale": np.ones(1, np.float32)}):
         files.ledger.add_npz("weights/mm0.npz", changed)
-        with pytest.raises(ArtifactError, match=r"mm0\.npz: its layers are not the model's, such as \['(blocks\.9\.fc3|multi.*q_proj)'\]"):
+        with pytest.raises(
+            ArtifactError,
+            match=r"mm0\.npz: its layers are not the model's, such as \['(blocks\.9\.fc3|multi.*q_proj)'\]",
+        ):
             files.load(blocks[0], adapter.clock)
     swapped = WeightFiles(files.ledger, (blocks[1], blocks[0]), linears)
     with pytest.raises(ArtifactError, match="its layers are not the model's"):
@@ -303,6 +322,8 @@ def test_what_the_files_cannot_hold_is_refused(tmp_path, model, facts, what):
     result = learned(adapter, block, linears)
     result.layers[Q] = changed(result.layers[Q], **facts)
     files = opened(tmp_path, model)
-    with pytest.raises(ArtifactError, match=rf"mm0\.npz: layer {Q} has {what}, .* expected .*; use 'mlxquant quantize'"):
+    with pytest.raises(
+        ArtifactError, match=rf"mm0\.npz: layer {Q} has {what}, .* expected .*; use 'mlxquant quantize'"
+    ):
         files.save(block, result)
     assert not (tmp_path / "weights").exists()

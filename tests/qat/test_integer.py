@@ -56,7 +56,8 @@ def test_ternary_codes_are_three_of_two_bits_and_share_a_scale():
 
 
 def test_rows_with_different_bits_become_layers_of_their_own():
-    given = {"linear_variant_q": "quantized_linear", "linear_variant_v": "quantized_linear", "quantize_linear_q_bits": 4,
+    given = {"linear_variant_q": "quantized_linear", "linear_variant_v": "quantized_linear",
+    "quantize_linear_q_bits": 4,
              "quantize_linear_v_method": "affine_quant"}  # fmt: skip
     model, _ = prepared(given)
     weights, logits = expected_weights(model), np.array(model(tokens()))

@@ -67,11 +67,17 @@ def test_a_linear_schedule_blends_the_weights():
     assert not np.array_equal(rounded, weight)
     for iteration, level in ((2, 0), (3, 0.25), (5, 0.75), (6, 1)):
         ramp.iteration = iteration
-        np.testing.assert_allclose(np.array(layer.rounded(mx.float32)), (1 - level) * weight + level * rounded, atol=1e-6)
+        np.testing.assert_allclose(
+            np.array(layer.rounded(mx.float32)), (1 - level) * weight + level * rounded, atol=1e-6
+        )
 
 
 def test_stochastic_rounding_is_new_every_iteration_and_the_same_when_repeated():
-    given = {"linear_variant_attn": "quantized_linear", "quantize_linear_method": "stochastic_quant", "quantize_linear_bits": 3}
+    given = {
+        "linear_variant_attn": "quantized_linear",
+        "quantize_linear_method": "stochastic_quant",
+        "quantize_linear_bits": 3,
+    }
     model, ramp = prepared({**given, "quantization_warmup_iters": 0}, seed=4)
     layers = quantizing_weights(model)
 
@@ -82,7 +88,9 @@ def test_stochastic_rounding_is_new_every_iteration_and_the_same_when_repeated()
     assert np.array_equal(weights(3), weights(3))
     assert not np.array_equal(weights(3), weights(4))
     assert not np.array_equal(weights(3), weights(3, seed=5))
-    assert not np.array_equal(*(np.array(ramp.key(place)) for place in ("model.h.0.attn.c_proj", "model.h.1.attn.c_proj")))
+    assert not np.array_equal(
+        *(np.array(ramp.key(place)) for place in ("model.h.0.attn.c_proj", "model.h.1.attn.c_proj"))
+    )
     mean = np.mean([weights(iteration) for iteration in range(400)], axis=0)
     step = np.array(layers["model.h.0.attn.c_proj"].coded()[0].scale)
     assert np.abs(mean - np.array(layers["model.h.0.attn.c_proj"].weight)).max() < 5 * 0.5 / np.sqrt(400) * step.max()
@@ -92,18 +100,27 @@ def test_stochastic_rounding_is_new_every_iteration_and_the_same_when_repeated()
 
 def test_after_training_rounding_is_to_nearest():
     given = {"linear_variant_attn": "quantized_linear", "quantize_linear_bits": 3}
-    (nearest, _), (random, ramp) = (prepared({**given, "quantize_linear_method": f"{name}_quant"}) for name in ("symmetric", "stochastic"))
+    (nearest, _), (random, ramp) = (
+        prepared({**given, "quantize_linear_method": f"{name}_quant"}) for name in ("symmetric", "stochastic")
+    )
     ramp.iteration = None
     np.testing.assert_allclose(np.array(random(tokens())), np.array(nearest(tokens())), atol=1e-5)
 
 
 def test_the_last_activations_are_kept():
-    model, ramp = prepared({**ALL, "store_activations": True, "quantize_mlp_act_bits": 4, "quantization_warmup_iters": 0})
+    model, ramp = prepared(
+        {**ALL, "store_activations": True, "quantize_mlp_act_bits": 4, "quantization_warmup_iters": 0}
+    )
     ramp.iteration = 0
     model(tokens(seed=1))
     model(tokens(seed=2))
     kept = kept_activations(model)
-    places = [f"model.h.{block}.{group}.{point}" for block in range(CONFIG.n_layer) for group in POINTS for point in POINTS[group]]
+    places = [
+        f"model.h.{block}.{group}.{point}"
+        for block in range(CONFIG.n_layer)
+        for group in POINTS
+        for point in POINTS[group]
+    ]
     assert set(kept) == {f"{place}.{name}" for place in places for name in ("codes", "scale", "zero_point", "bits")}
     for place in places:
         assert kept[f"{place}.codes"].dtype == mx.int8
@@ -155,7 +172,13 @@ def test_an_update_in_half_precision_moves_the_precise_weights():
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)
 @pytest.mark.parametrize("method", ["symmetric_quant", "affine_quant", "stochastic_quant", "ternary_quant"])
 def test_training_through_rounding_learns(method, dtype):
-    given = {**LINEARS, "quantize_attn_act": True, "quantize_mlp_act": True, "quantize_linear_method": method, "quantize_linear_bits": 4}
+    given = {
+        **LINEARS,
+        "quantize_attn_act": True,
+        "quantize_mlp_act": True,
+        "quantize_linear_method": method,
+        "quantize_linear_bits": 4,
+    }
     model, ramp = prepared({**given, "quantization_warmup_iters": 0})
     optimizer = build_optimizer(20, 1e-2)
     optimizer.init(model.trainable_parameters())

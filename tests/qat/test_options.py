@@ -14,13 +14,16 @@ SEED = [
     "quantize_linear_method", "activations_quant_method", "quantization_warmup_iters", "store_activations",
     "linear_variant_attn", "linear_variant_q", "linear_variant_k", "linear_variant_v", "linear_variant_attn_proj",
     "linear_variant_mlp", "linear_variant_mlp_up", "linear_variant_mlp_down",
-    "quantize_attn_act", "quantize_attn_act_input", "quantize_attn_act_qk_mult_q_input", "quantize_attn_act_qk_mult_k_input",
+    "quantize_attn_act", "quantize_attn_act_input", "quantize_attn_act_qk_mult_q_input",
+    "quantize_attn_act_qk_mult_k_input",
     "quantize_attn_act_softmax_input", "quantize_attn_act_pv_mult_p_input", "quantize_attn_act_pv_mult_v_input",
     "quantize_attn_act_pv_mult_output", "quantize_attn_act_output",
     "quantize_attn_act_bits", "quantize_attn_act_input_bits", "quantize_attn_act_qk_mult_q_input_bits",
-    "quantize_attn_act_qk_mult_k_input_bits", "quantize_attn_act_softmax_input_bits", "quantize_attn_act_pv_mult_p_input_bits",
+    "quantize_attn_act_qk_mult_k_input_bits", "quantize_attn_act_softmax_input_bits",
+    "quantize_attn_act_pv_mult_p_input_bits",
     "quantize_attn_act_pv_mult_v_input_bits", "quantize_attn_act_pv_mult_output_bits", "quantize_attn_act_output_bits",
-    "quantize_mlp_act", "quantize_mlp_act_input", "quantize_mlp_act_activation_input", "quantize_mlp_act_activation_output",
+    "quantize_mlp_act", "quantize_mlp_act_input", "quantize_mlp_act_activation_input",
+    "quantize_mlp_act_activation_output",
     "quantize_mlp_act_output",
     "quantize_mlp_act_bits", "quantize_mlp_act_input_bits", "quantize_mlp_act_activation_input_bits",
     "quantize_mlp_act_activation_output_bits", "quantize_mlp_act_output_bits",
@@ -53,7 +56,10 @@ def with_company(name, value):
     """An option, and the one that it does not go without."""
     if name == "full_quant_iteration":
         return {name: value + 100, "quantization_level_schedule": "linear"}
-    return {name: value, **({"full_quant_iteration": 200} if (name, value) == ("quantization_level_schedule", "linear") else {})}
+    return {
+        name: value,
+        **({"full_quant_iteration": 200} if (name, value) == ("quantization_level_schedule", "linear") else {}),
+    }
 
 
 def test_every_option_of_the_seed_is_there_under_its_name():
@@ -86,7 +92,10 @@ def test_what_is_given_counts_more_than_what_it_follows(name):
 
 def test_an_explicit_no_overrides_a_global_yes():
     options = parse(
-        "--quantize_attn_act", "--no-quantize_attn_act_input", "--linear_variant_attn=quantized_linear", "--linear_variant_k=linear"
+        "--quantize_attn_act",
+        "--no-quantize_attn_act_input",
+        "--linear_variant_attn=quantized_linear",
+        "--linear_variant_k=linear",
     )
     assert options.activation("attn", "input") is None
     assert all(options.activation("attn", point) for point in POINTS["attn"] if point != "input")
@@ -104,7 +113,9 @@ def test_the_defaults_are_the_seeds():
     assert options["store_activations"] is False
 
 
-@pytest.mark.parametrize("name", [*(f"quantize_{group}_act" for group in POINTS), *(f"quantize_{name}" for name in EMBEDDINGS)])
+@pytest.mark.parametrize(
+    "name", [*(f"quantize_{group}_act" for group in POINTS), *(f"quantize_{name}" for name in EMBEDDINGS)]
+)
 def test_anything_says_whether_something_is_quantized(name):
     assert QuantizationOptions({name: True}).anything
 

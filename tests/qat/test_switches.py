@@ -1,4 +1,6 @@
-"""Every switch does what it says: its tensor is on a grid of its bits, nothing else is touched, and gradients reach the weights."""
+"""Every switch does what it says: its tensor is on a grid of its bits, nothing else is touched, and gradients reach the
+weights.
+"""
 
 import mlxquant  # noqa: F401  (before mlx, so that MLX gets a fast BLAS)
 
@@ -77,7 +79,9 @@ def test_a_point_is_rounded_to_its_bits_and_no_other_is(group, point):
 @every_place
 def test_the_bits_of_all_points_reach_each(group, point):
     model, _ = prepared({f"quantize_{group}_act": True, f"quantize_{group}_act_bits": 2})
-    assert set(quantizing_points(model)) == {f"model.h.{b}.{group}.{p}" for b in range(CONFIG.n_layer) for p in POINTS[group]}
+    assert set(quantizing_points(model)) == {
+        f"model.h.{b}.{group}.{p}" for b in range(CONFIG.n_layer) for p in POINTS[group]
+    }
     _, after = through(model, f"model.h.1.{group}.{point}")
     assert len(np.unique(after)) <= 4
 
@@ -88,7 +92,9 @@ def test_gradients_reach_every_weight_through_a_point(group, point):
     plain = gradients(random_gpt())
     for path, found in gradients(model).items():
         cosine = (found * plain[path]).sum() / (mx.linalg.norm(found) * mx.linalg.norm(plain[path]))
-        assert path.endswith("c_attn.bias") or cosine.item() > 0.5, path  # a bias of keys has no effect, and so no gradient
+        assert path.endswith("c_attn.bias") or cosine.item() > 0.5, (
+            path
+        )  # a bias of keys has no effect, and so no gradient
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -104,7 +110,12 @@ def test_the_method_of_activations_is_the_one_that_was_chosen(group, method):
 
 
 def test_a_scale_for_each_token_depends_on_no_other_token():
-    given = {"quantize_attn_act": True, "quantize_attn_act_softmax_input": False, "quantize_mlp_act": True, "quantize_attn_act_bits": 4}
+    given = {
+        "quantize_attn_act": True,
+        "quantize_attn_act_softmax_input": False,
+        "quantize_mlp_act": True,
+        "quantize_attn_act_bits": 4,
+    }
     whole, other = np.array(tokens()), np.array(tokens())
     other[:, 8:] = (other[:, 8:] + 1) % CONFIG.vocab_size
     for scale, same in (("token", True), ("tensor", False)):
@@ -117,7 +128,11 @@ def test_a_scale_for_each_token_depends_on_no_other_token():
 @pytest.mark.parametrize("method", METHODS)
 @every_projection
 def test_a_projection_is_rounded_and_no_other_rows_are(name, method):
-    given = {f"linear_variant_{name}": QUANTIZED, f"quantize_linear_{name}_method": method, f"quantize_linear_{name}_bits": 3}
+    given = {
+        f"linear_variant_{name}": QUANTIZED,
+        f"quantize_linear_{name}_method": method,
+        f"quantize_linear_{name}_bits": 3,
+    }
     model, _ = prepared(given)
     plain, projection = random_gpt(), PROJECTIONS[name]
     own = {f"model.h.{block}.{projection.path}" for block in range(CONFIG.n_layer)}
@@ -143,9 +158,9 @@ def test_the_group_of_a_projection_switches_it_on(name):
     given = {f"linear_variant_{projection.group}": QUANTIZED, "quantize_linear_method": "ternary_quant"}
     layer = quantizing_weights(prepared(given)[0])[f"model.h.0.{projection.path}"]
     assert layer.quantizers[projection.part].method == "ternary_quant"
-    layer = quantizing_weights(prepared({**given, "quantize_linear_method": "affine_quant", "quantize_linear_bits": 5})[0])[
-        f"model.h.1.{projection.path}"
-    ]
+    layer = quantizing_weights(
+        prepared({**given, "quantize_linear_method": "affine_quant", "quantize_linear_bits": 5})[0]
+    )[f"model.h.1.{projection.path}"]
     assert (layer.quantizers[projection.part].method, layer.quantizers[projection.part].bits) == ("affine_quant", 5)
 
 

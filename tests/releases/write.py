@@ -1,8 +1,9 @@
-"""Write a folder of each kind that this release writes: ``python tests/releases/write.py``, once a release, by its code.
+"""Write a folder of each kind that this release writes: ``python tests/releases/write.py``, once a release, by its
+code.
 
-The result, ``tests/releases/VERSION``, is kept for ever: ``tests/test_releases.py`` loads what every release has written.
-The models are tiny and their weights are random, so that all of it is about a megabyte. ``embedded`` takes the place of the
-models that ship with the package (``tiny_assets``), so that every command runs as its user would run it.
+The result, ``tests/releases/VERSION``, is kept for ever: ``tests/test_releases.py`` loads what every release has
+written. The models are tiny and their weights are random, so that all of it is about a megabyte. ``embedded`` takes the
+place of the models that ship with the package (``tiny_assets``), so that every command runs as its user would run it.
 ``expected.json`` and ``expected.npz`` have what the models said and drew when they were written.
 """
 
@@ -123,7 +124,9 @@ def write() -> tuple[dict, dict]:
     pictures = ("--num-images", 1, "--num-steps", STEPS, "--cfg-weight", 2, "--calib-dir", calib)
     command("generate-calibration-data", "--model", "mmdit-shapes", *pictures)
     command("cache-adaround-data", "--calib-dir", calib, "--num-images", 1, "--stride", 1)
-    command("adaround-optimize", "--cache-dir", f"{calib}/adaround_cache", "--output-dir", "steps/adaround", "--iters", 2)
+    command(
+        "adaround-optimize", "--cache-dir", f"{calib}/adaround_cache", "--output-dir", "steps/adaround", "--iters", 2
+    )
     command("collect-layer-activations", "--calib-dir", calib, "--num-images", 1, "--stride", 1, "--rows", 4)
     command("analyze-activations", "--stats", f"{calib}/activations/layer_statistics.json")
     tracks = ("--adaround-output", "steps/adaround", "--quant-config", f"{calib}/activations/quant_config.json")

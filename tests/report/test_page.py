@@ -45,13 +45,24 @@ class Elements(HTMLParser):
 def test_nothing_is_loaded_from_anywhere(sample):
     _, _, html = sample
     elements = Elements(html)
-    assert not [tag for tag, attrs in elements.tags if tag in ("iframe", "object", "embed", "base") or (tag == "script" and "src" in attrs)]
-    places = [attrs[name] for _, attrs in elements.tags for name in ("src", "href", "xlink:href", "srcset", "data") if attrs.get(name)]
+    assert not [
+        tag
+        for tag, attrs in elements.tags
+        if tag in ("iframe", "object", "embed", "base") or (tag == "script" and "src" in attrs)
+    ]
+    places = [
+        attrs[name]
+        for _, attrs in elements.tags
+        for name in ("src", "href", "xlink:href", "srcset", "data")
+        if attrs.get(name)
+    ]
     assert len(places) > 20
     assert all(place.startswith(("data:", "#")) for place in places)
     assert all(place.startswith("#") for place in re.findall(r"url\(\s*['\"]?([^'\")]+)", html))
     assert "@import" not in html
-    policy = next(attrs["content"] for tag, attrs in elements.tags if attrs.get("http-equiv") == "Content-Security-Policy")
+    policy = next(
+        attrs["content"] for tag, attrs in elements.tags if attrs.get("http-equiv") == "Content-Security-Policy"
+    )
     assert policy.startswith("default-src 'none'")
 
 
@@ -77,8 +88,8 @@ def test_a_stages_remarks_say_what_was_tried_on_it(sample):
     _, facts, html = sample
     part = html.split('id="decisions"')[1].split("</section>")[0]
     remarks = (
-        "4.00 times less error than the next; 6.2% of the codes flipped; 20 steps; ptq4dit failed: a &lt;stage&gt; overflows; "
-        "rotation tried on 1 input, not kept; smoothquant on 2 inputs; tcaq helps no input"
+        "4.00 times less error than the next; 6.2% of the codes flipped; 20 steps; ptq4dit failed: a &lt;stage&gt;"
+        " overflows; rotation tried on 1 input, not kept; smoothquant on 2 inputs; tcaq helps no input"
     )
     assert part.count(remarks) == 3 * len(facts["results"])
     assert part.count("<b>exact</b>") == len(facts["results"])
@@ -87,12 +98,24 @@ def test_a_stages_remarks_say_what_was_tried_on_it(sample):
 def test_every_figure_of_the_report_is_on_the_page_and_no_other(sample):
     _, facts, html = sample
     shown = {float(value) for value in re.findall(r'data-value="([^"]+)"', html)}
-    everything = set(numbers(facts)) | {value for model in facts["results"] for value in numbers(layers_of(sample, model))}
+    everything = set(numbers(facts)) | {
+        value for model in facts["results"] for value in numbers(layers_of(sample, model))
+    }
     assert shown <= everything
     for model in (facts["reference"], *facts["results"]):
         keys = [metric["key"] for metric in facts["metrics"]]
-        sizes = ["model_bytes", "bits_per_weight", "latency_s", "latency_p95_s", "latency_ratio", "peak_bytes", "seconds_quantize"]
-        wanted = [model.get(name) for name in (*keys, *sizes)] + [edge for key in keys for edge in model[f"{key}_interval"] or ()]
+        sizes = [
+            "model_bytes",
+            "bits_per_weight",
+            "latency_s",
+            "latency_p95_s",
+            "latency_ratio",
+            "peak_bytes",
+            "seconds_quantize",
+        ]
+        wanted = [model.get(name) for name in (*keys, *sizes)] + [
+            edge for key in keys for edge in model[f"{key}_interval"] or ()
+        ]
         assert {value for value in wanted if value is not None} <= shown
     assert facts["results"][0]["trajectory"][-1] in shown
 
@@ -115,7 +138,10 @@ def test_what_people_read_is_the_value_rounded(sample):
     scales = (1, 1e-3, 1e6)
     assert len(pairs) > 50
     for value, text in pairs:
-        assert any(float(text) == pytest.approx(float(value) / scale, rel=0.06, abs=0.06) for scale in scales), (value, text)
+        assert any(float(text) == pytest.approx(float(value) / scale, rel=0.06, abs=0.06) for scale in scales), (
+            value,
+            text,
+        )
 
 
 def test_texts_are_escaped(sample):
@@ -132,7 +158,10 @@ def test_pictures_are_the_files(sample):
     for place, model in enumerate((facts["reference"], *facts["results"])):
         for prompt in range(3):
             uri = re.search(rf'id="p-{place}-{prompt}"[^>]*src="data:image/png;base64,([^"]+)"', html)[1]
-            assert page_pictures.base64.b64decode(uri) == (folder / "images" / model["folder"] / f"{prompt:04d}.png").read_bytes()
+            assert (
+                page_pictures.base64.b64decode(uri)
+                == (folder / "images" / model["folder"] / f"{prompt:04d}.png").read_bytes()
+            )
 
 
 def test_equal_folders_give_equal_pages(tmp_path):
@@ -240,7 +269,8 @@ def test_kinds_are_paths_without_their_numbers():
 
 
 @pytest.mark.parametrize(
-    ("value", "text"), [(30.123, "30.12"), (0.97123, "0.9712"), (0.0000123, "1.23e-05"), (0.0, "0.0000"), (-3.2, "-3.2000")]
+    ("value", "text"),
+    [(30.123, "30.12"), (0.97123, "0.9712"), (0.0000123, "1.23e-05"), (0.0, "0.0000"), (-3.2, "-3.2000")],
 )
 def test_numbers_keep_what_counts(value, text):
     assert plain(value) == text
@@ -249,10 +279,25 @@ def test_numbers_keep_what_counts(value, text):
 @pytest.mark.browser
 @pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
 def test_it_opens_in_a_browser_without_errors(sample, tmp_path):
-    switches = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
-    switches += ["--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path}", "--enable-logging=stderr", "--v=0"]
+    switches = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-quic",
+        "--no-first-run",
+        "--disable-background-networking",
+    ]
+    switches += [
+        "--disable-component-update",
+        "--disable-sync",
+        f"--user-data-dir={tmp_path}",
+        "--enable-logging=stderr",
+        "--v=0",
+    ]
     page = (sample[0] / "report.html").as_uri()
-    done = subprocess.run([CHROMIUM, *switches, "--dump-dom", page], capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run(
+        [CHROMIUM, *switches, "--dump-dom", page], capture_output=True, text=True, timeout=120, check=True
+    )
     assert "CONSOLE" not in done.stderr, done.stderr
     assert 'class="js"' in done.stdout
     assert '<span data-part="place">1 of 3</span>' in done.stdout

@@ -1,4 +1,6 @@
-"""Long jobs that survive being killed: calibration and sweep with their progress kept in ``OUT.partial`` until ``OUT`` is written."""
+"""Long jobs that survive being killed: calibration and sweep with their progress kept in ``OUT.partial`` until ``OUT``
+is written.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,8 @@ def partial_folder(out: Path) -> Path:
 
 @contextmanager
 def work_folder(out: Path, force: bool, resume: bool = True) -> Iterator[Path]:
-    """The folder for the progress of a job that will write ``out``: removed when the job is done, or failed before it kept anything.
+    """The folder for the progress of a job that will write ``out``: removed when the job is done, or failed before it
+    kept anything.
 
     Raises ArtifactError at once when ``out`` exists and may not be replaced, or could not be written in the end.
     """
@@ -51,7 +54,12 @@ class Quantized:
 
 
 def quantized(
-    model: Model, calib: CalibrationData, recipe: Recipe, work: Path, progress: Progress, tracks: TrackFiles | None = None
+    model: Model,
+    calib: CalibrationData,
+    recipe: Recipe,
+    work: Path,
+    progress: Progress,
+    tracks: TrackFiles | None = None,
 ) -> Quantized:
     """Sweep with its progress in ``work``."""
     start = time.perf_counter()

@@ -33,7 +33,17 @@ from ..sampling.sampler import SamplerStep
 from ..sweep.store import layer_arrays, module_facts
 
 KIND = "quantized-model"
-SAVED = ("kind", "version", "model", "layers", "attentions", "files", "mlxquant", "mlx", "plain")  # what ``save`` adds to the facts
+SAVED = (
+    "kind",
+    "version",
+    "model",
+    "layers",
+    "attentions",
+    "files",
+    "mlxquant",
+    "mlx",
+    "plain",
+)  # what ``save`` adds to the facts
 
 
 class Model:
@@ -56,8 +66,12 @@ class Model:
         """The adapter, as one that writes text; raises AdapterError where the model draws pictures."""
         return language(self.adapter)
 
-    def predict(self, text: str, length: int | None = None, limit: int | None = None, progress: Progress = silent) -> Prediction:
-        """How well a language model predicts a text; see ``prediction.predict``. Windows are by default as long as calibration has them."""
+    def predict(
+        self, text: str, length: int | None = None, limit: int | None = None, progress: Progress = silent
+    ) -> Prediction:
+        """How well a language model predicts a text; see ``prediction.predict``. Windows are by default as long as
+        calibration has them.
+        """
         adapter = self.language
         windows = adapter.context if length is None else length
         return predict(adapter.logits, adapter.tokenizer, text, windows, limit, adapter.batch, progress)
@@ -71,7 +85,9 @@ class Model:
         progress: Progress = silent,
         at_once: int | None = None,
     ) -> npt.NDArray[np.float32]:
-        """Pictures [B,H,W,3] in [0,1], each from its prompt and seed, ``at_once`` together, by default as the adapter has it."""
+        """Pictures [B,H,W,3] in [0,1], each from its prompt and seed, ``at_once`` together, by default as the adapter
+        has it.
+        """
         if not prompts:
             raise CalibrationError("there are no prompts to draw")
         adapter = self.diffusion
@@ -83,7 +99,9 @@ class Model:
             parts.append(adapter.decode(latent))
         images = np.concatenate(parts)
         if not np.isfinite(images).all():
-            raise NumericsError(f"{self.name}: a picture holds NaN or infinite values; the model's weights are damaged or overflow")
+            raise NumericsError(
+                f"{self.name}: a picture holds NaN or infinite values; the model's weights are damaged or overflow"
+            )
         return images
 
     def generate(self, prompt: str, seed: int = 0, steps: int | None = None, cfg: float | None = None) -> Image.Image:
@@ -126,7 +144,9 @@ class QuantizedModel(Model):
         try:
             return _load_folder(folder, read_json(folder / "model.json", KIND))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ArtifactError(f"{folder / 'model.json'}: incomplete or foreign ({error!r}); quantize again") from error
+            raise ArtifactError(
+                f"{folder / 'model.json'}: incomplete or foreign ({error!r}); quantize again"
+            ) from error
 
     @property
     def layers(self) -> dict[str, QuantizedLinear]:
@@ -137,13 +157,17 @@ class QuantizedModel(Model):
         return Size.of(self.layers, self._arrays())
 
     def _arrays(self) -> dict[str, mx.array]:
-        """Everything that is stored: quantized layers as they run, other parameters as float16 where that loses nothing."""
+        """Everything that is stored: quantized layers as they run, other parameters as float16 where that loses
+        nothing.
+        """
         quantized = layer_arrays(self.layers) | layer_arrays(find_quantized_attentions(self.adapter.module))
         everything = parameters(self.adapter.module)
         return {name: value if name in quantized else compact(value) for name, value in everything.items()}
 
     def save(self, folder: str | Path, force: bool = False) -> Path:
-        """Write the model as a folder that ``load`` reads; equal models give equal bytes. Raises ArtifactError, leaving nothing behind."""
+        """Write the model as a folder that ``load`` reads; equal models give equal bytes. Raises ArtifactError, leaving
+        nothing behind.
+        """
         with atomic_folder(Path(folder), force) as temporary:
             weights = temporary / "weights.safetensors"
             write_tensors(weights, "weights", self._arrays(), {"model": self.name})
@@ -164,10 +188,11 @@ class QuantizedModel(Model):
 
 
 def load(reference: str | Path, size: int | None = None) -> Model:
-    """A model with its full-precision weights by name, hub id or folder, or a folder that ``QuantizedModel.save`` wrote.
+    """A model with its full-precision weights by name, hub id or folder, or a folder that ``QuantizedModel.save``
+    wrote.
 
-    ``size`` is the pictures' side in pixels, for models that draw several. Raises AdapterError on an unknown name or an impossible
-    size, ArtifactError on a damaged or foreign folder.
+    ``size`` is the pictures' side in pixels, for models that draw several. Raises AdapterError on an unknown name or an
+    impossible size, ArtifactError on a damaged or foreign folder.
     """
     folder = Path(reference)
     model = QuantizedModel.load(folder) if (folder / "model.json").exists() else Model(pretrained(str(reference)))

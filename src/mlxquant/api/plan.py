@@ -12,7 +12,9 @@ from .model import Model, QuantizedModel
 def plan(model: Model, recipe: Recipe) -> dict[str, LayerSpec]:
     """What the recipe would do to each layer; raises RecipeError where it does not fit the model."""
     if isinstance(model, QuantizedModel):
-        raise RecipeError(f"{model.name} is quantized already, by {model.facts['recipe']['name']}; quantize the full-precision model")
+        raise RecipeError(
+            f"{model.name} is quantized already, by {model.facts['recipe']['name']}; quantize the full-precision model"
+        )
     check_model(model.adapter, recipe)
     linears = model.adapter.linears()
     layers = recipe.plan({path: model.adapter.role(path) for path in linears})

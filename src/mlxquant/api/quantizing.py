@@ -40,9 +40,10 @@ def calibrate(
 ) -> Calibration:
     """Collect trajectories for ``quantize``. With ``work``, a folder, a killed run resumes there.
 
-    ``prompts`` is a number, to take that many of the model's own calibration prompts with their seeds shifted by ``seed``, or a list.
-    ``samples`` limits how many pairs of a picture and a sampler step go through the layers when they are quantized: all steps, the
-    pictures in turn. By default that is the model's own limit; mmdit-shapes has none.
+    ``prompts`` is a number, to take that many of the model's own calibration prompts with their seeds shifted by
+    ``seed``, or a list. ``samples`` limits how many pairs of a picture and a sampler step go through the layers when
+    they are quantized: all steps, the pictures in turn. By default that is the model's own limit; mmdit-shapes has
+    none.
     """
     adapter = model.diffusion
     some = adapter.prompts("calibration", prompts, seed) if isinstance(prompts, int) else list(prompts)
@@ -50,14 +51,17 @@ def calibrate(
     path = None if work is None else Path(work) / "calibration.safetensors"
     if path is not None:
         ensure_writable(path.parent)
-    return trajectories.collect(adapter, some, steps, cfg, progress, adapter.samples if samples is None else samples, path)
+    return trajectories.collect(
+        adapter, some, steps, cfg, progress, adapter.samples if samples is None else samples, path
+    )
 
 
 def calibrate_text(
     model: Model, data: str | Path | None = None, samples: int | None = None, length: int | None = None, seed: int = 0
 ) -> TextCalibration:
-    """Text for ``quantize`` of a language model: ``samples`` windows of ``length`` tokens, by default as the model has them, from a text
-    file, or from the sources of Python's standard library. A part of either is left for ``Model.predict``; see ``corpus.read_corpus``.
+    """Text for ``quantize`` of a language model: ``samples`` windows of ``length`` tokens, by default as the model has
+    them, from a text file, or from the sources of Python's standard library. A part of either is left for
+    ``Model.predict``; see ``corpus.read_corpus``.
     """
     return collect_text(model.language, read_corpus(None if data is None else Path(data)), samples, length, seed)
 
@@ -70,11 +74,12 @@ def quantize(
     progress: Progress = silent,
     tracks: TrackFiles | None = None,
 ) -> QuantizedModel:
-    """Quantize a copy of ``model``; the model itself stays as it is. With ``work``, a folder, a killed run resumes there.
+    """Quantize a copy of ``model``; the model itself stays as it is. With ``work``, a folder, a killed run resumes
+    there.
 
-    Where the recipe limits the average bits, each layer first gets its own (``allocation``); where it has several rounds, each after
-    the first calibrates on what the model quantized so far draws from the same prompts. ``tracks`` are files of the explicit pipeline whose
-    blocks are taken as they are; the recipe then decides on the other layers.
+    Where the recipe limits the average bits, each layer first gets its own (``allocation``); where it has several
+    rounds, each after the first calibrates on what the model quantized so far draws from the same prompts. ``tracks``
+    are files of the explicit pipeline whose blocks are taken as they are; the recipe then decides on the other layers.
     Raises RecipeError, CalibrationError or NumericsError before anything long starts where that can be known.
     """
     recipe = parse_recipe(recipe) if isinstance(recipe, str) else recipe
@@ -82,11 +87,16 @@ def quantize(
     model.adapter.check_finite()
     if (calib.model, calib.source) != (model.name, model.adapter.fingerprint):
         raise CalibrationError(
-            f"the calibration data is of other weights ({calib.model}) than the model's ({model.name}); calibrate this model"
+            f"the calibration data is of other weights ({calib.model}) than the model's ({model.name}); calibrate this"
+            " model"
         )
     facts: dict[str, Any] = {}
     if recipe.allocates:
-        limit = stored_bits(model.adapter, layers) if recipe.mixed and recipe.bits_per_weight is None else recipe.bits_per_weight
+        limit = (
+            stored_bits(model.adapter, layers)
+            if recipe.mixed and recipe.bits_per_weight is None
+            else recipe.bits_per_weight
+        )
         place = None if work is None else Path(work)
         given = allocate(model.adapter, calib, recipe, limit, recipe.bits_per_activation, progress=progress, work=place)
         recipe, facts["allocation"] = given.recipe, given.facts
@@ -143,8 +153,8 @@ def compare(
     for name, model in named.items():
         if model.diffusion.latent_shape != reference.diffusion.latent_shape:
             raise AdapterError(
-                f"{name} draws latents of {model.diffusion.latent_shape}, {reference.name} of {reference.diffusion.latent_shape}; load "
-                "both with the same size"
+                f"{name} draws latents of {model.diffusion.latent_shape}, {reference.name} of"
+                f" {reference.diffusion.latent_shape}; load both with the same size"
             )
     first = "reference" if isinstance(reference, QuantizedModel) or "FP" in named else "FP"
     images = {name: m.images(some, steps, cfg, progress=progress) for name, m in {first: reference, **named}.items()}

@@ -1,7 +1,7 @@
 """Text to train on and to measure with: the sources of Python's standard library, which every machine has, or any file.
 
-A part is held out. Of the library that is whole modules, about one in twenty, chosen by their path alone, so that the choice is the same
-under every version of Python; of a file it is the end.
+A part is held out. Of the library that is whole modules, about one in twenty, chosen by their path alone, so that the
+choice is the same under every version of Python; of a file it is the end.
 """
 
 from __future__ import annotations
@@ -16,7 +16,17 @@ from pathlib import Path
 from ..errors import CalibrationError
 
 HELD_OUT = 20  # one module in so many; of a file, one character in so many
-SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "lib2to3", "pydoc_data", "encodings"}
+SKIPPED = {
+    "site-packages",
+    "dist-packages",
+    "test",
+    "tests",
+    "idle_test",
+    "__pycache__",
+    "lib2to3",
+    "pydoc_data",
+    "encodings",
+}
 
 
 @dataclass(frozen=True)
@@ -35,7 +45,9 @@ class Corpus:
 
 
 def read_corpus(path: Path | None = None) -> Corpus:
-    """The text of a file in UTF-8, or the standard library's. Raises CalibrationError where there is none, or too little."""
+    """The text of a file in UTF-8, or the standard library's. Raises CalibrationError where there is none, or too
+    little.
+    """
     return standard_library() if path is None else text_file(path)
 
 
@@ -46,7 +58,9 @@ def text_file(path: Path) -> Corpus:
     except OSError as error:
         raise CalibrationError(f"{path}: {error.strerror or error}; expected a text file") from error
     except UnicodeDecodeError as error:
-        raise CalibrationError(f"{path}: no text in UTF-8 ({error.reason} at byte {error.start}); convert it first") from error
+        raise CalibrationError(
+            f"{path}: no text in UTF-8 ({error.reason} at byte {error.start}); convert it first"
+        ) from error
     if len(text) < 2 * HELD_OUT:
         raise CalibrationError(f"{path}: {len(text)} characters are too few; expected some thousand")
     cut = len(text) - len(text) // HELD_OUT

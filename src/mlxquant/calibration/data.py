@@ -1,4 +1,6 @@
-"""What a sweep asks of calibration data, whatever it is of: batches of chain inputs at noise levels, made when they are needed."""
+"""What a sweep asks of calibration data, whatever it is of: batches of chain inputs at noise levels, made when they are
+needed.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ from ..progress import Progress, silent
 
 
 class OnDemand(Sequence[State]):
-    """States that are made anew by ``make(index)`` whenever they are asked for: whoever uses one decides how long it lives."""
+    """States that are made anew by ``make(index)`` whenever they are asked for: whoever uses one decides how long it
+    lives.
+    """
 
     def __init__(self, make: Callable[[int], State], indices: range):
         self._make, self._indices = make, indices

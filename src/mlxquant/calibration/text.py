@@ -20,7 +20,9 @@ from .data import OnDemand
 
 @dataclass(frozen=True)
 class TextCalibration:
-    """``windows`` [n,T] int32 of one text, ``about`` which there is plain data; ``source`` is the fingerprint of the model's weights."""
+    """``windows`` [n,T] int32 of one text, ``about`` which there is plain data; ``source`` is the fingerprint of the
+    model's weights.
+    """
 
     model: str
     source: str
@@ -31,7 +33,13 @@ class TextCalibration:
     def record(self) -> dict[str, Any]:
         """All that it depends on, as plain data."""
         digest = array_digest(mx.array(self.windows))
-        return {"model": self.model, "source": self.source, "windows": list(self.windows.shape), "tokens": digest, **self.about}
+        return {
+            "model": self.model,
+            "source": self.source,
+            "windows": list(self.windows.shape),
+            "tokens": digest,
+            **self.about,
+        }
 
     def batches(self, adapter: Adapter, size: int | None = None) -> tuple[list[float], OnDemand]:
         """Noise levels, all the same, and chain inputs of at most ``size`` windows."""
@@ -52,9 +60,11 @@ class TextCalibration:
         return self
 
 
-def read_windows(adapter: LanguageAdapter, text: str, samples: int | None = None, length: int | None = None, seed: int = 0) -> Tokens:
-    """Windows [samples,length] int32 at random places of a text that do not overlap, in the order of the text; by default as many and as
-    long as the adapter has it. Raises CalibrationError when the text is too short for one.
+def read_windows(
+    adapter: LanguageAdapter, text: str, samples: int | None = None, length: int | None = None, seed: int = 0
+) -> Tokens:
+    """Windows [samples,length] int32 at random places of a text that do not overlap, in the order of the text; by
+    default as many and as long as the adapter has it. Raises CalibrationError when the text is too short for one.
     """
     samples, length = adapter.samples if samples is None else samples, adapter.context if length is None else length
     adapter.check_length(length)
@@ -68,7 +78,9 @@ def choose_windows(tokens: Tokens, samples: int | None, length: int, seed: int =
         raise CalibrationError(f"{samples} windows of {length} tokens to calibrate on; expected at least 1 of both")
     count = len(tokens) // length
     if not count:
-        raise CalibrationError(f"a text of {len(tokens)} tokens has no window of {length}; pass a longer text or shorter windows")
+        raise CalibrationError(
+            f"a text of {len(tokens)} tokens has no window of {length}; pass a longer text or shorter windows"
+        )
     windows = np.asarray(tokens[: count * length], np.int32).reshape(count, length)
     if samples is None or samples >= count:
         return windows

@@ -1,6 +1,7 @@
 """Calibration data: what the model sees on its own trajectories, real prompts and real noise, at every sampler step.
 
-Only latents are kept; text is encoded again when it is needed. Everything is a function of (model, prompts, steps, cfg).
+Only latents are kept; text is encoded again when it is needed. Everything is a function of (model, prompts, steps,
+cfg).
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ from .data import OnDemand
 class Calibration:
     """``latents`` [steps, prompts, H, W, C] float32 before each Euler step, at ``sigmas`` [steps].
 
-    ``source`` is the fingerprint of the weights that drew them. ``samples`` limits how many (step, picture) pairs go through the model
-    again when it is quantized (None: all of them); see ``take_turns``.
+    ``source`` is the fingerprint of the weights that drew them. ``samples`` limits how many (step, picture) pairs go
+    through the model again when it is quantized (None: all of them); see ``take_turns``.
     """
 
     model: str
@@ -78,32 +79,43 @@ class Calibration:
         return collect(diffusion(adapter), self.prompts, self.steps, self.cfg, progress, self.samples, path)
 
     def batches(self, adapter: Adapter, size: int | None = None) -> tuple[list[float], OnDemand]:
-        """Noise levels and chain inputs, each batch at one noise level with at most ``size`` pictures, by default as many as the adapter
-        samples at once.
+        """Noise levels and chain inputs, each batch at one noise level with at most ``size`` pictures, by default as
+        many as the adapter samples at once.
 
-        Guided models see every latent with its prompt and with the empty prompt, as their sampler does: first all guided rows, then
-        all others. Inputs are put together when they are asked for; each distinct prompt is encoded once.
+        Guided models see every latent with its prompt and with the empty prompt, as their sampler does: first all
+        guided rows, then all others. Inputs are put together when they are asked for; each distinct prompt is encoded
+        once.
         """
         return self._states(diffusion(adapter), adapter.batch if size is None else size, False)
 
     def in_order(self, adapter: Adapter, size: int | None = None) -> tuple[list[float], OnDemand]:
-        """As ``batches``, by default all pictures at once, with the rows picture by picture: a picture's guided and unguided side follow
-        each other.
+        """As ``batches``, by default all pictures at once, with the rows picture by picture: a picture's guided and
+        unguided side follow each other.
         """
         return self._states(diffusion(adapter), len(self.prompts) if size is None else size, True)
 
     def _states(self, adapter: DiffusionAdapter, size: int, side_by_side: bool) -> tuple[list[float], OnDemand]:
-        parts = [(step, some[start : start + size]) for step, some in enumerate(self.pictures) for start in range(0, len(some), size)]
+        parts = [
+            (step, some[start : start + size])
+            for step, some in enumerate(self.pictures)
+            for start in range(0, len(some), size)
+        ]
         sides = [[prompt.text if self.cfg != 0 else "" for prompt in self.prompts]]
         if self.cfg not in (0, 1):
             sides.append([""] * len(self.prompts))
         used = sorted({picture for _, some in parts for picture in some})
-        places = {text: place for place, text in enumerate(dict.fromkeys(side[picture] for side in sides for picture in used))}
+        places = {
+            text: place for place, text in enumerate(dict.fromkeys(side[picture] for side in sides for picture in used))
+        }
         text = adapter.encode(list(places))
 
         def make(index: int) -> State:
             step, some = parts[index]
-            rows = [(p, side[p]) for p in some for side in sides] if side_by_side else [(p, side[p]) for side in sides for p in some]
+            rows = (
+                [(p, side[p]) for p in some for side in sides]
+                if side_by_side
+                else [(p, side[p]) for side in sides for p in some]
+            )
             latent = self.latents[step][mx.array([picture for picture, _ in rows])]
             read = mx.array([places[prompt] for _, prompt in rows])
             return adapter.state(latent, text.tokens[read], text.pooled[read], float(self.sigmas[step]))
@@ -118,15 +130,20 @@ class Calibration:
         """Raises ArtifactError when the file is damaged or foreign."""
         arrays, header = read_tensors(path, "calibration")
         prompts = tuple(Prompt(seed, text) for seed, text in header["prompts"])
-        made, sigmas = (header["model"], header["source"], prompts, header["steps"], header["cfg"]), np.array(header["sigmas"])
-        return cls(*made, sigmas, arrays["latents"], header.get("samples"))  # what was saved before there was a limit has none
+        made, sigmas = (
+            (header["model"], header["source"], prompts, header["steps"], header["cfg"]),
+            np.array(header["sigmas"]),
+        )
+        return cls(
+            *made, sigmas, arrays["latents"], header.get("samples")
+        )  # what was saved before there was a limit has none
 
 
 def take_turns(steps: int, pictures: int, samples: int | None = None) -> list[list[int]]:
     """Which of ``pictures`` to use at each of ``steps``, ``samples`` pairs in all (None: all pairs).
 
-    Every step has as many as any other, to within one, and at least one, even where ``samples`` is less than ``steps``. Pictures take
-    turns from step to step: each is used as often as any other, to within one.
+    Every step has as many as any other, to within one, and at least one, even where ``samples`` is less than ``steps``.
+    Pictures take turns from step to step: each is used as often as any other, to within one.
     """
     total = steps * pictures if samples is None else min(max(samples, steps), steps * pictures)
     edges = [step * total // steps for step in range(steps + 1)]
@@ -144,9 +161,9 @@ def collect(
 ) -> Calibration:
     """Run the full-precision sampler over prompts, ``adapter.batch`` at a time, and keep every latent.
 
-    With ``path`` finished batches are kept in that file, in the place of another job's: a killed run goes on after its last one and
-    ends with the same data, bit for bit. ``samples`` is as in ``Calibration``. Raises CalibrationError without prompts or samples,
-    NumericsError on NaN weights, ArtifactError when the file is damaged.
+    With ``path`` finished batches are kept in that file, in the place of another job's: a killed run goes on after its
+    last one and ends with the same data, bit for bit. ``samples`` is as in ``Calibration``. Raises CalibrationError
+    without prompts or samples, NumericsError on NaN weights, ArtifactError when the file is damaged.
     """
     if not prompts:
         raise CalibrationError("calibration needs at least one prompt")
@@ -175,8 +192,8 @@ def collect(
 
 
 def finished(whole: Calibration, batch: int, path: Path | None) -> Calibration:
-    """The first prompts of ``whole``, whose latents are yet to be drawn, with the latents that ``path`` has: of the same trajectories,
-    drawn in the same batches.
+    """The first prompts of ``whole``, whose latents are yet to be drawn, with the latents that ``path`` has: of the
+    same trajectories, drawn in the same batches.
     """
     first = replace(whole, prompts=())
     if path is None or not path.exists():
@@ -184,7 +201,9 @@ def finished(whole: Calibration, batch: int, path: Path | None) -> Calibration:
     try:
         kept = Calibration.load(path)
     except ArtifactError as error:
-        raise ArtifactError(f"{error}; or pass --no-resume, or remove the file: calibration then starts over") from error
+        raise ArtifactError(
+            f"{error}; or pass --no-resume, or remove the file: calibration then starts over"
+        ) from error
     count = min(len(kept.prompts), len(whole.prompts))
     if len(kept.prompts) != len(whole.prompts):
         count -= count % batch

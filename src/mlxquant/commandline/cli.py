@@ -47,4 +47,6 @@ class Verbs(click.Group):
 @click.command(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="mlxquant")
 def main() -> None:
-    """Make diffusion transformers small enough for the Mac they run on, without the picture changing; and language models."""
+    """Make diffusion transformers small enough for the Mac they run on, without the picture changing; and language
+    models.
+    """

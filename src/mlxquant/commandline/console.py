@@ -1,4 +1,6 @@
-"""How commands talk: progress and tables on stderr for people, one JSON object as the last line of stdout for programs."""
+"""How commands talk: progress and tables on stderr for people, one JSON object as the last line of stdout for
+programs.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,9 @@ def result(facts: dict[str, Any]) -> None:
 
 
 def peak_bytes() -> int:
-    """The most memory of this process so far: resident, or MLX's own where that is more, for Metal's buffers may not be resident."""
+    """The most memory of this process so far: resident, or MLX's own where that is more, for Metal's buffers may not be
+    resident.
+    """
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return max(resident if sys.platform == "darwin" else resident * 1024, mx.get_peak_memory())
 
@@ -64,8 +68,14 @@ def verbosity(ctx: click.Context, parameter: click.Parameter, value: bool) -> No
 
 
 MODEL_HELP = "A model's name (mmdit-shapes, sd3-medium), a hub id, or a folder with its weights."
-UNDERSCORES = {"token_normalize_func": lambda name: name.replace("_", "-")}  # of a command's context: --out_dir is --out-dir
+UNDERSCORES = {
+    "token_normalize_func": lambda name: name.replace("_", "-")
+}  # of a command's context: --out_dir is --out-dir
 size_option = click.option("--size", type=click.IntRange(1), help="Pixels of a picture's side.  [default: the model's]")
 force_option = click.option("--force", is_flag=True, help="Replace an existing folder.")
-resume_option = click.option("--resume/--no-resume", default=True, show_default=True, help="Go on where a killed run of the same job was.")
-verbose_option = click.option("--verbose", is_flag=True, expose_value=False, callback=verbosity, help="Say more on stderr.")
+resume_option = click.option(
+    "--resume/--no-resume", default=True, show_default=True, help="Go on where a killed run of the same job was."
+)
+verbose_option = click.option(
+    "--verbose", is_flag=True, expose_value=False, callback=verbosity, help="Say more on stderr."
+)

@@ -1,7 +1,8 @@
-"""Arrays where they lie: name, dtype, shape and place of each array in a safetensors or npz file, read one at a time when asked for.
+"""Arrays where they lie: name, dtype, shape and place of each array in a safetensors or npz file, read one at a time
+when asked for.
 
-Listing a file reads its header and nothing else, so a checkpoint of any size is listed at once. Any safetensors dtype is listed; those
-that NumPy can hold, and bfloat16 as float32, are read.
+Listing a file reads its header and nothing else, so a checkpoint of any size is listed at once. Any safetensors dtype
+is listed; those that NumPy can hold, and bfloat16 as float32, are read.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from ..numerics.arrays import Array
 AGAIN = "download or write it anew"
 DAMAGED = (ValueError, KeyError, TypeError, AttributeError, RecursionError, EOFError, zipfile.BadZipFile, zlib.error)
 DTYPES = {  # safetensors' names: ours, and the bytes of a value
-    "BOOL": ("bool", 1), "U8": ("uint8", 1), "I8": ("int8", 1), "F8_E4M3": ("float8_e4m3", 1), "F8_E5M2": ("float8_e5m2", 1),
+    "BOOL": ("bool", 1), "U8": ("uint8", 1), "I8": ("int8", 1), "F8_E4M3": ("float8_e4m3", 1),
+    "F8_E5M2": ("float8_e5m2", 1),
     "U16": ("uint16", 2), "I16": ("int16", 2), "F16": ("float16", 2), "BF16": ("bfloat16", 2),
     "U32": ("uint32", 4), "I32": ("int32", 4), "F32": ("float32", 4),
     "U64": ("uint64", 8), "I64": ("int64", 8), "F64": ("float64", 8),
@@ -46,7 +48,9 @@ class StoredArray:
 
     @property
     def readable(self) -> bool:
-        """Whether ``read`` can give its values: 8-bit floats, complex numbers, text and pickled objects are only listed."""
+        """Whether ``read`` can give its values: 8-bit floats, complex numbers, text and pickled objects are only
+        listed.
+        """
         try:
             return self.dtype == "bfloat16" or np.dtype(self.dtype).kind in "biuf"
         except TypeError:  # no dtype of NumPy's
@@ -98,12 +102,18 @@ def _list_safetensors(path: Path) -> tuple[list[StoredArray], dict[str, str]]:
     with path.open("rb") as file:
         head = tensor_layout.read_header(file, size := path.stat().st_size)
     entries = tensor_layout.entries(head)
-    metadata = {str(key): str(value) for key, value in (entries.pop("__metadata__", None) or {}).items()}  # MLX writes null for none
+    metadata = {
+        str(key): str(value) for key, value in (entries.pop("__metadata__", None) or {}).items()
+    }  # MLX writes null for none
     arrays, position = [], 0
     for start, end, name in sorted((*entry["data_offsets"], name) for name, entry in entries.items()):
         shape = tuple(int(side) for side in entries[name]["shape"])
         dtype, width = DTYPES.get(entries[name]["dtype"], (entries[name]["dtype"].lower(), None))
-        if start != position or min(shape, default=0) < 0 or (width is not None and end - start != width * math.prod(shape)):
+        if (
+            start != position
+            or min(shape, default=0) < 0
+            or (width is not None and end - start != width * math.prod(shape))
+        ):
             raise ValueError(f"{name} is not where the one before it ends, or not as long as its shape")
         arrays.append(StoredArray(name, dtype, shape, end - start, path, len(head) + start))
         position = end
@@ -126,7 +136,9 @@ def _list_npz(path: Path) -> list[StoredArray]:
 
 
 def check_npz(path: Path) -> None:
-    """Read a whole npz and compare the checksums that its members have; raises ArtifactError on the first that differs."""
+    """Read a whole npz and compare the checksums that its members have; raises ArtifactError on the first that
+    differs.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()

@@ -36,7 +36,9 @@ class CodedTensor:
 
     def values(self, stride: int = 1) -> Array:
         """float32, what the codes stand for."""
-        scale, zero = (self.parts[name].read(stride if self.parts[name].shape[0] > 1 else 1) for name in ("scale", "zero_point"))
+        scale, zero = (
+            self.parts[name].read(stride if self.parts[name].shape[0] > 1 else 1) for name in ("scale", "zero_point")
+        )
         values: Array = (scale * (self.codes(stride) - zero)).astype(np.float32)
         return values
 

@@ -1,7 +1,7 @@
 """Quantized layers as files hold them: format, shape, where the codes are, and how they become weights again.
 
-Two layouts: packed as MLX packs (``path.weight`` uint32 with scales and biases; ours and mlx-lm's), and signed codes in npz files
-(``path__weight_int``). What is stored says which grid it is on, or a file beside it does; nothing is guessed.
+Two layouts: packed as MLX packs (``path.weight`` uint32 with scales and biases; ours and mlx-lm's), and signed codes in
+npz files (``path__weight_int``). What is stored says which grid it is on, or a file beside it does; nothing is guessed.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ STORED = (*PACKED, "act_divisor")
 
 @dataclass(frozen=True)
 class StoredLayer:
-    """A quantized layer: ``shape`` (out, in), ``parts`` its arrays by the name that they have in it, ``rotation`` the channels of its
-    input that are rotated together, ``error`` its relative output error when it was made, where that is known.
+    """A quantized layer: ``shape`` (out, in), ``parts`` its arrays by the name that they have in it, ``rotation`` the
+    channels of its input that are rotated together, ``error`` its relative output error when it was made, where that is
+    known.
     """
 
     path: str
@@ -68,13 +69,20 @@ class StoredLayer:
         return sigma, step, bits
 
     def codes(self, stride: int = 1) -> Array:
-        """Signed codes int16 [rows, in] around the code that means zero on a symmetric grid, of every ``stride``-th output."""
+        """Signed codes int16 [rows, in] around the code that means zero on a symmetric grid, of every ``stride``-th
+        output.
+        """
         if "weight_int" in self.parts:
             return self.parts["weight_int"].read(stride).astype(np.int16)
-        return unpack(self.parts["weight"].read(stride), self.format.bits, self.shape[1]).astype(np.int16) - self.format.zero_code
+        return (
+            unpack(self.parts["weight"].read(stride), self.format.bits, self.shape[1]).astype(np.int16)
+            - self.format.zero_code
+        )
 
     def weight(self, stride: int = 1) -> Array:
-        """The weight float32 [rows, in] of every ``stride``-th output, as the layer multiplies its transformed input by it."""
+        """The weight float32 [rows, in] of every ``stride``-th output, as the layer multiplies its transformed input by
+        it.
+        """
         codes = self.codes(stride) + self.format.zero_code
         scales = self._rows("scale" if "weight_int" in self.parts else "scales", stride)
         biases = self._rows("biases", stride) if "biases" in self.parts else -self.format.zero_code * scales
@@ -90,7 +98,9 @@ class StoredLayer:
 def stored_layers(
     formats: Mapping[str, Mapping[str, Any]], arrays: Sequence[StoredArray], errors: Mapping[str, float] | None = None
 ) -> list[StoredLayer]:
-    """Layers whose formats a file of ours gives, by path; raises ArtifactError when their arrays are not there or do not fit."""
+    """Layers whose formats a file of ours gives, by path; raises ArtifactError when their arrays are not there or do
+    not fit.
+    """
     named = {array.name: array for array in arrays}
     found = []
     for path, facts in formats.items():
@@ -99,18 +109,26 @@ def stored_layers(
         main = parts.get("weight") or parts.get("weight_int")
         scales = parts.get("scales") or parts.get("scale")
         if main is None or scales is None:
-            raise ArtifactError(f"layer {path}: its codes and scales are not in the files that are there; write them anew")
+            raise ArtifactError(
+                f"layer {path}: its codes and scales are not in the files that are there; write them anew"
+            )
         format = WeightFormat(**facts.get("format", facts))
         rows, width = facts.get("shape", main.shape)
         expected = (rows, -(-width * format.bits // 32) if "weight" in parts else width)
         if main.shape != expected:
-            raise ArtifactError(f"layer {path}: codes of shape {main.shape} in {main.file}, expected {expected}; write it anew")
-        found.append(StoredLayer(path, (rows, width), format, parts, int(facts.get("rotation", 1)), (errors or {}).get(path)))
+            raise ArtifactError(
+                f"layer {path}: codes of shape {main.shape} in {main.file}, expected {expected}; write it anew"
+            )
+        found.append(
+            StoredLayer(path, (rows, width), format, parts, int(facts.get("rotation", 1)), (errors or {}).get(path))
+        )
     return found
 
 
 def foreign_layers(quantization: Mapping[str, Any], arrays: Sequence[StoredArray]) -> list[StoredLayer]:
-    """Layers of a checkpoint that MLX quantized: affine, packed, with the bits and group sizes that its config.json gives."""
+    """Layers of a checkpoint that MLX quantized: affine, packed, with the bits and group sizes that its config.json
+    gives.
+    """
     named = {array.name: array for array in arrays}
     found = []
     for name, scales in named.items():
@@ -133,7 +151,9 @@ def foreign_layers(quantization: Mapping[str, Any], arrays: Sequence[StoredArray
 
 
 def unnamed_layers(layers: Sequence[StoredLayer], arrays: Sequence[StoredArray]) -> int:
-    """How many layers look packed (uint32 with scales) and are not among ``layers``, because nothing says on which grid they are."""
+    """How many layers look packed (uint32 with scales) and are not among ``layers``, because nothing says on which grid
+    they are.
+    """
     known = {layer.path for layer in layers}
     names = {array.name for array in arrays}
     packed = (a.name.removesuffix(".weight") for a in arrays if a.dtype == "uint32" and a.name.endswith(".weight"))
@@ -141,7 +161,9 @@ def unnamed_layers(layers: Sequence[StoredLayer], arrays: Sequence[StoredArray])
 
 
 def activation_text(layer: StoredLayer) -> str:
-    """How a layer's input is quantized: ``A8 x28`` for 8 bits at 28 noise levels, ``A4-8`` where levels differ, ``-`` for not at all."""
+    """How a layer's input is quantized: ``A8 x28`` for 8 bits at 28 noise levels, ``A4-8`` where levels differ, ``-``
+    for not at all.
+    """
     table = layer.table()
     if table is None:
         return f"A{layer.parts['act_token'].read()[0]} a token" if "act_token" in layer.parts else "-"
@@ -156,8 +178,8 @@ def without_parts(arrays: Sequence[StoredArray], layers: Sequence[StoredLayer]) 
 
 
 def bits_per_weight(arrays: Sequence[StoredArray], layers: Sequence[StoredLayer]) -> float:
-    """Stored bits over parameters of everything in the files, as ``Size.bits_per_weight``: a quantized weight counts once, what stands
-    for it and what quantizes its input not at all. Only for packed layers.
+    """Stored bits over parameters of everything in the files, as ``Size.bits_per_weight``: a quantized weight counts
+    once, what stands for it and what quantizes its input not at all. Only for packed layers.
     """
     packed = {id(part) for layer in layers for name, part in layer.parts.items() if name in PACKED}
     others = sum(array.size for array in arrays if id(array) not in packed and ".act_" not in array.name)

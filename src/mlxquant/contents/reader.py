@@ -1,4 +1,6 @@
-"""What is at a path: one of our files or folders, or any checkpoint. Everything that has a checksum is verified on the way."""
+"""What is at a path: one of our files or folders, or any checkpoint. Everything that has a checksum is verified on the
+way.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,8 @@ from .layers import StoredLayer, foreign_layers, stored_layers, unnamed_layers
 
 MODEL_KIND = "quantized-model"
 SPEAKERS = (
-    "model.json", "report.json", "manifest.json", "metadata.json", "config.json", "layer_statistics.json", "quant_config.json",
+    "model.json", "report.json", "manifest.json", "metadata.json", "config.json", "layer_statistics.json",
+    "quant_config.json",
 )  # fmt: skip
 HEADER = ("kind", "version", "sha256")
 BULK = (
@@ -42,10 +45,11 @@ BULK = (
 
 @dataclass(frozen=True)
 class Contents:
-    """``path`` is the file that speaks for the rest, ``kind`` ours, or "safetensors" or "npz"; ``facts`` are what it says of itself.
+    """``path`` is the file that speaks for the rest, ``kind`` ours, or "safetensors" or "npz"; ``facts`` are what it
+    says of itself.
 
-    ``checks`` has every file and how it was checked: by "sha256", "crc32", or, where nothing vouches for it, its "layout".
-    ``statistics`` and ``config`` are there when the path is theirs.
+    ``checks`` has every file and how it was checked: by "sha256", "crc32", or, where nothing vouches for it, its
+    "layout". ``statistics`` and ``config`` are there when the path is theirs.
     """
 
     path: Path
@@ -95,9 +99,15 @@ def _read_folder(folder: Path) -> Contents:
     if archives := sorted(folder.glob("*.npz")):
         contents = [read_contents(path) for path in archives]
         arrays = [replace(a, name=f"{part.path.stem}/{a.name}") for part in contents for a in part.arrays]
-        return Contents(folder, "npz", arrays=arrays, checks={name: how for part in contents for name, how in part.checks.items()})
-    inside = f"; it has {', '.join(f'{path.name}/' for path in dict.fromkeys(below))}, name one of them" if below else ""
-    raise ArtifactError(f"{folder}: holds nothing that mlxquant wrote, and no .safetensors or .npz files{inside or '; check the path'}")
+        return Contents(
+            folder, "npz", arrays=arrays, checks={name: how for part in contents for name, how in part.checks.items()}
+        )
+    inside = (
+        f"; it has {', '.join(f'{path.name}/' for path in dict.fromkeys(below))}, name one of them" if below else ""
+    )
+    raise ArtifactError(
+        f"{folder}: holds nothing that mlxquant wrote, and no .safetensors or .npz files{inside or '; check the path'}"
+    )
 
 
 def _plain_json(path: Path) -> dict[str, Any]:
@@ -111,7 +121,9 @@ def _plain_json(path: Path) -> dict[str, Any]:
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether a file is there and says that it is ours, or may have said so before it was damaged; config.json is others' name, too."""
+    """Whether a file is there and says that it is ours, or may have said so before it was damaged; config.json is
+    others' name, too.
+    """
     if not path.is_file():
         return False
     return path.name != "config.json" or "kind" in _plain_json(path)
@@ -120,7 +132,9 @@ def _is_ours(path: Path) -> bool:
 def _read_json(path: Path) -> Contents:
     data = _plain_json(path)
     if "kind" not in data:
-        raise ArtifactError(f"{path}: says no kind, so mlxquant did not write it; name a checkpoint or one of our files")
+        raise ArtifactError(
+            f"{path}: says no kind, so mlxquant did not write it; name a checkpoint or one of our files"
+        )
     data = read_json(path, str(data["kind"]))
     kind = str(data["kind"])
     found = Contents(path, kind, _short(data), checks={path.name: "sha256"})
@@ -132,7 +146,9 @@ def _read_json(path: Path) -> Contents:
         if kind == CONFIG_KIND:
             config = QuantConfig.read(path)
             facts = {**found.facts.pop("made_from", {}), **found.facts}
-            return replace(found, facts=facts, config=config, checks={**found.checks, data["sidecar"]["file"]: "sha256"})
+            return replace(
+                found, facts=facts, config=config, checks={**found.checks, data["sidecar"]["file"]: "sha256"}
+            )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ArtifactError(f"{path}: incomplete or of another version ({error!r}); run its step again") from error
     return found
@@ -144,7 +160,11 @@ def _short(data: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(made := data.get("made_from"), Mapping):
         facts = {**made, **facts}
     kept = {stage["stage"]: stage["kept"] for stage in data.get("stages", [])}
-    kept |= {name: block["kept"] for name, block in data["blocks"].items()} if isinstance(data.get("blocks"), Mapping) else {}
+    kept |= (
+        {name: block["kept"] for name, block in data["blocks"].items()}
+        if isinstance(data.get("blocks"), Mapping)
+        else {}
+    )
     return {**facts, "kept": kept} if kept else facts
 
 
@@ -153,9 +173,16 @@ def _read_model(found: Contents, data: Mapping[str, Any]) -> Contents:
     for name, sha256 in data["files"].items():
         arrays += list_arrays(found.path.parent / name)[0]
         verify(found.path.parent / name, sha256)
-    errors = {path: layer["error"] for stage in data["stages"] for path, layer in stage.get("layers", {}).items() if "error" in layer}
+    errors = {
+        path: layer["error"]
+        for stage in data["stages"]
+        for path, layer in stage.get("layers", {}).items()
+        if "error" in layer
+    }
     layers = stored_layers(data["layers"], arrays, errors)
-    return replace(found, arrays=arrays, layers=layers, checks={**found.checks, **dict.fromkeys(data["files"], "sha256")})
+    return replace(
+        found, arrays=arrays, layers=layers, checks={**found.checks, **dict.fromkeys(data["files"], "sha256")}
+    )
 
 
 def _read_ledger(found: Contents, data: Mapping[str, Any]) -> Contents:
@@ -165,11 +192,17 @@ def _read_ledger(found: Contents, data: Mapping[str, Any]) -> Contents:
         verify(ledger.folder / name, sha256)
         if name.endswith(".npz"):
             own = list_arrays(ledger.folder / name)[0]
-            arrays += own if "formats" in str(data.get("blocks")) else [replace(a, name=f"{name[:-4]}/{a.name}") for a in own]
+            arrays += (
+                own if "formats" in str(data.get("blocks")) else [replace(a, name=f"{name[:-4]}/{a.name}") for a in own]
+            )
     blocks = data.get("blocks")
     formats = [block["formats"] for block in blocks.values()] if isinstance(blocks, Mapping) else []
     layers = stored_layers({path: format for some in formats for path, format in some.items()}, arrays)
-    notes = [] if ledger.complete else [f"not finished: {len(ledger.files)} files so far; its step goes on when it is run again"]
+    notes = (
+        []
+        if ledger.complete
+        else [f"not finished: {len(ledger.files)} files so far; its step goes on when it is run again"]
+    )
     statistics = ActivationStats(ledger) if found.kind == STATISTICS_KIND and ledger.complete else None
     checks = {**found.checks, **dict.fromkeys(ledger.files, "sha256")}
     return replace(found, arrays=arrays, layers=layers, notes=notes, statistics=statistics, checks=checks)
@@ -183,7 +216,9 @@ def _shards(index: Path) -> list[Path]:
     shards = [index.parent / str(name) for name in sorted(set(where.values()))]
     held = {array.name: path.name for path in shards for array in list_arrays(path)[0]}
     if lost := [name for name, file in where.items() if held.get(name) != file]:
-        raise ArtifactError(f"{index}: says that {lost[0]} is in {where[lost[0]]}, which does not hold it; download the checkpoint anew")
+        raise ArtifactError(
+            f"{index}: says that {lost[0]} is in {where[lost[0]]}, which does not hold it; download the checkpoint anew"
+        )
     return shards
 
 
@@ -204,14 +239,20 @@ def _read_checkpoint(path: Path, shards: list[Path]) -> Contents:
             found.facts.update({key: value for key, value in metadata.items() if key not in found.facts})
             found.checks[name] = "layout"
     if len(shards) == len(headers) == 1:
-        return replace(found, kind=str(headers[0]["kind"]), facts={**_short(headers[0]), **_short(headers[0].get("facts", {}))})
+        return replace(
+            found, kind=str(headers[0]["kind"]), facts={**_short(headers[0]), **_short(headers[0].get("facts", {}))}
+        )
     config = folder / "config.json"
     quantization = _plain_json(config).get("quantization") if config.is_file() and not headers else None
     if isinstance(quantization, dict):
-        found.facts["quantization"] = {key: value for key, value in quantization.items() if not isinstance(value, dict | bool)}
+        found.facts["quantization"] = {
+            key: value for key, value in quantization.items() if not isinstance(value, dict | bool)
+        }
         found.layers.extend(foreign_layers(quantization, found.arrays))
     if unknown := unnamed_layers(found.layers, found.arrays):
-        found.notes.append(f"{unknown} layers look packed, and no config.json that MLX can read says with how many bits")
+        found.notes.append(
+            f"{unknown} layers look packed, and no config.json that MLX can read says with how many bits"
+        )
     return found
 
 

@@ -1,4 +1,6 @@
-"""Contents as rows for people: one row a layer or array, or one for all that differ only by the numbers in their names."""
+"""Contents as rows for people: one row a layer or array, or one for all that differ only by the numbers in
+their names.
+"""
 
 from __future__ import annotations
 
@@ -85,7 +87,11 @@ def grouped(rows: Sequence[Row]) -> list[Row]:
         texts = tuple(str(value) for value in row.values() if isinstance(value, str | list))[1:]
         groups.setdefault((NUMBER.sub("*", row[name]), *texts), []).append(row)
     return [
-        {name: key[0] if len(some) > 1 else some[0][name], "count": len(some), **{k: _span(some, k) for k in some[0] if k != name}}
+        {
+            name: key[0] if len(some) > 1 else some[0][name],
+            "count": len(some),
+            **{k: _span(some, k) for k in some[0] if k != name},
+        }
         for key, some in groups.items()
     ]
 
@@ -129,7 +135,9 @@ def lines(rows: Sequence[Row]) -> list[str]:
     texts = [columns, *([cell(row.get(column), column) for column in columns] for row in rows)]
     widths = [max(len(line[i]) for line in texts) for i in range(len(columns))]
     return [
-        "  ".join(text.ljust(w) if i == 0 else text.rjust(w) for i, (text, w) in enumerate(zip(line, widths, strict=True)))
+        "  ".join(
+            text.ljust(w) if i == 0 else text.rjust(w) for i, (text, w) in enumerate(zip(line, widths, strict=True))
+        )
         for line in texts
     ]
 
@@ -142,7 +150,9 @@ def fact_lines(facts: Mapping[str, Any]) -> list[str]:
 
 
 def brief(value: Any) -> str:
-    """A fact in a few words: digests shortened, recipes and models by their names, long lists and tables by their size."""
+    """A fact in a few words: digests shortened, recipes and models by their names, long lists and tables by
+    their size.
+    """
     if isinstance(value, Mapping):
         return str(value["name"]) if "name" in value else _brief_table(value)
     if isinstance(value, list):
@@ -155,7 +165,9 @@ def brief(value: Any) -> str:
 
 
 def _brief_table(value: Mapping[str, Any]) -> str:
-    """Entries that are texts by how often each is there, where one is there often; else all entries, or those that are short."""
+    """Entries that are texts by how often each is there, where one is there often; else all entries, or those that are
+    short.
+    """
     counts = Counter(inner for inner in value.values() if isinstance(inner, str))
     if len(value) > SEVERAL and counts.total() == len(value) and len(counts) <= SEVERAL:
         return ", ".join(f"{count} x {text}" for text, count in counts.most_common())

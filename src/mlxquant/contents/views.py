@@ -1,6 +1,8 @@
-"""What of some contents can be drawn: weights, their codes, inputs of layers over time, steps and bits of tables, any other array.
+"""What of some contents can be drawn: weights, their codes, inputs of layers over time, steps and bits of tables, any
+other array.
 
-A view reads its numbers when it is asked for them, one tensor at a time; of tensors that are very large it takes every n-th row.
+A view reads its numbers when it is asked for them, one tensor at a time; of tensors that are very large it takes every
+n-th row.
 """
 
 from __future__ import annotations
@@ -22,9 +24,11 @@ LARGEST = 2**24  # numbers of a tensor that are read
 
 @dataclass(frozen=True)
 class View:
-    """``matrix()`` gives float32 [rows, columns], ``samples()`` the numbers to count, by a label each ("" where there is one lot).
+    """``matrix()`` gives float32 [rows, columns], ``samples()`` the numbers to count, by a label each ("" where there
+    is one lot).
 
-    ``rows`` and ``columns`` say what the axes are. ``levels`` are the first and last code of a grid, None for what is not on one.
+    ``rows`` and ``columns`` say what the axes are. ``levels`` are the first and last code of a grid, None for what is
+    not on one.
     """
 
     name: str
@@ -56,7 +60,11 @@ def _of_layer(layer: StoredLayer) -> list[View]:
     format = layer.format
     first, last = -format.zero_code, format.levels - 1 - format.zero_code
     note = f"{format}, {layer.bits_per_weight:.2f} bits per weight{_strided(stride)}"
-    others = [_of_array(layer.parts[name]) for name in ("bias", "act_divisor", "divisor", "low_up", "low_down") if name in layer.parts]
+    others = [
+        _of_array(layer.parts[name])
+        for name in ("bias", "act_divisor", "divisor", "low_up", "low_down")
+        if name in layer.parts
+    ]
     return [
         _of_values(f"{layer.path}.weight", "weight", lambda: layer.weight(stride), "output", "input", None, note),
         _of_values(f"{layer.path}.codes", "codes", lambda: layer.codes(stride), "output", "input", (first, last), note),
@@ -70,8 +78,22 @@ def _of_coded(tensor: CodedTensor) -> list[View]:
     note = f"{bits} bits, {'x'.join(map(str, tensor.shape))}{_strided(stride)}"
     levels = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
     return [
-        _of_values(f"{tensor.name}.values", "values", lambda: tensor.values(stride).reshape(-1, tensor.shape[-1]), *names, None, note),
-        _of_values(f"{tensor.name}.codes", "codes", lambda: tensor.codes(stride).reshape(-1, tensor.shape[-1]), *names, levels, note),
+        _of_values(
+            f"{tensor.name}.values",
+            "values",
+            lambda: tensor.values(stride).reshape(-1, tensor.shape[-1]),
+            *names,
+            None,
+            note,
+        ),
+        _of_values(
+            f"{tensor.name}.codes",
+            "codes",
+            lambda: tensor.codes(stride).reshape(-1, tensor.shape[-1]),
+            *names,
+            levels,
+            note,
+        ),
     ]
 
 
@@ -87,12 +109,18 @@ def _of_array(array: StoredArray) -> View:
     return _of_values(array.name, "array", read, *names, None, f"{array.dtype} {shape}{_strided(stride)}")
 
 
-def _of_values(name: str, kind: str, read: Callable[[], Array], rows: str, columns: str, levels: tuple[int, int] | None, note: str) -> View:
-    return View(name, kind, rows, columns, lambda: read().astype(np.float32), lambda: [("", read().reshape(-1))], levels, note)
+def _of_values(
+    name: str, kind: str, read: Callable[[], Array], rows: str, columns: str, levels: tuple[int, int] | None, note: str
+) -> View:
+    return View(
+        name, kind, rows, columns, lambda: read().astype(np.float32), lambda: [("", read().reshape(-1))], levels, note
+    )
 
 
 def _of_inputs(stats: ActivationStats, path: str) -> View:
-    """A layer's input: every channel's largest magnitude at each noise level, and the sampled values, one lot a noise level."""
+    """A layer's input: every channel's largest magnitude at each noise level, and the sampled values, one lot a noise
+    level.
+    """
 
     def matrix() -> Array:
         seen = stats.ranges(path)
@@ -101,9 +129,21 @@ def _of_inputs(stats: ActivationStats, path: str) -> View:
 
     def samples() -> list[tuple[str, Array]]:
         seen = stats.ranges(path)
-        return [(f"sigma {sigma:.3g}", rows.reshape(-1)) for sigma, rows in zip(seen.sigma[::-1], seen.rows[::-1], strict=True)]
+        return [
+            (f"sigma {sigma:.3g}", rows.reshape(-1))
+            for sigma, rows in zip(seen.sigma[::-1], seen.rows[::-1], strict=True)
+        ]
 
-    return View(f"{path}.input", "activation", "noise level, from noise to picture", "channel", matrix, samples, None, "largest magnitude")
+    return View(
+        f"{path}.input",
+        "activation",
+        "noise level, from noise to picture",
+        "channel",
+        matrix,
+        samples,
+        None,
+        "largest magnitude",
+    )
 
 
 def _of_tables(contents: Contents) -> list[View]:
@@ -119,7 +159,11 @@ def _of_tables(contents: Contents) -> list[View]:
         values = np.stack([table[place] for table in tables])[:, ::-1].astype(np.float32)
         note = "layers in the order of 'mlxquant inspect --each'"
         reader = _constant(values)
-        drawn.append(_of_values(f"activations.{what}", "table", reader, "layer", "noise level, from noise to picture", None, note))
+        drawn.append(
+            _of_values(
+                f"activations.{what}", "table", reader, "layer", "noise level, from noise to picture", None, note
+            )
+        )
     return drawn
 
 

@@ -12,7 +12,9 @@ from ..recipes.recipe import Recipe
 
 
 def cited(recipes: list[Mapping[str, Any]]) -> list[dict[str, str]]:
-    """Everything that the recipes (as plain data) use and that has a paper: ``name``, ``source`` (an arXiv id) and ``bibtex``."""
+    """Everything that the recipes (as plain data) use and that has a paper: ``name``, ``source`` (an arXiv id) and
+    ``bibtex``.
+    """
     uses: dict[str, list[str]] = {}
     for use, key in sorted({pair for recipe in recipes for pair in used(Recipe("", ()).to_dict() | dict(recipe))}):
         uses.setdefault(key, []).append(use)

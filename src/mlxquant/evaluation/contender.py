@@ -11,7 +11,9 @@ from ..api.model import Model, QuantizedModel
 
 @dataclass(frozen=True)
 class Contender:
-    """``name`` is what people read, ``folder`` where its files are, ``source`` what determines its pictures; each is told apart by them."""
+    """``name`` is what people read, ``folder`` where its files are, ``source`` what determines its pictures; each is
+    told apart by them.
+    """
 
     name: str
     folder: str
@@ -29,7 +31,9 @@ class Contender:
 
 
 def distinct(labels: Iterable[str]) -> list[tuple[str, str]]:
-    """Names that differ, and folder names for them, in order: a label that was taken gets a number, as does a folder."""
+    """Names that differ, and folder names for them, in order: a label that was taken gets a number, as does a
+    folder.
+    """
     names: dict[str, str] = {}
     for label in labels:
         name = _free(label, set(names))
@@ -38,7 +42,9 @@ def distinct(labels: Iterable[str]) -> list[tuple[str, str]]:
 
 
 def _free(wanted: str, taken: set[str]) -> str:
-    """``wanted``, or with the first free number behind it; names that differ by case alone are one, as some disks have it."""
+    """``wanted``, or with the first free number behind it; names that differ by case alone are one, as some disks have
+    it.
+    """
     lower, name, number = {other.lower() for other in taken}, wanted, 2
     while name.lower() in lower:
         name, number = f"{wanted}-{number}", number + 1

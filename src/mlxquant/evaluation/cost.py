@@ -1,6 +1,7 @@
 """What a model costs to run: seconds a sampler step, and memory.
 
-Models take turns, so that a machine that is busy for a while slows all of them: the ratio to the first is over pairs of neighbours.
+Models take turns, so that a machine that is busy for a while slows all of them: the ratio to the first is over pairs of
+neighbours.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ MEASURED = ("latency_s", "latency_p95_s", "latency_ratio", "peak_bytes")
 
 
 def measure_costs(models: Sequence[Model], prompt: Prompt, cfg: float, progress: Progress) -> list[dict[str, float]]:
-    """For each model ``latency_s`` and ``latency_p95_s``: median and 95th percentile seconds of one sampler step of one picture, both
-    sides of its guidance, after a round to warm up; ``latency_ratio``: the median over rounds of its median to the first model's; and
-    ``peak_bytes``: see ``peak``.
+    """For each model ``latency_s`` and ``latency_p95_s``: median and 95th percentile seconds of one sampler step of one
+    picture, both sides of its guidance, after a round to warm up; ``latency_ratio``: the median over rounds of its
+    median to the first model's; and ``peak_bytes``: see ``peak``.
     """
     peaks = [peak(model, prompt, cfg) for model in models]
     seconds = np.empty((ROUNDS, len(models), STEPS - 1))
@@ -58,7 +59,8 @@ def step_seconds(model: Model, prompt: Prompt, cfg: float) -> list[float]:
 
 
 def peak(model: Model, prompt: Prompt, cfg: float) -> int:
-    """Bytes of the model's own weights, as they are held, and of the most that MLX held beside them while it sampled one picture.
+    """Bytes of the model's own weights, as they are held, and of the most that MLX held beside them while it sampled
+    one picture.
 
     Other models in this process do not count, nor do text encoders, the decoder, and Python itself.
     """
@@ -72,8 +74,8 @@ def peak(model: Model, prompt: Prompt, cfg: float) -> int:
 
 
 def sizes(model: Model) -> dict[str, Any]:
-    """``model_bytes``, ``bits_per_weight`` and ``bits_per_quantized_weight`` (None in full precision), as ``QuantizedModel.size`` has them:
-    other parameters count as float16 where that loses nothing.
+    """``model_bytes``, ``bits_per_weight`` and ``bits_per_quantized_weight`` (None in full precision), as
+    ``QuantizedModel.size`` has them: other parameters count as float16 where that loses nothing.
     """
     if isinstance(model, QuantizedModel):
         size = model.size

@@ -1,8 +1,9 @@
-"""The same prompts and seeds drawn by several models, batch by batch, each batch kept in a file: a killed run draws only what is missing.
+"""The same prompts and seeds drawn by several models, batch by batch, each batch kept in a file: a killed run draws
+only what is missing.
 
-Pictures are kept in float32, for every figure is computed on what the model drew and not on 8-bit files. Batches are those of
-``Model.images``, so pictures are the same, bit for bit, as anywhere else. Of the sampler's trajectory the reference's latents are
-kept, and of the others how far theirs are from them.
+Pictures are kept in float32, for every figure is computed on what the model drew and not on 8-bit files. Batches are
+those of ``Model.images``, so pictures are the same, bit for bit, as anywhere else. Of the sampler's trajectory the
+reference's latents are kept, and of the others how far theirs are from them.
 """
 
 from __future__ import annotations
@@ -49,10 +50,15 @@ class Drawings:
         return self.reference.model.diffusion.sigmas(self.steps)
 
     def draw(self, contenders: Sequence[Contender], progress: Progress) -> None:
-        """Draw what is missing, model by model within a batch. Raises NumericsError when a picture is not finite, ArtifactError on a
-        damaged or full disk.
+        """Draw what is missing, model by model within a batch. Raises NumericsError when a picture is not finite,
+        ArtifactError on a damaged or full disk.
         """
-        missing = [(start, one) for start in self.starts for one in (self.reference, *contenders) if not self._finished(one, start)]
+        missing = [
+            (start, one)
+            for start in self.starts
+            for one in (self.reference, *contenders)
+            if not self._finished(one, start)
+        ]
         for one in {one.folder: one for _, one in missing}.values():
             one.model.diffusion.prepare(self.prompts)
         for start, one in progress(missing, "pictures"):
@@ -87,7 +93,9 @@ class Drawings:
             yield np.array(self._read(one, start)["images"])
 
     def trajectory(self, one: Contender) -> Array:
-        """Relative deviation [steps + 1, prompts] of the latents that enter each step, and of the last, from the reference's."""
+        """Relative deviation [steps + 1, prompts] of the latents that enter each step, and of the last, from the
+        reference's.
+        """
         return np.concatenate([np.array(self._read(one, start)["trajectory"]) for start in self.starts], axis=1)
 
     def latents(self, count: int) -> mx.array:
@@ -119,7 +127,9 @@ class Drawings:
         try:
             return bool(read_tensors(path, KIND)[1]["job"] == self.job(one, start))
         except ArtifactError as error:
-            raise ArtifactError(f"{error}; or pass --no-resume, or remove the file: its pictures are then drawn again") from error
+            raise ArtifactError(
+                f"{error}; or pass --no-resume, or remove the file: its pictures are then drawn again"
+            ) from error
 
     def _read(self, one: Contender, start: int) -> dict[str, mx.array]:
         return read_tensors(self._path(one, start), KIND)[0]

@@ -1,7 +1,7 @@
 """The figures of a report: what every metric says of pictures, with intervals, picture by picture and over all.
 
-The intervals are paired: all models are resampled by the same prompts. What cannot be said (no interval from one picture, no text to
-score against) is None, never NaN.
+The intervals are paired: all models are resampled by the same prompts. What cannot be said (no interval from one
+picture, no text to score against) is None, never NaN.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ ACCURACY = {
 
 @dataclass(frozen=True)
 class Pictures:
-    """Pictures of one model: ``batches()`` gives them [b,H,W,3] in [0,1], in the order of the prompts, in the same batches for all."""
+    """Pictures of one model: ``batches()`` gives them [b,H,W,3] in [0,1], in the order of the prompts, in the same
+    batches for all.
+    """
 
     name: str
     folder: str
@@ -46,10 +48,11 @@ class Pictures:
 
 
 class Judge:
-    """Scores pictures against a reference; ``texts`` are the prompts, where they are known, ``attributes`` the model's own judge.
+    """Scores pictures against a reference; ``texts`` are the prompts, where they are known, ``attributes`` the model's
+    own judge.
 
-    The networks of ``metrics`` are loaded now, from ``places`` by the metric's name or else from the hub: a missing file is an
-    ArtifactError before anything is drawn.
+    The networks of ``metrics`` are loaded now, from ``places`` by the metric's name or else from the hub: a missing
+    file is an ArtifactError before anything is drawn.
     """
 
     def __init__(
@@ -69,7 +72,9 @@ class Judge:
         rows = [
             {
                 "key": self.key(metric),
-                "title": metric.title if self.key(metric) == metric.key else self.key(metric).replace("_", " ").capitalize(),
+                "title": (
+                    metric.title if self.key(metric) == metric.key else self.key(metric).replace("_", " ").capitalize()
+                ),
                 "unit": metric.unit,
                 "higher_is_better": metric.higher_is_better,
                 "network": self._scores[metric.name].features if metric.needs == "sets" else metric.network,
@@ -85,8 +90,8 @@ class Judge:
         return str(self._scores[metric.name].name) if metric.needs == "sets" else metric.key
 
     def score(self, pictures: Pictures, reference: Pictures | None, progress: Progress) -> dict[str, Any]:
-        """Every metric of ``pictures``: its value, ``_interval``, and in ``each`` one value a picture. Without a ``reference``, which is
-        how that itself is scored, there is nothing to pair with.
+        """Every metric of ``pictures``: its value, ``_interval``, and in ``each`` one value a picture. Without a
+        ``reference``, which is how that itself is scored, there is nothing to pair with.
         """
         figures: dict[str, Any] = {}
         each: dict[str, list[float]] = {}
@@ -107,7 +112,9 @@ class Judge:
             figures["accuracy"] = marks[0]["mean"]
         return figures | {"attributes": None if marks is None else marks[0], "each": each}
 
-    def _one_by_one(self, metric: Metric, pictures: Pictures, reference: Pictures | None, progress: Progress) -> list[float]:
+    def _one_by_one(
+        self, metric: Metric, pictures: Pictures, reference: Pictures | None, progress: Progress
+    ) -> list[float]:
         values, score, first = list[float](), self._scores[metric.name], 0
         batches = zip(pictures.batches(), reference.batches() if reference else pictures.batches(), strict=True)
         for batch, exact in progress(batches, f"{pictures.name}: {metric.title}"):
@@ -117,7 +124,9 @@ class Judge:
             first += len(batch)
         return values
 
-    def _set_distance(self, metric: Metric, pictures: Pictures, reference: Pictures | None, features: Features) -> dict[str, Any]:
+    def _set_distance(
+        self, metric: Metric, pictures: Pictures, reference: Pictures | None, features: Features
+    ) -> dict[str, Any]:
         key = self.key(metric)
         if reference is None:
             return dict.fromkeys((key, f"{key}_interval", f"{key}_samples"))
@@ -128,7 +137,9 @@ class Judge:
         return {key: float(distance.value), f"{key}_interval": None, f"{key}_samples": distance.samples}
 
     def _encoded(self, metric: Metric, pictures: Pictures, known: Features) -> Array:
-        """What the network of a set metric makes of pictures: once for all metrics that look through the same weights."""
+        """What the network of a set metric makes of pictures: once for all metrics that look through the same
+        weights.
+        """
         score = self._scores[metric.name]
         key = (score.features, self._places.get(metric.name), pictures.folder)
         if key not in known:
@@ -146,8 +157,12 @@ class Judge:
         return total, [marks["mean"] for marks in single if marks is not None]
 
 
-def differences(metrics: Sequence[Mapping[str, Any]], reference: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> list[Any]:
-    """Paired differences with intervals: every result against the first, and what the models judge alone against the reference too."""
+def differences(
+    metrics: Sequence[Mapping[str, Any]], reference: Mapping[str, Any], results: Sequence[Mapping[str, Any]]
+) -> list[Any]:
+    """Paired differences with intervals: every result against the first, and what the models judge alone against the
+    reference too.
+    """
     pairs = [(result, results[0]) for result in results[1:]] + [(result, reference) for result in results]
     rows = []
     for metric in metrics:
@@ -155,5 +170,13 @@ def differences(metrics: Sequence[Mapping[str, Any]], reference: Mapping[str, An
         for a, b in pairs:
             if key in a["each"] and key in b["each"]:
                 values = np.array(a["each"][key]) - np.array(b["each"][key])
-                rows.append({"metric": key, "a": a["name"], "b": b["name"], "mean": float(values.mean()), "interval": interval(values)})
+                rows.append(
+                    {
+                        "metric": key,
+                        "a": a["name"],
+                        "b": b["name"],
+                        "mean": float(values.mean()),
+                        "interval": interval(values),
+                    }
+                )
     return rows

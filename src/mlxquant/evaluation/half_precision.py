@@ -1,8 +1,9 @@
-"""The noise floor: how far a model's pictures move when it merely computes in 16 bits. No quantized model can be told from full
-precision below that.
+"""The noise floor: how far a model's pictures move when it merely computes in 16 bits. No quantized model can be told
+from full precision below that.
 
-Weights, and what every Linear reads and writes, are rounded to float16; sums are in float32, as matrix units have it. On a GPU that
-is what float16 does there; on the CPU, whose float16 matmuls are slow loops, the figure costs no more than another picture.
+Weights, and what every Linear reads and writes, are rounded to float16; sums are in float32, as matrix units have it.
+On a GPU that is what float16 does there; on the CPU, whose float16 matmuls are slow loops, the figure costs no more
+than another picture.
 """
 
 from __future__ import annotations

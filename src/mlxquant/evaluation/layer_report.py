@@ -1,8 +1,8 @@
 """Inside a quantized model: where its error arises and grows, what its tables cover, which codes it uses.
 
-Both models run on the reference's own latents. Each goes on from its own hidden states, so an error at a layer is what has come
-together by there: a layer's output stays comparable whatever was folded into the weights before it. Only what a layer writes differently
-on purpose, because a transform was folded into its rows, has no error of its own.
+Both models run on the reference's own latents. Each goes on from its own hidden states, so an error at a layer is what
+has come together by there: a layer's output stays comparable whatever was folded into the weights before it. Only what
+a layer writes differently on purpose, because a transform was folded into its rows, has no error of its own.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ PICTURES, LEVELS = 2, 16  # that are looked at
 
 @dataclass
 class Seen:
-    """One layer over the noise levels: relative error of its output, extremes of its input, and the share that its table clips."""
+    """One layer over the noise levels: relative error of its output, extremes of its input, and the share that its
+    table clips.
+    """
 
     error: list[float] = field(default_factory=list)
     low: list[float] = field(default_factory=list)
@@ -41,8 +43,11 @@ class Seen:
             getattr(self, name).append(float(np.array(value)))
 
 
-def layer_report(reference: Model, quantized: QuantizedModel, latents: Calibration, progress: Progress) -> dict[str, Any]:
-    """The facts of ``layers/<model>.json`` on ``latents``, a few pictures of the reference's: what it holds, its keys say.
+def layer_report(
+    reference: Model, quantized: QuantizedModel, latents: Calibration, progress: Progress
+) -> dict[str, Any]:
+    """The facts of ``layers/<model>.json`` on ``latents``, a few pictures of the reference's: what it holds, its keys
+    say.
 
     Noise levels ascend; errors are |y - y_ref| / |y_ref|, over tokens and pictures, guided and not.
     """
@@ -55,13 +60,22 @@ def layer_report(reference: Model, quantized: QuantizedModel, latents: Calibrati
     for index in progress(list(order), "layers"):
         exact = own = states[int(index)]
         for stage, twin in stages:
-            exact, own = _run_pair(reference.adapter, quantized, (stage, twin), sigmas[index], exact, own, seen, errors[stage.name])
+            exact, own = _run_pair(
+                reference.adapter, quantized, (stage, twin), sigmas[index], exact, own, seen, errors[stage.name]
+            )
     same = comparable(reference.adapter, quantized)
     return {
         "sigma": [float(np.float32(sigmas[index])) for index in order],
         "stages": {"name": list(errors), "error": list(errors.values())},
         "layers": [
-            _facts(path, layers[path], seen[path], path in same, reference.adapter, next(s.name for s, _ in stages if s.owns(path)))
+            _facts(
+                path,
+                layers[path],
+                seen[path],
+                path in same,
+                reference.adapter,
+                next(s.name for s, _ in stages if s.owns(path)),
+            )
             for path in layers
         ],
         "decisions": quantized.facts.get("stages", []),
@@ -78,7 +92,9 @@ def _run_pair(
     seen: Mapping[str, Seen],
     errors: list[float],
 ) -> tuple[State, State]:
-    """One stage of both models, each on its own state, looking at the layers that are quantized in it; what they write."""
+    """One stage of both models, each on its own state, looking at the layers that are quantized in it; what
+    they write.
+    """
     outputs, inputs = [], [dict[str, mx.array](), dict[str, mx.array]()]
     paths = [path for path in seen if stages[0].owns(path)]
     for side, (which, stage, state) in enumerate(((adapter, stages[0], exact), (quantized.adapter, stages[1], own))):
@@ -87,7 +103,9 @@ def _run_pair(
             mx.eval(outputs[side], inputs[side])
     for path in inputs[1]:
         with quantized.adapter.clock.at(sigma):
-            values = _look(get_module(adapter.module, path), quantized.layers[path], inputs[0][path], inputs[1][path], sigma)
+            values = _look(
+                get_module(adapter.module, path), quantized.layers[path], inputs[0][path], inputs[1][path], sigma
+            )
             mx.eval(values)
         seen[path].add(values)
     new = written(outputs[0], exact)
@@ -95,7 +113,9 @@ def _run_pair(
     return outputs[0], outputs[1]
 
 
-def _look(exact: nn.Module, layer: QuantizedLinear, x_exact: mx.array, x: mx.array, sigma: float) -> dict[str, mx.array]:
+def _look(
+    exact: nn.Module, layer: QuantizedLinear, x_exact: mx.array, x: mx.array, sigma: float
+) -> dict[str, mx.array]:
     """One layer at one noise level; its values are not evaluated."""
     values = {"error": relative(layer(x), exact(x_exact))}
     x = layer.transformed(x.astype(mx.float32))
@@ -108,8 +128,8 @@ def _look(exact: nn.Module, layer: QuantizedLinear, x_exact: mx.array, x: mx.arr
 
 
 def covered(table: ActivationTable, sigma: Array) -> tuple[Array, Array, Array]:
-    """What the codes stand for at noise levels [B]: smallest and largest value [B,1] or [B,in], and the step [B,1], all float32; infinite
-    where the input is not quantized.
+    """What the codes stand for at noise levels [B]: smallest and largest value [B,1] or [B,in], and the step [B,1], all
+    float32; infinite where the input is not quantized.
     """
     step, shift, bits, log = table.at(sigma)
     edge = np.where(bits == 16, np.inf, 2.0 ** (bits.astype(np.float64) - 1))
@@ -125,8 +145,9 @@ def relative(y: mx.array, exact: mx.array) -> mx.array:
 
 
 def comparable(adapter: Adapter, quantized: QuantizedModel) -> set[str]:
-    """Quantized layers that write the same tensor as the reference's. A transform that was folded into a layer's rows shows in its bias,
-    which is never quantized; a layer without one is taken to be changed where anything could have been folded into it.
+    """Quantized layers that write the same tensor as the reference's. A transform that was folded into a layer's rows
+    shows in its bias, which is never quantized; a layer without one is taken to be changed where anything could have
+    been folded into it.
     """
     foldable = {fold.path for edge in adapter.edges() for fold in (*edge.folds, *edge.reorders)}
     same = set()

@@ -29,7 +29,8 @@ weights_option = click.option(
 def chosen_metrics(asked: Sequence[str], weights: Sequence[str]) -> tuple[list[Metric], dict[str, Path]]:
     """The default metrics and those that were asked for, each once, and by name the places of weights that were given.
 
-    Raises RecipeError when a place is for no metric, for one that is not measured or that needs none, ArtifactError when a file is missing.
+    Raises RecipeError when a place is for no metric, for one that is not measured or that needs none, ArtifactError
+    when a file is missing.
     """
     metrics = {name: catalog.metric(name) for name in (*catalog.DEFAULT, *asked)}
     places: dict[str, Path] = {}
@@ -46,6 +47,8 @@ def chosen_metrics(asked: Sequence[str], weights: Sequence[str]) -> tuple[list[M
             raise RecipeError(f"--weights {text}: {name} has weights already, {places[name]}; pass one of them")
         places[name] = Path(place)
         if not places[name].exists():
-            raise ArtifactError(f"--weights {text}: no such file or folder; check the path, or get it with '{files.command}'")
+            raise ArtifactError(
+                f"--weights {text}: no such file or folder; check the path, or get it with '{files.command}'"
+            )
         files.paths(place)
     return list(metrics.values()), places

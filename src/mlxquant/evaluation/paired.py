@@ -1,4 +1,6 @@
-"""Judging models on the same prompts and seeds: who is compared, what is drawn and measured, and the report of it as plain data."""
+"""Judging models on the same prompts and seeds: who is compared, what is drawn and measured, and the report of it as
+plain data.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ FLOOR = "float16"  # name of the reference in 16-bit arithmetic
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Contenders against a reference, with everything that is finished kept in ``work``; each step takes what an earlier run has."""
+    """Contenders against a reference, with everything that is finished kept in ``work``; each step takes what an
+    earlier run has.
+    """
 
     drawings: Drawings
     contenders: Sequence[Contender]
@@ -43,8 +47,8 @@ class Evaluation:
         return self.drawings.reference
 
     def report(self, settings: dict[str, Any], floor: bool = True) -> tuple[dict[str, Any], list[Pictures]]:
-        """Draw, measure, and say it all as the plain data of ``report.json``; and the pictures. With ``floor`` the noise floor is drawn
-        too. Layer reports are left in ``work/layers``.
+        """Draw, measure, and say it all as the plain data of ``report.json``; and the pictures. With ``floor`` the
+        noise floor is drawn too. Layer reports are left in ``work/layers``.
         """
         costs = self._costs()
         self.drawings.draw(self.contenders, self.progress)
@@ -78,7 +82,9 @@ class Evaluation:
         """What each model costs, by name; measured once."""
         everyone, first = [self.reference, *self.contenders], self.drawings.prompts[0]
         path = self.work / "cost.json"
-        job = checked.digest({"models": [one.source for one in everyone], "cfg": self.drawings.cfg, "machine": machine()})
+        job = checked.digest(
+            {"models": [one.source for one in everyone], "cfg": self.drawings.cfg, "machine": machine()}
+        )
         if path.exists() and (kept := read_json(path, "cost"))["job"] == job:
             measured = kept["costs"]
         else:
@@ -112,7 +118,9 @@ class Evaluation:
         }
 
     def _inside(self, one: Contender) -> QuantizedModel | None:
-        """The quantized model whose layers can be compared with the reference's, one by one; None where there is none."""
+        """The quantized model whose layers can be compared with the reference's, one by one; None where there
+        is none.
+        """
         return one.quantized if one is not self.reference and one.model.name == self.reference.model.name else None
 
     def _layers(self, one: Contender) -> None:
@@ -124,17 +132,31 @@ class Evaluation:
         if path.exists() and read_json(path, "layer-report")["job"] == job:
             return
         ensure_writable(path.parent)
-        adapter, count = self.reference.model.adapter, min(PICTURES, len(self.drawings.prompts), self.drawings.starts.step)
+        adapter, count = (
+            self.reference.model.adapter,
+            min(PICTURES, len(self.drawings.prompts), self.drawings.starts.step),
+        )
         some, latents = self.drawings.prompts[:count], self.drawings.latents(count)
         sigmas = self.drawings.sigmas[:-1]
-        calib = Calibration(adapter.name, self.reference.source, some, self.drawings.steps, self.drawings.cfg, sigmas, latents)
+        calib = Calibration(
+            adapter.name, self.reference.source, some, self.drawings.steps, self.drawings.cfg, sigmas, latents
+        )
         facts = layer_report(self.reference.model, quantized, calib, self.progress)
         write_json(path, "layer-report", {"model": one.name, "job": job, **facts})
 
 
 def blank(name: str, folder: str) -> dict[str, Any]:
     """A model's object in the report of which nothing is known but its pictures."""
-    unknown = ("recipe", "accuracy", "accuracy_interval", "attributes", "trajectory", "trajectory_interval", "seconds_quantize", *MEASURED)
+    unknown = (
+        "recipe",
+        "accuracy",
+        "accuracy_interval",
+        "attributes",
+        "trajectory",
+        "trajectory_interval",
+        "seconds_quantize",
+        *MEASURED,
+    )
     size = ("model_bytes", "bits_per_weight", "bits_per_quantized_weight")
     return {"name": name, "folder": folder, "quantized": False, **dict.fromkeys((*unknown, *size))}
 

@@ -35,11 +35,16 @@ LISTS = ("each", "attributes", "trajectory", "trajectory_interval")  # of a mode
 def machine() -> str:
     """What the figures were computed on."""
     device = "gpu" if mx.default_device() == mx.gpu else "cpu"
-    return f"{platform.machine()} {platform.system()}, Python {platform.python_version()}, mlx {checked.versions()['mlx']}, {device}"
+    return (
+        f"{platform.machine()} {platform.system()}, Python {platform.python_version()}, mlx"
+        f" {checked.versions()['mlx']}, {device}"
+    )
 
 
 def write_report(folder: Path, report: Mapping[str, Any], pictures: Sequence[Pictures], progress: Progress) -> None:
-    """Fill a folder, which may hold ``layers`` and ``models`` already. Raises ArtifactError where it cannot be written."""
+    """Fill a folder, which may hold ``layers`` and ``models`` already. Raises ArtifactError where it cannot be
+    written.
+    """
     for some in progress(pictures, "writing pictures"):
         (folder / "images" / some.folder).mkdir(parents=True)
         for index, image in enumerate(some.each()):
@@ -63,7 +68,10 @@ def _flat(model: Mapping[str, Any]) -> dict[str, Any]:
     row: dict[str, Any] = {}
     for key, value in model.items():
         if key.endswith("_interval") and key not in LISTS:
-            row[f"{key.removesuffix('_interval')}_low"], row[f"{key.removesuffix('_interval')}_high"] = value or ("", "")
+            row[f"{key.removesuffix('_interval')}_low"], row[f"{key.removesuffix('_interval')}_high"] = value or (
+                "",
+                "",
+            )
         elif key not in LISTS:
             row[key] = "" if value is None else value
     return row
@@ -87,7 +95,10 @@ def _link(source: str, target: str) -> None:
 
 def summarise(report: Mapping[str, Any]) -> dict[str, Any]:
     """The report as one line for programs: single numbers and intervals of the models."""
-    rows = [{key: value for key, value in row.items() if key not in LISTS} for row in (report["reference"], *report["results"])]
+    rows = [
+        {key: value for key, value in row.items() if key not in LISTS}
+        for row in (report["reference"], *report["results"])
+    ]
     return {"reference": rows[0], "results": rows[1:], "prompts": len(report["prompts"]), "notes": report["notes"]}
 
 
@@ -102,7 +113,11 @@ def say_report(report: Mapping[str, Any]) -> None:
         rows.append([model["name"], *quality, *cost])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for first, *rest in rows:
-        say("  ".join([first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True))]))
+        say(
+            "  ".join(
+                [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True))]
+            )
+        )
     for note in report["notes"]:
         say(note)
 
@@ -111,4 +126,6 @@ def _quality(value: float | None, interval: Sequence[float] | None) -> str:
     if value is None:
         return ""
     digits = 2 if abs(value) >= 10 else 4
-    return f"{value:.{digits}f}" + ("" if interval is None else f" ({interval[0]:.{digits}f} to {interval[1]:.{digits}f})")
+    return f"{value:.{digits}f}" + (
+        "" if interval is None else f" ({interval[0]:.{digits}f} to {interval[1]:.{digits}f})"
+    )

@@ -1,4 +1,6 @@
-"""Seconds of a long job that may be killed: what has gone by is kept in a file every second, and a resumed job counts on from there."""
+"""Seconds of a long job that may be killed: what has gone by is kept in a file every second, and a resumed job counts
+on from there.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +18,8 @@ INTERVAL = 1.0  # seconds between two writes
 class Stopwatch:
     """Runs from its making on. ``job`` binds the file to one job; another's seconds are not counted.
 
-    What was done between the last write and a kill is not counted either: the resumed job does it again. Raises ArtifactError when the
-    file is damaged.
+    What was done between the last write and a kill is not counted either: the resumed job does it again. Raises
+    ArtifactError when the file is damaged.
     """
 
     def __init__(self, path: Path, job: str):
@@ -48,7 +50,9 @@ class Stopwatch:
 
 
 def kept_seconds(path: Path, job: str) -> float | None:
-    """What the stopwatch of this job showed last; None where there is none. Raises ArtifactError when the file is damaged."""
+    """What the stopwatch of this job showed last; None where there is none. Raises ArtifactError when the file is
+    damaged.
+    """
     if not path.exists():
         return None
     kept = read_json(path, "stopwatch")

@@ -1,8 +1,10 @@
-"""A checkpoint that DiffusionKit's own pipeline reads: ``sd3_medium.safetensors`` with a quantized transformer's values.
+"""A checkpoint that DiffusionKit's own pipeline reads: ``sd3_medium.safetensors`` with a quantized transformer's
+values.
 
-DiffusionKit (0.5.1) makes packed layers only for the two 4-bit checkpoints whose names are written into it, none of them SD3-Medium's
-size. So the weights are written as float16 numbers: what the quantized layers multiply with, rotations, divisors and low-rank branches
-folded in. The picture is the quantized model's with unquantized activations, to float16's rounding; the file is no smaller.
+DiffusionKit (0.5.1) makes packed layers only for the two 4-bit checkpoints whose names are written into it, none of
+them SD3-Medium's size. So the weights are written as float16 numbers: what the quantized layers multiply with,
+rotations, divisors and low-rank branches folded in. The picture is the quantized model's with unquantized activations,
+to float16's rounding; the file is no smaller.
 """
 
 from __future__ import annotations
@@ -37,14 +39,20 @@ FUSED = ("q_proj", "k_proj", "v_proj")  # rows of attn.qkv; DiffusionKit has no 
 
 
 def write_diffusionkit(folder: Path, plain: PlainModule, place: str) -> None:
-    """Write the transformer, and the VAE of the checkpoint at ``place``, which DiffusionKit expects in the same file."""
-    vae = {name: value for name, value in lazy_tensors(Files(place).path(CHECKPOINT)).items() if not name.startswith(MMDIT_PREFIX)}
+    """Write the transformer, and the VAE of the checkpoint at ``place``, which DiffusionKit expects in the same
+    file.
+    """
+    vae = {
+        name: value
+        for name, value in lazy_tensors(Files(place).path(CHECKPOINT)).items()
+        if not name.startswith(MMDIT_PREFIX)
+    }
     mx.save_safetensors(str(folder / CHECKPOINT), {**vae, **checkpoint_arrays(plain.arrays)})
 
 
 def float_module(module: nn.Module, target: str, drop_activations: bool = False) -> PlainModule:
-    """All of a module in float16, quantized layers by what they multiply with; raises ExportError where activations are quantized and are
-    not to be dropped, or a weight is beyond float16.
+    """All of a module in float16, quantized layers by what they multiply with; raises ExportError where activations are
+    quantized and are not to be dropped, or a weight is beyond float16.
     """
     arrays, found, rounding = parameters(module), {}, list[float]()
     for path, part in sorted(module.named_modules()):
@@ -62,17 +70,23 @@ def float_module(module: nn.Module, target: str, drop_activations: bool = False)
         raise ExportError(refusal(found, target))
     arrays = {name: value.astype(mx.float16) for name, value in arrays.items()}
     if broken := [name for name, value in arrays.items() if not mx.isfinite(value).all().item()]:
-        raise ExportError(f"{broken[0]}: holds values that float16 cannot, in which DiffusionKit keeps weights; leave it unquantized")
+        raise ExportError(
+            f"{broken[0]}: holds values that float16 cannot, in which DiffusionKit keeps weights; leave it unquantized"
+        )
     if not rounding:
         return PlainModule(arrays)
-    note = f"{len(rounding)} quantized layers written as float16 numbers: DiffusionKit has no packed SD3-Medium, so the file is no smaller"
+    note = (
+        f"{len(rounding)} quantized layers written as float16 numbers: DiffusionKit has no packed SD3-Medium, so the"
+        " file is no smaller"
+    )
     return PlainModule(arrays, notes=[f"{note}; weights are within {max(rounding):.1e} of a layer's largest"])
 
 
 def effective_weight(layer: QuantizedLinear) -> mx.array:
     """What a layer multiplies its input with, activations aside: float32 [out, in].
 
-    The layer computes ``T(x) (W + up down)^T`` with T dividing and rotating, so this is ``(W + up down) R^T diag(1/divisor)``.
+    The layer computes ``T(x) (W + up down)^T`` with T dividing and rotating, so this is ``(W + up down) R^T
+    diag(1/divisor)``.
     """
     weight = layer.dequantized()
     if (branch := layer.branch) is not None:
@@ -84,7 +98,9 @@ def effective_weight(layer: QuantizedLinear) -> mx.array:
 
 
 def checkpoint_arrays(arrays: Mapping[str, mx.array]) -> dict[str, mx.array]:
-    """The transformer's parameters under DiffusionKit's names to those of Stability's checkpoint: what its loader undoes."""
+    """The transformer's parameters under DiffusionKit's names to those of Stability's checkpoint: what its loader
+    undoes.
+    """
     found: dict[str, mx.array] = {}
     for name, value in arrays.items():
         part, _, leaf = name.rpartition(".")
@@ -92,7 +108,9 @@ def checkpoint_arrays(arrays: Mapping[str, mx.array]) -> dict[str, mx.array]:
             owner = part.rpartition(".")[0]
             if part.endswith(FUSED[0]):
                 parts = [arrays.get(f"{owner}.{one}.{leaf}") for one in FUSED]
-                found[f"{owner}.qkv.{leaf}"] = mx.concatenate([mx.zeros_like(value) if one is None else one for one in parts])
+                found[f"{owner}.qkv.{leaf}"] = mx.concatenate(
+                    [mx.zeros_like(value) if one is None else one for one in parts]
+                )
         elif name == "x_embedder.proj.weight":
             found[name] = value.transpose(0, 3, 1, 2)  # the checkpoint has channels before rows and columns
         else:

@@ -1,8 +1,10 @@
-"""A folder that both read: any MLX program its plain layers, and ``mlxquant.load`` everything, with the same outputs bit for bit.
+"""A folder that both read: any MLX program its plain layers, and ``mlxquant.load`` everything, with the same outputs
+bit for bit.
 
-``model.safetensors`` holds what an ordinary module has under its own names, quantized layers as ``nn.quantize`` makes them; config.json
-says which bits and group size each has. ``mlxquant.safetensors``, beside it, holds what only our layers know: activation scales, and whole
-layers that no plain one can stand for (rotated, divided, with a low-rank branch, of 7 bits, or of a width that MLX has no group for).
+``model.safetensors`` holds what an ordinary module has under its own names, quantized layers as ``nn.quantize`` makes
+them; config.json says which bits and group size each has. ``mlxquant.safetensors``, beside it, holds what only our
+layers know: activation scales, and whole layers that no plain one can stand for (rotated, divided, with a low-rank
+branch, of 7 bits, or of a width that MLX has no group for).
 """
 
 from __future__ import annotations
@@ -51,8 +53,13 @@ def split_module(model: QuantizedModel, drop_activations: bool) -> tuple[PlainMo
     notes = [f"{count} layers in {SIDECAR}, which only mlxquant runs, for {what}" for what, count in why.items()]
     unquantized = [path for path, part in module.named_modules() if hasattr(part, "to_quantized")]
     weights = sum(layers[path].shape[0] * layers[path].shape[1] for path in own)
-    beside = sum(v.nbytes for v in sidecar.values()), weights + sum(v.size for name, v in sidecar.items() if name.endswith(".bias"))
-    return PlainModule(main, {path: layer.setting for path, layer in plain.items()}, sorted(unquantized), notes, beside), sidecar
+    beside = (
+        sum(v.nbytes for v in sidecar.values()),
+        weights + sum(v.size for name, v in sidecar.items() if name.endswith(".bias")),
+    )
+    return PlainModule(
+        main, {path: layer.setting for path, layer in plain.items()}, sorted(unquantized), notes, beside
+    ), sidecar
 
 
 def own_reasons(layer: QuantizedLinear) -> list[str]:
@@ -69,7 +76,9 @@ def write_mlx(folder: Path, model: QuantizedModel, drop_activations: bool) -> Pl
         write_tensors(folder / name, "weights", arrays, {"model": model.name})
     setting = {**(plain.usual or {}), **plain.layers, **dict.fromkeys(plain.unquantized, False)}
     description = model.adapter.describe()
-    config = checked.canonical({"model": model.name, **description, **({"quantization": setting} if plain.layers else {})})
+    config = checked.canonical(
+        {"model": model.name, **description, **({"quantization": setting} if plain.layers else {})}
+    )
     (folder / "config.json").write_text(config, encoding="utf-8")
     layers = {path: structure(layer.facts, drop_activations) for path, layer in model.layers.items()}
     facts = {

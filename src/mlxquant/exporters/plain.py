@@ -1,7 +1,7 @@
 """A module as other tools read one: every quantized layer in MLX's own layout, or one clear refusal.
 
-What a tool cannot express is refused, by name. Activation scales alone may be left out, when that is asked for, because the weights are
-whole without them.
+What a tool cannot express is refused, by name. Activation scales alone may be left out, when that is asked for, because
+the weights are whole without them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ from ..layers.plain import AffineLayer, Obstacle, affine_layer, obstacles
 from ..layers.tree import parameters
 
 OURS, MODELS = "mlxquant.", "mlxquant.models."  # where our classes are, and those of them that are a model's own
-PROBABILITIES = Obstacle("quantized probabilities", "quantize by a recipe that leaves attention alone", activations=True)
+PROBABILITIES = Obstacle(
+    "quantized probabilities", "quantize by a recipe that leaves attention alone", activations=True
+)
 FLOATS = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
 
 Setting = dict[str, Any]
@@ -31,9 +33,9 @@ Setting = dict[str, Any]
 
 @dataclass(frozen=True)
 class PlainModule:
-    """``arrays`` are all parameters by path. ``layers`` has group size, bits and mode of what is quantized, ``unquantized`` the paths of
-    layers that MLX could quantize and that are not; ``notes`` say in words what is other than in the module. ``beside`` are bytes and
-    weights of what is stored in a file of ours.
+    """``arrays`` are all parameters by path. ``layers`` has group size, bits and mode of what is quantized,
+    ``unquantized`` the paths of layers that MLX could quantize and that are not; ``notes`` say in words what is other
+    than in the module. ``beside`` are bytes and weights of what is stored in a file of ours.
     """
 
     arrays: dict[str, mx.array]
@@ -77,20 +79,29 @@ class PlainModule:
         cost = sum(v.nbytes for v in arrays.values()) - self.nbytes
         notes = [f"floating tensors as {name}: {cost / 1e6:+.3f} MB"]
         if max(changes):
-            notes.append(f"scales are no longer the calibrated ones: up to {max(changes):.1e} of their value away; the codes are")
+            notes.append(
+                f"scales are no longer the calibrated ones: up to {max(changes):.1e} of their value away; the codes are"
+            )
         return replace(self, arrays=arrays, notes=[*self.notes, *notes])
 
     def mixed_dtypes(self) -> str:
-        """What a tool will do with float16 scales beside bfloat16 tensors, in words; empty where there are no such two."""
+        """What a tool will do with float16 scales beside bfloat16 tensors, in words; empty where there are no
+        such two.
+        """
         scales = {value.dtype for name, value in self.arrays.items() if name.endswith(".scales")}
         others = {value.dtype for name, value in self.arrays.items() if not name.endswith((".scales", ".biases"))}
         if mx.float16 in scales and mx.bfloat16 in others:
-            return "MLX promotes float16 scales times bfloat16 inputs to float32: exact, but slower; --dtype float16 avoids that"
+            return (
+                "MLX promotes float16 scales times bfloat16 inputs to float32: exact, but slower; --dtype float16"
+                " avoids that"
+            )
         return ""
 
 
 def plain_module(module: nn.Module, target: str, drop_activations: bool = False) -> PlainModule:
-    """All of a module in MLX's own layout. Raises ExportError, naming the layer, on what ``target`` has no place for."""
+    """All of a module in MLX's own layout. Raises ExportError, naming the layer, on what ``target`` has no
+    place for.
+    """
     arrays, layers, unquantized, found = parameters(module), {}, [], {}
     dropped = widened = 0
     wide = list[mx.array]()
@@ -118,7 +129,10 @@ def plain_module(module: nn.Module, target: str, drop_activations: bool = False)
     notes = [f"activation scales of {dropped} modules left out"] if dropped else []
     if wide:
         cost = sum(scales.nbytes for scales in wide) / 1e6  # biases are as wide
-        notes.append(f"scales of {len(wide)} layers as float32, {cost:.3f} MB more: float16 is too small, or the dtype of an embedding")
+        notes.append(
+            f"scales of {len(wide)} layers as float32, {cost:.3f} MB more: float16 is too small, or the dtype of an"
+            " embedding"
+        )
     notes += [f"7-bit codes written with 8 bits in {widened} layers: MLX has no 7 bits"] if widened else []
     return PlainModule(arrays, layers, unquantized, notes)
 
@@ -156,7 +170,9 @@ def refusal(found: Mapping[str, list[Obstacle]], target: str) -> str:
     return f"{path} has {what}{more}, which {target} has no place for; {first[0].remedy}{instead}"
 
 
-def write_shards(folder: Path, arrays: Mapping[str, mx.array], metadata: dict[str, str], name: str, limit: int) -> dict[str, str]:
+def write_shards(
+    folder: Path, arrays: Mapping[str, mx.array], metadata: dict[str, str], name: str, limit: int
+) -> dict[str, str]:
     """Write arrays as safetensors files of at most ``limit`` bytes each, or one tensor; returns which file holds which.
 
     ``name`` is a file's, with ``{index}`` from 0, ``{number}`` from 1 and ``{count}`` in it.

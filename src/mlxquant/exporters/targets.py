@@ -1,6 +1,7 @@
 """One function that writes a model for any of the tools: whole or not at all, with a record of what is in it.
 
-``export.json`` in the folder says what was written from what, and has the checksum of every file; by it the folder is known as ours.
+``export.json`` in the folder says what was written from what, and has the checksum of every file; by it the folder is
+known as ours.
 """
 
 from __future__ import annotations
@@ -43,10 +44,11 @@ def export(
 ) -> dict[str, Any]:
     """Write a model as a folder that ``target`` reads: "mlx-lm", "mlx", "mflux" or "diffusionkit".
 
-    A bare module goes to mlx-lm with its ``config`` (a dict, config.json's) and ``tokenizer``, to mflux as its ``component``.
-    ``drop_activations`` leaves activation scales out where the target has no place for them. ``dtype``, of FLOATS, is that of every
-    floating tensor, by default its own. Returns out, target, bytes, bits_per_weight, layers and notes. Raises ExportError, naming the
-    layer, on what the target cannot hold, ArtifactError on a folder that cannot be written.
+    A bare module goes to mlx-lm with its ``config`` (a dict, config.json's) and ``tokenizer``, to mflux as its
+    ``component``. ``drop_activations`` leaves activation scales out where the target has no place for them. ``dtype``,
+    of FLOATS, is that of every floating tensor, by default its own. Returns out, target, bytes, bits_per_weight, layers
+    and notes. Raises ExportError, naming the layer, on what the target cannot hold, ArtifactError on a folder that
+    cannot be written.
     """
     if target not in TARGETS:
         raise ExportError(f"no target {target!r}; expected one of {', '.join(TARGETS)}")
@@ -82,7 +84,9 @@ def export(
         known = model.facts if isinstance(model, QuantizedModel) else {}
         origin = {key: known[key] for key in ORIGIN if key in known}
         digests = {name: file_digest(path) for name, path in files.items()}
-        write_json(folder / FACTS, KIND, {**facts, **origin, "layers": plain.layers, "files": digests, **checked.versions()})
+        write_json(
+            folder / FACTS, KIND, {**facts, **origin, "layers": plain.layers, "files": digests, **checked.versions()}
+        )
     return {"out": str(out), **facts, "layers": len(plain.layers)}
 
 
@@ -97,7 +101,10 @@ def prepared(module: nn.Module, target: str, drop_activations: bool, dtype: str 
 def quantized_model(model: Model | nn.Module) -> QuantizedModel:
     """A model that our own loader can read again."""
     if not isinstance(model, QuantizedModel):
-        raise ExportError(f"--target mlx writes what mlxquant.quantize made, found {named(model)}; save a bare module with save_module")
+        raise ExportError(
+            f"--target mlx writes what mlxquant.quantize made, found {named(model)}; save a bare module with"
+            " save_module"
+        )
     return model
 
 
@@ -112,7 +119,9 @@ def named(model: Model | nn.Module) -> str:
     return f"{type(model).__name__} {model.name}" if isinstance(model, Model) else f"a bare {type(model).__name__}"
 
 
-def language(model: Model | nn.Module, config: Mapping[str, Any] | None, tokenizer: Any) -> tuple[Mapping[str, Any], Any]:
+def language(
+    model: Model | nn.Module, config: Mapping[str, Any] | None, tokenizer: Any
+) -> tuple[Mapping[str, Any], Any]:
     """config.json and the tokenizer of a language model, its own or those that were passed."""
     if isinstance(model, Model):
         if not isinstance(model.adapter, LanguageAdapter):

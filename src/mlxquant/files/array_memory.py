@@ -1,10 +1,11 @@
 """Remember what was computed from arrays, for as long as they are the very same arrays.
 
-Whether an array is the same cannot be told from the object alone: ``a += 1`` and ``a[0] = 1`` put other contents into the same object.
-So beside the result we keep a second handle on what the array holds. While the handle lives, MLX can neither change that memory nor
-give it to another array, and one comparison of addresses tells whether the object still holds it. The handle goes when the object
-goes, so an array that was replaced does not stay in memory; one that was changed in place does until it is asked about again.
-What writes into the memory of an array behind MLX's back, through a NumPy view, is not noticed.
+Whether an array is the same cannot be told from the object alone: ``a += 1`` and ``a[0] = 1`` put other contents into
+the same object. So beside the result we keep a second handle on what the array holds. While the handle lives, MLX can
+neither change that memory nor give it to another array, and one comparison of addresses tells whether the object still
+holds it. The handle goes when the object goes, so an array that was replaced does not stay in memory; one that was
+changed in place does until it is asked about again. What writes into the memory of an array behind MLX's back, through
+a NumPy view, is not noticed.
 """
 
 from __future__ import annotations
@@ -51,7 +52,11 @@ class ArrayMemory(Generic[Result]):
         key, known = id(array), weakref.ref(self)
 
         def forget(gone: weakref.ref[mx.array]) -> None:
-            if (memory := known()) is not None and (entry := memory._known.get(key)) is not None and entry.array is gone:
+            if (
+                (memory := known()) is not None
+                and (entry := memory._known.get(key)) is not None
+                and entry.array is gone
+            ):
                 del memory._known[key]
 
         return weakref.ref(array, forget)

@@ -1,5 +1,5 @@
-"""Files and folders that are written whole or not at all, places that stay right when a folder moves, an operating system's
-errors as ours.
+"""Files and folders that are written whole or not at all, places that stay right when a folder moves, an operating
+system's errors as ours.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ def _umask() -> int:
 def atomic_folder(path: Path, force: bool = False) -> Iterator[Path]:
     """Yield an empty folder beside ``path``; on success it takes that name, on any failure it is removed.
 
-    An existing folder is refused, or with ``force`` replaced in the last moment. A replacement that was killed half-way is undone by
-    the next call.
+    An existing folder is refused, or with ``force`` replaced in the last moment. A replacement that was killed half-way
+    is undone by the next call.
     """
     path = Path(path).absolute()
     fresh, old = path.with_name(f".{path.name}.new"), path.with_name(f".{path.name}.old")
@@ -96,7 +96,9 @@ OURS = ("model.json", "report.json", "export.json")  # every folder that a comma
 
 
 def refuse_existing(path: Path, force: bool) -> None:
-    """Raise ArtifactError when ``path`` exists and may not be replaced: never a file, nor a folder that is not one of ours."""
+    """Raise ArtifactError when ``path`` exists and may not be replaced: never a file, nor a folder that is not one of
+    ours.
+    """
     if not path.absolute().name:
         raise ArtifactError(f"{path} cannot be replaced; choose a folder of its own")
     if not path.exists():
@@ -107,7 +109,8 @@ def refuse_existing(path: Path, force: bool) -> None:
         raise ArtifactError(f"{path} exists; choose another folder or pass --force to replace it")
     if any(path.iterdir()) and not any((path / name).exists() for name in OURS):
         raise ArtifactError(
-            f"{path} was not written by mlxquant, so --force does not replace it; choose another folder or remove it yourself"
+            f"{path} was not written by mlxquant, so --force does not replace it; choose another folder or remove it"
+            " yourself"
         )
 
 
@@ -122,7 +125,9 @@ def ensure_writable(folder: Path) -> None:
 
 
 def relative_place(place: str, folder: Path) -> str:
-    """A place as a file in ``folder`` may name it: a folder by its path from there, starting with a dot; a hub id, or "", as it is."""
+    """A place as a file in ``folder`` may name it: a folder by its path from there, starting with a dot; a hub id, or
+    "", as it is.
+    """
     return os.path.join(".", os.path.relpath(place, folder)) if place and Path(place).is_dir() else place
 
 

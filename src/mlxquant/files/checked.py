@@ -1,7 +1,8 @@
 """Files that can be trusted: versioned, checksummed, written whole or not at all.
 
-Tensors are safetensors, facts are sorted JSON, paths inside are relative. A header says what a file is (``kind``, ``version``), and a
-sha256 covers everything in it, so a truncated or bit-flipped file is refused with one clear error instead of loading as noise.
+Tensors are safetensors, facts are sorted JSON, paths inside are relative. A header says what a file is (``kind``,
+``version``), and a sha256 covers everything in it, so a truncated or bit-flipped file is refused with one clear error
+instead of loading as noise.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from .atomic import atomic_file, explain
 from .tensor_layout import DTYPES
 
 VERSION = 1
-KEY = "mlxquant"  # the one metadata key: safetensors keeps several in no fixed order, and equal runs must give equal bytes
+# the one metadata key: safetensors keeps several in no fixed order, and equal runs must give equal bytes
+KEY = "mlxquant"
 NO_SHA256 = "0" * 64  # in the place of a file's own checksum while that is computed
 PIECE = 2**24  # bytes of a file that are only checked, at a time
 
@@ -90,7 +92,8 @@ def read_json(path: Path, kind: str) -> dict[str, Any]:
         matches = False
     if not matches:
         raise ArtifactError(
-            f"{path}: checksum {str(found)[:12]}… does not match the contents; the file was changed or damaged, write it anew"
+            f"{path}: checksum {str(found)[:12]}… does not match the contents; the file was changed or damaged, write"
+            " it anew"
         )
     return data
 
@@ -98,16 +101,22 @@ def read_json(path: Path, kind: str) -> dict[str, Any]:
 def _check_header(path: Path, header: Mapping[str, Any], kind: str) -> None:
     if header.get("kind") != kind:
         raise ArtifactError(
-            f"{path}: expected a file of kind {kind!r}, found {header.get('kind')!r}; this is another program's or step's file"
+            f"{path}: expected a file of kind {kind!r}, found {header.get('kind')!r}; this is another program's or"
+            " step's file"
         )
     if header.get("version") != VERSION:
         raise ArtifactError(
-            f"{path}: written in version {header.get('version')!r}, this mlxquant reads version {VERSION}; install the matching release"
+            f"{path}: written in version {header.get('version')!r}, this mlxquant reads version {VERSION}; install the"
+            " matching release"
         )
 
 
-def write_tensors(path: Path, kind: str, arrays: Mapping[str, mx.array], header: Mapping[str, Any] | None = None) -> None:
-    """Write arrays as safetensors with a checksummed header, atomically and one at a time. Equal input gives equal bytes."""
+def write_tensors(
+    path: Path, kind: str, arrays: Mapping[str, mx.array], header: Mapping[str, Any] | None = None
+) -> None:
+    """Write arrays as safetensors with a checksummed header, atomically and one at a time. Equal input gives equal
+    bytes.
+    """
     if unknown := {name: value.dtype for name, value in arrays.items() if value.dtype not in DTYPES}:
         raise ArtifactError(f"{path}: cannot store {unknown}; expected one of {[str(d) for d in DTYPES]}")
     facts = {"kind": kind, "version": VERSION, **(header or {})}
@@ -124,8 +133,8 @@ def write_tensors(path: Path, kind: str, arrays: Mapping[str, mx.array], header:
 
 
 def read_tensors(path: Path, kind: str, sha256: str | None = None) -> tuple[dict[str, mx.array], dict[str, Any]]:
-    """Read what ``write_tensors`` wrote: arrays and header. ``sha256`` is that of the whole file, where another file vouches for it;
-    it is checked in place of the file's own, so that the bytes are read and hashed once.
+    """Read what ``write_tensors`` wrote: arrays and header. ``sha256`` is that of the whole file, where another file
+    vouches for it; it is checked in place of the file's own, so that the bytes are read and hashed once.
 
     Raises ArtifactError on a missing, damaged, foreign or newer file, and on another than the one that is vouched for.
     """
@@ -148,8 +157,8 @@ def read_progress(path: Path, kind: str, job: str, lost: str) -> tuple[dict[str,
 
 
 def verify_tensors(path: Path) -> dict[str, Any]:
-    """The header of what ``write_tensors`` wrote, of any kind, after all bytes were read, in pieces, and found to be those that were
-    written. Raises ArtifactError as ``read_tensors`` does.
+    """The header of what ``write_tensors`` wrote, of any kind, after all bytes were read, in pieces, and found to be
+    those that were written. Raises ArtifactError as ``read_tensors`` does.
     """
     with _checked(Path(path)) as (file, _, header, seen):
         while piece := file.read(PIECE):
@@ -161,8 +170,8 @@ def verify_tensors(path: Path) -> dict[str, Any]:
 def _checked(
     path: Path, kind: str | None = None, sha256: str | None = None
 ) -> Iterator[tuple[BufferedReader, dict[str, Any], dict[str, Any], Callable[[bytes | memoryview], None]]]:
-    """An open tensor file at its first tensor, its entries, our header in it, and the function that has to be shown all bytes of its
-    tensors in order: afterwards these, with what stands before them, are checked.
+    """An open tensor file at its first tensor, its entries, our header in it, and the function that has to be shown all
+    bytes of its tensors in order: afterwards these, with what stands before them, are checked.
     """
     try:
         with path.open("rb") as file:
@@ -180,9 +189,11 @@ def _checked(
     except OSError as error:
         raise explain(error, path) from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ArtifactError(f"{path}: not a tensor file of mlxquant, or a damaged one ({error!r}); write or download it anew") from error
+        raise ArtifactError(
+            f"{path}: not a tensor file of mlxquant, or a damaged one ({error!r}); write or download it anew"
+        ) from error
     if hasher.hexdigest() != claimed:
         raise ArtifactError(
-            f"{path}: checksum does not match the contents (expected {claimed[:12]}…, found {hasher.hexdigest()[:12]}…); "
-            "write or download it anew"
+            f"{path}: checksum does not match the contents (expected {claimed[:12]}…, found"
+            f" {hasher.hexdigest()[:12]}…); write or download it anew"
         )

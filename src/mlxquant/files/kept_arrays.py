@@ -1,4 +1,6 @@
-"""What was measured once for a long job, on disk: a killed run does not measure it again, and goes on with the same numbers."""
+"""What was measured once for a long job, on disk: a killed run does not measure it again, and goes on with the same
+numbers.
+"""
 
 from __future__ import annotations
 
@@ -42,5 +44,7 @@ class Measurements:
     def save(self, name: str, arrays: Mapping[str, Array]) -> None:
         """Keep arrays of any shape but (); as uint64, for Metal has no float64."""
         if self._folder is not None:
-            bits = {key: mx.array(np.ascontiguousarray(value, np.float64).view(np.uint64)) for key, value in arrays.items()}
+            bits = {
+                key: mx.array(np.ascontiguousarray(value, np.float64).view(np.uint64)) for key, value in arrays.items()
+            }
             write_tensors(self._path(self._folder, name), KIND, bits, {"job": self._job})

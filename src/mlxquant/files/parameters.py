@@ -1,4 +1,6 @@
-"""A module's parameters on their way from and to files: put in where they fit exactly, stored in 16 bits where that loses nothing."""
+"""A module's parameters on their way from and to files: put in where they fit exactly, stored in 16 bits where that
+loses nothing.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +15,16 @@ from .array_memory import ArrayMemory
 
 
 def load_parameters(module: nn.Module, arrays: Mapping[str, mx.array], source: str) -> None:
-    """Put arrays into a module, in the dtypes that it has; raises ArtifactError on a missing, extra or misshapen tensor."""
+    """Put arrays into a module, in the dtypes that it has; raises ArtifactError on a missing, extra or misshapen
+    tensor.
+    """
     expected = dict(tree_flatten(module.parameters()))
     missing, extra = sorted(set(expected) - set(arrays)), sorted(set(arrays) - set(expected))
     if missing or extra:
         counts = f"{len(missing)} and {len(extra)} in all"
         raise ArtifactError(
-            f"{source}: does not fit the model: missing {missing[:3] or 'nothing'}, unexpected {extra[:3] or 'nothing'} ({counts})"
+            f"{source}: does not fit the model: missing {missing[:3] or 'nothing'}, unexpected {extra[:3] or 'nothing'}"
+            f" ({counts})"
         )
     for name, value in expected.items():
         if arrays[name].shape != value.shape:

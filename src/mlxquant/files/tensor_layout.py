@@ -1,8 +1,8 @@
 """The safetensors layout: which bytes of a file are which tensor. It is read and written piece by piece.
 
-A file is 8 bytes with the length of the header, the header (JSON: names, dtypes, shapes, offsets), then the tensors without gaps. The
-order is that of the safetensors crate: wide dtypes first, so that every tensor is aligned, and names in order within a dtype. Who
-wants to know what is in a file, and whether to trust it, asks ``artifacts``.
+A file is 8 bytes with the length of the header, the header (JSON: names, dtypes, shapes, offsets), then the tensors
+without gaps. The order is that of the safetensors crate: wide dtypes first, so that every tensor is aligned, and names
+in order within a dtype. Who wants to know what is in a file, and whether to trust it, asks ``artifacts``.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ DTYPES = {
     mx.uint8: ("U8", np.uint8),
 }
 RANK = {dtype: rank for rank, dtype in enumerate(DTYPES)}
-STORED: dict[str, tuple[mx.Dtype, np.dtype[Any]]] = {name: (dtype, np.dtype(bits)) for dtype, (name, bits) in DTYPES.items()}
+STORED: dict[str, tuple[mx.Dtype, np.dtype[Any]]] = {
+    name: (dtype, np.dtype(bits)) for dtype, (name, bits) in DTYPES.items()
+}
 ALIGNMENT = 8
 
 
@@ -57,7 +59,9 @@ def header(arrays: Mapping[str, mx.array], metadata: Mapping[str, str]) -> bytes
 
 
 def read_header(file: BufferedReader, size: int) -> bytes:
-    """The header of an open file of ``size`` bytes, which is left where the tensors start; raises ValueError on a damaged one."""
+    """The header of an open file of ``size`` bytes, which is left where the tensors start; raises ValueError on a
+    damaged one.
+    """
     prefix = file.read(8)
     length = int.from_bytes(prefix, "little")
     if len(prefix) < 8 or not 0 < length <= size - 8:
@@ -73,11 +77,14 @@ def entries(header: bytes) -> dict[str, Any]:
     return found
 
 
-def read_arrays(file: BufferedReader, entries: Mapping[str, Any], size: int, seen: Callable[[memoryview], object]) -> dict[str, mx.array]:
+def read_arrays(
+    file: BufferedReader, entries: Mapping[str, Any], size: int, seen: Callable[[memoryview], object]
+) -> dict[str, mx.array]:
     """The arrays of an open file that stands before ``size`` bytes of tensors; ``seen`` gets these bytes in order.
 
-    Every byte is read once, into one buffer as large as the largest tensor. Raises ValueError, or TypeError and KeyError on entries
-    that are not even of the right kind, when the entries do not describe ``size`` bytes without a gap.
+    Every byte is read once, into one buffer as large as the largest tensor. Raises ValueError, or TypeError and
+    KeyError on entries that are not even of the right kind, when the entries do not describe ``size`` bytes without a
+    gap.
     """
     tensors = sorted((*entry["data_offsets"], name) for name, entry in entries.items() if name != "__metadata__")
     position = 0

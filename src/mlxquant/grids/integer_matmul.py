@@ -8,15 +8,18 @@ EXACT = 2**24  # integers up to this magnitude are exact in float32
 
 
 def use_packed_kernels() -> bool:
-    """Whether to multiply by packed weights directly. On the CPU backend dequantizing first is 30 to 40 times faster."""
+    """Whether to multiply by packed weights directly. On the CPU backend dequantizing first is 30 to 40 times
+    faster.
+    """
     return bool(mx.default_device() != mx.cpu)
 
 
 def integer_matmul(x: mx.array, weight: mx.array, x_limit: int, weight_limit: int) -> mx.array:
-    """``x W^T`` of integer-valued float32 arrays with |x| <= x_limit and |W| <= weight_limit, equal to int32 arithmetic.
+    """``x W^T`` of integer-valued float32 arrays with |x| <= x_limit and |W| <= weight_limit, equal to int32
+    arithmetic.
 
-    x [..., in], weight [out, in]. The input is cut where a partial sum could pass 2^24; the parts are added as int32. Returns the
-    float32 nearest to the exact sum.
+    x [..., in], weight [out, in]. The input is cut where a partial sum could pass 2^24; the parts are added as int32.
+    Returns the float32 nearest to the exact sum.
     """
     width = weight.shape[1]
     chunk = max(1, EXACT // (x_limit * weight_limit))

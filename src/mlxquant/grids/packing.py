@@ -1,7 +1,7 @@
 """Packed weights back to numbers inside MLX's graph, whatever their width: for layers that look rows up or convolve.
 
-MLX's own kernel reads widths that are a multiple of 32, in all widths of codes but 7 bits. Kernels of convolutions are rarely so wide
-(3 x 3 x 3 is 27 columns): they are read with zeros behind them, which are then cut off.
+MLX's own kernel reads widths that are a multiple of 32, in all widths of codes but 7 bits. Kernels of convolutions are
+rarely so wide (3 x 3 x 3 is 27 columns): they are read with zeros behind them, which are then cut off.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from .weights import GROUPS, WeightFormat
 
 
 def unpacked(words: mx.array, bits: int, width: int) -> mx.array:
-    """``formats.unpack`` as a part of a graph: words uint32 [rows, words] to codes uint8 [rows, width]. Eight codes fill ``bits`` bytes."""
+    """``formats.unpack`` as a part of a graph: words uint32 [rows, words] to codes uint8 [rows, width]. Eight codes
+    fill ``bits`` bytes.
+    """
     rows, count = words.shape[0], -(-width // 8)
     stream = _widened(words.view(mx.uint8), count * bits).reshape(rows, count, bits).astype(mx.uint64)
     eights = (stream << mx.array(np.arange(bits, dtype=np.uint64) * 8)).sum(-1, keepdims=True)
@@ -26,7 +28,9 @@ def unpacked(words: mx.array, bits: int, width: int) -> mx.array:
 
 
 def dequantized(words: mx.array, scales: mx.array, biases: mx.array, bits: int, width: int) -> mx.array:
-    """``scale * code + bias`` float32 [rows, width] of words uint32 [rows, words]; scales and biases are float32 [rows or 1, groups]."""
+    """``scale * code + bias`` float32 [rows, width] of words uint32 [rows, words]; scales and biases are float32 [rows
+    or 1, groups].
+    """
     rows, groups, columns = words.shape[0], scales.shape[1], width // scales.shape[1]
     if bits == 7 or rows == 0:
         codes = unpacked(words, bits, width).astype(mx.float32).reshape(rows, groups, columns)
@@ -34,13 +38,15 @@ def dequantized(words: mx.array, scales: mx.array, biases: mx.array, bits: int, 
     size = next((size for size in reversed(GROUPS) if columns % size == 0), min(GROUPS))
     each = -(-columns // size)  # of MLX's groups to one of ours, which is the only one where they do not divide it
     words = _widened(words, groups * each * size * bits // 32)
-    scales, biases = (mx.broadcast_to(v[..., None], (rows, groups, each)).reshape(rows, groups * each) for v in (scales, biases))
+    scales, biases = (
+        mx.broadcast_to(v[..., None], (rows, groups, each)).reshape(rows, groups * each) for v in (scales, biases)
+    )
     return mx.dequantize(words, scales, biases, group_size=size, bits=bits)[:, :width]
 
 
 def affine(layer: Mapping[str, mx.array], format: WeightFormat) -> tuple[mx.array, mx.array]:
-    """What a code of a layer is multiplied by and what is added, float32 [out or 1, groups]: its scales, and its biases or, of a symmetric
-    grid, what follows from the scales.
+    """What a code of a layer is multiplied by and what is added, float32 [out or 1, groups]: its scales, and its biases
+    or, of a symmetric grid, what follows from the scales.
     """
     scales = layer["scales"].astype(mx.float32)
     return scales, layer["biases"].astype(mx.float32) if "biases" in layer else scales * -format.zero_code
@@ -54,7 +60,8 @@ def _widened(stream: mx.array, width: int) -> mx.array:
 def pack(codes: Array, bits: int) -> Array:
     """Codes [out, in] to MLX's packed layout: one little-endian bit stream a row, uint32 [out, ceil(in * bits / 32)].
 
-    For the widths that MLX accepts this is bit for bit what ``mx.quantize`` stores. Eight codes at a time fill ``bits`` bytes.
+    For the widths that MLX accepts this is bit for bit what ``mx.quantize`` stores. Eight codes at a time fill ``bits``
+    bytes.
     """
     rows, width = codes.shape
     if codes.size and int(codes.max()) >= 2**bits:

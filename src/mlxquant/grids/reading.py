@@ -1,4 +1,5 @@
-"""How a running layer reads the levels of its input: from a table at the time that a clock shows, or from the tokens themselves.
+"""How a running layer reads the levels of its input: from a table at the time that a clock shows, or from the tokens
+themselves.
 
 ``represented`` is what is left of an input when its levels stand for it.
 """
@@ -81,7 +82,9 @@ class Entry:
         return self._with(lambda values: values.reshape(values.shape[0], *(1,) * (ndim - 2), values.shape[-1]))
 
     def _with(self, change: Callable[[mx.array], mx.array]) -> Entry:
-        arrays: dict[str, Any] = {name: change(value) for name, value in vars(self).items() if isinstance(value, mx.array)}
+        arrays: dict[str, Any] = {
+            name: change(value) for name, value in vars(self).items() if isinstance(value, mx.array)
+        }
         return replace(self, **arrays)
 
 
@@ -92,7 +95,9 @@ def _nearest_levels(x: mx.array, half: mx.array, kept: mx.array) -> mx.array:
 
 
 def represented(x: mx.array, entry: Entry) -> mx.array:
-    """x [B,...,in] as its entries represent it, float32. Gradients go straight through the rounding; clipped values have none."""
+    """x [B,...,in] as its entries represent it, float32. Gradients go straight through the rounding; clipped values
+    have none.
+    """
     x = x.astype(mx.float32)
     offset = (x - entry.shift) / entry.step
     levels = mx.clip(cast(mx.array, round_through(offset)), -entry.edge, entry.edge - 1)
@@ -107,8 +112,8 @@ def represented(x: mx.array, entry: Entry) -> mx.array:
 
 
 class TokenReader:
-    """Scales that follow the input: each token has its own step and shift, from its least channel to its greatest (as in SpinQuant, arXiv
-    2405.16406, appendix). There is nothing to calibrate, and no noise level.
+    """Scales that follow the input: each token has its own step and shift, from its least channel to its greatest (as
+    in SpinQuant, arXiv 2405.16406, appendix). There is nothing to calibrate, and no noise level.
     """
 
     def __init__(self, bits: int):
@@ -144,10 +149,15 @@ class TableReader:
         return float(np.mean(self.table.bits))
 
     def read(self, x: mx.array) -> Entry:
-        """The entry for an input [B,...,in]; raises AdapterError when the clock is unset or shows another batch size."""
+        """The entry for an input [B,...,in]; raises AdapterError when the clock is unset or shows another batch
+        size.
+        """
         sigma = self._clock.sigma
         if sigma.size not in (1, x.shape[0]):
-            raise AdapterError(f"the clock holds {sigma.size} timesteps for a batch of {x.shape[0]}; expected 1, or one for each sample")
+            raise AdapterError(
+                f"the clock holds {sigma.size} timesteps for a batch of {x.shape[0]}; expected 1, or one for each"
+                " sample"
+            )
         key = (sigma.tobytes(), x.ndim)
         if key not in self._entries:
             if len(self._entries) >= 256:  # a run with random timesteps must not grow without bound

@@ -1,11 +1,12 @@
 """Static activation scales, one entry a noise level: how a quantized layer knows its step at any timestep.
 
-A uniform entry maps ``x`` to signed codes ``clip(round((x - shift) / step), -2^(bits-1), 2^(bits-1) - 1)``. The step is one number for
-the tensor, because a step per input channel could not leave an integer matmul; the shift may differ by channel, because it folds into
-the bias. A logarithmic entry has its levels at ``shift + step u``: its shift is the least value there is, its step how far the largest
-is from it, and u is 1 or one of the next ``2^bits - 1`` smaller floating-point numbers of ``bits - 4`` mantissa bits: 2^-q at 4 bits, and
-16 octaves at any width. Its products are no integers, so whoever multiplies them has to simulate it. 16 bits means that the input is not
-quantized at that noise level.
+A uniform entry maps ``x`` to signed codes ``clip(round((x - shift) / step), -2^(bits-1), 2^(bits-1) - 1)``. The step is
+one number for the tensor, because a step per input channel could not leave an integer matmul; the shift may differ by
+channel, because it folds into the bias. A logarithmic entry has its levels at ``shift + step u``: its shift is the
+least value there is, its step how far the largest is from it, and u is 1 or one of the next ``2^bits - 1`` smaller
+floating-point numbers of ``bits - 4`` mantissa bits: 2^-q at 4 bits, and 16 octaves at any width. Its products are no
+integers, so whoever multiplies them has to simulate it. 16 bits means that the input is not quantized at that noise
+level.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ MANTISSA, ONE, ROOT = 23, 0x3F800000, 0x3504F3  # of a float32: bits of the mant
 
 
 class Reading(NamedTuple):
-    """Entries of a table for B noise levels: ``step`` [B], ``shift`` [B,1] or [B,in], ``bits`` [B], ``log`` [B] bool."""
+    """Entries of a table for B noise levels: ``step`` [B], ``shift`` [B,1] or [B,in], ``bits`` [B], ``log`` [B]
+    bool.
+    """
 
     step: Array
     shift: Array
@@ -34,8 +37,8 @@ class Reading(NamedTuple):
 
 @dataclass(frozen=True)
 class ActivationTable:
-    """``sigma`` [T] ascending float32, ``step`` [T] float32, ``shift`` [T,1] or [T,in] float32, ``bits`` [T] of 4, 6, 8 or 16, ``log`` [T]
-    bool, which entries are logarithmic (by default none).
+    """``sigma`` [T] ascending float32, ``step`` [T] float32, ``shift`` [T,1] or [T,in] float32, ``bits`` [T] of 4, 6, 8
+    or 16, ``log`` [T] bool, which entries are logarithmic (by default none).
     """
 
     sigma: Array
@@ -49,7 +52,10 @@ class ActivationTable:
         log = np.asarray(self.log, bool)
         object.__setattr__(self, "log", log if log.ndim else np.full(length, log))
         if not (len(self.step) == len(self.shift) == len(self.bits) == len(self.log) == length > 0):
-            raise RecipeError(f"activation table: lengths differ or are 0: sigma {length}, step {len(self.step)}, shift {len(self.shift)}")
+            raise RecipeError(
+                f"activation table: lengths differ or are 0: sigma {length}, step {len(self.step)}, shift"
+                f" {len(self.shift)}"
+            )
         if np.any(np.diff(self.sigma) <= 0) or not np.all(np.isfinite(self.step)) or np.any(self.step <= 0):
             raise RecipeError("activation table: sigma must ascend and every step must be positive and finite")
         if unknown := set(np.unique(self.bits).tolist()) - set(BITS):
@@ -63,12 +69,14 @@ class ActivationTable:
     def at(self, sigma: Array) -> Reading:
         """Entries for noise levels [B].
 
-        Between two calibrated levels the range is the envelope of the neighbours, with the larger bit width of the two, so a table
-        calibrated at 28 steps runs at any step count and clips nothing that either neighbour keeps. It is logarithmic where the nearer
-        neighbour is. Outside the calibrated levels the nearest entry holds.
+        Between two calibrated levels the range is the envelope of the neighbours, with the larger bit width of the two,
+        so a table calibrated at 28 steps runs at any step count and clips nothing that either neighbour keeps. It is
+        logarithmic where the nearer neighbour is. Outside the calibrated levels the nearest entry holds.
         """
         position = np.interp(sigma, self.sigma, np.arange(len(self.sigma)))
-        position = np.where(np.abs(position - np.rint(position)) < 1e-4, np.rint(position), position)  # float32 noise in sigma
+        position = np.where(
+            np.abs(position - np.rint(position)) < 1e-4, np.rint(position), position
+        )  # float32 noise in sigma
         below, above = np.floor(position).astype(int), np.ceil(position).astype(int)
         bits, log = np.maximum(self.bits[below], self.bits[above]), self.log[np.rint(position).astype(int)]
         low, high = self._ends()
@@ -88,8 +96,8 @@ class ActivationTable:
 
 
 def _rounding(bits: Array) -> tuple[Array, Array, Array]:
-    """How to round float32s to ``bits - 4`` mantissa bits: what is added to their bits and what of that is kept, uint32, and the least
-    of the ``2^bits`` levels, float32; each in the shape of ``bits``.
+    """How to round float32s to ``bits - 4`` mantissa bits: what is added to their bits and what of that is kept,
+    uint32, and the least of the ``2^bits`` levels, float32; each in the shape of ``bits``.
     """
     width = bits.astype(np.uint32)
     dropped = MANTISSA + 4 - width
@@ -101,7 +109,8 @@ def _rounding(bits: Array) -> tuple[Array, Array, Array]:
 def nearest_levels(x: Array, bits: int) -> Array:
     """What a logarithmic entry makes of x, any shape, in units of its step and counted from its shift, float32.
 
-    At 4 bits ``2^-q``, ``q = clip(round(-log2 x), 0, 15)``, TCAQ-DM's log2 quantizer (arXiv 2412.16700); at more bits the nearest level.
+    At 4 bits ``2^-q``, ``q = clip(round(-log2 x), 0, 15)``, TCAQ-DM's log2 quantizer (arXiv 2412.16700); at more bits
+    the nearest level.
     """
     half, kept, least = _rounding(np.array(bits))
     clipped = np.clip(x.astype(np.float32), least, 1)

@@ -26,8 +26,8 @@ def log_snr(sigma: npt.ArrayLike, limit: float = 10.0) -> Sigmas:
 class Clock:
     """Tells quantized layers which noise level is running: one sigma, or one for each sample of the batch.
 
-    The sampler (or a sweep) sets it around a forward pass; reading it unset raises, so no layer can run on a stale or default time.
-    A model that knows no time has a clock that stands still.
+    The sampler (or a sweep) sets it around a forward pass; reading it unset raises, so no layer can run on a stale or
+    default time. A model that knows no time has a clock that stands still.
     """
 
     def __init__(self, still: float | None = None) -> None:
@@ -39,13 +39,16 @@ class Clock:
         """[1] or [B] float32; raises AdapterError when no forward pass is announced."""
         if self._sigma is None:
             raise AdapterError(
-                "a layer with per-timestep activation scales ran while no timestep was set; run it through the model's sampler"
+                "a layer with per-timestep activation scales ran while no timestep was set; run it through the model's"
+                " sampler"
             )
         return self._sigma
 
     @contextmanager
     def at(self, sigma: float | Sequence[float] | npt.NDArray[Any]) -> Iterator[None]:
-        """Announce the noise level of the forward passes inside; the previous one returns afterwards, also after an exception."""
+        """Announce the noise level of the forward passes inside; the previous one returns afterwards, also after an
+        exception.
+        """
         before, self._sigma = self._sigma, np.atleast_1d(np.asarray(sigma, np.float32))
         try:
             yield

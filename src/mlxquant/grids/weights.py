@@ -1,8 +1,9 @@
 """Integer grids: which numbers a quantized weight can be, and how its codes are stored.
 
-A weight [out, in] is ``scale * code + bias`` with unsigned codes of ``bits`` bits, which is MLX's affine layout. A symmetric grid has
-``bias = -2^(bits-1) * scale`` and does not store it. Scales are float16 and are snapped before anything is rounded on them, so what
-is optimised is what is stored. Everything here is NumPy in, NumPy out; rounding methods live in ``methods``.
+A weight [out, in] is ``scale * code + bias`` with unsigned codes of ``bits`` bits, which is MLX's affine layout. A
+symmetric grid has ``bias = -2^(bits-1) * scale`` and does not store it. Scales are float16 and are snapped before
+anything is rounded on them, so what is optimised is what is stored. Everything here is NumPy in, NumPy out; rounding
+methods live in ``methods``.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ class WeightFormat:
         if not 2 <= self.bits <= 8:
             raise RecipeError(f"weight format: bits must be 2 to 8, found {self.bits}")
         if self.group not in ("tensor", "channel", *GROUPS):
-            raise RecipeError(f"weight format: group must be 'tensor', 'channel' or one of {GROUPS}, found {self.group!r}")
+            raise RecipeError(
+                f"weight format: group must be 'tensor', 'channel' or one of {GROUPS}, found {self.group!r}"
+            )
 
     @property
     def levels(self) -> int:
@@ -48,7 +51,9 @@ class WeightFormat:
         if not isinstance(self.group, int):
             return width
         if width % self.group:
-            raise RecipeError(f"groups of {self.group} do not divide an input width of {width}; use 'channel' or a smaller group")
+            raise RecipeError(
+                f"groups of {self.group} do not divide an input width of {width}; use 'channel' or a smaller group"
+            )
         return self.group
 
     def bits_per_weight(self, shape: tuple[int, int]) -> float:
@@ -68,10 +73,15 @@ class WeightFormat:
 
     @classmethod
     def parse(cls, text: str) -> WeightFormat:
-        """``w4`` (symmetric per channel), ``w4-g128`` (asymmetric groups), ``w4-g64-sym``, ``w4-asym``, ``w8-tensor``."""
+        """``w4`` (symmetric per channel), ``w4-g128`` (asymmetric groups), ``w4-g64-sym``, ``w4-asym``,
+        ``w8-tensor``.
+        """
         match = re.fullmatch(r"w([2-8])(-tensor|-g(?:32|64|128))?(-sym|-asym)?", text)
         if match is None:
-            raise RecipeError(f"{text!r} is no weight format; expected w2 to w8, optionally -tensor or -g32/64/128, then -sym or -asym")
+            raise RecipeError(
+                f"{text!r} is no weight format; expected w2 to w8, optionally -tensor or -g32/64/128, then -sym or"
+                " -asym"
+            )
         where, sign = match[2] or "", match[3] or ""
         group: Any = int(where[2:]) if where.startswith("-g") else "tensor" if where else "channel"
         return cls(int(match[1]), group, symmetric=sign == "-sym" if sign else not isinstance(group, int))
@@ -91,7 +101,9 @@ class Grid:
         return cls(format, scales, -format.zero_code * scales)
 
     def expand(self, values: Array, width: int) -> Array:
-        """Scales or biases [out, groups] to [out, in] or [out, 1], whichever broadcasts against a weight of this width."""
+        """Scales or biases [out, groups] to [out, in] or [out, 1], whichever broadcasts against a weight of
+        this width.
+        """
         return values if values.shape[1] == 1 else np.repeat(values, width // values.shape[1], axis=1)
 
     def quantize(self, weight: Array) -> Array:
@@ -106,28 +118,38 @@ class Grid:
 
 
 def snap(scales: Array) -> Array:
-    """Scales as they will be stored: float16, at least its smallest normal number, held as float32; NumericsError when too large."""
+    """Scales as they will be stored: float16, at least its smallest normal number, held as float32; NumericsError when
+    too large.
+    """
     with np.errstate(over="ignore"):
         snapped = np.maximum(np.asarray(scales, np.float64), SMALLEST_SCALE).astype(np.float16).astype(np.float32)
     if not np.isfinite(snapped).all():
-        raise NumericsError(f"a scale of {np.max(scales):.3g} does not fit in float16; the weights are too large, leave this layer out")
+        raise NumericsError(
+            f"a scale of {np.max(scales):.3g} does not fit in float16; the weights are too large, leave this layer out"
+        )
     return snapped
 
 
 def grouped(weight: Array, format: WeightFormat) -> Array:
-    """View a weight [out, in] as [out, groups, columns] ([1, 1, out*in] per tensor); raises NumericsError on NaN or infinity."""
+    """View a weight [out, in] as [out, groups, columns] ([1, 1, out*in] per tensor); raises NumericsError on NaN or
+    infinity.
+    """
     if not np.isfinite(weight).all():
         bad = int(weight.size - np.isfinite(weight).sum())
-        raise NumericsError(f"weight of shape {weight.shape} holds {bad} NaN or infinite values; repair or re-download the checkpoint")
+        raise NumericsError(
+            f"weight of shape {weight.shape} holds {bad} NaN or infinite values; repair or re-download the checkpoint"
+        )
     if format.group == "tensor":
         return weight.reshape(1, 1, -1)
     return weight.reshape(weight.shape[0], -1, format.columns(weight.shape[1]))
 
 
 def fit_extremes(weight: Array, format: WeightFormat) -> Grid:
-    """The grid that spans the extremes: symmetric ``absmax / (2^(bits-1) - 1)``, asymmetric ``(max - min) / (2^bits - 1)``.
+    """The grid that spans the extremes: symmetric ``absmax / (2^(bits-1) - 1)``, asymmetric ``(max - min) / (2^bits -
+    1)``.
 
-    A row (group) of zeros gets scale 1. The symmetric step follows modelopt and deepcompressor; other tools divide by 7.5 or 8.
+    A row (group) of zeros gets scale 1. The symmetric step follows modelopt and deepcompressor; other tools divide by
+    7.5 or 8.
     """
     groups = grouped(weight, format)
     rows = weight.shape[0]

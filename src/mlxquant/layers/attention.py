@@ -1,7 +1,9 @@
-"""The seam in a model's attention: modules without weights that compute softmax(q k^T / sqrt(d)) v, so that it can be found and opened.
+"""The seam in a model's attention: modules without weights that compute softmax(q k^T / sqrt(d)) v, so that it can be
+found and opened.
 
-``QuantizedAttention`` quantizes the probabilities, a table entry a noise level. It is a simulation: the probabilities are put on the
-levels of the table and multiplied as floats, whether the levels are uniform or logarithmic. Queries, keys and values stay as they are.
+``QuantizedAttention`` quantizes the probabilities, a table entry a noise level. It is a simulation: the probabilities
+are put on the levels of the table and multiplied as floats, whether the levels are uniform or logarithmic. Queries,
+keys and values stay as they are.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ from .fast_cpu import attention, probabilities
 
 
 class SoftmaxAttention(nn.Module):
-    """Softmax(q k^T / sqrt(d)) v; queries, keys and values [B,heads,N,d]. A host may say the ``scale``, which is always 1/sqrt(d)."""
+    """Softmax(q k^T / sqrt(d)) v; queries, keys and values [B,heads,N,d]. A host may say the ``scale``, which is always
+    1/sqrt(d).
+    """
 
     def __call__(self, q: mx.array, k: mx.array, v: mx.array, scale: float | None = None) -> mx.array:
         return attention(q, k, v)
@@ -43,15 +47,18 @@ class ShownAttention(SoftmaxAttention):
 class QuantizedAttention(SoftmaxAttention):
     """``Q(P) v`` with P = softmax(q k^T / sqrt(d)) on the levels of a table with one shift an entry.
 
-    Parameters: ``act_sigma``, ``act_step``, ``act_shift``, ``act_bits`` and, where an entry is logarithmic, ``act_log``, as in a
-    ``QuantizedLinear``. The quantized probabilities of a row need not sum to 1, as in TCAQ-DM (arXiv 2412.16700).
+    Parameters: ``act_sigma``, ``act_step``, ``act_shift``, ``act_bits`` and, where an entry is logarithmic,
+    ``act_log``, as in a ``QuantizedLinear``. The quantized probabilities of a row need not sum to 1, as in TCAQ-DM
+    (arXiv 2412.16700).
     """
 
     def __init__(self, table: ActivationTable, clock: Clock):
         """Raises AdapterError when the table has a shift a channel."""
         super().__init__()
         if table.shift.shape[1] != 1:
-            raise AdapterError(f"probabilities have one shift for all, found a table with shifts of width {table.shift.shape[1]}")
+            raise AdapterError(
+                f"probabilities have one shift for all, found a table with shifts of width {table.shift.shape[1]}"
+            )
         values = (table.sigma, table.step, table.shift, table.bits, table.log)
         self._lay_out({"table": len(table.sigma), "log": bool(table.log.any())}, clock)
         self.load_weights([(k, mx.array(v, self[k].dtype)) for k, v in zip(TABLE, values, strict=True) if k in self])
@@ -89,7 +96,9 @@ class QuantizedAttention(SoftmaxAttention):
 
     def _table_reader(self) -> TableReader:
         if self._reader is None:
-            self._reader = TableReader(ActivationTable(*(np.array(self[name]) for name in TABLE if name in self)), self._clock)
+            self._reader = TableReader(
+                ActivationTable(*(np.array(self[name]) for name in TABLE if name in self)), self._clock
+            )
         return self._reader
 
     def __call__(self, q: mx.array, k: mx.array, v: mx.array, scale: float | None = None) -> mx.array:

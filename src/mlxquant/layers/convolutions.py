@@ -1,8 +1,9 @@
-"""Convolutions with integer kernels: ``QuantizedConv2d`` and its siblings in one and three dimensions, transposed or not.
+"""Convolutions with integer kernels: ``QuantizedConv2d`` and its siblings in one and three dimensions, transposed or
+not.
 
-MLX keeps every kernel as [out, ...window, in / groups], so a row of the packed weight is what makes one output channel, flattened. MLX
-has no convolution on packed weights: the kernel is dequantized, then convolved in the input's dtype, in float32 on the CPU. This
-saves memory at rest and in files, not time.
+MLX keeps every kernel as [out, ...window, in / groups], so a row of the packed weight is what makes one output channel,
+flattened. MLX has no convolution on packed weights: the kernel is dequantized, then convolved in the input's dtype, in
+float32 on the CPU. This saves memory at rest and in files, not time.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ OPTIONS = ("stride", "padding", "dilation", "groups", "output_padding")
 
 
 class QuantizedConvolution(nn.Module):
-    """Parameters: ``weight`` uint32 [out, words], ``scales`` float16 [out or 1, groups], ``biases`` likewise on asymmetric grids, and
-    ``bias`` [out] optional. ``replaces`` is the layer of MLX that a subclass stands for, ``convolve`` the function of MLX behind that.
+    """Parameters: ``weight`` uint32 [out, words], ``scales`` float16 [out or 1, groups], ``biases`` likewise on
+    asymmetric grids, and ``bias`` [out] optional. ``replaces`` is the layer of MLX that a subclass stands for,
+    ``convolve`` the function of MLX behind that.
     """
 
     replaces: ClassVar[type[nn.Module]]
@@ -40,8 +42,9 @@ class QuantizedConvolution(nn.Module):
         bias: mx.array | None = None,
         options: Mapping[str, Any] | None = None,
     ):
-        """codes uint8 [out, prod(window)] on ``grid``; ``window`` is the kernel's shape without its first axis, and ``options`` those in
-        ``OPTIONS`` that are not MLX's defaults. Raises AdapterError when the window does not fit the codes.
+        """codes uint8 [out, prod(window)] on ``grid``; ``window`` is the kernel's shape without its first axis, and
+        ``options`` those in ``OPTIONS`` that are not MLX's defaults. Raises AdapterError when the window does not fit
+        the codes.
         """
         super().__init__()
         if codes.shape[1] != prod(window):
@@ -57,7 +60,9 @@ class QuantizedConvolution(nn.Module):
         self.freeze()
 
     @classmethod
-    def from_convolution(cls, convolution: nn.Module, format: WeightFormat, steps: str = "extremes") -> QuantizedConvolution:
+    def from_convolution(
+        cls, convolution: nn.Module, format: WeightFormat, steps: str = "extremes"
+    ) -> QuantizedConvolution:
         """What stands for ``convolution``, in the subclass that fits it.
 
         Raises AdapterError when there is none, or another than this, and what ``rounded`` raises.
@@ -96,7 +101,9 @@ class QuantizedConvolution(nn.Module):
             "shape": [self.weight.shape[0], prod(self._window)],
             "window": list(self._window),
             "bias": "bias" in self,
-            "options": {name: list(value) if isinstance(value, tuple) else value for name, value in self._options.items()},
+            "options": {
+                name: list(value) if isinstance(value, tuple) else value for name, value in self._options.items()
+            },
         }
 
     @classmethod
@@ -117,7 +124,9 @@ class QuantizedConvolution(nn.Module):
 
     def dequantized(self) -> mx.array:
         """The kernel as float32 [out, ...window, in / groups]."""
-        return dequantized(self.weight, *affine(self, self._format), self._format.bits, prod(self._window)).reshape(self.shape)
+        return dequantized(self.weight, *affine(self, self._format), self._format.bits, prod(self._window)).reshape(
+            self.shape
+        )
 
     def __call__(self, x: mx.array) -> mx.array:
         """x [N, ...places, in] to [N, ...places, out], in x's dtype."""

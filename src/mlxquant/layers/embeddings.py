@@ -1,7 +1,7 @@
 """A table of embeddings in integer codes. Looked up or used as the output layer, it reads the same codes.
 
-MLX has a ``nn.QuantizedEmbedding``, but it answers in the dtype of its scales: float16 scales, which are ours bit for bit, would make a
-bfloat16 model run in float16, and bfloat16 ones are others than those that the codes were rounded on.
+MLX has a ``nn.QuantizedEmbedding``, but it answers in the dtype of its scales: float16 scales, which are ours bit for
+bit, would make a bfloat16 model run in float16, and bfloat16 ones are others than those that the codes were rounded on.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from .weight_only import rounded
 
 
 class QuantizedEmbedding(QuantizedLinear):
-    """The parameters of a ``QuantizedLinear`` [number, dims] without a bias; ``as_linear`` is what that layer computes."""
+    """The parameters of a ``QuantizedLinear`` [number, dims] without a bias; ``as_linear`` is what that layer
+    computes.
+    """
 
     def __init__(self, codes: npt.NDArray[Any], grid: Grid, dtype: mx.Dtype = mx.float32):
         """codes uint8 [number, dims] on ``grid``; rows that are looked up come in ``dtype``."""
@@ -29,7 +31,9 @@ class QuantizedEmbedding(QuantizedLinear):
         self._dtype = dtype
 
     @classmethod
-    def from_embedding(cls, embedding: nn.Embedding, format: WeightFormat, steps: str = "extremes") -> QuantizedEmbedding:
+    def from_embedding(
+        cls, embedding: nn.Embedding, format: WeightFormat, steps: str = "extremes"
+    ) -> QuantizedEmbedding:
         """What stands for ``embedding``, in its dtype; raises as ``rounded`` does."""
         return cls(*rounded(embedding.weight, format, steps), embedding.weight.dtype)
 

@@ -1,9 +1,11 @@
-"""``FakeQuantLinear``: one layer that calibrates itself, then computes what it would as integers, in floats (seed 000, TCAQ-DM).
+"""``FakeQuantLinear``: one layer that calibrates itself, then computes what it would as integers, in floats (seed 000,
+TCAQ-DM).
 
-Timestep-channel joint reparameterization (arXiv 2412.16700, equations 3 to 5) for a layer that is used by itself, without a model,
-a recipe or a sweep: feed it batches with their timesteps, ``freeze`` it, and use it. It is a simulation: activation steps, one for
-each channel, cannot leave an integer matmul, and they cancel the reparameterization, of which only a harder weight is left. A model is
-quantized by ``tcaq`` recipes, whose layers have one step for the tensor.
+Timestep-channel joint reparameterization (arXiv 2412.16700, equations 3 to 5) for a layer that is used by itself,
+without a model, a recipe or a sweep: feed it batches with their timesteps, ``freeze`` it, and use it. It is a
+simulation: activation steps, one for each channel, cannot leave an integer matmul, and they cancel the
+reparameterization, of which only a harder weight is left. A model is quantized by ``tcaq`` recipes, whose layers have
+one step for the tensor.
 """
 
 from __future__ import annotations
@@ -43,11 +45,12 @@ class FakeQuantLinear(nn.Module):
     >>> scale.shape, zero_point.dtype
     ((512,), mlx.core.int32)
 
-    Parameters: ``weight`` [out,in] and ``bias`` [out] in ``dtype``; ``timesteps`` [T] ascending, ``low`` and ``high`` [T,in], the least and
-    the largest input of each channel, ``ratio`` [in], all float32, and ``frozen`` uint8. Only the first two are trainable. ``freeze``
-    replaces the weight by the fake quantized ``W diag(ratio)``, so a layer is frozen once: who wants to calibrate again starts from
-    the linear layer (``from_linear``). All that is known is in the parameters, and goes where they go: ``save`` and ``load``, or a model's
-    own ``save_weights`` and, because the number of timesteps is not known before, ``load_weights(file, strict=False)``.
+    Parameters: ``weight`` [out,in] and ``bias`` [out] in ``dtype``; ``timesteps`` [T] ascending, ``low`` and ``high``
+    [T,in], the least and the largest input of each channel, ``ratio`` [in], all float32, and ``frozen`` uint8. Only the
+    first two are trainable. ``freeze`` replaces the weight by the fake quantized ``W diag(ratio)``, so a layer is
+    frozen once: who wants to calibrate again starts from the linear layer (``from_linear``). All that is known is in
+    the parameters, and goes where they go: ``save`` and ``load``, or a model's own ``save_weights`` and, because the
+    number of timesteps is not known before, ``load_weights(file, strict=False)``.
     """
 
     def __init__(
@@ -61,11 +64,14 @@ class FakeQuantLinear(nn.Module):
         weight_bits: int = 8,
         activation_bits: int = 8,
     ):
-        """Raises RecipeError on bits outside of 2 to 8, a truncation ``R_trunc`` or widths below 1, or a dtype that is not floating."""
+        """Raises RecipeError on bits outside of 2 to 8, a truncation ``R_trunc`` or widths below 1, or a dtype that is
+        not floating.
+        """
         super().__init__()
         if not all(isinstance(width, int | np.integer) and width >= 1 for width in (in_features, out_features)):
             raise RecipeError(
-                f"in_features and out_features must be whole numbers of at least 1, found {in_features!r} and {out_features!r}"
+                f"in_features and out_features must be whole numbers of at least 1, found {in_features!r} and"
+                f" {out_features!r}"
             )
         if not (isinstance(dtype, mx.Dtype) and mx.issubdtype(dtype, mx.floating)):
             raise RecipeError(f"dtype must be one of mx.float32, mx.float16 and mx.bfloat16, found {dtype!r}")
@@ -86,11 +92,21 @@ class FakeQuantLinear(nn.Module):
         super().freeze(keys=list(STATISTICS))
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, R_trunc: float = 10.0, *, weight_bits: int = 8, activation_bits: int = 8) -> FakeQuantLinear:
+    def from_linear(
+        cls, linear: nn.Linear, R_trunc: float = 10.0, *, weight_bits: int = 8, activation_bits: int = 8
+    ) -> FakeQuantLinear:
         """A layer with the weight and the bias of another, in its dtype."""
         rows, width = linear.weight.shape
         has_bias = "bias" in linear
-        layer = cls(width, rows, has_bias, linear.weight.dtype, R_trunc, weight_bits=weight_bits, activation_bits=activation_bits)
+        layer = cls(
+            width,
+            rows,
+            has_bias,
+            linear.weight.dtype,
+            R_trunc,
+            weight_bits=weight_bits,
+            activation_bits=activation_bits,
+        )
         layer.weight = linear.weight
         if has_bias:
             layer.bias = linear.bias
@@ -103,12 +119,13 @@ class FakeQuantLinear(nn.Module):
     def __call__(self, x: mx.array, timestamp: float) -> mx.array:
         """x [...,in] at a timestep to [...,out] in the layer's dtype.
 
-        Raises AdapterError on another width or what is no MLX array, CalibrationError on a timestep that is no finite number, and, while
-        it calibrates, NumericsError on NaN or infinite inputs.
+        Raises AdapterError on another width or what is no MLX array, CalibrationError on a timestep that is no finite
+        number, and, while it calibrates, NumericsError on NaN or infinite inputs.
         """
         if not isinstance(x, mx.array) or not x.ndim:
             raise AdapterError(
-                f"this layer takes mx.array of [..., {self.weight.shape[1]}], found {type(x).__name__}; convert it by mx.array"
+                f"this layer takes mx.array of [..., {self.weight.shape[1]}], found {type(x).__name__}; convert it by"
+                " mx.array"
             )
         if x.shape[-1] != self.weight.shape[1]:
             raise AdapterError(f"this layer takes inputs of width {self.weight.shape[1]}, found {x.shape[-1]}")
@@ -121,12 +138,15 @@ class FakeQuantLinear(nn.Module):
         return (y + self.bias.astype(mx.float32) if "bias" in self else y).astype(self.weight.dtype)
 
     def freeze(self) -> None:  # type: ignore[override]  # the seed's name; nn.Module's own freeze is about training
-        """End the calibration: divide the inputs' channels by their joint ratio, and round the weight that stands for that.
+        """End the calibration: divide the inputs' channels by their joint ratio, and round the weight that stands for
+        that.
 
         Raises CalibrationError when nothing was calibrated, or when the layer is frozen already.
         """
         if self.is_frozen:
-            raise CalibrationError("this layer is frozen already; to calibrate again, start from the linear layer with from_linear")
+            raise CalibrationError(
+                "this layer is frozen already; to calibrate again, start from the linear layer with from_linear"
+            )
         if self.timesteps.size == 0:
             raise CalibrationError("freeze needs calibration; call the layer on inputs of every timestep first")
         peaks = np.maximum(np.abs(np.array(self.low)), np.abs(np.array(self.high)))
@@ -137,10 +157,11 @@ class FakeQuantLinear(nn.Module):
         self.ratio, self.frozen = mx.array(ratio), mx.array(1, mx.uint8)
 
     def get_activation_qparams(self, timestamp: float) -> tuple[mx.array, mx.array]:
-        """Scale float32 [in] > 0 and zero point int32 [in] of ``x / ratio``: ``q = clip(round(x / ratio / scale) + zero, 0, 2^bits - 1)``.
+        """Scale float32 [in] > 0 and zero point int32 [in] of ``x / ratio``: ``q = clip(round(x / ratio / scale) +
+        zero, 0, 2^bits - 1)``.
 
-        The range that they span contains 0. Between two calibrated timesteps it is interpolated, outside of them the nearest holds.
-        Raises CalibrationError before ``freeze``.
+        The range that they span contains 0. Between two calibrated timesteps it is interpolated, outside of them the
+        nearest holds. Raises CalibrationError before ``freeze``.
         """
         if not self.is_frozen:
             raise CalibrationError("activation scales are known when the calibration has ended; call freeze first")
@@ -150,7 +171,9 @@ class FakeQuantLinear(nn.Module):
         return scale, mx.round(-low / scale).astype(mx.int32)
 
     def save(self, path: str | Path) -> None:
-        """Write the layer as one safetensors file, calibrated as far as it is. Raises ArtifactError where that fails."""
+        """Write the layer as one safetensors file, calibrated as far as it is. Raises ArtifactError where that
+        fails.
+        """
         write_tensors(Path(path), KIND, parameters(self), {"layer": self._facts})
 
     @classmethod
@@ -187,7 +210,9 @@ class FakeQuantLinear(nn.Module):
         except (TypeError, ValueError):
             time = np.full(1, np.nan, np.float32)
         if time.size != 1 or not np.isfinite(time).all():
-            raise CalibrationError(f"a timestep is one finite number, found {timestamp!r}; call the layer once for each timestep")
+            raise CalibrationError(
+                f"a timestep is one finite number, found {timestamp!r}; call the layer once for each timestep"
+            )
         return float(time.reshape(()))
 
     def _watch(self, x: mx.array, time: float) -> None:

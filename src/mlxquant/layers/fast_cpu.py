@@ -1,8 +1,8 @@
 """GELU and attention that are exact and also fast on the CPU.
 
-MLX evaluates ``erf`` and ``exp`` one scalar at a time on x86 and spends more time in GELU and softmax than in the matmuls around them.
-Rational and polynomial approximations, compiled into vectorised loops, agree with the exact functions to a few 1e-6 and are several
-times faster. Metal keeps MLX's own.
+MLX evaluates ``erf`` and ``exp`` one scalar at a time on x86 and spends more time in GELU and softmax than in the
+matmuls around them. Rational and polynomial approximations, compiled into vectorised loops, agree with the exact
+functions to a few 1e-6 and are several times faster. Metal keeps MLX's own.
 """
 
 from __future__ import annotations
@@ -59,7 +59,9 @@ def _is_fast(x: mx.array) -> bool:
     return bool(x.dtype == mx.float32 and mx.default_device() == mx.cpu)
 
 
-def _with_slope(forward: Callable[[mx.array], mx.array], slope: Callable[[mx.array, mx.array], mx.array]) -> Callable[[mx.array], mx.array]:
+def _with_slope(
+    forward: Callable[[mx.array], mx.array], slope: Callable[[mx.array, mx.array], mx.array]
+) -> Callable[[mx.array], mx.array]:
     """``forward(x)``, both compiled, with the gradient ``slope(x, g)`` for a gradient g of what it returns."""
     compiled, backward = mx.compile(forward), mx.compile(slope)
 
@@ -78,7 +80,9 @@ _rational_gelu = _with_slope(lambda x: x * _normal_cdf(x), lambda x, g: g * (_no
 
 
 def gelu(x: mx.array) -> mx.array:
-    """``x Phi(x)``, any shape; float32 error at most 1e-6 on the CPU, MLX's own function on Metal and in half precision."""
+    """``x Phi(x)``, any shape; float32 error at most 1e-6 on the CPU, MLX's own function on Metal and in half
+    precision.
+    """
     return _rational_gelu(x) if _is_fast(x) else nn.gelu(x)
 
 
@@ -99,8 +103,8 @@ _tanh_gelu = _with_slope(lambda x: x * _logistic(_tanh_argument(x)), _tanh_slope
 
 
 def gelu_tanh(x: mx.array) -> mx.array:
-    """``x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))) / 2``, GPT-2's GELU, any shape; float32 error at most 1e-6 on the CPU, MLX's own
-    function on Metal and in half precision.
+    """``x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))) / 2``, GPT-2's GELU, any shape; float32 error at most 1e-6 on the
+    CPU, MLX's own function on Metal and in half precision.
     """
     return _tanh_gelu(x) if _is_fast(x) else nn.gelu_approx(x)
 
@@ -121,18 +125,24 @@ def _softmax_vjp(primals: mx.array, cotangent: mx.array, output: mx.array) -> mx
 
 
 def softmax(x: mx.array) -> mx.array:
-    """Softmax over the last axis of x float32; on the CPU exact to about 1e-5 relative, and 1e-14 for what is further than 32 below."""
+    """Softmax over the last axis of x float32; on the CPU exact to about 1e-5 relative, and 1e-14 for what is further
+    than 32 below.
+    """
     return cast(mx.array, _softmax(x)) if mx.default_device() == mx.cpu else mx.softmax(x, axis=-1)
 
 
 def probabilities(q: mx.array, k: mx.array) -> mx.array:
-    """Softmax(q k^T / sqrt(d)) [B,heads,N,N] float32, of q and k [B,heads,N,d]; on the CPU exact to about 1e-5 relative."""
+    """Softmax(q k^T / sqrt(d)) [B,heads,N,N] float32, of q and k [B,heads,N,d]; on the CPU exact to about 1e-5
+    relative.
+    """
     scores = (q.astype(mx.float32) * q.shape[-1] ** -0.5) @ k.astype(mx.float32).swapaxes(-1, -2)
     return softmax(scores)
 
 
 def attention(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
-    """Softmax(q k^T / sqrt(d)) v; q, k, v [B,heads,N,d]. Float32 on the CPU is exact to about 1e-5 relative, elsewhere MLX's own."""
+    """Softmax(q k^T / sqrt(d)) v; q, k, v [B,heads,N,d]. Float32 on the CPU is exact to about 1e-5 relative, elsewhere
+    MLX's own.
+    """
     if _is_fast(q):
         return probabilities(q, k) @ v
     return mx.fast.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5)

@@ -16,8 +16,9 @@ FIXED = 0  # the seed of rotations that are part of a format and not of a run
 
 
 class HeldHeads(nn.Module):
-    """Rounds what another module returns as a key-value cache would hold it: each head of a token on its own scale, with ``bits`` bits
-    or, with None, not at all. With ``turned`` heads are rotated first (R3): queries and keys may be, for their products stay the same.
+    """Rounds what another module returns as a key-value cache would hold it: each head of a token on its own scale,
+    with ``bits`` bits or, with None, not at all. With ``turned`` heads are rotated first (R3): queries and keys may be,
+    for their products stay the same.
     """
 
     def __init__(self, layer: nn.Module, size: int, bits: int | None, turned: bool):

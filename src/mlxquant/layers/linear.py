@@ -1,11 +1,12 @@
 """The layer that runs quantized.
 
-``QuantizedLinear`` holds integer weights in MLX's packed layout and, optionally, a static activation table indexed by noise level.
-W4A8, W8A8, W8A16, W4A16 are specifications of it, not classes. With a table it subtracts the shift, divides by the step, rounds and
-clips to integer codes, multiplies integers, and rescales once; the shift's share is folded into the bias. The integer part runs in
-float32, in chunks of the input short enough that every partial sum is an exact integer, so it equals int32 arithmetic bit for bit.
-Group-wise scales cannot leave the sum, and the levels of logarithmic entries are no multiples of a step: there the rounded input, back
-on its own scale, meets dequantized weights.
+``QuantizedLinear`` holds integer weights in MLX's packed layout and, optionally, a static activation table indexed by
+noise level. W4A8, W8A8, W8A16, W4A16 are specifications of it, not classes. With a table it subtracts the shift,
+divides by the step, rounds and clips to integer codes, multiplies integers, and rescales once; the shift's share is
+folded into the bias. The integer part runs in float32, in chunks of the input short enough that every partial sum is an
+exact integer, so it equals int32 arithmetic bit for bit. Group-wise scales cannot leave the sum, and the levels of
+logarithmic entries are no multiples of a step: there the rounded input, back on its own scale, meets dequantized
+weights.
 """
 
 from __future__ import annotations
@@ -33,13 +34,14 @@ from .tree import parameters
 class QuantizedLinear(nn.Module):
     """``y = x W^T + b`` with integer W.
 
-    Parameters: ``weight`` uint32 [out, words], ``scales`` float16 [out or 1, groups], ``biases`` likewise on asymmetric grids,
-    ``bias`` [out] optional, and, with a table, ``act_sigma``, ``act_step``, ``act_shift``, ``act_bits`` and, where an entry is
-    logarithmic, ``act_log`` (see ActivationTable); or ``act_token`` uint8 [1], with how many bits each token is quantized by itself.
-    ``act_divisor`` float32 [in], optional: the input's channels are divided by it first. With a ``rotation`` above 1, blocks of so many
-    channels are then rotated by a regular Hadamard matrix. The integer weight stands for ``W' = W diag(act_divisor) R``, so the function
-    is the same, and the table describes the transformed input. With ``low_up`` [out,r] and ``low_down`` [r,in] float16, the integer
-    weight stands for ``W' - low_up low_down`` instead, and those two multiply the transformed input as it is, never quantized.
+    Parameters: ``weight`` uint32 [out, words], ``scales`` float16 [out or 1, groups], ``biases`` likewise on asymmetric
+    grids, ``bias`` [out] optional, and, with a table, ``act_sigma``, ``act_step``, ``act_shift``, ``act_bits`` and,
+    where an entry is logarithmic, ``act_log`` (see ActivationTable); or ``act_token`` uint8 [1], with how many bits
+    each token is quantized by itself. ``act_divisor`` float32 [in], optional: the input's channels are divided by it
+    first. With a ``rotation`` above 1, blocks of so many channels are then rotated by a regular Hadamard matrix. The
+    integer weight stands for ``W' = W diag(act_divisor) R``, so the function is the same, and the table describes the
+    transformed input. With ``low_up`` [out,r] and ``low_down`` [r,in] float16, the integer weight stands for ``W' -
+    low_up low_down`` instead, and those two multiply the transformed input as it is, never quantized.
     """
 
     def __init__(
@@ -51,13 +53,19 @@ class QuantizedLinear(nn.Module):
         rotation: int = 1,
         branch: LowRank | None = None,
     ):
-        """codes uint8 [out, in] on ``grid``; bias [out] is kept as it is. Raises AdapterError when one of the others does not fit."""
+        """codes uint8 [out, in] on ``grid``; bias [out] is kept as it is. Raises AdapterError when one of the others
+        does not fit.
+        """
         if divisor is not None and divisor.shape != codes.shape[1:]:
             raise AdapterError(f"a divisor of shape {divisor.shape} does not fit an input of width {codes.shape[1]}")
         if branch is not None and (branch.up.shape[0], branch.down.shape[1]) != codes.shape:
-            raise AdapterError(f"a branch of {branch.up.shape} and {branch.down.shape} does not fit a weight of shape {codes.shape}")
+            raise AdapterError(
+                f"a branch of {branch.up.shape} and {branch.down.shape} does not fit a weight of shape {codes.shape}"
+            )
         rank = 0 if branch is None else branch.rank
-        self._lay_out(grid.format, codes.shape, None if bias is None else bias.dtype, divisor is not None, rotation, rank)
+        self._lay_out(
+            grid.format, codes.shape, None if bias is None else bias.dtype, divisor is not None, rotation, rank
+        )
         rows = self.scales.shape[0]
         values = {
             "weight": mx.array(pack(codes, grid.format.bits)),
@@ -71,13 +79,21 @@ class QuantizedLinear(nn.Module):
         self.load_weights([(name, value) for name, value in values.items() if value is not None])
 
     def _lay_out(
-        self, format: WeightFormat, shape: Sequence[int], bias: mx.Dtype | None, divisor: bool, rotation: int = 1, rank: int = 0
+        self,
+        format: WeightFormat,
+        shape: Sequence[int],
+        bias: mx.Dtype | None,
+        divisor: bool,
+        rotation: int = 1,
+        rank: int = 0,
     ) -> None:
         """Start over as a layer of this structure: every parameter in its shape and dtype, zero and not evaluated."""
         super().__init__()
         rows, width = shape
         if rotation != block_size(width, rotation):
-            raise AdapterError(f"blocks of {rotation} cannot rotate an input of width {width}; expected a power of 4 that divides it")
+            raise AdapterError(
+                f"blocks of {rotation} cannot rotate an input of width {width}; expected a power of 4 that divides it"
+            )
         self._format, self._shape, self._rotation = format, (rows, width), rotation
         groups = (1 if format.group == "tensor" else rows, width // format.columns(width))
         self.weight = mx.zeros((rows, pack(np.zeros((1, width), np.uint8), format.bits).shape[1]), mx.uint32)
@@ -119,7 +135,9 @@ class QuantizedLinear(nn.Module):
         layer = cls.__new__(cls)
         bias = getattr(mx, facts.get("bias_dtype", "float32")) if facts["bias"] else None
         rotation, rank = facts.get("rotation", 1), facts.get("rank", 0)
-        layer._lay_out(WeightFormat(**facts["format"]), facts["shape"], bias, bool(facts.get("divisor")), rotation, rank)
+        layer._lay_out(
+            WeightFormat(**facts["format"]), facts["shape"], bias, bool(facts.get("divisor")), rotation, rank
+        )
         if facts["table"] is not None:
             entries, shifts = facts["table"]
             layer._clock = clock
@@ -167,15 +185,23 @@ class QuantizedLinear(nn.Module):
     @property
     def nbytes(self) -> int:
         """Bytes of what is stored in place of the weight: codes, scales and biases, the input's divisor, the branch."""
-        return sum(self[name].nbytes for name in ("weight", "scales", "biases", "act_divisor", "low_up", "low_down") if name in self)
+        return sum(
+            self[name].nbytes
+            for name in ("weight", "scales", "biases", "act_divisor", "low_up", "low_down")
+            if name in self
+        )
 
     def set_activations(self, table: ActivationTable, clock: Clock) -> None:
         """Quantize the input from now on, by ``table`` at the time that ``clock`` shows."""
         if table.shift.shape[1] not in (1, self._shape[1]):
-            raise AdapterError(f"activation shift of width {table.shift.shape[1]} does not fit an input of width {self._shape[1]}")
+            raise AdapterError(
+                f"activation shift of width {table.shift.shape[1]} does not fit an input of width {self._shape[1]}"
+            )
         self.drop_activations()
         self._clock = clock
-        for (name, dtype), values in zip(TABLE.items(), (table.sigma, table.step, table.shift, table.bits, table.log), strict=True):
+        for (name, dtype), values in zip(
+            TABLE.items(), (table.sigma, table.step, table.shift, table.bits, table.log), strict=True
+        ):
             if name != "act_log" or table.log.any():
                 self[name] = mx.array(values, dtype)
         self.refresh()
@@ -197,7 +223,9 @@ class QuantizedLinear(nn.Module):
         return f"{self._shape}, {self._format}, bias={'bias' in self}"
 
     def refresh(self) -> None:
-        """Forget what was computed from the parameters, to compute it again when it is needed; call it after ``load_weights``."""
+        """Forget what was computed from the parameters, to compute it again when it is needed; call it after
+        ``load_weights``.
+        """
         self._reader: TableReader | TokenReader | None = None
         self._sums: mx.array | None = None
 
@@ -205,7 +233,9 @@ class QuantizedLinear(nn.Module):
     def reader(self) -> TableReader | TokenReader | None:
         """What says how an input is quantized, if it is."""
         if self._reader is None and self._clock is not None:
-            self._reader = TableReader(ActivationTable(*(np.array(self[name]) for name in TABLE if name in self)), self._clock)
+            self._reader = TableReader(
+                ActivationTable(*(np.array(self[name]) for name in TABLE if name in self)), self._clock
+            )
         if self._reader is None and "act_token" in self:
             self._reader = TokenReader(int(np.array(self.act_token)[0]))
         return self._reader
@@ -228,7 +258,9 @@ class QuantizedLinear(nn.Module):
 
     @property
     def packed_group(self) -> int | None:
-        """The group size under which MLX's own kernels read this weight; None where they cannot (7 bits, ragged widths)."""
+        """The group size under which MLX's own kernels read this weight; None where they cannot (7 bits, ragged
+        widths).
+        """
         if self._format.bits == 7:
             return None
         if isinstance(self._format.group, int):
@@ -303,7 +335,9 @@ class QuantizedLinear(nn.Module):
         """``x W^T`` in x's dtype; on the CPU by way of float32, the only dtype whose matmul is fast there."""
         if self._runs_packed:
             scales, biases = self.packed_scales(x.dtype)
-            return mx.quantized_matmul(x, self.weight, scales, biases, group_size=self.packed_group, bits=self._format.bits)
+            return mx.quantized_matmul(
+                x, self.weight, scales, biases, group_size=self.packed_group, bits=self._format.bits
+            )
         return (x.astype(mx.float32) @ self.dequantized().T).astype(x.dtype)
 
     def _integer(self, x: mx.array, entry: Entry) -> mx.array:
@@ -323,7 +357,9 @@ class QuantizedLinear(nn.Module):
         return self._rescaled(self._multiply_packed(shift) if self._runs_packed else shift @ centred.T, shift, 1)
 
     def _rescaled(self, product: mx.array, x: mx.array, step: mx.array | int) -> mx.array:
-        """``step x W^T`` float32 [...,out] from ``product = x C^T``, C the centred codes of a weight with one scale a row."""
+        """``step x W^T`` float32 [...,out] from ``product = x C^T``, C the centred codes of a weight with one scale a
+        row.
+        """
         scales, biases = (v[:, 0] for v in self._affine())
         y = product * (step * scales)
         if "biases" in self:
@@ -339,7 +375,9 @@ class QuantizedLinear(nn.Module):
 
     def _multiply_packed(self, x: mx.array) -> mx.array:
         """``x C^T`` by MLX's packed kernels."""
-        return mx.quantized_matmul(x, self.weight, *self._unit_scales(), group_size=self.packed_group, bits=self._format.bits)
+        return mx.quantized_matmul(
+            x, self.weight, *self._unit_scales(), group_size=self.packed_group, bits=self._format.bits
+        )
 
 
 def find_quantized(module: nn.Module) -> dict[str, QuantizedLinear]:

@@ -14,8 +14,8 @@ PACKED = ("weight", "scales", "biases", "low_up", "low_down")  # what stands for
 
 @dataclass(frozen=True)
 class Size:
-    """Stored size of a model. ``bits_per_weight`` is stored bits over parameters of the whole model, as mlx-lm prints it;
-    ``bits_per_quantized_weight`` is over the quantized layers alone: codes, scales and biases.
+    """Stored size of a model. ``bits_per_weight`` is stored bits over parameters of the whole model, as mlx-lm prints
+    it; ``bits_per_quantized_weight`` is over the quantized layers alone: codes, scales and biases.
     """
 
     model_bytes: int

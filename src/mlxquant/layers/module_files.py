@@ -1,7 +1,8 @@
 """A quantized module in one file: all its parameters, and which of its layers are quantized how.
 
-The code of a model is not in the file. Build the model as it was before it was quantized, then load: the layers are replaced and all
-parameters filled in, with the dtypes that they had. Nothing is changed before everything was found to fit.
+The code of a model is not in the file. Build the model as it was before it was quantized, then load: the layers are
+replaced and all parameters filled in, with the dtypes that they had. Nothing is changed before everything was found to
+fit.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ CLASSES = {kind.__name__: kind for kind in REPLACED}
 def save_module(model: nn.Module, path: str | Path) -> Path:
     """Write a module that ``quantize_linears`` quantized as one safetensors file; equal modules give equal bytes.
 
-    An array or a layer that is used at several places is written once. Raises ArtifactError when the module holds what the file cannot:
-    activation tables, whose clock belongs to a sampler, or dtypes that are not stored.
+    An array or a layer that is used at several places is written once. Raises ArtifactError when the module holds what
+    the file cannot: activation tables, whose clock belongs to a sampler, or dtypes that are not stored.
     """
     path = Path(path)
     arrays: dict[str, mx.array] = {}
@@ -54,7 +55,9 @@ def save_module(model: nn.Module, path: str | Path) -> Path:
         if type(module) not in REPLACED:
             continue
         if isinstance(module, QuantizedLinear) and module.table is not None:
-            raise ArtifactError(f"{path}: layer {place} quantizes its input at each timestep; save the model that mq.quantize returned")
+            raise ArtifactError(
+                f"{path}: layer {place} quantizes its input at each timestep; save the model that mq.quantize returned"
+            )
         if (at := places.setdefault(id(module), place)) == place:
             kind = "layers" if f"{place}.weight" in arrays else "layers_that_share"
             structure[kind][place] = {"class": type(module).__name__, **module.facts}
@@ -71,7 +74,9 @@ def load_module(model: nn.Module, path: str | Path) -> nn.Module:
     """
     path = Path(path)
     arrays, header = read_tensors(path, KIND)
-    layers = {place: _blank(path, place, facts) for place, facts in (header["layers"] | header["layers_that_share"]).items()}
+    layers = {
+        place: _blank(path, place, facts) for place, facts in (header["layers"] | header["layers_that_share"]).items()
+    }
     layers.update({place: layers[at] for place, at in header["same_layers"].items()})
     for place, layer in layers.items():
         _require_fit(path, model, place, layer)
@@ -88,7 +93,8 @@ def load_module(model: nn.Module, path: str | Path) -> nn.Module:
 def _blank(path: Path, place: str, facts: Mapping[str, Any]) -> QuantizedLinear | QuantizedConvolution:
     if facts["class"] not in CLASSES:
         raise ArtifactError(
-            f"{path}: layer {place} is a {facts['class']!r}, which this mlxquant does not know; install the matching release"
+            f"{path}: layer {place} is a {facts['class']!r}, which this mlxquant does not know; install the matching"
+            " release"
         )
     return CLASSES[facts["class"]].blank(facts, None)
 
@@ -96,24 +102,32 @@ def _blank(path: Path, place: str, facts: Mapping[str, Any]) -> QuantizedLinear 
 def _require_fit(path: Path, model: nn.Module, place: str, layer: QuantizedLinear | QuantizedConvolution) -> None:
     """Raise ArtifactError unless the model holds at ``place`` what ``layer`` can stand for."""
     expected = REPLACED[type(layer)]
-    wrong = f"{path}: does not fit the model: at {place} it has a {type(layer).__name__} for a {expected.__name__} of shape {layer.shape}"
+    wrong = (
+        f"{path}: does not fit the model: at {place} it has a {type(layer).__name__} for a {expected.__name__} of shape"
+        f" {layer.shape}"
+    )
     try:
         module = get_module(model, place)
     except AdapterError as error:
         raise ArtifactError(f"{wrong}, the model has none ({error}); build the model that was quantized") from error
     if not isinstance(module, expected):
-        raise ArtifactError(f"{wrong}, the model has a {type(module).__name__}; build the model anew, in full precision")
+        raise ArtifactError(
+            f"{wrong}, the model has a {type(module).__name__}; build the model anew, in full precision"
+        )
     if module.weight.shape != layer.shape:
         raise ArtifactError(f"{wrong}, the model's has shape {module.weight.shape}; build the model that was quantized")
     if ("bias" in module) != ("bias" in layer):
         raise ArtifactError(f"{wrong}, and just one of the two has a bias; build the model that was quantized")
     if isinstance(layer, QuantizedConvolution) and convolution_options(module) != layer.options:
         raise ArtifactError(
-            f"{wrong} with {layer.options}, the model's has {convolution_options(module)}; build the model that was quantized"
+            f"{wrong} with {layer.options}, the model's has {convolution_options(module)}; build the model that was"
+            " quantized"
         )
 
 
-def _require_parameters(path: Path, model: nn.Module, layers: Mapping[str, nn.Module], arrays: Mapping[str, mx.array]) -> None:
+def _require_parameters(
+    path: Path, model: nn.Module, layers: Mapping[str, nn.Module], arrays: Mapping[str, mx.array]
+) -> None:
     """Raise ArtifactError unless ``arrays`` are those of the model with these layers in place, in names and shapes."""
     public = {name: value.shape for name, value in parameters(model).items()}
     expected = {name: shape for name, shape in public.items() if name.rpartition(".")[0] not in layers}
@@ -126,4 +140,6 @@ def _require_parameters(path: Path, model: nn.Module, layers: Mapping[str, nn.Mo
     if extra := sorted(set(found) - set(expected)):
         raise ArtifactError(f"{path}: does not fit the model, which lacks {', '.join(extra[:3])} ({len(extra)} in all)")
     if name := next((name for name in sorted(found) if found[name] != expected[name]), None):
-        raise ArtifactError(f"{path}: does not fit the model: {name} has shape {found[name]}, the model expects {expected[name]}")
+        raise ArtifactError(
+            f"{path}: does not fit the model: {name} has shape {found[name]}, the model expects {expected[name]}"
+        )

@@ -1,7 +1,9 @@
-"""MLX's own affine layout: what of a quantized layer a plain ``nn.QuantizedLinear`` can hold, bit for bit, and the way back.
+"""MLX's own affine layout: what of a quantized layer a plain ``nn.QuantizedLinear`` can hold, bit for bit, and the way
+back.
 
-Nothing is quantized again. Codes are copied, scales repeated over groups that MLX knows, and what a plain layer has no place for
-is named, so that whoever writes files for other tools can refuse it. MLX has no 7 bits: such codes are written with 8.
+Nothing is quantized again. Codes are copied, scales repeated over groups that MLX knows, and what a plain layer has no
+place for is named, so that whoever writes files for other tools can refuse it. MLX has no 7 bits: such codes are
+written with 8.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ ANOTHER_RECIPE = "quantize by a recipe without it"
 
 @dataclass(frozen=True)
 class Obstacle:
-    """``what`` a layer has that a plain one has no place for, and the ``remedy``. Without activation scales the layer still runs."""
+    """``what`` a layer has that a plain one has no place for, and the ``remedy``. Without activation scales the layer
+    still runs.
+    """
 
     what: str
     remedy: str
@@ -32,7 +36,9 @@ class Obstacle:
 
 @dataclass(frozen=True)
 class AffineLayer:
-    """``arrays``: weight uint32 [out, words], scales and biases [out, in / group_size], bias [out] optional, by these names."""
+    """``arrays``: weight uint32 [out, words], scales and biases [out, in / group_size], bias [out] optional, by these
+    names.
+    """
 
     bits: int
     group_size: int
@@ -54,9 +60,15 @@ def obstacles(layer: QuantizedLinear) -> list[Obstacle]:
         "rotation": (f"a rotation of its input in blocks of {layer.rotation}", ANOTHER_RECIPE),
         "rank": (f"a low-rank branch of rank {facts['rank']}", ANOTHER_RECIPE),
     }
-    found = [] if group_size(facts) else [Obstacle(f"{layer.shape[1]} input channels, no multiple of {GROUPS[0]}", "leave it unquantized")]
+    found = (
+        []
+        if group_size(facts)
+        else [Obstacle(f"{layer.shape[1]} input channels, no multiple of {GROUPS[0]}", "leave it unquantized")]
+    )
     for name, value in facts.items():
-        if value in (None, False, 0) or (name == "rotation" and value == 1) or name in (*PLAIN, "log"):  # log comes with a table
+        if (
+            value in (None, False, 0) or (name == "rotation" and value == 1) or name in (*PLAIN, "log")
+        ):  # log comes with a table
             continue
         what, remedy = known.get(name, (f"{name} {value}", ANOTHER_RECIPE))
         found.append(Obstacle(what, remedy, name in ("table", "token")))
@@ -64,7 +76,9 @@ def obstacles(layer: QuantizedLinear) -> list[Obstacle]:
 
 
 def group_size(facts: Mapping[str, Any]) -> int | None:
-    """Input columns that share a scale once the layer is plain: its own group, or the largest of MLX's that divides its width."""
+    """Input columns that share a scale once the layer is plain: its own group, or the largest of MLX's that divides its
+    width.
+    """
     group = facts["format"]["group"]
     return group if isinstance(group, int) else next((g for g in reversed(GROUPS) if facts["shape"][1] % g == 0), None)
 
@@ -72,15 +86,19 @@ def group_size(facts: Mapping[str, Any]) -> int | None:
 def affine_layer(layer: QuantizedLinear) -> AffineLayer:
     """The integer weight of a layer that ``group_size`` knows a group for, and its bias; nothing else that it may have.
 
-    Scales and biases are float16 and exact: a symmetric grid's bias is its scale times a power of two. Where that leaves float16's
-    range they are float32, and so are those of an embedding that is not float16: MLX looks its rows up in the dtype of the scales.
+    Scales and biases are float16 and exact: a symmetric grid's bias is its scale times a power of two. Where that
+    leaves float16's range they are float32, and so are those of an embedding that is not float16: MLX looks its rows up
+    in the dtype of the scales.
     """
     size, width = group_size(layer.facts), layer.shape[1]
     assert size is not None
     bits = plain_bits(layer.format)
     weight = layer.weight if bits == layer.format.bits else mx.array(pack(layer.codes(), bits))
     grid = layer.grid()
-    fits = bool((np.abs(grid.biases) <= np.finfo(np.float16).max).all()) and layer.facts.get("dtype", "float16") == "float16"
+    fits = (
+        bool((np.abs(grid.biases) <= np.finfo(np.float16).max).all())
+        and layer.facts.get("dtype", "float16") == "float16"
+    )
     dtype = np.float16 if fits else np.float32
     scales, biases = (
         mx.array(np.repeat(v.astype(dtype), width // size // v.shape[1], axis=1)) for v in (grid.scales, grid.biases)
@@ -95,9 +113,11 @@ def plain_bits(format: WeightFormat) -> int:
 
 
 def restored(arrays: Mapping[str, mx.array], layers: Mapping[str, Any], plain: Iterable[str]) -> dict[str, mx.array]:
-    """A model's arrays with the layers at the paths ``plain`` in our layout again; ``layers`` has the structure of each, by path.
+    """A model's arrays with the layers at the paths ``plain`` in our layout again; ``layers`` has the structure of
+    each, by path.
 
-    The inverse of ``affine_layer``, but for 7 bits. Raises KeyError where a layer is not described, or one of its tensors not there.
+    The inverse of ``affine_layer``, but for 7 bits. Raises KeyError where a layer is not described, or one of its
+    tensors not there.
     """
     own = dict(arrays)
     for path in plain:

@@ -1,10 +1,12 @@
-"""Quantize the weights of any MLX module in place, without data: ``quantize_linears`` (seed 004, and all that its author left open).
+"""Quantize the weights of any MLX module in place, without data: ``quantize_linears`` (seed 004, and all that its
+author left open).
 
-Rounding to nearest needs no model that runs and no inputs, so it works for language models, detectors and modules that nobody has an
-adapter for. With calibration data there are better ways (``quantize``), and activations are quantized only there.
+Rounding to nearest needs no model that runs and no inputs, so it works for language models, detectors and modules that
+nobody has an adapter for. With calibration data there are better ways (``quantize``), and activations are quantized
+only there.
 
-A module that reads the weight of a layer itself, in place of calling the layer, has to be excluded: it would read codes. So do gemma3n
-of mlx-lm with ``prediction_coefs`` and ``correction_coefs``, and muse_spark with ``lm_head``.
+A module that reads the weight of a layer itself, in place of calling the layer, has to be excluded: it would read
+codes. So do gemma3n of mlx-lm with ``prediction_coefs`` and ``correction_coefs``, and muse_spark with ``lm_head``.
 """
 
 from __future__ import annotations
@@ -78,7 +80,11 @@ class _Choice:
             return f"excluded by {pattern!r}"
         if self.include is not None:
             return "not included" if first(self.include, one.paths) is None else None
-        return None if all(self.wanted(path, one.module) for path in one.paths) else "refused by the model's own quant_predicate"
+        return (
+            None
+            if all(self.wanted(path, one.module) for path in one.paths)
+            else "refused by the model's own quant_predicate"
+        )
 
 
 def quantize_linears(
@@ -113,29 +119,33 @@ def quantize_linears(
     (2, 64)
 
     format: as in a recipe, without activations: "w8a16", "w4a16-g64", "w3a16-g32-sym", or short "w8", "w4-g64".
-    exclude, include: see ``layer_patterns``. Excluded is excluded, also where a layer is included.
-    steps: "extremes", or "mse", which searches for the step of the least squared weight error: slower, better below 8 bits.
-    fallback: the format of layers whose width the groups of ``format`` do not divide; without it, such layers are an error.
+    exclude, include: see ``layer_patterns``. Excluded is excluded, also where a layer is included. steps: "extremes",
+    or "mse", which searches for the step of the least squared weight error: slower, better below 8 bits. fallback: the
+    format of layers whose width the groups of ``format`` do not divide; without it, such layers are an error.
 
-    Layers keep running in the dtype of their input; embeddings answer in their own. The same layer at two places stays one layer, and
-    layers that share a weight share its codes; one that shares its weight with something that stays as it is, stays, too. A model with a
-    ``quant_predicate``, as mlx-lm's models have, is asked: what it refuses stays unless it is included by name, and where it wants more
-    bits it gets them. Everything is quantized before anything is replaced: after an error the model is as it was, and both are in memory
-    for a moment.
+    Layers keep running in the dtype of their input; embeddings answer in their own. The same layer at two places stays
+    one layer, and layers that share a weight share its codes; one that shares its weight with something that stays as
+    it is, stays, too. A model with a ``quant_predicate``, as mlx-lm's models have, is asked: what it refuses stays
+    unless it is included by name, and where it wants more bits it gets them. Everything is quantized before anything is
+    replaced: after an error the model is as it was, and both are in memory for a moment.
 
-    Raises RecipeError on an unknown format or one with quantized activations, on a pattern that matches nothing, on groups that do not
-    fit, and when there is nothing to quantize; NumericsError on NaN or infinite weights. All name the layer.
+    Raises RecipeError on an unknown format or one with quantized activations, on a pattern that matches nothing, on
+    groups that do not fit, and when there is nothing to quantize; NumericsError on NaN or infinite weights. All name
+    the layer.
     """
     if not isinstance(model, nn.Module):
         raise AdapterError(
-            f"quantize_linears changes an mlx.nn.Module, found {type(model).__name__}; pass the module that holds the layers"
+            f"quantize_linears changes an mlx.nn.Module, found {type(model).__name__}; pass the module that holds the"
+            " layers"
         )
     main, other = parse_format(format), None if fallback is None else parse_format(fallback)
     excluded, included = as_list(exclude), None if include is None else as_list(include)
     found = _find(model)
     places = [path for one in found if one.base is not None or is_packed(one.module) for path in one.paths]
     if "" in places:
-        raise RecipeError("the model is itself one layer, which cannot be replaced in place; use W8A16Linear.from_linear, or wrap it")
+        raise RecipeError(
+            "the model is itself one layer, which cannot be replaced in place; use W8A16Linear.from_linear, or wrap it"
+        )
     require_matches("exclude", excluded, places)
     require_matches("include", included or [], places)
     wanted = getattr(model, "quant_predicate", None) or (lambda path, module: True)
@@ -150,8 +160,12 @@ def quantize_linears(
     chosen = [one for one in found if reasons[one.path] is None]
     if not chosen:
         told = "; ".join(f"{layer.path}: {layer.reason}" for layer in kept[:3])
-        raise RecipeError(f"nothing to quantize in {type(model).__name__}: {told or 'it has no nn.Linear, embedding or convolution'}")
-    formats = [_at_least(f, wanted(one.path, one.module)) for one, f in zip(chosen, _fitting(chosen, main, other), strict=True)]
+        raise RecipeError(
+            f"nothing to quantize in {type(model).__name__}: {told or 'it has no nn.Linear, embedding or convolution'}"
+        )
+    formats = [
+        _at_least(f, wanted(one.path, one.module)) for one, f in zip(chosen, _fitting(chosen, main, other), strict=True)
+    ]
     before, weights = stored_bytes(model), weight_count(model)
     layers = [_quantized(one, format, steps) for one, format in zip(chosen, formats, strict=True)]
     _share_codes(chosen, layers)
@@ -163,7 +177,8 @@ def quantize_linears(
 
 
 def parse_format(text: str) -> WeightFormat:
-    """A recipe's specification whose activations stay at 16 bits, such as "w4a16-g64", or a weight format, such as "w4-g64".
+    """A recipe's specification whose activations stay at 16 bits, such as "w4a16-g64", or a weight format, such as
+    "w4-g64".
 
     Raises RecipeError on anything else.
     """
@@ -206,11 +221,17 @@ def _is_plain(module: nn.Module, base: type[nn.Module]) -> bool:
 
 
 def _tied_to_kept(model: nn.Module, chosen: list[_Found]) -> dict[str, str]:
-    """Those of the chosen layers whose very weight is also a parameter of something that is not chosen, and what that is."""
+    """Those of the chosen layers whose very weight is also a parameter of something that is not chosen, and what that
+    is.
+    """
     ours = {f"{path}.weight" for one in chosen for path in one.paths}
     holders = {id(value): name for name, value in parameters(model).items() if name not in ours}
     tied = {one.path: holders.get(id(one.module.weight)) for one in chosen}
-    return {path: f"shares its weight with {holder}, which stays as it is" for path, holder in tied.items() if holder is not None}
+    return {
+        path: f"shares its weight with {holder}, which stays as it is"
+        for path, holder in tied.items()
+        if holder is not None
+    }
 
 
 def _fitting(chosen: list[_Found], main: WeightFormat, fallback: WeightFormat | None) -> list[WeightFormat]:
@@ -218,7 +239,9 @@ def _fitting(chosen: list[_Found], main: WeightFormat, fallback: WeightFormat | 
     formats, misfits = [], []
     for one in chosen:
         width = prod(one.module.weight.shape[1:])
-        fits = next((f for f in (main, fallback) if f is not None and not (isinstance(f.group, int) and width % f.group)), None)
+        fits = next(
+            (f for f in (main, fallback) if f is not None and not (isinstance(f.group, int) and width % f.group)), None
+        )
         if fits is None:
             misfits.append(f"{one.path} ({width})")
         else:

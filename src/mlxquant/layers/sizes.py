@@ -20,8 +20,8 @@ from .tree import parameters, starred
 
 @dataclass(frozen=True)
 class LayerSize:
-    """A quantized layer: the class that it was, its weight's shape, the bytes of its weight before and after, and the relative error of
-    that weight, ‖W − Q‖ / ‖W‖.
+    """A quantized layer: the class that it was, its weight's shape, the bytes of its weight before and after, and the
+    relative error of that weight, ‖W − Q‖ / ‖W‖.
     """
 
     path: str
@@ -45,7 +45,9 @@ class KeptLayer:
 
 @dataclass(frozen=True)
 class SizeReport:
-    """``before`` and ``after`` are bytes of the whole module, ``weights`` the numbers that it stands for; prints as a table."""
+    """``before`` and ``after`` are bytes of the whole module, ``weights`` the numbers that it stands for; prints as a
+    table.
+    """
 
     layers: tuple[LayerSize, ...]
     kept: tuple[KeptLayer, ...]
@@ -72,7 +74,9 @@ class SizeReport:
         rows = [("layer", "count", "kind", "format", "error", "MB before", "MB after"), *_grouped(self.layers)]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        lines += [f"kept: {path} x{count}, {_mb(nbytes)} MB: {reason}" for path, reason, count, nbytes in _alike(self.kept)]
+        lines += [
+            f"kept: {path} x{count}, {_mb(nbytes)} MB: {reason}" for path, reason, count, nbytes in _alike(self.kept)
+        ]
         change = f"{_mb(self.before)} MB before, {_mb(self.after)} MB after ({self.ratio:.2f} times smaller)"
         return "\n".join([*lines, f"{change}, {self.bits_per_weight:.2f} bits per weight, {self.weights} weights"])
 
@@ -100,7 +104,9 @@ def _mb(nbytes: int) -> str:
 
 
 def is_hidden(path: str) -> bool:
-    """Whether what is at a path is none of a module's parameters, to MLX: a part of its name starts with an underscore."""
+    """Whether what is at a path is none of a module's parameters, to MLX: a part of its name starts with an
+    underscore.
+    """
     return any(part.startswith("_") for part in path.split("."))
 
 

@@ -7,10 +7,12 @@ import mlx.nn as nn
 
 
 class TurnedNorm(nn.Module):
-    """The last norm of a model whose output is its token embedding: it turns the stream back, norms it, and turns it again.
+    """The last norm of a model whose output is its token embedding: it turns the stream back, norms it, and turns it
+    again.
 
-    One matrix serves as the first and the last layer, and what stands between the norm's gain and the vocabulary can only be a rotation
-    if all gains are equal. So this norm keeps its gain, and ``rotation`` [D,D] costs as much as one attention projection.
+    One matrix serves as the first and the last layer, and what stands between the norm's gain and the vocabulary can
+    only be a rotation if all gains are equal. So this norm keeps its gain, and ``rotation`` [D,D] costs as much as one
+    attention projection.
     """
 
     def __init__(self, norm: nn.Module, rotation: mx.array):

@@ -1,7 +1,8 @@
 """A weight rounded without any data, and ``W8A16Linear``, the layer of seed 004: 8-bit codes, one scale an output row.
 
-Scales and codes are computed in float32 and float64 whatever the weight's dtype: in bfloat16 the quotient of the largest weight and its
-scale can round to 128, which wraps in int8. Our codes are clipped besides, so that they cannot wrap in any dtype.
+Scales and codes are computed in float32 and float64 whatever the weight's dtype: in bfloat16 the quotient of the
+largest weight and its scale can round to 128, which wraps in int8. Our codes are clipped besides, so that they cannot
+wrap in any dtype.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ W8 = WeightFormat(8, "channel", symmetric=True)
 def rounded(weight: mx.array, format: WeightFormat, steps: str = "extremes") -> tuple[npt.NDArray[Any], Grid]:
     """Codes uint8 [out,in], and their grid, of a weight [out,...] of any float dtype, its later axes taken as one.
 
-    ``steps`` is a registered method that works without moments: "extremes" (nothing is clipped; a row of zeros gets scale 1) or "mse".
-    Raises NumericsError on NaN or infinity, RecipeError when groups do not divide the width.
+    ``steps`` is a registered method that works without moments: "extremes" (nothing is clipped; a row of zeros gets
+    scale 1) or "mse". Raises NumericsError on NaN or infinity, RecipeError when groups do not divide the width.
     """
     values = np.array(weight.astype(mx.float32)).reshape(weight.shape[0], -1)
     grid = registry.get("steps", steps).function(values, format, None)
@@ -49,10 +50,15 @@ class W8A16Linear(QuantizedLinear):
     def __init__(self, in_features: int, out_features: int, bias: bool = True):
         """A layer that answers zero until it is given weights by ``quantize``."""
         codes = np.full((out_features, in_features), W8.zero_code, np.uint8)
-        super().__init__(codes, Grid.symmetric(W8, np.ones((out_features, 1))), mx.zeros((out_features,)) if bias else None)
+        super().__init__(
+            codes, Grid.symmetric(W8, np.ones((out_features, 1))), mx.zeros((out_features,)) if bias else None
+        )
 
-    def quantize(self, weight: mx.array | npt.NDArray[Any], bias: mx.array | None = None, steps: str = "extremes") -> W8A16Linear:
-        """Take a weight [out,in] of any float dtype, rounded to nearest with ``scale = max|row| / 127``, and the bias if one is given.
+    def quantize(
+        self, weight: mx.array | npt.NDArray[Any], bias: mx.array | None = None, steps: str = "extremes"
+    ) -> W8A16Linear:
+        """Take a weight [out,in] of any float dtype, rounded to nearest with ``scale = max|row| / 127``, and the bias
+        if one is given.
 
         Returns the layer. Raises AdapterError on other shapes, NumericsError on NaN or infinite weights.
         """

@@ -1,12 +1,13 @@
 """Quantizers to train through: forward, numbers of a grid; backward, as if nothing had happened.
 
-All follow MLX's affine layout, ``value = scale * code + bias`` with codes from 0 to 2^bits - 1, so what was trained is what a layer stores.
-Gradients pass straight through (arXiv 1308.3432, section 4), everywhere: no scale here cuts off more than rounding does, but for the
-ternary one, whose authors pass them, too (2402.17764). Nothing flows into the scales: they follow the values that they are taken from.
+All follow MLX's affine layout, ``value = scale * code + bias`` with codes from 0 to 2^bits - 1, so what was trained is
+what a layer stores. Gradients pass straight through (arXiv 1308.3432, section 4), everywhere: no scale here cuts off
+more than rounding does, but for the ternary one, whose authors pass them, too (2402.17764). Nothing flows into the
+scales: they follow the values that they are taken from.
 
-Departures from seed 003's sources: a range always includes 0, which is then a code (there the zero point of a range without 0 was
-cut off); scales of zeros are 1; stochastic codes are clipped before they are stored, so that 8 bits never wrap (there they
-reached 255 in int8); and the random numbers come from the caller's key.
+Departures from seed 003's sources: a range always includes 0, which is then a code (there the zero point of a range
+without 0 was cut off); scales of zeros are 1; stochastic codes are clipped before they are stored, so that 8 bits never
+wrap (there they reached 255 in int8); and the random numbers come from the caller's key.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ Axes = Sequence[int] | None
 
 @dataclass(frozen=True)
 class Coded:
-    """``codes`` float32 holds integers from 0 to 2^bits - 1 in the shape of x; ``scale`` and ``bias`` float32 broadcast against it."""
+    """``codes`` float32 holds integers from 0 to 2^bits - 1 in the shape of x; ``scale`` and ``bias`` float32 broadcast
+    against it.
+    """
 
     codes: mx.array
     scale: mx.array
@@ -46,7 +49,12 @@ class Coded:
     @property
     def stored(self) -> dict[str, mx.array]:
         """What a file keeps: ``codes`` int8, ``scale`` and ``zero_point`` float32, ``bits`` uint8."""
-        return {"codes": self.signed, "scale": self.scale, "zero_point": self.zero_point, "bits": mx.array(self.bits, mx.uint8)}
+        return {
+            "codes": self.signed,
+            "scale": self.scale,
+            "zero_point": self.zero_point,
+            "bits": mx.array(self.bits, mx.uint8),
+        }
 
     @property
     def zero_point(self) -> mx.array:
@@ -55,7 +63,9 @@ class Coded:
 
 
 class FakeQuantizer(Protocol):
-    def __call__(self, x: mx.array, bits: int, axes: Axes = None, key: mx.array | None = None, half: bool = False) -> Coded:
+    def __call__(
+        self, x: mx.array, bits: int, axes: Axes = None, key: mx.array | None = None, half: bool = False
+    ) -> Coded:
         """x of any shape and dtype; values that differ only in their place along ``axes`` share a scale (None: all do).
 
         ``half``: scales and biases are float16 numbers, before anything is rounded on them, as layers store weights.
@@ -64,7 +74,9 @@ class FakeQuantizer(Protocol):
 
 
 @register("fake", "symmetric_quant", summary="steps of absmax / (2^(bits-1) - 1), zero in the middle")
-def symmetric_quant(x: mx.array, bits: int, axes: Axes = None, key: mx.array | None = None, half: bool = False) -> Coded:
+def symmetric_quant(
+    x: mx.array, bits: int, axes: Axes = None, key: mx.array | None = None, half: bool = False
+) -> Coded:
     """``s = max|x| / (2^(b-1) - 1)``, round to nearest; ``key`` is not used."""
     x, scale, zero = _symmetric(x, bits, axes, half)
     return Coded(mx.clip(mx.round(x / scale), 1 - zero, zero - 1) + zero, scale, -zero * scale, bits)
@@ -85,9 +97,17 @@ def affine_quant(x: mx.array, bits: int, axes: Axes = None, key: mx.array | None
     return Coded(mx.clip(mx.round((x - bias) / scale), 0, last), scale, bias, bits)
 
 
-@register("fake", "stochastic_quant", citation="stochastic-rounding", summary="symmetric steps, rounded up as often as the value is near")
-def stochastic_quant(x: mx.array, bits: int, axes: Axes = None, key: mx.array | None = None, half: bool = False) -> Coded:
-    """``floor(x / s + u)`` with u uniform in [0,1) from ``key``: its mean is x / s, its variance f(1 - f), f the fraction of x / s.
+@register(
+    "fake",
+    "stochastic_quant",
+    citation="stochastic-rounding",
+    summary="symmetric steps, rounded up as often as the value is near",
+)
+def stochastic_quant(
+    x: mx.array, bits: int, axes: Axes = None, key: mx.array | None = None, half: bool = False
+) -> Coded:
+    """``floor(x / s + u)`` with u uniform in [0,1) from ``key``: its mean is x / s, its variance f(1 - f), f the
+    fraction of x / s.
 
     Without a key u is one half, which is rounding to nearest.
     """
@@ -97,8 +117,11 @@ def stochastic_quant(x: mx.array, bits: int, axes: Axes = None, key: mx.array | 
 
 
 @register("fake", "ternary_quant", citation="bitnet", summary="-1, 0 or 1 times the mean magnitude")
-def ternary_quant(x: mx.array, bits: int = 2, axes: Axes = None, key: mx.array | None = None, half: bool = False) -> Coded:
-    """``s = mean|x|`` of all values, ``clip(round(x / s), -1, 1)`` (2402.17764, eq. 1 to 3): codes 1, 2 and 3 of 2 bits.
+def ternary_quant(
+    x: mx.array, bits: int = 2, axes: Axes = None, key: mx.array | None = None, half: bool = False
+) -> Coded:
+    """``s = mean|x|`` of all values, ``clip(round(x / s), -1, 1)`` (2402.17764, eq. 1 to 3): codes 1, 2 and 3 of 2
+    bits.
 
     ``bits``, ``axes`` and ``key`` are not used: there are three values, and one scale.
     """

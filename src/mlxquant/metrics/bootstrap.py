@@ -1,7 +1,7 @@
 """How far a mean over prompts may be off: the percentile bootstrap (Efron, 1979).
 
-Prompts are drawn with replacement. Two models on the same prompts are compared by the interval of their differences, prompt by prompt,
-which is narrower than what two separate intervals say.
+Prompts are drawn with replacement. Two models on the same prompts are compared by the interval of their differences,
+prompt by prompt, which is narrower than what two separate intervals say.
 """
 
 from __future__ import annotations

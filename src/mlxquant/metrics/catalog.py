@@ -42,7 +42,8 @@ class Metric:
         return self.weights.network if self.weights else ""
 
     def load(self, place: Place = None) -> Callable[..., Any]:
-        """The metric, ready to be called; ``place`` is a file or folder with its network's weights, by default the hub's.
+        """The metric, ready to be called; ``place`` is a file or folder with its network's weights, by default the
+        hub's.
 
         Raises ArtifactError when weights are missing or damaged, AdapterError when a package is.
         """
@@ -73,7 +74,9 @@ def _kid(place: Place) -> sets.SetMetric:
 
 def _cmmd(place: Place) -> sets.SetMetric:
     network = clip_files.load_336(place)
-    return sets.clip_discrepancy(lambda images: network.encode_images(images, largest_square), clip_files.L14_336.network)
+    return sets.clip_discrepancy(
+        lambda images: network.encode_images(images, largest_square), clip_files.L14_336.network
+    )
 
 
 _LOW, _HIGH = False, True
@@ -83,9 +86,29 @@ METRICS = {
     for metric in (
         Metric("psnr", "PSNR", "psnr_db", "pairs", _HIGH, "per image over [0,1]", lambda place: psnr, unit="dB"),
         Metric("ssim", "SSIM", "ssim", "pairs", _HIGH, "Wang et al., IEEE TIP 2004", lambda place: ssim),
-        Metric("lpips", "LPIPS (AlexNet)", "lpips", "pairs", _LOW, "arXiv 1801.03924", _lpips(lpips.ALEX), lpips.ALEX.weights),
-        Metric("lpips-vgg", "LPIPS (VGG-16)", "lpips_vgg", "pairs", _LOW, "arXiv 1801.03924", _lpips(lpips.VGG), lpips.VGG.weights),
-        Metric("clip-score", "CLIP score", "clip_score", "prompts", _HIGH, "arXiv 2104.08718", _clip_score, clip_files.L14),
+        Metric(
+            "lpips",
+            "LPIPS (AlexNet)",
+            "lpips",
+            "pairs",
+            _LOW,
+            "arXiv 1801.03924",
+            _lpips(lpips.ALEX),
+            lpips.ALEX.weights,
+        ),
+        Metric(
+            "lpips-vgg",
+            "LPIPS (VGG-16)",
+            "lpips_vgg",
+            "pairs",
+            _LOW,
+            "arXiv 1801.03924",
+            _lpips(lpips.VGG),
+            lpips.VGG.weights,
+        ),
+        Metric(
+            "clip-score", "CLIP score", "clip_score", "prompts", _HIGH, "arXiv 2104.08718", _clip_score, clip_files.L14
+        ),
         Metric("clip-iqa", "CLIP-IQA", "clip_iqa", "alone", _HIGH, "arXiv 2207.12396", _clip_iqa, clip_files.L14),
         Metric("fid", "FID", "fid", "sets", _LOW, "arXiv 1706.08500", _fid, inception.WEIGHTS),
         Metric("kid", "KID", "kid", "sets", _LOW, "arXiv 1801.01401", _kid, inception.WEIGHTS),

@@ -62,7 +62,9 @@ class Sizes:
             text = _tower(arrays, "text_model.") if texts else None
             return cls(_tower(arrays, "vision_model."), text, patches.shape[-1], words, joint)
         except (KeyError, IndexError, ValueError) as error:
-            raise ArtifactError(f"{source}: not a CLIP model as transformers saves it ({error!r}); another network's file") from error
+            raise ArtifactError(
+                f"{source}: not a CLIP model as transformers saves it ({error!r}); another network's file"
+            ) from error
 
 
 def _tower(arrays: Mapping[str, mx.array], prefix: str) -> Tower:
@@ -102,14 +104,18 @@ def _linear(name: str, outputs: int, inputs: int) -> dict[str, tuple[int, ...]]:
 
 
 def _transformer(tower: Tower) -> dict[str, tuple[int, ...]]:
-    found: dict[str, tuple[int, ...]] = {f"{tower.prefix}embeddings.position_embedding.weight": (tower.positions, tower.width)}
+    found: dict[str, tuple[int, ...]] = {
+        f"{tower.prefix}embeddings.position_embedding.weight": (tower.positions, tower.width)
+    }
     for index in range(tower.depth):
         layer = f"{tower.prefix}encoder.layers.{index}"
         for name in ("layer_norm1", "layer_norm2"):
             found |= _norm(f"{layer}.{name}", tower.width)
         for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
             found |= _linear(f"{layer}.self_attn.{name}", tower.width, tower.width)
-        found |= _linear(f"{layer}.mlp.fc1", tower.hidden, tower.width) | _linear(f"{layer}.mlp.fc2", tower.width, tower.hidden)
+        found |= _linear(f"{layer}.mlp.fc1", tower.hidden, tower.width) | _linear(
+            f"{layer}.mlp.fc2", tower.width, tower.hidden
+        )
     return found
 
 
@@ -117,7 +123,9 @@ class Clip:
     """Encodes pictures, and texts where the tokenizer is given, into rows of unit length."""
 
     def __init__(self, arrays: Mapping[str, mx.array], source: str, tokenize: Callable[[str], list[int]] | None = None):
-        """``tokenize`` takes a text to its ids, from the begin to the end token. ArtifactError, naming ``source``, on other arrays."""
+        """``tokenize`` takes a text to its ids, from the begin to the end token. ArtifactError, naming ``source``, on
+        other arrays.
+        """
         self.sizes = Sizes.of(arrays, tokenize is not None, source)
         self._weights: Tensors = fitted(arrays, shapes(self.sizes), source)
         self._tokenize = tokenize
@@ -137,7 +145,9 @@ class Clip:
         """Unit embeddings [B,E] of token ids, each text's own number of them, ending in the end token."""
         assert self.sizes.text is not None
         weights, tower, longest = self._weights, self.sizes.text, max(map(len, ids))
-        padded = mx.array([[*row, *[0] * (longest - len(row))] for row in ids])  # the causal mask hides what comes after the end
+        padded = mx.array(
+            [[*row, *[0] * (longest - len(row))] for row in ids]
+        )  # the causal mask hides what comes after the end
         x = weights["text_model.embeddings.token_embedding.weight"][padded]
         x = x + weights["text_model.embeddings.position_embedding.weight"][:longest]
         mask = mx.triu(mx.full((longest, longest), -mx.inf), k=1)
@@ -178,7 +188,8 @@ class Clip:
     def _attend(self, name: str, x: mx.array, mask: mx.array | None) -> mx.array:
         batch, length, width = x.shape
         q, k, v = (
-            self._linear(f"{name}.{part}_proj", x).reshape(batch, length, width // HEAD, HEAD).transpose(0, 2, 1, 3) for part in "qkv"
+            self._linear(f"{name}.{part}_proj", x).reshape(batch, length, width // HEAD, HEAD).transpose(0, 2, 1, 3)
+            for part in "qkv"
         )
         y = mx.fast.scaled_dot_product_attention(q, k, v, scale=HEAD**-0.5, mask=mask)
         return self._linear(f"{name}.out_proj", y.transpose(0, 2, 1, 3).reshape(batch, length, width))

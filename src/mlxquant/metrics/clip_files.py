@@ -15,7 +15,9 @@ L14_336 = Weights("CLIP ViT-L/14@336", "openai/clip-vit-large-patch14-336", ("py
 
 
 def tokenizer(path: Path, positions: int) -> Callable[[str], list[int]]:
-    """Text to ids from a ``tokenizer.json``; AdapterError without the package tokenizers, ArtifactError on another file."""
+    """Text to ids from a ``tokenizer.json``; AdapterError without the package tokenizers, ArtifactError on another
+    file.
+    """
     try:
         from tokenizers import Tokenizer
     except ImportError as error:
@@ -30,14 +32,18 @@ def tokenizer(path: Path, positions: int) -> Callable[[str], list[int]]:
     def tokenize(text: str) -> list[int]:
         ids = loaded.encode(text).ids
         if len(ids) < 2:
-            raise ArtifactError(f"{path}: adds no begin and end tokens, so it is not CLIP's; get it with '{L14.command}'")
+            raise ArtifactError(
+                f"{path}: adds no begin and end tokens, so it is not CLIP's; get it with '{L14.command}'"
+            )
         return list(ids)
 
     return tokenize
 
 
 def read(weights: Path, words: Path | None) -> Clip:
-    """Any CLIP of transformers' with heads of 64 channels and OpenAI's activation; pictures alone without a ``tokenizer.json``."""
+    """Any CLIP of transformers' with heads of 64 channels and OpenAI's activation; pictures alone without a
+    ``tokenizer.json``.
+    """
     arrays = read_tensors(weights)
     if words is None:
         return Clip(arrays, str(weights))
@@ -53,7 +59,8 @@ def large(clip: Clip, side: int, source: str) -> Clip:
     expected = 1024, 24, 14, side
     if found != expected:
         raise ArtifactError(
-            f"{source}: a CLIP of width, depth, patch and side {found}, expected ViT-L/14's {expected}; another model's file"
+            f"{source}: a CLIP of width, depth, patch and side {found}, expected ViT-L/14's {expected}; another model's"
+            " file"
         )
     return clip
 

@@ -13,7 +13,9 @@ from .images import Images, checked, shortest_side
 
 
 class ClipScore:
-    """``100·max(cos, 0)`` of each picture and its own prompt (arXiv 2104.08718), ViT-L/14, without that paper's prefix and factor 2.5."""
+    """``100·max(cos, 0)`` of each picture and its own prompt (arXiv 2104.08718), ViT-L/14, without that paper's prefix
+    and factor 2.5.
+    """
 
     def __init__(self, clip: Clip):
         self._clip = clip

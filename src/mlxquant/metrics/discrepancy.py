@@ -1,7 +1,8 @@
 """Maximum mean discrepancies between two sets of features: KID on Inception's, CMMD on CLIP's.
 
-``MMD² = E k(x,x') + E k(y,y') − 2 E k(x,y)`` (Gretton et al., JMLR 13, 2012, eq. 2 to 5). Unlike FID they assume no Gaussian, and KID's
-estimate does not depend on the sample size, only its spread does. float64; kernels are summed in strips, so that memory stays small.
+``MMD² = E k(x,x') + E k(y,y') − 2 E k(x,y)`` (Gretton et al., JMLR 13, 2012, eq. 2 to 5). Unlike FID they assume no
+Gaussian, and KID's estimate does not depend on the sample size, only its spread does. float64; kernels are summed in
+strips, so that memory stays small.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ CMMD_SCALE = 1000.0
 def _checked(features: npt.ArrayLike, reference: npt.ArrayLike, metric: str) -> tuple[Matrix, Matrix]:
     x, y = np.asarray(features, dtype=np.float64), np.asarray(reference, dtype=np.float64)
     if x.ndim != 2 or y.ndim != 2 or 0 in x.shape or 0 in y.shape or x.shape[1] != y.shape[1]:
-        raise NumericsError(f"{metric}: expected two sets of features [N,D] of equal width, found {x.shape} and {y.shape}")
+        raise NumericsError(
+            f"{metric}: expected two sets of features [N,D] of equal width, found {x.shape} and {y.shape}"
+        )
     if not (np.isfinite(x).all() and np.isfinite(y).all()):
         raise NumericsError(f"{metric}: a feature is NaN or infinite")
     return x, y
@@ -44,12 +47,14 @@ def _unbiased(x: Matrix, y: Matrix) -> float:
     return own / (n * (n - 1)) - 2 * _total(_cubic, x, y) / n**2
 
 
-def kid(features: npt.ArrayLike, reference: npt.ArrayLike, subsets: int = 100, size: int = 1000, seed: int = 0) -> float:
+def kid(
+    features: npt.ArrayLike, reference: npt.ArrayLike, subsets: int = 100, size: int = 1000, seed: int = 0
+) -> float:
     """Kernel Inception distance of features [N,D] to reference features [M,D], N, M ≥ 2 (arXiv 1801.01401, section 4).
 
-    The mean of the unbiased estimate, with the kernel ``(x·y/D + 1)³``, over ``subsets`` draws of ``min(N, M, size)`` features each,
-    without replacement, as clean-fid and torch-fidelity have it; when that is all of both sets, there is one draw. It may be slightly
-    negative. Not multiplied by 1000.
+    The mean of the unbiased estimate, with the kernel ``(x·y/D + 1)³``, over ``subsets`` draws of ``min(N, M, size)``
+    features each, without replacement, as clean-fid and torch-fidelity have it; when that is all of both sets, there is
+    one draw. It may be slightly negative. Not multiplied by 1000.
     """
     x, y = _checked(features, reference, "kid")
     n = min(len(x), len(y), size)
@@ -58,7 +63,10 @@ def kid(features: npt.ArrayLike, reference: npt.ArrayLike, subsets: int = 100, s
     if n == len(x) == len(y):
         return _unbiased(x, y)
     rng = np.random.default_rng(seed)
-    draws = [_unbiased(x[rng.choice(len(x), n, replace=False)], y[rng.choice(len(y), n, replace=False)]) for _ in range(subsets)]
+    draws = [
+        _unbiased(x[rng.choice(len(x), n, replace=False)], y[rng.choice(len(y), n, replace=False)])
+        for _ in range(subsets)
+    ]
     return float(np.mean(draws))
 
 
@@ -70,8 +78,8 @@ def _gaussian(x: Matrix, y: Matrix) -> Matrix:
 def cmmd(embeddings: npt.ArrayLike, reference: npt.ArrayLike) -> float:
     """CLIP-MMD of unit-norm embeddings [N,D] to reference embeddings [M,D] (arXiv 2401.09603, eq. 4), times 1000.
 
-    A Gaussian kernel of fixed width 10, and, as in the published code, the biased estimate, in which pairs of an embedding with itself
-    count: it is never negative, and a set is at 0 from itself.
+    A Gaussian kernel of fixed width 10, and, as in the published code, the biased estimate, in which pairs of an
+    embedding with itself count: it is never negative, and a set is at 0 from itself.
     """
     x, y = _checked(embeddings, reference, "cmmd")
     terms = [_total(_gaussian, a, b) / (len(a) * len(b)) for a, b in ((x, x), (y, y), (x, y))]

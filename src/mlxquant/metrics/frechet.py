@@ -1,9 +1,9 @@
 """The Fréchet distance between two sets of features, each taken as a Gaussian (FID: arXiv 1706.08500, eq. 6).
 
-``d² = |m₁−m₂|² + tr C₁ + tr C₂ − 2 tr (C₁C₂)^½``. The last trace is the sum of the singular values of ``F₁F₂ᵀ`` where ``C = FᵀF``, so
-no matrix square root is taken: SciPy's ``sqrtm`` of a product, which the public codes use, becomes complex or singular where there are
-fewer pictures than features, and this does not. The factors come from QR or, for given covariances, from an eigendecomposition, in
-float64.
+``d² = |m₁−m₂|² + tr C₁ + tr C₂ − 2 tr (C₁C₂)^½``. The last trace is the sum of the singular values of ``F₁F₂ᵀ`` where
+``C = FᵀF``, so no matrix square root is taken: SciPy's ``sqrtm`` of a product, which the public codes use, becomes
+complex or singular where there are fewer pictures than features, and this does not. The factors come from QR or, for
+given covariances, from an eigendecomposition, in float64.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ Matrix = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Gaussian:
-    """A set of N features of width D: ``mean`` [D] and ``factor`` [R,D], R ≤ D, with ``factorᵀ factor`` the unbiased covariance."""
+    """A set of N features of width D: ``mean`` [D] and ``factor`` [R,D], R ≤ D, with ``factorᵀ factor`` the unbiased
+    covariance.
+    """
 
     mean: Matrix
     factor: Matrix
@@ -40,7 +42,9 @@ class Gaussian:
         """From mean [D] and covariance [D,D], such as the ``mu`` and ``sigma`` of pytorch-fid's statistics files."""
         m, c = np.asarray(mean, dtype=np.float64), np.asarray(covariance, dtype=np.float64)
         if m.ndim != 1 or c.shape != (m.size, m.size) or not (np.isfinite(m).all() and np.isfinite(c).all()):
-            raise NumericsError(f"fréchet distance: expected a finite mean [D] and covariance [D,D], found {m.shape} and {c.shape}")
+            raise NumericsError(
+                f"fréchet distance: expected a finite mean [D] and covariance [D,D], found {m.shape} and {c.shape}"
+            )
         values, vectors = np.linalg.eigh((c + c.T) / 2)
         return cls(m, np.sqrt(np.maximum(values, 0))[:, None] * vectors.T)
 

@@ -1,6 +1,7 @@
 """What every metric asks of its pictures, and how pictures are brought to a network's size.
 
-A picture is float [H,W,3] in [0,1]. Bytes are refused rather than guessed at: a figure of pictures in [0,255] looks like a figure.
+A picture is float [H,W,3] in [0,1]. Bytes are refused rather than guessed at: a figure of pictures in [0,255] looks
+like a figure.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ def checked(images: Images, metric: str) -> Images:
     if images.ndim != 4 or images.shape[-1] != 3 or 0 in images.shape:
         raise NumericsError(f"{metric}: expected pictures [B,H,W,3], found {images.shape}")
     if not np.issubdtype(images.dtype, np.floating):
-        raise NumericsError(f"{metric}: expected floating-point pictures in [0,1], found {images.dtype}; divide bytes by 255")
+        raise NumericsError(
+            f"{metric}: expected floating-point pictures in [0,1], found {images.dtype}; divide bytes by 255"
+        )
     low, high = float(images.min()), float(images.max())  # NaN where any value is
     if not np.isfinite([low, high]).all():
         raise NumericsError(f"{metric}: a picture holds NaN or infinite values")
@@ -36,18 +39,24 @@ def checked_pair(images: Images, reference: Images, metric: str) -> tuple[Images
     """Two batches of equal shape [B,H,W,3], both ``checked``."""
     images, reference = np.asarray(images), np.asarray(reference)
     if images.shape != reference.shape:
-        raise NumericsError(f"{metric}: expected two batches of equal shape, found {images.shape} and {reference.shape}")
+        raise NumericsError(
+            f"{metric}: expected two batches of equal shape, found {images.shape} and {reference.shape}"
+        )
     return checked(images, metric), checked(reference, metric)
 
 
 def resized(image: Images, size: tuple[int, int]) -> npt.NDArray[np.float32]:
-    """A picture [H,W,3] as float32 [*size,3] by Pillow's bicubic filter, a channel at a time and never rounded to bytes.
+    """A picture [H,W,3] as float32 [*size,3] by Pillow's bicubic filter, a channel at a time and never rounded to
+    bytes.
 
-    The filter antialiases, unlike those of the deep-learning frameworks. Source: clean-fid, arXiv 2104.11222, section 3.
+    The filter antialiases, unlike those of the deep-learning frameworks. Source: clean-fid, arXiv 2104.11222, section
+    3.
     """
     height, width = size
     channels = [
-        Image.fromarray(np.ascontiguousarray(image[..., c], dtype=np.float32)).resize((width, height), Image.Resampling.BICUBIC)
+        Image.fromarray(np.ascontiguousarray(image[..., c], dtype=np.float32)).resize(
+            (width, height), Image.Resampling.BICUBIC
+        )
         for c in range(image.shape[-1])
     ]
     return np.stack([np.asarray(channel) for channel in channels], axis=-1)

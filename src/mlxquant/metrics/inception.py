@@ -1,8 +1,10 @@
-"""Inception-v3 as FID uses it: 2048 features of a picture, after the last pooling (arXiv 1512.00567; weights of 2015-12-05).
+"""Inception-v3 as FID uses it: 2048 features of a picture, after the last pooling (arXiv 1512.00567; weights of
+2015-12-05).
 
-It is not the network of today's model zoos. Its average pools leave the padding out, its last block pools by maximum, and the weights
-are TensorFlow's of 2015 as PyTorch got them from pytorch-fid, whose names parameters have. Pictures are resized to 299×299 by Pillow's
-bicubic filter in floating point, as clean-fid does (arXiv 2104.11222); the resizing of other tools moves FID by whole points.
+It is not the network of today's model zoos. Its average pools leave the padding out, its last block pools by maximum,
+and the weights are TensorFlow's of 2015 as PyTorch got them from pytorch-fid, whose names parameters have. Pictures are
+resized to 299×299 by Pillow's bicubic filter in floating point, as clean-fid does (arXiv 2104.11222); the resizing of
+other tools moves FID by whole points.
 """
 
 from __future__ import annotations
@@ -25,7 +27,11 @@ WIDTH = 2048
 BATCH = 8
 EPSILON = 1e-3  # of the batch normalisations
 WEIGHTS = Weights(
-    "Inception-v3 (2015-12-05)", "toshas/torch-fidelity", ("weights-inception-2015-12-05-6726825d.pth",), "Apache-2.0", sha256="6726825d"
+    "Inception-v3 (2015-12-05)",
+    "toshas/torch-fidelity",
+    ("weights-inception-2015-12-05-6726825d.pth",),
+    "Apache-2.0",
+    sha256="6726825d",
 )
 
 
@@ -42,7 +48,9 @@ class Convolution:
 
 @dataclass(frozen=True)
 class Pool:
-    """Over 3×3 pixels: maximum at a stride of 2 without padding, or mean (of the pixels inside) or maximum at a stride of 1."""
+    """Over 3×3 pixels: maximum at a stride of 2 without padding, or mean (of the pixels inside) or maximum at a stride
+    of 1.
+    """
 
     kind: str  # "reduce", "mean", "max"
 
@@ -73,7 +81,12 @@ def _pooled(kind: str, outputs: int) -> Branch:
 
 def _a(pooled: int) -> tuple[Branch, ...]:
     doubled = _chain("branch3x3dbl", (64, 1, 1), (96, 3, 3), (96, 3, 3))
-    return ((Convolution("branch1x1", 64),), _chain("branch5x5", (48, 1, 1), (64, 5, 5)), doubled, _pooled("mean", pooled))
+    return (
+        (Convolution("branch1x1", 64),),
+        _chain("branch5x5", (48, 1, 1), (64, 5, 5)),
+        doubled,
+        _pooled("mean", pooled),
+    )
 
 
 def _c(width: int) -> tuple[Branch, ...]:
@@ -151,12 +164,16 @@ def shapes() -> dict[str, tuple[int, ...]]:
     found: dict[str, tuple[int, ...]] = {}
     for path, convolution, inputs in _convolutions():
         found[f"{path}.conv.weight"] = (convolution.outputs, inputs, *convolution.kernel)
-        found |= {f"{path}.bn.{name}": (convolution.outputs,) for name in ("weight", "bias", "running_mean", "running_var")}
+        found |= {
+            f"{path}.bn.{name}": (convolution.outputs,) for name in ("weight", "bias", "running_mean", "running_var")
+        }
     return found
 
 
 class Inception:
-    """Features of pictures. ``title`` says which weights they come from, ``published`` whether those are known to be FID's."""
+    """Features of pictures. ``title`` says which weights they come from, ``published`` whether those are known to be
+    FID's.
+    """
 
     def __init__(self, arrays: Tensors, source: str, published: bool = False):
         """``arrays`` under the names of ``shapes``; ArtifactError, naming ``source``, where they do not fit."""
@@ -191,7 +208,9 @@ class Inception:
         found = []
         for start in range(0, len(images), BATCH):
             batch = np.stack([resized(image, (SIDE, SIDE)) for image in images[start : start + BATCH]])
-            found.append(np.array(self.forward(mx.array((batch * 255 - 128) / 128))))  # TensorFlow's scaling, as in clean-fid
+            found.append(
+                np.array(self.forward(mx.array((batch * 255 - 128) / 128)))
+            )  # TensorFlow's scaling, as in clean-fid
         return np.concatenate(found)
 
 

@@ -1,8 +1,8 @@
 """LPIPS v0.1 (arXiv 1801.03924, eq. 1): how differently a trained network sees two pictures, 0 for identical ones.
 
-Five layers of AlexNet or VGG-16 are compared: features scaled to unit length at every pixel, squared differences weighted by learned
-heads, averaged over the picture and summed. AlexNet is what the literature on quantization reports. Parameters have the names of the
-``lpips`` package.
+Five layers of AlexNet or VGG-16 are compared: features scaled to unit length at every pixel, squared differences
+weighted by learned heads, averaged over the picture and summed. AlexNet is what the literature on quantization reports.
+Parameters have the names of the ``lpips`` package.
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ class Convolution:
 
 @dataclass(frozen=True)
 class Trunk:
-    """Slices of convolutions; before every slice but the first, a maximum over ``pool`` pixels at a stride of 2, where it is not 0."""
+    """Slices of convolutions; before every slice but the first, a maximum over ``pool`` pixels at a stride of 2, where
+    it is not 0.
+    """
 
     weights: Weights
     heads: str  # sha256 of the published heads, first to last, as float32
@@ -98,7 +100,9 @@ class Lpips:
         """``arrays`` under the names of ``shapes``; ArtifactError, naming ``source``, where they do not fit."""
         self._trunk = trunk
         weights = fitted(arrays, shapes(trunk), source)
-        self._weights = {name: value.transpose(0, 2, 3, 1) if value.ndim == 4 else value for name, value in weights.items()}
+        self._weights = {
+            name: value.transpose(0, 2, 3, 1) if value.ndim == 4 else value for name, value in weights.items()
+        }
 
     def _features(self, images: Images) -> Iterator[mx.array]:
         """What the slices write, [B,h,w,C], at unit length, for pictures [B,H,W,3] in [0,1]."""
@@ -108,19 +112,23 @@ class Lpips:
                 x = nn.MaxPool2d(size, 2)(x)
             for c in convolutions:
                 name = f"net.slice{index + 1}.{c.name}"
-                x = rectified(x, self._weights[f"{name}.weight"], self._weights[f"{name}.bias"], c.stride, (c.padding, c.padding))
+                x = rectified(
+                    x, self._weights[f"{name}.weight"], self._weights[f"{name}.bias"], c.stride, (c.padding, c.padding)
+                )
             yield x / (mx.sqrt((x * x).sum(axis=-1, keepdims=True)) + EPSILON)
 
     def __call__(self, images: Images, reference: Images) -> npt.NDArray[np.float64]:
         """Distances [B] of images [B,H,W,3] in [0,1] to a reference of the same shape.
 
-        Raises NumericsError on shapes that differ, pictures that are too small, and values that are not finite or not in [0,1].
+        Raises NumericsError on shapes that differ, pictures that are too small, and values that are not finite or not
+        in [0,1].
         """
         images, reference = checked_pair(images, reference, "lpips")
         if min(images.shape[1:3]) < self._trunk.smallest:
             size = f"{images.shape[1]}×{images.shape[2]}"
             raise NumericsError(
-                f"lpips: pictures of {size} pixels are too small for {self._trunk.weights.network}, it takes {self._trunk.smallest}"
+                f"lpips: pictures of {size} pixels are too small for {self._trunk.weights.network}, it takes"
+                f" {self._trunk.smallest}"
             )
         count = max(1, PIXELS // (images.shape[1] * images.shape[2]))
         batches = [self._batch(images[i : i + count], reference[i : i + count]) for i in range(0, len(images), count)]
@@ -129,12 +137,15 @@ class Lpips:
     def _batch(self, images: Images, reference: Images) -> npt.NDArray[np.float64]:
         total = np.zeros(len(images))
         for index, (a, b) in enumerate(zip(self._features(images), self._features(reference), strict=True)):
-            total += np.array(((a - b) ** 2 @ self._weights[f"lin{index}.model.1.weight"].reshape(-1)).mean(axis=(1, 2)))
+            total += np.array(
+                ((a - b) ** 2 @ self._weights[f"lin{index}.model.1.weight"].reshape(-1)).mean(axis=(1, 2))
+            )
         return total
 
 
 def load(trunk: Trunk, place: str | Path | None = None) -> Lpips:
-    """With the published weights. The hub has only copies of them, so that the heads are checked against those of the ``lpips`` package.
+    """With the published weights. The hub has only copies of them, so that the heads are checked against those of the
+    ``lpips`` package.
 
     Raises ArtifactError on a missing or damaged file, and on one with other heads.
     """
@@ -145,5 +156,7 @@ def load(trunk: Trunk, place: str | Path | None = None) -> Lpips:
     for index in range(len(trunk.slices)):
         digest.update(np.array(arrays[f"lin{index}.model.1.weight"].astype(mx.float32)).tobytes())
     if digest.hexdigest() != trunk.heads:
-        raise ArtifactError(f"{path}: its heads are not those of LPIPS v0.1; get the published ones with '{trunk.weights.command}'")
+        raise ArtifactError(
+            f"{path}: its heads are not those of LPIPS v0.1; get the published ones with '{trunk.weights.command}'"
+        )
     return network

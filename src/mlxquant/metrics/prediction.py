@@ -1,4 +1,6 @@
-"""How well a language model predicts text that it has not seen: bits per character, which models with other tokens share."""
+"""How well a language model predicts text that it has not seen: bits per character, which models with other tokens
+share.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ from ..progress import Progress, silent
 
 @dataclass(frozen=True)
 class Prediction:
-    """``nats`` [windows] float64: what the tokens of each window cost, summed; ``tokens`` and ``characters`` [windows]: their numbers."""
+    """``nats`` [windows] float64: what the tokens of each window cost, summed; ``tokens`` and ``characters`` [windows]:
+    their numbers.
+    """
 
     nats: Array
     tokens: Array
@@ -47,18 +51,20 @@ def predict(
     batch: int = 4,
     progress: Progress = silent,
 ) -> Prediction:
-    """Cost of every token but the first, in windows of ``length`` that follow each other; each is predicted from those before it in its
-    window and, for the first of a window, from the last of the window before alone.
+    """Cost of every token but the first, in windows of ``length`` that follow each other; each is predicted from those
+    before it in its window and, for the first of a window, from the last of the window before alone.
 
-    ``logits`` maps tokens [B,T] to logits [B,T,V]. ``limit`` windows at most, evenly spread over the text. Raises CalibrationError when
-    the text is too short for one, NumericsError on NaN logits.
+    ``logits`` maps tokens [B,T] to logits [B,T,V]. ``limit`` windows at most, evenly spread over the text. Raises
+    CalibrationError when the text is too short for one, NumericsError on NaN logits.
     """
     if length < 1 or (limit is not None and limit < 1):
         raise CalibrationError(f"windows of {length} tokens, {limit} of them at most; expected at least 1 of both")
     tokens = tokenizer.encode(text)
     count = (len(tokens) - 1) // length
     if count < 1:
-        raise CalibrationError(f"a text of {len(tokens)} tokens is too short to be predicted in windows of {length}; pass a longer one")
+        raise CalibrationError(
+            f"a text of {len(tokens)} tokens is too short to be predicted in windows of {length}; pass a longer one"
+        )
     some = np.arange(count) if limit is None or limit >= count else np.linspace(0, count - 1, limit).round().astype(int)
     windows = np.stack([tokens[index * length : (index + 1) * length + 1] for index in some])
     nats = []
@@ -69,7 +75,9 @@ def predict(
     found = np.concatenate(nats)
     if not np.isfinite(found).all():
         raise NumericsError("the model predicts NaN or infinite costs; its weights are damaged or overflow")
-    return Prediction(found, np.full(len(windows), length), np.array([_characters(tokenizer, window[1:]) for window in windows]))
+    return Prediction(
+        found, np.full(len(windows), length), np.array([_characters(tokenizer, window[1:]) for window in windows])
+    )
 
 
 def _characters(tokenizer: Tokenizer, tokens: Tokens) -> int:

@@ -1,4 +1,6 @@
-"""Peak signal-to-noise ratio, the way the literature on quantized diffusion models reports it: per image over [0,1], then the mean."""
+"""Peak signal-to-noise ratio, the way the literature on quantized diffusion models reports it: per image over [0,1],
+then the mean.
+"""
 
 from __future__ import annotations
 

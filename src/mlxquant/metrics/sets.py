@@ -1,7 +1,9 @@
-"""Distances between two sets of pictures: FID, KID, CMMD. One figure for a whole set, never without the number of its pictures.
+"""Distances between two sets of pictures: FID, KID, CMMD. One figure for a whole set, never without the number of its
+pictures.
 
-FID depends on that number: the same model scores about 20 on 5000 pictures, 28 on 2500 and 175 on 256. Figures of different numbers of
-pictures do not compare, and under 2048, the width of Inception's features, a covariance has no full rank.
+FID depends on that number: the same model scores about 20 on 5000 pictures, 28 on 2500 and 175 on 256. Figures of
+different numbers of pictures do not compare, and under 2048, the width of Inception's features, a covariance has no
+full rank.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ Measure = Callable[[npt.NDArray[Any], npt.NDArray[Any]], float]
 class SetDistance:
     """A distributional figure and what it takes to read it."""
 
-    name: str  # "fid" only with Inception's features and the published weights, otherwise "frechet_distance"; "kid", "cmmd"
+    # "fid" only with Inception's features and the published weights, otherwise "frechet_distance"; "kid", "cmmd"
+    name: str
     value: float
     samples: int
     reference_samples: int
@@ -40,7 +43,10 @@ class SetDistance:
         few = min(self.samples, self.reference_samples)
         if few >= ENOUGH:
             return None
-        return f"{self.name} from {few} pictures, under {ENOUGH}: compare it only with figures from the same pictures' prompts and number"
+        return (
+            f"{self.name} from {few} pictures, under {ENOUGH}: compare it only with figures from the same pictures'"
+            " prompts and number"
+        )
 
 
 class SetMetric:
@@ -65,13 +71,16 @@ class SetMetric:
     def __call__(self, images: Batches, reference: Batches) -> SetDistance:
         """The distance of pictures to reference pictures, each an array [N,H,W,3] in [0,1] or batches of such.
 
-        Raises NumericsError on an empty set, where one picture is too few, and on values that are not finite or not in [0,1].
+        Raises NumericsError on an empty set, where one picture is too few, and on values that are not finite or not in
+        [0,1].
         """
         return self.between(self.encode(images), self.encode(reference))
 
 
 def frechet(encode: Encode, features: str, inception: bool) -> SetMetric:
-    """FID where ``inception`` says that these are Inception's features with the published weights, a Fréchet distance otherwise."""
+    """FID where ``inception`` says that these are Inception's features with the published weights, a Fréchet distance
+    otherwise.
+    """
 
     def measure(x: npt.NDArray[Any], y: npt.NDArray[Any]) -> float:
         return frechet_distance(Gaussian.of(x), Gaussian.of(y))

@@ -1,9 +1,9 @@
 """Structural similarity (Wang et al., IEEE TIP 13(4), 2004, eq. 13), a value a picture.
 
-Windows are Gaussian, 11×11 with a standard deviation of 1.5 pixels, and only those that lie inside the picture count; each colour
-channel is taken by itself and the three are averaged. This is scikit-image's ``structural_similarity`` with ``gaussian_weights=True,
-use_sample_covariance=False, data_range=1, channel_axis=-1``. Papers that average over luminance alone, or use a flat 7×7 window,
-report other numbers.
+Windows are Gaussian, 11×11 with a standard deviation of 1.5 pixels, and only those that lie inside the picture count;
+each colour channel is taken by itself and the three are averaged. This is scikit-image's ``structural_similarity`` with
+``gaussian_weights=True, use_sample_covariance=False, data_range=1, channel_axis=-1``. Papers that average over
+luminance alone, or use a flat 7×7 window, report other numbers.
 """
 
 from __future__ import annotations
@@ -39,9 +39,14 @@ def _similarity(x: npt.NDArray[np.float64], y: npt.NDArray[np.float64]) -> float
 def ssim(images: Images, reference: Images) -> npt.NDArray[np.float64]:
     """Similarity [B], 1 for identical pictures, of images [B,H,W,3] in [0,1] to a reference of the same shape.
 
-    Raises NumericsError on shapes that differ, pictures under 11 pixels, and values that are not finite or not in [0,1].
+    Raises NumericsError on shapes that differ, pictures under 11 pixels, and values that are not finite or not in
+    [0,1].
     """
     images, reference = checked_pair(images, reference, "ssim")
     if min(images.shape[1:3]) <= 2 * RADIUS:
-        raise NumericsError(f"ssim: pictures of {images.shape[1]}×{images.shape[2]} pixels hold no window of 11×11; compare larger ones")
-    return np.array([_similarity(x.astype(np.float64), y.astype(np.float64)) for x, y in zip(images, reference, strict=True)])
+        raise NumericsError(
+            f"ssim: pictures of {images.shape[1]}×{images.shape[2]} pixels hold no window of 11×11; compare larger ones"
+        )
+    return np.array(
+        [_similarity(x.astype(np.float64), y.astype(np.float64)) for x, y in zip(images, reference, strict=True)]
+    )

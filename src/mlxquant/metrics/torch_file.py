@@ -1,8 +1,8 @@
 """Reads the tensors of a PyTorch checkpoint without PyTorch, and without running what is in it.
 
-A checkpoint is a pickle, and a pickle may call anything. Here it may name the few things that ``find_class`` knows, of which none does
-more than describe a tensor; whatever else it names ends in an error. Both layouts are read: the zip archive of PyTorch ≥ 1.6, and the
-row of pickles before it, in which the weights of FID were published.
+A checkpoint is a pickle, and a pickle may call anything. Here it may name the few things that ``find_class`` knows, of
+which none does more than describe a tensor; whatever else it names ends in an error. Both layouts are read: the zip
+archive of PyTorch ≥ 1.6, and the row of pickles before it, in which the weights of FID were published.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ class _Slice:
     strides: tuple[int, ...]
 
 
-def _describe(storage: tuple[str, type], offset: int, shape: tuple[int, ...], strides: tuple[int, ...], *rest: Any) -> _Slice:
+def _describe(
+    storage: tuple[str, type], offset: int, shape: tuple[int, ...], strides: tuple[int, ...], *rest: Any
+) -> _Slice:
     return _Slice(storage, offset, tuple(shape), tuple(strides))
 
 
@@ -71,7 +73,9 @@ def read_checkpoint(path: Path) -> dict[str, Array]:
             found = _from_zip(file) if zipfile.is_zipfile(file) else _from_pickles(file)
             return {str(name): value for name, value in found.items() if isinstance(value, np.ndarray)}
     except Exception as error:  # a damaged pickle raises whatever its bytes lead to
-        raise ArtifactError(f"{path}: not a PyTorch checkpoint of plain tensors, or a damaged one ({error}); download it again") from error
+        raise ArtifactError(
+            f"{path}: not a PyTorch checkpoint of plain tensors, or a damaged one ({error}); download it again"
+        ) from error
 
 
 def _from_zip(file: BinaryIO) -> dict[str, Any]:
@@ -98,12 +102,19 @@ def _from_pickles(file: BinaryIO) -> dict[str, Any]:
 
 
 def _filled(slices: dict[str, Any], storage: Callable[[str, type], Array]) -> dict[str, Any]:
-    return {name: _array(value, storage(*value.storage)) if isinstance(value, _Slice) else value for name, value in slices.items()}
+    return {
+        name: _array(value, storage(*value.storage)) if isinstance(value, _Slice) else value
+        for name, value in slices.items()
+    }
 
 
 def _array(value: _Slice, storage: Array) -> Array:
     size = math.prod(value.shape)
-    last = value.offset + sum((n - 1) * s for n, s in zip(value.shape, value.strides, strict=True)) if size else value.offset - 1
+    last = (
+        value.offset + sum((n - 1) * s for n, s in zip(value.shape, value.strides, strict=True))
+        if size
+        else value.offset - 1
+    )
     if min((value.offset, *value.shape, *value.strides)) < 0 or last >= storage.size:
         raise ValueError(f"a tensor of shape {value.shape} lies outside its storage")
     strides = [s * storage.itemsize for s in value.strides]

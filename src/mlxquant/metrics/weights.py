@@ -1,7 +1,7 @@
 """Published weights of the networks that some metrics look through: which file, under which licence, and how to get it.
 
-A network's tensors are read from the hub's cache, downloaded once, or taken from a file or folder of the user's. safetensors files and
-the checkpoints of PyTorch are read; nothing in a checkpoint is executed, see ``torch_file``.
+A network's tensors are read from the hub's cache, downloaded once, or taken from a file or folder of the user's.
+safetensors files and the checkpoints of PyTorch are read; nothing in a checkpoint is executed, see ``torch_file``.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ INSTEAD = "give a local file or folder with --weights"
 
 @dataclass(frozen=True)
 class Weights:
-    """A network's files in one repository on the hub. ``sha256`` is how the first file's digest begins, where it is known."""
+    """A network's files in one repository on the hub. ``sha256`` is how the first file's digest begins, where it is
+    known.
+    """
 
     network: str
     repository: str
@@ -43,9 +45,11 @@ class Weights:
         return f"hf download {self.repository} {' '.join(self.files)}"
 
     def paths(self, place: str | Path | None = None) -> list[Path]:
-        """The files on this disk: from ``place``, the first file itself or a folder with all of them by name, else from the hub.
+        """The files on this disk: from ``place``, the first file itself or a folder with all of them by name, else from
+        the hub.
 
-        Raises ArtifactError when one is missing, AdapterError when it takes a download and huggingface_hub is not installed.
+        Raises ArtifactError when one is missing, AdapterError when it takes a download and huggingface_hub is not
+        installed.
         """
         if place is None:
             return hub_files(self.repository, self.files, EXTRA, INSTEAD)
@@ -53,7 +57,10 @@ class Weights:
         if folder.is_file():
             found = [folder, *(folder.parent / Path(name).name for name in self.files[1:])]
         else:
-            found = [next((p for p in (folder / name, folder / Path(name).name) if p.is_file()), folder / name) for name in self.files]
+            found = [
+                next((p for p in (folder / name, folder / Path(name).name) if p.is_file()), folder / name)
+                for name in self.files
+            ]
         for path in found:
             if not path.is_file():
                 raise ArtifactError(f"{path} is missing; get it with '{self.command} --local-dir {folder}'")
@@ -87,10 +94,17 @@ def read_tensors(path: Path) -> Tensors:
 
 
 def fitted(arrays: Mapping[str, mx.array], shapes: Shapes, source: str) -> Tensors:
-    """The tensors that a network wants, as float32, out of those of a file; ArtifactError when one is missing or has another shape."""
+    """The tensors that a network wants, as float32, out of those of a file; ArtifactError when one is missing or has
+    another shape.
+    """
     if missing := sorted(set(shapes) - set(arrays)):
-        raise ArtifactError(f"{source}: {len(missing)} of {len(shapes)} tensors are missing, such as {missing[0]}; another network's file")
+        raise ArtifactError(
+            f"{source}: {len(missing)} of {len(shapes)} tensors are missing, such as {missing[0]}; another network's"
+            " file"
+        )
     for name, shape in shapes.items():
         if arrays[name].shape != shape:
-            raise ArtifactError(f"{source}: {name} has shape {arrays[name].shape}, expected {shape}; another network's file")
+            raise ArtifactError(
+                f"{source}: {name} has shape {arrays[name].shape}, expected {shape}; another network's file"
+            )
     return {name: arrays[name].astype(mx.float32) for name in shapes}

@@ -1,7 +1,8 @@
-"""The contract between a model and everything else. Methods see arrays, the sweep sees stages, and only an adapter knows its host.
+"""The contract between a model and everything else. Methods see arrays, the sweep sees stages, and only an adapter
+knows its host.
 
-A model is a chain of stages (embedders, blocks, head) that pass a state from one to the next; the chain equals the model. That is
-all a block-by-block quantizer needs.
+A model is a chain of stages (embedders, blocks, head) that pass a state from one to the next; the chain equals the
+model. That is all a block-by-block quantizer needs.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ def written(outputs: State, inputs: State) -> list[str]:
 
 @dataclass(frozen=True)
 class Stage:
-    """One link of the chain: ``run`` maps state to state and uses only modules below ``prefixes``. Blocks, the links between the first
-    and the last, pass on what they do not know.
+    """One link of the chain: ``run`` maps state to state and uses only modules below ``prefixes``. Blocks, the links
+    between the first and the last, pass on what they do not know.
     """
 
     name: str
@@ -55,8 +56,8 @@ Observe = Callable[[str, State, State], None]
 
 
 class StageHook:
-    """Shows the state before and after one stage to an observer and passes it on. It stands in for the stage's ``run``, outside of the
-    module tree: not an ``nn.Module``, so parameters and paths are the same while it is there.
+    """Shows the state before and after one stage to an observer and passes it on. It stands in for the stage's ``run``,
+    outside of the module tree: not an ``nn.Module``, so parameters and paths are the same while it is there.
     """
 
     def __init__(self, name: str, run: Callable[[State], State], observe: Observe):
@@ -70,7 +71,9 @@ class StageHook:
 
 @dataclass(frozen=True)
 class Fold:
-    """Rows ``start`` to ``stop`` of the Linear at ``path`` write the channels of an edge; with ``plus_one`` they are used as 1 + y."""
+    """Rows ``start`` to ``stop`` of the Linear at ``path`` write the channels of an edge; with ``plus_one`` they are
+    used as 1 + y.
+    """
 
     path: str
     start: int
@@ -80,11 +83,12 @@ class Fold:
 
 @dataclass(frozen=True)
 class Edge:
-    """``consumers`` read one and the same tensor. Where ``folds`` are given, its channels can be divided by any positive vector by
-    changing those producers alone; where there are none, whoever wants to divide has to do it while the model runs. Inside of runs of
-    ``mixes`` channels (1: none) the producers can absorb any linear mixing as well. ``reorders`` are producers whose rows are the
-    tensor's channels up to a nonlinearity, so that its channels can be put in any order. ``after`` names the nonlinearity that wrote
-    the tensor, such as "gelu", and with it the skew of what is in it.
+    """``consumers`` read one and the same tensor. Where ``folds`` are given, its channels can be divided by any
+    positive vector by changing those producers alone; where there are none, whoever wants to divide has to do it while
+    the model runs. Inside of runs of ``mixes`` channels (1: none) the producers can absorb any linear mixing as well.
+    ``reorders`` are producers whose rows are the tensor's channels up to a nonlinearity, so that its channels can be
+    put in any order. ``after`` names the nonlinearity that wrote the tensor, such as "gelu", and with it the skew of
+    what is in it.
     """
 
     consumers: tuple[str, ...]
@@ -104,7 +108,9 @@ class Adapter(ABC):
     samples: int | None = None  # default number of samples that calibrate a sweep; None takes all
     rows: int = 16  # of a batch that one backward pass through a block may have
     draws: bool = True  # from noise, by the velocity that it predicts at each noise level; False where it writes text
-    place: str = ""  # where weights that ``module`` does not hold come from: a folder, a hub id, or "" for the usual one
+    place: str = (
+        ""  # where weights that ``module`` does not hold come from: a folder, a hub id, or "" for the usual one
+    )
     _hooks: Mapping[str, StageHook] = MappingProxyType({})  # by stage, set by ``hooked``
 
     @property
@@ -130,18 +136,24 @@ class Adapter(ABC):
         return type(self).blank(self.describe())
 
     def save_beside(self, folder: Path) -> str:
-        """Write what a saved model needs besides its parameters into ``folder``; returns the place to load that from, as seen there."""
+        """Write what a saved model needs besides its parameters into ``folder``; returns the place to load that from,
+        as seen there.
+        """
         return relative_place(self.place, folder)
 
     def edges(self) -> tuple[Edge, ...]:
-        """Which layers read the same tensor, and what can be folded into what wrote it. Each layer is in at most one edge."""
+        """Which layers read the same tensor, and what can be folded into what wrote it. Each layer is in at most one
+        edge.
+        """
         return ()
 
     def linears(self) -> dict[str, nn.Linear]:
         return find_linears(self.module)
 
     def attentions(self) -> dict[str, SoftmaxAttention]:
-        """The attentions that can be opened, by path: ``set_module`` may put a ``QuantizedAttention`` there. Empty where it has none."""
+        """The attentions that can be opened, by path: ``set_module`` may put a ``QuantizedAttention`` there. Empty
+        where it has none.
+        """
         return find_attentions(self.module)
 
     @property
@@ -155,7 +167,8 @@ class Adapter(ABC):
             if mx.issubdtype(value.dtype, mx.floating) and not bool(mx.isfinite(value).all().item()):
                 bad = int(np.array((~mx.isfinite(value)).sum()))
                 raise NumericsError(
-                    f"{self.name}: parameter {name} holds {bad} NaN or infinite values of {value.size}; repair the checkpoint"
+                    f"{self.name}: parameter {name} holds {bad} NaN or infinite values of {value.size}; repair the"
+                    " checkpoint"
                 )
 
     def run(self, state: State, sigma: float | npt.NDArray[Any]) -> State:
@@ -171,8 +184,8 @@ class Adapter(ABC):
 def hooked(adapter: Adapter, names: Iterable[str], observe: Observe) -> Iterator[None]:
     """Call ``observe(name, inputs, outputs)`` for each of these stages in the forward passes inside.
 
-    The states are not evaluated yet; an observer keeps what it needs and evaluates everything at once. The hooks are gone afterwards,
-    also after an exception. Raises AdapterError on a stage that the model does not have.
+    The states are not evaluated yet; an observer keeps what it needs and evaluates everything at once. The hooks are
+    gone afterwards, also after an exception. Raises AdapterError on a stage that the model does not have.
     """
     before, runs = adapter._hooks, {stage.name: stage.run for stage in adapter.stages}
     names = list(names)

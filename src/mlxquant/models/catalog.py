@@ -15,7 +15,9 @@ from .sd3.files import CHECKPOINT, HUB
 
 @dataclass(frozen=True)
 class Entry:
-    """Where an adapter is, the hub ids that stand for its model, and the file by which a local folder with its weights is known."""
+    """Where an adapter is, the hub ids that stand for its model, and the file by which a local folder with its weights
+    is known.
+    """
 
     module: str
     adapter: str
@@ -44,8 +46,8 @@ HUB_ID = r"[A-Za-z0-9][\w.-]*/[\w.-]+"
 def find_model(reference: str) -> tuple[str, str]:
     """The model's name, and where its weights are: a hub id, a folder, or "" for the model's usual place.
 
-    ``reference`` is a name, one of the hub ids, or a folder with a checkpoint. Raises ArtifactError on a folder without one, AdapterError,
-    listing what there is, on anything else.
+    ``reference`` is a name, one of the hub ids, or a folder with a checkpoint. Raises ArtifactError on a folder without
+    one, AdapterError, listing what there is, on anything else.
     """
     if reference in MODELS:
         return reference, ""
@@ -57,17 +59,21 @@ def find_model(reference: str) -> tuple[str, str]:
         return LANGUAGE, reference
     if not folder.is_dir():
         known = [*MODELS, *(hub_id for entry in MODELS.values() for hub_id in entry.hub_ids)]
-        raise AdapterError(f"unknown model {reference!r}: neither a folder, nor a hub id of a language model, nor one of {known}")
+        raise AdapterError(
+            f"unknown model {reference!r}: neither a folder, nor a hub id of a language model, nor one of {known}"
+        )
     for name, entry in MODELS.items():
         if entry.is_in(folder):
             return name, str(folder.absolute())
     if (folder / "model.json").exists():
         raise ArtifactError(
-            f"{folder} holds a quantized model; this needs the full-precision one: a name, a hub id or a folder with its weights"
+            f"{folder} holds a quantized model; this needs the full-precision one: a name, a hub id or a folder with"
+            " its weights"
         )
     wanted = dict.fromkeys(entry.checkpoint for entry in MODELS.values() if entry.checkpoint)
     raise ArtifactError(
-        f"{folder} holds no model: expected a folder written by 'mlxquant quantize' (model.json), or one with {' or '.join(wanted)}"
+        f"{folder} holds no model: expected a folder written by 'mlxquant quantize' (model.json), or one with"
+        f" {' or '.join(wanted)}"
     )
 
 

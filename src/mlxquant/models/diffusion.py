@@ -1,4 +1,6 @@
-"""Diffusion transformers as adapters: a chain from a noisy latent and its conditioning to a velocity, and a sampler around it."""
+"""Diffusion transformers as adapters: a chain from a noisy latent and its conditioning to a velocity, and a sampler
+around it.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ class DiffusionAdapter(Adapter):
         """Text conditioning of prompts; the empty prompt is the unconditional one."""
 
     def prepare(self, prompts: Iterable[Prompt]) -> None:
-        """Encode prompts, and the empty one, all at once: an adapter that remembers them reads heavy text encoders only here."""
+        """Encode prompts, and the empty one, all at once: an adapter that remembers them reads heavy text encoders only
+        here.
+        """
         self.encode([*dict.fromkeys(prompt.text for prompt in prompts), ""])
 
     @abstractmethod
@@ -63,7 +67,9 @@ class DiffusionAdapter(Adapter):
         t = mx.broadcast_to(mx.array(np.float32(1000) * np.asarray(sigma, np.float32)), (latent.shape[0],))
         return {"latent": latent, "tokens": tokens, "pooled": pooled, "t": t}
 
-    def velocity(self, latent: mx.array, tokens: mx.array, pooled: mx.array, sigma: float | npt.NDArray[Any]) -> mx.array:
+    def velocity(
+        self, latent: mx.array, tokens: mx.array, pooled: mx.array, sigma: float | npt.NDArray[Any]
+    ) -> mx.array:
         """The model's prediction of ``noise - image`` [B,H,W,C]."""
         return self.run(self.state(latent, tokens, pooled, sigma), sigma)["velocity"]
 
@@ -77,7 +83,10 @@ class DiffusionAdapter(Adapter):
     ) -> mx.array:
         """Sample latents [B,H,W,C] for prompts, one seed each; see ``sampler.sample``."""
         if len(prompts) != len(seeds) or not prompts:
-            raise AdapterError(f"expected one seed for each of at least one prompt, found {len(prompts)} prompts and {len(seeds)} seeds")
+            raise AdapterError(
+                f"expected one seed for each of at least one prompt, found {len(prompts)} prompts and {len(seeds)}"
+                " seeds"
+            )
         noise = seeded_noise(seeds, self.latent_shape)
         text, empty = self.encode(prompts), self.encode([""] * len(prompts))
         sigmas = self.sigmas(self.steps if steps is None else steps)
@@ -88,6 +97,7 @@ def diffusion(adapter: Adapter) -> DiffusionAdapter:
     """The adapter, as one that draws; raises AdapterError where the model writes text."""
     if not isinstance(adapter, DiffusionAdapter):
         raise AdapterError(
-            f"{adapter.name} draws no pictures; this needs a model that does, such as mmdit-shapes ('mlxquant perplexity' measures text)"
+            f"{adapter.name} draws no pictures; this needs a model that does, such as mmdit-shapes ('mlxquant"
+            " perplexity' measures text)"
         )
     return adapter

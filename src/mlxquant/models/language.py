@@ -1,8 +1,9 @@
 """Language models as adapters: a chain from tokens to logits, cut between the layers of any model that has ``layers``.
 
-Nobody has to say how a model calls its layers. The model itself is run with stand-ins in their place: those that remember what else a
-layer is given (masks, mostly) and pass the hidden states on, or one that gives the last hidden states to what follows. MLX computes
-only what is asked for, so what the stand-ins cut off costs nothing. ``check_chain`` refuses a model that does something else.
+Nobody has to say how a model calls its layers. The model itself is run with stand-ins in their place: those that
+remember what else a layer is given (masks, mostly) and pass the hidden states on, or one that gives the last hidden
+states to what follows. MLX computes only what is asked for, so what the stand-ins cut off costs nothing.
+``check_chain`` refuses a model that does something else.
 
 Hidden states are float32 from the first layer on, whatever the weights are.
 """
@@ -85,7 +86,9 @@ class LanguageAdapter(Adapter):
     samples = 64  # windows
     rows = 4
     context = 512  # tokens of a window
-    longest: int | None = None  # tokens of a window that the model has positions for; None for one without a table of positions
+    longest: int | None = (
+        None  # tokens of a window that the model has positions for; None for one without a table of positions
+    )
 
     def __init__(self, module: nn.Module):
         self.module, self.clock = module, Clock(NO_TIME)
@@ -102,12 +105,17 @@ class LanguageAdapter(Adapter):
         where = {id(module): path for path, module in self.module.named_modules()}
         if not layers or not all(id(layer) in where for layer in layers):
             raise AdapterError(
-                f"{type(self.module).__module__}: a model without 'layers' cannot be quantized layer by layer; use quantize_linears"
+                f"{type(self.module).__module__}: a model without 'layers' cannot be quantized layer by layer; use"
+                " quantize_linears"
             )
         return [where[id(layer)] for layer in layers]
 
     def _cut(self) -> tuple[Stage, ...]:
-        outside = [path for path in find_linears(self.module) if not any(path.startswith(f"{layer}.") for layer in self.layer_paths)]
+        outside = [
+            path
+            for path in find_linears(self.module)
+            if not any(path.startswith(f"{layer}.") for layer in self.layer_paths)
+        ]
         before = self._reached_before_layers(outside) if outside else set()
         blocks = [Stage(path, (path,), partial(self._run_layer, index)) for index, path in enumerate(self.layer_paths)]
         first = Stage("embed", tuple(path for path in outside if path in before), self._embed)
@@ -153,10 +161,13 @@ class LanguageAdapter(Adapter):
         return {path: PassedOn(get_module(self.module, path)) for path in paths}
 
     def check_length(self, length: int) -> None:
-        """Raise CalibrationError on windows with more tokens than the model has positions: MLX would read what lies behind its table."""
+        """Raise CalibrationError on windows with more tokens than the model has positions: MLX would read what lies
+        behind its table.
+        """
         if self.longest is not None and length > self.longest:
             raise CalibrationError(
-                f"windows of {length} tokens are longer than the {self.longest} positions of {self.name}; shorten --length"
+                f"windows of {length} tokens are longer than the {self.longest} positions of {self.name}; shorten"
+                " --length"
             )
 
     def _embed(self, state: State) -> State:
@@ -173,7 +184,10 @@ class LanguageAdapter(Adapter):
         args, kwargs = self._given[state["tokens"].shape][index]
         hidden = get_module(self.module, self.layer_paths[index])(state["hidden"], *args, **kwargs)
         if not isinstance(hidden, mx.array):
-            raise AdapterError(f"layer {self.layer_paths[index]} returns {type(hidden).__name__}, not hidden states; use quantize_linears")
+            raise AdapterError(
+                f"layer {self.layer_paths[index]} returns {type(hidden).__name__}, not hidden states; use"
+                " quantize_linears"
+            )
         return state | {"hidden": hidden.astype(mx.float32)}
 
     def _head(self, state: State) -> State:
@@ -201,7 +215,8 @@ class LanguageAdapter(Adapter):
         return logits
 
     def check_chain(self, tokens: mx.array) -> None:
-        """Raise AdapterError unless the chain predicts what the model itself does for tokens [B,T], to the precision of its weights.
+        """Raise AdapterError unless the chain predicts what the model itself does for tokens [B,T], to the precision of
+        its weights.
 
         Other tokens are embedded in between, for what else layers are given is remembered by shape alone.
         """
@@ -212,8 +227,9 @@ class LanguageAdapter(Adapter):
         error = float(np.array(mx.abs(chain - whole).max() / mx.maximum(mx.abs(whole).max(), 1e-9)))
         if not error < 0.05:
             raise AdapterError(
-                f"{self.name}: the model does more between its layers than to pass hidden states on (its logits differ by {error:.2g} "
-                "from those of the layers in a row); it cannot be quantized layer by layer, use quantize_linears"
+                f"{self.name}: the model does more between its layers than to pass hidden states on (its logits differ"
+                f" by {error:.2g} from those of the layers in a row); it cannot be quantized layer by layer, use"
+                " quantize_linears"
             )
 
 

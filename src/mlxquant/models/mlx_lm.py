@@ -50,21 +50,32 @@ class MLXLanguageModel(LanguageAdapter):
 
     @classmethod
     def pretrained(cls, place: str = "") -> MLXLanguageModel:
-        """From a folder or a hub id; raises ArtifactError when it is damaged, already quantized, or of a kind that mlx-lm does not know."""
+        """From a folder or a hub id; raises ArtifactError when it is damaged, already quantized, or of a kind that
+        mlx-lm does not know.
+        """
         utils = mlx_lm_utils()
         if not place:
-            raise AdapterError("mlx-lm is no model but runs many: pass a folder with config.json and model.safetensors, or a hub id")
+            raise AdapterError(
+                "mlx-lm is no model but runs many: pass a folder with config.json and model.safetensors, or a hub id"
+            )
         try:
             module, tokenizer, config = utils.load(place, lazy=True, return_config=True)
         except Exception as error:  # of the hub, of transformers, of mlx-lm: no base in common
             said = (str(error) or type(error).__name__).splitlines()[0]
             raise ArtifactError(
-                f"{place}: mlx-lm cannot load it ({said}); check the folder or the hub id, or name mmdit-shapes, sd3-medium or gpt-python"
+                f"{place}: mlx-lm cannot load it ({said}); check the folder or the hub id, or name mmdit-shapes,"
+                " sd3-medium or gpt-python"
             ) from error
         if config.get("quantization"):
-            raise ArtifactError(f"{place}: is quantized already ({config['quantization'].get('bits')} bits); pass the full-precision model")
+            raise ArtifactError(
+                f"{place}: is quantized already ({config['quantization'].get('bits')} bits); pass the full-precision"
+                " model"
+            )
         adapter = cls(module, config)
-        adapter.place, adapter._tokenizer = str(Path(place).absolute()) if Path(place).is_dir() else place, HubTokenizer(tokenizer)
+        adapter.place, adapter._tokenizer = (
+            str(Path(place).absolute()) if Path(place).is_dir() else place,
+            HubTokenizer(tokenizer),
+        )
         return adapter
 
     @classmethod
@@ -75,7 +86,9 @@ class MLXLanguageModel(LanguageAdapter):
         return cls(module, description["config"])
 
     def describe(self) -> dict[str, Any]:
-        tied = self.config.get("tie_word_embeddings", True) and "lm_head" not in self.module  # SpinQuant unties what it rotates
+        tied = (
+            self.config.get("tie_word_embeddings", True) and "lm_head" not in self.module
+        )  # SpinQuant unties what it rotates
         config = self.config if tied else {**self.config, "tie_word_embeddings": False}
         return {"config": config, "dtype": self.dtype}
 

@@ -1,8 +1,9 @@
 """Train the embedded model ``mmdit-shapes``: ``python -m mlxquant.models.train_shapes --out DIR``.
 
-Rectified flow (arXiv 2403.03206): logit-normal sigma, x_sigma = (1 - sigma) image + sigma noise, target noise - image, caption
-dropout for guidance, AdamW with warm-up and a final decay, an exponential moving average of the weights. Every batch is a function
-of (seed, step) alone, and optimizer, weights and average are checkpointed, so a killed run resumes to the same result.
+Rectified flow (arXiv 2403.03206): logit-normal sigma, x_sigma = (1 - sigma) image + sigma noise, target noise - image,
+caption dropout for guidance, AdamW with warm-up and a final decay, an exponential moving average of the weights. Every
+batch is a function of (seed, step) alone, and optimizer, weights and average are checkpointed, so a killed run resumes
+to the same result.
 """
 
 from __future__ import annotations
@@ -64,7 +65,9 @@ def fresh_model(seed: int) -> ShapesModel:
 
 
 def batch(seed: int, step: int, size: int, dropout: float = 0.1) -> tuple[mx.array, mx.array, mx.array, mx.array]:
-    """One training batch: noisy latents, caption ids, t = 1000 sigma, target velocity. Held-out captions never appear."""
+    """One training batch: noisy latents, caption ids, t = 1000 sigma, target velocity. Held-out captions never
+    appear.
+    """
     rng = np.random.default_rng([seed, step])
     scenes: list[Scene] = []
     while len(scenes) < size:
@@ -108,12 +111,16 @@ class Run:
         write_tensors(self.checkpoint, "training", arrays, {"facts": self.facts, "step": self.step})
 
     def resume(self) -> None:
-        """Go on from the checkpoint, if there is one; raises ArtifactError when it belongs to a run with other settings."""
+        """Go on from the checkpoint, if there is one; raises ArtifactError when it belongs to a run with other
+        settings.
+        """
         if not self.checkpoint.exists():
             return
         arrays, header = read_tensors(self.checkpoint, "training")
         if header["facts"] != self.facts:
-            raise ArtifactError(f"{self.checkpoint} belongs to a run with other settings: {header['facts']}; choose another --out")
+            raise ArtifactError(
+                f"{self.checkpoint} belongs to a run with other settings: {header['facts']}; choose another --out"
+            )
 
         def tree(name: str) -> Any:
             return tree_unflatten([(k.removeprefix(name), v) for k, v in arrays.items() if k.startswith(name)])
@@ -154,14 +161,20 @@ def training_step(run: Run, workers: mx.distributed.Group) -> Callable[..., mx.a
 
 
 @click.command(cls=Command)
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for checkpoint and weights; run again to resume.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Folder for checkpoint and weights; run again to resume.",
+)
 @click.option("--steps", default=6000, show_default=True, type=click.IntRange(1))
 @click.option("--batch-size", default=32, show_default=True, type=click.IntRange(1))
 @click.option("--learning-rate", default=2e-3, show_default=True, help="Peak rate of AdamW.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--save-every", default=100, show_default=True, type=click.IntRange(1))
 def main(out: Path, steps: int, batch_size: int, learning_rate: float, seed: int, save_every: int) -> None:
-    """Train mmdit-shapes from nothing: 46 minutes on one core of the machine it was made on. Ctrl-C and the same command resume.
+    """Train mmdit-shapes from nothing: 46 minutes on one core of the machine it was made on. Ctrl-C and the same
+    command resume.
 
     ``mlx.launch -n 2 --backend ring`` before the command shares every batch between two processes.
     """

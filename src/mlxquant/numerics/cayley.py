@@ -1,7 +1,7 @@
 """Rotations to start from, and Cayley steps that stay rotations (arXiv 2405.16406, 2002.01113).
 
-A hidden state x becomes ``x R``. Behind a LayerNorm, which subtracts the mean over channels, R has to keep the vector of ones: then mean
-and spread of ``x R`` are those of x, and the norm commutes with R. Everything is float64.
+A hidden state x becomes ``x R``. Behind a LayerNorm, which subtracts the mean over channels, R has to keep the vector
+of ones: then mean and spread of ``x R`` are those of x, and the norm commutes with R. Everything is float64.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ CLIP = 0.2  # the largest ‖W‖₁ that counts in full
 
 
 def start(kind: str, size: int, keeps_ones: bool, rng: np.random.Generator) -> Array:
-    """An orthogonal matrix [size,size] of a kind in ``STARTS``; "identity" turns nothing yet. With ``keeps_ones`` R 1 = 1 holds.
+    """An orthogonal matrix [size,size] of a kind in ``STARTS``; "identity" turns nothing yet. With ``keeps_ones`` R 1 =
+    1 holds.
 
     Raises ValueError on another kind.
     """
@@ -28,7 +29,9 @@ def start(kind: str, size: int, keeps_ones: bool, rng: np.random.Generator) -> A
     if kind == "random" or block_size(size, size) == 1:
         return random_rotation(size, keeps_ones, rng)
     matrix = even_rotation(size, rng)
-    return matrix if keeps_ones else rng.choice([-1.0, 1.0], size)[:, None] * matrix  # QuaRot's signs; they do not keep ones
+    return (
+        matrix if keeps_ones else rng.choice([-1.0, 1.0], size)[:, None] * matrix
+    )  # QuaRot's signs; they do not keep ones
 
 
 def random_rotation(size: int, keeps_ones: bool, rng: np.random.Generator) -> Array:
@@ -51,10 +54,12 @@ def _mirror(size: int) -> Array:
 
 
 def even_rotation(size: int, rng: np.random.Generator) -> Array:
-    """An orthogonal matrix [size,size] with R 1 = 1 whose entries are of about one magnitude, for a size that 4 divides.
+    """An orthogonal matrix [size,size] with R 1 = 1 whose entries are of about one magnitude, for a size that 4
+    divides.
 
-    With b the largest power of 4 in size = m b: for m = 1 the regular Hadamard matrix, for m = 3 it times (2/3 J − I). For others that
-    factor would leave a channel almost to itself (for m = 2 it only swaps two), so blocks are mixed, shuffled and mixed again.
+    With b the largest power of 4 in size = m b: for m = 1 the regular Hadamard matrix, for m = 3 it times (2/3 J − I).
+    For others that factor would leave a channel almost to itself (for m = 2 it only swaps two), so blocks are mixed,
+    shuffled and mixed again.
     """
     block = block_size(size, size)
     count = size // block
@@ -65,13 +70,17 @@ def even_rotation(size: int, rng: np.random.Generator) -> Array:
     return blocks[:, rng.permutation(size)] @ blocks
 
 
-def cayley_step(rotation: Array, gradient: Array, rate: float, momentum: Array, inertia: float, keeps_ones: bool) -> tuple[Array, Array]:
-    """One step of gradient descent that stays orthogonal: the next rotation and momentum, both like ``rotation`` [...,n,n].
+def cayley_step(
+    rotation: Array, gradient: Array, rate: float, momentum: Array, inertia: float, keeps_ones: bool
+) -> tuple[Array, Array]:
+    """One step of gradient descent that stays orthogonal: the next rotation and momentum, both like ``rotation``
+    [...,n,n].
 
-    Source: 2002.01113, algorithm 1, for square matrices X: M ← βM − G; W = (M Xᵀ − X Mᵀ)/2; M ← W X; α = min(rate, 1/‖W‖₁);
-    Y = X + α/2 W (X + Y). Departures: the paper iterates the last equation twice, which drifts off the manifold; here it is solved, and
-    what roundings leave is polished by one Newton step. W is clipped, because 1/‖W‖₁ alone allows turns by a radian, after which a
-    rounded network's gradient says nothing. With ``keeps_ones`` W is projected so that W 1 = 0, and R 1 = 1 stays.
+    Source: 2002.01113, algorithm 1, for square matrices X: M ← βM − G; W = (M Xᵀ − X Mᵀ)/2; M ← W X; α = min(rate,
+    1/‖W‖₁); Y = X + α/2 W (X + Y). Departures: the paper iterates the last equation twice, which drifts off the
+    manifold; here it is solved, and what roundings leave is polished by one Newton step. W is clipped, because 1/‖W‖₁
+    alone allows turns by a radian, after which a rounded network's gradient says nothing. With ``keeps_ones`` W is
+    projected so that W 1 = 0, and R 1 = 1 stays.
     """
     momentum = inertia * momentum - gradient
     skew = momentum @ _transposed(rotation)

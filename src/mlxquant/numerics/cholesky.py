@@ -19,8 +19,9 @@ ROWS = 512  # rows solved for at a time
 
 @dataclass(frozen=True)
 class Factor:
-    """``H[order][:, order] = L Lᵀ`` with ``lower`` L float64 [n,n], whatever the precision of H: inputs that hardly differ leave it
-    little to divide by. What is above L's diagonal means nothing. ``order`` [n] is by ascending diagonal: who goes first is last.
+    """``H[order][:, order] = L Lᵀ`` with ``lower`` L float64 [n,n], whatever the precision of H: inputs that hardly
+    differ leave it little to divide by. What is above L's diagonal means nothing. ``order`` [n] is by ascending
+    diagonal: who goes first is last.
     """
 
     order: Array
@@ -39,7 +40,8 @@ class Factor:
             factorize(lower)
         except np.linalg.LinAlgError as error:
             raise NumericsError(
-                f"the Hessian of {width} inputs is not positive definite; use more damping (0.01 is usual) or more calibration tokens"
+                f"the Hessian of {width} inputs is not positive definite; use more damping (0.01 is usual) or more"
+                " calibration tokens"
             ) from error
         return cls(order, lower)
 
@@ -56,7 +58,8 @@ class Factor:
 
 
 def factorize(matrix: Array) -> None:
-    """Write L, L Lᵀ = ``matrix`` [n,n] floating, over the lower triangle; only that is read, and what is left above it means nothing.
+    """Write L, L Lᵀ = ``matrix`` [n,n] floating, over the lower triangle; only that is read, and what is left above it
+    means nothing.
 
     Raises numpy.linalg.LinAlgError when the matrix is not positive definite, and leaves it half done.
     """
@@ -72,9 +75,11 @@ def factorize(matrix: Array) -> None:
 
 
 def solve_transposed(factor: Array, rows: Array) -> None:
-    """Replace ``rows`` B [m,n] by X with X Lᵀ = B, L the [n,n] that ``factorize`` left: its smallest pieces are zero above the diagonal.
+    """Replace ``rows`` B [m,n] by X with X Lᵀ = B, L the [n,n] that ``factorize`` left: its smallest pieces are zero
+    above the diagonal.
 
-    Those are inverted: a product takes a third of the time of a solution, and costs no digits unless a piece is itself near singular.
+    Those are inverted: a product takes a third of the time of a solution, and costs no digits unless a piece is itself
+    near singular.
     """
     if len(factor) <= SMALL:
         rows[:] = rows @ np.linalg.inv(factor).T

@@ -1,7 +1,8 @@
 """Regular Hadamard matrices and block rotations with them.
 
-A regular Hadamard matrix has equal row sums, so a tensor whose channels share an offset does not pile it into one channel, as a
-Sylvester matrix does with its constant first column (discrepancy 16 against 256 for blocks of 256). They exist for powers of 4.
+A regular Hadamard matrix has equal row sums, so a tensor whose channels share an offset does not pile it into one
+channel, as a Sylvester matrix does with its constant first column (discrepancy 16 against 256 for blocks of 256). They
+exist for powers of 4.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ H4 = np.ones((4, 4)) - 2 * np.eye(4)  # symmetric, H4 H4ᵀ = 4 I, rows sum to 2
 
 @cache
 def regular_hadamard(size: int) -> Array:
-    """The orthogonal, symmetric matrix ``H4 ⊗ … ⊗ H4 / √size`` float32 [size,size] for a power of 4 (1 included); ValueError otherwise."""
+    """The orthogonal, symmetric matrix ``H4 ⊗ … ⊗ H4 / √size`` float32 [size,size] for a power of 4 (1 included);
+    ValueError otherwise.
+    """
     matrix: Array = np.ones((1, 1))
     while len(matrix) < size:
         matrix = np.kron(matrix, H4)

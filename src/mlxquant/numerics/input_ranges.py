@@ -14,8 +14,8 @@ from .arrays import Array
 class InputRanges:
     """Ranges of a layer's input [.., in], one row a noise level (sigma ascending).
 
-    ``low`` and ``high`` [T,in]: mean over samples of each sample's minimum and maximum (averaged min-max, arXiv 2411.14172);
-    ``least`` and ``most`` [T,in]: the extremes; ``rows`` [T,R,in]: sampled input rows, float32.
+    ``low`` and ``high`` [T,in]: mean over samples of each sample's minimum and maximum (averaged min-max, arXiv
+    2411.14172); ``least`` and ``most`` [T,in]: the extremes; ``rows`` [T,R,in]: sampled input rows, float32.
     """
 
     sigma: Array

@@ -10,20 +10,24 @@ from .arrays import Array
 
 
 def allocate(costs: Sequence[Array], sizes: Sequence[Array], capacity: float) -> list[int]:
-    """One option for each item, with the least total cost whose total size is at most ``capacity``: a multiple-choice knapsack.
+    """One option for each item, with the least total cost whose total size is at most ``capacity``: a multiple-choice
+    knapsack.
 
-    ``costs[i]`` and ``sizes[i]`` [options of item i], float or int. Every item starts at its smallest option. Steps along the lower
-    convex hulls of cost over size are taken in the order of what they save by size, as long as they fit: that is the optimum of the
-    linear relaxation but for the one step that did not fit, so the total is at most what that step would have saved above the optimum
-    (Sinha and Zoltners, doi:10.1287/opre.27.3.503). Then what room is left goes, one at a time, to the change that saves most.
-    Ties go to the earlier item. Raises ValueError when the smallest options do not fit.
+    ``costs[i]`` and ``sizes[i]`` [options of item i], float or int. Every item starts at its smallest option. Steps
+    along the lower convex hulls of cost over size are taken in the order of what they save by size, as long as they
+    fit: that is the optimum of the linear relaxation but for the one step that did not fit, so the total is at most
+    what that step would have saved above the optimum (Sinha and Zoltners, doi:10.1287/opre.27.3.503). Then what room is
+    left goes, one at a time, to the change that saves most. Ties go to the earlier item. Raises ValueError when the
+    smallest options do not fit.
     """
     chosen = [_smallest(cost, size) for cost, size in zip(costs, sizes, strict=True)]
     room = capacity - sum(size[at] for size, at in zip(sizes, chosen, strict=True))
     if room < 0:
         raise ValueError(f"the smallest options take {capacity - room:g}, more than {capacity:g}")
     hulls = [_hull_steps(cost, size) for cost, size in zip(costs, sizes, strict=True)]
-    for _, item, _, to in sorted((-saved, item, order, to) for item, steps in enumerate(hulls) for order, (saved, to) in enumerate(steps)):
+    for _, item, _, to in sorted(
+        (-saved, item, order, to) for item, steps in enumerate(hulls) for order, (saved, to) in enumerate(steps)
+    ):
         growth = sizes[item][to] - sizes[item][chosen[item]]
         if growth > room:
             break
@@ -41,7 +45,9 @@ def _smallest(cost: Array, size: Array) -> int:
 
 
 def _hull_steps(cost: Array, size: Array) -> list[tuple[float, int]]:
-    """From the smallest option along the lower convex hull to the cheapest: what a step saves by size, descending, and where it leads."""
+    """From the smallest option along the lower convex hull to the cheapest: what a step saves by size, descending, and
+    where it leads.
+    """
     here, steps = _smallest(cost, size), list[tuple[float, int]]()
     while (better := np.flatnonzero((cost < cost[here]) & (size > size[here]))).size:
         slopes = (cost[here] - cost[better]) / (size[better] - size[here])
@@ -50,7 +56,9 @@ def _hull_steps(cost: Array, size: Array) -> list[tuple[float, int]]:
     return steps
 
 
-def _best_change(costs: Sequence[Array], sizes: Sequence[Array], chosen: Sequence[int], room: float) -> tuple[int, int] | None:
+def _best_change(
+    costs: Sequence[Array], sizes: Sequence[Array], chosen: Sequence[int], room: float
+) -> tuple[int, int] | None:
     """The item and its option that save most of all that fit; None when nothing saves anything."""
     best, most = None, 0.0
     for item, (cost, size, at) in enumerate(zip(costs, sizes, chosen, strict=True)):
@@ -60,14 +68,16 @@ def _best_change(costs: Sequence[Array], sizes: Sequence[Array], chosen: Sequenc
     return best
 
 
-def shared_budget(errors: Sequence[Array], tiers: Sequence[Sequence[int]], shares: Sequence[float], average: float) -> float:
+def shared_budget(
+    errors: Sequence[Array], tiers: Sequence[Sequence[int]], shares: Sequence[float], average: float
+) -> float:
     """The smallest budget at which the bits of inputs average at most ``average``.
 
-    ``errors[i]`` [tiers,T_i] is the error of input i with each of ``tiers[i]`` bits, ascending, at each timestep. At each it takes the
-    fewest bits whose error is at most ``budget * shares[i]``, the most where none's is (``methods.tiers.error``). The average is over
-    timesteps and, by ``shares``, over inputs. Two bits more divide an error by about 16, so an error is about what they save: this is
-    nearly the assignment of least total error, which takes bits wherever they save more than a common price. Raises ValueError when
-    ``average`` cannot be met.
+    ``errors[i]`` [tiers,T_i] is the error of input i with each of ``tiers[i]`` bits, ascending, at each timestep. At
+    each it takes the fewest bits whose error is at most ``budget * shares[i]``, the most where none's is
+    (``methods.tiers.error``). The average is over timesteps and, by ``shares``, over inputs. Two bits more divide an
+    error by about 16, so an error is about what they save: this is nearly the assignment of least total error, which
+    takes bits wherever they save more than a common price. Raises ValueError when ``average`` cannot be met.
     """
     scaled = [error / share for error, share in zip(errors, shares, strict=True)]
 
@@ -86,7 +96,9 @@ def shared_budget(errors: Sequence[Array], tiers: Sequence[Sequence[int]], share
 
 
 def fewest_bits(errors: Array, tiers: Sequence[int], budget: float) -> Array:
-    """The fewest of ``tiers``, ascending, whose error [tiers,T] is at most ``budget``, the most where none's is: bits [T]."""
+    """The fewest of ``tiers``, ascending, whose error [tiers,T] is at most ``budget``, the most where none's is: bits
+    [T].
+    """
     within = errors <= budget
     within[-1] = True
     found: Array = np.asarray(tiers)[within.argmax(0)]

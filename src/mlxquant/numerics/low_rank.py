@@ -11,7 +11,9 @@ from .arrays import Array
 
 @dataclass(frozen=True)
 class LowRank:
-    """``up`` float16 [out,r] and ``down`` float16 [r,in]: ``y += (x downᵀ) upᵀ``. ``damping`` is the one that was chosen for it, if any."""
+    """``up`` float16 [out,r] and ``down`` float16 [r,in]: ``y += (x downᵀ) upᵀ``. ``damping`` is the one that was
+    chosen for it, if any.
+    """
 
     up: Array
     down: Array

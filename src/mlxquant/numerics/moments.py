@@ -1,4 +1,6 @@
-"""Second moments of a layer's inputs: all that a rounding method needs to know of the calibration data, in bounded memory."""
+"""Second moments of a layer's inputs: all that a rounding method needs to know of the calibration data, in bounded
+memory.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +18,15 @@ PANEL = 256  # columns of a gram matrix in a product; what is symmetric is compu
 class Moments:
     """``gram`` [in,in]: the sum of x~ x~ᵀ over ``count`` tokens x~ [in], the inputs of the partly quantized model.
 
-    ``cross`` [in,in] is the sum of x~ xᵀ with x the same token's input in the full-precision model, for methods that correct the
-    error of the layers before (Qronos, arXiv 2505.11695); None where only one stream was seen.
+    ``cross`` [in,in] is the sum of x~ xᵀ with x the same token's input in the full-precision model, for methods that
+    correct the error of the layers before (Qronos, arXiv 2505.11695); None where only one stream was seen.
 
-    ``held_out`` are the moments of those tokens among them that were added with ``held_out=True``: a method may be tried on ``training``,
-    the rest, and judged on them (``damping``). None where no token was.
+    ``held_out`` are the moments of those tokens among them that were added with ``held_out=True``: a method may be
+    tried on ``training``, the rest, and judged on them (``damping``). None where no token was.
 
-    The precision of the gram matrix, float32 or float64, is that of what is computed from it: products with it are most of a rounding
-    method's work. An entry H_ij is only known to a few float32 roundings of √(H_ii H_jj), which is far below what damping adds.
+    The precision of the gram matrix, float32 or float64, is that of what is computed from it: products with it are most
+    of a rounding method's work. An entry H_ij is only known to a few float32 roundings of √(H_ii H_jj), which is far
+    below what damping adds.
     """
 
     def __init__(self, gram: Array, count: int, cross: Array | None = None, held_out: Moments | None = None):
@@ -69,20 +72,23 @@ class Moments:
         return Moments(self.gram - held.gram, self.count - held.count, cross)
 
     def add(self, inputs: Array, exact: Array | None = None, weight: float = 1.0, held_out: bool = False) -> None:
-        """Add inputs [...,in], and the same tokens' ``exact`` inputs in the full-precision model where ``cross`` is wanted, in place.
+        """Add inputs [...,in], and the same tokens' ``exact`` inputs in the full-precision model where ``cross`` is
+        wanted, in place.
 
-        They count ``weight`` times, and among the ``held_out`` where it says so. Raises NumericsError when they are not finite,
-        CalibrationError on another width.
+        They count ``weight`` times, and among the ``held_out`` where it says so. Raises NumericsError when they are not
+        finite, CalibrationError on another width.
         """
         if inputs.shape[-1] != self.width:
-            raise CalibrationError(f"inputs of shape {inputs.shape} do not belong to a layer of input width {self.width}")
+            raise CalibrationError(
+                f"inputs of shape {inputs.shape} do not belong to a layer of input width {self.width}"
+            )
         dtype = self._gram.dtype
         tokens = inputs.reshape(-1, self.width).astype(dtype, copy=False)
         power = np.einsum("ti,ti->i", tokens, tokens)
         if not np.isfinite(power).all():  # a NaN or infinity cannot hide from its square
             raise NumericsError(
-                f"inputs of shape {inputs.shape} hold NaN or infinite values, first in channel {int(np.argmin(np.isfinite(power)))}; "
-                "calibrate on inputs that the full-precision model can process"
+                f"inputs of shape {inputs.shape} hold NaN or infinite values, first in channel"
+                f" {int(np.argmin(np.isfinite(power)))}; calibrate on inputs that the full-precision model can process"
             )
         reference = None if exact is None else exact.reshape(-1, self.width).astype(dtype, copy=False)
         if reference is not None and self.cross is None:
@@ -107,7 +113,9 @@ class Moments:
         return Moments(self.gram * inverse * inverse[:, None], self.count, cross, held_out)
 
     def mapped(self, map_rows: Callable[[Array], Array]) -> Moments:
-        """The moments of inputs that go through a linear map, given by what it does to rows [n,in]: x M for each row x."""
+        """The moments of inputs that go through a linear map, given by what it does to rows [n,in]: x M for
+        each row x.
+        """
 
         def both_sides(gram: Array) -> Array:
             """Mᵀ G M, in G's precision."""
@@ -115,7 +123,9 @@ class Moments:
             return np.ascontiguousarray(half.T).astype(gram.dtype, copy=False)
 
         cross = None if self.cross is None else both_sides(self.cross)
-        return Moments(both_sides(self.gram), self.count, cross, None if self.held_out is None else self.held_out.mapped(map_rows))
+        return Moments(
+            both_sides(self.gram), self.count, cross, None if self.held_out is None else self.held_out.mapped(map_rows)
+        )
 
 
 def output_error(weight: Array, quantized: Array, moments: Moments) -> float:
@@ -144,38 +154,46 @@ def energy(rows: Array, gram: Array) -> Array:
 
 
 def excess(change: Array, gram: Array, missing: Array | None = None) -> Array:
-    """By how much each row's squared output error grows when its weight w is replaced by q = w − d, d in ``change`` [out,in]: float64
-    [out].
+    """By how much each row's squared output error grows when its weight w is replaced by q = w − d, d in ``change``
+    [out,in]: float64 [out].
 
-    Without ``missing`` that is ``energy``. With it, the ``shortfall`` of w, it is ‖Xw−X~q‖² − ‖Xw−X~w‖² = d H dᵀ + 2 d·(G−H)w, which
-    no longer cancels large numbers and is negative where q makes up for some of the error of the layers before.
+    Without ``missing`` that is ``energy``. With it, the ``shortfall`` of w, it is ‖Xw−X~q‖² − ‖Xw−X~w‖² = d H dᵀ + 2
+    d·(G−H)w, which no longer cancels large numbers and is negative where q makes up for some of the error of the layers
+    before.
     """
     grown = energy(change, gram)
     return grown if missing is None else grown + 2 * np.einsum("oi,oi->o", change, missing, dtype=np.float64)
 
 
 def shortfall(weight: Array, moments: Moments) -> Array:
-    """(G − H) w of each row w of ``weight`` [out,in]: what of its full-precision output the inputs X~ miss. [out,in], gram's precision.
+    """(G − H) w of each row w of ``weight`` [out,in]: what of its full-precision output the inputs X~ miss. [out,in],
+    gram's precision.
 
-    H = X~ᵀX~ is the gram matrix and G = X~ᵀX the cross term; zero where both models see the same. Raises CalibrationError without a
-    cross term, NumericsError when it is not finite.
+    H = X~ᵀX~ is the gram matrix and G = X~ᵀX the cross term; zero where both models see the same. Raises
+    CalibrationError without a cross term, NumericsError when it is not finite.
     """
     gram = calibrated_gram(moments, weight.shape[1])
     if moments.cross is None:
-        raise CalibrationError("this needs the inputs of both the quantized and the full-precision model; collect the cross moments")
+        raise CalibrationError(
+            "this needs the inputs of both the quantized and the full-precision model; collect the cross moments"
+        )
     weight = weight.astype(gram.dtype, copy=False)
     missing = np.empty_like(weight)
     for start in range(0, moments.width, PANEL):
         here = slice(start, start + PANEL)
         change = moments.cross[here] - gram[here]
         if not np.isfinite(change).all():
-            raise NumericsError(f"the cross moments of {moments.width} inputs hold NaN or infinite values; calibrate again")
+            raise NumericsError(
+                f"the cross moments of {moments.width} inputs hold NaN or infinite values; calibrate again"
+            )
         missing[:, here] = weight @ change.T
     return missing
 
 
 def calibrated_gram(moments: Moments | None, width: int) -> Array:
-    """The gram matrix [in,in], for methods that cannot do without; CalibrationError when there is none or it does not fit."""
+    """The gram matrix [in,in], for methods that cannot do without; CalibrationError when there is none or it does not
+    fit.
+    """
     if moments is None or moments.count == 0:
         raise CalibrationError("this method needs the moments of the layer's inputs; calibrate first, or use 'rtn'")
     if moments.width != width:

@@ -1,8 +1,9 @@
-"""What can be done to the input of a layer without changing the layer's output: divide its channels, reorder them, rotate them in blocks.
+"""What can be done to the input of a layer without changing the layer's output: divide its channels, reorder them,
+rotate them in blocks.
 
-``x' = ((x / divisor)[order]) R`` and ``W' = (W diag(divisor))[:, order] R`` with R block-diagonal and orthogonal give ``x' W'^T = x W^T``.
-Methods of the kind "transform" propose such changes; whoever applies them folds what can be folded into what writes the tensor, and
-leaves the rest to the layer that reads it (``QuantizedLinear``). Arrays only.
+``x' = ((x / divisor)[order]) R`` and ``W' = (W diag(divisor))[:, order] R`` with R block-diagonal and orthogonal give
+``x' W'^T = x W^T``. Methods of the kind "transform" propose such changes; whoever applies them folds what can be folded
+into what writes the tensor, and leaves the rest to the layer that reads it (``QuantizedLinear``). Arrays only.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from .moments import Moments
 class Place:
     """Where a tensor stands in its model, as far as transforms care.
 
-    ``after`` names the nonlinearity that wrote it. Whatever writes it can absorb a mixing of channels inside of runs of ``mixes``
-    channels (1: none), and with ``reorders`` any order of the channels.
+    ``after`` names the nonlinearity that wrote it. Whatever writes it can absorb a mixing of channels inside of runs of
+    ``mixes`` channels (1: none), and with ``reorders`` any order of the channels.
     """
 
     after: str = ""
@@ -32,7 +33,9 @@ class Place:
 
 @dataclass(frozen=True)
 class Transform:
-    """``divisor`` float32 [in] > 0, ``order`` int [in] a permutation, ``block`` the size of the Hadamard blocks; none by default."""
+    """``divisor`` float32 [in] > 0, ``order`` int [in] a permutation, ``block`` the size of the Hadamard blocks; none
+    by default.
+    """
 
     divisor: Array | None = None
     order: Array | None = None
@@ -43,7 +46,9 @@ class Transform:
         return self.divisor is None and self.order is None and self.block == 1
 
     def then(self, other: Transform) -> Transform:
-        """This and then ``other``, as one: ``other.inputs(self.inputs(x))``. Raises ValueError when it would have to undo a rotation."""
+        """This and then ``other``, as one: ``other.inputs(self.inputs(x))``. Raises ValueError when it would have to
+        undo a rotation.
+        """
         if self.block > 1 and not other.nothing:
             raise ValueError("what was rotated can only be divided, reordered or rotated again while the model runs")
         order = other.order if self.order is None else self.order if other.order is None else self.order[other.order]
@@ -70,10 +75,11 @@ class Transform:
         return rotated(weight, self.block)
 
     def costs(self, costs: Array) -> Array:
-        """What errors of channels cost [...,n] when those are written transformed, from what errors of the channels themselves do.
+        """What errors of channels cost [...,n] when those are written transformed, from what errors of the channels
+        themselves do.
 
-        An error of x' is one of ``x = (x' Rᵀ)[order back] divisor``; where channels are mixed that of one costs the mean of its block,
-        errors of different channels being taken as independent, as in ``sensitivity``.
+        An error of x' is one of ``x = (x' Rᵀ)[order back] divisor``; where channels are mixed that of one costs the
+        mean of its block, errors of different channels being taken as independent, as in ``sensitivity``.
         """
         if self.divisor is not None:
             costs = costs * np.square(self.divisor)
@@ -98,5 +104,7 @@ class Transform:
         if self.block > 1:
             low, high = rows.min(1), rows.max(1)
             return replace(ranges, low=low, high=high, least=low, most=high, rows=rows)
-        moved = {name: self.inputs(getattr(ranges, name)).astype(np.float32) for name in ("low", "high", "least", "most")}
+        moved = {
+            name: self.inputs(getattr(ranges, name)).astype(np.float32) for name in ("low", "high", "least", "most")
+        }
         return replace(ranges, rows=rows, **moved)

@@ -1,8 +1,9 @@
 """What the inputs of a model's attention and MLP layers look like at every timestep of real trajectories.
 
-A folder of ``timestep_stats/step_K.npz``, K the sampler's step, with per-channel arrays, and ``step_K_index.json`` with a few numbers of
-each layer, under ``layer_statistics.json``. Layers that read the same tensor (q, k and v) have one entry, their leader's; what an error
-of its outputs costs in the velocity is each layer's own. Modulation, embedders and the output layer keep their inputs and have none.
+A folder of ``timestep_stats/step_K.npz``, K the sampler's step, with per-channel arrays, and ``step_K_index.json`` with
+a few numbers of each layer, under ``layer_statistics.json``. Layers that read the same tensor (q, k and v) have one
+entry, their leader's; what an error of its outputs costs in the velocity is each layer's own. Modulation, embedders and
+the output layer keep their inputs and have none.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ COMMAND = "mlxquant collect-layer-activations"
 ROLES = ("attention", "mlp")
 MOMENTUM = 0.95
 SENSITIVITY_ROWS = 8  # an average over few suffices
-HIST_EDGES = np.concatenate([[0], np.logspace(-4, 5, 9 * 16 + 1)]).astype(np.float32)  # 16 bins a decade; what is larger is in the last
+HIST_EDGES = np.concatenate([[0], np.logspace(-4, 5, 9 * 16 + 1)]).astype(
+    np.float32
+)  # 16 bins a decade; what is larger is in the last
 
 
 def array_name(step: str) -> str:
@@ -47,7 +50,9 @@ def index_name(step: str) -> str:
 
 
 class ActivationStats:
-    """A folder of activation statistics, read layer by layer; each file's checksum is verified once, before its first use."""
+    """A folder of activation statistics, read layer by layer; each file's checksum is verified once, before its first
+    use.
+    """
 
     def __init__(self, ledger: Ledger):
         self.ledger = ledger
@@ -58,7 +63,9 @@ class ActivationStats:
 
     @classmethod
     def read(cls, path: Path) -> ActivationStats:
-        """The folder of a ``layer_statistics.json``; raises ArtifactError when that is missing, unfinished, damaged or foreign."""
+        """The folder of a ``layer_statistics.json``; raises ArtifactError when that is missing, unfinished, damaged or
+        foreign.
+        """
         return cls(Ledger.read(path, KIND, f"run '{COMMAND}' first").require_complete(COMMAND))
 
     @property
@@ -101,7 +108,9 @@ class ActivationStats:
 
     def _layer(self, path: str) -> dict[str, Any]:
         if path not in self._layers:
-            raise ArtifactError(f"{self.ledger.path}: has no layer {path!r}; it has {len(self._layers)}, such as {self.layers[0]!r}")
+            raise ArtifactError(
+                f"{self.ledger.path}: has no layer {path!r}; it has {len(self._layers)}, such as {self.layers[0]!r}"
+            )
         return self._layers[path]
 
     def leader(self, path: str) -> str:
@@ -122,12 +131,16 @@ class ActivationStats:
         return self._arrays(path).get("shift")
 
     def sensitivity(self, path: str) -> Array:
-        """What a unit of mean squared error of each of the layer's outputs costs in squared velocity error, [T,out] float32."""
+        """What a unit of mean squared error of each of the layer's outputs costs in squared velocity error, [T,out]
+        float32.
+        """
         self._layer(path)
         return self._stacked([name := f"{path}__sensitivity"])[name]
 
     def histogram(self, path: str) -> tuple[Array, Array]:
-        """Edges [bins + 1] and counts [T,bins] of the absolute values of the sampled rows; the last bin has everything above it, too."""
+        """Edges [bins + 1] and counts [T,bins] of the absolute values of the sampled rows; the last bin has everything
+        above it, too.
+        """
         found = self._arrays(path)
         return found["edges"], found["hist"]
 
@@ -145,8 +158,8 @@ class ActivationStats:
         if name not in self._verified:
             if (found := file_digest(path)) != (expected := self.ledger.files.get(name, "")):
                 raise ArtifactError(
-                    f"{path}: sha256 {found[:12]}… is not the {expected[:12]}… in {STATISTICS}; the file was changed or damaged, "
-                    f"run '{COMMAND} --force'"
+                    f"{path}: sha256 {found[:12]}… is not the {expected[:12]}… in {STATISTICS}; the file was changed or"
+                    f" damaged, run '{COMMAND} --force'"
                 )
             self._verified.add(name)
         return path
@@ -159,7 +172,15 @@ class ActivationStats:
         return self._latest[1]
 
     def _read(self, leader: str) -> dict[str, Array]:
-        names = ["avg_min", "avg_max", "min", "max", "hist", "rows", *(["shift"] if self.after(leader) == "gelu" else [])]
+        names = [
+            "avg_min",
+            "avg_max",
+            "min",
+            "max",
+            "hist",
+            "rows",
+            *(["shift"] if self.after(leader) == "gelu" else []),
+        ]
         found = self._stacked(["hist_edges", *(f"{leader}__{name}" for name in names)])
         own = {name: found[f"{leader}__{name}"] for name in names}
         return {**own, "rows": own["rows"].astype(np.float32), "edges": found["hist_edges"][0]}
@@ -177,9 +198,14 @@ class ActivationStats:
 def quantized_layers(adapter: DiffusionAdapter) -> list[str]:
     """The Linears inside a model's blocks whose inputs are quantized; raises AdapterError when there are none."""
     blocks = adapter.stages[1:-1]
-    paths = [path for path in adapter.linears() if adapter.role(path) in ROLES and any(block.owns(path) for block in blocks)]
+    paths = [
+        path for path in adapter.linears() if adapter.role(path) in ROLES and any(block.owns(path) for block in blocks)
+    ]
     if not paths:
-        raise AdapterError(f"{adapter.name} lists no attention or MLP layers in its {len(blocks)} blocks; expected a full-precision model")
+        raise AdapterError(
+            f"{adapter.name} lists no attention or MLP layers in its {len(blocks)} blocks; expected a full-precision"
+            " model"
+        )
     return paths
 
 
@@ -195,12 +221,14 @@ def collect(
     resume: bool = True,
     progress: Progress = silent,
 ) -> ActivationStats:
-    """Replay the first ``num_images`` trajectories at every ``stride``-th step and write the folder, one timestep at a time.
+    """Replay the first ``num_images`` trajectories at every ``stride``-th step and write the folder, one timestep at a
+    time.
 
-    ``rows`` input rows are kept of each layer and timestep, drawn from ``seed``, as are the signs that sensitivities are measured with.
-    A killed run goes on at its timestep and ends with the same bytes. Raises CalibrationError when the samples are of other weights or
-    fewer than wanted, ArtifactError when the folder holds other statistics and ``force`` is not given, NumericsError, naming layer and
-    timestep, on NaN, AdapterError when a layer is never reached.
+    ``rows`` input rows are kept of each layer and timestep, drawn from ``seed``, as are the signs that sensitivities
+    are measured with. A killed run goes on at its timestep and ends with the same bytes. Raises CalibrationError when
+    the samples are of other weights or fewer than wanted, ArtifactError when the folder holds other statistics and
+    ``force`` is not given, NumericsError, naming layer and timestep, on NaN, AdapterError when a layer is never
+    reached.
     """
     samples.check(adapter)
     adapter.check_finite()
@@ -227,9 +255,13 @@ def collect(
     for index, step in progress(list(enumerate(sigma_map)), "timesteps"):
         if array_name(step) in ledger.files and index_name(step) in ledger.files:
             continue
-        at_step = replace(calibration, sigmas=calibration.sigmas[index : index + 1], latents=calibration.latents[index : index + 1])
+        at_step = replace(
+            calibration, sigmas=calibration.sigmas[index : index + 1], latents=calibration.latents[index : index + 1]
+        )
         where = f"step {step} (sigma {sigma_map[step]:.4g})"
-        seen = _run(adapter, at_step, paths, Picks.draw(rows, sides * num_images, (seed, index * stride)), where, progress)
+        seen = _run(
+            adapter, at_step, paths, Picks.draw(rows, sides * num_images, (seed, index * stride)), where, progress
+        )
         after = {path: edge.after for edge in adapter.edges() for path in edge.consumers}
         layers = {path: {"leader": seen.leader[path], "after": after.get(path, "")} for path in paths}
         widths = {leader: len(inputs.ranges.least) for leader, inputs in seen.layers.items()}
@@ -240,7 +272,14 @@ def collect(
             "layers": {path: {**layer, "width": widths[layer["leader"]]} for path, layer in layers.items()},
         }
         costs = _costs(adapter, at_step, paths, SENSITIVITY_ROWS // sides, seed + index, progress)
-        _write(ledger, step, sigma_map[step], seen.layers, {leader for leader in seen.layers if after.get(leader) == "gelu"}, costs)
+        _write(
+            ledger,
+            step,
+            sigma_map[step],
+            seen.layers,
+            {leader for leader in seen.layers if after.get(leader) == "gelu"},
+            costs,
+        )
         ledger.save()
     stats = ActivationStats(ledger)
     if not ledger.complete:
@@ -250,7 +289,12 @@ def collect(
 
 
 def _run(
-    adapter: DiffusionAdapter, calibration: Calibration, paths: list[str], picks: Picks, where: str, progress: Progress = silent
+    adapter: DiffusionAdapter,
+    calibration: Calibration,
+    paths: list[str],
+    picks: Picks,
+    where: str,
+    progress: Progress = silent,
 ) -> StepCollector:
     """What the layers at ``paths`` read at the one timestep of ``calibration``; ``where`` names that for the reader."""
     collector = StepCollector(picks, MOMENTUM)
@@ -265,9 +309,13 @@ def _run(
                     try:
                         collector.add()
                     except NumericsError as error:
-                        raise NumericsError(f"{where}: {error}; this model overflows on these trajectories, or they are damaged") from error
+                        raise NumericsError(
+                            f"{where}: {error}; this model overflows on these trajectories, or they are damaged"
+                        ) from error
     if missed := [path for path in paths if path not in collector.leader]:
-        raise AdapterError(f"{adapter.name}: {len(missed)} of {len(paths)} layers were never reached, the first is {missed[0]}")
+        raise AdapterError(
+            f"{adapter.name}: {len(missed)} of {len(paths)} layers were never reached, the first is {missed[0]}"
+        )
     return collector
 
 
@@ -280,9 +328,16 @@ def _costs(
     return {path: costs[0].astype(np.float32) for path, costs in found.layers.items()}
 
 
-def _write(ledger: Ledger, step: str, sigma: float, layers: dict[str, StepInputs], centred: set[str], costs: dict[str, Array]) -> None:
-    """The two files of a timestep; ``centred`` are the leaders whose moving centre is kept, ``costs`` every layer's sensitivities."""
-    arrays: dict[str, Array] = {"hist_edges": HIST_EDGES, **{f"{path}__sensitivity": values for path, values in costs.items()}}
+def _write(
+    ledger: Ledger, step: str, sigma: float, layers: dict[str, StepInputs], centred: set[str], costs: dict[str, Array]
+) -> None:
+    """The two files of a timestep; ``centred`` are the leaders whose moving centre is kept, ``costs`` every layer's
+    sensitivities.
+    """
+    arrays: dict[str, Array] = {
+        "hist_edges": HIST_EDGES,
+        **{f"{path}__sensitivity": values for path, values in costs.items()},
+    }
     index = {}
     for leader, inputs in layers.items():
         seen, magnitudes = inputs.ranges, np.abs(inputs.ranges.rows)
@@ -299,7 +354,11 @@ def _write(ledger: Ledger, step: str, sigma: float, layers: dict[str, StepInputs
         index[leader] = _summary(inputs, magnitudes)
     ledger.add_npz(array_name(step), arrays)
     means = {path: float(values.mean()) for path, values in costs.items()}
-    write_json(ledger.path_of(index_name(step)), INDEX_KIND, {"step": step, "sigma": sigma, "layers": index, "sensitivity": means})
+    write_json(
+        ledger.path_of(index_name(step)),
+        INDEX_KIND,
+        {"step": step, "sigma": sigma, "layers": index, "sensitivity": means},
+    )
     ledger.add([index_name(step)])
 
 
@@ -309,8 +368,8 @@ def _half(rows: Array) -> Array:
 
 
 def _summary(inputs: StepInputs, magnitudes: Array) -> dict[str, float]:
-    """``tensor_*`` are over all channels and tokens, ``channel_*`` percentiles over channels of a channel's largest magnitude, and
-    ``hist_*`` percentiles of the absolute values that the histogram counts.
+    """``tensor_*`` are over all channels and tokens, ``channel_*`` percentiles over channels of a channel's largest
+    magnitude, and ``hist_*`` percentiles of the absolute values that the histogram counts.
     """
     seen = inputs.ranges
     peaks = np.maximum(np.abs(seen.least), np.abs(seen.most))

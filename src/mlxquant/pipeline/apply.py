@@ -1,4 +1,6 @@
-"""Put what the two tracks decided into a model: divisions before the weights are rounded, tables and learned layers afterwards."""
+"""Put what the two tracks decided into a model: divisions before the weights are rounded, tables and learned layers
+afterwards.
+"""
 
 from __future__ import annotations
 
@@ -21,10 +23,11 @@ from .weight_files import CONFIG, WeightFiles
 
 
 def prepare(adapter: Adapter, config: QuantConfig) -> dict[str, Preset]:
-    """Apply the divisions that ``config`` decided on, before the weights are rounded: what every layer's input then looks like.
+    """Apply the divisions that ``config`` decided on, before the weights are rounded: what every layer's input then
+    looks like.
 
-    SmoothQuant's go into the layers that write the tensors; a migration has nothing to go into and is left to the quantized layer.
-    The model computes what it computed before. ``check`` first that the config is the adapter's.
+    SmoothQuant's go into the layers that write the tensors; a migration has nothing to go into and is left to the
+    quantized layer. The model computes what it computed before. ``check`` first that the config is the adapter's.
     """
     by_consumer = {edge.consumers[0]: edge for edge in adapter.edges()}
     for path, divisor in config.divisors.items():
@@ -34,14 +37,15 @@ def prepare(adapter: Adapter, config: QuantConfig) -> dict[str, Preset]:
 
 
 def check(config: QuantConfig, model: str, source: str, calibration: str, where: Path) -> None:
-    """Raise CalibrationError when a config was not decided for the ``model`` with the fingerprint ``source``, from the trajectories
-    whose manifest has the sha256 ``calibration``: those that ``where``, a file of the weight track, was made from.
+    """Raise CalibrationError when a config was not decided for the ``model`` with the fingerprint ``source``, from the
+    trajectories whose manifest has the sha256 ``calibration``: those that ``where``, a file of the weight track, was
+    made from.
     """
     facts = config.facts
     if (facts["model"], facts["source"]) != (model, source):
         raise CalibrationError(
-            f"{where} is of {model} with weights {source[:12]}…, the quantization config of {facts['model']} with weights "
-            f"{facts['source'][:12]}…; collect and analyze the activations of this model"
+            f"{where} is of {model} with weights {source[:12]}…, the quantization config of {facts['model']} with"
+            f" weights {facts['source'][:12]}…; collect and analyze the activations of this model"
         )
     if facts["calibration"] != calibration:
         raise CalibrationError(
@@ -52,7 +56,8 @@ def check(config: QuantConfig, model: str, source: str, calibration: str, where:
 
 @dataclass(frozen=True)
 class TrackFiles:
-    """What the two tracks left on disk: ``weights`` the folder of adaround-optimize, ``config`` the file of analyze-activations.
+    """What the two tracks left on disk: ``weights`` the folder of adaround-optimize, ``config`` the file of
+    analyze-activations.
 
     Without a config activations stay as they are (V1); with one its tables run (V2).
     """
@@ -67,13 +72,17 @@ class TrackFiles:
         return {name: file_digest(path) for name, path in found.items() if path is not None}
 
     def store(self, adapter: Adapter, plan: Mapping[str, LayerSpec] | None = None, active: bool = True) -> Tracks:
-        """The store of both tracks for ``adapter``, to which the divisions that the weights were rounded with are applied first.
+        """The store of both tracks for ``adapter``, to which the divisions that the weights were rounded with are
+        applied first.
 
-        ``active`` False takes the folds but leaves the activations unquantized. Raises CalibrationError or ArtifactError when weights,
-        config and model were not made for each other, RecipeError when the weights are not in the formats that ``plan`` wants.
+        ``active`` False takes the folds but leaves the activations unquantized. Raises CalibrationError or
+        ArtifactError when weights, config and model were not made for each other, RecipeError when the weights are not
+        in the formats that ``plan`` wants.
         """
         blocks = adapter.stages[1:-1]
-        linears = {path: layer for path, layer in adapter.linears().items() if any(stage.owns(path) for stage in blocks)}
+        linears = {
+            path: layer for path, layer in adapter.linears().items() if any(stage.owns(path) for stage in blocks)
+        }
         weights = WeightFiles.read(self.weights, blocks, linears)
         facts, where = weights.ledger.facts, weights.ledger.path
         check_source(f"{where}: the learned weights", facts["model"], facts["source"], adapter)
@@ -92,15 +101,17 @@ class TrackFiles:
         for path, format in weights.formats().items():
             wanted = None if plan is None else plan[path].weight if path in plan else "it kept as it is"
             if wanted not in (None, format):
-                raise RecipeError(f"{where}: layer {path} is in format {format}, the recipe wants {wanted}; choose its recipe")
+                raise RecipeError(
+                    f"{where}: layer {path} is in format {format}, the recipe wants {wanted}; choose its recipe"
+                )
         return Tracks(weights, config if active else None, divided=rounded_with is not None)
 
 
 class Tracks:
     """Both tracks' outputs as the store of a sweep: blocks are there already, other stages are not.
 
-    ``config`` gives the activation tables (V2); without it activations stay as they are (V1). Where the weights were rounded after a
-    config's divisions, ``prepare`` must have run on the adapter with that config.
+    ``config`` gives the activation tables (V2); without it activations stay as they are (V1). Where the weights were
+    rounded after a config's divisions, ``prepare`` must have run on the adapter with that config.
     """
 
     def __init__(self, weights: WeightFiles, config: QuantConfig | None, divided: bool):
@@ -118,7 +129,9 @@ class Tracks:
                 layer.set_activations(tables[path], clock)
             layers[path] = layer
         # the report of the weight track says with what activations it learned, not what runs now
-        report = {path: {**facts, "activation": layers[path].input_bits} for path, facts in result.facts["layers"].items()}
+        report = {
+            path: {**facts, "activation": layers[path].input_bits} for path, facts in result.facts["layers"].items()
+        }
         return replace(result, layers=layers, facts={**result.facts, "layers": report})
 
     def save(self, stage: Stage, result: StageResult) -> None:

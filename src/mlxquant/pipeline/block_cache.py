@@ -1,8 +1,10 @@
-"""What blocks write on real trajectories, so that each can be reconstructed without running the full-precision model beside it.
+"""What blocks write on real trajectories, so that each can be reconstructed without running the full-precision model
+beside it.
 
-A folder of ``samples/IIII_SSS.npz`` under ``metadata.json``, in float16: of every block's output a few tokens. Inputs are not kept
-and neither is the text conditioning: that was 430 MB a sample. The first block's input follows from the trajectory and its prompt, which
-the folder points to, and a later block's from the blocks before it, quantized as they then are.
+A folder of ``samples/IIII_SSS.npz`` under ``metadata.json``, in float16: of every block's output a few tokens. Inputs
+are not kept and neither is the text conditioning: that was 430 MB a sample. The first block's input follows from the
+trajectory and its prompt, which the folder points to, and a later block's from the blocks before it, quantized as they
+then are.
 """
 
 from __future__ import annotations
@@ -30,7 +32,10 @@ from .samples import MANIFEST, Samples, check_source, sample_name
 KIND = "adaround-cache"
 METADATA = "metadata.json"
 COMMAND = "mlxquant cache-adaround-data"
-ARRAY_ALLOWANCE, FILE_ALLOWANCE = 600, 4096 + 128  # bytes of npz headers for each array; a file's last disk block and its ledger line
+ARRAY_ALLOWANCE, FILE_ALLOWANCE = (
+    600,
+    4096 + 128,
+)  # bytes of npz headers for each array; a file's last disk block and its ledger line
 
 TOKENS = "tokens/"  # before a stream's name: which of its tokens are kept
 
@@ -40,8 +45,8 @@ Trace = dict[str, tuple[State, State]]  # by block: what it read and what it wro
 @dataclass(frozen=True)
 class BlockCache:
     """A folder of block outputs. ``calibration`` is the sha256 of the manifest whose trajectories were replayed,
-    ``blocks`` the stage names in order, ``sigmas`` the noise levels kept, descending, and ``tokens`` how many tokens are kept of how
-    many, by stream; which ones differs from sample to sample, so that together they see every place.
+    ``blocks`` the stage names in order, ``sigmas`` the noise levels kept, descending, and ``tokens`` how many tokens
+    are kept of how many, by stream; which ones differs from sample to sample, so that together they see every place.
     """
 
     ledger: Ledger
@@ -55,7 +60,9 @@ class BlockCache:
 
     @classmethod
     def read(cls, folder: Path, *, complete: bool = True) -> BlockCache:
-        """Raises ArtifactError when there is no cache, a damaged or foreign one, or, unless ``complete`` is False, an unfinished one."""
+        """Raises ArtifactError when there is no cache, a damaged or foreign one, or, unless ``complete`` is False, an
+        unfinished one.
+        """
         ledger = Ledger.read(folder / METADATA, KIND, f"run '{COMMAND}' first")
         if complete:
             ledger.require_complete(COMMAND)
@@ -68,13 +75,15 @@ class BlockCache:
         """Raise CalibrationError when the cache was made with other weights than the adapter's."""
         check_source(f"{self.ledger.path}: the blocks' outputs", self.model, self.source, adapter)
 
-    def inputs(self, adapter: DiffusionAdapter, calib_dir: Path | None = None, size: int | None = None) -> tuple[list[float], list[State]]:
-        """Noise levels, descending, and at each the first block's input, float32, ``size`` images in a state (None: all of them), every
-        image's rows (guided, unguided) in turn.
+    def inputs(
+        self, adapter: DiffusionAdapter, calib_dir: Path | None = None, size: int | None = None
+    ) -> tuple[list[float], list[State]]:
+        """Noise levels, descending, and at each the first block's input, float32, ``size`` images in a state (None: all
+        of them), every image's rows (guided, unguided) in turn.
 
-        Beside it, under ``tokens/STREAM`` [rows, kept], which tokens of a stream there are targets for; blocks pass that on. Computed
-        from the trajectories, which are in ``calib_dir``, by default the folder around the cache's. Raises ArtifactError when they
-        are not there or are others.
+        Beside it, under ``tokens/STREAM`` [rows, kept], which tokens of a stream there are targets for; blocks pass
+        that on. Computed from the trajectories, which are in ``calib_dir``, by default the folder around the cache's.
+        Raises ArtifactError when they are not there or are others.
         """
         folder = self.ledger.folder.absolute().parent if calib_dir is None else calib_dir
         if not (folder / MANIFEST).exists():
@@ -82,8 +91,9 @@ class BlockCache:
         samples = Samples.read(folder)
         if samples.sha256 != self.calibration:
             raise ArtifactError(
-                f"{folder}: its trajectories are not those that {self.ledger.folder} was made from (manifest {samples.sha256[:12]}…, "
-                f"expected {self.calibration[:12]}…); pass the right --calib-dir or make the cache anew"
+                f"{folder}: its trajectories are not those that {self.ledger.folder} was made from (manifest"
+                f" {samples.sha256[:12]}…, expected {self.calibration[:12]}…); pass the right --calib-dir or make the"
+                " cache anew"
             )
         images, stride = self.ledger.facts["num_images"], self.ledger.facts["stride"]
         sigmas, states = samples.calibration(images, stride).in_order(adapter, size)
@@ -99,10 +109,14 @@ class BlockCache:
         images = self.ledger.facts["num_images"]
         size = images if size is None else size
         starts = range(0, images, size)
-        return [(index, range(start, min(start + size, images))) for index in range(len(self.sigmas)) for start in starts]
+        return [
+            (index, range(start, min(start + size, images))) for index in range(len(self.sigmas)) for start in starts
+        ]
 
     def targets(self, block: int, size: int | None = None) -> list[State]:
-        """What a block writes at the tokens kept, [rows, kept, ...] float32, for the same noise levels and rows as ``inputs``."""
+        """What a block writes at the tokens kept, [rows, kept, ...] float32, for the same noise levels and rows as
+        ``inputs``.
+        """
         if not 0 <= block < len(self.blocks):
             raise ArtifactError(f"{self.ledger.path}: no block {block}; it has blocks 0 to {len(self.blocks) - 1}")
         prefix = f"mm{block}__"
@@ -110,14 +124,16 @@ class BlockCache:
         for index, images in self._batches(size):
             parts = [self.ledger.arrays(sample_name(image, index * stride), prefix) for image in images]
             stacked = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-            states.append({name.removeprefix(prefix): mx.array(value.astype(np.float32)) for name, value in stacked.items()})
+            states.append(
+                {name.removeprefix(prefix): mx.array(value.astype(np.float32)) for name, value in stacked.items()}
+            )
         return states
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A cache that is not written yet: its facts, the trajectories to replay and the disk that it takes, beside that of the layout
-    that keeps every block's inputs and outputs and the conditioning of every step.
+    """A cache that is not written yet: its facts, the trajectories to replay and the disk that it takes, beside that of
+    the layout that keeps every block's inputs and outputs and the conditioning of every step.
     """
 
     facts: dict[str, Any]
@@ -126,15 +142,22 @@ class Plan:
     seed_layout_bytes: int
 
 
-def plan(adapter: DiffusionAdapter, samples: Samples, num_images: int, stride: int, tokens: int | None = None, seed: int = 0) -> Plan:
+def plan(
+    adapter: DiffusionAdapter, samples: Samples, num_images: int, stride: int, tokens: int | None = None, seed: int = 0
+) -> Plan:
     """Find out, by one forward pass, what a cache of these samples holds and weighs.
 
-    ``tokens`` is how many of each stream's tokens are kept (None: an eighth, at least 4; 0: all), drawn from ``seed``. Raises
-    CalibrationError when the samples are of other weights or fewer than wanted.
+    ``tokens`` is how many of each stream's tokens are kept (None: an eighth, at least 4; 0: all), drawn from ``seed``.
+    Raises CalibrationError when the samples are of other weights or fewer than wanted.
     """
     samples.check(adapter)
     trajectories = samples.calibration(num_images, stride)
-    one = replace(trajectories, prompts=trajectories.prompts[:1], sigmas=trajectories.sigmas[:1], latents=trajectories.latents[:1, :1])
+    one = replace(
+        trajectories,
+        prompts=trajectories.prompts[:1],
+        sigmas=trajectories.sigmas[:1],
+        latents=trajectories.latents[:1, :1],
+    )
     (sigma,), (state,) = one.batches(adapter)
     traced = trace(adapter, sigma, state)
     lengths = {key: outputs[key].shape[1] for inputs, outputs in traced.values() for key in written(outputs, inputs)}
@@ -167,9 +190,14 @@ def kept_tokens(length: int, tokens: int | None) -> int:
 
 
 def draw_tokens(counts: Mapping[str, Sequence[int]], seed: int, image: int, step: int) -> dict[str, Array]:
-    """Which tokens to keep of a sample's streams, of ``counts`` (kept, of how many): sorted, distinct, equally likely, int32."""
+    """Which tokens to keep of a sample's streams, of ``counts`` (kept, of how many): sorted, distinct, equally likely,
+    int32.
+    """
     rng = np.random.default_rng([seed, image, step])
-    return {name: np.sort(rng.choice(length, kept, replace=False)).astype(np.int32) for name, (kept, length) in sorted(counts.items())}
+    return {
+        name: np.sort(rng.choice(length, kept, replace=False)).astype(np.int32)
+        for name, (kept, length) in sorted(counts.items())
+    }
 
 
 def chosen(counts: Mapping[str, Sequence[int]], seed: int, images: range, step: int) -> dict[str, mx.array]:
@@ -198,7 +226,10 @@ def trace(adapter: DiffusionAdapter, sigma: float, state: State) -> Trace:
         adapter.velocity(state["latent"], state["tokens"], state["pooled"], sigma)
     if list(seen) != names:
         missed = [name for name in names if name not in seen]
-        raise AdapterError(f"{adapter.name}: blocks {missed} were not reached in a forward pass; its velocity must run every stage's hook")
+        raise AdapterError(
+            f"{adapter.name}: blocks {missed} were not reached in a forward pass; its velocity must run every stage's"
+            " hook"
+        )
     return seen
 
 
@@ -213,12 +244,17 @@ def entries(traced: Trace, tokens: dict[str, mx.array]) -> dict[str, mx.array]:
 
 
 def write(
-    plan: Plan, adapter: DiffusionAdapter, folder: Path, force: bool = False, resume: bool = True, progress: Progress = silent
+    plan: Plan,
+    adapter: DiffusionAdapter,
+    folder: Path,
+    force: bool = False,
+    resume: bool = True,
+    progress: Progress = silent,
 ) -> BlockCache:
     """Replay the trajectories and write the folder, one batch of images at one step in memory at a time.
 
-    A killed run goes on where it was and ends with the same bytes. Raises ArtifactError when the disk is too small or the folder
-    holds another cache and ``force`` is not given, NumericsError when a value does not fit float16.
+    A killed run goes on where it was and ends with the same bytes. Raises ArtifactError when the disk is too small or
+    the folder holds another cache and ``force`` is not given, NumericsError when a value does not fit float16.
     """
     if (folder / MANIFEST).exists():
         raise ArtifactError(f"{folder}: holds the trajectories themselves; give the cache a folder of its own")
@@ -233,7 +269,9 @@ def write(
 
 
 def ensure_space(folder: Path, needed: int) -> None:
-    """Raise ArtifactError when the disk under ``folder`` has not ``needed`` bytes free, counting what an earlier run left there."""
+    """Raise ArtifactError when the disk under ``folder`` has not ``needed`` bytes free, counting what an earlier run
+    left there.
+    """
     disk = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     present = sum(path.stat().st_size for path in folder.glob("samples/*.npz"))
     free = shutil.disk_usage(disk).free
@@ -260,14 +298,20 @@ def _write_images(plan: Plan, adapter: DiffusionAdapter, ledger: Ledger, start: 
         if all(name in ledger.files for name in step):
             continue
         tokens = chosen(plan.facts["tokens"], plan.facts["seed"], images, number)
-        arrays = half(entries(trace(adapter, sigmas[index], states[index]), tokens), plan.facts["blocks"], f"{step[0]} to {step[-1]}")
+        arrays = half(
+            entries(trace(adapter, sigmas[index], states[index]), tokens),
+            plan.facts["blocks"],
+            f"{step[0]} to {step[-1]}",
+        )
         for row, name in enumerate(step):
             ledger.add_npz(name, {key: value[row :: len(images)] for key, value in arrays.items()})
         ledger.save()
 
 
 def half(arrays: dict[str, mx.array], blocks: list[str], where: str) -> dict[str, Array]:
-    """Arrays in float16, all evaluated at once; raises NumericsError, naming block and stream, where a value does not fit."""
+    """Arrays in float16, all evaluated at once; raises NumericsError, naming block and stream, where a value does not
+    fit.
+    """
     halves = {name: value.astype(mx.float16) for name, value in arrays.items()}
     mx.eval(halves)
     found = {name: np.array(value) for name, value in halves.items()}
@@ -276,8 +320,8 @@ def half(arrays: dict[str, mx.array], blocks: list[str], where: str) -> dict[str
             largest = float(np.array(mx.abs(arrays[name].astype(mx.float32)).max()))
             source, stream = name.split("__", 1)
             raise NumericsError(
-                f"{where}: the output of block {blocks[int(source[2:])]}, stream {stream!r}, reaches {largest:.4g}, and float16 ends at "
-                "65504; this model cannot be cached, "
-                "'mlxquant quantize' calibrates it without a cache"
+                f"{where}: the output of block {blocks[int(source[2:])]}, stream {stream!r}, reaches {largest:.4g}, and"
+                " float16 ends at 65504; this model cannot be cached, 'mlxquant quantize' calibrates it without a"
+                " cache"
             )
     return found

@@ -11,12 +11,18 @@ from .block_cache import TOKENS, BlockCache, pick
 
 
 class CachedTeacher:
-    """With ``both`` it also runs the full-precision blocks, for ``inputs``: a cache holds those of the first block alone. A batch has as
-    many images as the adapter samples at once.
+    """With ``both`` it also runs the full-precision blocks, for ``inputs``: a cache holds those of the first block
+    alone. A batch has as many images as the adapter samples at once.
     """
 
     def __init__(
-        self, cache: BlockCache, adapter: Adapter, sigmas: list[float], states: list[State], both: bool, progress: Progress = silent
+        self,
+        cache: BlockCache,
+        adapter: Adapter,
+        sigmas: list[float],
+        states: list[State],
+        both: bool,
+        progress: Progress = silent,
     ):
         self._cache, self._size = cache, adapter.batch
         self._exact = ExactStream(adapter, sigmas, states, progress) if both else None

@@ -1,4 +1,6 @@
-"""Observers of the explicit pipeline: at one timestep, in little memory, extremes, the moving centre of TaQ-DiT's shift, and a few rows."""
+"""Observers of the explicit pipeline: at one timestep, in little memory, extremes, the moving centre of TaQ-DiT's
+shift, and a few rows.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +19,9 @@ from ..sweep.collecting import Sharing
 class MovingCentre:
     """The centre of each channel as TaQ-DiT's shift follows it: ``s <- m s + (1 - m) (min + max) / 2``, once a sample.
 
-    TaQ-DiT (arXiv 2411.14172) starts at the first sample; with m = 0.95 and the handful of samples that calibration affords, it also
-    ends there. Here s starts at 0 and is divided by ``1 - m^k`` after k samples (as in Adam, arXiv 1412.6980, section 3): a weighted
-    mean with nearly equal weights for few samples, the same moving average for many.
+    TaQ-DiT (arXiv 2411.14172) starts at the first sample; with m = 0.95 and the handful of samples that calibration
+    affords, it also ends there. Here s starts at 0 and is divided by ``1 - m^k`` after k samples (as in Adam, arXiv
+    1412.6980, section 3): a weighted mean with nearly equal weights for few samples, the same moving average for many.
     """
 
     def __init__(self, width: int, momentum: float):
@@ -39,19 +41,25 @@ class MovingCentre:
 
 @dataclass(frozen=True)
 class Picks:
-    """Which input rows to keep of a run of samples: row r is sample ``sample[r]`` (ascending), ``place[r]`` in [0,1) into its tokens."""
+    """Which input rows to keep of a run of samples: row r is sample ``sample[r]`` (ascending), ``place[r]`` in [0,1)
+    into its tokens.
+    """
 
     sample: Array
     place: Array
 
     @classmethod
     def draw(cls, rows: int, samples: int, seed: Sequence[int]) -> Picks:
-        """Each sample gives as many rows as any other, to within one, and each of ``rows`` stretches of the tokens gives one."""
+        """Each sample gives as many rows as any other, to within one, and each of ``rows`` stretches of the tokens
+        gives one.
+        """
         rng = np.random.default_rng(seed)
         return cls(np.arange(rows) * samples // rows, (rng.permutation(rows) + rng.random(rows)) / rows)
 
     def among(self, first: int, samples: int, tokens: int) -> tuple[mx.array, mx.array]:
-        """Indices of the rows that are in a batch of ``samples`` with ``tokens`` each, of which the first is sample ``first``."""
+        """Indices of the rows that are in a batch of ``samples`` with ``tokens`` each, of which the first is sample
+        ``first``.
+        """
         here = (self.sample >= first) & (self.sample < first + samples)
         token = np.minimum((self.place[here] * tokens).astype(np.int32), tokens - 1)
         return mx.array((self.sample[here] - first).astype(np.int32)), mx.array(token)
@@ -65,8 +73,8 @@ class StepInputs:
 
 
 class StepCollector:
-    """An observer for ``rewrite.tapped`` at one timestep, in little memory: what it sees stays lazy until ``add``, which evaluates a
-    whole forward pass at once and keeps minima, maxima and a few rows of it.
+    """An observer for ``rewrite.tapped`` at one timestep, in little memory: what it sees stays lazy until ``add``,
+    which evaluates a whole forward pass at once and keeps minima, maxima and a few rows of it.
     """
 
     def __init__(self, picks: Picks, momentum: float):
@@ -88,7 +96,9 @@ class StepCollector:
             self._pending[path] = (x.min(1), x.max(1), rows, mx.isfinite(x).all())
 
     def before(self, state: dict[str, mx.array]) -> dict[str, mx.array]:
-        """The same arrays, computed only after what was seen so far: inputs are then freed in time, not all kept to the end."""
+        """The same arrays, computed only after what was seen so far: inputs are then freed in time, not all kept to the
+        end.
+        """
         seen = [value for values in self._pending.values() for value in values]
         return dict(zip(state, mx.depends(list(state.values()), seen), strict=True)) if seen else state
 

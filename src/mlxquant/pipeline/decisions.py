@@ -1,7 +1,8 @@
 """Where activation statistics become decisions: bits, shifts and divisions of every layer's input.
 
-``input_tables`` decides on bits and shifts, a layer at a time, ``divisions`` on SmoothQuant and the integer migration. Everything that
-was compared is recorded, also where it was not taken. Methods see arrays and the adapter names the layers; this file knows both.
+``input_tables`` decides on bits and shifts, a layer at a time, ``divisions`` on SmoothQuant and the integer migration.
+Everything that was compared is recorded, also where it was not taken. Methods see arrays and the adapter names the
+layers; this file knows both.
 """
 
 from __future__ import annotations
@@ -43,7 +44,9 @@ class Statistics(Protocol):
     def sigmas(self) -> Array: ...
     def ranges(self, path: str) -> InputRanges: ...
     def shift(self, path: str) -> Array | None: ...  # [T,in], of what a GELU wrote
-    def sensitivity(self, path: str) -> Array: ...  # [T,out], what a unit of squared error costs in squared velocity error
+    def sensitivity(
+        self, path: str
+    ) -> Array: ...  # [T,out], what a unit of squared error costs in squared velocity error
 
 
 def read_together(layers: list[str], edges: tuple[Edge, ...]) -> Iterator[Edge]:
@@ -79,7 +82,9 @@ def decide(stats: Statistics, adapter: Adapter, options: Options, progress: Prog
         )
     linears, paths = adapter.linears(), list(stats.layers)
     if unknown := sorted(set(paths) - set(linears)):
-        raise CalibrationError(f"the statistics are of {unknown[0]!r}, which this {adapter.name} does not have; collect them again")
+        raise CalibrationError(
+            f"the statistics are of {unknown[0]!r}, which this {adapter.name} does not have; collect them again"
+        )
     if not paths:
         raise CalibrationError("the statistics are of no layers; collect them again")
     tables, facts, smooth, migrations = {}, {}, {}, {}

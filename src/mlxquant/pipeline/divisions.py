@@ -1,7 +1,9 @@
-"""Dividing the channels of an input so that one step serves them all: SmoothQuant, and TaQ-DiT's integer migration after a GELU.
+"""Dividing the channels of an input so that one step serves them all: SmoothQuant, and TaQ-DiT's integer migration
+after a GELU.
 
-A division multiplies columns of the weight, so it is judged by the error of inputs and 4-bit weights together, at unchanged bits; where
-it lowers that, the divided input gets bits of its own. Arrays only; ``folds`` and ``QuantizedLinear`` do the dividing.
+A division multiplies columns of the weight, so it is judged by the error of inputs and 4-bit weights together, at
+unchanged bits; where it lowers that, the divided input gets bits of its own. Arrays only; ``folds`` and
+``QuantizedLinear`` do the dividing.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ WEIGHTS = WeightFormat(bits=4)
 class Division:
     """What dividing the input of ``layers`` (they read one tensor) by ``divisor`` [in] float32 would do.
 
-    ``facts`` has the errors before and after. Where it was ``applied``, ``tables`` has each layer's table of the divided input.
+    ``facts`` has the errors before and after. Where it was ``applied``, ``tables`` has each layer's table of the
+    divided input.
     """
 
     layers: tuple[str, ...]
@@ -39,10 +42,14 @@ class Division:
 
 
 def try_division(
-    layers: Mapping[str, DecidedInput], divisor: Array, options: Options, facts: dict[str, Any], one_tier_less: bool = False
+    layers: Mapping[str, DecidedInput],
+    divisor: Array,
+    options: Options,
+    facts: dict[str, Any],
+    one_tier_less: bool = False,
 ) -> Division:
-    """Divide the input of layers that read one tensor, and apply that where it lowers their mean error at unchanged bits, with 4-bit
-    weights rounded to nearest.
+    """Divide the input of layers that read one tensor, and apply that where it lowers their mean error at unchanged
+    bits, with 4-bit weights rounded to nearest.
 
     The divided input then gets bits of its own: one tier fewer, or what the rule says of it.
     """
@@ -67,7 +74,9 @@ def nearest(weight: Array) -> Array:
 
 
 def smoothed(layers: Mapping[str, DecidedInput], options: Options) -> Division | None:
-    """SmoothQuant on the tensor that these layers read; None where it is no candidate. By thresholds it is worth one tier."""
+    """SmoothQuant on the tensor that these layers read; None where it is no candidate. By thresholds it is worth one
+    tier.
+    """
     peaks = np.max([smoothquant.peaks(decided.layer.ranges) for decided in layers.values()], axis=0)
     if not smoothquant.candidate(peaks):
         return None
@@ -77,10 +86,14 @@ def smoothed(layers: Mapping[str, DecidedInput], options: Options) -> Division |
 
 
 def migrated(path: str, decided: DecidedInput, options: Options) -> Division | None:
-    """The integer migration of a shifted input; None where there is no shift, or no channel reaches further than the others."""
+    """The integer migration of a shifted input; None where there is no shift, or no channel reaches further than the
+    others.
+    """
     if decided.shift is None:
         return None
     divisor = migration(decided.layer.ranges, decided.shift)
     if divisor.max() == 1:
         return None
-    return try_division({path: decided}, divisor, options, {"largest": int(divisor.max()), "channels": int((divisor > 1).sum())})
+    return try_division(
+        {path: decided}, divisor, options, {"largest": int(divisor.max()), "channels": int((divisor > 1).sum())}
+    )

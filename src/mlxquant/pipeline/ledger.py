@@ -1,7 +1,7 @@
 """A folder that grows file by file: what it was made from, what is in it so far, and whether it is complete.
 
-The ledger is one JSON file in the folder. It is rewritten whenever files were added, so a killed step loses only what it was working
-on, and a file that the ledger does not list, or lists with another checksum, is never used.
+The ledger is one JSON file in the folder. It is rewritten whenever files were added, so a killed step loses only what
+it was working on, and a file that the ledger does not list, or lists with another checksum, is never used.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ def verify(path: Path, sha256: str) -> None:
     """Raise ArtifactError unless a file has this checksum."""
     if (found := file_digest(path)) != sha256:
         raise ArtifactError(
-            f"{path}: sha256 {found[:12]}… is not the {sha256[:12]}… that was written; it was changed, run its step again with --force"
+            f"{path}: sha256 {found[:12]}… is not the {sha256[:12]}… that was written; it was changed, run its step"
+            " again with --force"
         )
 
 
@@ -54,12 +55,22 @@ def load_npz(path: Path, prefix: str = "") -> dict[str, Array]:
 
 
 class Ledger:
-    """The JSON file ``path`` of a folder: ``facts`` that determine its contents, ``notes`` on what came out, and ``files``, name to
-    sha256, relative to it. Facts and notes stand side by side at the top of the file, under names of their own.
+    """The JSON file ``path`` of a folder: ``facts`` that determine its contents, ``notes`` on what came out, and
+    ``files``, name to sha256, relative to it. Facts and notes stand side by side at the top of the file, under names of
+    their own.
     """
 
-    def __init__(self, path: Path, kind: str, facts: dict[str, Any], files: dict[str, str], notes: dict[str, Any], complete: bool):
-        self.path, self.kind, self.facts, self.files, self.notes, self.complete = path, kind, facts, files, notes, complete
+    def __init__(
+        self, path: Path, kind: str, facts: dict[str, Any], files: dict[str, str], notes: dict[str, Any], complete: bool
+    ):
+        self.path, self.kind, self.facts, self.files, self.notes, self.complete = (
+            path,
+            kind,
+            facts,
+            files,
+            notes,
+            complete,
+        )
         self._verified: set[str] = set()
 
     @property
@@ -67,13 +78,15 @@ class Ledger:
         return self.path.parent
 
     @classmethod
-    def open(cls, path: Path, kind: str, facts: dict[str, Any], command: str, force: bool = False, resume: bool = True) -> Ledger:
+    def open(
+        cls, path: Path, kind: str, facts: dict[str, Any], command: str, force: bool = False, resume: bool = True
+    ) -> Ledger:
         """The ledger to go on with: the one at ``path`` when it was made from the same ``facts``, else a new one.
 
-        ``force`` replaces a ledger of other facts, refused without it, and a finished one; an unfinished one of the same facts is gone
-        on with also then, but not without ``resume``. Starting anew removes the files that the old ledger lists and nothing else. A new
-        ledger is on disk from its first ``save`` on, so a step that fails before it has made anything leaves nothing that binds the
-        next attempt. ``command`` names the step for the error.
+        ``force`` replaces a ledger of other facts, refused without it, and a finished one; an unfinished one of the
+        same facts is gone on with also then, but not without ``resume``. Starting anew removes the files that the old
+        ledger lists and nothing else. A new ledger is on disk from its first ``save`` on, so a step that fails before
+        it has made anything leaves nothing that binds the next attempt. ``command`` names the step for the error.
         """
         facts = checked.plain(facts)
         ensure_writable(path.parent)
@@ -81,7 +94,9 @@ class Ledger:
             try:
                 old = cls.read(path, kind)
             except ArtifactError as error:  # what it lists is unknown, so --force may not replace it either
-                raise ArtifactError(f"{error}; choose another folder, or remove this file to let {command} start over") from error
+                raise ArtifactError(
+                    f"{error}; choose another folder, or remove this file to let {command} start over"
+                ) from error
             same = old.facts == facts
             if not force and not same:
                 new, was = ({**some, **some.get("parents", {})} for some in (facts, old.facts))
@@ -115,13 +130,17 @@ class Ledger:
         except KeyError as error:
             raise ArtifactError(f"{path}: incomplete, {error} is missing; {remedy}") from error
         if outside := [name for name in ledger.files if Path(name).is_absolute() or ".." in Path(name).parts]:
-            raise ArtifactError(f"{path}: lists {outside[0]!r}, which is not inside its folder; the file is not ours, {remedy}")
+            raise ArtifactError(
+                f"{path}: lists {outside[0]!r}, which is not inside its folder; the file is not ours, {remedy}"
+            )
         return ledger
 
     def require_complete(self, command: str) -> Ledger:
         """Raise ArtifactError when the step that writes this folder was interrupted."""
         if not self.complete:
-            raise ArtifactError(f"{self.path}: not finished ({len(self.files)} files so far); run '{command}' again, it resumes")
+            raise ArtifactError(
+                f"{self.path}: not finished ({len(self.files)} files so far); run '{command}' again, it resumes"
+            )
         return self
 
     @property
@@ -130,10 +149,13 @@ class Ledger:
         return file_digest(self.path)
 
     def arrays(self, name: str, prefix: str = "") -> dict[str, Array]:
-        """The arrays of a listed ``.npz`` file whose names start with ``prefix``; its checksum is verified the first time."""
+        """The arrays of a listed ``.npz`` file whose names start with ``prefix``; its checksum is verified the first
+        time.
+        """
         if name not in self.files:
             raise ArtifactError(
-                f"{self.path}: lists no file {name!r}; it has {len(self.files)}, such as {next(iter(self.files), 'none')!r}"
+                f"{self.path}: lists no file {name!r}; it has {len(self.files)}, such as"
+                f" {next(iter(self.files), 'none')!r}"
             )
         if name not in self._verified:
             verify(self.folder / name, self.files[name])
@@ -149,7 +171,9 @@ class Ledger:
         self.files |= {name: file_digest(self.folder / name) for name in names}
 
     def path_of(self, name: str) -> Path:
-        """Where a file of this folder is written; the folders above it are made. Raises ArtifactError when they cannot be."""
+        """Where a file of this folder is written; the folders above it are made. Raises ArtifactError when they cannot
+        be.
+        """
         path = self.folder / name
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,11 +1,12 @@
-"""``quant_config.json``: how every layer's input is quantized at every timestep, and the numbers that this was decided by.
+"""``quant_config.json``: how every layer's input is quantized at every timestep, and the numbers that this was decided
+by.
 
-Beside it lies ``quant_config.npz`` with what is a vector over channels: shifts and divisors. An entry's ``scale`` is the step between
-two codes, never the largest value: ``x ~ scale * code + shift`` with signed codes of ``bits`` bits.
+Beside it lies ``quant_config.npz`` with what is a vector over channels: shifts and divisors. An entry's ``scale`` is
+the step between two codes, never the largest value: ``x ~ scale * code + shift`` with signed codes of ``bits`` bits.
 
-A division of channels (SmoothQuant, migration) multiplies columns of the weight, so its entries hold for weights that were rounded
-after it and only for those. The config has the entries of the undivided input for every layer, and beside them, where a division was
-found to pay, those of the divided input.
+A division of channels (SmoothQuant, migration) multiplies columns of the weight, so its entries hold for weights that
+were rounded after it and only for those. The config has the entries of the undivided input for every layer, and beside
+them, where a division was found to pay, those of the divided input.
 """
 
 from __future__ import annotations
@@ -29,10 +30,11 @@ KIND = "quant-config"
 
 @dataclass(frozen=True)
 class QuantConfig:
-    """``step_keys`` [T] name sampler steps by ascending ``sigmas`` [T] float32; ``plain`` has the table of every layer's input.
+    """``step_keys`` [T] name sampler steps by ascending ``sigmas`` [T] float32; ``plain`` has the table of every
+    layer's input.
 
-    ``facts`` say what it was made from, ``layers`` what was decided for each. ``smoothquant`` is by the first consumer of an edge,
-    ``migration`` by layer; see ``Division``.
+    ``facts`` say what it was made from, ``layers`` what was decided for each. ``smoothquant`` is by the first consumer
+    of an edge, ``migration`` by layer; see ``Division``.
     """
 
     facts: dict[str, Any]
@@ -44,7 +46,9 @@ class QuantConfig:
     migration: dict[str, Division]
 
     def tables(self, smoothed: bool = False, migrated: bool = False) -> Tables:
-        """Each layer's table; with ``smoothed`` or ``migrated`` that of the divided input where the division was applied."""
+        """Each layer's table; with ``smoothed`` or ``migrated`` that of the divided input where the division was
+        applied.
+        """
         found = dict(self.plain)
         for wanted, divisions in ((smoothed, self.smoothquant), (migrated, self.migration)):
             for division in divisions.values() if wanted else ():
@@ -67,7 +71,9 @@ class QuantConfig:
         return float(np.mean([table.bits for table in self.plain.values()]))
 
     def write(self, path: Path) -> None:
-        """Write the file and its sidecar, ``path`` with the suffix ``.npz``, each atomically; the one that names the other comes last."""
+        """Write the file and its sidecar, ``path`` with the suffix ``.npz``, each atomically; the one that names the
+        other comes last.
+        """
         vectors: dict[str, Array] = {}
         data = {
             "made_from": self.facts,
@@ -82,7 +88,9 @@ class QuantConfig:
         write_json(path, KIND, data)
 
     def _entries(self, tables: Tables, name: str, vectors: dict[str, Array]) -> dict[str, dict[str, Any]]:
-        """Entries by step key and layer; shifts [T,in] go to ``vectors`` under ``{layer}__{name}`` and are null here."""
+        """Entries by step key and layer; shifts [T,in] go to ``vectors`` under ``{layer}__{name}`` and are null
+        here.
+        """
         wide = {path for path, table in tables.items() if table.shift.shape[1] > 1}
         vectors |= {f"{path}__{name}": tables[path].shift for path in wide}
         return {
@@ -125,7 +133,10 @@ class QuantConfig:
                 sigmas,
                 reader.tables(data["per_timestep"], "shift"),
                 data["layers"],
-                {first: reader.division(first, facts, "smoothed_shift") for first, facts in data["smoothquant"].items()},
+                {
+                    first: reader.division(first, facts, "smoothed_shift")
+                    for first, facts in data["smoothquant"].items()
+                },
                 {first: reader.division(first, facts, "migrated_shift") for first, facts in data["migration"].items()},
             )
         except KeyError as error:
@@ -141,7 +152,10 @@ class _Reader:
     vectors: dict[str, Array]
 
     def tables(self, entries: Mapping[str, Mapping[str, Any]], name: str) -> Tables:
-        return {layer: self._table(layer, [entries[key][layer] for key in self.keys], name) for layer in entries[self.keys[0]]}
+        return {
+            layer: self._table(layer, [entries[key][layer] for key in self.keys], name)
+            for layer in entries[self.keys[0]]
+        }
 
     def _table(self, layer: str, column: list[dict[str, Any]], name: str) -> ActivationTable:
         step, bits = np.array([e["scale"] for e in column], np.float32), np.array([e["bits"] for e in column], np.uint8)

@@ -1,7 +1,8 @@
-"""The trajectories that both tracks of the pipeline start from: latents at every sampler step, drawn by the model itself.
+"""The trajectories that both tracks of the pipeline start from: latents at every sampler step, drawn by the model
+itself.
 
-A folder of ``samples/IIII_SSS.npz`` (image, step), final ``latents/IIII.npz`` and decoded ``images/IIII.png`` under ``manifest.json``.
-Text conditioning is not stored: it is the bulk of a sample and a function of the prompt.
+A folder of ``samples/IIII_SSS.npz`` (image, step), final ``latents/IIII.npz`` and decoded ``images/IIII.png`` under
+``manifest.json``. Text conditioning is not stored: it is the bulk of a sample and a function of the prompt.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ def sample_name(image: int, step: int) -> str:
 class Samples:
     """A finished folder of trajectories: ``sigmas`` [steps] descending float64, one latent for each prompt and step.
 
-    ``source`` is the fingerprint of the weights that drew them, ``sha256`` that of the manifest and so of everything in the folder.
+    ``source`` is the fingerprint of the weights that drew them, ``sha256`` that of the manifest and so of everything in
+    the folder.
     """
 
     ledger: Ledger
@@ -55,34 +57,51 @@ class Samples:
 
     @classmethod
     def read(cls, folder: Path, model: str | None = None) -> Samples:
-        """Raises ArtifactError when there is no manifest, or an unfinished, damaged or foreign one; CalibrationError when these are
-        trajectories of another model than ``model``.
+        """Raises ArtifactError when there is no manifest, or an unfinished, damaged or foreign one; CalibrationError
+        when these are trajectories of another model than ``model``.
         """
-        ledger = Ledger.read(folder / MANIFEST, KIND, f"run '{COMMAND} --calib-dir {folder}' first").require_complete(COMMAND)
+        ledger = Ledger.read(folder / MANIFEST, KIND, f"run '{COMMAND} --calib-dir {folder}' first").require_complete(
+            COMMAND
+        )
         facts = ledger.facts
         if model not in (None, facts["model"]):
-            raise CalibrationError(f"{folder} holds trajectories of {facts['model']}, --model is {model}; leave it out or draw them anew")
+            raise CalibrationError(
+                f"{folder} holds trajectories of {facts['model']}, --model is {model}; leave it out or draw them anew"
+            )
         prompts = prompts_of(facts)
         sigmas = np.array(facts["sigmas"], np.float64)
-        return cls(ledger, facts["model"], facts["source"], prompts, facts["num_steps"], facts["cfg"], sigmas, ledger.sha256)
+        return cls(
+            ledger, facts["model"], facts["source"], prompts, facts["num_steps"], facts["cfg"], sigmas, ledger.sha256
+        )
 
     def check(self, adapter: DiffusionAdapter) -> None:
         """Raise CalibrationError when these trajectories were drawn by other weights than the adapter's."""
         check_source(f"{self.ledger.path}: the trajectories", self.model, self.source, adapter)
 
     def calibration(self, images: int, stride: int) -> Calibration:
-        """The first ``images`` prompts at every ``stride``-th step, as ``Calibration`` (its ``steps`` is the number walked).
+        """The first ``images`` prompts at every ``stride``-th step, as ``Calibration`` (its ``steps`` is the number
+        walked).
 
         Raises CalibrationError when there are fewer images or steps, ArtifactError on a missing or damaged file.
         """
         if not 1 <= images <= len(self.prompts):
-            raise CalibrationError(f"{self.ledger.folder}: {images} images wanted, it has {len(self.prompts)}; choose between 1 and that")
+            raise CalibrationError(
+                f"{self.ledger.folder}: {images} images wanted, it has {len(self.prompts)}; choose between 1 and that"
+            )
         if not 1 <= stride <= self.steps:
-            raise CalibrationError(f"{self.ledger.folder}: a stride of {stride} does not fit {self.steps} steps; choose between 1 and that")
+            raise CalibrationError(
+                f"{self.ledger.folder}: a stride of {stride} does not fit {self.steps} steps; choose between 1 and that"
+            )
         kept = range(0, self.steps, stride)
         latents = [[self.ledger.arrays(sample_name(image, step))["x"] for image in range(images)] for step in kept]
         return Calibration(
-            self.model, self.source, self.prompts[:images], self.steps, self.cfg, self.sigmas[::stride], mx.array(np.array(latents))
+            self.model,
+            self.source,
+            self.prompts[:images],
+            self.steps,
+            self.cfg,
+            self.sigmas[::stride],
+            mx.array(np.array(latents)),
         )
 
 
@@ -92,12 +111,17 @@ def prompts_of(facts: Mapping[str, Any]) -> tuple[Prompt, ...]:
 
 
 def check_source(what: str, model: str, source: str, adapter: Adapter) -> None:
-    """Raise CalibrationError when ``what`` was made by another model, or by the same with other weights (``source``)."""
+    """Raise CalibrationError when ``what`` was made by another model, or by the same with other weights
+    (``source``).
+    """
     if model != adapter.name:
-        raise CalibrationError(f"{what} are of model {model!r}, not of {adapter.name!r}; use that model or make them anew")
+        raise CalibrationError(
+            f"{what} are of model {model!r}, not of {adapter.name!r}; use that model or make them anew"
+        )
     if source != (found := adapter.fingerprint):
         raise CalibrationError(
-            f"{what} are of {model} with other weights (fingerprint {source[:12]}…, these weights are {found[:12]}…); make them anew"
+            f"{what} are of {model} with other weights (fingerprint {source[:12]}…, these weights are {found[:12]}…);"
+            " make them anew"
         )
 
 
@@ -113,8 +137,9 @@ def open_folder(
 ) -> Ledger:
     """The ledger of a folder for these trajectories, new or to go on with; ``draw`` fills it.
 
-    ``seed`` is recorded; each prompt brings its own. Raises ArtifactError when the folder holds other trajectories and ``force`` is
-    not given, NumericsError on NaN weights, CalibrationError without prompts, AdapterError on an impossible guidance.
+    ``seed`` is recorded; each prompt brings its own. Raises ArtifactError when the folder holds other trajectories and
+    ``force`` is not given, NumericsError on NaN weights, CalibrationError without prompts, AdapterError on an
+    impossible guidance.
     """
     if not prompts:
         raise CalibrationError("calibration needs at least one prompt")
@@ -140,8 +165,8 @@ def open_folder(
 def draw(adapter: DiffusionAdapter, ledger: Ledger, progress: Progress = silent) -> Samples:
     """Sample what the folder still lacks, ``adapter.batch`` pictures at a time, always the same ones together.
 
-    A killed run goes on after its last finished batch and ends with the same bytes. Raises NumericsError, naming image and step,
-    on a latent that is not finite.
+    A killed run goes on after its last finished batch and ends with the same bytes. Raises NumericsError, naming image
+    and step, on a latent that is not finite.
     """
     prompts, steps = prompts_of(ledger.facts), ledger.facts["num_steps"]
     if not ledger.complete:
@@ -161,7 +186,9 @@ def _names(image: int, steps: int) -> list[str]:
 
 
 def _write_batch(adapter: DiffusionAdapter, ledger: Ledger, images: range, prompts: Sequence[Prompt]) -> None:
-    """Sample ``images`` together and write their files; nothing is written before all their latents are known to be finite."""
+    """Sample ``images`` together and write their files; nothing is written before all their latents are known to be
+    finite.
+    """
     sigmas, cfg = ledger.facts["sigmas"], ledger.facts["cfg"]
     trajectory: list[Array] = []
 
@@ -187,6 +214,7 @@ def _finite(values: mx.array, images: range, when: str) -> Array:
     for row, image in enumerate(images):
         if not np.isfinite(found[row]).all():
             raise NumericsError(
-                f"image {image}: its latent {when} holds NaN or infinite values; the model's weights or its text conditioning are damaged"
+                f"image {image}: its latent {when} holds NaN or infinite values; the model's weights or its text"
+                " conditioning are damaged"
             )
     return found

@@ -19,9 +19,9 @@ KIND = "temporal-analysis"
 def analyze(config: QuantConfig) -> dict[str, Any]:
     """Facts by layer and by stream, and the layers that switch tiers or stay at 8 bits.
 
-    ``range`` is what a layer's codes span, the step times their number: steps of different tiers could not be compared. ``variation``
-    is its standard deviation over its mean, ``max_over_min`` its extremes, ``trend`` its Spearman correlation with sigma (1: the
-    noisier the wider).
+    ``range`` is what a layer's codes span, the step times their number: steps of different tiers could not be compared.
+    ``variation`` is its standard deviation over its mean, ``max_over_min`` its extremes, ``trend`` its Spearman
+    correlation with sigma (1: the noisier the wider).
     """
     layers = {}
     for path, span in ranges(config).items():

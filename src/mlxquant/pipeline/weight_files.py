@@ -1,11 +1,12 @@
 """Learned weights as the weight track leaves them: ``config.json`` and one ``weights/mmI.npz`` a block.
 
-A block's file holds, for every Linear of the block under its full path: ``{path}__weight_int`` int8 [out,in], the codes around zero;
-``{path}__scale`` float32 [out] (exactly representable in float16, as it will be stored); and, where the block was reconstructed with
-quantized activations, ``{path}__a_scale`` float32 [T], the steps of its input, with ``__a_sigma`` [T], ``__a_shift`` [T, 1 or in] and
-``__a_bits`` [T] and, if any entry is logarithmic, ``__a_log`` [T]. ``{path}__divisor`` float32 [in] is there when the codes stand for
-``W diag(divisor)``. The weight is ``scale * weight_int / divisor``, exactly; nothing has to be rounded again. Groups of columns,
-asymmetric grids, rotations and low-rank branches have no place in these files and are refused.
+A block's file holds, for every Linear of the block under its full path: ``{path}__weight_int`` int8 [out,in], the codes
+around zero; ``{path}__scale`` float32 [out] (exactly representable in float16, as it will be stored); and, where the
+block was reconstructed with quantized activations, ``{path}__a_scale`` float32 [T], the steps of its input, with
+``__a_sigma`` [T], ``__a_shift`` [T, 1 or in] and ``__a_bits`` [T] and, if any entry is logarithmic, ``__a_log`` [T].
+``{path}__divisor`` float32 [in] is there when the codes stand for ``W diag(divisor)``. The weight is ``scale *
+weight_int / divisor``, exactly; nothing has to be rounded again. Groups of columns, asymmetric grids, rotations and
+low-rank branches have no place in these files and are refused.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ def _beyond(layer: QuantizedLinear) -> str | None:
 
 
 class WeightFiles:
-    """The folder as the store of a sweep over blocks: finished blocks are files, the one in work has a checkpoint beside them.
+    """The folder as the store of a sweep over blocks: finished blocks are files, the one in work has a checkpoint
+    beside them.
 
     ``linears`` are the model's own layers: they give the biases, which rounding leaves alone.
     """
@@ -63,12 +65,16 @@ class WeightFiles:
 
     @classmethod
     def read(cls, folder: Path, stages: Sequence[Stage], linears: Mapping[str, nn.Linear]) -> WeightFiles:
-        """A finished folder; raises ArtifactError when it is missing, unfinished, damaged or of another number of blocks."""
+        """A finished folder; raises ArtifactError when it is missing, unfinished, damaged or of another number of
+        blocks.
+        """
         remedy = f"run '{COMMAND} --output-dir {folder}' first"
         files = cls(Ledger.read(folder / CONFIG, KIND, remedy).require_complete(COMMAND), stages, linears)
         wanted = {f"weights/{block_name(i)}.npz" for i in range(len(stages))}
         if set(files.ledger.files) != wanted:
-            raise ArtifactError(f"{folder / CONFIG}: lists {sorted(files.ledger.files)}, this model has {len(stages)} blocks; {remedy}")
+            raise ArtifactError(
+                f"{folder / CONFIG}: lists {sorted(files.ledger.files)}, this model has {len(stages)} blocks; {remedy}"
+            )
         return files
 
     @staticmethod
@@ -112,14 +118,22 @@ class WeightFiles:
         return self.ledger.folder / self._file(stage)
 
     def _layer(self, path: str, format: WeightFormat, arrays: Mapping[str, Array], clock: Clock) -> QuantizedLinear:
-        """A layer of ``format`` from its arrays; raises KeyError or an MlxQuantError when they are not what ``save`` wrote."""
+        """A layer of ``format`` from its arrays; raises KeyError or an MlxQuantError when they are not what ``save``
+        wrote.
+        """
         linear = self._linears[path]
         own = {key.removeprefix(path + "__"): value for key, value in arrays.items() if key.startswith(path + "__")}
         codes, scale = own["weight_int"].astype(np.int16) + format.zero_code, own["scale"]
-        if codes.shape != linear.weight.shape or scale.shape != codes.shape[:1] or codes.min() < 0 or codes.max() >= format.levels:
+        if (
+            codes.shape != linear.weight.shape
+            or scale.shape != codes.shape[:1]
+            or codes.min() < 0
+            or codes.max() >= format.levels
+        ):
             raise ArtifactError(
-                f"codes {codes.shape} from {codes.min() - format.zero_code} to {codes.max() - format.zero_code} and {scale.shape} scales "
-                f"found, {linear.weight.shape} codes of {format.bits} bits and {linear.weight.shape[:1]} scales expected"
+                f"codes {codes.shape} from {codes.min() - format.zero_code} to {codes.max() - format.zero_code} and"
+                f" {scale.shape} scales found, {linear.weight.shape} codes of {format.bits} bits and"
+                f" {linear.weight.shape[:1]} scales expected"
             )
         grid = Grid.symmetric(format, scale[:, None])
         if not np.array_equal(grid.scales[:, 0], scale):
@@ -133,13 +147,16 @@ class WeightFiles:
         return layer
 
     def save(self, stage: Stage, result: StageResult) -> None:
-        """Write a block's layers; raises ArtifactError, before anything is written, when the files cannot hold one of them."""
+        """Write a block's layers; raises ArtifactError, before anything is written, when the files cannot hold one of
+        them.
+        """
         arrays: dict[str, Array] = {}
         for path, layer in result.layers.items():
             if (strange := _beyond(layer)) is not None:
                 raise ArtifactError(
-                    f"{self._where(stage)}: layer {path} has {strange}, which these files cannot hold; expected symmetric codes with "
-                    "one scale a row and nothing beside them; use 'mlxquant quantize' for this recipe"
+                    f"{self._where(stage)}: layer {path} has {strange}, which these files cannot hold; expected"
+                    " symmetric codes with one scale a row and nothing beside them; use 'mlxquant quantize' for this"
+                    " recipe"
                 )
             arrays[f"{path}__weight_int"] = (layer.codes().astype(np.int16) - layer.format.zero_code).astype(np.int8)
             arrays[f"{path}__scale"] = layer.grid().scales[:, 0]
@@ -158,7 +175,9 @@ class WeightFiles:
         self.checkpoint(stage).clear()
 
     def finish(self) -> None:
-        """Mark the folder as complete. A run that was killed between a block's file and its checkpoint's end left the checkpoint."""
+        """Mark the folder as complete. A run that was killed between a block's file and its checkpoint's end left the
+        checkpoint.
+        """
         self.clear_checkpoints()
         self.ledger.save(complete=True)
 

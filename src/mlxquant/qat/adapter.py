@@ -13,8 +13,8 @@ from .options import QuantizationOptions
 
 
 class TrainedGPT(GPTAdapter):
-    """A GPT that runs as it was trained: one that was trained through rounding has integer layers and rounded activations, and is not
-    quantized again.
+    """A GPT that runs as it was trained: one that was trained through rounding has integer layers and rounded
+    activations, and is not quantized again.
     """
 
     @classmethod
@@ -26,5 +26,7 @@ class TrainedGPT(GPTAdapter):
 
     def twin(self) -> Self:
         if QuantizationOptions(self.facts.get(QUANTIZATION, {})).anything:
-            raise AdapterError("this GPT was trained through rounding and is quantized already; quantize one that was trained without")
+            raise AdapterError(
+                "this GPT was trained through rounding and is quantized already; quantize one that was trained without"
+            )
         return super().twin()

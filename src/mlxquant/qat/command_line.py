@@ -1,4 +1,6 @@
-"""The table of quantization options on a command line: any of them, in the seed's spelling or with dashes, and a help that stays short."""
+"""The table of quantization options on a command line: any of them, in the seed's spelling or with dashes, and a help
+that stays short.
+"""
 
 from __future__ import annotations
 
@@ -29,14 +31,24 @@ def quantization_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in reversed(OPTIONS.values()):
         command = _declared(option)(command)
     listing = click.option(
-        "--list-quantization", is_flag=True, is_eager=True, expose_value=False, callback=_list, help="List every quantization option."
+        "--list-quantization",
+        is_flag=True,
+        is_eager=True,
+        expose_value=False,
+        callback=_list,
+        help="List every quantization option.",
     )
     return listing(command)
 
 
 def _declared(option: Option) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     dashed = option.name.replace("_", "-")
-    kinds = {"flag": click.BOOL, "bits": click.IntRange(2, 8), "count": click.IntRange(0), "choice": click.Choice(option.choices)}
+    kinds = {
+        "flag": click.BOOL,
+        "bits": click.IntRange(2, 8),
+        "count": click.IntRange(0),
+        "choice": click.Choice(option.choices),
+    }
     spelled = f"--{dashed}/--no-{dashed}" if option.kind == "flag" else f"--{dashed}"
     text = f"{option.help}  [default: {_default(option)}]"
     return click.option(spelled, option.name, type=kinds[option.kind], default=None, help=text, hidden=option.special)
@@ -60,4 +72,7 @@ def table() -> list[str]:
     takes = {"flag": "", "bits": "2-8", "count": "N"}
     rows = [(f"--{name}", takes.get(option.kind, "|".join(option.choices)), option) for name, option in OPTIONS.items()]
     width = max(len(name) for name, _, _ in rows)
-    return [f"{name:<{width}}  {option.help}  [{what + '; ' if what else ''}default: {_default(option)}]" for name, what, option in rows]
+    return [
+        f"{name:<{width}}  {option.help}  [{what + '; ' if what else ''}default: {_default(option)}]"
+        for name, what, option in rows
+    ]

@@ -12,10 +12,14 @@ from .options import EMBEDDINGS, POINTS, PROJECTIONS, TOKEN, QuantizationOptions
 from .ramp import Ramp
 
 
-def quantize_while_training(model: GPT, options: QuantizationOptions, seed: int = 0, dtype: mx.Dtype = mx.float32) -> Ramp:
-    """Replace in place what the options quantize; the returned ramp says when, and stands after training until an iteration is set.
+def quantize_while_training(
+    model: GPT, options: QuantizationOptions, seed: int = 0, dtype: mx.Dtype = mx.float32
+) -> Ramp:
+    """Replace in place what the options quantize; the returned ramp says when, and stands after training until an
+    iteration is set.
 
-    ``seed`` is that of stochastic rounding, ``dtype`` that of the activations. The parameters keep their names and their values.
+    ``seed`` is that of stochastic rounding, ``dtype`` that of the activations. The parameters keep their names and
+    their values.
     """
     ramp = Ramp(options["quantization_warmup_iters"], options["full_quant_iteration"], seed)
     for number, block in enumerate(model.layers):
@@ -32,7 +36,9 @@ def _quantize_block(block: nn.Module, place: str, options: QuantizationOptions, 
         names = [name for name, projection in PROJECTIONS.items() if projection.path == path]
         quantizers = [options.projection(name) for name in sorted(names, key=lambda name: PROJECTIONS[name].part)]
         if any(quantizers):
-            set_module(block, path, QuantizingLinear(get_module(block, path), quantizers, Site(f"{place}.{path}", ramp)))
+            set_module(
+                block, path, QuantizingLinear(get_module(block, path), quantizers, Site(f"{place}.{path}", ramp))
+            )
     axes = ROW if options["activations_quant_scale"] == TOKEN else None
     for group, points in POINTS.items():
         for point in points:

@@ -19,8 +19,8 @@ QUANTIZATION = "quantization"  # the fact that holds a folder's options
 
 
 def quantized_gpt(folder: Path) -> tuple[GPT, ByteTokenizer | CharTokenizer, dict[str, Any]]:
-    """A model that 'mlxquant train-gpt' wrote as it runs after training: weights and activations rounded to nearest, stored activations
-    at their points. One that was trained without quantization comes as it is.
+    """A model that 'mlxquant train-gpt' wrote as it runs after training: weights and activations rounded to nearest,
+    stored activations at their points. One that was trained without quantization comes as it is.
 
     Raises ArtifactError on a missing, damaged or foreign folder.
     """

@@ -1,4 +1,6 @@
-"""A model that learned quantized as one of integer layers: the codes that it was trained through, packed, so that sizes are real."""
+"""A model that learned quantized as one of integer layers: the codes that it was trained through, packed, so that sizes
+are real.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ from .options import PROJECTIONS
 
 
 class RowParts(nn.Module):
-    """Linears that read the same input and write one output after the other: a matrix whose rows are not all on one kind of grid."""
+    """Linears that read the same input and write one output after the other: a matrix whose rows are not all on one
+    kind of grid.
+    """
 
     def __init__(self, parts: Sequence[nn.Module]):
         super().__init__()
@@ -36,10 +40,11 @@ def quantizing_weights(model: nn.Module) -> dict[str, QuantizingWeight]:
 
 
 def to_integer_layers(model: GPT) -> GPT:
-    """Put integer layers in the place of those that the model was trained through, in place; points at which activations are rounded stay.
+    """Put integer layers in the place of those that the model was trained through, in place; points at which
+    activations are rounded stay.
 
-    The weights are bit for bit those that the model computes with after training. Where rows of a matrix have different bits, or some of
-    them none, a ``RowParts`` holds a layer for each.
+    The weights are bit for bit those that the model computes with after training. Where rows of a matrix have different
+    bits, or some of them none, a ``RowParts`` holds a layer for each.
     """
     for path, layer in quantizing_weights(model).items():
         coded = layer.coded()
@@ -74,18 +79,26 @@ def _codes_and_grid(parts: Sequence[Coded]) -> tuple[np.ndarray, Grid]:
     """Codes uint8 [out,in] of parts with the same bits, one below the other, and the grid they share."""
     codes = np.concatenate([np.array(part.codes).astype(np.uint8) for part in parts])
     scales, biases = (
-        np.concatenate([np.broadcast_to(np.array(values), (part.codes.shape[0], 1)) for part, values in zip(parts, pair, strict=True)])
+        np.concatenate(
+            [
+                np.broadcast_to(np.array(values), (part.codes.shape[0], 1))
+                for part, values in zip(parts, pair, strict=True)
+            ]
+        )
         for pair in ([part.scale for part in parts], [part.bias for part in parts])
     )
     zero = 2 ** (parts[0].bits - 1)
     one = len(parts) == 1 and parts[0].scale.size == 1
-    format = WeightFormat(parts[0].bits, "tensor" if one else "channel", symmetric=bool((biases == -zero * scales).all()))
+    format = WeightFormat(
+        parts[0].bits, "tensor" if one else "channel", symmetric=bool((biases == -zero * scales).all())
+    )
     return codes, Grid(format, scales, biases)
 
 
 def quantized_values(model: GPT) -> dict[str, mx.array]:
-    """What is stored of a model that learned quantized, by name: of each weight and each kept activation ``codes`` int8, ``bits``, and
-    ``scale`` and ``zero_point`` float32 that broadcast against the codes: ``value = scale * (codes - zero_point)``.
+    """What is stored of a model that learned quantized, by name: of each weight and each kept activation ``codes``
+    int8, ``bits``, and ``scale`` and ``zero_point`` float32 that broadcast against the codes: ``value = scale * (codes
+    - zero_point)``.
 
     The rows of q, k and v come apart, under their own names.
     """

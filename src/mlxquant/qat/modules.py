@@ -1,7 +1,9 @@
-"""The layers that a model is trained through. They have the parameters of what they replace, under the same names and in full precision.
+"""The layers that a model is trained through. They have the parameters of what they replace, under the same names and
+in full precision.
 
-Weights share a scale within an output row (an embedding's token), and the scale is the float16 number that a layer stores; ternary ones
-share one, as 2402.17764 has it. Activations share one within a tensor, as in seed 003, or within a token, which depends on no other token.
+Weights share a scale within an output row (an embedding's token), and the scale is the float16 number that a layer
+stores; ternary ones share one, as 2402.17764 has it. Activations share one within a tensor, as in seed 003, or within a
+token, which depends on no other token.
 """
 
 from __future__ import annotations
@@ -45,7 +47,9 @@ class QuantizingWeight(nn.Module):
         return list(mx.split(self.weight, len(self._quantizers)))
 
     def coded(self, training: bool = False) -> list[Coded | None]:
-        """The parts on their grids, ``training`` with the random numbers of this iteration; None for a part that is not quantized."""
+        """The parts on their grids, ``training`` with the random numbers of this iteration; None for a part that is not
+        quantized.
+        """
         coded = []
         for number, (quantizer, part) in enumerate(zip(self._quantizers, self.parts(), strict=True)):
             key = self._site.ramp.key(f"{self._site.place}.{number}") if training else None
@@ -75,7 +79,9 @@ class QuantizingLinear(QuantizingWeight):
 
 
 class QuantizingEmbedding(QuantizingWeight):
-    """A table with its rows rounded, also where it projects to the vocabulary; ``dtype`` is that of what it looks up."""
+    """A table with its rows rounded, also where it projects to the vocabulary; ``dtype`` is that of what it
+    looks up.
+    """
 
     def __init__(self, embedding: nn.Embedding, quantizer: Quantizer, site: Site, dtype: mx.Dtype = mx.float32):
         super().__init__(embedding.weight, [quantizer], site)

@@ -1,7 +1,8 @@
-"""Every switch of quantization-aware training, from one table: which tensors are quantized, how, and with how many bits.
+"""Every switch of quantization-aware training, from one table: which tensors are quantized, how, and with how many
+bits.
 
-The names are those of seed 003. An option that is not given follows another one, or has a default; an option that is given always counts,
-also an explicit no. That is the one rule, and ``QuantizationOptions`` applies it to all of them.
+The names are those of seed 003. An option that is not given follows another one, or has a default; an option that is
+given always counts, also an explicit no. That is the one rule, and ``QuantizationOptions`` applies it to all of them.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from ..methods.fake_quantizers import Quantizer
 
 POINTS = {  # where an activation can be quantized: the seams of a GPT's blocks, in the order in which tensors pass them
     "attn": (
-        "input", "qk_mult_q_input", "qk_mult_k_input", "softmax_input", "pv_mult_p_input", "pv_mult_v_input", "pv_mult_output", "output",
+        "input", "qk_mult_q_input", "qk_mult_k_input", "softmax_input", "pv_mult_p_input", "pv_mult_v_input",
+        "pv_mult_output", "output",
     ),
     "mlp": ("input", "activation_input", "activation_output", "output"),
 }  # fmt: skip
@@ -29,7 +31,9 @@ TENSOR, TOKEN = "tensor", "token"
 
 @dataclass(frozen=True)
 class Projection:
-    """A matrix of a block: its global option's group, its Linear, and which of that Linear's equal parts of rows it is."""
+    """A matrix of a block: its global option's group, its Linear, and which of that Linear's equal parts of
+    rows it is.
+    """
 
     group: str
     path: str
@@ -49,7 +53,9 @@ PROJECTIONS = {
 
 @dataclass(frozen=True)
 class Option:
-    """A switch: ``kind`` says what values it takes, ``follows`` whose value it has where it is not given, if not ``default``."""
+    """A switch: ``kind`` says what values it takes, ``follows`` whose value it has where it is not given, if not
+    ``default``.
+    """
 
     name: str
     kind: Literal["flag", "bits", "count", "choice"]
@@ -79,7 +85,11 @@ def _linears(methods: tuple[str, ...]) -> list[Option]:
     for group in POINTS:
         what = f"What the matrices of {group} are."
         found.append(Option(f"linear_variant_{group}", "choice", what, default=LINEAR, choices=variants))
-    found.append(Option("quantize_linear_method", "choice", "How weights are quantized.", default="symmetric_quant", choices=methods))
+    found.append(
+        Option(
+            "quantize_linear_method", "choice", "How weights are quantized.", default="symmetric_quant", choices=methods
+        )
+    )
     found.append(Option("quantize_linear_bits", "bits", "Bits of weights.", default=8))
     for name, projection in PROJECTIONS.items():
         what, follows = f"Of {name}, in {projection.path}.", f"linear_variant_{projection.group}"
@@ -95,18 +105,32 @@ def _linears(methods: tuple[str, ...]) -> list[Option]:
 def _own(name: str, methods: tuple[str, ...]) -> list[Option]:
     """A weight's own method and bits."""
     return [
-        Option(f"{name}_method", "choice", "Its method.", follows="quantize_linear_method", choices=methods, special=True),
+        Option(
+            f"{name}_method", "choice", "Its method.", follows="quantize_linear_method", choices=methods, special=True
+        ),
         Option(f"{name}_bits", "bits", "Its bits.", follows="quantize_linear_bits", special=True),
     ]
 
 
 def _general(methods: tuple[str, ...]) -> list[Option]:
     return [
-        Option("activations_quant_method", "choice", "How activations are quantized.", default="affine_quant", choices=methods),
+        Option(
+            "activations_quant_method",
+            "choice",
+            "How activations are quantized.",
+            default="affine_quant",
+            choices=methods,
+        ),
         Option("activations_quant_scale", "choice", "What shares a scale.", default=TENSOR, choices=(TENSOR, TOKEN)),
         Option("store_activations", "flag", "Keep the last quantized activations, and save them.", default=False),
         Option("quantization_warmup_iters", "count", "Iterations before anything is quantized.", default=100),
-        Option("quantization_level_schedule", "choice", "How quantization sets in then.", default=STEP, choices=(STEP, RAMP)),
+        Option(
+            "quantization_level_schedule",
+            "choice",
+            "How quantization sets in then.",
+            default=STEP,
+            choices=(STEP, RAMP),
+        ),
         Option("full_quant_iteration", "count", "When it is complete, with a linear schedule."),
     ]
 
@@ -128,7 +152,9 @@ class QuantizationOptions:
     def __post_init__(self) -> None:
         for name, value in self.given.items():
             if name not in OPTIONS:
-                raise RecipeError(f"unknown quantization option {name!r}; 'mlxquant train-gpt --list-quantization' lists all")
+                raise RecipeError(
+                    f"unknown quantization option {name!r}; 'mlxquant train-gpt --list-quantization' lists all"
+                )
             option = OPTIONS[name]
             if option.choices and value not in option.choices:
                 raise RecipeError(f"{name}: expected one of {list(option.choices)}, found {value!r}")

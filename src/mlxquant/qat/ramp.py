@@ -1,7 +1,7 @@
 """When quantization sets in: one small object that the training loop sets and the quantizing modules read.
 
-It holds the iteration and nothing else. The level and every random number are functions of it, so a run that is killed and resumed goes on
-as if nothing had happened.
+It holds the iteration and nothing else. The level and every random number are functions of it, so a run that is killed
+and resumed goes on as if nothing had happened.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import numpy as np
 
 @dataclass
 class Ramp:
-    """``level`` is 0 for ``warmup`` iterations, then 1, or, with ``full``, on a straight line to 1 at iteration ``full``.
+    """``level`` is 0 for ``warmup`` iterations, then 1, or, with ``full``, on a straight line to 1 at iteration
+    ``full``.
 
     ``iteration`` None is after training: everything is quantized, and rounded to nearest.
     """

@@ -19,7 +19,9 @@ DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
 
 def fresh_gpt(config: GPTConfig, seed: int) -> GPT:
-    """GPT-2's start: matrices normal with deviation 0.02, those that write into the residual stream divided by sqrt(2 layers)."""
+    """GPT-2's start: matrices normal with deviation 0.02, those that write into the residual stream divided by sqrt(2
+    layers).
+    """
     model = GPT(config)
     rng = np.random.default_rng(seed)
     started = []
@@ -41,7 +43,9 @@ def batch(tokens: Array, seed: int, step: int, size: int, length: int) -> tuple[
 
 
 def build_optimizer(steps: int, learning_rate: float, weight_decay: float = 0.1) -> optim.Optimizer:
-    """AdamW: linear warm-up over a twentieth of the run, at most 100 steps, then a cosine to a tenth of the peak rate."""
+    """AdamW: linear warm-up over a twentieth of the run, at most 100 steps, then a cosine to a tenth of the
+    peak rate.
+    """
     warmup = min(100, steps // 20 + 1)
     rise = optim.linear_schedule(1e-6, learning_rate, warmup)
     fall = optim.cosine_decay(learning_rate, max(steps - warmup, 1), learning_rate / 10)
@@ -55,14 +59,22 @@ def loss(model: GPT, inputs: mx.array, targets: mx.array) -> mx.array:
 
 
 def cast(model: GPT, dtype: mx.Dtype) -> None:
-    """Parameters in ``dtype``, but for weights that are rounded to a grid: those are cast after that, by their layers."""
+    """Parameters in ``dtype``, but for weights that are rounded to a grid: those are cast after that, by their
+    layers.
+    """
     for _, module in model.named_modules():
         if not isinstance(module, QuantizingWeight):
-            own = {name: value.astype(dtype) for name, value in module.items() if isinstance(value, mx.array) and not name.startswith("_")}
+            own = {
+                name: value.astype(dtype)
+                for name, value in module.items()
+                if isinstance(value, mx.array) and not name.startswith("_")
+            }
             module.update(own)
 
 
-def training_step(model: GPT, optimizer: optim.Optimizer, dtype: mx.Dtype = mx.float32) -> Callable[[mx.array, mx.array], mx.array]:
+def training_step(
+    model: GPT, optimizer: optim.Optimizer, dtype: mx.Dtype = mx.float32
+) -> Callable[[mx.array, mx.array], mx.array]:
     """One update on a batch, gradients clipped to norm 1; returns the loss.
 
     The parameters stay in float32; forwards and backwards run in ``dtype``.
@@ -86,7 +98,9 @@ def training_step(model: GPT, optimizer: optim.Optimizer, dtype: mx.Dtype = mx.f
     return update
 
 
-def mean_loss(model: GPT, tokens: Array, seed: int, batches: int, size: int, length: int, dtype: mx.Dtype = mx.float32) -> float:
+def mean_loss(
+    model: GPT, tokens: Array, seed: int, batches: int, size: int, length: int, dtype: mx.Dtype = mx.float32
+) -> float:
     """The loss on windows of a text, the same ones every time, in nats a token; the model is left as it was."""
     precise = model.parameters()
     model.eval()

@@ -1,8 +1,8 @@
 """Which layers a list of patterns names, and an error with the nearest names where it names none.
 
-A pattern is a glob over a layer's whole dotted path, or over that of a module that holds it: "backbone" is all in the backbone,
-"*.attn" all of every attention. A name without dots and wildcards is also the last part of a path, so "lm_head" is "model.lm_head".
-A compiled regular expression is searched for in the path.
+A pattern is a glob over a layer's whole dotted path, or over that of a module that holds it: "backbone" is all in the
+backbone, "*.attn" all of every attention. A name without dots and wildcards is also the last part of a path, so
+"lm_head" is "model.lm_head". A compiled regular expression is searched for in the path.
 """
 
 from __future__ import annotations
@@ -20,9 +20,13 @@ WILDCARDS = "*?["
 
 def as_list(patterns: Pattern | Iterable[Pattern]) -> list[Pattern]:
     """One pattern, or several; raises RecipeError on anything else."""
-    found = list(patterns) if isinstance(patterns, Iterable) and not isinstance(patterns, str | re.Pattern) else [patterns]
+    found = (
+        list(patterns) if isinstance(patterns, Iterable) and not isinstance(patterns, str | re.Pattern) else [patterns]
+    )
     if other := [pattern for pattern in found if not isinstance(pattern, str | re.Pattern)]:
-        raise RecipeError(f"a pattern is a glob or a compiled regular expression, found {other[0]!r}; pass one of them, or a list")
+        raise RecipeError(
+            f"a pattern is a glob or a compiled regular expression, found {other[0]!r}; pass one of them, or a list"
+        )
     return found
 
 
@@ -53,4 +57,6 @@ def require_matches(option: str, patterns: Iterable[Pattern], paths: Iterable[st
             wanted = re.sub(r"[^\w.]", "", text).strip(".")
             near = get_close_matches(wanted, [*seen, *(path.rpartition(".")[2] for path in seen)], 3, 0.5)
             hint = ", ".join(dict.fromkeys(near or seen[:3])) or "none"
-            raise RecipeError(f"{option} pattern {text!r} matches none of the model's {len(seen)} layers; such as: {hint}")
+            raise RecipeError(
+                f"{option} pattern {text!r} matches none of the model's {len(seen)} layers; such as: {hint}"
+            )

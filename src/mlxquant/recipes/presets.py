@@ -1,7 +1,9 @@
-"""Recipes by name: ``METHOD[+INGREDIENT...]-SPEC``, such as ``gptq-w4a8``, ``rtn-w3a16-g128`` or ``qronos+rotation+whitened16-w4a4``.
+"""Recipes by name: ``METHOD[+INGREDIENT...]-SPEC``, such as ``gptq-w4a8``, ``rtn-w3a16-g128`` or
+``qronos+rotation+whitened16-w4a4``.
 
-Every registered rounding method is a METHOD, with its steps searched, beside those in ``METHODS``. Every registered method of the
-``NAMED`` kinds is an INGREDIENT, beside those in ``INGREDIENTS``; so what is registered can be named at once.
+Every registered rounding method is a METHOD, with its steps searched, beside those in ``METHODS``. Every registered
+method of the ``NAMED`` kinds is an INGREDIENT, beside those in ``INGREDIENTS``; so what is registered can be named at
+once.
 """
 
 from __future__ import annotations
@@ -71,7 +73,14 @@ METHODS = {
     "quarot": Method(transforms=("rotation",)),
     "svdquant": Method(transforms=("smoothquant",), branch="svd", rank=RANK),
     "adaround": Method(rounding="rtn", reconstruct="adaround"),
-    "tcaqdm": Method(rounding="rtn", reconstruct="adaround", transforms=("tcaq",), range="dynamic", rounds=2, probabilities=LIKE_INPUTS),
+    "tcaqdm": Method(
+        rounding="rtn",
+        reconstruct="adaround",
+        transforms=("tcaq",),
+        range="dynamic",
+        rounds=2,
+        probabilities=LIKE_INPUTS,
+    ),
     "mixed": Method(mixed=True),
     "taqdit": Method(reconstruct="adaround", transforms=("smoothquant",), shift=True, budget=BUDGET, sensitivity=True),
 }
@@ -115,7 +124,9 @@ def _with(method: Method, ingredient: str) -> Method:
     name, rank = ingredient.rstrip("0123456789"), ingredient[len(ingredient.rstrip("0123456789")) :]
     if ingredient in INGREDIENTS:
         if isinstance(method.probabilities, int) and "probabilities" in INGREDIENTS[ingredient]:
-            raise RecipeError(f"{ingredient!r} comes after 'softmax{method.probabilities}'; a recipe has one width of probabilities")
+            raise RecipeError(
+                f"{ingredient!r} comes after 'softmax{method.probabilities}'; a recipe has one width of probabilities"
+            )
         return replace(method, **INGREDIENTS[ingredient])
     if limit := re.fullmatch(r"mixed(\d+(?:\.\d+)?)", ingredient):
         return replace(method, mixed=True, bits_per_weight=float(limit[1]))
@@ -126,14 +137,19 @@ def _with(method: Method, ingredient: str) -> Method:
     kind = next((kind for kind in NAMED if any(found.name == ingredient for found in registry.members(kind))), None)
     if kind == "transform":
         if "rotation" in method.transforms:
-            raise RecipeError(f"{ingredient!r} comes after 'rotation', which must be the last: mixed channels have no scales")
+            raise RecipeError(
+                f"{ingredient!r} comes after 'rotation', which must be the last: mixed channels have no scales"
+            )
         return replace(method, transforms=(*method.transforms, ingredient))
     if kind == "range" and method.range not in (Method.range, ingredient):
         raise RecipeError(f"{ingredient!r} comes after {method.range!r}; a recipe has one range method")
     if kind is not None:
         fields: dict[str, Any] = {kind: ingredient}
         return replace(method, **fields)
-    raise RecipeError(f"unknown ingredient {ingredient!r}; known: {', '.join(sorted(ingredients()))}, and a rank after {sorted(branches)}")
+    raise RecipeError(
+        f"unknown ingredient {ingredient!r}; known: {', '.join(sorted(ingredients()))}, and a rank after"
+        f" {sorted(branches)}"
+    )
 
 
 def parse_spec(text: str, method: Method) -> LayerSpec:
@@ -152,7 +168,9 @@ def parse_spec(text: str, method: Method) -> LayerSpec:
 
 
 def parse_override(text: str, method: Method) -> tuple[str, LayerSpec | None]:
-    """A rule ``PATTERN=SPEC``; SPEC is a preset's name without its method, such as w8a16, or ``keep``. Raises RecipeError."""
+    """A rule ``PATTERN=SPEC``; SPEC is a preset's name without its method, such as w8a16, or ``keep``. Raises
+    RecipeError.
+    """
     pattern, equals, spec = text.partition("=")
     if not equals or not pattern:
         raise RecipeError(f"override {text!r}: expected PATTERN=SPEC, such as '*.mlp.fc2=w8a16' or '@attention=keep'")
@@ -162,8 +180,8 @@ def parse_override(text: str, method: Method) -> tuple[str, LayerSpec | None]:
 def parse_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     """A preset by name behind the rules of ``overrides`` (see ``parse_override``), which keep its method.
 
-    Modulation, embedders and the output layer keep at least 8 bits and unquantized inputs: their error enters every block at every
-    step.
+    Modulation, embedders and the output layer keep at least 8 bits and unquantized inputs: their error enters every
+    block at every step.
     """
     match = re.fullmatch(r"(.+?)-(w\d.*)", name)
     try:
@@ -192,9 +210,16 @@ def parse_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def refuse_idle(name: str, ingredients: Sequence[str], method: Method, inputs: bool) -> None:
-    """Raise RecipeError on an ingredient that would do nothing: about ``inputs`` where none are quantized, or about no damping at all."""
+    """Raise RecipeError on an ingredient that would do nothing: about ``inputs`` where none are quantized, or about no
+    damping at all.
+    """
     about_inputs = {"shift", "tiers", *(found.name for found in registry.members("range"))}
     if not inputs and (idle := [ingredient for ingredient in ingredients if ingredient in about_inputs]):
-        raise RecipeError(f"recipe {name}: {idle[0]!r} is about quantized inputs, and a16 has none; leave it out, or choose a8, a6 or a4")
+        raise RecipeError(
+            f"recipe {name}: {idle[0]!r} is about quantized inputs, and a16 has none; leave it out, or choose a8, a6"
+            " or a4"
+        )
     if method.held_out and not (method.corrected or method.branch or registry.get("round", method.rounding).damped):
-        raise RecipeError(f"recipe {name}: 'damped' chooses a damping, and {method.rounding} has none; leave it out, or round by gptq")
+        raise RecipeError(
+            f"recipe {name}: 'damped' chooses a damping, and {method.rounding} has none; leave it out, or round by gptq"
+        )

@@ -1,7 +1,7 @@
 """Recipes: which format and which methods for which layer.
 
-A recipe is an ordered list of rules; the first rule whose pattern matches a layer's path decides. A pattern is a glob over the
-dotted path, or ``@role`` for a role that the model's adapter names. ``presets`` has recipes by name.
+A recipe is an ordered list of rules; the first rule whose pattern matches a layer's path decides. A pattern is a glob
+over the dotted path, or ``@role`` for a role that the model's adapter names. ``presets`` has recipes by name.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ ROLES = ("attention", "mlp", "modulation", "embedder", "output")
 
 @dataclass(frozen=True)
 class ActivationSpec:
-    """Activation quantization: ``bits`` 4, 6 or 8; ``range`` a range method; static, with one entry a timestep, or one for all. With
-    ``per_token`` each token gets a scale of its own while the model runs, and nothing is calibrated.
+    """Activation quantization: ``bits`` 4, 6 or 8; ``range`` a range method; static, with one entry a timestep, or one
+    for all. With ``per_token`` each token gets a scale of its own while the model runs, and nothing is calibrated.
 
-    With a ``budget`` each layer takes at each timestep the fewest bits, at most ``bits``, whose error on calibration data stays within
-    it. The budget is mean squared velocity error in a recipe with ``sensitivity``, and relative squared error of the layer's output in
-    one without. With ``shift`` post-GELU inputs are shifted where that lowers the error.
+    With a ``budget`` each layer takes at each timestep the fewest bits, at most ``bits``, whose error on calibration
+    data stays within it. The budget is mean squared velocity error in a recipe with ``sensitivity``, and relative
+    squared error of the layer's output in one without. With ``shift`` post-GELU inputs are shifted where that lowers
+    the error.
     """
 
     bits: int = 8
@@ -40,21 +41,29 @@ class ActivationSpec:
 
     def __post_init__(self) -> None:
         if self.per_token and (self.range != "extremes" or self.budget is not None or self.shift):
-            raise RecipeError("activations with a scale a token have no range method, budget or shift; leave '-token' out, or those")
+            raise RecipeError(
+                "activations with a scale a token have no range method, budget or shift; leave '-token' out, or those"
+            )
         if self.bits not in BITS[:-1]:
-            raise RecipeError(f"activation bits must be one of {BITS[:-1]}, found {self.bits}; leave the activation out for 16")
+            raise RecipeError(
+                f"activation bits must be one of {BITS[:-1]}, found {self.bits}; leave the activation out for 16"
+            )
         if self.budget is not None and not 0 < self.budget < inf:
-            raise RecipeError(f"the error budget of activations must be a positive number, found {self.budget}; None fixes the bits")
+            raise RecipeError(
+                f"the error budget of activations must be a positive number, found {self.budget}; None fixes the bits"
+            )
 
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """What happens to a layer: weight format, how its steps are chosen, how it is rounded, and its activations (None: not quantized).
+    """What happens to a layer: weight format, how its steps are chosen, how it is rounded, and its activations (None:
+    not quantized).
 
-    Before that ``transforms`` are tried on its input, in this order, and a ``branch`` of the given ``rank`` takes what low-rank float16
-    factors can from the weight. ``corrected`` aims the rounding at weights that make up for the error of the layers before; with
-    ``held_out`` the damping of the rounding is chosen on tokens that it has not seen; the method ``refine`` then improves steps and codes
-    by turns. ``reconstruct`` names the method that learns the codes of a stage together, starting from these.
+    Before that ``transforms`` are tried on its input, in this order, and a ``branch`` of the given ``rank`` takes what
+    low-rank float16 factors can from the weight. ``corrected`` aims the rounding at weights that make up for the error
+    of the layers before; with ``held_out`` the damping of the rounding is chosen on tokens that it has not seen; the
+    method ``refine`` then improves steps and codes by turns. ``reconstruct`` names the method that learns the codes of
+    a stage together, starting from these.
     """
 
     weight: WeightFormat
@@ -73,7 +82,8 @@ class LayerSpec:
         if (self.corrected or self.refine) and registry.get("round", self.rounding).cross:
             wrong = "corrected" if self.corrected else self.refine
             raise RecipeError(
-                f"{self.rounding} makes up for the layers before by itself; for {wrong!r} use gptq+corrected or descent+corrected"
+                f"{self.rounding} makes up for the layers before by itself; for {wrong!r} use gptq+corrected or"
+                " descent+corrected"
             )
 
     @property
@@ -96,7 +106,9 @@ class LayerSpec:
 
     @property
     def careful(self) -> LayerSpec:
-        """At least 8 bits and nothing that changes or quantizes the input: for layers whose error enters every block at every step."""
+        """At least 8 bits and nothing that changes or quantizes the input: for layers whose error enters every block at
+        every step.
+        """
         weight = replace(self.weight, bits=max(8, self.weight.bits))
         return replace(self.start.without_branch(), weight=weight, activation=None, transforms=())
 
@@ -108,14 +120,16 @@ class LayerSpec:
 
 @dataclass(frozen=True)
 class Recipe:
-    """``rules``: pattern and specification (None keeps the layer as it is), in order. ``gate``: keep round-to-nearest where it wins.
+    """``rules``: pattern and specification (None keeps the layer as it is), in order. ``gate``: keep round-to-nearest
+    where it wins.
 
-    ``learning`` is for the layers that are reconstructed. With ``sensitivity`` errors inside the model count as far as they change
-    what it predicts; without, all channels and noise levels count the same. ``sequential`` rounds a block's layers one after the
-    other, each on what the rounded ones before it write. ``rounds`` above 1 calibrates again on what the quantized model draws (TCAQ-DM's
-    progressive alignment) and quantizes again. ``probabilities`` are the bits of attention probabilities, None leaves those as they are.
-    ``bits_per_weight`` and ``bits_per_activation`` limit averages over the quantized layers, which then get bits of their own; ``mixed``
-    alone limits weights to what the recipe's own formats take.
+    ``learning`` is for the layers that are reconstructed. With ``sensitivity`` errors inside the model count as far as
+    they change what it predicts; without, all channels and noise levels count the same. ``sequential`` rounds a block's
+    layers one after the other, each on what the rounded ones before it write. ``rounds`` above 1 calibrates again on
+    what the quantized model draws (TCAQ-DM's progressive alignment) and quantizes again. ``probabilities`` are the bits
+    of attention probabilities, None leaves those as they are. ``bits_per_weight`` and ``bits_per_activation`` limit
+    averages over the quantized layers, which then get bits of their own; ``mixed`` alone limits weights to what the
+    recipe's own formats take.
     """
 
     name: str
@@ -138,10 +152,14 @@ class Recipe:
     def plan(self, layers: Mapping[str, str]) -> dict[str, LayerSpec]:
         """Layers (path to role) to what happens to each; raises RecipeError when a glob matches no layer at all."""
         if not layers:
-            raise RecipeError(f"recipe {self.name}: the model has no linear layer in full precision; perhaps it is quantized already")
+            raise RecipeError(
+                f"recipe {self.name}: the model has no linear layer in full precision; perhaps it is quantized already"
+            )
         for pattern, _ in self.rules:
             if pattern.startswith("@") and pattern[1:] not in ROLES:
-                raise RecipeError(f"recipe {self.name}: unknown role {pattern!r}; roles are {', '.join('@' + role for role in ROLES)}")
+                raise RecipeError(
+                    f"recipe {self.name}: unknown role {pattern!r}; roles are {', '.join('@' + role for role in ROLES)}"
+                )
             if not pattern.startswith("@") and not any(_matches(pattern, path, role) for path, role in layers.items()):
                 raise RecipeError(
                     f"recipe {self.name}: pattern {pattern!r} matches none of the model's {len(layers)} layers, "

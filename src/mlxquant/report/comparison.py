@@ -1,4 +1,6 @@
-"""The picture that users show each other: reference and quantized images side by side, with amplified differences and figures."""
+"""The picture that users show each other: reference and quantized images side by side, with amplified differences and
+figures.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +28,8 @@ INK, PALE, PAPER, LINE = (25, 25, 28), (105, 105, 112), (255, 255, 255), (222, 2
 class Comparison:
     """Pictures [B,H,W,3] in [0,1] by model name, the reference first.
 
-    ``psnr_db`` has the decibels [B] of every other model against it; ``accuracy`` the share of prompt attributes that each model's
-    pictures obey (over all, and per picture), empty where the model cannot tell.
+    ``psnr_db`` has the decibels [B] of every other model against it; ``accuracy`` the share of prompt attributes that
+    each model's pictures obey (over all, and per picture), empty where the model cannot tell.
     """
 
     prompts: list[Prompt]
@@ -62,7 +64,9 @@ class Comparison:
         return " · ".join(parts)
 
     def draw(self, rows: int = 8, amplify: float = 8.0) -> Image.Image:
-        """The comparison as a picture: one row a prompt (the first ``rows``), reference, models, then differences times ``amplify``."""
+        """The comparison as a picture: one row a prompt (the first ``rows``), reference, models, then differences times
+        ``amplify``.
+        """
         names = list(self.images)
         others = names[1:]
         shown = min(rows, len(self.prompts))
@@ -72,7 +76,9 @@ class Comparison:
         row_height = CAPTION + height + LABEL + GAP
         page = Image.new("RGB", (GAP + columns * (CELL + GAP), HEADER + shown * row_height + LABEL), PAPER)
         pen = ImageDraw.Draw(page)
-        titles = [(name, self.figures(name)) for name in names] + [(f"{name} - {names[0]}", f"difference x {amplify:g}") for name in others]
+        titles = [(name, self.figures(name)) for name in names] + [
+            (f"{name} - {names[0]}", f"difference x {amplify:g}") for name in others
+        ]
         for column, (title, figures) in enumerate(titles):
             x = GAP + column * (CELL + GAP)
             pen.text((x, 10), _fitted(title, CELL, _font(15)), INK, _font(15))

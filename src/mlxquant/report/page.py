@@ -24,7 +24,8 @@ SIZE_METRICS = 4  # quality over size for so many metrics
 
 
 def write_page(folder: Path) -> Path:
-    """Write ``report.html`` from ``report.json``, ``layers/`` and ``images/`` of the folder; equal folders give equal bytes.
+    """Write ``report.html`` from ``report.json``, ``layers/`` and ``images/`` of the folder; equal folders give equal
+    bytes.
 
     Raises ArtifactError when one of these is missing, damaged, or of another version.
     """
@@ -35,9 +36,13 @@ def write_page(folder: Path) -> Path:
             for model in report["results"]
             if model["quantized"]
         }
-        html = render(report, layers, page_pictures.embed(folder, [report["reference"], *report["results"]], report["prompts"]))
+        html = render(
+            report, layers, page_pictures.embed(folder, [report["reference"], *report["results"]], report["prompts"])
+        )
     except (KeyError, TypeError, IndexError, AttributeError) as error:
-        raise ArtifactError(f"{folder / 'report.json'}: incomplete or of another version ({error!r}); run the evaluation again") from error
+        raise ArtifactError(
+            f"{folder / 'report.json'}: incomplete or of another version ({error!r}); run the evaluation again"
+        ) from error
     page = folder / "report.html"
     with atomic_file(page) as temporary:
         temporary.write_text(html, encoding="utf-8")
@@ -63,7 +68,9 @@ def render(report: Json, layers: Mapping[str, Json], pictures: page_pictures.Pic
         decisions=page_tables.decisions(report, layers),
         methods=page_tables.methods(report),
         details=page_tables.details(report),
-        data=json.dumps(viewer_data(report, models, pictures.shown), ensure_ascii=False, allow_nan=False).replace("<", "\\u003c"),
+        data=json.dumps(viewer_data(report, models, pictures.shown), ensure_ascii=False, allow_nan=False).replace(
+            "<", "\\u003c"
+        ),
     )
 
 
@@ -78,7 +85,10 @@ def lead(report: Json) -> str:
     settings = report["settings"]
     text = f"{names} against {report['reference']['name']} on {len(report['prompts'])} pictures"
     if "steps" in settings:
-        text += f" of {settings['size']} pixels, {settings['steps']} steps, guidance {settings['cfg_weight']:g}, the same prompts and seeds"
+        text += (
+            f" of {settings['size']} pixels, {settings['steps']} steps, guidance {settings['cfg_weight']:g}, the same"
+            " prompts and seeds"
+        )
     return text + "."
 
 
@@ -92,11 +102,15 @@ def quality_size(report: Json) -> str:
         label = f"{metric['title']}{', ' + metric['unit'] if metric['unit'] else ''}"
         drawn = page_plots.quality_size(points, label, metric["higher_is_better"], f"size-{metric['key']}")
         arrow = "higher" if metric["higher_is_better"] else "lower"
-        panels.append(f"<figure><figcaption><b>{escape(metric['title'])}</b> {arrow} is better</figcaption>{drawn}</figure>")
+        panels.append(
+            f"<figure><figcaption><b>{escape(metric['title'])}</b> {arrow} is better</figcaption>{drawn}</figure>"
+        )
     if not panels:
         return '<p class="hint">Nothing to plot: it takes two models whose sizes are known.</p>'
     hint = "Filled: no other is both smaller and better (the Pareto front, dashed). Bars: 95 % intervals."
-    names = page_tables.legend([(f"{number} {model['name']}", tint) for number, (model, tint) in enumerate(_tinted(report))])
+    names = page_tables.legend(
+        [(f"{number} {model['name']}", tint) for number, (model, tint) in enumerate(_tinted(report))]
+    )
     return f'{names}<p class="hint">{hint}</p><div class="panels wide">{"".join(panels)}</div>'
 
 
@@ -117,7 +131,10 @@ def _points(report: Json, metric: Json) -> list[dict[str, Any]]:
 
 def _tinted(report: Json) -> list[tuple[Json, str]]:
     """The reference and the models with their colours."""
-    return [(report["reference"], page_plots.INK), *((m, page_plots.colour(i)) for i, m in enumerate(report["results"]))]
+    return [
+        (report["reference"], page_plots.INK),
+        *((m, page_plots.colour(i)) for i, m in enumerate(report["results"])),
+    ]
 
 
 def trajectory(report: Json) -> str:
@@ -126,12 +143,19 @@ def trajectory(report: Json) -> str:
     if not results or not report.get("trajectory_sigma"):
         return '<p class="hint">Not known: these pictures came without the path that led to them.</p>'
     curves = [
-        {"label": m["name"], "colour": page_plots.colour(place), "error": m["trajectory"], "interval": m.get("trajectory_interval")}
+        {
+            "label": m["name"],
+            "colour": page_plots.colour(place),
+            "error": m["trajectory"],
+            "interval": m.get("trajectory_interval"),
+        }
         for place, m in results
     ]
     floor = report["noise_floor"]
     if floor and floor.get("trajectory"):
-        curves.append({"label": floor["name"], "colour": page_plots.PALE, "error": floor["trajectory"], "interval": None})
+        curves.append(
+            {"label": floor["name"], "colour": page_plots.PALE, "error": floor["trajectory"], "interval": None}
+        )
     names = page_tables.legend([(curve["label"], curve["colour"]) for curve in curves])
     last = [[escape(curve["label"]), page_tables.number(curve["error"][-1])] for curve in curves]
     caption = "Relative RMS difference from the reference's latent, mean over prompts; bands are 95 % intervals."
@@ -147,6 +171,10 @@ def viewer_data(report: Json, models: Sequence[Json], shown: Sequence[int]) -> d
         "models": [{"name": model["name"]} for model in models],
         "prompts": [{"text": page_pictures.said(report["prompts"][index])} for index in shown],
         "metrics": [
-            {"title": m["title"], "text": [[page_pictures.figure(model, m, index) for index in shown] for model in models]} for m in metrics
+            {
+                "title": m["title"],
+                "text": [[page_pictures.figure(model, m, index) for index in shown] for model in models],
+            }
+            for m in metrics
         ],
     }

@@ -1,4 +1,6 @@
-"""The layers of the report page: their errors over time, their inputs' ranges with the tables that were fitted, their codes."""
+"""The layers of the report page: their errors over time, their inputs' ranges with the tables that were fitted, their
+codes.
+"""
 
 from __future__ import annotations
 
@@ -32,8 +34,14 @@ def section(report: Json, layers: Mapping[str, Json]) -> str:
     parts = [_along(models, layers)]
     for number, (place, name) in enumerate(models):
         own, tint = layers[name], plots.colour(place)
-        body = _heat(own, limits, f"heat-{place}") + _ranges(own, tint, f"range-{place}") + _codes(own, tint, f"code-{place}")
-        parts.append(f"<details{'' if number else ' open'}><summary>{dot(tint)}{escape(name)}</summary>{body}</details>")
+        body = (
+            _heat(own, limits, f"heat-{place}")
+            + _ranges(own, tint, f"range-{place}")
+            + _codes(own, tint, f"code-{place}")
+        )
+        parts.append(
+            f"<details{'' if number else ' open'}><summary>{dot(tint)}{escape(name)}</summary>{body}</details>"
+        )
     return "".join(parts)
 
 
@@ -49,7 +57,11 @@ def _limits(errors: Sequence[Sequence[float] | None]) -> tuple[float, float]:
 
 def _along(models: Sequence[tuple[int, str]], layers: Mapping[str, Json]) -> str:
     curves = [
-        {"label": name, "colour": plots.colour(place), "error": [float(np.mean(row)) for row in layers[name]["stages"]["error"]]}
+        {
+            "label": name,
+            "colour": plots.colour(place),
+            "error": [float(np.mean(row)) for row in layers[name]["stages"]["error"]],
+        }
         for place, name in models
         if layers[name]["stages"]["error"] is not None
     ]
@@ -59,7 +71,8 @@ def _along(models: Sequence[tuple[int, str]], layers: Mapping[str, Json]) -> str
     drawn = plots.along_the_model(stages, curves, "along-the-model")
     names = legend([(name, plots.colour(place)) for place, name in models])
     caption = (
-        "Relative error of what each stage writes, mean over noise levels, on the reference's latents: how error grows along the model."
+        "Relative error of what each stage writes, mean over noise levels, on the reference's latents: how error grows"
+        " along the model."
     )
     return f"<h3>From stage to stage</h3>{names}<figure><figcaption>{caption}</figcaption>{drawn}</figure>"
 
@@ -93,7 +106,10 @@ def _heat(own: Json, limits: tuple[float, float], name: str) -> str:
         figures.append(f"<figure><figcaption>{caption}</figcaption>{drawn}</figure>")
     if not figures:
         return ""
-    hint = "Relative error of each layer's output on the latents of the reference: a row a block, from noise (left) to picture (right)."
+    hint = (
+        "Relative error of each layer's output on the latents of the reference: a row a block, from noise (left) to"
+        " picture (right)."
+    )
     if any(layer["error"] is None for layer in own["layers"]):
         hint += " Empty rows: a division was folded into the layer, so its output is another tensor on purpose."
     scale = plots.heat_scale(limits, f"{name}-scale")
@@ -115,7 +131,10 @@ def _ranges(own: Json, tint: str, name: str) -> str:
         bits = sorted(set(layer["table"]["bits"]))
         span = f"A{bits[0]}" if len(bits) == 1 else f"A{bits[0]} to A{bits[-1]}"
         caption = f"<b>{escape(layer['path'])}</b> {span}; {_mean(layer['clipped']):.2%} clipped"
-        figures.append(f"<figure><figcaption>{caption}</figcaption>{plots.ranges(layer, own['sigma'], tint, f'{name}-{place}')}</figure>")
+        figures.append(
+            f"<figure><figcaption>{caption}</figcaption>"
+            f"{plots.ranges(layer, own['sigma'], tint, f'{name}-{place}')}</figure>"
+        )
     which = f"The {len(shown)} of {len(fitted)} layers" if len(shown) < len(fitted) else "All layers"
     order = ", those of the largest error" if len(shown) < len(fitted) else ""
     hint = f"{which} with quantized inputs{order}. Area: what was seen. Dashes: what the codes can represent."
@@ -133,7 +152,10 @@ def _codes(own: Json, tint: str, name: str) -> str:
         entropy = -float((share * np.log2(share)).sum())
         edges = float((counts[0] + counts[-1]) / counts.sum())
         many = f"{len(some)} layers, " if len(some) > 1 else ""
-        caption = f"<b>{escape(title)}</b> {many}{escape(weight)}; {abs(entropy):.2f} bits of information, {edges:.2%} at the edges"
+        caption = (
+            f"<b>{escape(title)}</b> {many}{escape(weight)}; {abs(entropy):.2f} bits of information, {edges:.2%} at the"
+            " edges"
+        )
         drawn = plots.codes(some[0]["codes"]["first"], counts, tint, f"{name}-{place}")
         figures.append(f"<figure><figcaption>{caption}</figcaption>{drawn}</figure>")
     hint = "How many weights have each code. Codes far from the edges waste bits, many at the edges are clipped."

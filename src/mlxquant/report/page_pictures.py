@@ -1,4 +1,6 @@
-"""The pictures of the report page, as data URIs: as they are while small, reduced and only some of them where they would be too much."""
+"""The pictures of the report page, as data URIs: as they are while small, reduced and only some of them where they
+would be too much.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +21,19 @@ from .page_plots import INK, colour
 from .page_tables import decimals_of, dot, plain
 
 Json = Mapping[str, Any]
-LOSSLESS_SIDE, SIDE, QUALITY = 128, 384, 90  # up to the first as they are; larger ones are reduced to the second and written as JPEG
+LOSSLESS_SIDE, SIDE, QUALITY = (
+    128,
+    384,
+    90,
+)  # up to the first as they are; larger ones are reduced to the second and written as JPEG
 BUDGET = 8_000_000  # bytes of pictures in a page, before base64 makes four of three
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """Data URIs [models][prompts shown], which prompts those are, their size in pixels, and whether they are not the originals."""
+    """Data URIs [models][prompts shown], which prompts those are, their size in pixels, and whether they are not the
+    originals.
+    """
 
     uris: list[list[str]]
     shown: list[int]
@@ -34,7 +42,8 @@ class Pictures:
 
 
 def embed(folder: Path, models: Sequence[Json], prompts: Sequence[Json], budget: int = BUDGET) -> Pictures:
-    """Read the pictures of all models; where all would weigh more than ``budget``, of prompts spread evenly from the worst to the best.
+    """Read the pictures of all models; where all would weigh more than ``budget``, of prompts spread evenly from the
+    worst to the best.
 
     Raises ArtifactError on a picture that is missing or damaged.
     """
@@ -56,7 +65,9 @@ def _path(folder: Path, model: Json, prompt: int) -> Path:
 def _worst_first(models: Sequence[Json], count: int) -> list[int]:
     """Prompts by the mean PSNR of all models that have one, or in their order."""
     values = [model["each"]["psnr_db"] for model in models if model.get("each", {}).get("psnr_db")]
-    return [int(place) for place in np.argsort(np.mean(values, axis=0), kind="stable")] if values else list(range(count))
+    return (
+        [int(place) for place in np.argsort(np.mean(values, axis=0), kind="stable")] if values else list(range(count))
+    )
 
 
 def _encoded(path: Path) -> tuple[bytes, tuple[int, int], str]:
@@ -75,7 +86,9 @@ def _encoded(path: Path) -> tuple[bytes, tuple[int, int], str]:
     except FileNotFoundError as error:
         raise explain(error, path) from error
     except (OSError, ValueError, SyntaxError) as error:
-        raise ArtifactError(f"{path}: not readable as a picture ({error}); run the evaluation again with --force") from error
+        raise ArtifactError(
+            f"{path}: not readable as a picture ({error}); run the evaluation again with --force"
+        ) from error
 
 
 def viewer(models: Sequence[Json], pictures: Pictures) -> str:
@@ -104,13 +117,16 @@ def viewer(models: Sequence[Json], pictures: Pictures) -> str:
 <div class="sub" data-part="figures"></div>
 <label class="row"><input type="checkbox" data-part="maps"> Differences in the grid below</label>
 </div>
-</div>"""
+</div>"""  # noqa: E501 - markup
 
 
 def grid(report: Json, models: Sequence[Json], pictures: Pictures) -> str:
     """Every picture shown: a row a prompt, a column a model."""
     per_image = [metric for metric in report["metrics"] if metric["per_image"]]
-    heads = "".join(f'<div class="head">{dot(colour(i - 1) if i else INK)}{escape(model["name"])}</div>' for i, model in enumerate(models))
+    heads = "".join(
+        f'<div class="head">{dot(colour(i - 1) if i else INK)}{escape(model["name"])}</div>'
+        for i, model in enumerate(models)
+    )
     cells = []
     for place, index in enumerate(pictures.shown):
         prompt = report["prompts"][index]
@@ -120,7 +136,10 @@ def grid(report: Json, models: Sequence[Json], pictures: Pictures) -> str:
             figures = [figure(model, metric, index) for metric in per_image[:2]]
             label = escape(f"{model['name']}: {said(prompt)}", quote=True)
             shown = f'<img id="p-{i}-{place}" src="{pictures.uris[i][place]}" alt="{label}">'
-            cell = f'<button type="button" class="cell" data-model="{i}" data-prompt="{place}">{shown}<canvas hidden></canvas></button>'
+            cell = (
+                f'<button type="button" class="cell" data-model="{i}" data-prompt="{place}">{shown}<canvas'
+                " hidden></canvas></button>"
+            )
             cells.append(f'<div>{cell}<span class="sub">{" · ".join(filter(None, figures))}</span></div>')
     smooth = " smooth" if max(pictures.size) > LOSSLESS_SIDE else ""
     aspect, columns = "/".join(map(str, pictures.size)), len(models)
@@ -144,8 +163,15 @@ def figure(model: Json, metric: Json, index: int) -> str:
 def limits(report: Json, pictures: Pictures) -> str:
     """What the page shows of the pictures, in words."""
     total, shown = len(report["prompts"]), len(pictures.shown)
-    text = f"All {total} prompts." if shown == total else f"{shown} of {total} prompts, spread evenly from the worst to the best PSNR."
+    text = (
+        f"All {total} prompts."
+        if shown == total
+        else f"{shown} of {total} prompts, spread evenly from the worst to the best PSNR."
+    )
     if pictures.reduced:
         size = "×".join(map(str, pictures.size))
-        text += f" Reduced to {size} and written as JPEG, so the smallest differences are of that; figures are of the originals."
+        text += (
+            f" Reduced to {size} and written as JPEG, so the smallest differences are of that; figures are of the"
+            " originals."
+        )
     return f'<p class="hint">{text}</p>'

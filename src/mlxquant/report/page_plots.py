@@ -1,4 +1,5 @@
-"""The plots of the report page: matplotlib's drawings as SVG that takes its ink from the page, so that they read in light and dark.
+"""The plots of the report page: matplotlib's drawings as SVG that takes its ink from the page, so that they read in
+light and dark.
 
 Panels are small and drawn one by one: the page lays them out for its width, and text keeps its size on a phone.
 """
@@ -32,7 +33,12 @@ def svg(figure: Any, name: str) -> str:
 
     buffer = io.StringIO()
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "mlxquant"}):
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+        figure.savefig(
+            buffer,
+            format="svg",
+            transparent=True,
+            metadata={"Date": None, "Creator": None, "Format": None, "Type": None},
+        )
     text = buffer.getvalue()
     text = re.sub(r"<(metadata|\?xml|!DOCTYPE).*?(</metadata>|\?>|>)", "", text[text.index("<svg") :], flags=re.DOTALL)
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
@@ -45,11 +51,15 @@ def svg(figure: Any, name: str) -> str:
         text = text.replace(stand_in, own)
     width = round(float(figure.get_figwidth()) * DOTS)
     text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
-    text = re.sub(r'(<svg[^>]*?) height="[^"]*"', rf'\1 style="max-width:{width}px" role="img" aria-label="{name}"', text, count=1)
+    text = re.sub(
+        r'(<svg[^>]*?) height="[^"]*"', rf'\1 style="max-width:{width}px" role="img" aria-label="{name}"', text, count=1
+    )
     return re.sub(r"\s*\n\s*", "\n", text).strip()
 
 
-def _panel(width: float, height: float, left: float = 44, bottom: float = 32, right: float = 8, top: float = 8) -> tuple[Any, Any]:
+def _panel(
+    width: float, height: float, left: float = 44, bottom: float = 32, right: float = 8, top: float = 8
+) -> tuple[Any, Any]:
     """A figure of so many pixels with one pair of axes in it."""
     from matplotlib.figure import Figure  # slow to import, and only pictures need it
 
@@ -72,8 +82,8 @@ def _label(axis: Any, x: str, y: str) -> None:
 
 
 def quality_size(points: Sequence[Mapping[str, Any]], title: str, higher_is_better: bool, name: str) -> str:
-    """Quality over size. A point has ``number``, which stands beside it, ``megabytes``, ``value``, ``interval`` ([low, high] or None) and
-    ``colour``; the front of those that no other beats in both is a line.
+    """Quality over size. A point has ``number``, which stands beside it, ``megabytes``, ``value``, ``interval`` ([low,
+    high] or None) and ``colour``; the front of those that no other beats in both is a line.
     """
     figure, axis = _panel(430, 280, left=62, bottom=38, right=22, top=12)
     front = pareto([(p["megabytes"], p["value"]) for p in points], higher_is_better)
@@ -84,7 +94,9 @@ def quality_size(points: Sequence[Mapping[str, Any]], title: str, higher_is_bett
         if point["interval"]:
             axis.plot([x, x], point["interval"], color=point["colour"], linewidth=1.4, alpha=0.7)
         filled = point["colour"] if place in front else "none"
-        axis.plot([x], [y], "o", color=point["colour"], markerfacecolor=filled, markersize=7.5, markeredgewidth=1.8, zorder=3)
+        axis.plot(
+            [x], [y], "o", color=point["colour"], markerfacecolor=filled, markersize=7.5, markeredgewidth=1.8, zorder=3
+        )
         together = ", ".join(str(p["number"]) for p in points if (p["megabytes"], p["value"]) == (x, y))
         if together.split(",")[0] == str(point["number"]):  # once for points on top of each other
             axis.annotate(together, (x, y), (7, 5), textcoords="offset points", fontsize=10.5, color=INK)
@@ -94,7 +106,9 @@ def quality_size(points: Sequence[Mapping[str, Any]], title: str, higher_is_bett
 
 
 def pareto(points: Sequence[tuple[float, float]], higher_is_better: bool) -> list[int]:
-    """Which of (size, value) no other beats: none is as small or smaller and as good or better, and better in one. By size."""
+    """Which of (size, value) no other beats: none is as small or smaller and as good or better, and better in one. By
+    size.
+    """
     sign = 1 if higher_is_better else -1
     sizes, values = (np.array(part) for part in zip(*((size, sign * value) for size, value in points), strict=True))
     beaten = [
@@ -105,12 +119,22 @@ def pareto(points: Sequence[tuple[float, float]], higher_is_better: bool) -> lis
 
 
 def trajectories(sigma: Sequence[float], curves: Sequence[Mapping[str, Any]], name: str) -> str:
-    """Error [S] of the latent that enters each step. A curve has ``label``, ``colour``, ``error`` and ``interval`` ([S] or None)."""
+    """Error [S] of the latent that enters each step. A curve has ``label``, ``colour``, ``error`` and ``interval`` ([S]
+    or None).
+    """
     figure, axis = _panel(470, 290, left=58, bottom=38)
     steps = np.arange(len(sigma))
     for curve in curves:
         error = np.array(curve["error"], float)
-        axis.plot(steps, _positive(error), color=curve["colour"], linewidth=1.6, marker=".", markersize=4, label=curve["label"])
+        axis.plot(
+            steps,
+            _positive(error),
+            color=curve["colour"],
+            linewidth=1.6,
+            marker=".",
+            markersize=4,
+            label=curve["label"],
+        )
         if curve["interval"] and all(pair is not None for pair in curve["interval"]):
             low, high = np.array(curve["interval"], float).T
             axis.fill_between(steps, _positive(low), _positive(high), color=curve["colour"], alpha=0.18, linewidth=0)
@@ -128,10 +152,14 @@ def _positive(values: Array) -> Array:
 
 
 def along_the_model(stages: Sequence[str], curves: Sequence[Mapping[str, Any]], name: str) -> str:
-    """Error of what each stage writes, mean over noise levels. A curve has ``label``, ``colour`` and ``error`` [stages]."""
+    """Error of what each stage writes, mean over noise levels. A curve has ``label``, ``colour`` and ``error``
+    [stages].
+    """
     figure, axis = _panel(470, 270, left=58, bottom=38)
     for curve in curves:
-        axis.plot(_positive(np.array(curve["error"], float)), color=curve["colour"], linewidth=1.6, marker="o", markersize=3.5)
+        axis.plot(
+            _positive(np.array(curve["error"], float)), color=curve["colour"], linewidth=1.6, marker="o", markersize=3.5
+        )
     if any((np.array(c["error"], float) > 0).any() for c in curves):
         axis.set_yscale("log")
     every = -(-len(stages) // 12)
@@ -146,9 +174,15 @@ def short(stage: str) -> str:
 
 
 def heat(
-    rows: Sequence[str], sigma: Sequence[float], errors: Sequence[Sequence[float] | None], limits: tuple[float, float], name: str
+    rows: Sequence[str],
+    sigma: Sequence[float],
+    errors: Sequence[Sequence[float] | None],
+    limits: tuple[float, float],
+    name: str,
 ) -> str:
-    """Error [rows][T] over noise levels, from noise to picture, on a logarithmic colour scale; None leaves a row empty."""
+    """Error [rows][T] over noise levels, from noise to picture, on a logarithmic colour scale; None leaves a
+    row empty.
+    """
     from matplotlib.colors import LogNorm
 
     names = max(len(row) for row in rows)
@@ -158,7 +192,11 @@ def heat(
     values = np.array([[np.nan] * width if row is None else row for row in errors], float)[:, ::-1]
     axis.grid(False)
     axis.imshow(
-        np.ma.masked_invalid(np.maximum(values, limits[0])), cmap=HEAT, norm=LogNorm(*limits), aspect="auto", interpolation="nearest"
+        np.ma.masked_invalid(np.maximum(values, limits[0])),
+        cmap=HEAT,
+        norm=LogNorm(*limits),
+        aspect="auto",
+        interpolation="nearest",
     )
     every = 1 if len(rows) <= 12 else 4
     axis.set_yticks(range(0, len(rows), every), [rows[i][-34:] for i in range(0, len(rows), every)])
@@ -175,7 +213,9 @@ def heat_scale(limits: tuple[float, float], name: str) -> str:
     figure, axis = _panel(300, 56, left=12, bottom=38, right=14, top=4)
     axis.grid(False)
     values = np.geomspace(*limits, 128)
-    axis.pcolormesh(values, [0, 1], values[None, :-1], cmap=HEAT, norm=LogNorm(*limits), shading="flat", rasterized=True)
+    axis.pcolormesh(
+        values, [0, 1], values[None, :-1], cmap=HEAT, norm=LogNorm(*limits), shading="flat", rasterized=True
+    )
     axis.set_xscale("log")
     axis.set_yticks([])
     axis.spines["left"].set_visible(False)
@@ -202,7 +242,9 @@ def codes(first: int, counts: Array, tint: str, name: str) -> str:
     """How many weights have each code, as shares of all."""
     figure, axis = _panel(300, 150, left=42, bottom=34)
     share = 100 * np.asarray(counts, float) / max(1, int(np.sum(counts)))
-    axis.bar(np.arange(first, first + len(share)), share, width=0.85 if len(share) <= 32 else 1.0, color=tint, linewidth=0)
+    axis.bar(
+        np.arange(first, first + len(share)), share, width=0.85 if len(share) <= 32 else 1.0, color=tint, linewidth=0
+    )
     axis.grid(axis="x", visible=False)
     axis.margins(x=0.02)
     _label(axis, "code", "%")

@@ -1,4 +1,6 @@
-"""The tables of the report page. Every number stands in a ``data-value`` as the report has it, and rounded for people beside it."""
+"""The tables of the report page. Every number stands in a ``data-value`` as the report has it, and rounded for people
+beside it.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ def decimals_of(metric: Json) -> int | None:
 
 
 def plain(value: float, decimals: int | None = None) -> str:
-    """A number for people: by default two decimals from 10 on and four below; powers of ten where that would show nothing."""
+    """A number for people: by default two decimals from 10 on and four below; powers of ten where that would show
+    nothing.
+    """
     if decimals is None:
         decimals = 2 if abs(value) >= 10 else 4
     return f"{value:.2e}" if 0 < abs(value) < 10**-decimals else f"{value:.{decimals}f}"
@@ -50,10 +54,14 @@ def legend(models: Sequence[tuple[str, str]]) -> str:
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], kinds: Sequence[str] = ()) -> str:
     """Cells are HTML; ``kinds`` are the rows' classes."""
     texts = [bool(rows) and rows[0][column].startswith('<td class="text"') for column in range(len(head))]
-    top = "".join(f'<th scope="col"{" class=text" if text else ""}>{cell}</th>' for cell, text in zip(head, texts, strict=True))
+    top = "".join(
+        f'<th scope="col"{" class=text" if text else ""}>{cell}</th>' for cell, text in zip(head, texts, strict=True)
+    )
     classes = [*kinds, *[""] * (len(rows) - len(kinds))]
     body = "".join(
-        f'<tr class="{kind}">' + "".join(cell if cell.startswith("<td") else f"<td>{cell}</td>" for cell in row) + "</tr>"
+        f'<tr class="{kind}">'
+        + "".join(cell if cell.startswith("<td") else f"<td>{cell}</td>" for cell in row)
+        + "</tr>"
         for row, kind in zip(rows, classes, strict=True)
     )
     return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
@@ -69,7 +77,9 @@ def summary(report: Json) -> str:
     rows, kinds = [], []
     for model, kind in [(reference, "reference"), *((m, "") for m in results), *([(floor, "")] if floor else [])]:
         tint = INK if model is reference or model is floor else colour(results.index(model))
-        role = {id(reference): "reference", id(floor): "the reference in 16-bit arithmetic: the noise floor"}.get(id(model), "")
+        role = {id(reference): "reference", id(floor): "the reference in 16-bit arithmetic: the noise floor"}.get(
+            id(model), ""
+        )
         cells = [f"{dot(tint)}{escape(model['name'])}" + (f'<span class="sub">{role}</span>' if role else "")]
         cells += [_metric_cell(model, metric, best[metric["key"]] if model in results else None) for metric in metrics]
         cells += [_plain_cell(model, key, scale, decimals) for key, (_, scale, decimals) in columns.items()]
@@ -106,7 +116,9 @@ def _metric_cell(model: Json, metric: Json, best: float | None) -> str:
     below = [_span(interval, decimals_of(metric))] if interval else []
     below += [f"{samples} pictures"] if samples and value is not None else []
     return (
-        f"<td{kind}>{number(value, decimals=decimals_of(metric))}" + "".join(f'<span class="sub">{text}</span>' for text in below) + "</td>"
+        f"<td{kind}>{number(value, decimals=decimals_of(metric))}"
+        + "".join(f'<span class="sub">{text}</span>' for text in below)
+        + "</td>"
     )
 
 
@@ -139,7 +151,15 @@ def differences(report: Json) -> str:
         unclear = interval is None or interval[0] <= 0 <= interval[1]
         verdict = "no different, as far as this shows" if unclear else "better" if better else "worse"
         pair = f"{escape(found['a'])} against {escape(found['b'])}"
-        rows.append([pair, escape(metric["title"]), number(mean, decimals=places), _span(interval, places) if interval else "–", verdict])
+        rows.append(
+            [
+                pair,
+                escape(metric["title"]),
+                number(mean, decimals=places),
+                _span(interval, places) if interval else "–",
+                verdict,
+            ]
+        )
     head = ["models", "metric", "mean difference", "95 % interval", "the first is"]
     return f"<h3>Paired differences</h3>{table(head, rows)}"
 
@@ -165,12 +185,15 @@ def decisions(report: Json, layers: Mapping[str, Json]) -> str:
         formats = _formats(layers[model["name"]]["layers"])
         name = f"{dot(colour(place))}{escape(model['name'])}"
         opened = "" if parts else " open"
-        parts.append(f"<details{opened}><summary>{name}</summary>{table(head, rows)}<h3>Formats</h3>{formats}</details>")
+        parts.append(
+            f"<details{opened}><summary>{name}</summary>{table(head, rows)}<h3>Formats</h3>{formats}</details>"
+        )
     if not parts:
         return '<p class="hint">No stages: none of these was quantized by mlxquant, or nothing is known of how.</p>'
     hint = (
-        "Error: squared error of what the stage writes, weights hard-rounded, on calibration data; relative to what it should write, or, "
-        "for recipes that weigh errors by their sensitivity, as the squared velocity error that it causes."
+        "Error: squared error of what the stage writes, weights hard-rounded, on calibration data; relative to what it"
+        " should write, or, for recipes that weigh errors by their sensitivity, as the squared velocity error that it"
+        " causes."
     )
     return f'<p class="hint">{hint}</p>' + "".join(parts)
 
@@ -187,7 +210,9 @@ def _why(stage: Json) -> str:
     if stage["kept"] in errors and others and errors[stage["kept"]] > 0:
         parts.append(f"{min(others) / errors[stage['kept']]:.2f} times less error than the next")
     if learning := stage.get("learning"):
-        parts += [f"{share:.1%} of the codes flipped" for share in [learning.get("flipped")] if isinstance(share, float)]
+        parts += [
+            f"{share:.1%} of the codes flipped" for share in [learning.get("flipped")] if isinstance(share, float)
+        ]
         parts += [f"{learning['iterations']} steps" for _ in [0] if "iterations" in learning]
     parts += [_tried(name, facts) for name, facts in stage.get("transforms", {}).items()]
     return "; ".join(parts)
@@ -209,12 +234,23 @@ def _formats(layers: Sequence[Json]) -> str:
     groups: dict[tuple[str, str, str], list[Json]] = {}
     for layer in layers:
         bits = layer["activation"]
-        groups.setdefault((layer["role"], layer["weight"], "as they are" if bits == 16 else f"{bits:.3g} bits"), []).append(layer)
+        groups.setdefault(
+            (layer["role"], layer["weight"], "as they are" if bits == 16 else f"{bits:.3g} bits"), []
+        ).append(layer)
     rows = []
     for (role, weight, inputs), some in groups.items():
         weights = [layer["shape"][0] * layer["shape"][1] for layer in some]
         stored = sum(layer["bits_per_weight"] * n for layer, n in zip(some, weights, strict=True)) / sum(weights)
-        rows.append([escape(role), escape(weight), escape(inputs), str(len(some)), f"{sum(weights) / 1e6:.3f} M", f"{stored:.2f}"])
+        rows.append(
+            [
+                escape(role),
+                escape(weight),
+                escape(inputs),
+                str(len(some)),
+                f"{sum(weights) / 1e6:.3f} M",
+                f"{stored:.2f}",
+            ]
+        )
     return table(["role", "weights", "inputs", "layers", "parameters", "bits / weight"], rows)
 
 

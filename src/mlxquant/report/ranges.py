@@ -1,4 +1,6 @@
-"""The picture of activation ranges over time: what one static scale would have to span, and what a scale a timestep has to."""
+"""The picture of activation ranges over time: what one static scale would have to span, and what a scale a timestep has
+to.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ BAND, EDGE, EXTREME, PALE, GRID = "#9db8d9", "#3f6ea8", "#c8643c", "#6a6a70", "#
 
 @dataclass(frozen=True)
 class RangeCurves:
-    """A tensor's range over ``sigma`` [T] ascending: ``low`` and ``high`` [T] averaged over samples, ``least`` and ``most`` [T] of all."""
+    """A tensor's range over ``sigma`` [T] ascending: ``low`` and ``high`` [T] averaged over samples, ``least`` and
+    ``most`` [T] of all.
+    """
 
     sigma: Array
     low: Array
@@ -27,13 +31,16 @@ class RangeCurves:
 
 
 def draw_ranges(curves: Mapping[str, RangeCurves], path: Path) -> list[Path]:
-    """Write one panel a layer as a PNG at ``path``, or, where they are too many, as pages beside it: ``ranges-1.png``, ``ranges-2.png``.
+    """Write one panel a layer as a PNG at ``path``, or, where they are too many, as pages beside it: ``ranges-1.png``,
+    ``ranges-2.png``.
 
     Layers are dotted paths. Returns the files; raises ArtifactError where they cannot be written.
     """
     layers = list(curves)
     pages = [layers[start : start + PER_PAGE] for start in range(0, len(layers), PER_PAGE)]
-    files = [path] if len(pages) == 1 else [path.with_stem(f"{path.stem}-{number}") for number in range(1, len(pages) + 1)]
+    files = (
+        [path] if len(pages) == 1 else [path.with_stem(f"{path.stem}-{number}") for number in range(1, len(pages) + 1)]
+    )
     for file, page in zip(files, pages, strict=True):
         _draw_page({layer: curves[layer] for layer in page}, _common(layers), file)
     return files
@@ -64,14 +71,18 @@ def _draw_page(curves: Mapping[str, RangeCurves], common: str, path: Path) -> No
     handles, labels = axes[0].get_legend_handles_labels()
     anchor = (0, 1 - 0.22 / height)
     figure.legend(handles, labels, loc="upper left", bbox_to_anchor=anchor, ncols=2, frameon=False, fontsize=8.5)
-    figure.text(0.008, 1 - 0.1 / height, "Input ranges over time" + (f"  ({common})" if common else ""), fontsize=11, va="top")
+    figure.text(
+        0.008, 1 - 0.1 / height, "Input ranges over time" + (f"  ({common})" if common else ""), fontsize=11, va="top"
+    )
     with atomic_file(path) as temporary:
         figure.savefig(temporary, format="png")
 
 
 def _draw_panel(axis: Any, layer: str, curve: RangeCurves) -> None:
     *block, kind, name = ["", *layer.split(".")]
-    axis.fill_between(curve.sigma, curve.low, curve.high, color=BAND, alpha=0.75, linewidth=0, label="mean of each picture's range")
+    axis.fill_between(
+        curve.sigma, curve.low, curve.high, color=BAND, alpha=0.75, linewidth=0, label="mean of each picture's range"
+    )
     for edge in (curve.low, curve.high):
         axis.plot(curve.sigma, edge, color=EDGE, linewidth=1.1, marker=".", markersize=3)
     for extreme, label in ((curve.least, "extremes of all pictures"), (curve.most, None)):

@@ -20,7 +20,8 @@ SIGNED, POSITIVE, TIME = "RdBu_r", "magma", "viridis"
 
 @dataclass(frozen=True)
 class Panel:
-    """What to draw of a tensor: ``samples`` are numbers with labels for a histogram, ``matrix`` [rows, columns] is for a heat map.
+    """What to draw of a tensor: ``samples`` are numbers with labels for a histogram, ``matrix`` [rows, columns] is for
+    a heat map.
 
     ``levels``: the first and last code, where values are codes.
     """
@@ -38,7 +39,9 @@ def draw_tensor(panel: Panel, path: Path) -> Path:
     """Write one tensor's picture as a PNG; raises ArtifactError where it cannot be written."""
     from matplotlib.figure import Figure  # slow to import, and only pictures need it
 
-    figure = Figure(figsize=(7.2, 4.4 if panel.matrix is None else 5.4), dpi=110, facecolor="white", layout="constrained")
+    figure = Figure(
+        figsize=(7.2, 4.4 if panel.matrix is None else 5.4), dpi=110, facecolor="white", layout="constrained"
+    )
     _draw(figure, figure.subplots(), panel, large=True)
     return _save(figure, path)
 
@@ -48,7 +51,9 @@ def draw_sheets(panels: Sequence[Panel], path: Path) -> list[Path]:
     from matplotlib.figure import Figure
 
     pages = [panels[start : start + PER_SHEET] for start in range(0, len(panels), PER_SHEET)]
-    files = [path] if len(pages) == 1 else [path.with_stem(f"{path.stem}-{number}") for number in range(1, len(pages) + 1)]
+    files = (
+        [path] if len(pages) == 1 else [path.with_stem(f"{path.stem}-{number}") for number in range(1, len(pages) + 1)]
+    )
     for file, page in zip(files, pages, strict=True):
         columns = min(COLUMNS, len(page))
         rows = -(-len(page) // columns)
@@ -128,7 +133,9 @@ def _shade(place: int, count: int) -> Any:
 
 
 def _heat_map(figure: Any, axis: Any, panel: Panel, matrix: Array, large: bool) -> None:
-    """Values by place. Many cells become one with the value of the largest magnitude among them, so that outliers are not lost."""
+    """Values by place. Many cells become one with the value of the largest magnitude among them, so that outliers are
+    not lost.
+    """
     image = pooled(matrix, CELLS if large else CELLS // 4)
     finite = image[np.isfinite(image)]
     norm = scale(finite if len(finite) else np.zeros(1), panel.levels)
@@ -144,8 +151,8 @@ def _heat_map(figure: Any, axis: Any, panel: Panel, matrix: Array, large: bool) 
 
 
 def scale(values: Array, levels: tuple[int, int] | None) -> Any:
-    """The colours' scale: around zero for codes and for values of both signs, whose last half percent is beyond it; logarithmic for
-    positive values that span more than two decades.
+    """The colours' scale: around zero for codes and for values of both signs, whose last half percent is beyond it;
+    logarithmic for positive values that span more than two decades.
     """
     from matplotlib.colors import LogNorm, Normalize
 
@@ -159,7 +166,9 @@ def scale(values: Array, levels: tuple[int, int] | None) -> Any:
 
 
 def pooled(matrix: Array, cells: int) -> Array:
-    """A matrix with at most ``cells`` rows and columns: of each block of cells the one of the largest magnitude, NaN where there is one."""
+    """A matrix with at most ``cells`` rows and columns: of each block of cells the one of the largest magnitude, NaN
+    where there is one.
+    """
     for axis in (0, 1):
         length = matrix.shape[axis]
         if length <= cells:

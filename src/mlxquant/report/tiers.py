@@ -1,4 +1,6 @@
-"""The picture of a quantization config: one row a layer, one column a timestep, coloured by tier, with the layer's range as a line."""
+"""The picture of a quantization config: one row a layer, one column a timestep, coloured by tier, with the layer's
+range as a line.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ ROW, PLOT, GAP, HEADER, FOOTER, NOTES = 44, 920, 24, 116, 52, 360  # twice the s
 
 
 def draw_tiers(sigmas: Array, bits: Mapping[str, Array], ranges: Mapping[str, Array], title: str) -> Image.Image:
-    """``bits`` and ``ranges`` [T] of each layer over ``sigmas`` [T] ascending; drawn as the sampler runs, from noise to picture.
+    """``bits`` and ``ranges`` [T] of each layer over ``sigmas`` [T] ascending; drawn as the sampler runs, from noise to
+    picture.
 
     Each line is scaled to its own layer; the largest range stands beside it.
     """

@@ -19,7 +19,9 @@ class Prompt:
 
 
 def read_prompts(path: Path) -> list[Prompt]:
-    """All prompts of a file; raises CalibrationError, naming the line, on anything else, and on a file without prompts."""
+    """All prompts of a file; raises CalibrationError, naming the line, on anything else, and on a file without
+    prompts.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -37,7 +39,9 @@ def parse_prompts(text: str, source: str) -> list[Prompt]:
             continue
         seed, tab, words = line.partition("\t")
         if not tab or not seed.strip().isdecimal() or not words.strip():
-            raise CalibrationError(f"{source}, line {number}: expected 'seed<TAB>prompt' with a whole number as seed, found {line!r}")
+            raise CalibrationError(
+                f"{source}, line {number}: expected 'seed<TAB>prompt' with a whole number as seed, found {line!r}"
+            )
         prompts.append(Prompt(int(seed), words.strip()))
     if not prompts:
         raise CalibrationError(f"{source} holds no prompts; expected one 'seed<TAB>prompt' a line")

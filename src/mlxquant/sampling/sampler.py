@@ -1,7 +1,7 @@
 """The one sampler: Euler steps along the rectified flow, with classifier-free guidance and a callback.
 
-Calibration, generation, evaluation and training-time previews all go through ``sample``; whoever needs the trajectory passes a
-callback instead of copying the loop.
+Calibration, generation, evaluation and training-time previews all go through ``sample``; whoever needs the trajectory
+passes a callback instead of copying the loop.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ class SamplerStep:
 
 
 def seeded_noise(seeds: Sequence[int], shape: tuple[int, int, int]) -> mx.array:
-    """Standard normal noise [B,H,W,C] float32, one seed a sample, drawn as DiffusionKit draws it (NumPy, channels first)."""
+    """Standard normal noise [B,H,W,C] float32, one seed a sample, drawn as DiffusionKit draws it (NumPy, channels
+    first).
+    """
     h, w, c = shape
     draws = [np.random.RandomState(seed % 2**32).standard_normal((c, h, w)).transpose(1, 2, 0) for seed in seeds]
     return mx.array(np.stack(draws).astype(np.float32))
@@ -47,8 +49,8 @@ def sample(
 ) -> mx.array:
     """Integrate from noise [B,H,W,C] at sigmas[0] to sigmas[-1] and return the latent.
 
-    ``velocity(latent, tokens, pooled, sigma)`` is the model's prediction of ``noise - image``. ``empty`` is the conditioning of the
-    empty prompt, one row for each sample. Raises AdapterError on a negative or non-finite cfg.
+    ``velocity(latent, tokens, pooled, sigma)`` is the model's prediction of ``noise - image``. ``empty`` is the
+    conditioning of the empty prompt, one row for each sample. Raises AdapterError on a negative or non-finite cfg.
     """
     if not (np.isfinite(cfg) and cfg >= 0):
         raise AdapterError(f"cfg weight must be a finite number >= 0, found {cfg}")

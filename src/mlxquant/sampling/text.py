@@ -1,4 +1,6 @@
-"""Tokens from a language model: any module from tokens [B,T] to logits [B,T,V]. Without a cache: each token runs the model anew."""
+"""Tokens from a language model: any module from tokens [B,T] to logits [B,T,V]. Without a cache: each token runs the
+model anew.
+"""
 
 from __future__ import annotations
 
@@ -22,14 +24,17 @@ def sample_tokens(
 ) -> npt.NDArray[np.int32]:
     """``prompt`` int [T] or [B,T], continued by ``count`` tokens: int32, of as many dimensions.
 
-    At ``temperature`` 0 the likeliest token each time, without chance. ``context`` is how many tokens the model can see; older ones drop
-    out. The prompt's own length changes nothing for the seed: token n after it has the n-th key. Raises CalibrationError without a prompt.
+    At ``temperature`` 0 the likeliest token each time, without chance. ``context`` is how many tokens the model can
+    see; older ones drop out. The prompt's own length changes nothing for the seed: token n after it has the n-th key.
+    Raises CalibrationError without a prompt.
     """
     if temperature < 0 or count < 0:
         raise RecipeError(f"a temperature of {temperature} for {count} tokens; expected numbers from 0")
     given = np.asarray(prompt)
     if given.ndim not in (1, 2) or not given.size or not np.issubdtype(given.dtype, np.integer):
-        raise CalibrationError(f"a prompt of {given.dtype} {given.shape}; expected at least one integer token, [length] or [batch, length]")
+        raise CalibrationError(
+            f"a prompt of {given.dtype} {given.shape}; expected at least one integer token, [length] or [batch, length]"
+        )
     tokens = mx.array(np.atleast_2d(given).astype(np.int32))
     for key in progress(mx.random.split(mx.random.key(seed), count) if count else [], "tokens"):
         seen = tokens if context is None else tokens[:, -context:]

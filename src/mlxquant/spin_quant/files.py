@@ -1,4 +1,6 @@
-"""A GPT that SpinQuant quantized, as one checksummed file: config, tokenizer, integer layers, and the rotation of its last norm."""
+"""A GPT that SpinQuant quantized, as one checksummed file: config, tokenizer, integer layers, and the rotation of its
+last norm.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ FINAL = "model.ln_f"
 
 
 def save_spun(folder: Path, model: GPT, tokenizer: ByteTokenizer | CharTokenizer, facts: Mapping[str, Any]) -> Path:
-    """Write a rotated GPT, quantized or not, with ``facts`` (plain data); returns the file. Equal input, equal bytes."""
+    """Write a rotated GPT, quantized or not, with ``facts`` (plain data); returns the file. Equal input, equal
+    bytes.
+    """
     ensure_writable(folder)
     header = {
         "config": model.config.to_dict(),
@@ -39,7 +43,9 @@ def save_spun(folder: Path, model: GPT, tokenizer: ByteTokenizer | CharTokenizer
 
 
 def load_spun(place: Path) -> tuple[GPT, ByteTokenizer | CharTokenizer, dict[str, Any]]:
-    """What ``save_spun`` wrote into a folder, or as this file: model, tokenizer and facts. Raises ArtifactError on anything else."""
+    """What ``save_spun`` wrote into a folder, or as this file: model, tokenizer and facts. Raises ArtifactError on
+    anything else.
+    """
     path = place / FILE if place.is_dir() else place
     arrays, header = read_tensors(path, KIND)
     try:
@@ -53,7 +59,9 @@ def load_spun(place: Path) -> tuple[GPT, ByteTokenizer | CharTokenizer, dict[str
             set_module(model, where, HeldHeads(get_module(model, where), **facts))
         tokenizer, facts = tokenizer_from_facts(header["tokenizer"]), header["facts"]
     except (KeyError, TypeError) as error:
-        raise ArtifactError(f"{path}: an entry of its header is missing or foreign ({error}); write the file anew") from error
+        raise ArtifactError(
+            f"{path}: an entry of its header is missing or foreign ({error}); write the file anew"
+        ) from error
     load_parameters(model, arrays, str(path))
     model.load_weights(list(arrays.items()))  # in the dtypes of the file
     for layer in layers.values():

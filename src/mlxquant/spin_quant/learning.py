@@ -1,9 +1,11 @@
-"""SpinQuant: learn rotations of a language model's hidden states on text, so that it survives 4 bits (arXiv 2405.16406).
+"""SpinQuant: learn rotations of a language model's hidden states on text, so that it survives 4 bits (arXiv
+2405.16406).
 
     SpinQuant(model, bits=4, activation_bits=4).optimize(data, steps=100).apply()
 
-Rotations start as Hadamard or random matrices and follow Cayley steps down the next-token loss of the network with rounded weights and
-inputs, on the caller's own text. ``apply`` folds them into the model and puts integer layers in place of its linears.
+Rotations start as Hadamard or random matrices and follow Cayley steps down the next-token loss of the network with
+rounded weights and inputs, on the caller's own text. ``apply`` folds them into the model and puts integer layers in
+place of its linears.
 """
 
 from __future__ import annotations
@@ -47,7 +49,9 @@ TRIALS = 4  # how often rotations are compared on all data while they are learne
 
 @dataclass
 class Report:
-    """``before`` and ``after``: bytes of all parameters; ``errors``: relative output error of each layer on the calibration text."""
+    """``before`` and ``after``: bytes of all parameters; ``errors``: relative output error of each layer on the
+    calibration text.
+    """
 
     before: int
     after: int = 0
@@ -64,12 +68,13 @@ class Report:
 class SpinQuant:
     """``model``: our GPT, or a model of mlx-lm whose residual stream is described.
 
-    ``bits`` and ``group`` ("channel", 32, 64, 128) are of the weights, symmetric by channel, else asymmetric. ``activation_bits`` are of
-    the inputs of linears, each token on its own scale, and ``kv_bits`` of keys and values, each head of a token; None leaves them as they
-    are. ``start`` is "hadamard" or "random", with ``seed``, or "identity", for models without outliers. The output layer and the
-    embeddings stay in full precision.
+    ``bits`` and ``group`` ("channel", 32, 64, 128) are of the weights, symmetric by channel, else asymmetric.
+    ``activation_bits`` are of the inputs of linears, each token on its own scale, and ``kv_bits`` of keys and values,
+    each head of a token; None leaves them as they are. ``start`` is "hadamard" or "random", with ``seed``, or
+    "identity", for models without outliers. The output layer and the embeddings stay in full precision.
 
-    ``rotations`` are the present ones, float64; ``history`` the loss of each step, nats a token; ``report`` is what ``apply`` did.
+    ``rotations`` are the present ones, float64; ``history`` the loss of each step, nats a token; ``report`` is what
+    ``apply`` did.
     """
 
     def __init__(
@@ -113,16 +118,20 @@ class SpinQuant:
     ) -> SpinQuant:
         """Learn the rotations on ``data``, token arrays int [B,T], one a step and by turns; returns itself.
 
-        ``learning_rate`` falls linearly to 0. Four times on the way the loss over all of the data is taken, and the best rotations win, be
-        it those of the start. An interrupted run keeps what it has learned; another goes on from there, on the model's present weights.
-        With ``weights=False`` only activations are rounded in the loss, which the paper advises where GPTQ rounds the weights.
+        ``learning_rate`` falls linearly to 0. Four times on the way the loss over all of the data is taken, and the
+        best rotations win, be it those of the start. An interrupted run keeps what it has learned; another goes on from
+        there, on the model's present weights. With ``weights=False`` only activations are rounded in the loss, which
+        the paper advises where GPTQ rounds the weights.
 
-        Source: 2405.16406, section 3.2: Cayley steps on the next-token loss, 100 of them from 1.5. Departures: scales follow
-        the gradient, which tells a rotation to shrink the extremes; the residual rotation of a LayerNorm model keeps ones.
+        Source: 2405.16406, section 3.2: Cayley steps on the next-token loss, 100 of them from 1.5. Departures: scales
+        follow the gradient, which tells a rotation to shrink the extremes; the residual rotation of a LayerNorm model
+        keeps ones.
         """
         self._refuse_rotated()
         if not weights and self._precision.activation is None and self._precision.held is None:
-            raise RecipeError("without weights and without activation_bits nothing is rounded, and there is nothing to learn")
+            raise RecipeError(
+                "without weights and without activation_bits nothing is rounded, and there is nothing to learn"
+            )
         self._data = self._arrays(data)
         network = self._network(weights)
         with network.installed():
@@ -134,7 +143,9 @@ class SpinQuant:
         return self
 
     def loss(self, data: Iterable[Any]) -> float:
-        """Mean loss over token arrays, nats a token, with the present rotations and all weights and inputs rounded to nearest."""
+        """Mean loss over token arrays, nats a token, with the present rotations and all weights and inputs rounded to
+        nearest.
+        """
         self._refuse_rotated()
         network, arrays = self._network(True), self._arrays(data)
         with network.installed():
@@ -151,21 +162,32 @@ class SpinQuant:
         return self
 
     def apply(
-        self, data: Iterable[Any] | None = None, rounding: str = "gptq", steps: str = "search", progress: Progress = silent
+        self,
+        data: Iterable[Any] | None = None,
+        rounding: str = "gptq",
+        steps: str = "search",
+        progress: Progress = silent,
     ) -> SpinQuant:
-        """Rotate, and put integer layers in place of the linears, in order, each rounded on what the rounded ones before it write.
+        """Rotate, and put integer layers in place of the linears, in order, each rounded on what the rounded ones
+        before it write.
 
-        ``data`` are token arrays to calibrate on, by default those of ``optimize``; rounding to nearest ("rtn" with steps "extremes" or
-        "mse") needs none. Returns itself; ``report`` has the bytes before and after. Raises CalibrationError without data.
+        ``data`` are token arrays to calibrate on, by default those of ``optimize``; rounding to nearest ("rtn" with
+        steps "extremes" or "mse") needs none. Returns itself; ``report`` has the bytes before and after. Raises
+        CalibrationError without data.
         """
         if self.report is not None:
             raise RecipeError("this model was quantized already; load it anew to apply something else")
         if registry.get("round", rounding).cross:
-            raise RecipeError(f"{rounding!r} compares with the full-precision model; call rotate(), then quantize the model by a recipe")
+            raise RecipeError(
+                f"{rounding!r} compares with the full-precision model; call rotate(), then quantize the model by a"
+                " recipe"
+            )
         spec = LayerSpec(self._format, rounding=rounding, steps=steps)
         arrays = self._data if data is None else self._arrays(data)
         if not arrays and (rounding != "rtn" or steps == "search"):
-            raise CalibrationError(f"{rounding!r} with steps {steps!r} calibrates on text; pass data, or call optimize first")
+            raise CalibrationError(
+                f"{rounding!r} with steps {steps!r} calibrates on text; pass data, or call optimize first"
+            )
         report = Report(stored_bytes(self._model))
         self.rotate()
         for paths in progress(self.stream.groups, "rounding"):
@@ -199,7 +221,9 @@ class SpinQuant:
                 mx.eval(self._model(tokens))
         return moments
 
-    def _descend(self, network: SpinNetwork, steps: int, learning_rate: float, momentum: float, progress: Progress) -> Iterator[int]:
+    def _descend(
+        self, network: SpinNetwork, steps: int, learning_rate: float, momentum: float, progress: Progress
+    ) -> Iterator[int]:
         """Take steps, and count them."""
         gradient_of = mx.value_and_grad(network.loss)
         speeds = _each(np.zeros_like, self.rotations)
@@ -208,15 +232,25 @@ class SpinQuant:
             gradients = _each(lambda g: np.array(g, np.float64), found)
             self.history.append(cast(float, loss.item()))
             if not all(np.isfinite(g).all() for g in (gradients["residual"], *gradients["values"])):
-                raise NumericsError(f"step {step} of SpinQuant: the gradient is not finite; use a lower learning_rate or a float32 model")
+                raise NumericsError(
+                    f"step {step} of SpinQuant: the gradient is not finite; use a lower learning_rate or a float32"
+                    " model"
+                )
             rate = learning_rate * (1 - step / steps)
 
-            def move(rotation: Array, gradient: Array, speed: Array, keeps_ones: bool, rate: float = rate) -> tuple[Array, Array]:
+            def move(
+                rotation: Array, gradient: Array, speed: Array, keeps_ones: bool, rate: float = rate
+            ) -> tuple[Array, Array]:
                 return cayley.cayley_step(rotation, gradient, rate, speed, momentum, keeps_ones)
 
             residual = move(self.rotations["residual"], gradients["residual"], speeds["residual"], self.stream.centred)
-            values = [move(*parts, False) for parts in zip(self.rotations["values"], gradients["values"], speeds["values"], strict=True)]
-            self.rotations, speeds = ({"residual": residual[i], "values": [value[i] for value in values]} for i in (0, 1))
+            values = [
+                move(*parts, False)
+                for parts in zip(self.rotations["values"], gradients["values"], speeds["values"], strict=True)
+            ]
+            self.rotations, speeds = (
+                {"residual": residual[i], "values": [value[i] for value in values]} for i in (0, 1)
+            )
             yield step + 1
 
     def _mean_loss(self, network: SpinNetwork, arrays: list[mx.array]) -> float:
@@ -237,10 +271,13 @@ class SpinQuant:
             found = np.array(tokens)
             if found.ndim != 2 or found.shape[1] < 2 or not np.issubdtype(found.dtype, np.integer):
                 raise CalibrationError(
-                    f"array {at} of the data is {found.dtype} {found.shape}; expected integer tokens [batch, length >= 2]"
+                    f"array {at} of the data is {found.dtype} {found.shape}; expected integer tokens [batch, length"
+                    " >= 2]"
                 )
             if found.size and not 0 <= found.min() <= found.max() < size:
-                raise CalibrationError(f"array {at} of the data holds tokens {found.min()} to {found.max()}; the model has 0 to {size - 1}")
+                raise CalibrationError(
+                    f"array {at} of the data holds tokens {found.min()} to {found.max()}; the model has 0 to {size - 1}"
+                )
             if found.size:
                 arrays.append(mx.array(found.astype(np.int32)))
         if not arrays:
@@ -249,7 +286,9 @@ class SpinQuant:
 
     def _refuse_rotated(self) -> None:
         if self._rotated:
-            raise RecipeError("the rotations are a part of the model already; learn and measure before rotate() and apply()")
+            raise RecipeError(
+                "the rotations are a part of the model already; learn and measure before rotate() and apply()"
+            )
 
 
 def _each(change: Callable[[Any], Any], arrays: Arrays) -> Arrays:

@@ -1,7 +1,9 @@
-"""A language model whose rotated weights and inputs are rounded as they would be, in place of its own layers: what SpinQuant learns on.
+"""A language model whose rotated weights and inputs are rounded as they would be, in place of its own layers: what
+SpinQuant learns on.
 
-Nothing is stored rounded here, and nothing of the model is changed. Rotations are applied to the weights anew in each forward pass, so that
-the loss can be differentiated by them; roundings let the gradient pass straight through, and scales follow the extremes.
+Nothing is stored rounded here, and nothing of the model is changed. Rotations are applied to the weights anew in each
+forward pass, so that the loss can be differentiated by them; roundings let the gradient pass straight through, and
+scales follow the extremes.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ from .rotations import Arrays, Turn, folded, hold_heads
 
 @dataclass(frozen=True)
 class Precision:
-    """What is rounded, and how: ``weight`` None leaves weights as they are, ``activation`` and ``held`` (keys and values) likewise.
+    """What is rounded, and how: ``weight`` None leaves weights as they are, ``activation`` and ``held`` (keys and
+    values) likewise.
 
     With quantized activations the MLP's hidden state is rotated online before its last layer (R4).
     """
@@ -61,7 +64,9 @@ class SpinNetwork:
     def __init__(self, model: nn.Module, stream: ResidualStream, precision: Precision):
         self._model, self._precision = model, precision
         self._turn, self._linears = Turn(stream), folded(model, stream)
-        self._blocks = {path: precision.block(stream, path, linear.weight.shape[1]) for path, linear in self._linears.items()}
+        self._blocks = {
+            path: precision.block(stream, path, linear.weight.shape[1]) for path, linear in self._linears.items()
+        }
         self._reader = None if precision.activation is None else TokenReader(precision.activation)
         self.rotations: Arrays = {}
         self._layers: dict[str, nn.Module] = {path: _SpinLinear(self, path) for path in self._linears}
@@ -136,4 +141,6 @@ class _TurnedBack(nn.Module):
 def _plain_norm(norm: Any) -> nn.Module:
     """The norm without gain and bias."""
     width = norm.weight.shape[0]
-    return nn.LayerNorm(width, norm.eps, affine=False) if isinstance(norm, nn.LayerNorm) else nn.RMSNorm(width, norm.eps)
+    return (
+        nn.LayerNorm(width, norm.eps, affine=False) if isinstance(norm, nn.LayerNorm) else nn.RMSNorm(width, norm.eps)
+    )

@@ -1,7 +1,9 @@
-"""Where the residual stream of a language model is written, normed and read, so that it can be rotated without knowing the model.
+"""Where the residual stream of a language model is written, normed and read, so that it can be rotated without knowing
+the model.
 
-Each description is plain paths into the module tree. A family is described only where the equations are known: a model with the same
-names and other equations (norms behind the layers, scaled embeddings) would be silently wrong, so every other model type is refused.
+Each description is plain paths into the module tree. A family is described only where the equations are known: a model
+with the same names and other equations (norms behind the layers, scaled embeddings) would be silently wrong, so every
+other model type is refused.
 """
 
 from __future__ import annotations
@@ -19,8 +21,9 @@ from ..models.gpt.network import GPT, MODEL_TYPE
 
 @dataclass(frozen=True)
 class Values:
-    """The values of an attention layer: from row ``first`` on the ``writer`` writes ``heads`` of them, ``size`` rows each; the ``reader``
-    has ``heads * repeats`` blocks of ``size`` columns, ``repeats`` neighbours of which read the same values.
+    """The values of an attention layer: from row ``first`` on the ``writer`` writes ``heads`` of them, ``size`` rows
+    each; the ``reader`` has ``heads * repeats`` blocks of ``size`` columns, ``repeats`` neighbours of which read the
+    same values.
     """
 
     writer: str
@@ -33,12 +36,13 @@ class Values:
 
 @dataclass(frozen=True)
 class ResidualStream:
-    """``norms``: every norm but the last, with the linears that read it. ``writers``: linears that add to the stream. ``inner``: linears
-    whose input is the MLP's hidden state. ``output``: the linear to the vocabulary, None where that is an embedding. ``centred``: norms
-    subtract the mean over channels.
+    """``norms``: every norm but the last, with the linears that read it. ``writers``: linears that add to the stream.
+    ``inner``: linears whose input is the MLP's hidden state. ``output``: the linear to the vocabulary, None where that
+    is an embedding. ``centred``: norms subtract the mean over channels.
 
-    For each layer ``queries`` and ``keys`` are modules that queries and keys pass, as [B,heads,T,size], last before their product (one
-    module for both in some families), and ``held`` one that values pass; empty where the model has none.
+    For each layer ``queries`` and ``keys`` are modules that queries and keys pass, as [B,heads,T,size], last before
+    their product (one module for both in some families), and ``held`` one that values pass; empty where the model has
+    none.
     """
 
     width: int
@@ -63,7 +67,11 @@ class ResidualStream:
     @property
     def groups(self) -> tuple[tuple[str, ...], ...]:
         """The linears of the blocks in the order in which they run, those that read the same input together."""
-        return tuple(group for readers, writer in zip(self.norms.values(), self.writers, strict=True) for group in (readers, (writer,)))
+        return tuple(
+            group
+            for readers, writer in zip(self.norms.values(), self.writers, strict=True)
+            for group in (readers, (writer,))
+        )
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -72,16 +80,22 @@ class ResidualStream:
 
 
 def residual_stream(model: nn.Module) -> ResidualStream:
-    """The description of a model; raises AdapterError for a family that is not described, or with linears that are not plain."""
+    """The description of a model; raises AdapterError for a family that is not described, or with linears that are not
+    plain.
+    """
     kind = MODEL_TYPE if isinstance(model, GPT) else getattr(model, "model_type", type(model).__name__)
     if kind not in FAMILIES:
         raise AdapterError(f"the residual stream of a {kind!r} is not described; known families: {', '.join(FAMILIES)}")
     stream = FAMILIES[kind](model)
     for path in (*stream.linears, *([stream.output] if stream.output else [])):
         if type(layer := get_module(model, path)) is not nn.Linear:
-            raise AdapterError(f"{path} is a {type(layer).__name__}; rotations need the full-precision nn.Linear, so rotate first")
+            raise AdapterError(
+                f"{path} is a {type(layer).__name__}; rotations need the full-precision nn.Linear, so rotate first"
+            )
     if type(get_module(model, stream.final)) not in (nn.LayerNorm, nn.RMSNorm):
-        raise AdapterError(f"{stream.final} is a {type(get_module(model, stream.final)).__name__}; the model is rotated already")
+        raise AdapterError(
+            f"{stream.final} is a {type(get_module(model, stream.final)).__name__}; the model is rotated already"
+        )
     return stream
 
 
@@ -105,7 +119,8 @@ def _gpt(model: Any) -> ResidualStream:
         norms=norms,
         writers=tuple(f"{block}.{half}.c_proj" for block in blocks for half in ("attn", "mlp")),
         values=tuple(
-            Values(f"{block}.attn.c_attn", f"{block}.attn.c_proj", heads, width // heads, 2 * width, repeats=1) for block in blocks
+            Values(f"{block}.attn.c_attn", f"{block}.attn.c_proj", heads, width // heads, 2 * width, repeats=1)
+            for block in blocks
         ),
         inner=tuple(f"{block}.mlp.c_proj" for block in blocks),
         final="model.ln_f",
@@ -135,7 +150,14 @@ def _llama(model: Any) -> ResidualStream:
         norms=norms,
         writers=tuple(f"{block}.{half}" for block in blocks for half in ("self_attn.o_proj", "mlp.down_proj")),
         values=tuple(
-            Values(f"{block}.self_attn.v_proj", f"{block}.self_attn.o_proj", heads, size, 0, args.num_attention_heads // heads)
+            Values(
+                f"{block}.self_attn.v_proj",
+                f"{block}.self_attn.o_proj",
+                heads,
+                size,
+                0,
+                args.num_attention_heads // heads,
+            )
             for block in blocks
         ),
         inner=tuple(f"{block}.mlp.down_proj" for block in blocks),
@@ -157,7 +179,8 @@ FAMILIES: dict[str, Callable[[Any], ResidualStream]] = {
 
 
 def untie(model: Any) -> bool:
-    """Give a model an output layer of its own where its family has one, with the embedding's weight; False where it has none.
+    """Give a model an output layer of its own where its family has one, with the embedding's weight; False where it has
+    none.
 
     The config on disk must say ``tie_word_embeddings: false`` from now on.
     """

@@ -1,8 +1,9 @@
-"""Rotations of a language model's hidden states and how they fold into its weights (QuaRot, arXiv 2404.00456; SpinQuant, 2405.16406).
+"""Rotations of a language model's hidden states and how they fold into its weights (QuaRot, arXiv 2404.00456;
+SpinQuant, 2405.16406).
 
-R1 [D,D] rotates the residual stream, x R1: what reads it gets W R1, what writes it R1ᵀ W. R2 [heads,d,d] rotates the values of each head
-between the layer that writes and the one that reads them. Both fold, and the function stays the same. Norms keep their place: their gains
-go into their readers, and a LayerNorm asks for R1 1 = 1 (``methods.cayley``).
+R1 [D,D] rotates the residual stream, x R1: what reads it gets W R1, what writes it R1ᵀ W. R2 [heads,d,d] rotates the
+values of each head between the layer that writes and the one that reads them. Both fold, and the function stays the
+same. Norms keep their place: their gains go into their readers, and a LayerNorm asks for R1 1 = 1 (``methods.cayley``).
 """
 
 from __future__ import annotations
@@ -51,8 +52,8 @@ def start(stream: ResidualStream, kind: str, seed: int) -> dict[str, Any]:
 
 
 def folded(model: nn.Module, stream: ResidualStream) -> dict[str, Affine]:
-    """Every linear of the blocks as if the norms before it had no gain and no bias, and, behind norms that subtract the mean, what is
-    written had none. The function is the same; the model is not changed.
+    """Every linear of the blocks as if the norms before it had no gain and no bias, and, behind norms that subtract the
+    mean, what is written had none. The function is the same; the model is not changed.
     """
     norms, linears = stream.readers, {}
     for path in stream.linears:
@@ -117,11 +118,13 @@ def _read_values(weight: mx.array, values: Values, rotation: mx.array) -> mx.arr
 
 
 def hold_heads(model: nn.Module, stream: ResidualStream, bits: int) -> dict[str, nn.Module]:
-    """What to put at which path so that keys and values are rounded to ``bits`` bits, keys after R3. Where queries and keys share a
-    module, queries are rounded, too.
+    """What to put at which path so that keys and values are rounded to ``bits`` bits, keys after R3. Where queries and
+    keys share a module, queries are rounded, too.
     """
     size = stream.values[0].size
-    modules: dict[str, nn.Module] = {path: HeldHeads(get_module(model, path), size, None, turned=True) for path in stream.queries}
+    modules: dict[str, nn.Module] = {
+        path: HeldHeads(get_module(model, path), size, None, turned=True) for path in stream.queries
+    }
     modules |= {path: HeldHeads(get_module(model, path), size, bits, turned=True) for path in stream.keys}
     return modules | {path: HeldHeads(get_module(model, path), size, bits, turned=False) for path in stream.held}
 
@@ -129,8 +132,8 @@ def hold_heads(model: nn.Module, stream: ResidualStream, bits: int) -> dict[str,
 def rotate(model: nn.Module, rotations: Arrays) -> bool:
     """Fold rotations into a model, in place and in its dtypes. The function stays the same, up to their roundings.
 
-    Returns whether stock code still loads it, with ``tie_word_embeddings: false`` where its output was tied. A model that can only be
-    tied, GPT-2, has a ``TurnedNorm`` afterwards; stock code has no place for its rotation.
+    Returns whether stock code still loads it, with ``tie_word_embeddings: false`` where its output was tied. A model
+    that can only be tied, GPT-2, has a ``TurnedNorm`` afterwards; stock code has no place for its rotation.
     """
     untie(model)
     stream = residual_stream(model)

@@ -1,13 +1,14 @@
 """Mixed precision: bits where errors change the prediction most for what they cost.
 
-One pass over the full-precision model sees every layer's inputs and measures how much an error in each of its outputs changes the
-velocity (``sensitivity``). With that, what a layer's weight loses at so many bits has the same unit in all layers, and so has what its
-input loses; bytes and bits go where they buy most. What comes out is a recipe like any other, with one rule a layer.
+One pass over the full-precision model sees every layer's inputs and measures how much an error in each of its outputs
+changes the velocity (``sensitivity``). With that, what a layer's weight loses at so many bits has the same unit in all
+layers, and so has what its input loses; bytes and bits go where they buy most. What comes out is a recipe like any
+other, with one rule a layer.
 
-Errors of different layers, tokens and channels are taken as small and independent, and transforms, low-rank branches and learned codes
-are left out of account: all that matters is how layers compare. This is the allocation of HAWQ-V2 (arXiv 1911.03852, eq. 2.11)
-with the Gauss-Newton diagonal in place of the Hessian's trace, each output at its own cost, and the error of a layer's output in place
-of that of its weight.
+Errors of different layers, tokens and channels are taken as small and independent, and transforms, low-rank branches
+and learned codes are left out of account: all that matters is how layers compare. This is the allocation of HAWQ-V2
+(arXiv 1911.03852, eq. 2.11) with the Gauss-Newton diagonal in place of the Hessian's trace, each output at its own
+cost, and the error of a layer's output in place of that of its weight.
 """
 
 from __future__ import annotations
@@ -53,8 +54,9 @@ class Allocation:
 
 @dataclass(frozen=True)
 class Survey:
-    """What bits buy in one layer, in mean squared velocity error: ``weight`` [widths] at each width its weight may have, and ``input``
-    [tiers,T] at each number of bits its input may have and each noise level, None where that is not asked for.
+    """What bits buy in one layer, in mean squared velocity error: ``weight`` [widths] at each width its weight may
+    have, and ``input`` [tiers,T] at each number of bits its input may have and each noise level, None where that is not
+    asked for.
 
     ``work`` counts the multiply-accumulates of all calibration data.
     """
@@ -70,7 +72,9 @@ class Survey:
 
     def tables(self, path: str) -> dict[str, Array]:
         """Named as those of the layer at ``path``."""
-        own = {"weight": self.weight, "work": np.array([self.work])} | ({} if self.input is None else {"input": self.input})
+        own = {"weight": self.weight, "work": np.array([self.work])} | (
+            {} if self.input is None else {"input": self.input}
+        )
         return {f"{path}/{name}": table for name, table in own.items()}
 
 
@@ -84,21 +88,23 @@ def allocate(
     progress: Progress = silent,
     work: Path | None = None,
 ) -> Allocation:
-    """``recipe`` with other bits in each layer, those with the least predicted velocity error; None leaves weights or inputs as they are.
+    """``recipe`` with other bits in each layer, those with the least predicted velocity error; None leaves weights or
+    inputs as they are.
 
-    ``bits_per_weight`` limits what is stored by weight of the quantized layers, scales, biases and branches included: the model's
-    ``Size.bits_per_quantized_weight`` will not be more, but for divisors that transforms may add. What a recipe keeps in full precision
-    is not counted. Layers to which it gives fewer than 8 bits get one of ``widths``, in its own format; those to which it gives 8
-    (modulation, embedders, output) keep them, and are counted.
+    ``bits_per_weight`` limits what is stored by weight of the quantized layers, scales, biases and branches included:
+    the model's ``Size.bits_per_quantized_weight`` will not be more, but for divisors that transforms may add. What a
+    recipe keeps in full precision is not counted. Layers to which it gives fewer than 8 bits get one of ``widths``, in
+    its own format; those to which it gives 8 (modulation, embedders, output) keep them, and are counted.
 
-    ``bits_per_activation`` is an average over quantized inputs and noise levels. An input counts by the multiply-accumulates that
-    read it, for arithmetic is all that its bits cost: it is never stored. Each layer gets its own ``ActivationSpec.budget``, so it takes
-    bits at each noise level for what the quantized model really sees there; the average is met exactly on full-precision inputs.
+    ``bits_per_activation`` is an average over quantized inputs and noise levels. An input counts by the
+    multiply-accumulates that read it, for arithmetic is all that its bits cost: it is never stored. Each layer gets its
+    own ``ActivationSpec.budget``, so it takes bits at each noise level for what the quantized model really sees there;
+    the average is met exactly on full-precision inputs.
 
-    Facts: ``layers`` by path, each with its weight format, ``bytes`` and predicted ``error``, and ``activation``, the mean bits of its
-    input, with ``input_error``; in all ``error``, ``error_before`` (of the recipe's own weights), ``input_error``, and what is reached of
-    both limits. Deterministic; with ``work``, a folder, a killed run resumes there. Raises RecipeError, before anything long starts,
-    where a limit cannot be met.
+    Facts: ``layers`` by path, each with its weight format, ``bytes`` and predicted ``error``, and ``activation``, the
+    mean bits of its input, with ``input_error``; in all ``error``, ``error_before`` (of the recipe's own weights),
+    ``input_error``, and what is reached of both limits. Deterministic; with ``work``, a folder, a killed run resumes
+    there. Raises RecipeError, before anything long starts, where a limit cannot be met.
     """
     linears = adapter.linears()
     plan = recipe.plan({path: adapter.role(path) for path in linears})
@@ -111,11 +117,17 @@ def allocate(
     before = {path: formats[path].index(spec.weight) for path, spec in plan.items()}
     chosen = before
     if bits_per_weight is not None:
-        found = knapsack.allocate([surveys[path].weight for path in plan], list(sizes.values()), bits_per_weight * count / 8)
+        found = knapsack.allocate(
+            [surveys[path].weight for path in plan], list(sizes.values()), bits_per_weight * count / 8
+        )
         chosen = dict(zip(plan, found, strict=True))
     specs = {path: replace(spec, weight=formats[path][chosen[path]]) for path, spec in plan.items()}
     report: dict[str, dict[str, Any]] = {
-        path: {"weight": str(spec.weight), "bytes": int(sizes[path][chosen[path]]), "error": float(surveys[path].weight[chosen[path]])}
+        path: {
+            "weight": str(spec.weight),
+            "bytes": int(sizes[path][chosen[path]]),
+            "error": float(surveys[path].weight[chosen[path]]),
+        }
         for path, spec in specs.items()
     }
     facts: dict[str, Any] = {
@@ -142,8 +154,8 @@ def candidates(spec: LayerSpec, widths: Sequence[int]) -> list[WeightFormat]:
 
 
 def stored_bytes(spec: LayerSpec, shape: Sequence[int]) -> int:
-    """Bytes of a layer [out,in] as ``QuantizedLinear`` stores it: codes in whole words a row, scales, biases and a branch where it has
-    them. What a transform may add, at most one number for each input, is not known beforehand.
+    """Bytes of a layer [out,in] as ``QuantizedLinear`` stores it: codes in whole words a row, scales, biases and a
+    branch where it has them. What a transform may add, at most one number for each input, is not known beforehand.
     """
     form, (rows, width) = spec.weight, shape
     scales = 1 if form.group == "tensor" else rows * (width // form.columns(width))
@@ -154,14 +166,20 @@ def stored_bytes(spec: LayerSpec, shape: Sequence[int]) -> int:
 def stored_bits(adapter: Adapter, plan: Mapping[str, LayerSpec]) -> float:
     """What a plan's own formats take by weight of the layers in it, as ``bits_per_weight`` counts."""
     shapes = {path: layer.weight.shape for path, layer in adapter.linears().items() if path in plan}
-    return 8 * sum(stored_bytes(plan[path], shape) for path, shape in shapes.items()) / sum(r * c for r, c in shapes.values())
+    return (
+        8
+        * sum(stored_bytes(plan[path], shape) for path, shape in shapes.items())
+        / sum(r * c for r, c in shapes.values())
+    )
 
 
 def candidate_bytes(adapter: Adapter, plan: Mapping[str, LayerSpec], widths: Sequence[int]) -> dict[str, Array]:
     """Bytes of each layer in each of its ``candidates``, ascending."""
     linears = adapter.linears()
     return {
-        path: np.array([stored_bytes(replace(spec, weight=form), linears[path].weight.shape) for form in candidates(spec, widths)])
+        path: np.array(
+            [stored_bytes(replace(spec, weight=form), linears[path].weight.shape) for form in candidates(spec, widths)]
+        )
         for path, spec in plan.items()
     }
 
@@ -181,20 +199,22 @@ def check_limits(
     if bits_per_weight is not None and not bits_per_weight >= least:
         pinned = sum(spec.weight.bits >= PINNED for spec in plan.values())
         raise RecipeError(
-            f"recipe {recipe.name}: {bits_per_weight:g} bits per weight cannot be met; its {len(plan)} layers, {pinned} of which keep 8 "
-            f"bits, take {least:.3f} to {most:.3f} with their scales; ask for more, or give large layers fewer bits by an override"
+            f"recipe {recipe.name}: {bits_per_weight:g} bits per weight cannot be met; its {len(plan)} layers, {pinned}"
+            f" of which keep 8 bits, take {least:.3f} to {most:.3f} with their scales; ask for more, or give large"
+            " layers fewer bits by an override"
         )
     if bits_per_activation is None:
         return
     tiers = [tiers_of(spec.activation) for spec in plan.values() if spec.activation is not None]
     if not tiers:
         raise RecipeError(
-            f"recipe {recipe.name} quantizes no inputs; an average of {bits_per_activation:g} bits needs one with a8, a6 or a4"
+            f"recipe {recipe.name} quantizes no inputs; an average of {bits_per_activation:g} bits needs one with a8,"
+            " a6 or a4"
         )
     if not bits_per_activation >= min(TIERS):
         raise RecipeError(
-            f"recipe {recipe.name}: {bits_per_activation:g} bits per activation cannot be met; inputs take {min(TIERS)} to "
-            f"{max(map(max, tiers))}"
+            f"recipe {recipe.name}: {bits_per_activation:g} bits per activation cannot be met; inputs take {min(TIERS)}"
+            f" to {max(map(max, tiers))}"
         )
 
 
@@ -214,8 +234,8 @@ def survey(
 ) -> dict[str, Survey]:
     """What bits buy in each planned layer, seen while the full-precision model runs over the calibration data.
 
-    ``inputs`` asks for quantized inputs, too. A stage at a time: only the moments of one are in memory, and the states that enter and
-    leave it. Finished stages are kept in ``work``.
+    ``inputs`` asks for quantized inputs, too. A stage at a time: only the moments of one are in memory, and the states
+    that enter and leave it. Finished stages are kept in ``work``.
     """
     sigmas, batches = calibration.batches(adapter)
     states: Sequence[State] = batches
@@ -243,7 +263,9 @@ def survey(
             weight, seen, spec = np.array(linears[path].weight.astype(mx.float32)), collector[path], plan[path]
             on_weight, on_input = weight_errors(path, spec, formats[path], seen.moments, weight, costs), None
             if inputs and spec.activation is not None:
-                on_input = input_errors_of(path, spec.activation, seen.ranges, weight, costs, after.get(path, "") == "gelu")
+                on_input = input_errors_of(
+                    path, spec.activation, seen.ranges, weight, costs, after.get(path, "") == "gelu"
+                )
             found[path] = Survey(on_weight, on_input, float(seen.moments.count * weight.size))
         kept.save(stage.name, {name: table for path in paths for name, table in found[path].tables(path).items()})
     return {path: found[path] for path in plan}
@@ -254,9 +276,10 @@ def weight_errors(
 ) -> Array:
     """The velocity error [formats] that a layer's weight causes in each format, rounded as its specification says.
 
-    How much error a method leaves of rounding to nearest's differs between layers by two orders of magnitude, so no other will do.
-    ``moments`` weigh noise levels by what errors cost there, and each output counts by its cost averaged over them: as if the two were
-    independent of each other. Methods that look at both streams find that they do not differ.
+    How much error a method leaves of rounding to nearest's differs between layers by two orders of magnitude, so no
+    other will do. ``moments`` weigh noise levels by what errors cost there, and each output counts by its cost averaged
+    over them: as if the two were independent of each other. Methods that look at both streams find that they do not
+    differ.
     """
     find, rounding = registry.get("steps", spec.steps).function, registry.get("round", spec.rounding).function
     alike, by_output, errors = Moments(moments.gram, moments.count, moments.gram), costs.layers[path].mean(0), []
@@ -267,8 +290,12 @@ def weight_errors(
     return np.array(errors)
 
 
-def input_errors_of(path: str, spec: ActivationSpec, ranges: InputRanges, weight: Array, costs: Sensitivity, after_gelu: bool) -> Array:
-    """The velocity error [tiers,T] of quantizing a layer's input; where a shift may be taken, with the better of the two at each tier."""
+def input_errors_of(
+    path: str, spec: ActivationSpec, ranges: InputRanges, weight: Array, costs: Sensitivity, after_gelu: bool
+) -> Array:
+    """The velocity error [tiers,T] of quantizing a layer's input; where a shift may be taken, with the better of the
+    two at each tier.
+    """
     by_output = costs.of_outputs(path, ranges.sigma)
     if not spec.per_timestep:
         ranges, by_output = ranges.merged(), None if by_output is None else by_output.mean(0, keepdims=True)
@@ -281,7 +308,9 @@ def input_errors_of(path: str, spec: ActivationSpec, ranges: InputRanges, weight
 def limit_inputs(
     specs: Mapping[str, LayerSpec], surveys: Mapping[str, Survey], average: float
 ) -> tuple[dict[str, LayerSpec], dict[str, dict[str, float]]]:
-    """Specifications with the error budgets that let inputs have ``average`` bits; and what each quantized input then has."""
+    """Specifications with the error budgets that let inputs have ``average`` bits; and what each quantized input then
+    has.
+    """
     wanted = {path: spec.activation for path, spec in specs.items() if spec.activation is not None}
     errors = {path: found for path in wanted if (found := surveys[path].input) is not None}
     tiers = {path: tiers_of(spec) for path, spec in wanted.items()}

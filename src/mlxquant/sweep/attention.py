@@ -1,7 +1,8 @@
 """Quantize attention probabilities, the one activation of a transformer block that no Linear reads.
 
-Calibration runs a stage as it is, shows the probabilities of its attentions, and puts them on static tables, one entry a noise level. The
-result is a simulation (see ``models.attention``): it tells what such probabilities would cost in quality, not in time.
+Calibration runs a stage as it is, shows the probabilities of its attentions, and puts them on static tables, one entry
+a noise level. The result is a simulation (see ``models.attention``): it tells what such probabilities would cost in
+quality, not in time.
 """
 
 from __future__ import annotations
@@ -24,14 +25,18 @@ VALUES = 2**12  # of the probabilities of a batch, drawn to look at
 
 
 class SeenProbabilities:
-    """What the probabilities of one attention look like at each noise level, as statistics of an input of one channel."""
+    """What the probabilities of one attention look like at each noise level, as statistics of an input of one
+    channel.
+    """
 
     def __init__(self) -> None:
         self._levels: dict[float, RunningRanges] = {}
         self._batches = 0
 
     def pick(self, p: mx.array) -> tuple[mx.array, mx.array]:
-        """The largest probability of each sample [B] and VALUES of them, drawn with a seed of their own; p [B,heads,N,N]."""
+        """The largest probability of each sample [B] and VALUES of them, drawn with a seed of their own; p
+        [B,heads,N,N].
+        """
         places = np.random.default_rng(self._batches).integers(p.size, size=VALUES)
         self._batches += 1
         return p.reshape(p.shape[0], -1).max(1), p.reshape(-1)[mx.array(places)]
@@ -55,15 +60,18 @@ def quantize_probabilities(
     progress: Progress = silent,
     method: str = "dynamic",
 ) -> dict[str, QuantizedAttention]:
-    """Quantized attentions, by path, for those of a stage: 4, 6 or 8 ``bits``, each table by a range ``method``, from 0 to the largest.
+    """Quantized attentions, by path, for those of a stage: 4, 6 or 8 ``bits``, each table by a range ``method``, from 0
+    to the largest.
 
-    ``inputs`` enter the stage, a state a batch at ``sigmas``; it runs as it is, so that what was quantized in it before counts. Nothing is
-    changed: whoever wants the result installs it with ``set_module``. A stage without exact attention gives none. Raises RecipeError when
-    the model's attention cannot be opened, NumericsError on NaN.
+    ``inputs`` enter the stage, a state a batch at ``sigmas``; it runs as it is, so that what was quantized in it before
+    counts. Nothing is changed: whoever wants the result installs it with ``set_module``. A stage without exact
+    attention gives none. Raises RecipeError when the model's attention cannot be opened, NumericsError on NaN.
     """
     attentions = adapter.attentions()
     if not attentions and not find_quantized_attentions(adapter.module):
-        raise RecipeError(f"{adapter.name}: this model's attention cannot be opened; leave its probabilities as they are")
+        raise RecipeError(
+            f"{adapter.name}: this model's attention cannot be opened; leave its probabilities as they are"
+        )
     seen = {path: SeenProbabilities() for path in attentions if stage.owns(path)}
     picked: dict[str, tuple[mx.array, mx.array]] = {}
 
@@ -75,7 +83,9 @@ def quantize_probabilities(
             mx.eval(stage.run(inputs[index]), picked)
         for path, (largest, values) in picked.items():
             if not np.isfinite(top := np.array(largest)).all():
-                raise NumericsError(f"the attention {path} writes NaN probabilities; the model or what enters it is damaged")
+                raise NumericsError(
+                    f"the attention {path} writes NaN probabilities; the model or what enters it is damaged"
+                )
             seen[path].add(sigmas[index], top, np.array(values))
         picked.clear()
     find = registry.get("range", method).function

@@ -1,7 +1,9 @@
-"""Which of the transforms that a method proposes a tensor gets: that with the least error in the outputs of the layers that read it.
+"""Which of the transforms that a method proposes a tensor gets: that with the least error in the outputs of the layers
+that read it.
 
-The error is predicted on sampled inputs, with weights rounded to nearest in the layers' formats and inputs quantized over their extremes:
-cheap enough to try everything that is proposed. Whether it helps the whole block is for the sweep to find out.
+The error is predicted on sampled inputs, with weights rounded to nearest in the layers' formats and inputs quantized
+over their extremes: cheap enough to try everything that is proposed. Whether it helps the whole block is for the sweep
+to find out.
 """
 
 from __future__ import annotations
@@ -42,7 +44,9 @@ class Proposal:
 
 
 def propose(method: str, readers: Sequence[Reader], place: Place, current: Transform) -> Proposal:
-    """The best of what a registered transform proposes for a tensor that has ``current`` already; ``current`` where nothing is better."""
+    """The best of what a registered transform proposes for a tensor that has ``current`` already; ``current`` where
+    nothing is better.
+    """
     first = current.ranges(readers[0].seen.ranges)
     weights = [current.weight(reader.seen.weight) for reader in readers]
     best = before = _error(readers, current)

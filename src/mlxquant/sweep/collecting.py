@@ -26,8 +26,12 @@ def _as_it_is(x: Array) -> Array:
 class InputStatistics:
     """Accumulates one layer's inputs; call ``add`` for each forward pass."""
 
-    def __init__(self, width: int, rows: int = 64, ranges: bool = True, change: Change = _as_it_is, hold_out: bool = False):
-        """Inputs go through ``change`` first. With ``hold_out`` the moments have every fourth sample of a noise level apart as well."""
+    def __init__(
+        self, width: int, rows: int = 64, ranges: bool = True, change: Change = _as_it_is, hold_out: bool = False
+    ):
+        """Inputs go through ``change`` first. With ``hold_out`` the moments have every fourth sample of a noise level
+        apart as well.
+        """
         self.moments = Moments.empty(width)
         self._rows, self._wants_ranges, self._change = rows, ranges, change
         self._hold_out, self._samples = hold_out, Counter[float]()
@@ -37,7 +41,8 @@ class InputStatistics:
     def add(self, x: mx.array, sigma: float, exact: mx.array | None = None, weight: float = 1.0) -> None:
         """x [B,...,in], all samples at one noise level, and what the full-precision model has there, where it is known.
 
-        ``weight`` is how much an error on these tokens counts in the moments. Raises NumericsError when it is not finite.
+        ``weight`` is how much an error on these tokens counts in the moments. Raises NumericsError when it is not
+        finite.
         """
         values = self._change(np.asarray(x.astype(mx.float32)).reshape(x.shape[0], -1, x.shape[-1]))
         reference = None if exact is None else self._change(np.asarray(exact.astype(mx.float32)).reshape(values.shape))
@@ -51,8 +56,8 @@ class InputStatistics:
             self._ranges = None
 
     def _shares(self, sigma: float, count: int) -> list[tuple[Any, bool]]:
-        """Which of the next ``count`` samples of a noise level are held out and which are not: the same ones at every noise level, so
-        that where those have the same prompts in the same order, no prompt is in both shares.
+        """Which of the next ``count`` samples of a noise level are held out and which are not: the same ones at every
+        noise level, so that where those have the same prompts in the same order, no prompt is in both shares.
         """
         if not self._hold_out:
             return [(slice(None), False)]
@@ -74,7 +79,9 @@ class InputStatistics:
 
 
 class Sharing:
-    """Finds out, while a model runs, which layers are given the same array (q, k and v). The first of them leads the others."""
+    """Finds out, while a model runs, which layers are given the same array (q, k and v). The first of them leads the
+    others.
+    """
 
     def __init__(self) -> None:
         self.leader: dict[str, str] = {}  # in the order in which the layers ran first
@@ -83,7 +90,9 @@ class Sharing:
     def __getitem__(self, path: str) -> str:
         """A layer's leader; raises NumericsError for a layer that no forward pass reached."""
         if path not in self.leader:
-            raise NumericsError(f"layer {path} was never reached during calibration; exclude it with a rule '{path}=keep'")
+            raise NumericsError(
+                f"layer {path} was never reached during calibration; exclude it with a rule '{path}=keep'"
+            )
         return self.leader[path]
 
     def leads(self, path: str, x: mx.array) -> bool:
@@ -97,7 +106,9 @@ class Sharing:
 
 
 class Collector:
-    """An observer for ``rewrite.tapped``. Layers that are given the same array (q, k and v) share one set of statistics."""
+    """An observer for ``rewrite.tapped``. Layers that are given the same array (q, k and v) share one set of
+    statistics.
+    """
 
     def __init__(
         self,
@@ -106,8 +117,8 @@ class Collector:
         change: Mapping[str, Change] = MappingProxyType({}),
         hold_out: bool = False,
     ):
-        """``weight`` says how much an error in the output of the layer at a path counts at a noise level, ``change`` what the layer will
-        do to its input [...,in] before anything else. ``hold_out`` as for ``InputStatistics``.
+        """``weight`` says how much an error in the output of the layer at a path counts at a noise level, ``change``
+        what the layer will do to its input [...,in] before anything else. ``hold_out`` as for ``InputStatistics``.
         """
         self.sigma = 0.0
         self.exact: dict[str, mx.array] = {}  # by path, what the full-precision model has in the same place
@@ -119,7 +130,9 @@ class Collector:
         if self._sharing.leads(path, x):
             if path not in self._by_path:
                 change = self._change.get(path, _as_it_is)
-                self._by_path[path] = InputStatistics(x.shape[-1], ranges=self._ranges, change=change, hold_out=self._hold_out)
+                self._by_path[path] = InputStatistics(
+                    x.shape[-1], ranges=self._ranges, change=change, hold_out=self._hold_out
+                )
             self._by_path[path].add(x, self.sigma, self.exact.get(path), self._weight(path, self.sigma))
 
     def __getitem__(self, path: str) -> InputStatistics:

@@ -1,4 +1,6 @@
-"""Which layers of a stage hang on which others, seen while it runs: what lets a sequential recipe round as much as possible at once."""
+"""Which layers of a stage hang on which others, seen while it runs: what lets a sequential recipe round as much as
+possible at once.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +24,12 @@ class _Spoilt(nn.Module):
 
 
 def levels(root: nn.Module, run: Callable[[], object], leaders: Mapping[str, str]) -> list[list[str]]:
-    """Layers in groups: none hangs on another one of its group, or of a later one, and each group is as early as it can be.
+    """Layers in groups: none hangs on another one of its group, or of a later one, and each group is as early as it can
+    be.
 
-    ``run`` runs the stage on some small input; ``leaders`` has the layers, in the order in which they run, with the first one that
-    reads the same array. Where a layer's output goes is found by spoiling it: a forward pass for each array that layers read.
+    ``run`` runs the stage on some small input; ``leaders`` has the layers, in the order in which they run, with the
+    first one that reads the same array. Where a layer's output goes is found by spoiling it: a forward pass for each
+    array that layers read.
     """
     groups: dict[str, list[str]] = {}
     for path, leader in leaders.items():

@@ -1,8 +1,9 @@
 """Transform a tensor inside a model without changing what the model computes.
 
-``(X / d) (W diag d)^T = X W^T``: the consumers' columns are multiplied by d, and what writes the tensor divides by d instead; channels
-that are mixed or change places are treated alike. Methods choose the transform; adapters know, as edges, what writes the tensor.
-What nothing can absorb is left alone here, and the layer that replaces the consumer does it while it runs (``QuantizedLinear``).
+``(X / d) (W diag d)^T = X W^T``: the consumers' columns are multiplied by d, and what writes the tensor divides by d
+instead; channels that are mixed or change places are treated alike. Methods choose the transform; adapters know, as
+edges, what writes the tensor. What nothing can absorb is left alone here, and the layer that replaces the consumer does
+it while it runs (``QuantizedLinear``).
 """
 
 from __future__ import annotations
@@ -23,19 +24,25 @@ Undo = Callable[[], None]
 
 
 def divide(module: nn.Module, edge: Edge, divisor: Array) -> Undo:
-    """Divide the edge's tensor by ``divisor`` [in] float32 > 0, in place; see ``fold``. ValueError for an edge without folds."""
+    """Divide the edge's tensor by ``divisor`` [in] float32 > 0, in place; see ``fold``. ValueError for an edge without
+    folds.
+    """
     if not edge.folds:
         raise ValueError(f"nothing can absorb a division before {edge.consumers[0]}; divide while the model runs")
     return fold(module, edge, Transform(divisor))
 
 
 def foldable(edge: Edge, transform: Transform) -> Transform:
-    """The part of a transform that the edge's producers can absorb, in place of which its consumers then need only ``remaining``."""
+    """The part of a transform that the edge's producers can absorb, in place of which its consumers then need only
+    ``remaining``.
+    """
     divides = transform.divisor is not None and bool(edge.folds)
     reorders = transform.order is not None and bool(edge.reorders)
     mixes = transform.block > 1 and edge.mixes % transform.block == 0 and transform.order is None
     return Transform(
-        transform.divisor if divides else None, transform.order if reorders else None, transform.block if mixes and edge.folds else 1
+        transform.divisor if divides else None,
+        transform.order if reorders else None,
+        transform.block if mixes and edge.folds else 1,
     )
 
 
@@ -58,19 +65,25 @@ def producers(edge: Edge, transform: Transform) -> tuple[Fold, ...]:
 
 
 def fold(module: nn.Module, edge: Edge, transform: Transform) -> Undo:
-    """Fold a transform into the edge's producers and the columns of its consumers, in place; returns what undoes it exactly.
+    """Fold a transform into the edge's producers and the columns of its consumers, in place; returns what undoes it
+    exactly.
 
-    Producers' rows and biases are divided (where they are used as 1 + y, so is the 1), put in order and rotated, consumers' columns
-    to match. Raises NumericsError when a divisor is not positive and finite or its width is wrong, ValueError when the transform is
-    more than ``foldable``.
+    Producers' rows and biases are divided (where they are used as 1 + y, so is the 1), put in order and rotated,
+    consumers' columns to match. Raises NumericsError when a divisor is not positive and finite or its width is wrong,
+    ValueError when the transform is more than ``foldable``.
     """
     absorbed = foldable(edge, transform)
-    if any(getattr(absorbed, name) is not getattr(transform, name) for name in ("divisor", "order")) or absorbed.block != transform.block:
+    if (
+        any(getattr(absorbed, name) is not getattr(transform, name) for name in ("divisor", "order"))
+        or absorbed.block != transform.block
+    ):
         raise ValueError(f"what writes the input of {edge.consumers[0]} cannot absorb all of this transform")
     width = get_module(module, edge.consumers[0]).weight.shape[1]
     divisor = transform.divisor
     if divisor is not None and (divisor.shape != (width,) or not np.isfinite(divisor).all() or np.any(divisor <= 0)):
-        raise NumericsError(f"{edge.consumers[0]}: a divisor of shape {divisor.shape} must be positive and finite for {width} channels")
+        raise NumericsError(
+            f"{edge.consumers[0]}: a divisor of shape {divisor.shape} must be positive and finite for {width} channels"
+        )
     changed = producers(edge, transform)
     layers = {path: get_module(module, path) for path in (*edge.consumers, *(where.path for where in changed))}
     before = {path: (layer.weight, layer.bias if "bias" in layer else None) for path, layer in layers.items()}

@@ -1,7 +1,8 @@
-"""How the input of one layer is quantized: its bits at each timestep, its steps, and whether it is shifted after a GELU.
+"""How the input of one layer is quantized: its bits at each timestep, its steps, and whether it is shifted after a
+GELU.
 
-A tier rule chooses the bits; the post-GELU shift is taken where it lowers the layer's error. Everything that was compared is recorded,
-also where it was not taken. Arrays only: whoever calls this knows which layer they are of.
+A tier rule chooses the bits; the post-GELU shift is taken where it lowers the layer's error. Everything that was
+compared is recorded, also where it was not taken. Arrays only: whoever calls this knows which layer they are of.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ from ..numerics.input_ranges import InputRanges
 
 @dataclass(frozen=True)
 class Options:
-    """How to decide: ``rule`` "error" with its ``budget`` (see ``methods.tiers.error`` for the units), or "threshold" with
-    ``thresholds`` (A4 below the first, A6 below the second); ``range`` a range method; ``alpha`` of SmoothQuant; whether to try
-    ``migration`` after a GELU; ``tiers``, the bit widths to choose among.
+    """How to decide: ``rule`` "error" with its ``budget`` (see ``methods.tiers.error`` for the units), or "threshold"
+    with ``thresholds`` (A4 below the first, A6 below the second); ``range`` a range method; ``alpha`` of SmoothQuant;
+    whether to try ``migration`` after a GELU; ``tiers``, the bit widths to choose among.
     """
 
     rule: str = "error"
@@ -41,10 +42,15 @@ class Options:
         if not (np.isfinite(self.budget) and self.budget > 0):
             raise RecipeError(f"the error budget must be a positive number, found {self.budget}")
         if not 0 < self.thresholds[0] <= self.thresholds[1] < np.inf:
-            raise RecipeError(f"thresholds must be two positive numbers, the smaller first, found {self.thresholds}; the default is 6,10")
+            raise RecipeError(
+                f"thresholds must be two positive numbers, the smaller first, found {self.thresholds}; the default is"
+                " 6,10"
+            )
 
     def tier_options(self, after_shift: bool) -> dict[str, float]:
-        """Keyword arguments of the rule. A shifted input's thresholds are 5/6 and 8/10 of the others': 5 and 8 by default."""
+        """Keyword arguments of the rule. A shifted input's thresholds are 5/6 and 8/10 of the others': 5 and 8 by
+        default.
+        """
         if self.rule == "error":
             return {"budget": self.budget}
         a4, a6 = self.thresholds
@@ -53,8 +59,8 @@ class Options:
 
 @dataclass(frozen=True)
 class LayerInput:
-    """The input of a layer: its ``ranges``, the ``weight`` [out,in] float32 that reads it, and what a unit of squared error of each
-    output costs, ``costs`` [T,out] (None: in proportion to the outputs' energy, see ``methods.tiers``).
+    """The input of a layer: its ``ranges``, the ``weight`` [out,in] float32 that reads it, and what a unit of squared
+    error of each output costs, ``costs`` [T,out] (None: in proportion to the outputs' energy, see ``methods.tiers``).
     """
 
     ranges: InputRanges
@@ -88,11 +94,15 @@ class TierTables:
         return cls(layer, shift, {bits: centred(ranges, shift, weight, bits, find) for bits in options.tiers}, options)
 
     def bits(self) -> Array:
-        """By the tier rule, [T]: the error is of the output and needs x as it is; thresholds are for what is rounded, x - shift."""
+        """By the tier rule, [T]: the error is of the output and needs x as it is; thresholds are for what is rounded, x
+        - shift.
+        """
         ranges, options = self.layer.ranges, self.options
         seen = ranges if self.shift is None or options.rule == "error" else shifted(ranges, self.shift)
         rule = registry.get("tier", options.rule).function
-        chosen: Array = rule(seen, self.layer.weight, self.tables, self.layer.costs, **options.tier_options(self.shift is not None))
+        chosen: Array = rule(
+            seen, self.layer.weight, self.tables, self.layer.costs, **options.tier_options(self.shift is not None)
+        )
         return chosen
 
     def at(self, bits: Array) -> ActivationTable:
@@ -102,7 +112,9 @@ class TierTables:
 
 @dataclass(frozen=True)
 class DecidedInput:
-    """An input that was decided on: its table, the facts, and the shift [T,in] that was offered to it, None but after a GELU."""
+    """An input that was decided on: its table, the facts, and the shift [T,in] that was offered to it, None but after a
+    GELU.
+    """
 
     layer: LayerInput
     shift: Array | None
@@ -111,11 +123,11 @@ class DecidedInput:
 
 
 def decide_input(layer: LayerInput, shift: Array | None, options: Options) -> DecidedInput:
-    """Bits, steps and shift of a layer's input. The shift is tried at the bits that the plain input gets; where it wins, the rule
-    chooses again.
+    """Bits, steps and shift of a layer's input. The shift is tried at the bits that the plain input gets; where it
+    wins, the rule chooses again.
 
-    Facts are means over timesteps: ``error``, weighed (``error_plain`` and ``error_shifted`` where a shift was tried), and for people
-    ``relative_error`` of the output, not squared.
+    Facts are means over timesteps: ``error``, weighed (``error_plain`` and ``error_shifted`` where a shift was tried),
+    and for people ``relative_error`` of the output, not squared.
     """
     plain = TierTables.of(layer, None, options)
     table = plain.at(plain.bits())

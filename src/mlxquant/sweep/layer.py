@@ -27,7 +27,9 @@ from .inputs import LayerInput, Options, decide_input
 
 @dataclass(frozen=True)
 class Dampings:
-    """Chosen dampings of the corrected ``target``, of the ``rounding`` and of a ``branch``, None where it is the method's own."""
+    """Chosen dampings of the corrected ``target``, of the ``rounding`` and of a ``branch``, None where it is the
+    method's own.
+    """
 
     target: float | None = None
     rounding: float | None = None
@@ -41,7 +43,8 @@ class Dampings:
 
 @dataclass(frozen=True)
 class Rounded:
-    """A quantized layer beside the weight [out,in] that it stands for, that which its codes aimed at, and its inputs' moments.
+    """A quantized layer beside the weight [out,in] that it stands for, that which its codes aimed at, and its inputs'
+    moments.
 
     The aim differs from the weight where it is corrected, or where a branch takes a part of it.
     """
@@ -62,7 +65,9 @@ class Rounded:
 
 @dataclass(frozen=True)
 class Preset:
-    """What was decided about a layer's input elsewhere: its table, and by what its channels are divided ([in], online)."""
+    """What was decided about a layer's input elsewhere: its table, and by what its channels are divided ([in],
+    online).
+    """
 
     table: ActivationTable | None = None
     divisor: Array | None = None
@@ -71,8 +76,8 @@ class Preset:
 def activation_table(seen: LayerInput, spec: ActivationSpec, layer: QuantizedLinear, after: str) -> ActivationTable:
     """The static scales of a layer's input by their specification.
 
-    With a budget bits are chosen for the exact weight; where a shift is wanted, an input that was written ``after`` a GELU may be shifted
-    by the centre of each channel. Otherwise scales are for the rounded weight, that of ``layer``.
+    With a budget bits are chosen for the exact weight; where a shift is wanted, an input that was written ``after`` a
+    GELU may be shifted by the centre of each channel. Otherwise scales are for the rounded weight, that of ``layer``.
     """
     ranges = seen.ranges
     if spec.budget is None and not spec.shift:
@@ -102,11 +107,15 @@ def quantize_layer(linear: nn.Linear, spec: LayerSpec, moments: Moments, path: s
     dampings = dampings if branch is None else replace(dampings, branch=branch.damping)
     bias = linear.bias if "bias" in linear else None
     divisor = None if transform.divisor is None else mx.array(transform.divisor, mx.float32)
-    return Rounded(QuantizedLinear(codes, grid, bias, divisor, transform.block, branch), weight, target, moments, dampings)
+    return Rounded(
+        QuantizedLinear(codes, grid, bias, divisor, transform.block, branch), weight, target, moments, dampings
+    )
 
 
 def _choose_dampings(weight: Array, spec: LayerSpec, moments: Moments) -> Dampings:
-    """Where a specification wants it, by held-out tokens: first that of the corrected target, then, with it, that of the rounding."""
+    """Where a specification wants it, by held-out tokens: first that of the corrected target, then, with it, that of
+    the rounding.
+    """
     chosen = Dampings()
     if spec.held_out and spec.corrected:
         chosen = Dampings(target=_damping(choose_damping(weight, corrected_target, moments, TARGETS)))
@@ -125,8 +134,12 @@ def _damping(choice: Choice | None) -> float | None:
     return None if choice is None else choice.damping
 
 
-def _quantized(weight: Array, spec: LayerSpec, moments: Moments, dampings: Dampings) -> tuple[Array, LowRank | None, Grid, Array]:
-    """What the integers of a weight [rows,in] aim at, the branch beside them, their grid and their codes uint8 [rows,in]."""
+def _quantized(
+    weight: Array, spec: LayerSpec, moments: Moments, dampings: Dampings
+) -> tuple[Array, LowRank | None, Grid, Array]:
+    """What the integers of a weight [rows,in] aim at, the branch beside them, their grid and their codes uint8
+    [rows,in].
+    """
     aim = {} if dampings.target is None else {"damping": dampings.target}
     target = corrected_target(weight, moments, **aim) if spec.corrected else weight
     options = {} if dampings.rounding is None else {"damping": dampings.rounding}

@@ -1,8 +1,10 @@
-"""Reconstruct a stage: learn how its weights are rounded from what the whole stage writes, both streams, activations quantized.
+"""Reconstruct a stage: learn how its weights are rounded from what the whole stage writes, both streams, activations
+quantized.
 
-The stage runs with soft weights in the places of its layers and with a straight-through estimator wherever activations are rounded,
-so that the error reaches the layers before: query, key, value and the first MLP layer. Minibatches mix timesteps; every sample brings
-its own conditioning, its own activation scales and its own targets. Everything runs in float32.
+The stage runs with soft weights in the places of its layers and with a straight-through estimator wherever activations
+are rounded, so that the error reaches the layers before: query, key, value and the first MLP layer. Minibatches mix
+timesteps; every sample brings its own conditioning, its own activation scales and its own targets. Everything runs in
+float32.
 """
 
 from __future__ import annotations
@@ -37,7 +39,8 @@ class Minibatch:
 
 
 class SoftLinear(nn.Module):
-    """A quantized layer with an integer weight that is set from outside, its activations quantized with a straight-through estimator.
+    """A quantized layer with an integer weight that is set from outside, its activations quantized with a
+    straight-through estimator.
 
     ``levels`` [T] are the noise levels of the calibration; ``minibatch.level`` [B] holds indices into them.
     """
@@ -85,9 +88,10 @@ def _joined(rows: Sequence[tuple[State, int]]) -> State:
 class Reconstruction:
     """A stage with soft weights for some of its layers, ready to be differentiated.
 
-    ``layers`` are all quantized layers of the stage; those in ``targets`` are learned, each towards its target weight [out,in], the
-    others run as they are, with unquantized inputs where they have no table. ``inputs`` enter the stage and ``wanted`` is what it should
-    write, one state a batch at ``sigmas``; ``batch`` samples of them are differentiated at once, as many as ``adapter.rows`` allows.
+    ``layers`` are all quantized layers of the stage; those in ``targets`` are learned, each towards its target weight
+    [out,in], the others run as they are, with unquantized inputs where they have no table. ``inputs`` enter the stage
+    and ``wanted`` is what it should write, one state a batch at ``sigmas``; ``batch`` samples of them are
+    differentiated at once, as many as ``adapter.rows`` allows.
     """
 
     def __init__(
@@ -107,7 +111,8 @@ class Reconstruction:
         self._minibatch = Minibatch()
         levels = np.unique(np.array(sigmas, np.float32))
         self._soft = {
-            path: SoftLinear(layer, levels, self._minibatch, settings.drop, salt) for salt, (path, layer) in enumerate(layers.items())
+            path: SoftLinear(layer, levels, self._minibatch, settings.drop, salt)
+            for salt, (path, layer) in enumerate(layers.items())
         }
         self.grids = {path: layers[path].grid() for path in targets}
         self._layers, self._targets = layers, targets
@@ -117,13 +122,21 @@ class Reconstruction:
         self._inputs, self._wanted = inputs, wanted
         self._places = [(batch, row) for batch, count in enumerate(rows) for row in range(count)]
         self.batch = min(settings.batch, adapter.rows, len(self._places))
-        self._weights = None if weights is None else {k: mx.array(np.repeat(w, rows, 0).astype(np.float32)) for k, w in weights.items()}
+        self._weights = (
+            None
+            if weights is None
+            else {k: mx.array(np.repeat(w, rows, 0).astype(np.float32)) for k, w in weights.items()}
+        )
         self._scale: dict[str, float] = {}
 
     def choices(self, nearest: bool) -> dict[str, Choice]:
-        """What every weight chooses between, starting from the layers' codes, or with ``nearest`` from the weight itself."""
+        """What every weight chooses between, starting from the layers' codes, or with ``nearest`` from the weight
+        itself.
+        """
         return {
-            path: choose(target, self.grids[path], None if nearest else self._layers[path].codes(), self._settings.trust)
+            path: choose(
+                target, self.grids[path], None if nearest else self._layers[path].codes(), self._settings.trust
+            )
             for path, target in self._targets.items()
         }
 
@@ -134,17 +147,25 @@ class Reconstruction:
         """
         if self._weights is not None:
             errors = dict.fromkeys(errors, sum(errors.values()))
-        self._scale = {key: max(error, 1e-30) * (len(errors) if self._weights is None else 1) for key, error in errors.items()}
+        self._scale = {
+            key: max(error, 1e-30) * (len(errors) if self._weights is None else 1) for key, error in errors.items()
+        }
 
     def _error(self, key: str, output: mx.array, wanted: mx.array, rows: mx.array) -> mx.array:
-        """The squared error of a tensor [B,...,D], averaged, or weighted, averaged over tokens and summed over channels."""
+        """The squared error of a tensor [B,...,D], averaged, or weighted, averaged over tokens and summed over
+        channels.
+        """
         squared = mx.square(output - wanted)
         if self._weights is None:
             return squared.mean()
-        return (squared.reshape(squared.shape[0], -1, squared.shape[-1]).mean(1) * self._weights[key][rows]).sum(-1).mean()
+        return (
+            (squared.reshape(squared.shape[0], -1, squared.shape[-1]).mean(1) * self._weights[key][rows]).sum(-1).mean()
+        )
 
     def minibatch(self, iteration: int) -> tuple[Any, ...]:
-        """Inputs, targets, indices of the samples and a random key of an iteration: a function of the seed and the iteration alone."""
+        """Inputs, targets, indices of the samples and a random key of an iteration: a function of the seed and the
+        iteration alone.
+        """
         random = np.random.default_rng([self._settings.seed, iteration])
         rows = random.choice(len(self._places), self.batch, replace=False)
         return *self.samples(rows), mx.array(rows), mx.random.key(int(random.integers(2**31)))
@@ -155,7 +176,9 @@ class Reconstruction:
         inputs, wanted = ([(states[batch], row) for batch, row in places] for states in (self._inputs, self._wanted))
         return _joined(inputs), _joined(wanted)
 
-    def loss(self, weights: dict[str, mx.array], inputs: State, wanted: State, rows: mx.array, key: mx.array) -> mx.array:
+    def loss(
+        self, weights: dict[str, mx.array], inputs: State, wanted: State, rows: mx.array, key: mx.array
+    ) -> mx.array:
         """Error of what the stage writes for some samples ``rows`` [B], in units of the start's."""
         self._minibatch.level, self._minibatch.key = self._level[rows], key
         for path, weight in weights.items():
@@ -185,11 +208,13 @@ def reconstruct_stage(
 ) -> tuple[dict[str, Array], dict[str, Any]]:
     """Learn the codes of a stage by a registered method: codes uint8 [out,in] by path, and facts about the run.
 
-    ``start`` is the error of what the stage writes with its hard-rounded start, by tensor; ``nearest`` starts from the weights instead
-    of from those codes.
+    ``start`` is the error of what the stage writes with its hard-rounded start, by tensor; ``nearest`` starts from the
+    weights instead of from those codes.
     """
     work.normalise(start)
     learn = registry.get("reconstruct", method).function
     with work.installed():
-        learned = learn(work.loss, work.choices(nearest), work.grids, work.minibatch, settings, checkpoint, progress, label)
+        learned = learn(
+            work.loss, work.choices(nearest), work.grids, work.minibatch, settings, checkpoint, progress, label
+        )
     return learned.codes, {**learned.facts, "batch": work.batch}

@@ -9,27 +9,30 @@ from ..recipes.recipe import Recipe
 
 
 def check_model(adapter: Adapter, recipe: Recipe) -> None:
-    """Raise RecipeError where a recipe asks for what the model does not have: attention that can be opened, velocities, pictures."""
+    """Raise RecipeError where a recipe asks for what the model does not have: attention that can be opened, velocities,
+    pictures.
+    """
     if recipe.probabilities is not None and not adapter.attentions():
         raise RecipeError(
-            f"recipe {recipe.name}: the attention of {adapter.name} cannot be opened, so its probabilities stay as they are; "
-            "leave 'softmax' out, and 'tcaqdm', which has it"
+            f"recipe {recipe.name}: the attention of {adapter.name} cannot be opened, so its probabilities stay as they"
+            " are; leave 'softmax' out, and 'tcaqdm', which has it"
         )
     if adapter.draws:
         return
     if recipe.sensitivity or recipe.allocates:
         raise RecipeError(
-            f"recipe {recipe.name} weighs errors by what they change in a velocity, and {adapter.name} writes text; leave out 'mixed', "
-            "'sensitivity', 'tiers', 'taqdit' and average bits, or give layers their bits by overrides"
+            f"recipe {recipe.name} weighs errors by what they change in a velocity, and {adapter.name} writes text;"
+            " leave out 'mixed', 'sensitivity', 'tiers', 'taqdit' and average bits, or give layers their bits by"
+            " overrides"
         )
     ranges = {spec.activation.range for _, spec in recipe.rules if spec is not None and spec.activation is not None}
     if timed := sorted(name for name in ranges if registry.get("range", name).over_time):
         raise RecipeError(
-            f"recipe {recipe.name}: {timed[0]!r} is about how inputs change with the noise level, and {adapter.name} writes text, without "
-            "noise; leave it out, or use 'error' or '-token'"
+            f"recipe {recipe.name}: {timed[0]!r} is about how inputs change with the noise level, and {adapter.name}"
+            " writes text, without noise; leave it out, or use 'error' or '-token'"
         )
     if recipe.rounds > 1:
         raise RecipeError(
-            f"recipe {recipe.name} calibrates again on pictures that the quantized model draws, and {adapter.name} writes text; leave out "
-            "'progressive' and 'tcaqdm'"
+            f"recipe {recipe.name} calibrates again on pictures that the quantized model draws, and {adapter.name}"
+            " writes text; leave out 'progressive' and 'tcaqdm'"
         )

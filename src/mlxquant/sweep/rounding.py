@@ -1,7 +1,8 @@
 """What a stage is tried with: its layers rounded, perhaps after their inputs were transformed.
 
-A tensor that several layers read gets one transform for all of them. What the layers that write it can absorb is folded into them while
-the stage is rounded; the rest the quantized layers do while they run. The full-precision stage stays as it is afterwards.
+A tensor that several layers read gets one transform for all of them. What the layers that write it can absorb is folded
+into them while the stage is rounded; the rest the quantized layers do while they run. The full-precision stage stays as
+it is afterwards.
 """
 
 from __future__ import annotations
@@ -33,12 +34,20 @@ from .trial import CALIBRATED, NEAREST, Folded, Job, Specs, Tensor, Transforms, 
 
 
 class Rounding:
-    """Rounds the layers of one stage, as often as there is something to try. ``inputs`` enter the quantized stage, in which the
-    probabilities of ``attentions`` are quantized.
+    """Rounds the layers of one stage, as often as there is something to try. ``inputs`` enter the quantized stage, in
+    which the probabilities of ``attentions`` are quantized.
     """
 
-    def __init__(self, job: Job, stage: Stage, specs: Mapping[str, LayerSpec], inputs: Sequence[State], attentions: Attentions):
-        self._job, self._stage, self._specs, self._inputs, self._attentions = job, stage, dict(specs), inputs, attentions
+    def __init__(
+        self, job: Job, stage: Stage, specs: Mapping[str, LayerSpec], inputs: Sequence[State], attentions: Attentions
+    ):
+        self._job, self._stage, self._specs, self._inputs, self._attentions = (
+            job,
+            stage,
+            dict(specs),
+            inputs,
+            attentions,
+        )
         self._linears = {path: layer for path, layer in job.adapter.linears().items() if path in specs}
         self._after = {path: edge.after for edge in job.adapter.edges() for path in edge.consumers}
         self._ranges: dict[str, InputRanges] = {}
@@ -52,7 +61,10 @@ class Rounding:
     def _leader(self) -> dict[str, str]:
         """By layer, in the order in which they run, the first layer that reads the same tensor."""
         sharing = Sharing()
-        with self._job.adapter.clock.at(self._job.sigmas[0]), tapped(self._job.adapter.module, self._specs, sharing.leads):
+        with (
+            self._job.adapter.clock.at(self._job.sigmas[0]),
+            tapped(self._job.adapter.module, self._specs, sharing.leads),
+        ):
             self._stage.run(self._inputs[0])  # never evaluated
         leader = {path: sharing[path] for path in self._specs}
         return {path: leader[path] for path in sharing.leader}
@@ -67,15 +79,17 @@ class Rounding:
             mine = tuple(path for path in edge.consumers if path in self._specs)
             whole = len(mine) == len(edge.consumers)
             writers = (*edge.folds, *edge.reorders)
-            yield Tensor(edge if whole and all(w.path in self._specs for w in writers) else Edge(mine, after=edge.after))
+            yield Tensor(
+                edge if whole and all(w.path in self._specs for w in writers) else Edge(mine, after=edge.after)
+            )
         known = {path for edge in edges for path in edge.consumers}
         for leader in dict.fromkeys(self._leader.values()):
             if alone := tuple(path for path, first in self._leader.items() if first == leader and path not in known):
                 yield Tensor(Edge(alone))
 
     def first(self) -> list[Trial]:
-        """The layers as their specifications have them before anything is transformed or learned; for the gate, rounded to nearest; and
-        without each other part of them that has to show that it helps.
+        """The layers as their specifications have them before anything is transformed or learned; for the gate, rounded
+        to nearest; and without each other part of them that has to show that it helps.
         """
         plain = {path: spec.plain for path, spec in self._specs.items()}
         ways: dict[str, Specs] = {CALIBRATED: self._specs}
@@ -99,12 +113,17 @@ class Rounding:
         self._specs = self._without.get(name, self._specs)
 
     def propose(self, method: str, current: Transforms) -> dict[str, Proposal]:
-        """What a transform method would change, by tensor; its readers must all be open to it. ``first`` must have run."""
+        """What a transform method would change, by tensor; its readers must all be open to it. ``first`` must
+        have run.
+        """
         found = {}
         for tensor in self._tensors:
             readers = {path: self._specs[path] for path in tensor.edge.consumers}
             if all(method in spec.transforms and path not in self._job.presets for path, spec in readers.items()):
-                given = [Reader(self._input(path, spec.activation, self._ranges[path]), spec) for path, spec in readers.items()]
+                given = [
+                    Reader(self._input(path, spec.activation, self._ranges[path]), spec)
+                    for path, spec in readers.items()
+                ]
                 proposal = propose(method, given, tensor.place, current.get(tensor.name, Transform()))
                 if proposal.after < proposal.before:
                     found[tensor.name] = proposal
@@ -135,8 +154,8 @@ class Rounding:
 
     @cached_property
     def _groups(self) -> list[list[str]]:
-        """Layers that are rounded together: all of them, or in a sequential recipe those that hang on none but rounded ones (q, k and v
-        of all streams, then their outputs).
+        """Layers that are rounded together: all of them, or in a sequential recipe those that hang on none but rounded
+        ones (q, k and v of all streams, then their outputs).
         """
         if not self._job.recipe.sequential:
             return [list(self._specs)]
@@ -146,8 +165,8 @@ class Rounding:
 
     @contextmanager
     def _applied(self, transforms: Transforms) -> Iterator[tuple[dict[str, Transform], Folded]]:
-        """With tensors transformed as far as what writes them can absorb that; by path, what the layers have to do themselves, and
-        whose rows have changed.
+        """With tensors transformed as far as what writes them can absorb that; by path, what the layers have to do
+        themselves, and whose rows have changed.
         """
         presets, rows = self._job.presets, Folded()
         online = {path: Transform(presets[path].divisor) if path in presets else Transform() for path in self._specs}
@@ -161,9 +180,11 @@ class Rounding:
                     online |= dict.fromkeys(tensor.edge.consumers, remaining(transform, folded))
             yield online, rows
 
-    def _statistics(self, paths: Sequence[str], online: Mapping[str, Transform], done: dict[str, nn.Module]) -> dict[str, InputStatistics]:
-        """What layers are given in the quantized stream, with those that are ``done`` in place, and where a specification asks for it
-        in the exact one.
+    def _statistics(
+        self, paths: Sequence[str], online: Mapping[str, Transform], done: dict[str, nn.Module]
+    ) -> dict[str, InputStatistics]:
+        """What layers are given in the quantized stream, with those that are ``done`` in place, and where a
+        specification asks for it in the exact one.
         """
         job, change = self._job, {path: online[path].inputs for path in paths if not online[path].nothing}
         ranges = any(self._specs[path].activation is not None for path in paths) or bool(self.transforms)
@@ -182,10 +203,15 @@ class Rounding:
         return {path: collector[path] for path in paths}
 
     def _input(
-        self, path: str, spec: ActivationSpec | None, ranges: InputRanges, weight: Any = None, folded: Folded | None = None
+        self,
+        path: str,
+        spec: ActivationSpec | None,
+        ranges: InputRanges,
+        weight: Any = None,
+        folded: Folded | None = None,
     ) -> LayerInput:
-        """A layer's input at every noise level, or merged where one entry serves all, and what errors of its outputs cost, also where
-        something was ``folded`` into its rows.
+        """A layer's input at every noise level, or merged where one entry serves all, and what errors of its outputs
+        cost, also where something was ``folded`` into its rows.
         """
         if weight is None:
             weight = np.array(self._linears[path].weight.astype(mx.float32))
@@ -198,7 +224,9 @@ class Rounding:
             ranges, costs = ranges.merged(), None if costs is None else costs.mean(0, keepdims=True)
         return LayerInput(ranges, weight.astype(np.float32), costs)
 
-    def _rounded(self, path: str, spec: LayerSpec, statistics: InputStatistics, transform: Transform, folded: Folded) -> Rounded:
+    def _rounded(
+        self, path: str, spec: LayerSpec, statistics: InputStatistics, transform: Transform, folded: Folded
+    ) -> Rounded:
         """A layer by a specification, with its activation table."""
         preset = self._job.presets.get(path, Preset())
         rounded = quantize_layer(self._linears[path], spec, statistics.moments, path, transform)
@@ -218,4 +246,6 @@ def round_to_nearest(linear: nn.Linear, spec: LayerSpec) -> QuantizedLinear:
     """One layer in a specification's weight format, without calibration and with its inputs as they are."""
     weight = np.array(linear.weight.astype(mx.float32)).astype(np.float64)
     grid = registry.get("steps", "extremes").function(weight, spec.weight)
-    return QuantizedLinear(registry.get("round", "rtn").function(weight, grid), grid, linear.bias if "bias" in linear else None)
+    return QuantizedLinear(
+        registry.get("round", "rtn").function(weight, grid), grid, linear.bias if "bias" in linear else None
+    )

@@ -1,15 +1,17 @@
 """How much an error inside the model matters for what it predicts, at each noise level.
 
-For a small error d at some place the prediction changes by J d. With random signs r, E[(J^T r)_i^2] is the i-th diagonal entry of
-J^T J: how much a unit of squared error in channel i there adds to the squared error of the velocity. One backward pass a batch gives it
-for all places (Hutchinson's estimator of the Gauss-Newton diagonal, as BRECQ weighs block errors, arXiv 2102.05426, with the
-network's output in place of its loss). It goes backward stage by stage, and each stage is computed again for it (arXiv 1604.06174), so
-what is held is what enters the stages and the inside of one of them.
+For a small error d at some place the prediction changes by J d. With random signs r, E[(J^T r)_i^2] is the i-th
+diagonal entry of J^T J: how much a unit of squared error in channel i there adds to the squared error of the velocity.
+One backward pass a batch gives it for all places (Hutchinson's estimator of the Gauss-Newton diagonal, as BRECQ weighs
+block errors, arXiv 2102.05426, with the network's output in place of its loss). It goes backward stage by stage, and
+each stage is computed again for it (arXiv 1604.06174), so what is held is what enters the stages and the inside of one
+of them.
 
-Errors of a sampler's steps add up with nearly the same sign, so a unit of velocity error costs about the same at any noise level; what
-differs between levels is how the model amplifies what happens inside it.
+Errors of a sampler's steps add up with nearly the same sign, so a unit of velocity error costs about the same at any
+noise level; what differs between levels is how the model amplifies what happens inside it.
 
-Squared velocity error is averaged over the elements of a latent: velocities have about unit variance, so it is relative to them.
+Squared velocity error is averaged over the elements of a latent: velocities have about unit variance, so it is relative
+to them.
 """
 
 from __future__ import annotations
@@ -65,10 +67,11 @@ class _Gauged(nn.Module):
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """What a unit of mean squared error over a picture's tokens costs in squared velocity error, by noise level ``sigma`` [T] ascending.
+    """What a unit of mean squared error over a picture's tokens costs in squared velocity error, by noise level
+    ``sigma`` [T] ascending.
 
-    Errors of different tokens and channels are taken as independent. ``stages`` by stage name and written tensor [T,D]; ``layers`` by
-    path of a Linear, for each of its outputs [T,out].
+    Errors of different tokens and channels are taken as independent. ``stages`` by stage name and written tensor [T,D];
+    ``layers`` by path of a Linear, for each of its outputs [T,out].
     """
 
     sigma: Array
@@ -83,29 +86,41 @@ class Sensitivity:
             stage, slash, key = name.rpartition("/")
             if slash and stage:
                 stages.setdefault(stage, {})[key] = table
-        return cls(tables[LEVELS].astype(np.float32), stages, {path: table for path, table in tables.items() if "/" not in path})
+        return cls(
+            tables[LEVELS].astype(np.float32),
+            stages,
+            {path: table for path, table in tables.items() if "/" not in path},
+        )
 
     @property
     def tables(self) -> dict[str, Array]:
-        """All in one mapping: noise levels as ``/sigma``, what stages write as ``stage/tensor``, layers by path; float64."""
+        """All in one mapping: noise levels as ``/sigma``, what stages write as ``stage/tensor``, layers by path;
+        float64.
+        """
         wrote = {f"{stage}/{key}": table for stage, tables in self.stages.items() for key, table in tables.items()}
         return {LEVELS: self.sigma.astype(np.float64), **wrote, **self.layers}
 
     def of_stage(self, name: str, sigmas: Iterable[float]) -> dict[str, Array] | None:
-        """By written tensor [len(sigmas), D], at the measured levels nearest to ``sigmas``; None for a stage that was not measured."""
+        """By written tensor [len(sigmas), D], at the measured levels nearest to ``sigmas``; None for a stage that was
+        not measured.
+        """
         if name not in self.stages:
             return None
         return {key: table[self._nearest(sigmas)] for key, table in self.stages[name].items()}
 
     def of_outputs(self, path: str, sigmas: Iterable[float]) -> Array | None:
-        """Of a layer's outputs [len(sigmas), out], at the measured levels nearest to ``sigmas``; None for one that was not measured."""
+        """Of a layer's outputs [len(sigmas), out], at the measured levels nearest to ``sigmas``; None for one that was
+        not measured.
+        """
         return self.layers[path][self._nearest(sigmas)] if path in self.layers else None
 
     def _nearest(self, sigmas: Iterable[float]) -> list[int]:
         return [int(np.abs(self.sigma - sigma).argmin()) for sigma in sigmas]
 
     def of_layer(self, path: str, sigma: float) -> float:
-        """Averaged over a layer's outputs, at the noise level nearest to ``sigma``, relative to the mean over levels; 1 if unknown."""
+        """Averaged over a layer's outputs, at the noise level nearest to ``sigma``, relative to the mean over levels; 1
+        if unknown.
+        """
         if path not in self.layers:
             return 1.0
         costs = self.layers[path].mean(1)
@@ -123,9 +138,9 @@ def measure(
 ) -> Sensitivity:
     """Sensitivities of what ``stages`` write and of what Linears inside them, at the paths ``layers``, write.
 
-    ``stages`` is the end of the model's chain and ``states`` [rows, ...] enter the first of them at ``sigmas``; rows at the same level
-    are averaged, ``adapter.rows`` of them are differentiated at once. ``seed`` draws the random signs. Raises NumericsError, naming
-    the place, when a sensitivity is not finite.
+    ``stages`` is the end of the model's chain and ``states`` [rows, ...] enter the first of them at ``sigmas``; rows at
+    the same level are averaged, ``adapter.rows`` of them are differentiated at once. ``seed`` draws the random signs.
+    Raises NumericsError, naming the place, when a sensitivity is not finite.
     """
     probe = _Probe(adapter, stages, layers)
     totals: dict[float, dict[str, Array]] = {}
@@ -134,11 +149,15 @@ def measure(
         for index in progress(range(len(sigmas)), "sensitivity"):
             state, sigma = states[index], float(np.float32(sigmas[index]))
             count, elements = state["latent"].shape[0], state["latent"][0].size
-            signs = mx.random.bernoulli(0.5, state["latent"].shape, mx.random.key(seed + index)).astype(mx.float32) * 2 - 1
+            signs = (
+                mx.random.bernoulli(0.5, state["latent"].shape, mx.random.key(seed + index)).astype(mx.float32) * 2 - 1
+            )
             level = totals.setdefault(sigma, {})
             for start in range(0, count, adapter.rows):
                 some = slice(start, start + adapter.rows)
-                for name, costs in probe.costs(sigmas[index], {k: v[some] for k, v in state.items()}, signs[some]).items():
+                for name, costs in probe.costs(
+                    sigmas[index], {k: v[some] for k, v in state.items()}, signs[some]
+                ).items():
                     level[name] = level.get(name, 0.0) + np.array(costs, np.float64).sum(0) / elements
             rows[sigma] = rows.get(sigma, 0) + count
     order = sorted(totals)
@@ -146,7 +165,8 @@ def measure(
     for name, at in table.items():
         if bad := [sigma for sigma, costs in zip(order, at, strict=True) if not np.isfinite(costs).all()]:
             raise NumericsError(
-                f"sigma {bad[0]:.4g}: the velocity's gradient with respect to {name} is NaN or infinite; the model overflows on this input"
+                f"sigma {bad[0]:.4g}: the velocity's gradient with respect to {name} is NaN or infinite; the model"
+                " overflows on this input"
             )
     return Sensitivity.of({LEVELS: np.array(order), **table})
 
@@ -193,8 +213,12 @@ class _Probe:
         self.wrote.append([])
         return entered
 
-    def _backward(self, index: int, state: State, slopes: dict[str, mx.array]) -> tuple[dict[str, mx.array], dict[str, mx.array]]:
-        """From gradients of what a stage writes and passes on to gradients of what earlier stages wrote, and the costs of its layers."""
+    def _backward(
+        self, index: int, state: State, slopes: dict[str, mx.array]
+    ) -> tuple[dict[str, mx.array], dict[str, mx.array]]:
+        """From gradients of what a stage writes and passes on to gradients of what earlier stages wrote, and the costs
+        of its layers.
+        """
         stage = self._stages[index]
         keys = [key for key in state if any(key in earlier for earlier in self.wrote[:index])]
         paths = [path for path in self.gauged if stage.owns(path)]
@@ -224,11 +248,11 @@ def measured(
     progress: Progress,
     kept: Measurements | None = None,
 ) -> Sensitivity:
-    """Sensitivities of the stages and of the planned layers, on a few rows of each noise level, which suffice for an average: the first
-    of its batches, as many as one backward pass may have.
+    """Sensitivities of the stages and of the planned layers, on a few rows of each noise level, which suffice for an
+    average: the first of its batches, as many as one backward pass may have.
 
-    In batches as the sampler has them these are guided rows, whose errors guidance multiplies by more than the others'. What is ``kept``
-    already is not measured again.
+    In batches as the sampler has them these are guided rows, whose errors guidance multiplies by more than the others'.
+    What is ``kept`` already is not measured again.
     """
     if kept is not None and (tables := kept.load(SENSITIVITY)) is not None:
         return Sensitivity.of(tables)

@@ -1,4 +1,6 @@
-"""Finished stages on disk, and the unfinished one: what lets a killed sweep go on where it was and end with the same bytes."""
+"""Finished stages on disk, and the unfinished one: what lets a killed sweep go on where it was and end with the same
+bytes.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,8 @@ INTERVAL = 20.0  # seconds between two checkpoints of a stage
 
 @dataclass(frozen=True)
 class StageResult:
-    """What became of a stage: its quantized layers, facts for the report, and, fresh from quantizing, what the stage now writes.
+    """What became of a stage: its quantized layers, facts for the report, and, fresh from quantizing, what the stage
+    now writes.
 
     ``attentions`` are those whose probabilities are quantized.
     """
@@ -129,7 +132,9 @@ def restore_layers(facts: dict[str, Any], arrays: dict[str, mx.array], clock: Cl
     return restore_modules(QuantizedLinear, facts, arrays, clock)
 
 
-def restore_modules(kind: type[Quantized], facts: dict[str, Any], arrays: dict[str, mx.array], clock: Clock) -> dict[str, Quantized]:
+def restore_modules(
+    kind: type[Quantized], facts: dict[str, Any], arrays: dict[str, mx.array], clock: Clock
+) -> dict[str, Quantized]:
     """Modules of one class with their structure from ``facts``, by path, and their parameters from ``arrays``."""
     modules = {}
     for path, structure in facts.items():

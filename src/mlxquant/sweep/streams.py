@@ -1,4 +1,6 @@
-"""Hidden states on their way through a model, stage by stage: what the full-precision model writes, and how far another is from it."""
+"""Hidden states on their way through a model, stage by stage: what the full-precision model writes, and how far another
+is from it.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ def run_batches(
         yield state, run_batch(adapter, stage, sigmas[index], state)
 
 
-def run_stage(adapter: Adapter, stage: Stage, sigmas: Sequence[float], states: Sequence[State], progress: Progress = silent) -> list[State]:
+def run_stage(
+    adapter: Adapter, stage: Stage, sigmas: Sequence[float], states: Sequence[State], progress: Progress = silent
+) -> list[State]:
     """One stage over all calibration batches."""
     return [outputs for _, outputs in run_batches(adapter, stage, sigmas, states, progress, stage.name)]
 
@@ -52,11 +56,18 @@ class Teacher(Protocol):
 
 
 class ExactStream:
-    """The teacher that runs the full-precision model beside the quantized one. What entered a stage is kept for ``inputs`` only
-    where ``both`` sides of it are wanted: it is one more copy of all hidden states.
+    """The teacher that runs the full-precision model beside the quantized one. What entered a stage is kept for
+    ``inputs`` only where ``both`` sides of it are wanted: it is one more copy of all hidden states.
     """
 
-    def __init__(self, adapter: Adapter, sigmas: list[float], states: Sequence[State], progress: Progress = silent, both: bool = True):
+    def __init__(
+        self,
+        adapter: Adapter,
+        sigmas: list[float],
+        states: Sequence[State],
+        progress: Progress = silent,
+        both: bool = True,
+    ):
         self._adapter, self._sigmas, self._progress, self._both = adapter, sigmas, progress, both
         self._states, self._inputs = states, states
 
@@ -80,7 +91,9 @@ Weights = dict[str, Array]  # by written tensor, [batches, D]: what a unit of sq
 
 
 class Deviation:
-    """How far what a stage writes is from the targets, counted batch by batch so that no outputs have to be kept for it."""
+    """How far what a stage writes is from the targets, counted batch by batch so that no outputs have to be kept for
+    it.
+    """
 
     def __init__(self, weights: Weights | None = None):
         self._weights, self._batches = weights, 0
@@ -101,13 +114,16 @@ class Deviation:
 
     @property
     def by_tensor(self) -> dict[str, float]:
-        """The mean squared error of each tensor of the targets; with weights what that causes in the velocity, as in ``error``."""
+        """The mean squared error of each tensor of the targets; with weights what that causes in the velocity, as in
+        ``error``.
+        """
         return {key: noise / self._size[key] for key, noise in self._noise.items()}
 
     @property
     def error(self) -> float:
-        """Without weights the relative squared error, averaged over the tensors; with them the squared error that this causes in the
-        velocity, to first order: the weighted squared error averaged over tokens and samples and summed over channels and tensors.
+        """Without weights the relative squared error, averaged over the tensors; with them the squared error that this
+        causes in the velocity, to first order: the weighted squared error averaged over tokens and samples and summed
+        over channels and tensors.
         """
         if self._weights is not None:
             return float(np.sum(list(self.by_tensor.values())))

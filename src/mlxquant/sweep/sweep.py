@@ -1,13 +1,13 @@
 """The sweep: where models and methods meet.
 
-Two streams of hidden states go through the model side by side, one full-precision and one quantized. At each stage (embedders, a
-block, the head) the quantized stream shows every layer the inputs that it will really get, the methods turn weights and statistics
-into codes and activation tables, a reconstruction may then learn the codes of the stage together, and what was tried is compared,
-hard-rounded, with plain round-to-nearest; the best stays. Nothing is cached to disk but results: with a store, a killed sweep
-resumes in the stage it was in and ends with the same bytes.
+Two streams of hidden states go through the model side by side, one full-precision and one quantized. At each stage
+(embedders, a block, the head) the quantized stream shows every layer the inputs that it will really get, the methods
+turn weights and statistics into codes and activation tables, a reconstruction may then learn the codes of the stage
+together, and what was tried is compared, hard-rounded, with plain round-to-nearest; the best stays. Nothing is cached
+to disk but results: with a store, a killed sweep resumes in the stage it was in and ends with the same bytes.
 
-Three copies of the hidden states are held at most: what enters the quantized stage, what it writes, and what the exact one writes. Where
-rounding looks at both streams, what enters the exact one is a fourth.
+Three copies of the hidden states are held at most: what enters the quantized stage, what it writes, and what the exact
+one writes. Where rounding looks at both streams, what enters the exact one is a fourth.
 """
 
 from __future__ import annotations
@@ -38,11 +38,14 @@ from .trial import NEAREST, Job, Transforms, Trial
 class Sweep(Job):
     """Goes through the stages of a model and quantizes one after the other."""
 
-    def run(self, stages: Sequence[Stage], states: list[State] | OnDemand, store: Store | None = None) -> list[dict[str, Any]]:
-        """Quantize ``adapter.module`` in place; ``states`` enter the first of ``stages``. Returns one dictionary of facts a stage.
+    def run(
+        self, stages: Sequence[Stage], states: list[State] | OnDemand, store: Store | None = None
+    ) -> list[dict[str, Any]]:
+        """Quantize ``adapter.module`` in place; ``states`` enter the first of ``stages``. Returns one dictionary of
+        facts a stage.
 
-        ``states`` is cleared as soon as they have left that stage, so that nobody keeps them in memory. Stages after the last that has
-        anything to quantize do not run.
+        ``states`` is cleared as soon as they have left that stage, so that nobody keeps them in memory. Stages after
+        the last that has anything to quantize do not run.
         """
         last = max(index for index, stage in enumerate(stages) if any(stage.owns(path) for path in self.plan))
         facts = []
@@ -50,7 +53,9 @@ class Sweep(Job):
             targets, goes_on = self.teacher.targets(stage), stage is not stages[last]
             result = store.load(stage, self.adapter.clock) if store is not None else None
             if result is None:
-                result = self.quantize(stage, states, targets, None if store is None else store.checkpoint(stage), goes_on)
+                result = self.quantize(
+                    stage, states, targets, None if store is None else store.checkpoint(stage), goes_on
+                )
                 if store is not None:
                     store.save(stage, result)
             for path, module in result.modules.items():
@@ -72,10 +77,11 @@ class Sweep(Job):
     ) -> StageResult:
         """Quantize one stage on the quantized stream's ``inputs`` towards what the full-precision stream writes.
 
-        The stage's layers in ``adapter.module`` are still full-precision and stay so; the result holds the quantized ones. Of what
-        was tried (learned codes, what they started from, that without its branches or shifts, round to nearest) the hard-rounded stage
-        with the least error is kept; of the transforms each that lowers the error is. What was likely to be the best is tried last, and
-        the result has outputs only if it was, and only to ``keep`` them.
+        The stage's layers in ``adapter.module`` are still full-precision and stay so; the result holds the quantized
+        ones. Of what was tried (learned codes, what they started from, that without its branches or shifts, round to
+        nearest) the hard-rounded stage with the least error is kept; of the transforms each that lowers the error is.
+        What was likely to be the best is tried last, and the result has outputs only if it was, and only to ``keep``
+        them.
         """
         specs = {path: spec for path, spec in self.plan.items() if stage.owns(path)}
         if not specs:
@@ -104,7 +110,14 @@ class Sweep(Job):
             report["learning"] = learning
         best = min(tried, key=lambda trial: trial.error)
         errors = {trial.name: trial.error for trial in tried}
-        facts = {"stage": stage.name, "kept": best.name, "error": best.error, "layers": best.report, **report, "errors": errors}
+        facts = {
+            "stage": stage.name,
+            "kept": best.name,
+            "error": best.error,
+            "layers": best.report,
+            **report,
+            "errors": errors,
+        }
         return StageResult(best.layers, facts, best.outputs, best.attentions)
 
     def _transform(
@@ -112,8 +125,8 @@ class Sweep(Job):
     ) -> tuple[Trial, dict[str, Any]]:
         """Try one transform after the other on top of what has helped so far; the best trial, and facts about each.
 
-        One that overflows, as a division may that is folded into float16 weights, has ``failed`` and is not kept. Of the trials only the
-        best has goals, for those keep the moments and the weights of all layers in memory.
+        One that overflows, as a division may that is folded into float16 weights, has ``failed`` and is not kept. Of
+        the trials only the best has goals, for those keep the moments and the weights of all layers in memory.
         """
         best, kept, facts = start, Transforms(), dict[str, Any]()
         for method in rounding.transforms:
@@ -147,7 +160,9 @@ class Sweep(Job):
         goals = start.goals
         ways = {(str(specs[path].reconstruct), specs[path].rounding == "rtn") for path in goals}
         if len(ways) > 1:
-            raise RecipeError(f"stage {stage.name}: a stage is reconstructed by one method from one start, found {sorted(ways)}")
+            raise RecipeError(
+                f"stage {stage.name}: a stage is reconstructed by one method from one start, found {sorted(ways)}"
+            )
         (method, nearest), settings = ways.pop(), self.recipe.learning
         wanted = {path: rounded.target for path, rounded in goals.items()}
         work = Reconstruction(
@@ -163,7 +178,9 @@ class Sweep(Job):
             self._weights(stage, self.sigmas),
         )
         label = f"{stage.name}: {method}"
-        codes, facts = reconstruct_stage(method, work, start.errors, nearest, checkpoint, settings, self.progress, label)
+        codes, facts = reconstruct_stage(
+            method, work, start.errors, nearest, checkpoint, settings, self.progress, label
+        )
         learned = Trial("learned", dict(start.layers), dict(start.report), attentions=start.attentions)
         for path, values in codes.items():
             learned.add(path, specs[path], replace(goals[path], layer=goals[path].layer.with_codes(values)))
@@ -173,8 +190,12 @@ class Sweep(Job):
     def _weights(self, stage: Stage, sigmas: list[float]) -> Weights | None:
         return None if self.sensitivity is None else self.sensitivity.of_stage(stage.name, sigmas)
 
-    def _judge(self, stage: Stage, trial: Trial, inputs: Sequence[State], targets: Sequence[State], keep: bool = False) -> None:
-        """Run the stage with a trial's layers, hard-rounded, and measure how far what it writes is from the targets; ``keep`` that."""
+    def _judge(
+        self, stage: Stage, trial: Trial, inputs: Sequence[State], targets: Sequence[State], keep: bool = False
+    ) -> None:
+        """Run the stage with a trial's layers, hard-rounded, and measure how far what it writes is from the targets;
+        ``keep`` that.
+        """
         judged = range(len(self.sigmas)) if self.judged is None else self.judged
         wanted, kept = dict(zip(judged, targets, strict=True)), list[State]()
         deviation = Deviation(self._weights(stage, [self.sigmas[index] for index in judged]))
@@ -188,7 +209,8 @@ class Sweep(Job):
         trial.error, trial.errors, trial.outputs = deviation.error, deviation.by_tensor, kept if keep else None
         if not np.isfinite(trial.error):
             raise NumericsError(
-                f"stage {stage.name}, quantized ({trial.name}), writes NaN or infinite values; use more bits there or '=keep'"
+                f"stage {stage.name}, quantized ({trial.name}), writes NaN or infinite values; use more bits there or"
+                " '=keep'"
             )
 
 
@@ -207,8 +229,8 @@ def sweep(
 ) -> list[dict[str, Any]]:
     """Quantize ``adapter.module`` in place, stage by stage; returns one dictionary of facts a stage.
 
-    ``store`` keeps finished stages, ``work`` is a folder for what is measured before the first. Raises RecipeError when the recipe does
-    not fit, NumericsError on NaN activations.
+    ``store`` keeps finished stages, ``work`` is a folder for what is measured before the first. Raises RecipeError when
+    the recipe does not fit, NumericsError on NaN activations.
     """
     plan = recipe.plan({path: adapter.role(path) for path in adapter.linears()})
     sigmas, states = calibration.batches(adapter)

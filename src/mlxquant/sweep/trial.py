@@ -21,8 +21,8 @@ from .streams import Teacher
 
 @dataclass(frozen=True)
 class Job:
-    """What stays the same from stage to stage: the model, what happens to its layers, the noise levels, and the teacher, who has targets
-    of the batches that are ``judged`` (None: all).
+    """What stays the same from stage to stage: the model, what happens to its layers, the noise levels, and the
+    teacher, who has targets of the batches that are ``judged`` (None: all).
     """
 
     adapter: Adapter
@@ -38,9 +38,9 @@ class Job:
 
 @dataclass
 class Trial:
-    """Layers that a stage was tried with, what there is to report of each, and, once it was run with them, how far what it then wrote
-    was from the targets: ``error``, as ``Deviation`` has it, and ``errors`` by tensor. ``goals`` are the layers whose codes may be learned;
-    ``attentions`` have quantized probabilities.
+    """Layers that a stage was tried with, what there is to report of each, and, once it was run with them, how far what
+    it then wrote was from the targets: ``error``, as ``Deviation`` has it, and ``errors`` by tensor. ``goals`` are the
+    layers whose codes may be learned; ``attentions`` have quantized probabilities.
     """
 
     name: str
@@ -67,7 +67,9 @@ class Trial:
 
 @dataclass(frozen=True)
 class Tensor:
-    """What ``edge.consumers`` read, all of them layers that are quantized; ``edge`` has only producers that are quantized with them."""
+    """What ``edge.consumers`` read, all of them layers that are quantized; ``edge`` has only producers that are
+    quantized with them.
+    """
 
     edge: Edge
 

@@ -1,7 +1,7 @@
 """The public implementations of the metrics, in PyTorch, SciPy and scikit-image, on random weights.
 
-Without the packages these tests are skipped, and where MLXQUANT_REQUIRE_METRICS is set they fail. torch and torchvision have to be of
-one build: the registry's torchvision does not run beside a CPU build of torch.
+Without the packages these tests are skipped, and where MLXQUANT_REQUIRE_METRICS is set they fail. torch and torchvision
+have to be of one build: the registry's torchvision does not run beside a CPU build of torch.
 """
 
 import os
@@ -11,7 +11,16 @@ from types import SimpleNamespace
 
 import pytest
 
-PACKAGES = ("torch", "torchvision", "lpips", "pytorch_fid.inception", "scipy.linalg", "skimage.metrics", "tokenizers", "transformers")
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "lpips",
+    "pytorch_fid.inception",
+    "scipy.linalg",
+    "skimage.metrics",
+    "tokenizers",
+    "transformers",
+)
 
 
 @pytest.fixture(scope="package", autouse=True)

@@ -25,7 +25,9 @@ def test_ssim(public):
 
 
 def test_psnr(public):
-    expected = [public.metrics.peak_signal_noise_ratio(x, y, data_range=1) for x, y in zip(IMAGES, REFERENCE, strict=True)]
+    expected = [
+        public.metrics.peak_signal_noise_ratio(x, y, data_range=1) for x, y in zip(IMAGES, REFERENCE, strict=True)
+    ]
     np.testing.assert_allclose(psnr(IMAGES, REFERENCE), expected, rtol=1e-12)
 
 
@@ -34,4 +36,6 @@ def test_frechet_distance(public):
     (m1, c1), (m2, c2) = ((z.mean(0), np.cov(z, rowvar=False)) for z in (x, y))
     expected = ((m1 - m2) ** 2).sum() + np.trace(c1 + c2 - 2 * public.linalg.sqrtm(c1 @ c2).real)
     assert frechet_distance(Gaussian.of(x), Gaussian.of(y)) == pytest.approx(expected, rel=1e-9)
-    assert frechet_distance(Gaussian.from_covariance(m1, c1), Gaussian.from_covariance(m2, c2)) == pytest.approx(expected, rel=1e-9)
+    assert frechet_distance(Gaussian.from_covariance(m1, c1), Gaussian.from_covariance(m2, c2)) == pytest.approx(
+        expected, rel=1e-9
+    )

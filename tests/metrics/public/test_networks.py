@@ -32,10 +32,14 @@ def test_lpips(public, name, trunk):
     network = public.lpips.LPIPS(net=name, pretrained=False, pnet_rand=True, verbose=False).eval()
     theirs = {key for key in network.state_dict() if not key.startswith(("lins.", "scaling_layer."))}
     assert theirs == set(tensors)
-    found = network.load_state_dict({key: public.torch.from_numpy(value) for key, value in tensors.items()}, strict=False)
+    found = network.load_state_dict(
+        {key: public.torch.from_numpy(value) for key, value in tensors.items()}, strict=False
+    )
     assert not found.unexpected_keys
     with public.torch.no_grad():
-        expected = network(*(torch_images(public.torch, x) for x in (IMAGES, REFERENCE)), normalize=True).flatten().numpy()
+        expected = (
+            network(*(torch_images(public.torch, x) for x in (IMAGES, REFERENCE)), normalize=True).flatten().numpy()
+        )
     np.testing.assert_allclose(lpips.Lpips(trunk, mlx_tensors(tensors), "test")(IMAGES, REFERENCE), expected, rtol=1e-4)
 
 
@@ -64,13 +68,28 @@ def clip_folder(public, tmp_path_factory):
     folder = tmp_path_factory.mktemp("clip")
     letters = [chr(c) for c in (*range(33, 127), *range(161, 173), *range(174, 256))]
     letters += [chr(256 + i) for i in range(256 - len(letters))]
-    words = [*letters, *(letter + "</w>" for letter in letters), "ca", "cat</w>", "re", "red</w>", "<|startoftext|>", "<|endoftext|>"]
+    words = [
+        *letters,
+        *(letter + "</w>" for letter in letters),
+        "ca",
+        "cat</w>",
+        "re",
+        "red</w>",
+        "<|startoftext|>",
+        "<|endoftext|>",
+    ]
     (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
     (folder / "merges.txt").write_text("#version: 0.2\nc a\nca t</w>\nr e\nre d</w>\n")
     tokenizer = public.transformers.CLIPTokenizerFast.from_pretrained(folder, model_max_length=16)
     tokenizer.save_pretrained(folder)
     end = len(words) - 1
-    shared = {"num_hidden_layers": 3, "hidden_act": "quick_gelu", "num_attention_heads": 2, "hidden_size": 128, "intermediate_size": 200}
+    shared = {
+        "num_hidden_layers": 3,
+        "hidden_act": "quick_gelu",
+        "num_attention_heads": 2,
+        "hidden_size": 128,
+        "intermediate_size": 200,
+    }
     text = {
         **shared,
         "vocab_size": len(words),
@@ -105,14 +124,18 @@ def test_clip_towers(public, clip_folder):
     with public.torch.no_grad():
         output = model(**ids, pixel_values=torch_images(public.torch, pictures))
     np.testing.assert_allclose(ours.encode_texts(TEXTS), output.text_embeds.numpy(), rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(np.array(ours.images(mx.array(pictures))), output.image_embeds.numpy(), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        np.array(ours.images(mx.array(pictures))), output.image_embeds.numpy(), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_clip_from_a_checkpoint_of_pytorch(public, clip_folder):
     folder = clip_folder[0]
     pictures = mx.array(np.random.default_rng(3).standard_normal((1, 42, 42, 3)).astype(np.float32))
     expected = clip_files.read(folder / "model.safetensors", folder / "tokenizer.json").images(pictures)
-    np.testing.assert_array_equal(np.array(clip_files.read(folder / "pytorch_model.bin", None).images(pictures)), np.array(expected))
+    np.testing.assert_array_equal(
+        np.array(clip_files.read(folder / "pytorch_model.bin", None).images(pictures)), np.array(expected)
+    )
 
 
 def test_a_smaller_clip_is_not_taken_for_the_large_one(public, clip_folder):
@@ -124,10 +147,16 @@ def test_a_smaller_clip_is_not_taken_for_the_large_one(public, clip_folder):
 def test_clip_score_of_matched_pairs(public, clip_folder):
     """From pictures and prompts to the figure, with transformers' own preprocessing."""
     folder, model, tokenizer = clip_folder
-    processor = public.transformers.CLIPImageProcessorPil if hasattr(public.transformers, "CLIPImageProcessorPil") else None
-    processor = (processor or public.transformers.CLIPImageProcessor)(size={"shortest_edge": 42}, crop_size={"height": 42, "width": 42})
+    processor = (
+        public.transformers.CLIPImageProcessorPil if hasattr(public.transformers, "CLIPImageProcessorPil") else None
+    )
+    processor = (processor or public.transformers.CLIPImageProcessor)(
+        size={"shortest_edge": 42}, crop_size={"height": 42, "width": 42}
+    )
     images, texts = IMAGES[:, :, :67], TEXTS[:3]
-    pixels = processor(images=[(255 * image).round().astype(np.uint8) for image in images], return_tensors="pt")["pixel_values"]
+    pixels = processor(images=[(255 * image).round().astype(np.uint8) for image in images], return_tensors="pt")[
+        "pixel_values"
+    ]
     ids = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")
     with public.torch.no_grad():
         output = model(**ids, pixel_values=pixels)
@@ -152,7 +181,13 @@ def test_pictures_of_clip(public, size):
 def test_checkpoints_of_both_layouts(public, new, tmp_path):
     torch, path = public.torch, tmp_path / "weights.pth"
     base = torch.arange(24.0).reshape(4, 6)
-    state = {"a": base, "view": base.T[1:4], "half": base.half(), "count": torch.tensor(7), "parameter": torch.nn.Parameter(base + 1)}
+    state = {
+        "a": base,
+        "view": base.T[1:4],
+        "half": base.half(),
+        "count": torch.tensor(7),
+        "parameter": torch.nn.Parameter(base + 1),
+    }
     torch.save(state, path, _use_new_zipfile_serialization=new)
     found = read_checkpoint(path)
     assert set(found) == set(state)

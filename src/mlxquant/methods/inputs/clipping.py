@@ -1,7 +1,8 @@
 """Range methods: from the ranges of a layer's input to its static activation table.
 
-All use one affine grid for the whole tensor at each noise level, ``step = (high - low) / (2^bits - 1)`` with the lowest code on
-``low``; they differ in how much of the range they keep. With a single noise level each is the plain static case.
+All use one affine grid for the whole tensor at each noise level, ``step = (high - low) / (2^bits - 1)`` with the lowest
+code on ``low``; they differ in how much of the range they keep. With a single noise level each is the plain static
+case.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ def extremes(ranges: InputRanges, weight: Array, bits: int) -> ActivationTable:
 
 @register("range", "average", citation="taqdit", summary="mean over samples of each sample's minimum and maximum")
 def average(ranges: InputRanges, weight: Array, bits: int) -> ActivationTable:
-    """Averaged min-max (TaQ-DiT, arXiv 2411.14172, section III): less swayed by one outlying sample. ``weight`` is not used."""
+    """Averaged min-max (TaQ-DiT, arXiv 2411.14172, section III): less swayed by one outlying sample. ``weight`` is not
+    used.
+    """
     return affine_table(ranges.sigma, ranges.low.min(1), ranges.high.max(1), bits)
 
 
@@ -40,11 +43,12 @@ def average(ranges: InputRanges, weight: Array, bits: int) -> ActivationTable:
 def error(ranges: InputRanges, weight: Array, bits: int, candidates: int = 18, values: int = 2**15) -> ActivationTable:
     """Search how far to clip each end, by the output error on sampled rows and on the extremes.
 
-    The error of input channel c counts with ``||W_:c||^2``, the diagonal of W^T W. Each end is searched in turn over ``candidates``
-    shrink factors from 1 to 0.3, starting from the extremes, until neither moves; so the result is never worse than ``extremes`` on
-    what it looks at (at most about ``values`` entries of the rows). The rows are few and hold hardly any of the largest values, so by
-    them alone clipping looks free: each channel's extremes count as well, as one row each. On mmdit-shapes at 8 bits that turns +1.3 dB of
-    error on held-out prompts, against ``extremes``, into 0.0 dB; at 6 and 4 bits it is -0.9 and -3.7 dB.
+    The error of input channel c counts with ``||W_:c||^2``, the diagonal of W^T W. Each end is searched in turn over
+    ``candidates`` shrink factors from 1 to 0.3, starting from the extremes, until neither moves; so the result is never
+    worse than ``extremes`` on what it looks at (at most about ``values`` entries of the rows). The rows are few and
+    hold hardly any of the largest values, so by them alone clipping looks free: each channel's extremes count as well,
+    as one row each. On mmdit-shapes at 8 bits that turns +1.3 dB of error on held-out prompts, against ``extremes``,
+    into 0.0 dB; at 6 and 4 bits it is -0.9 and -3.7 dB.
     """
     importance = (weight.astype(np.float64) ** 2).sum(0).astype(np.float32)
     low, high = ranges.least.min(1).astype(np.float64), ranges.most.max(1).astype(np.float64)

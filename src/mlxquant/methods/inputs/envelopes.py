@@ -1,10 +1,10 @@
 """Ranges as smooth curves over time that clip nothing: upper-envelope polynomials.
 
-Least squares through the largest values seen lies below about half of them, and clipping ruins pictures. So both ends of the range are
-polynomials in sigma that lie on the outside of everything that calibration saw, as near to it, in least squares, as that allows. With
-few calibration pictures, whose extremes jump from one noise level to the next, such a curve also covers what they happened to miss: on
-mmdit-shapes at 8 bits that is worth 0.7 dB of output error with one picture, 0.2 dB with three, nothing with twelve; at 4 bits, where the
-step matters more than clipping, it costs 0.2 dB.
+Least squares through the largest values seen lies below about half of them, and clipping ruins pictures. So both ends
+of the range are polynomials in sigma that lie on the outside of everything that calibration saw, as near to it, in
+least squares, as that allows. With few calibration pictures, whose extremes jump from one noise level to the next, such
+a curve also covers what they happened to miss: on mmdit-shapes at 8 bits that is worth 0.7 dB of output error with one
+picture, 0.2 dB with three, nothing with twelve; at 4 bits, where the step matters more than clipping, it costs 0.2 dB.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ SWEEPS = 2000
 
 
 def upper_envelope(basis: Array, values: Array) -> Array:
-    """The combination of the columns of ``basis`` [T,d] nearest to ``values`` [T] that is nowhere below them, [T] float64.
+    """The combination of the columns of ``basis`` [T,d] nearest to ``values`` [T] that is nowhere below them, [T]
+    float64.
 
-    ``min ‖f − y‖²`` over f in the span of the basis with ``f ≥ y`` is ``f = P(y + μ)``, P the projection on the span and μ ≥ 0 the
-    multipliers, which coordinate ascent on the dual finds (Hildreth 1957). What is left of a violation at the end is added to f, so
-    that the result is exactly an envelope; the basis is to contain the constants for that.
+    ``min ‖f − y‖²`` over f in the span of the basis with ``f ≥ y`` is ``f = P(y + μ)``, P the projection on the span
+    and μ ≥ 0 the multipliers, which coordinate ascent on the dual finds (Hildreth 1957). What is left of a violation at
+    the end is added to f, so that the result is exactly an envelope; the basis is to contain the constants for that.
     """
     y = values.astype(np.float64)
     directions, _ = np.linalg.qr(basis)
@@ -45,9 +46,13 @@ def upper_envelope(basis: Array, values: Array) -> Array:
     return y + slack - min(0.0, float(slack.min()))
 
 
-@register("range", "envelope", summary="polynomials over sigma around the smallest and largest values seen", over_time=True)
+@register(
+    "range", "envelope", summary="polynomials over sigma around the smallest and largest values seen", over_time=True
+)
 def envelope(ranges: InputRanges, weight: Array, bits: int, degree: int = 4) -> ActivationTable:
-    """Upper and lower envelope of degree ``degree``, fewer where there are fewer noise levels. ``weight`` is not used."""
+    """Upper and lower envelope of degree ``degree``, fewer where there are fewer noise levels. ``weight`` is
+    not used.
+    """
     low, high = ranges.least.min(1), ranges.most.max(1)
     basis = np.polynomial.legendre.legvander(2 * ranges.sigma.astype(np.float64) - 1, min(degree, len(low) - 1))
     return affine_table(ranges.sigma, -upper_envelope(basis, -low), upper_envelope(basis, high), bits)

@@ -1,23 +1,25 @@
 """Steps as a smooth function of time: Temporal Dynamic Quantization (arXiv 2306.02316), over t or over the log-SNR.
 
-A small network for each layer maps the noise level to the layer's step, ``step(sigma) = Δ₀ softplus(b + h(e) a)``: e are Fourier
-features of time, h is a hidden layer of 64 units, and b = ln(e - 1) makes the step Δ₀ where a is 0 (the paper's last bias ln(e^Δ₀ - 1),
-here in units of Δ₀, so that scaling the inputs scales the steps). It is tabulated at the calibrated noise levels and costs nothing at
-run time; between them the table's own rule holds, the envelope of the neighbours.
+A small network for each layer maps the noise level to the layer's step, ``step(sigma) = Δ₀ softplus(b + h(e) a)``: e
+are Fourier features of time, h is a hidden layer of 64 units, and b = ln(e - 1) makes the step Δ₀ where a is 0 (the
+paper's last bias ln(e^Δ₀ - 1), here in units of Δ₀, so that scaling the inputs scales the steps). It is tabulated at
+the calibrated noise levels and costs nothing at run time; between them the table's own rule holds, the envelope of the
+neighbours.
 
-Departures. The paper's quantizer has a step alone; it trains three hidden layers by gradient, with dropout. Our grids are affine, so the
-network has a second output for the shift, linear, in units of Δ₀. Its target is the table of ``ranges.error``, softplus is inverted, and
-the last layer is ridge regression on one hidden layer that is drawn and never trained: a millisecond instead of 100, and the same result
-each time. Three hidden layers trained by Adam towards the same target reached it to 0.01 dB at the calibrated levels, and were 1 to 3 dB
-further from the best at 8 bits between them.
+Departures. The paper's quantizer has a step alone; it trains three hidden layers by gradient, with dropout. Our grids
+are affine, so the network has a second output for the shift, linear, in units of Δ₀. Its target is the table of
+``ranges.error``, softplus is inverted, and the last layer is ridge regression on one hidden layer that is drawn and
+never trained: a millisecond instead of 100, and the same result each time. Three hidden layers trained by Adam towards
+the same target reached it to 0.01 dB at the calibrated levels, and were 1 to 3 dB further from the best at 8 bits
+between them.
 
-What it is worth, on mmdit-shapes and held-out prompts: the error of the layers' outputs is that of ``error``, from which it learns, to
-0.02 dB over t and 0.2 dB over the log-SNR; read between the calibrated levels it is no better than the envelope of the neighbours (A8 0.05
-dB better, A4 0.2 dB worse), which is why it is not tabulated any finer. Pictures with 4-bit inputs over the log-SNR are 0.5 dB better than
-those of ``error``, at 8 bits they are not.
+What it is worth, on mmdit-shapes and held-out prompts: the error of the layers' outputs is that of ``error``, from
+which it learns, to 0.02 dB over t and 0.2 dB over the log-SNR; read between the calibrated levels it is no better than
+the envelope of the neighbours (A8 0.05 dB better, A4 0.2 dB worse), which is why it is not tabulated any finer.
+Pictures with 4-bit inputs over the log-SNR are 0.5 dB better than those of ``error``, at 8 bits they are not.
 
-``logsnr`` is no paper's: the seed of this project, which used 64 octaves (beyond 25 they are float noise) and the betas of another model.
-λ(sigma) here is that of the rectified flow itself.
+``logsnr`` is no paper's: the seed of this project, which used 64 octaves (beyond 25 they are float noise) and the betas
+of another model. λ(sigma) here is that of the rectified flow itself.
 """
 
 from __future__ import annotations
@@ -60,7 +62,9 @@ def drawn_layer(octaves: int, hidden: int) -> tuple[Array, Array]:
     Each octave weighs half of the one before, so that what fits the calibrated levels is smooth between them.
     """
     rng = np.random.default_rng(0)
-    return rng.normal(size=(2 * octaves, hidden)) * 0.5 ** np.tile(np.arange(octaves), 2)[:, None], rng.uniform(-1, 1, hidden)
+    return rng.normal(size=(2 * octaves, hidden)) * 0.5 ** np.tile(np.arange(octaves), 2)[:, None], rng.uniform(
+        -1, 1, hidden
+    )
 
 
 def hidden_units(time: Array) -> Array:
@@ -73,8 +77,8 @@ def hidden_units(time: Array) -> Array:
 
 @dataclass(frozen=True)
 class TimeNetwork:
-    """Step and shift of a layer's input as functions of ``time``: ``last`` [HIDDEN, 2] is the last layer, ``step`` is Δ₀, ``shift`` the
-    shift where ``last`` is 0, ``bits`` the input's.
+    """Step and shift of a layer's input as functions of ``time``: ``last`` [HIDDEN, 2] is the last layer, ``step`` is
+    Δ₀, ``shift`` the shift where ``last`` is 0, ``bits`` the input's.
     """
 
     time: Time
@@ -91,9 +95,13 @@ class TimeNetwork:
 
     @classmethod
     def fitted(cls, time: Time, table: ActivationTable) -> TimeNetwork:
-        """The network whose entries are nearest to those of a ``table`` with shifts [T,1] and the same bits throughout."""
+        """The network whose entries are nearest to those of a ``table`` with shifts [T,1] and the same bits
+        throughout.
+        """
         start = cls.initial(time, table)
-        wanted = np.stack([inverse_softplus(table.step / start.step) - BIAS, (table.shift[:, 0] - start.shift) / start.step], axis=1)
+        wanted = np.stack(
+            [inverse_softplus(table.step / start.step) - BIAS, (table.shift[:, 0] - start.shift) / start.step], axis=1
+        )
         units = hidden_units(time(table.sigma))
         decay = RIDGE * float(np.square(units).mean()) * len(units)
         last = np.linalg.solve(units.T @ units + decay * np.eye(HIDDEN), units.T @ wanted)
@@ -114,13 +122,27 @@ def inverse_softplus(value: Array) -> Array:
     return z
 
 
-@register("range", "tdq", citation="tdq", summary="a small network over the timestep, fitted to the steps of least error", over_time=True)
+@register(
+    "range",
+    "tdq",
+    citation="tdq",
+    summary="a small network over the timestep, fitted to the steps of least error",
+    over_time=True,
+)
 def tdq(ranges: InputRanges, weight: Array, bits: int) -> ActivationTable:
     """Temporal Dynamic Quantization (arXiv 2306.02316) on the timestep t."""
     return TimeNetwork.fitted(timestep, error(ranges, weight, bits)).table(ranges.sigma)
 
 
-@register("range", "logsnr", citation="tdq", summary="a small network over the log-SNR, fitted to the steps of least error", over_time=True)
+@register(
+    "range",
+    "logsnr",
+    citation="tdq",
+    summary="a small network over the log-SNR, fitted to the steps of least error",
+    over_time=True,
+)
 def logsnr(ranges: InputRanges, weight: Array, bits: int) -> ActivationTable:
-    """The same on the log-SNR λ(sigma) = 2 ln((1 - sigma) / sigma), which moves most where the image settles, near 0 and 1."""
+    """The same on the log-SNR λ(sigma) = 2 ln((1 - sigma) / sigma), which moves most where the image settles, near 0
+    and 1.
+    """
     return TimeNetwork.fitted(signal_to_noise, error(ranges, weight, bits)).table(ranges.sigma)

@@ -1,7 +1,8 @@
-"""PTQ4DiT (arXiv 2405.16005): balance the salience of inputs and weights, at the timesteps where they disagree the most.
+"""PTQ4DiT (arXiv 2405.16005): balance the salience of inputs and weights, at the timesteps where they disagree the
+most.
 
-A channel is easy to balance when its inputs are large where its weights are small. How far that is so changes over the timesteps, and
-one division serves all of them, so those count the most at which the two go together the least.
+A channel is easy to balance when its inputs are large where its weights are small. How far that is so changes over the
+timesteps, and one division serves all of them, so those count the most at which the two go together the least.
 """
 
 from __future__ import annotations
@@ -17,9 +18,15 @@ from ..registry import register
 from .smoothquant import column_peaks, divisor, timestep_peaks
 
 
-@register("transform", "ptq4dit", citation="ptq4dit", summary="balance inputs and weights, timesteps weighed by rank correlation")
+@register(
+    "transform",
+    "ptq4dit",
+    citation="ptq4dit",
+    summary="balance inputs and weights, timesteps weighed by rank correlation",
+)
 def ptq4dit(ranges: InputRanges, weights: Sequence[Array], place: Place) -> list[Transform]:
-    """One division by ``B = √(x̄ / w)``, x̄ = Σ_t η_t max|X_t| and w = max|W| of each channel (equations 4 to 9 of the paper).
+    """One division by ``B = √(x̄ / w)``, x̄ = Σ_t η_t max|X_t| and w = max|W| of each channel (equations 4 to 9 of the
+    paper).
 
     That is SmoothQuant at alpha 1/2 with x̄ for the peaks, scaled and guarded as there.
     """
@@ -29,7 +36,9 @@ def ptq4dit(ranges: InputRanges, weights: Sequence[Array], place: Place) -> list
 
 
 def calibrated_salience(peaks: Array, columns: Array) -> Array:
-    """x̄ [in] = Σ_t η_t peaks_t, η = softmax over t of minus the rank correlation of peaks_t with ``columns`` [in]; peaks [T,in]."""
+    """x̄ [in] = Σ_t η_t peaks_t, η = softmax over t of minus the rank correlation of peaks_t with ``columns`` [in];
+    peaks [T,in].
+    """
     against = np.array([-rank_correlation(at, columns) for at in peaks])
     shares = np.exp(against - against.max())
     salience: Array = (shares / shares.sum()) @ peaks.astype(np.float64)

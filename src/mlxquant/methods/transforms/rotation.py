@@ -1,8 +1,8 @@
 """Rotations by blocks of regular Hadamard matrices: every channel of a block gets an even share of its outliers.
 
-QuaRot (arXiv 2404.00456) rotates whole hidden states for free in language models. Behind adaLN nothing is free but the values inside a
-head, so elsewhere the layer rotates while it runs, and in blocks: ``block / out`` of the work of its matmul (ConvRot, arXiv 2512.03673,
-which also takes the regular matrices for their equal row sums).
+QuaRot (arXiv 2404.00456) rotates whole hidden states for free in language models. Behind adaLN nothing is free but the
+values inside a head, so elsewhere the layer rotates while it runs, and in blocks: ``block / out`` of the work of its
+matmul (ConvRot, arXiv 2512.03673, which also takes the regular matrices for their equal row sums).
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from ..registry import register
 
 @register("transform", "rotation", citation="quarot", summary="rotate blocks of channels by regular Hadamard matrices")
 def rotation(ranges: InputRanges, weights: Sequence[Array], place: Place) -> list[Transform]:
-    """The largest blocks that whatever writes the input can absorb, and the largest that divide its width; none for odd widths.
+    """The largest blocks that whatever writes the input can absorb, and the largest that divide its width; none for odd
+    widths.
 
     Where channels may change places, also with the large ones dealt out evenly to the blocks before.
     """
@@ -35,10 +36,11 @@ def rotation(ranges: InputRanges, weights: Sequence[Array], place: Place) -> lis
 
 
 def dealt(mass: Array, block: int) -> Array:
-    """An order [in] of channels that evens out the sum of ``mass`` [in] over blocks, from the largest channel to the smallest.
+    """An order [in] of channels that evens out the sum of ``mass`` [in] over blocks, from the largest channel to the
+    smallest.
 
-    Each goes to the block with the least so far that has room. What a block's largest value can be after a rotation is limited by the
-    sum of magnitudes before it (PeRQ, arXiv 2601.22347, whose greedy mass diffusion this is).
+    Each goes to the block with the least so far that has room. What a block's largest value can be after a rotation is
+    limited by the sum of magnitudes before it (PeRQ, arXiv 2601.22347, whose greedy mass diffusion this is).
     """
     count = len(mass) // block
     members: list[list[int]] = [[] for _ in range(count)]

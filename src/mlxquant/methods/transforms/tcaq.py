@@ -1,7 +1,8 @@
 """Timestep-channel joint reparameterization of TCAQ-DM (arXiv 2412.16700, equations 3 to 5).
 
-In a diffusion model the channels of an input stand out differently at different timesteps, but a division that is folded into weights
-is one for all of them. TCAQ-DM weighs what each timestep would like by how large its inputs are. Arrays only.
+In a diffusion model the channels of an input stand out differently at different timesteps, but a division that is
+folded into weights is one for all of them. TCAQ-DM weighs what each timestep would like by how large its inputs are.
+Arrays only.
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ TRUNCATIONS = (R_TRUNC, R_TRUNC**2)
 
 
 def joint_ratios(peaks: Array, r_trunc: float = R_TRUNC) -> Array:
-    """By what to divide each input channel, r float32 [in] with 1 <= r <= ``r_trunc``, from ``peaks`` [T,in] = max(|min|, |max|).
+    """By what to divide each input channel, r float32 [in] with 1 <= r <= ``r_trunc``, from ``peaks`` [T,in] =
+    max(|min|, |max|).
 
-    ``r_tc = peak_tc / min_c peak_tc`` (eq. 3), ``r_c = Σ_t w_t r_tc`` with w_t the timestep's share of the peaks, which sum to 1 (eq. 4),
-    truncated (eq. 5). Our departure: a channel that is dead at a timestep has nothing to say there; it neither is the minimum nor
-    counts, and one that is dead throughout gets 1.
+    ``r_tc = peak_tc / min_c peak_tc`` (eq. 3), ``r_c = Σ_t w_t r_tc`` with w_t the timestep's share of the peaks, which
+    sum to 1 (eq. 4), truncated (eq. 5). Our departure: a channel that is dead at a timestep has nothing to say there;
+    it neither is the minimum nor counts, and one that is dead throughout gets 1.
     """
     peaks = np.asarray(peaks, np.float64)
     live = peaks > 0
@@ -43,7 +45,12 @@ def timestep_weights(peaks: Array) -> Array:
     return totals / totals.sum() if totals.sum() > 0 else np.full(len(totals), 1 / len(totals))
 
 
-@register("transform", "tcaq", citation="tcaq", summary="divide channels by how far they stand out, timesteps weighed by their size")
+@register(
+    "transform",
+    "tcaq",
+    citation="tcaq",
+    summary="divide channels by how far they stand out, timesteps weighed by their size",
+)
 def tcaq(ranges: InputRanges, weights: Sequence[Array], place: Place) -> list[Transform]:
     """Divisions by the joint ratios, truncated at the paper's 10 and at 100; the weights are not looked at."""
     return [Transform(divisor=joint_ratios(timestep_peaks(ranges), truncation)) for truncation in TRUNCATIONS]

@@ -1,12 +1,14 @@
-"""AdaRound: learn for every weight whether to round it down or up (arXiv 2004.10568), by what a whole block then writes (2102.05426).
+"""AdaRound: learn for every weight whether to round it down or up (arXiv 2004.10568), by what a whole block then writes
+(2102.05426).
 
-Every weight chooses between two codes; ``h(alpha)`` in [0,1] is the soft choice, and a regulariser whose exponent is annealed makes it
-hard. What is minimised comes as a function of the soft weights, so this file knows neither blocks nor models.
+Every weight chooses between two codes; ``h(alpha)`` in [0,1] is the soft choice, and a regulariser whose exponent is
+annealed makes it hard. What is minimised comes as a function of the soft weights, so this file knows neither blocks nor
+models.
 
-Departures from the papers: the reconstruction error is divided by what the start of the search has, and the regulariser is averaged
-over the weights, so that ``pressure`` means the same for every block (as sums, the regulariser of a block of 57 M weights outweighs
-the reconstruction by eight orders of magnitude, and the result is rounding to nearest); the choice may start from another method's
-codes, such as GPTQ's; and it stops when nothing moves any more.
+Departures from the papers: the reconstruction error is divided by what the start of the search has, and the regulariser
+is averaged over the weights, so that ``pressure`` means the same for every block (as sums, the regulariser of a block
+of 57 M weights outweighs the reconstruction by eight orders of magnitude, and the result is rounding to nearest); the
+choice may start from another method's codes, such as GPTQ's; and it stops when nothing moves any more.
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ SHARP, BLUNT = 20.0, 2.0  # the regulariser's exponent b is annealed from the fi
 
 
 def h(alpha: mx.array) -> mx.array:
-    """The rectified sigmoid ``clip((zeta - gamma) sigmoid(alpha) + gamma, 0, 1)``: how far up a weight is rounded (eq. 23)."""
+    """The rectified sigmoid ``clip((zeta - gamma) sigmoid(alpha) + gamma, 0, 1)``: how far up a weight is rounded (eq.
+    23).
+    """
     return mx.clip(mx.sigmoid(alpha) * (ZETA - GAMMA) + GAMMA, 0.0, 1.0)
 
 
@@ -53,7 +57,9 @@ def exponent(progress: float, warmup: float) -> float:
 
 @dataclass(frozen=True)
 class Choice:
-    """For every weight [out,in] the code below, ``base`` uint8 (the other choice is the next one up), and where to start, ``alpha``."""
+    """For every weight [out,in] the code below, ``base`` uint8 (the other choice is the next one up), and where to
+    start, ``alpha``.
+    """
 
     base: Array
     alpha: Array
@@ -66,9 +72,10 @@ class Choice:
 def choose(weight: Array, grid: Grid, start: Array | None = None, trust: float = 0.5) -> Choice:
     """The two codes around every weight [out,in], and alphas at which the soft weight is the weight itself (section 4).
 
-    With ``start``, codes uint8 [out,in] of another method such as GPTQ, the choice is between each such code and its neighbour on
-    the weight's side, and alpha starts on the side of that code: ``trust`` of the way from the boundary between the two choices to
-    the code itself, or further where the weight is nearer to it. A start of nearest codes leaves the soft weight as it is without.
+    With ``start``, codes uint8 [out,in] of another method such as GPTQ, the choice is between each such code and its
+    neighbour on the weight's side, and alpha starts on the side of that code: ``trust`` of the way from the boundary
+    between the two choices to the code itself, or further where the weight is nearer to it. A start of nearest codes
+    leaves the soft weight as it is without.
     """
     scales, biases = (grid.expand(v, weight.shape[1]).astype(np.float64) for v in (grid.scales, grid.biases))
     top = grid.format.levels - 1
@@ -81,17 +88,19 @@ def choose(weight: Array, grid: Grid, start: Array | None = None, trust: float =
     up = chosen > base
     fraction = np.clip(place - base, 0, 1)
     edge = 0.5 + trust / 2
-    return Choice(base.astype(np.uint8), alpha_of(np.where(up, np.maximum(fraction, edge), np.minimum(fraction, 1 - edge))))
+    return Choice(
+        base.astype(np.uint8), alpha_of(np.where(up, np.maximum(fraction, edge), np.minimum(fraction, 1 - edge)))
+    )
 
 
 @dataclass(frozen=True)
 class Settings:
     """How long and how hard to learn.
 
-    ``iterations`` of Adam with learning rate ``rate``, each on ``batch`` samples of mixed timesteps, or on as many as the model allows;
-    ``pressure`` is the weight of the regulariser, which is off for the first ``warmup`` share; ``trust`` as in ``choose``; ``drop`` is
-    QDrop's probability (2203.05740) that an activation is left unquantized; ``patience`` iterations without a change of any code end
-    the run once all choices are made.
+    ``iterations`` of Adam with learning rate ``rate``, each on ``batch`` samples of mixed timesteps, or on as many as
+    the model allows; ``pressure`` is the weight of the regulariser, which is off for the first ``warmup`` share;
+    ``trust`` as in ``choose``; ``drop`` is QDrop's probability (2203.05740) that an activation is left unquantized;
+    ``patience`` iterations without a change of any code end the run once all choices are made.
     """
 
     iterations: int = 1000
@@ -106,8 +115,10 @@ class Settings:
 
     def __post_init__(self) -> None:
         ranges = {
-            "iterations": self.iterations >= 1, "batch": self.batch >= 1, "rate": self.rate > 0, "pressure": self.pressure >= 0,
-            "warmup": 0 <= self.warmup <= 1, "trust": 0 <= self.trust <= 1, "drop": 0 <= self.drop <= 1, "patience": self.patience >= 1,
+            "iterations": self.iterations >= 1, "batch": self.batch >= 1, "rate": self.rate > 0,
+            "pressure": self.pressure >= 0,
+            "warmup": 0 <= self.warmup <= 1, "trust": 0 <= self.trust <= 1, "drop": 0 <= self.drop <= 1,
+            "patience": self.patience >= 1,
         }  # fmt: skip
         for name, fine in ranges.items():
             if not fine:
@@ -137,7 +148,9 @@ EVERY = 25  # iterations between looks at the choices, at the clock and, where t
 OPEN = 0.02  # a choice is made when h is this close to 0 or 1
 
 
-@register("reconstruct", "adaround", citation="adaround", summary="learn the rounding of a block by what the block writes")
+@register(
+    "reconstruct", "adaround", citation="adaround", summary="learn the rounding of a block by what the block writes"
+)
 def adaround(
     loss: Callable[..., mx.array],
     choices: Mapping[str, Choice],
@@ -150,19 +163,24 @@ def adaround(
 ) -> Learned:
     """Learn codes for some weights together.
 
-    ``loss(weights, *minibatch(i))`` is the reconstruction error of iteration i as a scalar, about 1 where the search starts, for soft
-    weights [out,in] float32 by name; ``minibatch(i)`` depends on i alone. Everything is float32. A run that resumes from a
-    ``checkpoint`` ends with the same codes, bit for bit. Raises NumericsError when the loss is not finite.
+    ``loss(weights, *minibatch(i))`` is the reconstruction error of iteration i as a scalar, about 1 where the search
+    starts, for soft weights [out,in] float32 by name; ``minibatch(i)`` depends on i alone. Everything is float32. A run
+    that resumes from a ``checkpoint`` ends with the same codes, bit for bit. Raises NumericsError when the loss is not
+    finite.
     """
     tops = {name: float(grid.format.levels - 1) for name, grid in grids.items()}
     bases = {name: mx.array(choice.base) for name, choice in choices.items()}
-    expanded = {n: [mx.array(g.expand(v, choices[n].base.shape[1])) for v in (g.scales, g.biases)] for n, g in grids.items()}
+    expanded = {
+        n: [mx.array(g.expand(v, choices[n].base.shape[1])) for v in (g.scales, g.biases)] for n, g in grids.items()
+    }
     count = sum(choice.base.size for choice in choices.values())
     held = {"alpha": {name: mx.array(choice.alpha) for name, choice in choices.items()}}
     adam = optim.Adam(learning_rate=settings.rate, bias_correction=True)
     adam.init(held["alpha"])
 
-    def objective(alphas: dict[str, mx.array], b: mx.array, pressure: mx.array, *batch: Any) -> tuple[mx.array, mx.array]:
+    def objective(
+        alphas: dict[str, mx.array], b: mx.array, pressure: mx.array, *batch: Any
+    ) -> tuple[mx.array, mx.array]:
         weights = {}
         for name, alpha in alphas.items():
             scale, offset = expanded[name]

@@ -1,7 +1,7 @@
 """How much to damp a Hessian: tried on some of the calibration tokens and judged on the others.
 
-Damping trades error on the tokens that were seen for error on those that were not, and how much of it pays depends on the layer: on how
-many tokens there are for its inputs and on how alike they are.
+Damping trades error on the tokens that were seen for error on those that were not, and how much of it pays depends on
+the layer: on how many tokens there are for its inputs and on how alike they are.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ Quantize = Callable[[Array, Moments, float], Array]
 
 @dataclass(frozen=True)
 class Choice:
-    """A ``damping`` and, for each that was tried, the squared output error that it left on the held-out tokens, as ``moments.excess``
-    counts it: infinite where the Hessian was still singular.
+    """A ``damping`` and, for each that was tried, the squared output error that it left on the held-out tokens, as
+    ``moments.excess`` counts it: infinite where the Hessian was still singular.
     """
 
     damping: float
@@ -35,12 +35,13 @@ class Choice:
 def choose_damping(
     weight: Array, quantize: Quantize, moments: Moments, candidates: Sequence[float] = CANDIDATES, rows: int = ROWS
 ) -> Choice | None:
-    """The damping among ``candidates`` with the least error on ``moments.held_out``, or None where no tokens are held out.
+    """The damping among ``candidates`` with the least error on ``moments.held_out``, or None where no tokens are held
+    out.
 
-    ``quantize`` takes a weight [rows,in], moments and a damping, and returns the quantized weight [rows,in]: all that depends on the
-    damping (corrected target, grid, codes), so that what is judged is what is stored. It is given the moments of the other tokens and
-    at most ``rows`` evenly spaced rows of ``weight`` [out,in], which suffice for a mean. Where the moments have a cross term, errors
-    are those against the full-precision model's outputs.
+    ``quantize`` takes a weight [rows,in], moments and a damping, and returns the quantized weight [rows,in]: all that
+    depends on the damping (corrected target, grid, codes), so that what is judged is what is stored. It is given the
+    moments of the other tokens and at most ``rows`` evenly spaced rows of ``weight`` [out,in], which suffice for a
+    mean. Where the moments have a cross term, errors are those against the full-precision model's outputs.
     """
     if moments.held_out is None:
         return None

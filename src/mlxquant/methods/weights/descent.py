@@ -14,8 +14,11 @@ from .rtn import better_rows, rtn
 
 
 @register("round", "gptq-descent", citation="quantease", summary="GPTQ, then coordinate descent on its codes")
-def gptq_descent(weight: Array, grid: Grid, moments: Moments | None, *, damping: float = 0.01, passes: int = 4, block: int = 128) -> Array:
-    """GPTQ's codes, descended: uint8 [out,in]. Arguments, guard and errors as for ``gptq``; ``passes`` as for ``descend``.
+def gptq_descent(
+    weight: Array, grid: Grid, moments: Moments | None, *, damping: float = 0.01, passes: int = 4, block: int = 128
+) -> Array:
+    """GPTQ's codes, descended: uint8 [out,in]. Arguments, guard and errors as for ``gptq``; ``passes`` as for
+    ``descend``.
 
     Descends on the damped H: on calibration data it ends where the plain H would, on held-out data lower.
     """
@@ -27,13 +30,16 @@ def gptq_descent(weight: Array, grid: Grid, moments: Moments | None, *, damping:
 
 
 def descend(weight: Array, grid: Grid, codes: Array, hessian: Array, *, passes: int = 4, block: int = 128) -> Array:
-    """Codes uint8 [out,in] with no more error d H dᵀ, d = w − q, in any row than ``codes`` had; ``hessian`` is H [in,in].
+    """Codes uint8 [out,in] with no more error d H dᵀ, d = w − q, in any row than ``codes`` had; ``hessian`` is H
+    [in,in].
 
-    In cyclic passes each column takes the codes that minimise the error with all others fixed, q_j + (DH)_j / H_jj rounded to the
-    grid, until a pass changes nothing or ``passes`` are done. The gradient DH is formed for ``block`` columns at a time and kept
-    up to date inside the block. Columns with H_jj = 0 keep their codes. Computed in the precision of ``hessian``.
+    In cyclic passes each column takes the codes that minimise the error with all others fixed, q_j + (DH)_j / H_jj
+    rounded to the grid, until a pass changes nothing or ``passes`` are done. The gradient DH is formed for ``block``
+    columns at a time and kept up to date inside the block. Columns with H_jj = 0 keep their codes. Computed in the
+    precision of ``hessian``.
 
-    Source: 2309.01885, algorithm 1 (QuantEase), which starts from the unrounded weight; from GPTQ's codes it needs fewer passes.
+    Source: 2309.01885, algorithm 1 (QuantEase), which starts from the unrounded weight; from GPTQ's codes it needs
+    fewer passes.
     """
     width = weight.shape[1]
     group = np.arange(width) // grid.format.columns(width)

@@ -14,15 +14,17 @@ from .rtn import rtn
 
 @register("round", "gptq", citation="gptq", summary="column by column with error feedback, largest inputs first")
 def gptq(weight: Array, grid: Grid, moments: Moments | None, *, damping: float = 0.01, block: int = 32) -> Array:
-    """Codes uint8 [out,in] for ``weight`` [out,in] that make the output error tr((W−Q)H(W−Q)ᵀ) small, H = ``moments.gram``.
+    """Codes uint8 [out,in] for ``weight`` [out,in] that make the output error tr((W−Q)H(W−Q)ᵀ) small, H =
+    ``moments.gram``.
 
-    ``damping`` times mean(diag H) is added to the diagonal of H: less trust in these inputs, less error on others. Feedback comes in
-    matrix products down to ``block`` columns, inside of which it comes column by column; the result does not depend on it. Columns
-    go by descending diag H (act-order) and the scales of ``grid`` stay as they are. A dead column (H_jj = 0) gets the code nearest to
-    zero. A row that ends up with more error than rounded to nearest is rounded to nearest; the paper has no such guard.
+    ``damping`` times mean(diag H) is added to the diagonal of H: less trust in these inputs, less error on others.
+    Feedback comes in matrix products down to ``block`` columns, inside of which it comes column by column; the result
+    does not depend on it. Columns go by descending diag H (act-order) and the scales of ``grid`` stay as they are. A
+    dead column (H_jj = 0) gets the code nearest to zero. A row that ends up with more error than rounded to nearest is
+    rounded to nearest; the paper has no such guard.
 
-    Raises CalibrationError without moments or with those of another layer, NumericsError when weight or moments are not finite or
-    the damped H is not positive definite, RecipeError when the grid's groups do not divide the width.
+    Raises CalibrationError without moments or with those of another layer, NumericsError when weight or moments are not
+    finite or the damped H is not positive definite, RecipeError when the grid's groups do not divide the width.
     """
     gram = calibrated_gram(moments, weight.shape[1])
     target, hessian = damped_problem(weight, gram, damping)
@@ -46,13 +48,15 @@ def damped_problem(weight: Array, gram: Array, damping: float) -> tuple[Array, A
 
 
 def nearest_plane(target: Array, grid: Grid, factor: Factor, block: int = 32, first: Array | None = None) -> Array:
-    """GPTQ's codes uint8 [out,in] for ``target`` [out,in] and the ``factor`` of the Hessian, in the precision of the target.
+    """GPTQ's codes uint8 [out,in] for ``target`` [out,in] and the ``factor`` of the Hessian, in the precision of the
+    target.
 
     ``first`` [out] is what the column that goes first is rounded from, where that is not its target.
 
-    Source: 2210.17323, algorithm 1, computed as Babai's nearest plane (2507.18553), which gives the same codes. The paper factors
-    H⁻¹ = UᵀU and subtracts e·U_i,i: from the columns to come, e = (w−q)/U_ii. With the columns reversed H = LLᵀ, L the reversed
-    U⁻¹, and the value to round is w_i + Σ_j (w_j−q_j) L_ji / L_ii over the columns j done before: no inverse, no changed weights.
+    Source: 2210.17323, algorithm 1, computed as Babai's nearest plane (2507.18553), which gives the same codes. The
+    paper factors H⁻¹ = UᵀU and subtracts e·U_i,i: from the columns to come, e = (w−q)/U_ii. With the columns reversed H
+    = LLᵀ, L the reversed U⁻¹, and the value to round is w_i + Σ_j (w_j−q_j) L_ji / L_ii over the columns j done before:
+    no inverse, no changed weights.
     """
     columns = _Columns(target, grid, factor)
     if first is not None:
@@ -64,8 +68,8 @@ def nearest_plane(target: Array, grid: Grid, factor: Factor, block: int = 32, fi
 class _Columns:
     """The columns of a weight on their way to the nearest plane, in the order of the factor.
 
-    ``errors`` [in,out] are w − q of the columns that are done and w of the others; ``wanted`` [in,out] w and the feedback on it, or e
-    of the columns that are done.
+    ``errors`` [in,out] are w − q of the columns that are done and w of the others; ``wanted`` [in,out] w and the
+    feedback on it, or e of the columns that are done.
     """
 
     def __init__(self, target: Array, grid: Grid, factor: Factor):
@@ -82,11 +86,15 @@ class _Columns:
         return scaled.T
 
     def settle(self, start: int, stop: int, block: int) -> None:
-        """Round the columns from ``start`` to ``stop``, which have had the feedback of all after them: the later half first."""
+        """Round the columns from ``start`` to ``stop``, which have had the feedback of all after them: the later half
+        first.
+        """
         if stop - start > block:
             middle = (start + stop) // 2
             self.settle(middle, stop, block)
-            self.wanted[start:middle] += self._feedback(slice(middle, stop), slice(start, middle)) @ self._errors[middle:stop]
+            self.wanted[start:middle] += (
+                self._feedback(slice(middle, stop), slice(start, middle)) @ self._errors[middle:stop]
+            )
             self.settle(start, middle, block)
             return
         feedback = np.ascontiguousarray(self._feedback(slice(start, stop), slice(start, stop)))

@@ -1,8 +1,9 @@
 """Low-rank branches: float16 factors beside the integer weight that take what few directions can from its error.
 
-``W = L + R`` with L = up · down of small rank; R is quantized, L is not, and L reads the unquantized input. Both members fit L to what
-the integers do not hold, quantize the rest, and go on by turns, best first; they differ in the norm of the fit. The residual is always
-taken against the factors as stored, so that rounding them to float16 costs nothing.
+``W = L + R`` with L = up · down of small rank; R is quantized, L is not, and L reads the unquantized input. Both
+members fit L to what the integers do not hold, quantize the rest, and go on by turns, best first; they differ in the
+norm of the fit. The residual is always taken against the factors as stored, so that rounding them to float16 costs
+nothing.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from ...numerics.low_rank import LowRank
 from ...numerics.moments import Moments, calibrated_gram, energy
 from ..registry import register
 
-Quantize = Callable[[Array, "Moments | None"], Array]  # a residual [out,in] to its dequantized codes [out,in], by these moments
+Quantize = Callable[
+    [Array, "Moments | None"], Array
+]  # a residual [out,in] to its dequantized codes [out,in], by these moments
 TURNS, TRIAL_TURNS = 6, 2
 DAMPINGS = (1.0, 10.0, 100.0)
 LAST_DAMPING = 0.1
@@ -27,7 +30,9 @@ SPARE, DEPTH = 8, 6  # of the Krylov space: more directions than asked for, and 
 
 @dataclass(frozen=True)
 class Metric:
-    """The squared norm ``tr(E M Eᵀ)`` of errors E [out,in], M = ``gram`` [in,in] + ``ridge`` I; without a gram matrix that of E itself."""
+    """The squared norm ``tr(E M Eᵀ)`` of errors E [out,in], M = ``gram`` [in,in] + ``ridge`` I; without a gram matrix
+    that of E itself.
+    """
 
     gram: Array | None = None
     ridge: float = 1.0
@@ -41,8 +46,9 @@ class Metric:
 def leading_directions(weight: Array, metric: Metric, rank: int) -> Array:
     """U [out,rank] orthonormal, the leading eigenvectors of W M Wᵀ for W = ``weight`` [out,in], in its precision.
 
-    By block Krylov iteration (arXiv 1504.05477, algorithm 2) from a fixed random start, because only few of them are wanted: for 32 of
-    1536 a fiftieth of the time of an eigendecomposition, and no matrix but W and M. ``rank`` is at most out.
+    By block Krylov iteration (arXiv 1504.05477, algorithm 2) from a fixed random start, because only few of them are
+    wanted: for 32 of 1536 a fiftieth of the time of an eigendecomposition, and no matrix but W and M. ``rank`` is at
+    most out.
     """
     block = min(len(weight), rank + SPARE)
     pieces = [np.random.default_rng(0).standard_normal((len(weight), block)).astype(weight.dtype)]
@@ -58,8 +64,8 @@ def leading_directions(weight: Array, metric: Metric, rank: int) -> Array:
 def fitted(weight: Array, metric: Metric, rank: int) -> LowRank:
     """The branch of at most ``rank`` that is closest to ``weight`` [out,in] by ``metric``, rounded to float16.
 
-    With M = C Cᵀ the best L is (W C)_r C⁻¹ = U Uᵀ W, U the leading left singular vectors of W C: no factor of M is needed. The factors
-    share the scale of each direction evenly, which keeps both inside float16.
+    With M = C Cᵀ the best L is (W C)_r C⁻¹ = U Uᵀ W, U the leading left singular vectors of W C: no factor of M is
+    needed. The factors share the scale of each direction evenly, which keeps both inside float16.
     """
     directions = leading_directions(weight, metric, min(rank, *weight.shape))
     down = directions.T @ weight
@@ -71,12 +77,16 @@ def fitted(weight: Array, metric: Metric, rank: int) -> LowRank:
 def by_turns(
     weight: Array, gram: Array, rank: int, quantize: Callable[[Array], Array], metric: Metric, turns: int = TURNS
 ) -> tuple[LowRank, float]:
-    """Fit a branch to ``weight`` [out,in], quantize the residual, fit again to what that left, and so on while it helps.
+    """Fit a branch to ``weight`` [out,in], quantize the residual, fit again to what that left, and so on while it
+    helps.
 
-    Returns the branch whose quantized residual left the least squared output error, and that error; ``gram`` [in,in] judges.
+    Returns the branch whose quantized residual left the least squared output error, and that error; ``gram`` [in,in]
+    judges.
     """
     if not np.isfinite(weight).all():
-        raise NumericsError(f"weight of shape {weight.shape} holds NaN or infinite values; repair or re-download the checkpoint")
+        raise NumericsError(
+            f"weight of shape {weight.shape} holds NaN or infinite values; repair or re-download the checkpoint"
+        )
     weight = weight.astype(gram.dtype, copy=False)
     branch = best = fitted(weight, metric, rank)
     least = np.inf
@@ -93,44 +103,66 @@ def by_turns(
 
 @register("branch", "svd", citation="svdquant", summary="what the weight's largest singular directions hold")
 def svd(weight: Array, moments: Moments | None, rank: int, quantize: Quantize) -> LowRank:
-    """L = SVD_r(W), then of what its quantized residual left (SVDQuant, arXiv 2411.05007, section 4.2); the best by output error stays."""
-    return by_turns(weight, calibrated_gram(moments, weight.shape[1]), rank, lambda rows: quantize(rows, moments), Metric())[0]
+    """L = SVD_r(W), then of what its quantized residual left (SVDQuant, arXiv 2411.05007, section 4.2); the best by
+    output error stays.
+    """
+    return by_turns(
+        weight, calibrated_gram(moments, weight.shape[1]), rank, lambda rows: quantize(rows, moments), Metric()
+    )[0]
 
 
-@register("branch", "whitened", citation="qera", summary="what the output hangs on the most: low rank in the norm of the inputs")
+@register(
+    "branch",
+    "whitened",
+    citation="qera",
+    summary="what the output hangs on the most: low rank in the norm of the inputs",
+)
 def whitened(weight: Array, moments: Moments | None, rank: int, quantize: Quantize) -> LowRank:
     """L closest to W, then to what its quantized residual left, by the error of the output: ‖X (W − L)ᵀ‖ with damping.
 
-    In that norm the fit has a closed form (QERA, arXiv 2410.06040, theorem 1, there for the error of one quantization). The damping is
-    relative to mean(diag H), and large: a branch that only follows the inputs leaves wide steps to the residual; with all the damping
-    there is it is ``svd``. It is the one of ``DAMPINGS`` whose rounded layer does best after ``TRIAL_TURNS``, on the calibration tokens
-    or, where some are held out, on these, and without having seen them.
+    In that norm the fit has a closed form (QERA, arXiv 2410.06040, theorem 1, there for the error of one quantization).
+    The damping is relative to mean(diag H), and large: a branch that only follows the inputs leaves wide steps to the
+    residual; with all the damping there is it is ``svd``. It is the one of ``DAMPINGS`` whose rounded layer does best
+    after ``TRIAL_TURNS``, on the calibration tokens or, where some are held out, on these, and without having seen
+    them.
     """
     gram = calibrated_gram(moments, weight.shape[1])
     assert moments is not None
     damping = _best_damping(weight, moments, rank, quantize)
-    return replace(by_turns(weight, gram, rank, lambda rows: quantize(rows, moments), damped(gram, damping))[0], damping=damping)
+    return replace(
+        by_turns(weight, gram, rank, lambda rows: quantize(rows, moments), damped(gram, damping))[0], damping=damping
+    )
 
 
 def damped(gram: Array, damping: float) -> Metric:
-    """The norm of the output's error for inputs with this gram matrix [in,in] and, in all directions, ``damping`` mean(diag) more."""
+    """The norm of the output's error for inputs with this gram matrix [in,in] and, in all directions, ``damping``
+    mean(diag) more.
+    """
     return Metric(gram, damping * float(np.diagonal(gram).mean()))
 
 
 def _best_damping(weight: Array, moments: Moments, rank: int, quantize: Quantize) -> float:
-    """The one of ``DAMPINGS`` that does best; the branch is fitted, and its residual rounded, by the tokens that are not held out."""
+    """The one of ``DAMPINGS`` that does best; the branch is fitted, and its residual rounded, by the tokens that are
+    not held out.
+    """
     training, judge = moments.training, moments if moments.held_out is None else moments.held_out
     errors = [
-        by_turns(weight, judge.gram, rank, lambda rows: quantize(rows, training), damped(training.gram, damping), TRIAL_TURNS)[1]
+        by_turns(
+            weight, judge.gram, rank, lambda rows: quantize(rows, training), damped(training.gram, damping), TRIAL_TURNS
+        )[1]
         for damping in DAMPINGS
     ]
     return DAMPINGS[int(np.argmin(errors))]
 
 
-def refitted(branch: LowRank, weight: Array, rounded: Array, moments: Moments, damping: float = LAST_DAMPING) -> LowRank:
-    """The branch of the same rank fitted once more, to what a weight [out,in] keeps beside its ``rounded`` residual [out,in].
+def refitted(
+    branch: LowRank, weight: Array, rounded: Array, moments: Moments, damping: float = LAST_DAMPING
+) -> LowRank:
+    """The branch of the same rank fitted once more, to what a weight [out,in] keeps beside its ``rounded`` residual
+    [out,in].
 
-    Now that nothing will be rounded any more, only the output counts. The one given stays where it leaves less error of it.
+    Now that nothing will be rounded any more, only the output counts. The one given stays where it leaves less error of
+    it.
     """
     gram = calibrated_gram(moments, weight.shape[1])
     left = (weight - rounded).astype(gram.dtype, copy=False)

@@ -1,7 +1,8 @@
 """Qronos: the first column rounds for what the layers before got wrong, the others make up for it (arXiv 2505.11695).
 
-Per row of the weight it minimises ½‖Xw − X~q‖² with X the full-precision model's inputs and X~ those of the partly quantized one. Both
-forms of the paper are here: ``base_form`` is the definition, one solution a column; ``qronos`` the efficient form, one for all.
+Per row of the weight it minimises ½‖Xw − X~q‖² with X the full-precision model's inputs and X~ those of the partly
+quantized one. Both forms of the paper are here: ``base_form`` is the definition, one solution a column; ``qronos`` the
+efficient form, one for all.
 """
 
 from __future__ import annotations
@@ -27,13 +28,15 @@ from .rtn import better_rows, rtn
 def qronos(weight: Array, grid: Grid, moments: Moments | None, *, damping: float = 1e-3, block: int = 32) -> Array:
     """Codes uint8 [out,in] for ``weight`` [out,in] that make ‖XWᵀ − X~Qᵀ‖ small; arguments and errors as for ``gptq``.
 
-    Source: 2505.11695, the efficient form. With H = X~ᵀX~ and G = X~ᵀX damped by the same λ it rounds (G₁w − H₁,₂:w₂:)/H₁₁ to q₁,
-    moves the other weights to H₂:,₂:⁻¹(G₂:w − H₂:,₁q₁) and is GPTQ from there. Computed as GPTQ's nearest plane towards the corrected
-    target W* (``correction``), which is the same: q₁ is all that Qronos rounds from another value than GPTQ would, w₁ + ((G−H)w)₁/H₁₁.
+    Source: 2505.11695, the efficient form. With H = X~ᵀX~ and G = X~ᵀX damped by the same λ it rounds (G₁w −
+    H₁,₂:w₂:)/H₁₁ to q₁, moves the other weights to H₂:,₂:⁻¹(G₂:w − H₂:,₁q₁) and is GPTQ from there. Computed as GPTQ's
+    nearest plane towards the corrected target W* (``correction``), which is the same: q₁ is all that Qronos rounds from
+    another value than GPTQ would, w₁ + ((G−H)w)₁/H₁₁.
 
-    Departures: ``damping`` is λ relative to mean(diag H) instead of 1e-6 of the largest eigenvalue, which outliers decide; the
-    first column is damped as well. Not in the paper: a row that ends up further from the full-precision output, ‖Xw − X~q‖, than it
-    would rounded to nearest is rounded to nearest. Raises CalibrationError also when the moments have no cross term.
+    Departures: ``damping`` is λ relative to mean(diag H) instead of 1e-6 of the largest eigenvalue, which outliers
+    decide; the first column is damped as well. Not in the paper: a row that ends up further from the full-precision
+    output, ‖Xw − X~q‖, than it would rounded to nearest is rounded to nearest. Raises CalibrationError also when the
+    moments have no cross term.
     """
     problem = _Problem(weight, grid, moments, damping)
     factor = Factor.of(problem.hessian)
@@ -45,7 +48,8 @@ def qronos(weight: Array, grid: Grid, moments: Moments | None, *, damping: float
 def base_form(weight: Array, grid: Grid, moments: Moments | None, *, damping: float = 1e-3) -> Array:
     """The same codes, slowly: after each column all others move to where they make up best for those that are done.
 
-    Source: 2505.11695, the iterates that define the method. One system of equations a column: for tests and for reading.
+    Source: 2505.11695, the iterates that define the method. One system of equations a column: for tests and for
+    reading.
     """
     problem = _Problem(weight, grid, moments, damping)
     hessian, wanted = problem.hessian, problem.weight @ problem.hessian + problem.missing  # (G + λI) w
@@ -63,7 +67,9 @@ def base_form(weight: Array, grid: Grid, moments: Moments | None, *, damping: fl
 
 
 class _Problem:
-    """A layer whose output is to be met: ``weight`` [out,in], dead columns zero, damped ``hessian`` [in,in], ``missing`` (G − H)w."""
+    """A layer whose output is to be met: ``weight`` [out,in], dead columns zero, damped ``hessian`` [in,in],
+    ``missing`` (G − H)w.
+    """
 
     def __init__(self, weight: Array, grid: Grid, moments: Moments | None, damping: float):
         self._gram, self._grid = calibrated_gram(moments, weight.shape[1]), grid

@@ -16,8 +16,8 @@ ROWS = 32
 def rtn(weight: Array, grid: Grid, moments: Moments | None = None) -> Array:
     """Codes uint8 [out,in] of the values on the grid nearest to ``weight`` [out,in]; ``moments`` is not used.
 
-    Computed in float64, so that methods which compute in float64 meet the same ties, a few rows at a time. Raises NumericsError when
-    the weight is not finite, RecipeError when the grid's groups do not divide its width.
+    Computed in float64, so that methods which compute in float64 meet the same ties, a few rows at a time. Raises
+    NumericsError when the weight is not finite, RecipeError when the grid's groups do not divide its width.
     """
     grouped(weight, grid.format)
     codes = np.empty(weight.shape, np.uint8)
@@ -27,11 +27,14 @@ def rtn(weight: Array, grid: Grid, moments: Moments | None = None) -> Array:
     return codes
 
 
-def better_rows(weight: Array, grid: Grid, codes: Array, nearest: Array, gram: Array, missing: Array | None = None) -> Array:
+def better_rows(
+    weight: Array, grid: Grid, codes: Array, nearest: Array, gram: Array, missing: Array | None = None
+) -> Array:
     """``codes`` [out,in], but row by row ``nearest`` where that has less output error d H dᵀ, d = w − q.
 
-    Greedy methods have no guarantee of their own: clipping or an unlucky order can cost a row more than the method gained. With
-    ``missing`` [out,in], the ``moments.shortfall`` of the weight, errors are those against the full-precision model's outputs.
+    Greedy methods have no guarantee of their own: clipping or an unlucky order can cost a row more than the method
+    gained. With ``missing`` [out,in], the ``moments.shortfall`` of the weight, errors are those against the
+    full-precision model's outputs.
     """
     ours, theirs = (excess(weight - grid.dequantize(c), gram, missing) for c in (codes, nearest))
     return np.where((ours > theirs)[:, None], nearest, codes)

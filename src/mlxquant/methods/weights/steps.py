@@ -1,7 +1,8 @@
 """How wide the grid of a weight is: the extremes, or a search that clips a few weights to serve the others better.
 
-The step matters as much as the rounding. A search tries a ladder of narrower grids, then improves the best of them by turns:
-round, solve for the step in closed form, round again. A grid only gives way to one with less error, both as stored in float16.
+The step matters as much as the rounding. A search tries a ladder of narrower grids, then improves the best of them by
+turns: round, solve for the step in closed form, round again. A grid only gives way to one with less error, both as
+stored in float16.
 """
 
 from __future__ import annotations
@@ -13,29 +14,36 @@ from ...numerics.arrays import Array
 from ...numerics.moments import Moments, calibrated_gram
 from ..registry import register
 
-LADDER = np.geomspace(0.94, 0.1, 36, dtype=np.float32)  # widths to try, relative to the extremes; the refits fill the gaps
+LADDER = np.geomspace(
+    0.94, 0.1, 36, dtype=np.float32
+)  # widths to try, relative to the extremes; the refits fill the gaps
 REFITS = 5
 CHUNK = 2**18  # weights searched at a time: three float32 buffers of them stay in a cache
 
 
 @register("steps", "extremes", summary="the grid spans the extremes; nothing is clipped")
 def extremes(weight: Array, format: WeightFormat, moments: Moments | None = None) -> Grid:
-    """The grid that spans ``weight`` [out,in] in each row or group, by ``formats.fit_extremes``; ``moments`` is not used."""
+    """The grid that spans ``weight`` [out,in] in each row or group, by ``formats.fit_extremes``; ``moments`` is not
+    used.
+    """
     return fit_extremes(weight, format)
 
 
 @register("steps", "mse", summary="search for the least squared weight error")
 def mse(weight: Array, format: WeightFormat, moments: Moments | None = None) -> Grid:
-    """The grid on which ``weight`` [out,in], rounded to nearest, has the least squared error; ``moments`` is not used."""
+    """The grid on which ``weight`` [out,in], rounded to nearest, has the least squared error; ``moments`` is
+    not used.
+    """
     return _search(weight, format, np.ones(weight.shape[1]))
 
 
 @register("steps", "search", summary="search for the least squared weight error, weighted by the inputs' power")
 def search(weight: Array, format: WeightFormat, moments: Moments | None = None) -> Grid:
-    """The grid on which ``weight`` [out,in], rounded to nearest, has the least Σ_j H_jj (w_j − q_j)², H = ``moments.gram``.
+    """The grid on which ``weight`` [out,in], rounded to nearest, has the least Σ_j H_jj (w_j − q_j)², H =
+    ``moments.gram``.
 
-    The diagonal of H keeps the channels that the output hangs on inside the grid; the full H would need the rounding that comes
-    later. Without moments all channels count the same, as in ``mse``.
+    The diagonal of H keeps the channels that the output hangs on inside the grid; the full H would need the rounding
+    that comes later. Without moments all channels count the same, as in ``mse``.
     """
     if moments is None:
         return mse(weight, format)
@@ -48,7 +56,9 @@ def _search(weight: Array, format: WeightFormat, importance: Array) -> Grid:
     groups = grouped(weight, format)
     units, count, columns = groups.shape
     importance = importance / (importance.max() or 1.0)
-    importance = np.resize(importance, (count, columns)).astype(np.float32)  # resize repeats it where rows share a group
+    importance = np.resize(importance, (count, columns)).astype(
+        np.float32
+    )  # resize repeats it where rows share a group
     scales, biases = widest.scales[:units].copy(), widest.biases[:units].copy()
     rows = max(1, CHUNK // (count * columns))
     for start in range(0, units, rows):
@@ -68,7 +78,8 @@ def _search(weight: Array, format: WeightFormat, importance: Array) -> Grid:
 
 
 class _Best:
-    """The best ``scales`` and ``biases`` [rows,groups] offered so far, group by group, for weights [rows,groups,columns].
+    """The best ``scales`` and ``biases`` [rows,groups] offered so far, group by group, for weights
+    [rows,groups,columns].
 
     ``errors`` [rows,groups] is what they leave.
     """
@@ -98,12 +109,16 @@ class _Best:
         return errors
 
     def offer(self, scales: Array, biases: Array) -> Array:
-        """Take these, as they will be stored, for the groups that they suit better. Symmetric biases follow from the scales.
+        """Take these, as they will be stored, for the groups that they suit better. Symmetric biases follow from the
+        scales.
 
-        Returns the least error [rows,groups] that comes from clipping: inside a grid no weight is further from it than half a step.
+        Returns the least error [rows,groups] that comes from clipping: inside a grid no weight is further from it than
+        half a step.
         """
         scales = snap(scales)
-        biases = -self._format.zero_code * scales if self._format.symmetric else biases.astype(np.float16).astype(np.float32)
+        biases = (
+            -self._format.zero_code * scales if self._format.symmetric else biases.astype(np.float16).astype(np.float32)
+        )
         errors = self._round(scales, biases)
         better = errors < self.errors
         self.errors = np.where(better, errors, self.errors)

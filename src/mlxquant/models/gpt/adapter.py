@@ -1,4 +1,6 @@
-"""GPTs of our own: ``gpt-python``, which is embedded and was trained on Python's standard library, and others in folders like its."""
+"""GPTs of our own: ``gpt-python``, which is embedded and was trained on Python's standard library, and others in
+folders like its.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,12 @@ class GPTAdapter(LanguageAdapter):
 
     def __init__(self, module: GPT, tokenizer: ByteTokenizer | CharTokenizer, facts: dict[str, Any]):
         super().__init__(module)
-        self._tokenizer, self.config, self.facts, self.context = tokenizer, module.config, facts, module.config.n_positions
+        self._tokenizer, self.config, self.facts, self.context = (
+            tokenizer,
+            module.config,
+            facts,
+            module.config.n_positions,
+        )
         self.longest = module.config.n_positions
 
     @classmethod

@@ -1,7 +1,8 @@
-"""A GPT as a folder that stock mlx-lm loads: config.json, model.safetensors, and its tokenizer as transformers reads it.
+"""A GPT as a folder that stock mlx-lm loads: config.json, model.safetensors, and its tokenizer as transformers reads
+it.
 
-What only we know (the tokenizer's level, how the model was made, the checksum of its weights) is the entry ``mlxquant`` of config.json,
-which others pass over.
+What only we know (the tokenizer's level, how the model was made, the checksum of its weights) is the entry ``mlxquant``
+of config.json, which others pass over.
 """
 
 from __future__ import annotations
@@ -24,16 +25,23 @@ from .tokenizers import ByteTokenizer, CharTokenizer, tokenizer_from_facts
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 FACTS = "mlxquant"  # our entry in config.json
-ENDLESS = {"bos_token_id": None, "eos_token_id": None}  # no token starts or ends a text; GPT-2's own are outside of the vocabulary
+ENDLESS = {
+    "bos_token_id": None,
+    "eos_token_id": None,
+}  # no token starts or ends a text; GPT-2's own are outside of the vocabulary
 METADATA = {"format": "mlx"}  # by which mlx-lm knows that the weights are in its layout
 AGAIN = "write the folder anew"
 
 
 def save_gpt(
-    folder: Path, model: GPT, tokenizer: ByteTokenizer | CharTokenizer, facts: Mapping[str, Any], dtype: mx.Dtype | None = None
+    folder: Path,
+    model: GPT,
+    tokenizer: ByteTokenizer | CharTokenizer,
+    facts: Mapping[str, Any],
+    dtype: mx.Dtype | None = None,
 ) -> None:
-    """Write a GPT's parameters, in ``dtype`` or their own, its config with ``facts`` (plain data), and its tokenizer. Equal input, equal
-    bytes.
+    """Write a GPT's parameters, in ``dtype`` or their own, its config with ``facts`` (plain data), and its tokenizer.
+    Equal input, equal bytes.
 
     The config is written last: it vouches for the weights, so a folder that was left half-way is not read.
     """
@@ -62,7 +70,11 @@ def load_gpt(folder: Path) -> tuple[GPT, ByteTokenizer | CharTokenizer, dict[str
     model, arrays = GPT(GPTConfig.from_dict(config)), read_weights(path)
     load_parameters(model, arrays, str(path))
     model.load_weights(list(arrays.items()))  # in the dtypes of the file
-    return model, tokenizer_from_facts(ours.get("tokenizer", {})), {key: ours[key] for key in ours if key not in ("tokenizer", "sha256")}
+    return (
+        model,
+        tokenizer_from_facts(ours.get("tokenizer", {})),
+        {key: ours[key] for key in ours if key not in ("tokenizer", "sha256")},
+    )
 
 
 def is_gpt_folder(folder: Path) -> bool:
@@ -71,18 +83,22 @@ def is_gpt_folder(folder: Path) -> bool:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a folder that ``save_gpt`` wrote; raises ArtifactError where it is missing, damaged or another program's."""
+    """config.json of a folder that ``save_gpt`` wrote; raises ArtifactError where it is missing, damaged or another
+    program's.
+    """
     config = _read_json(folder / CONFIG)
     if config.get("model_type") != MODEL_TYPE or not isinstance(config.get(FACTS), dict):
         raise ArtifactError(
-            f"{folder / CONFIG}: model type {config.get('model_type')!r} without an entry {FACTS!r}; expected a folder that "
-            "'mlxquant train-gpt' wrote"
+            f"{folder / CONFIG}: model type {config.get('model_type')!r} without an entry {FACTS!r}; expected a folder"
+            " that 'mlxquant train-gpt' wrote"
         )
     return config
 
 
 def write_weights(path: Path, arrays: Mapping[str, mx.array]) -> str:
-    """Write arrays as safetensors the way mlx-lm does, with no header of ours; returns the sha256 of the file. Equal input, equal bytes."""
+    """Write arrays as safetensors the way mlx-lm does, with no header of ours; returns the sha256 of the file. Equal
+    input, equal bytes.
+    """
     with atomic_file(path) as temporary, temporary.open("wb") as file:
         file.write(tensor_layout.header(arrays, METADATA))
         for name in tensor_layout.in_order(arrays):

@@ -1,7 +1,7 @@
 """A GPT with GPT-2's parameter names and equations as mlx-lm has them: a checkpoint of one loads in the other.
 
-Every tensor that quantization-aware training may quantize passes a ``Seam``, a module without parameters that does nothing, so that it
-can be found by its path and replaced: the tree of parameters is the same with and without.
+Every tensor that quantization-aware training may quantize passes a ``Seam``, a module without parameters that does
+nothing, so that it can be found by its path and replaced: the tree of parameters is the same with and without.
 """
 
 from __future__ import annotations
@@ -32,10 +32,17 @@ class GPTConfig:
 
     def __post_init__(self) -> None:
         if self.n_embd % self.n_head:
-            raise ArtifactError(f"a GPT of width {self.n_embd} cannot have {self.n_head} heads; expected a divisor of the width")
+            raise ArtifactError(
+                f"a GPT of width {self.n_embd} cannot have {self.n_head} heads; expected a divisor of the width"
+            )
 
     def to_dict(self) -> dict[str, Any]:
-        return {"model_type": MODEL_TYPE, "architectures": ["GPT2LMHeadModel"], "n_ctx": self.n_positions, **asdict(self)}
+        return {
+            "model_type": MODEL_TYPE,
+            "architectures": ["GPT2LMHeadModel"],
+            "n_ctx": self.n_positions,
+            **asdict(self),
+        }
 
     @classmethod
     def from_dict(cls, facts: dict[str, Any]) -> GPTConfig:
@@ -85,7 +92,9 @@ class MLP(nn.Module):
         self.input, self.activation_input, self.activation_output, self.output = Seam(), Seam(), Seam(), Seam()
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.output(self.c_proj(self.activation_output(gelu_tanh(self.activation_input(self.c_fc(self.input(x)))))))
+        return self.output(
+            self.c_proj(self.activation_output(gelu_tanh(self.activation_input(self.c_fc(self.input(x))))))
+        )
 
 
 class Block(nn.Module):
@@ -115,7 +124,9 @@ class GPTBody(nn.Module):
     def __call__(self, tokens: mx.array) -> mx.array:
         length = tokens.shape[1]
         if length > self._positions:  # MLX would read what lies behind the table
-            raise AdapterError(f"{length} tokens at once, and this GPT has {self._positions} positions; use shorter windows of text")
+            raise AdapterError(
+                f"{length} tokens at once, and this GPT has {self._positions} positions; use shorter windows of text"
+            )
         x = self.wte(tokens) + self.wpe(mx.arange(length))
         mask = causal_mask(length)
         for block in self.h:

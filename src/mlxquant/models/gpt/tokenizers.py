@@ -1,7 +1,8 @@
 """Text as the small GPTs read it: one token a byte of UTF-8, or one a character of a known alphabet.
 
-``files`` describes either to transformers, so that the same ids come out of its fast tokenizers and a folder loads in mlx-lm. A character
-outside of the alphabet is an error here; transformers drops it, because mlx-lm tries every tokenizer on a text of its own.
+``files`` describes either to transformers, so that the same ids come out of its fast tokenizers and a folder loads in
+mlx-lm. A character outside of the alphabet is an error here; transformers drops it, because mlx-lm tries every
+tokenizer on a text of its own.
 """
 
 from __future__ import annotations
@@ -107,7 +108,9 @@ class CharTokenizer:
         return _files(self.characters, None, {"type": "Fuse"})
 
 
-TOKENIZERS: dict[str, type[ByteTokenizer] | type[CharTokenizer]] = {kind.level: kind for kind in (ByteTokenizer, CharTokenizer)}
+TOKENIZERS: dict[str, type[ByteTokenizer] | type[CharTokenizer]] = {
+    kind.level: kind for kind in (ByteTokenizer, CharTokenizer)
+}
 
 
 def tokenizer_from_facts(facts: Mapping[str, Any]) -> ByteTokenizer | CharTokenizer:
@@ -115,7 +118,9 @@ def tokenizer_from_facts(facts: Mapping[str, Any]) -> ByteTokenizer | CharTokeni
     try:
         return TOKENIZERS[facts["level"]].from_facts(facts)
     except (KeyError, TypeError) as error:
-        raise ArtifactError(f"a tokenizer's facts need a level, one of {list(TOKENIZERS)}, and its alphabet; missing {error}") from error
+        raise ArtifactError(
+            f"a tokenizer's facts need a level, one of {list(TOKENIZERS)}, and its alphabet; missing {error}"
+        ) from error
 
 
 def tokenizer_for(level: str, text: str) -> ByteTokenizer | CharTokenizer:
@@ -138,7 +143,14 @@ def _files(letters: Iterable[str], split: dict[str, Any] | None, decoder: dict[s
     """What transformers reads of a BPE with these letters and no merge: contents by file name."""
     vocabulary = {letter: token for token, letter in enumerate(letters)}
     nothing = dict.fromkeys(("truncation", "padding", "normalizer", "post_processor"))
-    model: dict[str, Any] = {"type": "BPE", "dropout": None, "unk_token": None, "fuse_unk": False, "vocab": vocabulary, "merges": []}
+    model: dict[str, Any] = {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": None,
+        "fuse_unk": False,
+        "vocab": vocabulary,
+        "merges": [],
+    }
     described: dict[str, Any] = {
         "version": "1.0",
         **nothing,

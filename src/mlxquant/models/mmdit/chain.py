@@ -36,8 +36,9 @@ def mmdit_stages(model: MMDiT) -> tuple[Stage, ...]:
 
 
 def mmdit_edges(config: MMDiTConfig) -> tuple[Edge, ...]:
-    """Who reads the same tensor in an MMDiT's blocks: q, k, v and fc1 read what adaLN modulates; o_proj reads a mixture of both
-    streams' values, head by head, so both streams' o_proj change together; between GELU and fc2 channels can only change places.
+    """Who reads the same tensor in an MMDiT's blocks: q, k, v and fc1 read what adaLN modulates; o_proj reads a mixture
+    of both streams' values, head by head, so both streams' o_proj change together; between GELU and fc2 channels can
+    only change places.
     """
     d, edges = config.hidden_size, []
     for index in range(config.depth_multimodal):

@@ -1,8 +1,9 @@
 """SD3's multimodal diffusion transformer (MMDiT, arXiv 2403.03206 section 4) in MLX.
 
-Parameter names and tensor layouts are DiffusionKit's, so one checkpoint loads in either. Unlike DiffusionKit the modulation is
-computed in the forward pass: nothing is cached or emptied, and one batch may mix timesteps. SD3-Medium, SD3.5 (``use_qk_norm``)
-and the embedded ``mmdit-shapes`` differ in ``MMDiTConfig`` only. Single-stream blocks and rotary positions (FLUX) are refused.
+Parameter names and tensor layouts are DiffusionKit's, so one checkpoint loads in either. Unlike DiffusionKit the
+modulation is computed in the forward pass: nothing is cached or emptied, and one batch may mix timesteps. SD3-Medium,
+SD3.5 (``use_qk_norm``) and the embedded ``mmdit-shapes`` differ in ``MMDiTConfig`` only. Single-stream blocks and
+rotary positions (FLUX) are refused.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ class MMDiTConfig:
     mlp_ratio: int = 4
     vae_latent_dim: int = 16
     patch_size: int = 2
-    max_latent_resolution: int = 192  # pixels of the latent grid; the position table has (this) ** 2 rows, as in DiffusionKit
+    max_latent_resolution: int = (
+        192  # pixels of the latent grid; the position table has (this) ** 2 rows, as in DiffusionKit
+    )
     pooled_text_embed_dim: int = 2048
     token_level_text_embed_dim: int = 4096
     frequency_embed_dim: int = 256
@@ -39,7 +42,9 @@ class MMDiTConfig:
 
     def __post_init__(self) -> None:
         if self.hidden_size % self.num_heads:
-            raise AdapterError(f"MMDiTConfig: hidden_size {self.hidden_size} is not divisible by num_heads {self.num_heads}")
+            raise AdapterError(
+                f"MMDiTConfig: hidden_size {self.hidden_size} is not divisible by num_heads {self.num_heads}"
+            )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> MMDiTConfig:
@@ -120,7 +125,9 @@ class TimestepAdapter(nn.Module):
 
     def __call__(self, t: mx.array) -> mx.array:
         falling = -mx.log(mx.array(float(self._max_period))) * mx.arange(self._half, dtype=mx.float32)
-        angles = t[:, None].astype(mx.float32) * mx.exp(falling / self._half)[None]  # to the last digit as DiffusionKit has it
+        angles = (
+            t[:, None].astype(mx.float32) * mx.exp(falling / self._half)[None]
+        )  # to the last digit as DiffusionKit has it
         features = mx.concatenate([mx.cos(angles), mx.sin(angles)], axis=-1)
         return self.mlp(features)
 
@@ -205,7 +212,10 @@ class MultiModalTransformerBlock(nn.Module):
         """image [B,N,C], text [B,T,C], conditioning c [B,C]; returns the same shapes, text None from the last block."""
         stream_i, stream_t = self.image_transformer_block, self.text_transformer_block
         mod_i, mod_t = stream_i.modulation(c), stream_t.modulation(c)
-        q, k, v = (mx.concatenate(list(pair), axis=2) for pair in zip(stream_i.qkv(image, mod_i), stream_t.qkv(text, mod_t), strict=True))
+        q, k, v = (
+            mx.concatenate(list(pair), axis=2)
+            for pair in zip(stream_i.qkv(image, mod_i), stream_t.qkv(text, mod_t), strict=True)
+        )
         attended = self.sdpa(q, k, v)
         attended = attended.transpose(0, 2, 1, 3).reshape(image.shape[0], -1, image.shape[-1])
         n = image.shape[1]
@@ -238,15 +248,21 @@ class MMDiT(nn.Module):
         self.t_embedder = TimestepAdapter(config)
         self.context_embedder = nn.Linear(config.token_level_text_embed_dim, config.hidden_size)
         last = config.depth_multimodal - 1
-        self.multimodal_transformer_blocks = [MultiModalTransformerBlock(config, last=i == last) for i in range(config.depth_multimodal)]
+        self.multimodal_transformer_blocks = [
+            MultiModalTransformerBlock(config, last=i == last) for i in range(config.depth_multimodal)
+        ]
         self.final_layer = FinalLayer(config)
 
     @property
     def config(self) -> MMDiTConfig:
         return self._config
 
-    def embed(self, latent: mx.array, tokens: mx.array, pooled: mx.array, t: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-        """latent [B,H,W,C], tokens [B,T,E], pooled [B,P], t [B] = 1000 sigma to (image [B,N,D], text [B,T,D], c [B,D])."""
+    def embed(
+        self, latent: mx.array, tokens: mx.array, pooled: mx.array, t: mx.array
+    ) -> tuple[mx.array, mx.array, mx.array]:
+        """latent [B,H,W,C], tokens [B,T,E], pooled [B,P], t [B] = 1000 sigma to (image [B,N,D], text [B,T,D], c
+        [B,D]).
+        """
         b, height, width, _ = latent.shape
         image = (self.x_embedder(latent) + self.x_pos_embedder(height, width)).reshape(b, -1, self._config.hidden_size)
         return image, self.context_embedder(tokens), self.y_embedder(pooled) + self.t_embedder(t)

@@ -1,8 +1,8 @@
 """``sd3-medium``: Stable Diffusion 3 Medium on DiffusionKit's own modules.
 
-The transformer is DiffusionKit's, with its weights and its embedding of time in float16 and everything else in float32, as
-DiffusionKit has it with ``w16`` and without ``a16``. Text encoders and VAE are loaded when they are first needed, and what they were
-given is encoded once.
+The transformer is DiffusionKit's, with its weights and its embedding of time in float16 and everything else in float32,
+as DiffusionKit has it with ``w16`` and without ``a16``. Text encoders and VAE are loaded when they are first needed,
+and what they were given is encoded once.
 """
 
 from __future__ import annotations
@@ -42,10 +42,11 @@ class Encoder(Protocol):
 
 
 class Components:
-    """What stands around the transformer: text encoders and VAE. Adapters that differ in the transformer alone share one of these.
+    """What stands around the transformer: text encoders and VAE. Adapters that differ in the transformer alone share
+    one of these.
 
-    ``text`` may be set to something else that encodes. Conditioning of the last ``KEPT`` prompts is kept, and of more where more were
-    asked for at once.
+    ``text`` may be set to something else that encodes. Conditioning of the last ``KEPT`` prompts is kept, and of more
+    where more were asked for at once.
     """
 
     def __init__(self, place: str):
@@ -96,7 +97,8 @@ class SD3Medium(DiffusionAdapter):
     def pretrained(cls, place: str = "") -> SD3Medium:
         """The weights at ``place``: the hub id that DiffusionKit uses, or a local folder (see ``sd3_files``).
 
-        Raises ArtifactError, saying how to get the file, when one is missing or damaged, AdapterError without DiffusionKit.
+        Raises ArtifactError, saying how to get the file, when one is missing or damaged, AdapterError without
+        DiffusionKit.
         """
         checkpoint = Files(place).path(CHECKPOINT)
         config, weights = mmdit_weights(checkpoint)
@@ -140,7 +142,9 @@ class SD3Medium(DiffusionAdapter):
         multiple = PIXELS * self.config.patch_size
         largest = PIXELS * self.config.max_latent_resolution
         if size % multiple or not multiple <= size <= largest:
-            raise AdapterError(f"{self.name} draws sides of a multiple of {multiple} pixels, at most {largest}; {size} is none")
+            raise AdapterError(
+                f"{self.name} draws sides of a multiple of {multiple} pixels, at most {largest}; {size} is none"
+            )
 
     @property
     def stages(self) -> tuple[Stage, ...]:
@@ -178,14 +182,15 @@ class SD3Medium(DiffusionAdapter):
         there = parse_prompts(text, f"{purpose}.txt")
         if count > len(there):
             raise AdapterError(
-                f"{self.name} has {len(there)} prompts of its own for {purpose}, {count} were asked for; pass a file of prompts"
+                f"{self.name} has {len(there)} prompts of its own for {purpose}, {count} were asked for; pass a file of"
+                " prompts"
             )
         return [Prompt(seed + prompt.seed, prompt.text) for prompt in there[:count]]
 
 
 def _stages(model: Any, depth: int) -> tuple[Stage, ...]:
-    """The chain of DiffusionKit's MMDiT. States hold the latent [B,H,W,C], image [B,N,D], text [B,T,D] and c [B,D], which is what the
-    modulations are computed from; the last block drops the text.
+    """The chain of DiffusionKit's MMDiT. States hold the latent [B,H,W,C], image [B,N,D], text [B,T,D] and c [B,D],
+    which is what the modulations are computed from; the last block drops the text.
     """
 
     def embed(state: State) -> State:

@@ -25,16 +25,23 @@ Arrays = dict[str, mx.array]
 def mmdit_weights(path: Path) -> tuple[MMDiTConfig, Arrays]:
     """Sizes and parameters of the transformer in a checkpoint; ArtifactError when it is another model's."""
     arrays = {name: value for name, value in lazy_tensors(path).items() if name.startswith(MMDIT_PREFIX)}
-    needed = [MMDIT_PREFIX + name for name in ("x_embedder.proj.weight", "pos_embed", "joint_blocks.0.x_block.attn.qkv.weight")]
+    needed = [
+        MMDIT_PREFIX + name
+        for name in ("x_embedder.proj.weight", "pos_embed", "joint_blocks.0.x_block.attn.qkv.weight")
+    ]
     if missing := [name for name in needed if name not in arrays]:
-        raise ArtifactError(f"{path}: holds no SD3 transformer (no {missing[0]}); expected Stability AI's sd3_medium.safetensors")
+        raise ArtifactError(
+            f"{path}: holds no SD3 transformer (no {missing[0]}); expected Stability AI's sd3_medium.safetensors"
+        )
     if other := next((name for name in arrays if ".attn2." in name or ".ln_q." in name), None):
         raise ArtifactError(f"{path}: {other} is of an SD3.5 transformer; expected SD3-Medium's")
     try:
         weights = host().model_io.mmdit_state_dict_adjustments(arrays, prefix=MMDIT_PREFIX)
         return _config(weights), weights
     except (KeyError, ValueError, IndexError) as error:
-        raise ArtifactError(f"{path}: the transformer lacks a tensor or has one of another shape ({error!r}); download it again") from error
+        raise ArtifactError(
+            f"{path}: the transformer lacks a tensor or has one of another shape ({error!r}); download it again"
+        ) from error
 
 
 def _config(weights: Arrays) -> MMDiTConfig:
@@ -62,19 +69,26 @@ def vae_decoder(path: Path) -> Any:
     def build(weights: Arrays) -> Any:
         widths, layers = _levels(weights, "up_blocks")
         return host().vae.VAEDecoder(
-            in_channels=weights["conv_in.weight"].shape[-1], block_out_channels=widths, layers_per_block=layers, resnet_groups=GROUPS
+            in_channels=weights["conv_in.weight"].shape[-1],
+            block_out_channels=widths,
+            layers_per_block=layers,
+            resnet_groups=GROUPS,
         )
 
     return _vae(path, "first_stage_model.decoder.", host().model_io.vae_decoder_state_dict_adjustments, build)
 
 
 def vae_encoder(path: Path) -> Any:
-    """DiffusionKit's VAE encoder, pictures in [-1,1] to means and log variances, with a checkpoint's weights, in float32."""
+    """DiffusionKit's VAE encoder, pictures in [-1,1] to means and log variances, with a checkpoint's weights, in
+    float32.
+    """
 
     def build(weights: Arrays) -> Any:
         widths, layers = _levels(weights, "down_blocks")
         out = weights["conv_out.weight"].shape[0]
-        return host().vae.VAEEncoder(out_channels=out, block_out_channels=widths, layers_per_block=layers, resnet_groups=GROUPS)
+        return host().vae.VAEEncoder(
+            out_channels=out, block_out_channels=widths, layers_per_block=layers, resnet_groups=GROUPS
+        )
 
     return _vae(path, "first_stage_model.encoder.", host().model_io.vae_encoder_state_dict_adjustments, build)
 
@@ -94,17 +108,25 @@ def _vae(path: Path, prefix: str, adjust: Callable[..., Arrays], build: Callable
         weights = adjust(arrays, prefix=prefix)
         module = build(weights)
     except (KeyError, ValueError, IndexError) as error:
-        raise ArtifactError(f"{path}: a tensor of the VAE is missing or has another shape ({error!r}); download it again") from error
+        raise ArtifactError(
+            f"{path}: a tensor of the VAE is missing or has another shape ({error!r}); download it again"
+        ) from error
     fill(module, weights, mx.float32, f"{path}: {prefix}*")
     return module
 
 
 def fill(module: nn.Module, weights: Mapping[str, mx.array], dtype: mx.Dtype, source: str) -> None:
-    """Give a module its parameters as ``dtype``, ignoring tensors that it has no place for; ArtifactError where one is missing."""
+    """Give a module its parameters as ``dtype``, ignoring tensors that it has no place for; ArtifactError where one is
+    missing.
+    """
     expected = dict(tree_flatten(module.parameters()))
     if missing := sorted(set(expected) - set(weights)):
-        raise ArtifactError(f"{source}: {len(missing)} tensors are missing, such as {missing[0]}; the file is another model's")
+        raise ArtifactError(
+            f"{source}: {len(missing)} tensors are missing, such as {missing[0]}; the file is another model's"
+        )
     for name, value in expected.items():
         if weights[name].shape != value.shape:
-            raise ArtifactError(f"{source}: {name} has shape {weights[name].shape}, expected {value.shape}; the file is another model's")
+            raise ArtifactError(
+                f"{source}: {name} has shape {weights[name].shape}, expected {value.shape}; the file is another model's"
+            )
     module.load_weights([(name, weights[name].astype(dtype)) for name in expected])

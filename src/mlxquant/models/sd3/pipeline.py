@@ -1,4 +1,6 @@
-"""DiffusionKit's own pipeline around a model of ours, quantized or not: its ``generate_image``, its sampler, its image-to-image."""
+"""DiffusionKit's own pipeline around a model of ours, quantized or not: its ``generate_image``, its sampler, its
+image-to-image.
+"""
 
 from __future__ import annotations
 
@@ -33,9 +35,9 @@ class Drawn(Protocol):
 def pipeline(adapter: Drawn) -> Any:
     """A ``DiffusionPipeline`` that draws with the adapter's transformer, text encoders and VAE.
 
-    It differs from DiffusionKit's own where that fails: any number of prompts, any guidance from 0 on, ``verbose`` prints nothing,
-    the transformer's modulation layers are left as they are, and NumPy's random numbers, too. Pictures have the adapter's size
-    unless ``latent_size`` says otherwise.
+    It differs from DiffusionKit's own where that fails: any number of prompts, any guidance from 0 on, ``verbose``
+    prints nothing, the transformer's modulation layers are left as they are, and NumPy's random numbers, too. Pictures
+    have the adapter's size unless ``latent_size`` says otherwise.
     """
     return _pipeline_class()(adapter)
 
@@ -105,7 +107,9 @@ def _pipeline_class() -> Any:
             Files(self.adapter.place).path(CHECKPOINT)  # the VAE: missed now, not after the last step
             numbers = np.random.get_state()
             try:
-                return super().generate_image(text, num_steps, cfg_weight, negative_text, size, seed, False, image_path, denoise)
+                return super().generate_image(
+                    text, num_steps, cfg_weight, negative_text, size, seed, False, image_path, denoise
+                )
             finally:
                 np.random.set_state(numbers)
                 self.mmdit.clear_modulation_params_cache()

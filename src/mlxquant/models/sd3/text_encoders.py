@@ -1,7 +1,7 @@
 """SD3's text conditioning through DiffusionKit's encoders (two CLIPs and T5), each in memory only while it encodes.
 
-T5-XXL has 4.7 B parameters. Its layers are read one after the other and released at once, so that encoding takes the memory of one
-layer and some 10 MB a prompt; what DiffusionKit's ``encode_text`` returns stays the same.
+T5-XXL has 4.7 B parameters. Its layers are read one after the other and released at once, so that encoding takes the
+memory of one layer and some 10 MB a prompt; what DiffusionKit's ``encode_text`` returns stays the same.
 """
 
 from __future__ import annotations
@@ -41,15 +41,17 @@ class TextEncoders:
     """Encodes prompts; nothing is kept in memory between two calls."""
 
     def __init__(self, files: Files, dtype: mx.Dtype | None = None):
-        """``dtype`` of weights and results: by default float16 on Metal, and float32 on the CPU, where half precision is slow."""
+        """``dtype`` of weights and results: by default float16 on Metal, and float32 on the CPU, where half precision
+        is slow.
+        """
         self._files = files
         self._dtype = (mx.float32 if mx.default_device() == mx.cpu else mx.float16) if dtype is None else dtype
 
     def encode(self, prompts: Sequence[str]) -> list[tuple[mx.array, mx.array]]:
         """Token embeddings [77 + 512, 4096] and pooled embedding [P] of each prompt.
 
-        Raises ArtifactError on a missing or damaged file, all of which are looked for first, AdapterError on a prompt with characters
-        that CLIP does not know.
+        Raises ArtifactError on a missing or damaged file, all of which are looked for first, AdapterError on a prompt
+        with characters that CLIP does not know.
         """
         dtype, _ = self._dtype, [self._files.path(name) for name in FILES]
         log.info("text encoders for %d prompts: %.2f GB in use, peak so far %.2f GB", len(prompts), *_gigabytes())
@@ -60,10 +62,13 @@ class TextEncoders:
             tokens = mx.concatenate([clip[index][0] for clip in clips], axis=-1)
             if tokens.shape[-1] > WIDTH or last[index].shape[-1] != WIDTH:
                 raise ArtifactError(
-                    f"{self._files.place}: CLIP and T5 write {tokens.shape[-1]} and {last[index].shape[-1]} channels, SD3 takes {WIDTH}"
+                    f"{self._files.place}: CLIP and T5 write {tokens.shape[-1]} and {last[index].shape[-1]} channels,"
+                    f" SD3 takes {WIDTH}"
                 )
             tokens = mx.pad(tokens, [(0, 0), (0, WIDTH - tokens.shape[-1])])
-            encoded.append((mx.concatenate([tokens, last[index]]), mx.concatenate([clip[index][1] for clip in clips], axis=-1)))
+            encoded.append(
+                (mx.concatenate([tokens, last[index]]), mx.concatenate([clip[index][1] for clip in clips], axis=-1))
+            )
         mx.eval(encoded)
         del clips, last
         mx.clear_cache()
@@ -90,9 +95,13 @@ class TextEncoders:
             )
         except (ValueError, KeyError, TypeError, IndexError) as error:
             again = files.command(f"clip_{which}/config.json")
-            raise ArtifactError(f"{path}: not the config of a CLIP text encoder ({error!r}); get it again with '{again}'") from error
+            raise ArtifactError(
+                f"{path}: not the config of a CLIP text encoder ({error!r}); get it again with '{again}'"
+            ) from error
         weights = files.path(f"clip_{which}/model.fp16.safetensors")
-        renamed = dict(pair for item in lazy_tensors(weights).items() for pair in kit.model_io.map_clip_text_encoder_weights(*item))
+        renamed = dict(
+            pair for item in lazy_tensors(weights).items() for pair in kit.model_io.map_clip_text_encoder_weights(*item)
+        )
         fill(model, renamed, dtype, str(weights))
         tokenizer = self._clip_tokenizer(which)
         pad = tokenizer.eos_token if tokenizer.pad_with_eos else 0
@@ -106,27 +115,39 @@ class TextEncoders:
         return outputs
 
     def _clip_tokenizer(self, which: str) -> Any:
-        vocabulary, merges = self._files.path(f"tokenizer_{which}/vocab.json"), self._files.path(f"tokenizer_{which}/merges.txt")
+        vocabulary, merges = (
+            self._files.path(f"tokenizer_{which}/vocab.json"),
+            self._files.path(f"tokenizer_{which}/merges.txt"),
+        )
         try:
-            pairs = [tuple(line.split()) for line in merges.read_text(encoding="utf-8").strip().split("\n")[1 : 49152 - 256 - 2 + 1]]
+            pairs = [
+                tuple(line.split())
+                for line in merges.read_text(encoding="utf-8").strip().split("\n")[1 : 49152 - 256 - 2 + 1]
+            ]
             vocab = json.loads(vocabulary.read_text(encoding="utf-8"))
             tokenizer = host().tokenizer.Tokenizer({pair: rank for rank, pair in enumerate(pairs)}, vocab, which == "l")
             _ = tokenizer.bos_token, tokenizer.eos_token
             return tokenizer
         except (ValueError, KeyError, TypeError) as error:
             again = self._files.command(f"tokenizer_{which}/vocab.json tokenizer_{which}/merges.txt")
-            raise ArtifactError(f"{vocabulary}: not a CLIP tokenizer ({error!r}); get it again with '{again}'") from error
+            raise ArtifactError(
+                f"{vocabulary}: not a CLIP tokenizer ({error!r}); get it again with '{again}'"
+            ) from error
 
     @staticmethod
     def _padded(tokenize: Callable[[str], list[int]], text: str, pad: int, length: int) -> list[int]:
         try:
             ids = list(tokenize(text))
         except KeyError as error:
-            raise AdapterError(f"prompt {text!r}: CLIP's tokenizer has no token for {error.args[0]!r}; leave it out") from error
+            raise AdapterError(
+                f"prompt {text!r}: CLIP's tokenizer has no token for {error.args[0]!r}; leave it out"
+            ) from error
         return (ids + [pad] * (length - len(ids)))[:length]
 
     def _t5(self, prompts: Sequence[str], dtype: mx.Dtype) -> list[mx.array]:
-        """T5's last hidden state [512, 4096] of each prompt, without a mask over the padding, as DiffusionKit has it."""
+        """T5's last hidden state [512, 4096] of each prompt, without a mask over the padding, as DiffusionKit
+        has it.
+        """
         kit, files = host(), self._files
         weights, place, again = files.path("t5/t5xxl.safetensors"), files.t5, files.command("t5/t5xxl.safetensors")
         try:
@@ -141,9 +162,13 @@ class TextEncoders:
                 f"{place}: T5's config or tokenizer cannot be read ({said}); get them again with '{files.t5_command}'"
             ) from error
         except KeyError as error:
-            raise ArtifactError(f"{weights}: not T5's encoder, {error} is missing; get it again with '{again}'") from error
+            raise ArtifactError(
+                f"{weights}: not T5's encoder, {error} is missing; get it again with '{again}'"
+            ) from error
         if any(name.startswith(f"encoder.layers.{config.num_layers}.") for name in arrays):
-            raise ArtifactError(f"{weights}: more layers than the {config.num_layers} of {place}; get it again with '{again}'")
+            raise ArtifactError(
+                f"{weights}: more layers than the {config.num_layers} of {place}; get it again with '{again}'"
+            )
         model = kit.t5.SD3T5Encoder(config, low_memory_mode=False)
         fill(model, arrays, dtype, str(weights))
         del arrays

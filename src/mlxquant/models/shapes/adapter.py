@@ -1,4 +1,6 @@
-"""``mmdit-shapes``, the embedded model: a small SD3 that draws captioned shapes, trained by ``train_shapes`` and shipped."""
+"""``mmdit-shapes``, the embedded model: a small SD3 that draws captioned shapes, trained by ``train_shapes`` and
+shipped.
+"""
 
 from __future__ import annotations
 

@@ -9,7 +9,9 @@ from .scenes import BACKGROUNDS, COLOURS, PLACES, RADII, RELATIONS, SHAPES, pars
 
 LENGTH = 12  # the longest caption has 11 words
 PAD = 0
-WORDS = tuple(sorted({*COLOURS, *BACKGROUNDS, *SHAPES, *RADII, "a", "on", "background", *" ".join((*PLACES, *RELATIONS)).split()}))
+WORDS = tuple(
+    sorted({*COLOURS, *BACKGROUNDS, *SHAPES, *RADII, "a", "on", "background", *" ".join((*PLACES, *RELATIONS)).split()})
+)
 _INDEX = {word: i + 1 for i, word in enumerate(WORDS)}
 
 

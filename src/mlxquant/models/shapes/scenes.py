@@ -1,7 +1,8 @@
 """Captioned pictures of coloured shapes: what ``mmdit-shapes`` is trained on, and the checker that marks its images.
 
-A scene is a full specification; its caption says everything but the jitter. So whether an image obeys its prompt is decided by
-code: ``check`` fits the picture with the same renderer that drew the training data and compares what it finds with the caption.
+A scene is a full specification; its caption says everything but the jitter. So whether an image obeys its prompt is
+decided by code: ``check`` fits the picture with the same renderer that drew the training data and compares what it
+finds with the caption.
 """
 
 from __future__ import annotations
@@ -85,9 +86,10 @@ def parse(caption: str) -> Scene:
     if scene is not None and scene.caption == text and _valid(scene):
         return scene
     raise AdapterError(
-        f"mmdit-shapes cannot draw {caption!r}. It knows 'a SIZE COLOUR SHAPE PLACE on BACKGROUND background' and "
-        f"'a COLOUR SHAPE RELATION a COLOUR SHAPE on BACKGROUND background' with sizes {sorted(RADII)}, colours {sorted(COLOURS)}, "
-        f"shapes {sorted(SHAPES)}, places {sorted(PLACES)}, relations {sorted(RELATIONS)}, backgrounds {sorted(BACKGROUNDS)}."
+        f"mmdit-shapes cannot draw {caption!r}. It knows 'a SIZE COLOUR SHAPE PLACE on BACKGROUND background' and 'a"
+        f" COLOUR SHAPE RELATION a COLOUR SHAPE on BACKGROUND background' with sizes {sorted(RADII)}, colours"
+        f" {sorted(COLOURS)}, shapes {sorted(SHAPES)}, places {sorted(PLACES)}, relations {sorted(RELATIONS)},"
+        f" backgrounds {sorted(BACKGROUNDS)}."
     )
 
 
@@ -110,9 +112,13 @@ def sample_scene(rng: np.random.Generator, pairs: float = 0.35) -> Scene:
 
 
 def captions(held_out: bool, count: int) -> list[str]:
-    """The first ``count`` of a fixed list of distinct captions, either all held out from training or none; at most 1000."""
+    """The first ``count`` of a fixed list of distinct captions, either all held out from training or none; at most
+    1000.
+    """
     if count > 1000:
-        raise AdapterError(f"mmdit-shapes has 1000 prompts of its own for each purpose, {count} were asked for; use a prompt file")
+        raise AdapterError(
+            f"mmdit-shapes has 1000 prompts of its own for each purpose, {count} were asked for; use a prompt file"
+        )
     rng = np.random.default_rng(int(held_out))
     found: dict[str, None] = {}
     while len(found) < count:
@@ -149,7 +155,9 @@ def _rgb(colour: tuple[int, int, int]) -> Image:
 
 
 def draw(scene: Scene, rng: np.random.Generator | None = None) -> Image:
-    """The picture of a scene, float32 [32,32,3] in [0,1]; ``rng`` jitters position and size, None draws the canonical one."""
+    """The picture of a scene, float32 [32,32,3] in [0,1]; ``rng`` jitters position and size, None draws the canonical
+    one.
+    """
 
     def jitter(spread: float) -> float:
         return 0.0 if rng is None else float(rng.uniform(-spread, spread))
@@ -162,7 +170,10 @@ def draw(scene: Scene, rng: np.random.Generator | None = None) -> Image:
     else:
         dx, dy = RELATIONS[scene.where]
         d = OFFSET["pair"]
-        placed = [(scene.things[0], dx * d, dy * d, RADII["small"]), (scene.things[1], -dx * d, -dy * d, RADII["small"])]
+        placed = [
+            (scene.things[0], dx * d, dy * d, RADII["small"]),
+            (scene.things[1], -dx * d, -dy * d, RADII["small"]),
+        ]
     for thing, x, y, r in placed:
         mask = coverage(thing.shape, middle + x + jitter(0.5), middle + y + jitter(0.5), r + jitter(0.25))[..., None]
         image = image * (1 - mask) + mask * _rgb(COLOURS[thing.colour])
@@ -179,7 +190,9 @@ class Fit:
 
 
 def fit_shape(mask: npt.NDArray[Any], radii: tuple[float, ...] | None = None) -> Fit:
-    """The best shape for a soft mask [32,32]: a search over shape, radius and centre, scored by squared error; shape "" if none fits."""
+    """The best shape for a soft mask [32,32]: a search over shape, radius and centre, scored by squared error; shape ""
+    if none fits.
+    """
     weight = np.asarray(mask, np.float32)
     total = float(weight.sum())
     if total < 4.0:  # fewer than four pixels are no shape
@@ -211,9 +224,9 @@ def _nearest(colour: Image, palette: Mapping[str, tuple[int, int, int]]) -> str:
 def check(image: npt.NDArray[Any], scene: Scene) -> dict[str, bool]:
     """Which attributes of ``scene`` a picture [32,32,3] in [0,1] obeys.
 
-    Keys: background; colour, shape, size, place for one object; colour, shape, colour_2, shape_2, relation for two. The background is
-    read off the border, objects by their distance from it, shape, size and place by fitting the renderer. A picture of another size
-    or with NaN raises AdapterError.
+    Keys: background; colour, shape, size, place for one object; colour, shape, colour_2, shape_2, relation for two. The
+    background is read off the border, objects by their distance from it, shape, size and place by fitting the renderer.
+    A picture of another size or with NaN raises AdapterError.
     """
     image = np.asarray(image, np.float32)
     if image.shape != (SIDE, SIDE, 3) or not np.isfinite(image).all():
