@@ -1,16 +1,15 @@
-"""Which method is best for a language model: ``python benchmarks/language.py --work FOLDER``.
+"""Which method is best for a language model: ``python benchmarks/language.py --work WORK``.
 
 Bits per character of ``gpt-python`` on held-out modules of Python's standard library, which differs between versions of
 Python: LOG.md says which. Weights alone, weights and activations, and quantization-aware training, which goes on from
 the same weights for ``--iterations``; a row of as many iterations in full precision stands beside it. Calibration is
 the same for all: 64 windows of 256 bytes. Differences are to full precision, window by window, with bootstrap 95 %
-intervals. Rows that are in ``--work`` already are not computed again; ``--table`` prints what is there. The last line
-of stdout is one JSON object.
+intervals. Rows that are in ``WORK.jsonl`` already are not computed again; ``--table`` prints what is there. The last
+line of stdout is one JSON object.
 """
 
 from __future__ import annotations
 
-import json
 import platform
 import time
 from collections.abc import Callable
@@ -29,8 +28,6 @@ import mlx.core as mx
 from mlxquant import train_gpt
 from mlxquant.calibration.corpus import read_corpus
 from mlxquant.commandline.console import progress, result, say
-from mlxquant.files.atomic import atomic_file
-from mlxquant.files.checked import canonical
 from mlxquant.layers.tree import parameters
 from mlxquant.metrics.bootstrap import interval
 from mlxquant.metrics.prediction import Prediction, predict
@@ -38,6 +35,7 @@ from mlxquant.models.gpt.adapter import GPTAdapter
 from mlxquant.qat.folders import quantized_gpt
 from mlxquant.qat.integer import to_integer_layers
 from mlxquant.spin_quant.learning import SpinQuant
+from rows import Rows
 
 MODEL = "gpt-python"
 METHODS = ("rtn", "gptq", "descent", "gptq+corrected", "qronos")
@@ -82,25 +80,18 @@ TRAINED = {
 
 
 class Bench:
-    """The model, the text, and the folder of finished rows."""
+    """The model, the text, and the finished rows."""
 
     def __init__(self, work: Path, windows: int, iterations: int):
         self.model, self.corpus = mq.load(MODEL), read_corpus()
         self.windows, self.iterations = windows, iterations
-        self.work = work / f"{windows}-{self.model.adapter.fingerprint[:8]}-{self.corpus.facts['sha256'][:8]}"  # type: ignore[index]
-        self.work.mkdir(parents=True, exist_ok=True)
+        model, text = self.model.adapter.fingerprint[:8], str(self.corpus.facts["sha256"])[:8]
+        self.rows = Rows(work, model=model, text=text, windows=windows)
         self.calibration = mq.calibrate_text(self.model, samples=64)
 
-    def path(self, name: str) -> Path:
-        return self.work / f"{name.replace('+', '.').replace(', ', '_').replace(' ', '-')}.json"
-
     def kept(self, name: str) -> dict[str, Any]:
-        """A row from the folder, or measured now."""
-        if not self.path(name).exists():
-            row = self.measure(name)
-            with atomic_file(self.path(name)) as temporary:
-                temporary.write_text(canonical({"name": name, **row}))
-        return dict(json.loads(self.path(name).read_text()))
+        """A row that is there, or measured now."""
+        return self.rows.kept(name, partial(self.measure, name))
 
     def measure(self, name: str) -> dict[str, Any]:
         make: Callable[[], tuple[mq.Model, float]] = partial(self.by_recipe, name)
@@ -168,7 +159,7 @@ class Bench:
         return [self.calibration.windows[start : start + 4] for start in range(0, len(self.calibration.windows), 4)]
 
     def trained(self, name: str) -> tuple[mq.Model, float]:
-        folder = self.work / "trained" / self.path(name).stem
+        folder = self.rows.folder() / "trained" / name.replace(", ", "_").replace(" ", "-")
         arguments = ["--init-from", MODEL, "--out-dir", str(folder), "--max-iters", str(self.iterations),
         "--batch-size", "8",
                      "--learning-rate", "5e-4", "--eval-interval", "0", "--eval-windows", "1",
@@ -202,6 +193,14 @@ def summary(row: dict[str, Any], exact: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def table_of(figures: dict[str, dict[str, Any]]) -> str:
+    """The summaries of rows in Markdown."""
+    titles = (
+        "| recipe | bits per character | against full precision (95 %) | bits a quantized weight | MB | CPU seconds |"
+    )
+    return "\n".join([titles, "|---|---|---|---|---|---|", *(line(name, row) for name, row in figures.items())])
+
+
 def line(name: str, figures: dict[str, Any]) -> str:
     low, high = figures["difference_95"]
     return (
@@ -214,17 +213,15 @@ def line(name: str, figures: dict[str, Any]) -> str:
 @click.option("--windows", default=256, show_default=True, help="Of 256 bytes, evenly spread over the held-out text.")
 @click.option("--iterations", default=200, show_default=True, help="Of quantization-aware training.")
 @click.option("--row", "names", multiple=True, help="Only these rows; any recipe will do.")
-@click.option("--table", is_flag=True, help="Print the rows that are in the folder, and measure nothing.")
-@click.option("--work", type=click.Path(path_type=Path), required=True, help="Folder that keeps finished rows.")
+@click.option("--table", is_flag=True, help="Print the rows that are there, and measure nothing.")
+@click.option("--work", type=click.Path(path_type=Path), required=True, help="Rows are kept in WORK.jsonl.")
 def main(windows: int, iterations: int, names: tuple[str, ...], table: bool, work: Path) -> None:
     bench = Bench(work, windows, iterations)
-    wanted = list(names) or [name for name in rows() if not table or bench.path(name).exists()]
+    there = bench.rows.figures()
+    wanted = list(names) or [name for name in rows() if not table or name in there]
     exact = bench.kept("full precision")
     figures = {name: summary(bench.kept(name), exact) for name in wanted}
-    say("| recipe | bits per character | against full precision (95 %) | bits a quantized weight | MB | CPU seconds |")
-    say("|---|---|---|---|---|---|")
-    for name in wanted:
-        say(line(name, figures[name]))
+    say(table_of(figures))
     result({"text": bench.corpus.facts, "platform": platform.platform(), "rows": figures})
 
 

@@ -9,22 +9,16 @@ JSON object.
 
 from __future__ import annotations
 
-import platform
 import time
 from collections import Counter
 from typing import Any
 
 import click
 
-import mlxquant as mq  # before mlx, so that MLX gets a fast BLAS
-
-# isort: split
-import mlx.core as mx
-
+import mlxquant as mq
 from mlxquant.commandline.console import progress, result, say
-from mlxquant.metrics.bootstrap import interval
-from mlxquant.metrics.psnr import psnr
 from mlxquant.sweep.allocation import allocate
+from pictures import Pictures, machine, mean_psnr
 
 
 @click.command()
@@ -40,10 +34,8 @@ from mlxquant.sweep.allocation import allocate
 def main(
     names: tuple[str, ...], weights: tuple[float, ...], inputs: float | None, num_prompts: int, calibration_prompts: int
 ) -> None:
-    model = mq.load("mmdit-shapes")
-    calib = mq.calibrate(model, calibration_prompts, progress=progress)
-    prompts = model.adapter.prompts("evaluation", num_prompts)
-    reference = model.images(prompts, progress=progress)
+    pictures = Pictures(num_prompts)
+    model, calib = pictures.model, pictures.calibration(calibration_prompts)
     rows: dict[str, Any] = {}
     for name in names:
         for limit in (None, *weights):
@@ -54,13 +46,11 @@ def main(
             seconds = {"allocate": time.perf_counter() - start}
             quantized = mq.quantize(model, calib, recipe, progress=progress)
             seconds["quantize"] = time.perf_counter() - start - seconds["allocate"]
-            images = quantized.images(prompts, progress=progress)
-            decibels, accuracy = psnr(images, reference), model.adapter.attributes(images, [p.text for p in prompts])
+            decibels, accuracy = pictures.scores(quantized)
             tables = [layer.table.bits.mean() for layer in quantized.layers.values() if layer.table is not None]
             rows[row_name] = {
-                "psnr_db": float(decibels.mean()),
-                "psnr_95": interval(decibels),
-                "accuracy": None if accuracy is None else accuracy["mean"],
+                **mean_psnr(decibels),
+                "accuracy": accuracy["mean"],
                 "bits_per_quantized_weight": quantized.size.bits_per_quantized_weight,
                 "bits_per_weight": quantized.size.bits_per_weight,
                 "activation_bits": float(sum(tables) / len(tables)) if tables else 16.0,
@@ -76,8 +66,7 @@ def main(
                 f"{row_name}: {row['psnr_db']:.2f} dB at {row['bits_per_quantized_weight']:.3f} bits, layers"
                 f" {row['layers_by_bits']}"
             )
-    machine = f"{platform.machine()} {platform.system()}, Python {platform.python_version()}, mlx {mx.__version__}"
-    result({"prompts": num_prompts, "calibration_prompts": calibration_prompts, "machine": machine, "rows": rows})
+    result({"prompts": num_prompts, "calibration_prompts": calibration_prompts, "machine": machine(), "rows": rows})
 
 
 if __name__ == "__main__":

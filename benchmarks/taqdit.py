@@ -1,17 +1,15 @@
-"""What each part of the TaQ-DiT pipeline is worth on pictures: ``python benchmarks/taqdit.py --work FOLDER``.
+"""What each part of the TaQ-DiT pipeline is worth on pictures: ``python benchmarks/taqdit.py --work WORK``.
 
 On ``mmdit-shapes`` and its held-out prompts, hard-rounded weights, PSNR of the decoded picture against full precision
 at the same seed (mean and paired bootstrap 95 % interval) and attribute accuracy. Three parts: weights and activations
 together (``rows``), one ingredient changed at a time (``ablations``), and PSNR over mean activation width for both tier
-rules with full-precision weights (``frontier``). Rows that are in ``--work`` already are not computed again, and two
-processes may share the folder with different ``--part`` or ``--row``. Tables go to stderr as Markdown; the last line of
+rules with full-precision weights (``frontier``). Rows that are in ``WORK.jsonl`` already are not computed again, and
+two processes may share it with different ``--part`` or ``--row``. Tables go to stderr as Markdown; the last line of
 stdout is one JSON object. It also draws the frontier.
 """
 
 from __future__ import annotations
 
-import json
-import platform
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,28 +20,23 @@ import click
 import numpy as np
 
 import mlxquant as mq  # before mlx, so that MLX gets a fast BLAS
-from shapes_ladder import QuantizedInput, without_tables
-
-# isort: split
-import mlx.core as mx
-
 from mlxquant.api.model import Model
 from mlxquant.calibration.trajectories import Calibration
 from mlxquant.commandline.console import progress, result, say
 from mlxquant.files.atomic import atomic_file
-from mlxquant.files.checked import canonical
 from mlxquant.grids.reading import TableReader
 from mlxquant.layers.tree import set_module
-from mlxquant.metrics.bootstrap import interval
-from mlxquant.metrics.psnr import psnr
 from mlxquant.pipeline.activation_stats import ActivationStats, collect
 from mlxquant.pipeline.decisions import decide
 from mlxquant.pipeline.samples import Samples, draw, open_folder
 from mlxquant.recipes.presets import parse_recipe
 from mlxquant.recipes.recipe import Recipe
 from mlxquant.sweep.inputs import Options
+from pictures import Pictures, machine, mean_psnr
+from rows import Rows
+from shapes_ladder import QuantizedInput, without_tables
 
-CALIBRATION = 16
+CALIBRATION = 16  # prompts
 WEIGHTS = [f"{method}-w{bits}a16" for bits in (4, 3) for method in ("rtn", "gptq", "adaround", "taqdit")]
 TOGETHER = ["rtn-w4a8", "gptq-w4a8", "taqdit-w4a8", "taqdit-w4a8:weights"]
 THRESHOLDS = (1.0, 0.7, 0.5, 0.35, 0.25, 0.18, 0.1)
@@ -116,56 +109,26 @@ def built(name: str, model: Model, calib: Callable[[int], Calibration]) -> tuple
 
 
 class Bench:
-    """Pictures of the reference, and what was measured of others, kept in a folder."""
+    """Pictures of the reference, and what was measured of others, kept as rows."""
 
     def __init__(self, num_prompts: int, work: Path):
-        self.model = mq.load("mmdit-shapes")
-        self.prompts = self.model.adapter.prompts("evaluation", num_prompts)
-        self.work = work / f"{num_prompts}-{self.model.adapter.fingerprint[:8]}"
-        self.work.mkdir(parents=True, exist_ok=True)
-        self._calibrations: dict[int, Calibration] = {}
-        self._reference: np.ndarray | None = None
-
-    def calibration(self, prompts: int) -> Calibration:
-        if prompts not in self._calibrations:
-            self._calibrations[prompts] = mq.calibrate(self.model, prompts, progress=progress)
-        return self._calibrations[prompts]
-
-    @property
-    def reference(self) -> np.ndarray:
-        if self._reference is None:
-            self._reference = self.model.images(self.prompts, progress=progress)
-        return self._reference
+        self.pictures = Pictures(num_prompts)
+        self.rows = Rows(work, **self.pictures.of)
 
     def measured(self, other: Model) -> dict[str, Any]:
-        images = other.images(self.prompts, progress=progress)
-        decibels = psnr(images, self.reference)
-        accuracy = self.model.adapter.attributes(images, [p.text for p in self.prompts])
-        return {"psnr_db": float(decibels.mean()), "psnr_95": interval(decibels), "accuracy": accuracy["mean"]}
-
-    def path(self, name: str) -> Path:
-        """Where a row is kept."""
-        return self.work / (name.replace(" ", "_").replace(":", ".").replace(",", "").replace("+", ".") + ".json")
-
-    def kept(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """A row from the folder, or made now."""
-        path = self.path(name)
-        if not path.exists():
-            row = make()
-            with atomic_file(path) as temporary:
-                temporary.write_text(canonical(row))
-        return json.loads(path.read_text())
+        decibels, accuracy = self.pictures.scores(other)
+        return {**mean_psnr(decibels), "accuracy": accuracy["mean"]}
 
     def row(self, name: str) -> dict[str, Any]:
         if name == "taqdit-w4a8:weights":  # V1: the same weights with full-precision activations
             self.row("taqdit-w4a8")
-        return self.kept(name, lambda: self._plain(name))
+        return self.rows.kept(name, lambda: self._plain(name))
 
     def _plain(self, name: str) -> dict[str, Any]:
-        other, facts = built(name, self.model, self.calibration)
+        other, facts = built(name, self.pictures.model, self.pictures.calibration)
         row = {**self.measured(other), **facts}
         if name == "taqdit-w4a8":
-            self.kept(
+            self.rows.kept(
                 "taqdit-w4a8:weights",
                 lambda: {**self.measured(without_tables(other)), **facts, "activation_bits": 16.0},
             )
@@ -173,8 +136,8 @@ class Bench:
 
     def frontier(self) -> dict[str, list[dict[str, float]]]:
         """Points of mean width and PSNR for both rules, activations alone."""
-        folder = self.work / "calibration"
-        adapter = self.model.adapter
+        folder = self.rows.folder() / "calibration"
+        adapter = self.pictures.model.adapter
         if not (folder / "activations" / "layer_statistics.json").exists():
             prompts = adapter.prompts("calibration", CALIBRATION)
             draw(adapter, open_folder(adapter, prompts, adapter.steps, adapter.cfg, 0, folder), progress)
@@ -189,14 +152,15 @@ class Bench:
         setting = options.thresholds[0] if options.rule == "threshold" else options.budget
 
         def make() -> dict[str, Any]:
-            config = decide(stats, self.model.adapter, options, progress)
-            adapter = self.model.clone()
+            model = self.pictures.model
+            config = decide(stats, model.adapter, options, progress)
+            adapter = model.clone()
             linears = adapter.linears()
             for path, table in config.plain.items():
                 set_module(adapter.module, path, QuantizedInput(linears[path], TableReader(table, adapter.clock)))
             return {"setting": setting, "bits": config.mean_bits, **self.measured(Model(adapter))}
 
-        return self.kept(f"frontier-{options.rule}-{setting:g}", make)
+        return self.rows.kept(f"frontier-{options.rule}-{setting:g}", make)
 
 
 def say_rows(rows: dict[str, dict[str, Any]]) -> None:
@@ -250,7 +214,7 @@ def draw_frontier(frontier: dict[str, list[dict[str, float]]], path: Path) -> No
     type=click.Path(path_type=Path),
     default="taqdit-benchmark",
     show_default=True,
-    help="Keeps finished rows.",
+    help="Rows are kept in WORK.jsonl.",
 )
 @click.option("--plot", type=click.Path(path_type=Path), help="Where to draw the frontier.")
 def main(num_prompts: int, parts: tuple[str, ...], names: tuple[str, ...], work: Path, plot: Path | None) -> None:
@@ -267,8 +231,7 @@ def main(num_prompts: int, parts: tuple[str, ...], names: tuple[str, ...], work:
         say_frontier(facts["frontier"])
         if plot is not None:
             draw_frontier(facts["frontier"], plot)
-    machine = f"{platform.machine()} {platform.system()}, Python {platform.python_version()}, mlx {mx.__version__}"
-    result({"prompts": num_prompts, "calibration_prompts": CALIBRATION, "machine": machine, **facts})
+    result({"prompts": num_prompts, "calibration_prompts": CALIBRATION, "machine": machine(), **facts})
 
 
 if __name__ == "__main__":

@@ -1,0 +1,167 @@
+"""The tables of docs/results.md, made from the rows in benchmarks/results: ``python benchmarks/results_page.py``.
+
+Writes each table between its marks in the page and leaves everything else as it is:
+
+    <!-- generated: methods (python benchmarks/results_page.py) -->
+    <!-- end -->
+
+``methods`` has every row of which_method.jsonl, methods by formats; ``methods-paired`` and ``language`` have the rows
+that this file names. With ``--check`` nothing is written: where a table is not what the rows say, that is said in one
+line, and the exit code is 1. The last line of stdout is one JSON object.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import click
+
+import language
+import rows
+import which_method
+from mlxquant.commandline.console import result
+from mlxquant.files.atomic import atomic_file
+
+ROOT = Path(__file__).parents[1]
+File = click.Path(path_type=Path, exists=True)
+COMMAND = "python benchmarks/results_page.py"
+OPENING, END = "<!-- generated: ", "<!-- end -->"
+BLOCK = re.compile(rf"({OPENING}([\w-]+)[^\n]*-->\n)((?:(?!{OPENING}).)*?)({END})", re.DOTALL)
+
+PAIRED = {  # methods by format; what an @ says stands behind the format in a row's name
+    "w8a8": "rtn gptq quarot gptq+smoothquant+rotation",
+    "w4a16": "rtn gptq qronos mixed gptq+smoothquant+rotation gptq+smoothquant+rotation+mixed",
+    "w4a8": """rtn gptq descent+refit gptq+corrected qronos taqdit taqdit+rotation@300 quarot gptq+smoothquant
+        gptq+smoothquant+rotation gptq+svd8 mixed gptq+smoothquant+rotation+mixed""",
+    "w4a4": """rtn gptq qronos gptq+logsnr quarot gptq+smoothquant+rotation gptq+smoothquant+rotation+mixed
+        gptq+smoothquant+rotation+logsnr+mixed""",
+    "w3a8": """rtn gptq qronos mixed gptq+smoothquant+rotation gptq+smoothquant+rotation+mixed
+        descent+refit+corrected+smoothquant+rotation+mixed""",
+    "w2a16": """rtn gptq gptq+corrected descent+refit quarot gptq+smoothquant+rotation+sensitivity taqdit+rotation@300
+        descent+refit+corrected+rotation""",
+}
+LANGUAGE = """
+full precision
+data-free w8a16
+rtn-w4a16
+gptq-w4a16
+descent-w4a16
+qronos-w4a16
+spinquant+qronos-w4a16
+rtn-w4a16-g64
+gptq-w4a16-g64
+gptq+unclipped-w4a16-g64
+gptq+unclipped+corrected-w4a16-g64
+rtn-w3a16
+gptq-w3a16
+gptq+corrected-w3a16
+qronos-w3a16
+descent-w3a16
+spinquant+qronos-w3a16
+rtn-w2a16-g64
+gptq-w2a16-g64
+gptq+unclipped-w2a16-g64
+gptq+unclipped+corrected-w2a16-g64
+qronos+unclipped-w2a16-g64
+rtn-w4a8
+gptq-w4a8
+gptq-w4a8-token
+gptq+rotation-w4a8-token
+spinquant w4a8
+gptq-w4a4
+rtn-w4a4-token
+gptq-w4a4-token
+gptq+rotation-w4a4-token
+hadamard w4a4
+spinquant w4a4
+spinquant w4a4, 400 steps
+trained on
+qat symmetric w8
+qat symmetric w4
+qat affine w4
+qat stochastic w4
+qat symmetric w3
+qat symmetric w2
+qat ternary
+qat symmetric w4, activations 8
+qat symmetric w4, activations 4 a token
+""".strip().splitlines()
+
+
+def rows_of(results: Path, benchmark: str, shown: Iterable[str] = ()) -> dict[str, dict[str, Any]]:
+    """The figures of a benchmark's rows by name.
+
+    ClickException when they are of two models or sizes, or when one of ``shown`` is missing.
+    """
+    file = results / f"{benchmark}{rows.SUFFIX}"
+    found = rows.read(file)
+    kinds = {str(row["of"]): row["of"] for row in found}
+    if len(kinds) != 1:
+        raise click.ClickException(f"{file}: rows of {' and '.join(kinds) or 'nothing'}, expected them to be of one")
+    (of,) = kinds.values()
+    figures = rows.Rows(file, **of).figures()
+    if missing := [name for name in shown if name not in figures]:
+        raise click.ClickException(f"{file}: no row {missing[0]!r}, which the page shows; measure it or show another")
+    return figures
+
+
+def methods(results: Path) -> str:
+    found = rows_of(results, "which_method")
+    return which_method.matrix(which_method.summaries(found, found))
+
+
+def methods_paired(results: Path) -> str:
+    parts = [(form, *method.partition("@")) for form, names in PAIRED.items() for method in names.split()]
+    shown = [f"{method}-{form}{at}{iterations}" for form, method, at, iterations in parts]
+    return which_method.paired(which_method.summaries(shown, rows_of(results, "which_method", shown)))
+
+
+def language_models(results: Path) -> str:
+    found = rows_of(results, "language", LANGUAGE)
+    return language.table_of({name: language.summary(found[name], found["full precision"]) for name in LANGUAGE})
+
+
+TABLES: dict[str, Callable[[Path], str]] = {
+    "methods": methods,
+    "methods-paired": methods_paired,
+    "language": language_models,
+}
+
+
+def filled(text: str, results: Path) -> tuple[str, list[str]]:
+    """The page with its tables made anew, and the names of those that were stale; refuses marks that do not add up."""
+    marked = [block[2] for block in BLOCK.finditer(text)]
+    if sorted(marked) != sorted(TABLES) or text.count(OPENING) != len(marked):
+        whole = f"found {text.count(OPENING)} opening marks, whole tables {', '.join(marked) or 'none'}"
+        raise click.ClickException(f"{whole}; expected each of {', '.join(TABLES)} once, and {END} after it")
+    stale = []
+
+    def fill(block: re.Match[str]) -> str:
+        opening, name, old, end = block.groups()
+        new = f"\n{TABLES[name](results)}\n\n"  # blank lines, or Markdown takes the table for a part of the comment
+        if old != new:
+            stale.append(name)
+        return opening + new + end
+
+    return BLOCK.sub(fill, text), stale
+
+
+@click.command(help=__doc__)
+@click.option("--check", is_flag=True, help="Write nothing; exit with 1 where a table is stale.")
+@click.option("--page", type=File, default=ROOT / "docs" / "results.md", help="[default: docs/results.md]")
+@click.option("--results", type=File, default=ROOT / "benchmarks" / "results", help="[default: benchmarks/results]")
+def main(check: bool, page: Path, results: Path) -> None:
+    text, stale = filled(page.read_text(encoding="utf-8"), results)
+    if check and stale:
+        raise click.ClickException(f"{page}: not what the rows say: {', '.join(stale)}; {COMMAND} mends it")
+    if stale:
+        with atomic_file(page) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    result({"tables": list(TABLES), "written": stale})
+
+
+if __name__ == "__main__":
+    main()
