@@ -105,7 +105,10 @@ def main(num_prompts: int, calibration_prompts: int, names: tuple[str, ...], wor
         row = rows[name]
         span = "{:.1f} to {:.1f}".format(*row["psnr_95"])
         accuracy = row["accuracy"]
-        figures = f"{row['psnr_db']:>9.2f}{span:>16}{accuracy['mean']:>10.1%}{accuracy['shape']:>8.1%}{row['seconds_quantize']:>9.1f}"
+        figures = (
+            f"{row['psnr_db']:>9.2f}{span:>16}{accuracy['mean']:>10.1%}{accuracy['shape']:>8.1%}"
+            f"{row['seconds_quantize']:>9.1f}"
+        )
         say(f"{name:<26}{figures}")
     result({"prompts": num_prompts, "calibration_prompts": calibration_prompts, "machine": machine(), "rows": rows})
 

@@ -1,7 +1,7 @@
 """SpinQuant from a trained GPT to a small file: learn rotations on text, fold them, round the weights, save.
 
-python demos/spinquant_ptq.py --ckpt FOLDER --data FILE --out-dir spinquant_out
-python demos/spinquant_sample.py --ckpt spinquant_out --prompt "Test" --max_new_tokens 20
+python examples/spinquant_ptq.py --ckpt FOLDER --data FILE --out-dir spinquant_out
+python examples/spinquant_sample.py --ckpt spinquant_out --prompt "Test" --max_new_tokens 20
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Text from a GPT that spinquant_ptq.py quantized.
 
-python demos/spinquant_sample.py --ckpt spinquant_out --prompt "Test" --max_new_tokens 20
+python examples/spinquant_sample.py --ckpt spinquant_out --prompt "Test" --max_new_tokens 20
 """
 
 from __future__ import annotations

@@ -1,0 +1,7 @@
+"""Runs examples/spinquant_ptq.py, which once was here: commands with the old path keep working."""
+
+import runpy
+from pathlib import Path
+
+if __name__ == "__main__":
+    runpy.run_path(str(Path(__file__).resolve().parents[1] / "examples" / "spinquant_ptq.py"), run_name="__main__")
