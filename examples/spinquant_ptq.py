@@ -23,8 +23,8 @@ from mlxquant.files.atomic import ensure_writable
 from mlxquant.models.gpt.adapter import EMBEDDED
 from mlxquant.qat.adapter import TrainedGPT
 from mlxquant.qat.training import batch, loss
+from mlxquant.spin_quant import SpinQuant
 from mlxquant.spin_quant.files import FILE, save_spun
-from mlxquant.spin_quant.learning import SpinQuant
 
 
 def windows(tokens, count, size, length, seed):

@@ -18,7 +18,7 @@ from mlxquant.layers.embeddings import QuantizedEmbedding
 from mlxquant.layers.linear import QuantizedLinear
 from mlxquant.layers.quantize_linears import parse_format, quantize_linears
 from mlxquant.layers.weight_only import W8A16Linear
-from mlxquant.spin_quant.learning import SpinQuant
+from mlxquant.spin_quant import SpinQuant
 
 TOKENS = mx.array([[1, 2, 3], [4, 5, 6]])
 

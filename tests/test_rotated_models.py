@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mlxquant.errors import ExportError, MlxQuantError
-from mlxquant.spin_quant.learning import SpinQuant
+from mlxquant.spin_quant import SpinQuant
 
 from command_line import succeed
 from tiny_language import TEXT, gpt_folder, llama_folder

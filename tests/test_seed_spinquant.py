@@ -13,8 +13,8 @@ from mlxquant.layers.tree import parameters
 from mlxquant.models.gpt.files import save_gpt
 from mlxquant.models.gpt.network import GPT, GPTConfig
 from mlxquant.models.gpt.tokenizers import ByteTokenizer
+from mlxquant.spin_quant import SpinQuant
 from mlxquant.spin_quant.files import FILE, load_spun, save_spun
-from mlxquant.spin_quant.learning import SpinQuant
 
 from language_models import randomised
 

@@ -12,7 +12,7 @@ from mlxquant.layers.linear import QuantizedLinear, find_quantized
 from mlxquant.layers.tree import get_module, parameters
 from mlxquant.models.gpt.network import GPTConfig
 from mlxquant.numerics import cayley
-from mlxquant.spin_quant.learning import SpinQuant
+from mlxquant.spin_quant import SpinQuant
 from mlxquant.spin_quant.network import rounded_weight
 
 from language_models import own_text, tiny_gpt, tiny_mlx_lm, tokens

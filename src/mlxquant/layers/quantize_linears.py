@@ -100,23 +100,24 @@ def quantize_linears(
 ) -> SizeReport:
     """Put quantized layers in the place of a model's ``nn.Linear``, its convolutions and, if wanted, its embeddings.
 
-    >>> import mlx.core as mx, mlx.nn as nn
-    >>> import mlxquant as mq
-    >>> class MyCustomModel(nn.Module):
-    ...     def __init__(self):
-    ...         super().__init__()
-    ...         self.hidden = nn.Linear(64, 256)
-    ...         self.lm_head = nn.Linear(256, 64)
-    ...     def __call__(self, x):
-    ...         return self.lm_head(nn.relu(self.hidden(x)))
-    >>> model = MyCustomModel()
-    >>> report = mq.quantize_linears(model, "w8a16", exclude=["lm_head"])
-    >>> report.before, report.after
-    (132352, 83712)
-    >>> [(layer.path, layer.format) for layer in report.layers]
-    [('hidden', 'w8')]
-    >>> model(mx.ones((2, 64))).shape
-    (2, 64)
+    Examples:
+        >>> import mlx.core as mx, mlx.nn as nn
+        >>> import mlxquant as mq
+        >>> class MyCustomModel(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.hidden = nn.Linear(64, 256)
+        ...         self.lm_head = nn.Linear(256, 64)
+        ...     def __call__(self, x):
+        ...         return self.lm_head(nn.relu(self.hidden(x)))
+        >>> model = MyCustomModel()
+        >>> report = mq.quantize_linears(model, "w8a16", exclude=["lm_head"])
+        >>> report.before, report.after
+        (132352, 83712)
+        >>> [(layer.path, layer.format) for layer in report.layers]
+        [('hidden', 'w8')]
+        >>> model(mx.ones((2, 64))).shape
+        (2, 64)
 
     format: as in a recipe, without activations: "w8a16", "w4a16-g64", "w3a16-g32-sym", or short "w8", "w4-g64".
     exclude, include: see ``layer_patterns``. Excluded is excluded, also where a layer is included. steps: "extremes",
