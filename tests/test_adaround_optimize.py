@@ -22,9 +22,9 @@ from mlxquant.sweep import store
 from mlxquant.sweep import sweep as sweeping
 from mlxquant.sweep.folding import divide
 
-import command_line
-from command_line import run, succeed
-from conftest import tiny_adapter
+from support import command_line
+from support.command_line import run, succeed
+from support.tiny_pictures import tiny_adapter
 
 Q = "multimodal_transformer_blocks.0.image_transformer_block.attn.q_proj"
 FC2 = "multimodal_transformer_blocks.0.image_transformer_block.mlp.fc2"

@@ -16,9 +16,9 @@ from mlxquant.models.shapes.adapter import MMDiTShapes
 from mlxquant.pipeline.quant_config import QuantConfig
 from mlxquant.sweep.inputs import Options
 
-import command_line
-from collected_statistics import collect
-from conftest import tiny_adapter
+from support import command_line
+from support.collected_statistics import collect
+from support.tiny_pictures import tiny_adapter
 
 run = partial(command_line.run, "analyze-activations")
 succeed = partial(command_line.succeed, "analyze-activations")

@@ -19,8 +19,8 @@ from mlxquant.pipeline import ledger as ledgers
 from mlxquant.pipeline.block_cache import BlockCache, draw_tokens
 from mlxquant.pipeline.samples import Samples
 
-import command_line
-from conftest import TINY, tiny_adapter
+from support import command_line
+from support.tiny_pictures import TINY, tiny_adapter
 
 IMAGES, STEPS, STRIDE = 3, 4, 2
 SMALL = ["--num-images", IMAGES, "--stride", STRIDE]

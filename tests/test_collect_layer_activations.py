@@ -10,8 +10,8 @@ from mlxquant.models.shapes.adapter import MMDiTShapes
 from mlxquant.pipeline import activation_stats, samples
 from mlxquant.pipeline.activation_stats import ActivationStats
 
-import command_line
-from conftest import tiny_adapter
+from support import command_line
+from support.tiny_pictures import tiny_adapter
 
 VERB = ("collect-layer-activations", "--calib-dir")
 run = partial(command_line.run, *VERB)

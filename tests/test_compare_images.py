@@ -18,7 +18,7 @@ from mlxquant.metrics.catalog import METRICS
 from mlxquant.metrics.psnr import psnr
 from mlxquant.metrics.ssim import ssim
 
-from command_line import fail, succeed
+from support.command_line import fail, succeed
 
 
 @pytest.fixture(autouse=True)

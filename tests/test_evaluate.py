@@ -22,8 +22,8 @@ from mlxquant.evaluation.drawings import Drawings
 from mlxquant.files.checked import read_json
 from mlxquant.models.shapes.adapter import MMDiTShapes
 
-from command_line import fail, succeed
-from conftest import tiny_adapter
+from support.command_line import fail, succeed
+from support.tiny_pictures import tiny_adapter
 
 RECIPES = ["--recipe", "rtn-w4a8", "--recipe", "gptq-w4a8"]
 EVALUATE = ["evaluate", "--model", "mmdit-shapes", *RECIPES, "--steps", 2, "--num-calibration-prompts", 1]
@@ -31,8 +31,8 @@ THREE = ["--num-prompts", 3]
 SMALL = """
 import sys
 sys.path.insert(0, {tests!r})
-from conftest import tiny_adapter
-from mlxquant.models.mmdit_shapes import MMDiTShapes
+from support.tiny_pictures import tiny_adapter
+from mlxquant.models.shapes.adapter import MMDiTShapes
 MMDiTShapes.pretrained = classmethod(lambda cls: tiny_adapter())
 MMDiTShapes.batch = 2
 from mlxquant.commandline.cli import main

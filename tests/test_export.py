@@ -17,8 +17,8 @@ from mlxquant.layers.linear import find_quantized
 from mlxquant.layers.tree import get_module
 from mlxquant.models.shapes.adapter import MMDiTShapes
 
-from command_line import fail, succeed
-from conftest import tiny_adapter
+from support.command_line import fail, succeed
+from support.tiny_pictures import tiny_adapter
 
 PROMPT = mq.Prompt(7, "a large red circle at left on white background")
 

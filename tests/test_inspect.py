@@ -15,8 +15,8 @@ from mlxquant.contents.tables import brief, grouped, lines
 from mlxquant.errors import ArtifactError
 from mlxquant.files import checked
 
-from command_line import fail, succeed
-from contents_samples import dequantized, write_everything, write_json, write_mlx_checkpoint
+from support.command_line import fail, succeed
+from support.contents_samples import dequantized, write_everything, write_json, write_mlx_checkpoint
 
 
 @pytest.fixture(scope="module")

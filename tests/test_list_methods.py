@@ -4,7 +4,7 @@ from mlxquant.methods import registry
 from mlxquant.recipes.citations import citation
 from mlxquant.recipes.presets import INGREDIENTS, METHODS
 
-from command_line import run, succeed
+from support.command_line import run, succeed
 
 
 def test_every_method_is_listed_with_its_paper():

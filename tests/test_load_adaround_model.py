@@ -21,8 +21,8 @@ from mlxquant.models.shapes.adapter import MMDiTShapes
 from mlxquant.pipeline.apply import TrackFiles
 from mlxquant.pipeline.quant_config import QuantConfig
 
-from command_line import fail, succeed
-from conftest import tiny_adapter
+from support.command_line import fail, succeed
+from support.tiny_pictures import tiny_adapter
 
 PROMPT = "a large red circle at left on white background"
 OTHER = "a small blue cross at top on pink background"

@@ -13,8 +13,8 @@ from mlxquant.qat.convert import quantizing_points
 from mlxquant.qat.folders import quantized_gpt
 from mlxquant.qat.integer import quantizing_weights
 
-from command_line import fail, succeed
-from small_gpt import SMALL, text_file
+from support.command_line import fail, succeed
+from support.small_gpt import SMALL, text_file
 
 OPTIONS = [
     "--linear_variant_attn=quantized_linear", "--linear_variant_mlp_up=quantized_linear",

@@ -22,8 +22,8 @@ from mlxquant.qat.folders import quantized_gpt
 from mlxquant.qat.integer import to_integer_layers
 from mlxquant.qat.training import batch, fresh_gpt, mean_loss
 
-from command_line import fail, run, succeed
-from small_gpt import CONFIG, SMALL, TEXT, random_gpt, text_file
+from support.command_line import fail, run, succeed
+from support.small_gpt import CONFIG, SMALL, TEXT, random_gpt, text_file
 
 EVERYTHING = [
     "--quantize_attn_act", "--quantize_mlp_act", "--no-quantize_mlp_act_output",

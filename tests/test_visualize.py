@@ -17,8 +17,8 @@ from mlxquant.report import tensor_plots
 from mlxquant.report.tensor_plots import Panel, draw_sheets, draw_tensor, pooled, scale
 from mlxquant.visualize import file_names
 
-from command_line import fail, succeed
-from contents_samples import write_everything
+from support.command_line import fail, succeed
+from support.contents_samples import write_everything
 
 
 @pytest.fixture(scope="module")

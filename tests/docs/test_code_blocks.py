@@ -18,8 +18,8 @@ from mlxquant.commandline import cli
 from mlxquant.models.gpt.adapter import GPTAdapter
 from mlxquant.models.shapes.adapter import MMDiTShapes
 
-from command_line import succeed
-from conftest import tiny_adapter
+from support.command_line import succeed
+from support.tiny_pictures import tiny_adapter
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -15,7 +15,7 @@ from mlxquant.progress import silent
 
 @pytest.fixture(scope="module")
 def models():
-    from conftest import tiny_adapter
+    from support.tiny_pictures import tiny_adapter
 
     model = mq.Model(tiny_adapter())
     calib = mq.calibrate(model, prompts=2, steps=3)

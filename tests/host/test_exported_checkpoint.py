@@ -11,7 +11,7 @@ from mlxquant.layers.linear import find_quantized
 from mlxquant.layers.tree import get_module, parameters
 from mlxquant.models.sd3.diffusionkit import host
 
-from command_line import fail, succeed
+from support.command_line import fail, succeed
 
 pytestmark = pytest.mark.diffusionkit
 PROMPT = mq.Prompt(5, "a cat on a mat")

@@ -18,7 +18,7 @@ from mlxquant.models.sd3 import text_encoders
 from mlxquant.models.sd3.diffusionkit import host
 from mlxquant.sweep.folding import divide
 
-from adapter_contract import AdapterContract
+from support.adapter_contract import AdapterContract
 
 pytestmark = pytest.mark.diffusionkit
 SIZE = 64

@@ -16,7 +16,7 @@ from mlxquant.errors import AdapterError, ArtifactError
 from mlxquant.layers.tree import find_linears
 from mlxquant.models.sd3.text_encoders import TextEncoders
 
-from command_line import fail, succeed
+from support.command_line import fail, succeed
 
 pytestmark = pytest.mark.diffusionkit
 PROMPT = "a cat on a mat"

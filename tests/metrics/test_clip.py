@@ -3,12 +3,13 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from random_weights import random_tensors
 
 from mlxquant.errors import AdapterError, ArtifactError, NumericsError
 from mlxquant.metrics import clip
 from mlxquant.metrics.clip_scores import ClipIqa, ClipScore
 from mlxquant.metrics.images import shortest_side
+
+from support.random_weights import random_tensors
 
 SIZES = clip.Sizes(
     vision=clip.Tower("vision_model.", 128, 96, 2, 10),

@@ -3,10 +3,11 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from random_weights import random_tensors
 
 from mlxquant.errors import ArtifactError, NumericsError
 from mlxquant.metrics import inception
+
+from support.random_weights import random_tensors
 
 
 @pytest.fixture(scope="module")

@@ -3,10 +3,11 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from random_weights import random_tensors
 
 from mlxquant.errors import ArtifactError, NumericsError
 from mlxquant.metrics import lpips
+
+from support.random_weights import random_tensors
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.random((3, 40, 33, 3)).astype(np.float32)

@@ -6,12 +6,13 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 import pytest
-from random_weights import random_tensors
 
 from mlxquant.errors import ArtifactError, RecipeError
 from mlxquant.metrics import inception, lpips
 from mlxquant.metrics.catalog import DEFAULT, METRICS, metric
 from mlxquant.metrics.psnr import psnr
+
+from support.random_weights import random_tensors
 
 IMAGES = np.random.default_rng(0).random((3, 36, 40, 3)).astype(np.float32)
 REFERENCE = np.random.default_rng(1).random((3, 36, 40, 3)).astype(np.float32)

@@ -19,7 +19,7 @@ from mlxquant.metrics import clip_files, torch_file
 from mlxquant.metrics.torch_file import read_checkpoint
 from mlxquant.metrics.weights import Weights, fitted, read_tensors
 
-from hub_stand_in import stand_in
+from support.hub_stand_in import stand_in
 
 WEIGHTS = Weights("Net", "someone/net", ("sub/model.safetensors", "tokenizer.json"), "MIT")
 

@@ -15,7 +15,7 @@ from mlxquant.layers.tree import get_module, parameters, set_module
 from mlxquant.models import adapter as adapter_module
 from mlxquant.sweep.folding import divide
 
-from conftest import tiny_adapter
+from support.tiny_pictures import tiny_adapter
 
 FC2 = "multimodal_transformer_blocks.0.image_transformer_block.mlp.fc2"
 

@@ -9,7 +9,7 @@ import pytest
 from mlxquant.errors import AdapterError
 from mlxquant.models.adapter import hooked, written
 
-from conftest import tiny_adapter
+from support.tiny_pictures import tiny_adapter
 
 BLOCK = "multimodal_transformer_blocks.0"
 

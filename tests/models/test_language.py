@@ -23,7 +23,7 @@ from mlxquant.models.gpt.tokenizers import ByteTokenizer
 from mlxquant.models.language import language
 from mlxquant.recipes.presets import parse_recipe
 
-from tiny_language import TEXT, gpt_folder, llama_folder, tiny_gpt
+from support.tiny_language import TEXT, gpt_folder, llama_folder, tiny_gpt
 
 TOKENS = mx.array(np.frombuffer(TEXT[:64].encode(), np.uint8).astype(np.int32).reshape(2, 32))
 

@@ -11,7 +11,7 @@ from mlxquant.models.shapes.adapter import WEIGHTS
 from mlxquant.models.shapes.scenes import sample_scene
 from mlxquant.models.train_shapes import batch
 
-from conftest import TINY
+from support.tiny_pictures import TINY
 
 
 @pytest.fixture(autouse=True)

@@ -21,7 +21,7 @@ from mlxquant.pipeline.collecting import MovingCentre, Picks
 from mlxquant.pipeline.samples import Samples
 from mlxquant.sweep.sensitivity import measure
 
-from conftest import TINY, tiny_adapter
+from support.tiny_pictures import TINY, tiny_adapter
 
 IMAGES, STEPS, STRIDE, ROWS = 3, 4, 2, 8
 IMAGE = "multimodal_transformer_blocks.0.image_transformer_block"

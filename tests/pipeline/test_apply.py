@@ -28,7 +28,7 @@ from mlxquant.sweep.collecting import Collector
 from mlxquant.sweep.rounding import round_to_nearest
 from mlxquant.sweep.store import StageResult
 
-from conftest import tiny_adapter
+from support.tiny_pictures import tiny_adapter
 
 BLOCK = "multimodal_transformer_blocks.0"
 Q, OUT, FC1, FC2 = (

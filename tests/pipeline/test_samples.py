@@ -17,8 +17,8 @@ from mlxquant.report.comparison import to_pil
 from mlxquant.sampling.conditioning import Conditioning
 from mlxquant.sampling.prompts import write_prompts
 
-import command_line
-from conftest import tiny_adapter
+from support import command_line
+from support.tiny_pictures import tiny_adapter
 
 SMALL = ["--model", "mmdit-shapes", "--num-images", 3, "--num-steps", 3, "--cfg-weight", 2]
 VERB = ("generate-calibration-data", *SMALL, "--calib-dir")

@@ -17,7 +17,7 @@ from mlxquant.pipeline.ledger import Ledger
 from mlxquant.pipeline.weight_files import CONFIG, KIND, WeightFiles
 from mlxquant.sweep.store import StageResult
 
-from conftest import tiny_adapter
+from support.tiny_pictures import tiny_adapter
 
 FACTS = {"model": "mmdit-shapes", "bits_w": 4, "recipe": {"name": "r"}}
 STREAM = "multimodal_transformer_blocks.0.image_transformer_block"

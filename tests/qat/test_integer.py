@@ -13,7 +13,7 @@ from mlxquant.layers.linear import QuantizedLinear, find_quantized
 from mlxquant.layers.tree import get_module
 from mlxquant.qat.integer import RowParts, quantized_values, quantizing_weights, to_integer_layers
 
-from small_gpt import CONFIG, prepared, tokens
+from support.small_gpt import CONFIG, prepared, tokens
 
 METHODS = ["symmetric_quant", "affine_quant", "stochastic_quant", "ternary_quant"]
 LINEARS = {"linear_variant_attn": "quantized_linear", "linear_variant_mlp": "quantized_linear"}

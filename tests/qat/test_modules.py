@@ -14,7 +14,7 @@ from mlxquant.qat.options import POINTS
 from mlxquant.qat.ramp import Ramp
 from mlxquant.qat.training import build_optimizer, cast, loss, training_step
 
-from small_gpt import CONFIG, prepared, random_gpt, tokens
+from support.small_gpt import CONFIG, prepared, random_gpt, tokens
 
 LINEARS = {"linear_variant_attn": "quantized_linear", "linear_variant_mlp": "quantized_linear"}
 ALL = {**LINEARS, "quantize_attn_act": True, "quantize_mlp_act": True, "quantize_wte": True, "quantize_wpe": True}

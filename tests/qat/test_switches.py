@@ -18,7 +18,7 @@ from mlxquant.qat.integer import quantizing_weights
 from mlxquant.qat.options import EMBEDDINGS, POINTS, PROJECTIONS
 from mlxquant.qat.training import loss
 
-from small_gpt import CONFIG, prepared, random_gpt, tokens
+from support.small_gpt import CONFIG, prepared, random_gpt, tokens
 
 METHODS = [method.name for method in members("fake")]
 PLACES = [(group, point) for group, points in POINTS.items() for point in points]

@@ -104,8 +104,8 @@ def picture(model: mq.Model) -> np.ndarray:
 
 def write_tiny_model(path: Path) -> None:
     """``mmdit-shapes``, smaller and at random, in the file that ships."""
-    from mlxquant.artifacts import write_tensors
-    from mlxquant.models.mmdit_shapes import MMDiTShapes
+    from mlxquant.files.checked import write_tensors
+    from mlxquant.models.shapes.adapter import MMDiTShapes
 
     adapter = MMDiTShapes.blank({"config": CONFIG})
     shapes = sorted((name, value.shape) for name, value in tree_flatten(adapter.module.parameters()))

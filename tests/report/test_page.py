@@ -17,7 +17,7 @@ from mlxquant.report.page import write_page
 from mlxquant.report.page_layers import kind
 from mlxquant.report.page_tables import plain
 
-from sample_report import write_sample
+from support.sample_report import write_sample
 
 SECTIONS = ("summary", "size", "pictures", "trajectory", "layers", "decisions", "methods", "details")
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")

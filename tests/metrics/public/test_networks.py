@@ -3,13 +3,14 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from random_weights import random_tensors
 
 from mlxquant.errors import ArtifactError
 from mlxquant.metrics import clip_files, clip_scores, inception, lpips
 from mlxquant.metrics.images import largest_square, shortest_side
 from mlxquant.metrics.torch_file import read_checkpoint
 from mlxquant.metrics.weights import read_tensors
+
+from support.random_weights import random_tensors
 
 pytestmark = [pytest.mark.metrics, pytest.mark.filterwarnings("ignore")]  # warnings of the public code
 
