@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import mlxquant
 from mlxquant.commandline import cli
 from mlxquant.errors import NumericsError
 from mlxquant.files.checked import read_json
@@ -267,7 +268,7 @@ def test_every_verb_is_a_module_too():
         command = cli.main.get_command(click.Context(cli.main), verb)
         assert command.help
         module = cli.MODULES.get(verb, verb.replace("-", "_"))
-        source = Path(cli.__file__).with_name(f"{module}.py").read_text()
+        source = Path(mlxquant.__file__).with_name(f"{module}.py").read_text()
         assert source.endswith('if __name__ == "__main__":\n    command()\n')
 
 
@@ -283,4 +284,4 @@ def test_module_entry_point_prints_no_warning():
 
 
 def test_embedded_weights_ship_with_the_package():
-    assert (Path(mmdit_shapes.__file__).parents[1] / "assets" / mmdit_shapes.WEIGHTS).exists()
+    assert (Path(mlxquant.__file__).parent / "assets" / mmdit_shapes.WEIGHTS).exists()

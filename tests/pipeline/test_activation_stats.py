@@ -405,10 +405,8 @@ def test_lost_files_are_made_again(calib):
 
 def test_reading_is_lazy_and_verifies_once(calib, monkeypatch):
     collect(calib)
-    digests, digest = [], activation_stats.artifacts.file_digest
-    monkeypatch.setattr(
-        activation_stats.artifacts, "file_digest", lambda path: (digests.append(path.name), digest(path))[1]
-    )
+    digests, digest = [], activation_stats.file_digest
+    monkeypatch.setattr(activation_stats, "file_digest", lambda path: (digests.append(path.name), digest(path))[1])
     stats = ActivationStats.read(calib / "activations" / "layer_statistics.json")
     assert digests == []
     for path in stats.layers:

@@ -191,7 +191,7 @@ def write() -> tuple[dict, dict]:
 
 def spun() -> str:
     """SpinQuant's own file, by the script that makes one; what its model goes on with."""
-    script = next(HERE.parents[1].glob("*/spinquant_ptq.py"))
+    script = next(HERE.parents[1].glob("examples/spinquant_ptq.py"))
     options = ["--data", "text.txt", "--out-dir", "spun", "--steps", "1", "--batches", "1", "--batch-size", "2"]
     options += ["--length", "16", "--activation-bits", "4", "--kv-bits", "8"]
     outcome = CliRunner().invoke(runpy.run_path(str(script))["command"], options, catch_exceptions=False)
@@ -201,7 +201,7 @@ def spun() -> str:
 
 def continued(folder: str | Path) -> str:
     """What the likeliest tokens after a prompt are, by the script that reads SpinQuant's file."""
-    script = next(HERE.parents[1].glob("*/spinquant_sample.py"))
+    script = next(HERE.parents[1].glob("examples/spinquant_sample.py"))
     options = ["--ckpt", str(folder), "--prompt", "def ", "--max-new-tokens", "12", "--temperature", "0"]
     outcome = CliRunner().invoke(runpy.run_path(str(script))["command"], options, catch_exceptions=False)
     assert outcome.exit_code == 0, outcome.output

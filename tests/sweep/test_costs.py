@@ -10,8 +10,9 @@ import pytest
 import mlxquant as mq
 from mlxquant.methods import registry
 from mlxquant.methods.weights.adaround import Settings
+from mlxquant.progress import silent
 from mlxquant.recipes.presets import parse_recipe
-from mlxquant.sweep import rounding, sweep
+from mlxquant.sweep import rounding, sensitivity, sweep
 from mlxquant.sweep.rounding import Rounding
 from mlxquant.sweep.sensitivity import measured
 from mlxquant.sweep.streams import ExactStream, run_stage
@@ -147,16 +148,18 @@ def test_sensitivities_are_measured_on_a_few_rows_of_each_level(monkeypatch, row
     chain, seen = Chain(), []
     chain.rows = rows
     monkeypatch.setattr(
-        sweep, "measure", lambda a, stages, sigmas, states, plan, **rest: seen.extend(zip(sigmas, states, strict=True))
+        sensitivity,
+        "measure",
+        lambda a, stages, sigmas, states, plan, **rest: seen.extend(zip(sigmas, states, strict=True)),
     )
-    monkeypatch.setattr(sweep, "SENSITIVITY_ROWS", 9)
+    monkeypatch.setattr(sensitivity, "SENSITIVITY_ROWS", 9)
     sigmas, states = mq.calibrate(mq.Model(chain), prompts=5, steps=2).batches(chain)
-    measured(chain, chain.stages, sigmas, states, {}, sweep.silent)
+    measured(chain, chain.stages, sigmas, states, {}, silent)
     assert [len(state["t"]) for _, state in seen] == expected
     assert [sigma for sigma, _ in seen] == sigmas
     seen.clear()
-    monkeypatch.setattr(sweep, "SENSITIVITY_ROWS", 2)
-    measured(chain, chain.stages, sigmas, states, {}, sweep.silent)
+    monkeypatch.setattr(sensitivity, "SENSITIVITY_ROWS", 2)
+    measured(chain, chain.stages, sigmas, states, {}, silent)
     assert [len(state["t"]) for _, state in seen] == [2, 2]
     assert [sigma for sigma, _ in seen] == [sigmas[0], sigmas[3]]
     np.testing.assert_array_equal(np.array(seen[1][1]["latent"]), np.array(states[3]["latent"][:2]))

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
+import mlxquant
 from mlxquant.errors import AdapterError, ArtifactError
 from mlxquant.files.checked import read_tensors
 from mlxquant.models.catalog import pretrained
@@ -57,7 +58,7 @@ def test_captions_become_tokens_and_the_empty_prompt_is_padding():
 
 
 def test_shipped_weights_fit_in_ten_megabytes_and_tell_their_origin():
-    path = Path(mmdit_shapes.__file__).parents[1] / "assets" / mmdit_shapes.WEIGHTS
+    path = Path(mlxquant.__file__).parent / "assets" / mmdit_shapes.WEIGHTS
     assert path.stat().st_size <= 10_000_000
     arrays, header = read_tensors(path, "mmdit-shapes")
     assert header["config"] == CONFIG.to_dict()
@@ -67,7 +68,7 @@ def test_shipped_weights_fit_in_ten_megabytes_and_tell_their_origin():
 
 
 def test_damaged_weights_are_refused(tmp_path, monkeypatch):
-    path = Path(mmdit_shapes.__file__).parents[1] / "assets" / mmdit_shapes.WEIGHTS
+    path = Path(mlxquant.__file__).parent / "assets" / mmdit_shapes.WEIGHTS
     damaged = bytearray(path.read_bytes())
     damaged[len(damaged) // 2] ^= 1
     (tmp_path / mmdit_shapes.WEIGHTS).write_bytes(damaged)
