@@ -9,13 +9,9 @@ import pytest
 import mlxquant
 from mlxquant.commandline.cli import MODULES, VERBS
 
+from support.layout import FOLDERS, GROUND
+
 ROOT = Path(mlxquant.__file__).parent
-GROUND = ["_blas", "errors", "progress"]  # what any folder may import
-FOLDERS = [  # a folder imports only from those before it
-    "files", "numerics", "sampling", "commandline", "grids", "methods", "recipes", "layers", "models", "calibration",
-    "metrics", "qat",
-    "sweep", "report", "pipeline", "spin_quant", "api", "contents", "evaluation", "exporters",
-]  # fmt: skip
 DOORS = [MODULES.get(verb, verb.replace("-", "_")) for verb in VERBS]
 KNOW_NOT = {
     "methods": {"models", "layers"},

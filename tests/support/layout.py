@@ -1,0 +1,8 @@
+"""The order of imports, as the test of the layout holds it and docs/architecture.md tells it."""
+
+GROUND = ["_blas", "errors", "progress"]  # what any folder may import
+FOLDERS = [  # a folder imports only from those before it
+    "files", "numerics", "sampling", "commandline", "grids", "methods", "recipes", "layers", "models", "calibration",
+    "metrics", "qat",
+    "sweep", "report", "pipeline", "spin_quant", "api", "contents", "evaluation", "exporters",
+]  # fmt: skip
