@@ -24,6 +24,7 @@ from mlxquant.sweep.folding import divide
 
 from support import command_line
 from support.command_line import run, succeed
+from support.six_steps import analyze, cache, collect, draw, files, tiny_model
 from support.tiny_pictures import tiny_adapter
 
 Q = "multimodal_transformer_blocks.0.image_transformer_block.attn.q_proj"
@@ -47,43 +48,24 @@ def spiky_adapter():
     return adapter
 
 
-def files(folder):
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-
-
 @pytest.fixture(scope="module", autouse=True)
 def small_model():
     """The small model, looked at every fifth iteration, without MLX's compiler: a second a block, and others
     test it.
     """
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(MMDiTShapes, "pretrained", classmethod(lambda cls: spiky_adapter()))
+    with tiny_model(spiky_adapter) as patch:
         patch.setattr(adaround, "EVERY", 5)
-        mx.disable_compile()
         yield
-        mx.enable_compile()
 
 
 @pytest.fixture(scope="module")
 def calib(tmp_path_factory):
     """Trajectories, block cache and quantization config."""
     folder = tmp_path_factory.mktemp("calib")
-    here = ("--calib-dir", folder)
-    succeed(
-        "generate-calibration-data",
-        "--model",
-        "mmdit-shapes",
-        "--num-images",
-        2,
-        "--num-steps",
-        4,
-        "--cfg-weight",
-        2,
-        *here,
-    )
-    succeed("cache-adaround-data", *here, "--num-images", 2, "--stride", 2)
-    succeed("collect-layer-activations", *here, "--num-images", 2, "--stride", 1)
-    succeed("analyze-activations", "--stats", folder / "activations" / "layer_statistics.json", "--migration")
+    draw(folder, 2, 4, "--cfg-weight", 2)
+    cache(folder, 2, 2)
+    collect(folder, 2)
+    analyze(folder, "--migration")
     return folder
 
 

@@ -20,6 +20,7 @@ from mlxquant.pipeline.block_cache import BlockCache, draw_tokens
 from mlxquant.pipeline.samples import Samples
 
 from support import command_line
+from support.six_steps import draw_in_process, files, use_tiny_model
 from support.tiny_pictures import TINY, tiny_adapter
 
 IMAGES, STEPS, STRIDE = 3, 4, 2
@@ -33,25 +34,16 @@ fail = partial(command_line.fail, *VERB, code=1)
 
 @pytest.fixture(autouse=True)
 def small_model(monkeypatch):
-    monkeypatch.setattr(MMDiTShapes, "pretrained", classmethod(lambda cls: tiny_adapter()))
-    monkeypatch.setattr(MMDiTShapes, "batch", 2)  # three images are two batches
+    use_tiny_model(monkeypatch, batch=2)  # three images are two batches
 
 
-def make_samples(folder, cfg=2.0, adapter=None):
-    adapter = adapter or tiny_adapter()
-    return samples.draw(
-        adapter, samples.open_folder(adapter, adapter.prompts("calibration", IMAGES), STEPS, cfg, 0, folder)
-    )
+make_samples = partial(draw_in_process, images=IMAGES, steps=STEPS)
 
 
 @pytest.fixture
 def calib(tmp_path):
     make_samples(tmp_path / "c")
     return tmp_path / "c"
-
-
-def files(folder):
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 def direct(adapter, folder, cfg=2.0):
@@ -84,7 +76,7 @@ def direct(adapter, folder, cfg=2.0):
 
 @pytest.mark.parametrize("cfg", [2.0, 1.0, 0.0])
 def test_inputs_and_targets_are_what_the_blocks_compute(tmp_path, cfg):
-    make_samples(tmp_path / "c", cfg)
+    make_samples(tmp_path / "c", cfg=cfg)
     succeed(tmp_path / "c")
     cache, adapter = BlockCache.read(tmp_path / "c" / "adaround_cache"), tiny_adapter()
     assert cache.blocks == ("multimodal_transformer_blocks.0", "multimodal_transformer_blocks.1")
@@ -399,6 +391,6 @@ def test_inputs_come_from_the_trajectories_and_only_from_the_right_ones(calib, t
     _, moved = cache.inputs(adapter, tmp_path / "moved")
     for one, other in zip(there, moved, strict=True):
         np.testing.assert_array_equal(np.array(one["image"]), np.array(other["image"]))
-    make_samples(tmp_path / "other", 3.0)
+    make_samples(tmp_path / "other", cfg=3.0)
     with pytest.raises(ArtifactError, match="its trajectories are not those"):
         cache.inputs(adapter, tmp_path / "other")

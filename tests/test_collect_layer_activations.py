@@ -6,12 +6,11 @@ from functools import partial
 import pytest
 from PIL import Image
 
-from mlxquant.models.shapes.adapter import MMDiTShapes
-from mlxquant.pipeline import activation_stats, samples
+from mlxquant.pipeline import activation_stats
 from mlxquant.pipeline.activation_stats import ActivationStats
 
 from support import command_line
-from support.tiny_pictures import tiny_adapter
+from support.six_steps import draw_in_process, use_tiny_model
 
 VERB = ("collect-layer-activations", "--calib-dir")
 run = partial(command_line.run, *VERB)
@@ -21,13 +20,12 @@ fail = partial(command_line.fail, *VERB, code=1)
 
 @pytest.fixture(autouse=True)
 def small_model(monkeypatch):
-    monkeypatch.setattr(MMDiTShapes, "pretrained", classmethod(lambda cls: tiny_adapter()))
+    use_tiny_model(monkeypatch)
 
 
 @pytest.fixture
 def calib(tmp_path):
-    adapter = tiny_adapter()
-    samples.draw(adapter, samples.open_folder(adapter, adapter.prompts("calibration", 5), 4, 2.0, 0, tmp_path / "c"))
+    draw_in_process(tmp_path / "c", 5, 4)
     return tmp_path / "c"
 
 

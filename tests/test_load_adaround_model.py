@@ -6,7 +6,6 @@ import os
 import shutil
 from dataclasses import replace
 
-import mlx.core as mx
 import numpy as np
 import pytest
 from PIL import Image
@@ -22,6 +21,7 @@ from mlxquant.pipeline.apply import TrackFiles
 from mlxquant.pipeline.quant_config import QuantConfig
 
 from support.command_line import fail, succeed
+from support.six_steps import analyze, cache, collect, draw, optimize, tiny_model
 from support.tiny_pictures import tiny_adapter
 
 PROMPT = "a large red circle at left on white background"
@@ -30,12 +30,8 @@ OTHER = "a small blue cross at top on pink background"
 
 @pytest.fixture(scope="module", autouse=True)
 def small_model():
-    """The tiny model, without MLX's compiler, which takes longer than all else here."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(MMDiTShapes, "pretrained", classmethod(lambda cls: tiny_adapter()))
-        mx.disable_compile()
+    with tiny_model():
         yield
-        mx.enable_compile()
 
 
 def tier(table, bits):
@@ -54,36 +50,16 @@ def made(tmp_path_factory):
     tier.
     """
     folder = tmp_path_factory.mktemp("made")
-    calib = ("--calib-dir", folder)
-    succeed(
-        "generate-calibration-data",
-        "--model",
-        "mmdit-shapes",
-        "--num-images",
-        2,
-        "--num-steps",
-        3,
-        "--cfg-weight",
-        2,
-        *calib,
-    )
-    succeed("cache-adaround-data", *calib, "--num-images", 2, "--stride", 1)
-    succeed("collect-layer-activations", *calib, "--num-images", 2, "--stride", 1)
-    succeed("analyze-activations", "--stats", folder / "activations" / "layer_statistics.json", "--budget", 1e-9)
+    draw(folder, 2, 3, "--cfg-weight", 2)
+    cache(folder, 2)
+    collect(folder, 2)
+    analyze(folder, "--budget", 1e-9)
     eight = QuantConfig.read(folder / "activations" / "quant_config.json")
     plain = {path: tier(table, (4, 6, 8)[index % 3]) for index, (path, table) in enumerate(eight.plain.items())}
     replace(eight, plain=plain, smoothquant={}, migration={}).write(folder / "tiers.json")
-    optimize = ("adaround-optimize", "--cache-dir", folder / "adaround_cache", "--iters", 1)
-    succeed(*optimize, "--output-dir", folder / "w4")
-    succeed(
-        *optimize,
-        "--output-dir",
-        folder / "w8",
-        "--bits-w",
-        8,
-        "--quant-config",
-        folder / "activations" / "quant_config.json",
-    )
+    optimize(folder, folder / "w4", "--iters", 1)
+    config = ("--quant-config", folder / "activations" / "quant_config.json")
+    optimize(folder, folder / "w8", "--iters", 1, "--bits-w", 8, *config)
     return folder
 
 

@@ -4,6 +4,7 @@ incomplete.
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import mlx.core as mx
 import numpy as np
@@ -21,6 +22,7 @@ from mlxquant.pipeline.collecting import MovingCentre, Picks
 from mlxquant.pipeline.samples import Samples
 from mlxquant.sweep.sensitivity import measure
 
+from support.six_steps import draw_in_process, files
 from support.tiny_pictures import TINY, tiny_adapter
 
 IMAGES, STEPS, STRIDE, ROWS = 3, 4, 2, 8
@@ -34,11 +36,7 @@ def small_and_plain(monkeypatch):
     monkeypatch.setattr(activation_stats, "draw_ranges", lambda curves, path: path.write_text(" ".join(curves)))
 
 
-def make_samples(folder, cfg=2.0):
-    adapter = tiny_adapter()
-    return samples.draw(
-        adapter, samples.open_folder(adapter, adapter.prompts("calibration", IMAGES), STEPS, cfg, 0, folder)
-    )
+make_samples = partial(draw_in_process, images=IMAGES, steps=STEPS)
 
 
 @pytest.fixture
@@ -52,10 +50,6 @@ def collect(calib, out=None, adapter=None, images=IMAGES, stride=STRIDE, rows=RO
     return activation_stats.collect(
         adapter or tiny_adapter(), Samples.read(calib), images, stride, rows, seed, out, **options
     )
-
-
-def files(folder):
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 def expected_layers():
@@ -85,7 +79,7 @@ def inputs(calib, cfg):
 
 @pytest.mark.parametrize("cfg", [2.0, 1.0, 0.0])
 def test_every_layer_agrees_with_numpy(tmp_path, cfg):
-    make_samples(tmp_path / "c", cfg)
+    make_samples(tmp_path / "c", cfg=cfg)
     collect(tmp_path / "c")
     stats = ActivationStats.read(tmp_path / "c" / "activations" / "layer_statistics.json")
     reference = list(inputs(tmp_path / "c", cfg))[::-1]  # sigma ascending
@@ -160,7 +154,7 @@ def test_layers_that_read_the_same_tensor_share_one_entry(calib):
 @pytest.mark.parametrize(("images", "cfg", "rows"), [(3, 2.0, (4, 2)), (3, 1.0, (2, 1))])
 def test_every_layer_has_the_sensitivity_of_its_own_outputs(tmp_path, images, cfg, rows):
     """Of the first eight rows at most, as many at once as the model's batch has pictures."""
-    make_samples(tmp_path / "c", cfg)
+    make_samples(tmp_path / "c", cfg=cfg)
     stats, adapter, drawn = collect(tmp_path / "c", seed=7), tiny_adapter(), Samples.read(tmp_path / "c")
     linears = adapter.linears()
     for t, step in enumerate(stats.step_keys):

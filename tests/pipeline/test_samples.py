@@ -18,6 +18,7 @@ from mlxquant.sampling.conditioning import Conditioning
 from mlxquant.sampling.prompts import write_prompts
 
 from support import command_line
+from support.six_steps import files, use_tiny_model
 from support.tiny_pictures import tiny_adapter
 
 SMALL = ["--model", "mmdit-shapes", "--num-images", 3, "--num-steps", 3, "--cfg-weight", 2]
@@ -29,12 +30,7 @@ fail = partial(command_line.fail, *VERB, code=1)
 
 @pytest.fixture(autouse=True)
 def small_model(monkeypatch):
-    monkeypatch.setattr(MMDiTShapes, "pretrained", classmethod(lambda cls: tiny_adapter()))
-    monkeypatch.setattr(MMDiTShapes, "batch", 2)  # three images are two batches
-
-
-def files(folder):
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    use_tiny_model(monkeypatch, batch=2)  # three images are two batches
 
 
 def test_the_folder_holds_what_the_sampler_saw(tmp_path):

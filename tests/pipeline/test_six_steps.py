@@ -36,7 +36,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import mlx.core as mx
 import numpy as np
 import pytest
 from PIL import Image
@@ -45,13 +44,13 @@ import mlxquant as mq
 from mlxquant.commandline import cli
 from mlxquant.files.checked import file_digest
 from mlxquant.layers.tree import set_module
-from mlxquant.models.shapes.adapter import MMDiTShapes
 from mlxquant.pipeline.quant_config import QuantConfig
 from mlxquant.pipeline.samples import Samples
 from mlxquant.pipeline.weight_files import WeightFiles
 from mlxquant.sweep.streams import run_stage
 
 from support.command_line import succeed
+from support.six_steps import files, tiny_model
 from support.tiny_pictures import tiny_adapter
 
 PROMPT = "a large red circle at left on white background"
@@ -121,18 +120,10 @@ def make(folder):
     return folder
 
 
-def files(folder):
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-
-
 @pytest.fixture(scope="module", autouse=True)
 def small_model():
-    """The tiny model, without MLX's compiler, which takes longer than all else here."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(MMDiTShapes, "pretrained", classmethod(lambda cls: tiny_adapter()))
-        mx.disable_compile()
+    with tiny_model():
         yield
-        mx.enable_compile()
 
 
 @pytest.fixture(scope="module")

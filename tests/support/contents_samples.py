@@ -4,12 +4,10 @@ import json
 
 import mlx.core as mx
 import numpy as np
-import pytest
 
 import mlxquant as mq
-from mlxquant.models.shapes.adapter import MMDiTShapes
 
-from support.command_line import succeed
+from support.six_steps import analyze, cache, collect, draw, optimize, tiny_model
 from support.tiny_pictures import tiny_adapter
 
 
@@ -22,37 +20,16 @@ def write_everything(temporary):
     folder = temporary.getbasetemp() / "everything"
     if folder.exists():
         return folder
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(MMDiTShapes, "pretrained", classmethod(lambda cls: tiny_adapter()))
-        mx.disable_compile()
+    with tiny_model():
         model = mq.Model(tiny_adapter())
         calibration = mq.calibrate(model, prompts=1, steps=2, work=folder / "work")
         mq.quantize(model, calibration, "gptq-w4a8", work=folder / "work" / "gptq-w4a8").save(folder / "model")
         calib = folder / "calib"
-        succeed(
-            "generate-calibration-data",
-            "--model",
-            "mmdit-shapes",
-            "--num-images",
-            1,
-            "--num-steps",
-            2,
-            "--calib-dir",
-            calib,
-        )
-        succeed("cache-adaround-data", "--calib-dir", calib, "--num-images", 1, "--stride", 1)
-        succeed(
-            "adaround-optimize",
-            "--cache-dir",
-            calib / "adaround_cache",
-            "--output-dir",
-            folder / "weights",
-            "--iters",
-            1,
-        )
-        succeed("collect-layer-activations", "--calib-dir", calib, "--num-images", 1, "--stride", 1)
-        succeed("analyze-activations", "--stats", calib / "activations" / "layer_statistics.json")
-        mx.enable_compile()
+        draw(calib, 1, 2)
+        cache(calib, 1)
+        optimize(calib, folder / "weights", "--iters", 1)
+        collect(calib, 1)
+        analyze(calib)
     return folder
 
 
