@@ -15,12 +15,11 @@ from mlxquant.errors import AdapterError, ArtifactError, CalibrationError, Numer
 from mlxquant.models.adapter import Stage
 from mlxquant.models.shapes.adapter import MMDiTShapes
 from mlxquant.pipeline import block_cache, samples
-from mlxquant.pipeline import ledger as ledgers
 from mlxquant.pipeline.block_cache import BlockCache, draw_tokens
 from mlxquant.pipeline.samples import Samples
 
 from support import command_line
-from support.six_steps import draw_in_process, files, use_tiny_model
+from support.six_steps import draw_in_process, files, interrupt_writing, use_tiny_model
 from support.tiny_pictures import TINY, tiny_adapter
 
 IMAGES, STEPS, STRIDE = 3, 4, 2
@@ -199,16 +198,8 @@ def test_tokens_follow_seed_image_and_step():
 def test_an_interrupted_run_resumes_to_the_same_bytes(calib, monkeypatch, writes):
     whole = calib.parent / "whole"
     succeed(calib, "--output-dir", whole)
-    write, left = ledgers.write_npz, [writes]
-
-    def interrupted(path, arrays):
-        if left[0] == 0:
-            raise KeyboardInterrupt
-        left[0] -= 1
-        return write(path, arrays)
-
     with monkeypatch.context() as patch:
-        patch.setattr(ledgers, "write_npz", interrupted)
+        interrupt_writing(patch, writes)
         assert run(calib).exit_code == 130
     folder = calib / "adaround_cache"
     assert not list(folder.rglob("*.tmp"))

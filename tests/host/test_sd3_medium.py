@@ -192,15 +192,17 @@ def test_a_pipeline_and_its_model_go_when_they_are_dropped(sd3_folder):
         gc.enable()
 
 
+def watched_encoders(patch):
+    """The list of prompts of every call of the text encoders from now on."""
+    calls, encode = [], text_encoders.TextEncoders.encode
+    watched = lambda self, prompts: calls.append(list(prompts)) or encode(self, prompts)  # noqa: E731
+    patch.setattr(text_encoders.TextEncoders, "encode", watched)
+    return calls
+
+
 def test_prompts_are_encoded_once_and_encoders_released(sd3_folder, monkeypatch):
     """Twins share what was encoded; the encoders are gone after each call, T5's layers one by one."""
-    calls, model = [], mq.load(sd3_folder, size=SIZE)
-    original = text_encoders.TextEncoders.encode
-    monkeypatch.setattr(
-        text_encoders.TextEncoders,
-        "encode",
-        lambda self, prompts: calls.append(list(prompts)) or original(self, prompts),
-    )
+    calls, model = watched_encoders(monkeypatch), mq.load(sd3_folder, size=SIZE)
     model.images([mq.Prompt(1, PROMPTS[0]), mq.Prompt(2, PROMPTS[1]), mq.Prompt(3, PROMPTS[0])], steps=1)
     mx.clear_cache()
     held = mx.get_active_memory()
@@ -229,16 +231,10 @@ def test_more_prompts_than_are_kept_are_encoded_once(sd3_folder, monkeypatch):
     from mlxquant.models.sd3 import adapter as sd3_medium
 
     monkeypatch.setattr(sd3_medium, "KEPT", 2)
-    calls, model = [], mq.load(sd3_folder, size=SIZE)
-    original = text_encoders.TextEncoders.encode
-    monkeypatch.setattr(
-        text_encoders.TextEncoders,
-        "encode",
-        lambda self, prompts: calls.append(len(prompts)) or original(self, prompts),
-    )
+    calls, model = watched_encoders(monkeypatch), mq.load(sd3_folder, size=SIZE)
     model.images([mq.Prompt(n, f"number {n}") for n in range(5)], steps=1)
     mq.calibrate(model, [mq.Prompt(n, f"number {n}") for n in range(5)], steps=1)
-    assert calls == [6]
+    assert [len(prompts) for prompts in calls] == [6]
 
 
 def test_half_precision_encodes_the_same(model):

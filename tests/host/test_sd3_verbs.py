@@ -23,6 +23,12 @@ PROMPT = "a cat on a mat"
 HUB = "argmaxinc/mlx-stable-diffusion-3-medium"
 
 
+def drawing(model, folder):
+    """The command that draws one small picture, ``a.png`` in a folder."""
+    options = ("--model", model, "--size", 64, "--prompt", PROMPT, "--steps", 1, "--output", folder / "a.png")
+    return ("generate", *options)
+
+
 @pytest.fixture(scope="module")
 def made(sd3_folder, tmp_path_factory):
     """A quantized model, saved, and the same in memory."""
@@ -181,19 +187,7 @@ def test_a_missing_file_is_named_with_the_command_that_gets_it(sd3_folder, tmp_p
         folder = tmp_path / name.replace("/", "-")
         shutil.copytree(sd3_folder, folder)
         (folder / name).unlink()
-        said = fail(
-            "generate",
-            "--model",
-            folder,
-            "--size",
-            64,
-            "--prompt",
-            PROMPT,
-            "--steps",
-            1,
-            "--output",
-            tmp_path / "a.png",
-        )
+        said = fail(*drawing(folder, tmp_path))
         assert f"{folder / name} is missing" in said
         assert "hf download" in said
         assert not (tmp_path / "a.png").exists()
@@ -213,19 +207,7 @@ def test_a_missing_file_is_named_with_the_command_that_gets_it(sd3_folder, tmp_p
 def test_a_damaged_file_is_named(sd3_folder, tmp_path, name, message):
     shutil.copytree(sd3_folder, tmp_path / "sd3")
     (tmp_path / "sd3" / name).write_text("{")
-    said = fail(
-        "generate",
-        "--model",
-        tmp_path / "sd3",
-        "--size",
-        64,
-        "--prompt",
-        PROMPT,
-        "--steps",
-        1,
-        "--output",
-        tmp_path / "a.png",
-    )
+    said = fail(*drawing(tmp_path / "sd3", tmp_path))
     assert message in said
     assert "again" in said
 

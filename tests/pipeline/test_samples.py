@@ -11,14 +11,13 @@ from PIL import Image
 from mlxquant.commandline import cli
 from mlxquant.errors import ArtifactError, CalibrationError
 from mlxquant.models.shapes.adapter import MMDiTShapes
-from mlxquant.pipeline import ledger as ledgers
 from mlxquant.pipeline.samples import Samples
 from mlxquant.report.comparison import to_pil
 from mlxquant.sampling.conditioning import Conditioning
 from mlxquant.sampling.prompts import write_prompts
 
 from support import command_line
-from support.six_steps import files, use_tiny_model
+from support.six_steps import files, interrupt_writing, use_tiny_model
 from support.tiny_pictures import tiny_adapter
 
 SMALL = ["--model", "mmdit-shapes", "--num-images", 3, "--num-steps", 3, "--cfg-weight", 2]
@@ -96,16 +95,8 @@ def test_the_manifest_says_what_it_is_made_from_with_relative_paths_only(tmp_pat
 @pytest.mark.parametrize("writes", [0, 3, 9, 14])
 def test_an_interrupted_run_resumes_to_the_same_bytes(tmp_path, monkeypatch, writes):
     succeed(tmp_path / "whole")
-    write, left = ledgers.write_npz, [writes]
-
-    def interrupted(path, arrays):
-        if left[0] == 0:
-            raise KeyboardInterrupt
-        left[0] -= 1
-        return write(path, arrays)
-
     with monkeypatch.context() as patch:
-        patch.setattr(ledgers, "write_npz", interrupted)
+        interrupt_writing(patch, writes)
         outcome = run(tmp_path / "c")
         assert outcome.exit_code == (130 if writes < 12 else 0)
     if 8 <= writes < 12:  # the first batch of two images is eight files

@@ -6,7 +6,7 @@ import mlx.core as mx
 import pytest
 
 from mlxquant.models.shapes.adapter import MMDiTShapes
-from mlxquant.pipeline import samples
+from mlxquant.pipeline import ledger, samples
 
 from support.command_line import succeed
 from support.tiny_pictures import tiny_adapter
@@ -60,3 +60,16 @@ def analyze(folder, *options):
 
 def optimize(folder, out, *options):
     return succeed("adaround-optimize", "--cache-dir", folder / "adaround_cache", "--output-dir", out, *options)
+
+
+def interrupt_writing(patch, after):
+    """Let ``after`` npz files be written and raise KeyboardInterrupt at the next one."""
+    write, left = ledger.write_npz, [after]
+
+    def interrupted(path, arrays):
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        return write(path, arrays)
+
+    patch.setattr(ledger, "write_npz", interrupted)
