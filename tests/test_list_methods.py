@@ -14,10 +14,11 @@ def test_every_method_is_listed_with_its_paper():
     for row, (_, method) in zip(facts["methods"], members, strict=True):
         line = next(line for line in said.splitlines() if method.summary in line)
         assert method.name in line
-        assert (row["paper"] is None) == (method.citation_key is None)
+        assert (row["paper"] is None) == (method.citation is None)
         if row["paper"] is not None:
             assert row["paper"] in line
-            assert row["paper"] in registry.CITATIONS[row["citation"]]
+            assert row["paper"] in method.citation.bibtex
+            assert row["citation"] == method.citation.key
 
 
 def test_what_recipes_are_made_of_is_listed():

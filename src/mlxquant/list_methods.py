@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import asdict
 from typing import Any
 
@@ -38,8 +37,8 @@ def catalogue() -> dict[str, Any]:
                 "kind": kind,
                 "name": method.name,
                 "summary": method.summary,
-                "citation": method.citation_key,
-                "paper": paper(method),
+                "citation": None if method.citation is None else method.citation.key,
+                "paper": None if method.citation is None else method.citation.arxiv,
             }
             for kind in registry.KINDS
             for method in registry.members(kind)
@@ -54,24 +53,13 @@ def papers() -> dict[str, dict[str, list[str]]]:
     """arXiv ids behind each METHOD and, less those of gptq itself, each INGREDIENT."""
 
     def of(recipe: str) -> set[str]:
-        return {arxiv for _, key in used(parse_recipe(recipe).to_dict()) if (arxiv := arxiv_id(key)) is not None}
+        return {paper.arxiv for _, paper in used(parse_recipe(recipe).to_dict()) if paper.arxiv is not None}
 
     plain = of("gptq-w4a8")
     return {
         "recipes": {name: sorted(of(f"{name}-w4a8")) for name in METHODS},
         "ingredients": {name: sorted(of(f"gptq+{name}-w4a8") - plain) for name in INGREDIENTS},
     }
-
-
-def paper(method: registry.Method) -> str | None:
-    """The arXiv id of the paper that a method is from; None for what nobody claims."""
-    return None if method.citation_key is None else arxiv_id(method.citation_key)
-
-
-def arxiv_id(key: str) -> str | None:
-    """Of a paper in ``registry.CITATIONS``; None where it has none."""
-    found = re.search(r"arXiv:(\d{4}\.\d{4,5})", registry.CITATIONS[key])
-    return None if found is None else found[1]
 
 
 def differences(method: Method) -> dict[str, Any]:

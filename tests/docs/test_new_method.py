@@ -29,7 +29,7 @@ def block(title):
 
 @pytest.fixture(scope="module")
 def extended(tmp_path_factory):
-    """A folder with the package as the guide leaves it; what is not touched is linked."""
+    """A folder with the package and the guide's new file; what is not touched is linked."""
     package, source = tmp_path_factory.mktemp("extended") / "mlxquant", Path(mlxquant.__file__).parent
     package.mkdir()
     for path in source.iterdir():
@@ -37,13 +37,8 @@ def extended(tmp_path_factory):
             shutil.copytree(path, package / "methods", ignore=shutil.ignore_patterns("__pycache__"))
         elif path.name != "__pycache__":
             (package / path.name).symlink_to(path)
-    (package / "methods" / "squant.py").write_text(block("src/mlxquant/methods/squant.py"))
-    registry = package / "methods" / "registry.py"
-    text = registry.read_text()
-    for head in ("FILES = (\n", "CITATIONS = {\n"):
-        assert text.count(head) == 1
-        text = text.replace(head, head + block(head.split()[0]))
-    registry.write_text(text)
+    place = "methods/weights/squant.py"
+    (package / place).write_text(block(f"src/mlxquant/{place}"))
     return package.parent
 
 

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from mlxquant.evaluation import cost
-from mlxquant.evaluation.citations import cited
 from mlxquant.evaluation.contender import distinct
 from mlxquant.evaluation.cost import measure_costs, peak, sizes
 from mlxquant.evaluation.half_precision import HalfLinear, half_precision
@@ -17,6 +16,7 @@ from mlxquant.evaluation.report_folder import put
 from mlxquant.layers.tree import parameters
 from mlxquant.metrics.psnr import psnr
 from mlxquant.progress import silent
+from mlxquant.recipes.citations import cited
 from mlxquant.recipes.presets import parse_recipe
 
 PROMPT = mq.Prompt(7, "a large red circle at left on white background")

@@ -18,7 +18,7 @@ from ..files.atomic import ensure_writable
 from ..files.checked import read_json, write_json
 from ..metrics.bootstrap import interval
 from ..progress import Progress
-from .citations import cited
+from ..recipes.citations import cited
 from .contender import Contender
 from .cost import MEASURED, measure_costs, sizes
 from .drawings import Drawings

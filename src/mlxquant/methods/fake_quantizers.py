@@ -20,7 +20,28 @@ import mlx.core as mx
 
 from ..errors import RecipeError
 from ..grids.weights import SMALLEST_SCALE
-from .registry import get, register
+from .registry import Citation, get, register
+
+STOCHASTIC_ROUNDING = Citation(
+    "stochastic-rounding",
+    """@inproceedings{gupta2015limited,
+  title = {Deep Learning with Limited Numerical Precision},
+  author = {Gupta, Suyog and Agrawal, Ankur and Gopalakrishnan, Kailash and Narayanan, Pritish},
+  booktitle = {International Conference on Machine Learning},
+  year = {2015},
+  note = {arXiv:1502.02551}
+}""",
+)
+BITNET = Citation(
+    "bitnet",
+    """@article{ma2024bitnet,
+  title = {The Era of 1-bit {LLM}s: All Large Language Models are in 1.58 Bits},
+  author = {Ma, Shuming and Wang, Hongyu and Ma, Lingxiao and Wang, Lei and Wang, Wenhui and Huang, Shaohan
+            and Dong, Li and Wang, Ruiping and Xue, Jilong and Wei, Furu},
+  journal = {arXiv preprint arXiv:2402.17764},
+  year = {2024}
+}""",
+)
 
 LARGEST_SCALE = 65504.0  # of float16
 Axes = Sequence[int] | None
@@ -100,7 +121,7 @@ def affine_quant(x: mx.array, bits: int, axes: Axes = None, key: mx.array | None
 @register(
     "fake",
     "stochastic_quant",
-    citation="stochastic-rounding",
+    citation=STOCHASTIC_ROUNDING,
     summary="symmetric steps, rounded up as often as the value is near",
 )
 def stochastic_quant(
@@ -116,7 +137,7 @@ def stochastic_quant(
     return Coded(mx.clip(mx.floor(x / scale + u), 1 - zero, zero - 1) + zero, scale, -zero * scale, bits)
 
 
-@register("fake", "ternary_quant", citation="bitnet", summary="-1, 0 or 1 times the mean magnitude")
+@register("fake", "ternary_quant", citation=BITNET, summary="-1, 0 or 1 times the mean magnitude")
 def ternary_quant(
     x: mx.array, bits: int = 2, axes: Axes = None, key: mx.array | None = None, half: bool = False
 ) -> Coded:

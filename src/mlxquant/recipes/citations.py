@@ -2,15 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from typing import Any, Protocol
 
 from ..errors import RecipeError
 from ..grids.weights import WeightFormat
 from ..methods import registry
+from ..methods.inputs.clipping import TAQDIT
+from ..methods.registry import Citation
+from ..methods.transforms.tcaq import TCAQ
+from ..methods.weights.adaround import QDROP
+from ..methods.weights.qronos import QRONOS
 from .presets import parse_recipe
 from .recipe import ActivationSpec, LayerSpec, Recipe
+
+BRECQ = Citation(
+    "brecq",
+    """@inproceedings{li2021brecq,
+  title = {{BRECQ}: Pushing the Limit of Post-Training Quantization by Block Reconstruction},
+  author = {Li, Yuhang and Gong, Ruihao and Tan, Xu and Yang, Yang and Hu, Peng and Zhang, Qi
+            and Yu, Fengwei and Wang, Wei and Gu, Shi},
+  booktitle = {International Conference on Learning Representations},
+  year = {2021},
+  note = {arXiv:2102.05426}
+}""",
+)
+HAWQV2 = Citation(
+    "hawqv2",
+    """@article{dong2019hawqv2,
+  title = {{HAWQ-V2}: Hessian Aware trace-Weighted Quantization of Neural Networks},
+  author = {Dong, Zhen and Yao, Zhewei and Cai, Yaohui and Arfeen, Daiyaan and Gholami, Amir
+            and Mahoney, Michael W. and Keutzer, Kurt},
+  journal = {arXiv preprint arXiv:1911.03852},
+  year = {2019}
+}""",
+)
 
 Facts = Mapping[str, Any]
 
@@ -23,24 +50,24 @@ class Quantized(Protocol):
 
 # What a recipe may do beside its registered methods: what it is called, whose idea it is, and how a recipe's dictionary
 # shows it.
-FEATURES: tuple[tuple[str, str, Callable[[Facts], bool]], ...] = (
+FEATURES: tuple[tuple[str, Citation, Callable[[Facts], bool]], ...] = (
     (
         "post-GELU shift",
-        "taqdit",
+        TAQDIT,
         lambda recipe: any(spec["activation"] and spec["activation"]["shift"] for spec in specs(recipe)),
     ),
-    ("corrected target", "qronos", lambda recipe: any(spec["corrected"] for spec in specs(recipe))),
-    ("quantized attention probabilities", "tcaq", lambda recipe: recipe["probabilities"] is not None),
-    ("progressive alignment", "tcaq", lambda recipe: recipe["rounds"] > 1),
-    ("errors weighed by sensitivity", "brecq", lambda recipe: recipe["sensitivity"]),
+    ("corrected target", QRONOS, lambda recipe: any(spec["corrected"] for spec in specs(recipe))),
+    ("quantized attention probabilities", TCAQ, lambda recipe: recipe["probabilities"] is not None),
+    ("progressive alignment", TCAQ, lambda recipe: recipe["rounds"] > 1),
+    ("errors weighed by sensitivity", BRECQ, lambda recipe: recipe["sensitivity"]),
     (
         "dropped quantization",
-        "qdrop",
+        QDROP,
         lambda recipe: recipe["learning"]["drop"] > 0 and any(spec["reconstruct"] for spec in specs(recipe)),
     ),
     (
         "mixed precision",
-        "hawqv2",
+        HAWQV2,
         lambda recipe: any(recipe[key] for key in ("mixed", "bits_per_weight", "bits_per_activation")),
     ),
 )
@@ -60,21 +87,41 @@ def citation(of: str | Recipe | Quantized) -> str:
     recipe = (
         of.to_dict() if isinstance(of, Recipe) else Recipe("", ()).to_dict() | of.facts["recipe"]
     )  # an older version knew fewer keys
-    uses: dict[str, list[str]] = {}
-    for use, key in sorted(set(used(recipe))):
-        uses.setdefault(key, []).append(use)
-    entries = [f"% {recipe['name']}: {', '.join(uses[key])}\n{registry.CITATIONS[key]}\n" for key in sorted(uses)]
+    entries = [f"% {recipe['name']}: {', '.join(uses)}\n{paper.bibtex}\n" for paper, uses in papers([recipe]).items()]
     return "\n".join(entries)
 
 
-def used(recipe: Facts) -> Iterator[tuple[str, str]]:
-    """What of a recipe (as ``Recipe.to_dict`` gives it) has a paper, in words, and the paper's key; perhaps more than
-    once.
+def cited(recipes: Iterable[Facts]) -> list[dict[str, str]]:
+    """The papers behind recipes (as plain data), for a report.
+
+    Args:
+        recipes: As ``Recipe.to_dict`` gives them, or as an older version did.
+
+    Returns:
+        A row a paper, in the order of their keys: ``name``, what it is used for, ``source``, its arXiv id, and
+        ``bibtex``.
     """
+    return [
+        {"name": ", ".join(uses), "source": f"arXiv {paper.arxiv}" if paper.arxiv else "", "bibtex": paper.bibtex}
+        for paper, uses in papers(Recipe("", ()).to_dict() | dict(recipe) for recipe in recipes).items()
+    ]
+
+
+def papers(recipes: Iterable[Facts]) -> dict[Citation, list[str]]:
+    """The papers behind recipes in the order of their keys, each with all that it is used for, in words."""
+    uses: dict[Citation, set[str]] = {}
+    for recipe in recipes:
+        for use, paper in used(recipe):
+            uses.setdefault(paper, set()).add(use)
+    return {paper: sorted(uses[paper]) for paper in sorted(uses, key=lambda paper: paper.key)}
+
+
+def used(recipe: Facts) -> Iterator[tuple[str, Citation]]:
+    """What of a recipe (as ``Recipe.to_dict`` gives it) has a paper, in words, and that; perhaps more than once."""
     for kind, name in methods(recipe):
-        if (key := registry.get(kind, name).citation_key) is not None:
-            yield f"{kind} {name}", key
-    yield from ((feature, key) for feature, key, shows in FEATURES if shows(recipe))
+        if (paper := registry.get(kind, name).citation) is not None:
+            yield f"{kind} {name}", paper
+    yield from ((feature, paper) for feature, paper, shows in FEATURES if shows(recipe))
 
 
 def methods(recipe: Facts) -> Iterator[tuple[str, str]]:

@@ -12,7 +12,17 @@ import numpy as np
 from ...grids.tables import ActivationTable
 from ...numerics.arrays import Array
 from ...numerics.input_ranges import InputRanges
-from ..registry import register
+from ..registry import Citation, register
+
+TAQDIT = Citation(
+    "taqdit",
+    """@article{liu2024taqdit,
+  title = {{TaQ-DiT}: Time-aware Quantization for Diffusion Transformers},
+  author = {Liu, Xinyan and Shi, Huihong and Xu, Yang and Wang, Zhongfeng},
+  journal = {arXiv preprint arXiv:2411.14172},
+  year = {2024}
+}""",
+)
 
 EXTREMES = 1.0  # for how many sampled rows each channel's smallest value, and its largest, count in ``error``
 
@@ -31,7 +41,7 @@ def extremes(ranges: InputRanges, weight: Array, bits: int) -> ActivationTable:
     return affine_table(ranges.sigma, ranges.least.min(1), ranges.most.max(1), bits)
 
 
-@register("range", "average", citation="taqdit", summary="mean over samples of each sample's minimum and maximum")
+@register("range", "average", citation=TAQDIT, summary="mean over samples of each sample's minimum and maximum")
 def average(ranges: InputRanges, weight: Array, bits: int) -> ActivationTable:
     """Averaged min-max (TaQ-DiT, arXiv 2411.14172, section III): less swayed by one outlying sample. ``weight`` is not
     used.

@@ -13,6 +13,7 @@ from ...grids.tables import ActivationTable
 from ...numerics.arrays import Array
 from ...numerics.input_ranges import InputRanges
 from ..registry import register
+from ..transforms.tcaq import TCAQ
 from .clipping import error
 
 SCALES = np.geomspace(1e-4, 30, 49)  # of the power law, in means of the values
@@ -43,7 +44,7 @@ def power_law_ratio(x: Array) -> float:
 @register(
     "range",
     "dynamic",
-    citation="tcaq",
+    citation=TCAQ,
     summary="log2 levels at the noise levels where the input follows a power law, else uniform",
 )
 def dynamic(ranges: InputRanges, weight: Array, bits: int, values: int = 2**12) -> ActivationTable:

@@ -34,8 +34,19 @@ from ...grids.tables import ActivationTable
 from ...grids.time import log_snr
 from ...numerics.arrays import Array
 from ...numerics.input_ranges import InputRanges
-from ..registry import register
+from ..registry import Citation, register
 from .clipping import error
+
+TDQ = Citation(
+    "tdq",
+    """@inproceedings{so2023tdq,
+  title = {Temporal Dynamic Quantization for Diffusion Models},
+  author = {So, Junhyuk and Lee, Jungwon and Ahn, Daehyun and Kim, Hyungjun and Park, Eunhyeok},
+  booktitle = {Advances in Neural Information Processing Systems},
+  year = {2023},
+  note = {arXiv:2306.02316}
+}""",
+)
 
 Time = Callable[[Array], Array]  # noise levels [T] to [-1, 1]
 OCTAVES = 6  # of at most 10 that make sense
@@ -125,7 +136,7 @@ def inverse_softplus(value: Array) -> Array:
 @register(
     "range",
     "tdq",
-    citation="tdq",
+    citation=TDQ,
     summary="a small network over the timestep, fitted to the steps of least error",
     over_time=True,
 )
@@ -137,7 +148,7 @@ def tdq(ranges: InputRanges, weight: Array, bits: int) -> ActivationTable:
 @register(
     "range",
     "logsnr",
-    citation="tdq",
+    citation=TDQ,
     summary="a small network over the log-SNR, fitted to the steps of least error",
     over_time=True,
 )

@@ -14,14 +14,25 @@ import numpy as np
 from ...numerics.arrays import Array
 from ...numerics.input_ranges import InputRanges
 from ...numerics.transform import Place, Transform
-from ..registry import register
+from ..registry import Citation, register
 from .smoothquant import column_peaks, divisor, timestep_peaks
+
+PTQ4DIT = Citation(
+    "ptq4dit",
+    """@inproceedings{wu2024ptq4dit,
+  title = {{PTQ4DiT}: Post-training Quantization for Diffusion Transformers},
+  author = {Wu, Junyi and Wang, Haoxuan and Shang, Yuzhang and Shah, Mubarak and Yan, Yan},
+  booktitle = {Advances in Neural Information Processing Systems},
+  year = {2024},
+  note = {arXiv:2405.16005}
+}""",
+)
 
 
 @register(
     "transform",
     "ptq4dit",
-    citation="ptq4dit",
+    citation=PTQ4DIT,
     summary="balance inputs and weights, timesteps weighed by rank correlation",
 )
 def ptq4dit(ranges: InputRanges, weights: Sequence[Array], place: Place) -> list[Transform]:

@@ -16,10 +16,22 @@ from ...numerics.arrays import Array
 from ...numerics.hadamard import block_size
 from ...numerics.input_ranges import InputRanges
 from ...numerics.transform import Place, Transform
-from ..registry import register
+from ..registry import Citation, register
+
+QUAROT = Citation(
+    "quarot",
+    """@inproceedings{ashkboos2024quarot,
+  title = {{QuaRot}: Outlier-Free 4-Bit Inference in Rotated {LLM}s},
+  author = {Ashkboos, Saleh and Mohtashami, Amirkeivan and Croci, Maximilian L. and Li, Bo and Cameron, Pashmina
+            and Jaggi, Martin and Alistarh, Dan and Hoefler, Torsten and Hensman, James},
+  booktitle = {Advances in Neural Information Processing Systems},
+  year = {2024},
+  note = {arXiv:2404.00456}
+}""",
+)
 
 
-@register("transform", "rotation", citation="quarot", summary="rotate blocks of channels by regular Hadamard matrices")
+@register("transform", "rotation", citation=QUAROT, summary="rotate blocks of channels by regular Hadamard matrices")
 def rotation(ranges: InputRanges, weights: Sequence[Array], place: Place) -> list[Transform]:
     """The largest blocks that whatever writes the input can absorb, and the largest that divide its width; none for odd
     widths.

@@ -15,7 +15,18 @@ import numpy as np
 from ...numerics.arrays import Array
 from ...numerics.input_ranges import InputRanges
 from ...numerics.transform import Place, Transform
-from ..registry import register
+from ..registry import Citation, register
+
+SMOOTHQUANT = Citation(
+    "smoothquant",
+    """@inproceedings{xiao2023smoothquant,
+  title = {{SmoothQuant}: Accurate and Efficient Post-Training Quantization for Large Language Models},
+  author = {Xiao, Guangxuan and Lin, Ji and Seznec, Mickael and Wu, Hao and Demouth, Julien and Han, Song},
+  booktitle = {International Conference on Machine Learning},
+  year = {2023},
+  note = {arXiv:2211.10438}
+}""",
+)
 
 SPIKE, FEW = 5.0, 0.05
 BOUND = 1e4
@@ -25,7 +36,7 @@ ALPHAS = (0.15, 0.3, 0.5, 0.7, 0.85)
 @register(
     "transform",
     "smoothquant",
-    citation="smoothquant",
+    citation=SMOOTHQUANT,
     summary="divide channels by how much larger inputs are than weights",
 )
 def smoothquant(ranges: InputRanges, weights: Sequence[Array], place: Place) -> list[Transform]:

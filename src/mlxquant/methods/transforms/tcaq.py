@@ -14,8 +14,18 @@ import numpy as np
 from ...numerics.arrays import Array
 from ...numerics.input_ranges import InputRanges
 from ...numerics.transform import Place, Transform
-from ..registry import register
+from ..registry import Citation, register
 from .smoothquant import timestep_peaks
+
+TCAQ = Citation(
+    "tcaq",
+    """@article{huang2024tcaqdm,
+  title = {{TCAQ-DM}: Timestep-Channel Adaptive Quantization for Diffusion Models},
+  author = {Huang, Haocheng and Chen, Jiaxin and Guo, Jinyang and Zhan, Ruiyi and Wang, Yunhong},
+  journal = {arXiv preprint arXiv:2412.16700},
+  year = {2024}
+}""",
+)
 
 R_TRUNC = 10.0
 TRUNCATIONS = (R_TRUNC, R_TRUNC**2)
@@ -48,7 +58,7 @@ def timestep_weights(peaks: Array) -> Array:
 @register(
     "transform",
     "tcaq",
-    citation="tcaq",
+    citation=TCAQ,
     summary="divide channels by how far they stand out, timesteps weighed by their size",
 )
 def tcaq(ranges: InputRanges, weights: Sequence[Array], place: Place) -> list[Transform]:

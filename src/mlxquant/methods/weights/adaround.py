@@ -25,7 +25,28 @@ from ...errors import NumericsError, RecipeError
 from ...grids.weights import Grid
 from ...numerics.arrays import Array
 from ...progress import Progress, silent
-from ..registry import register
+from ..registry import Citation, register
+
+ADAROUND = Citation(
+    "adaround",
+    """@inproceedings{nagel2020adaround,
+  title = {Up or Down? {A}daptive Rounding for Post-Training Quantization},
+  author = {Nagel, Markus and Amjad, Rana Ali and van Baalen, Mart and Louizos, Christos and Blankevoort, Tijmen},
+  booktitle = {International Conference on Machine Learning},
+  year = {2020},
+  note = {arXiv:2004.10568}
+}""",
+)
+QDROP = Citation(
+    "qdrop",
+    """@inproceedings{wei2022qdrop,
+  title = {{QDrop}: Randomly Dropping Quantization for Extremely Low-bit Post-Training Quantization},
+  author = {Wei, Xiuying and Gong, Ruihao and Li, Yuhang and Liu, Xianglong and Yu, Fengwei},
+  booktitle = {International Conference on Learning Representations},
+  year = {2022},
+  note = {arXiv:2203.05740}
+}""",
+)
 
 ZETA, GAMMA = 1.1, -0.1  # the stretched sigmoid reaches 0 and 1 at finite alpha (eq. 23)
 SHARP, BLUNT = 20.0, 2.0  # the regulariser's exponent b is annealed from the first to the second
@@ -149,7 +170,7 @@ OPEN = 0.02  # a choice is made when h is this close to 0 or 1
 
 
 @register(
-    "reconstruct", "adaround", citation="adaround", summary="learn the rounding of a block by what the block writes"
+    "reconstruct", "adaround", citation=ADAROUND, summary="learn the rounding of a block by what the block writes"
 )
 def adaround(
     loss: Callable[..., mx.array],

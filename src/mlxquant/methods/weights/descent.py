@@ -8,12 +8,23 @@ from ...grids.weights import Grid
 from ...numerics.arrays import Array
 from ...numerics.cholesky import Factor
 from ...numerics.moments import Moments, calibrated_gram
-from ..registry import register
+from ..registry import Citation, register
 from .gptq import damped_problem, nearest_plane
 from .rtn import better_rows, rtn
 
+QUANTEASE = Citation(
+    "quantease",
+    """@article{behdin2023quantease,
+  title = {{QuantEase}: Optimization-based Quantization for Language Models},
+  author = {Behdin, Kayhan and Acharya, Ayan and Gupta, Aman and Song, Qingquan
+            and Zhu, Siyu and Keerthi, Sathiya and Mazumder, Rahul},
+  journal = {arXiv preprint arXiv:2309.01885},
+  year = {2023}
+}""",
+)
 
-@register("round", "gptq-descent", citation="quantease", summary="GPTQ, then coordinate descent on its codes")
+
+@register("round", "gptq-descent", citation=QUANTEASE, summary="GPTQ, then coordinate descent on its codes")
 def gptq_descent(
     weight: Array, grid: Grid, moments: Moments | None, *, damping: float = 0.01, passes: int = 4, block: int = 128
 ) -> Array:

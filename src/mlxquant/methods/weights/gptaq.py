@@ -8,15 +8,26 @@ from ...grids.weights import Grid
 from ...numerics.arrays import Array
 from ...numerics.cholesky import Factor, solve_lower, solve_transposed
 from ...numerics.moments import Moments, calibrated_gram, shortfall
-from ..registry import register
+from ..registry import Citation, register
 from .gptq import damped_problem, nearest_plane
 from .rtn import better_rows, rtn
+
+GPTAQ = Citation(
+    "gptaq",
+    """@inproceedings{li2025gptaq,
+  title = {{GPTAQ}: Efficient Finetuning-Free Quantization for Asymmetric Calibration},
+  author = {Li, Yuhang and Yin, Ruokai and Lee, Donghyun and Xiao, Shiting and Panda, Priyadarshini},
+  booktitle = {International Conference on Machine Learning},
+  year = {2025},
+  note = {arXiv:2504.02692}
+}""",
+)
 
 
 @register(
     "round",
     "gptaq",
-    citation="gptaq",
+    citation=GPTAQ,
     cross=True,
     summary="GPTQ that also makes up, column by column, for what its inputs have lost",
 )

@@ -8,11 +8,22 @@ from ...grids.weights import Grid
 from ...numerics.arrays import Array
 from ...numerics.cholesky import Factor
 from ...numerics.moments import Moments, calibrated_gram, energy
-from ..registry import register
+from ..registry import Citation, register
 from .rtn import rtn
 
+GPTQ = Citation(
+    "gptq",
+    """@inproceedings{frantar2023gptq,
+  title = {{GPTQ}: Accurate Post-Training Quantization for Generative Pre-trained Transformers},
+  author = {Frantar, Elias and Ashkboos, Saleh and Hoefler, Torsten and Alistarh, Dan},
+  booktitle = {International Conference on Learning Representations},
+  year = {2023},
+  note = {arXiv:2210.17323}
+}""",
+)
 
-@register("round", "gptq", citation="gptq", summary="column by column with error feedback, largest inputs first")
+
+@register("round", "gptq", citation=GPTQ, summary="column by column with error feedback, largest inputs first")
 def gptq(weight: Array, grid: Grid, moments: Moments | None, *, damping: float = 0.01, block: int = 32) -> Array:
     """Codes uint8 [out,in] for ``weight`` [out,in] that make the output error tr((W−Q)H(W−Q)ᵀ) small, H =
     ``moments.gram``.

@@ -17,7 +17,29 @@ from ...errors import NumericsError
 from ...numerics.arrays import Array
 from ...numerics.low_rank import LowRank
 from ...numerics.moments import Moments, calibrated_gram, energy
-from ..registry import register
+from ..registry import Citation, register
+
+SVDQUANT = Citation(
+    "svdquant",
+    """@inproceedings{li2025svdquant,
+  title = {{SVDQuant}: Absorbing Outliers by Low-Rank Components for 4-Bit Diffusion Models},
+  author = {Li, Muyang and Lin, Yujun and Zhang, Zhekai and Cai, Tianle and Li, Xiuyu and Guo, Junxian
+            and Xie, Enze and Meng, Chenlin and Zhu, Jun-Yan and Han, Song},
+  booktitle = {International Conference on Learning Representations},
+  year = {2025},
+  note = {arXiv:2411.05007}
+}""",
+)
+QERA = Citation(
+    "qera",
+    """@inproceedings{zhang2025qera,
+  title = {{QERA}: an Analytical Framework for Quantization Error Reconstruction},
+  author = {Zhang, Cheng and Wong, Jeffrey T. H. and Xiao, Can and Constantinides, George A. and Zhao, Yiren},
+  booktitle = {International Conference on Learning Representations},
+  year = {2025},
+  note = {arXiv:2410.06040}
+}""",
+)
 
 Quantize = Callable[
     [Array, "Moments | None"], Array
@@ -101,7 +123,7 @@ def by_turns(
     return best, least
 
 
-@register("branch", "svd", citation="svdquant", summary="what the weight's largest singular directions hold")
+@register("branch", "svd", citation=SVDQUANT, summary="what the weight's largest singular directions hold")
 def svd(weight: Array, moments: Moments | None, rank: int, quantize: Quantize) -> LowRank:
     """L = SVD_r(W), then of what its quantized residual left (SVDQuant, arXiv 2411.05007, section 4.2); the best by
     output error stays.
@@ -114,7 +136,7 @@ def svd(weight: Array, moments: Moments | None, rank: int, quantize: Quantize) -
 @register(
     "branch",
     "whitened",
-    citation="qera",
+    citation=QERA,
     summary="what the output hangs on the most: low rank in the norm of the inputs",
 )
 def whitened(weight: Array, moments: Moments | None, rank: int, quantize: Quantize) -> LowRank:

@@ -13,15 +13,25 @@ from ...grids.weights import Grid
 from ...numerics.arrays import Array
 from ...numerics.cholesky import Factor
 from ...numerics.moments import Moments, calibrated_gram, shortfall
-from ..registry import register
+from ..registry import Citation, register
 from .gptq import damped_problem, nearest_plane
 from .rtn import better_rows, rtn
+
+QRONOS = Citation(
+    "qronos",
+    """@article{zhang2025qronos,
+  title = {{Qronos}: Correcting the Past by Shaping the Future... in Post-Training Quantization},
+  author = {Zhang, Shihao and Zhang, Haoyu and Colbert, Ian and Saab, Rayan},
+  journal = {arXiv preprint arXiv:2505.11695},
+  year = {2025}
+}""",
+)
 
 
 @register(
     "round",
     "qronos",
-    citation="qronos",
+    citation=QRONOS,
     cross=True,
     summary="GPTQ towards the full-precision model's output, on the quantized model's inputs",
 )
