@@ -51,7 +51,7 @@ from mlxquant.files import checked
 from mlxquant.files.atomic import atomic_file, ensure_writable
 from mlxquant.models.catalog import adapter_class
 from mlxquant.progress import Progress
-from mlxquant.recipes.presets import parse_recipe
+from mlxquant.recipes.grammar import parse_recipe
 from random_sd3 import SIZES, write_folder
 
 CLIP_TOKENS, T5_TOKENS, TOKEN = 77, 512, 4096

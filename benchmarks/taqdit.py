@@ -29,7 +29,7 @@ from mlxquant.layers.tree import set_module
 from mlxquant.pipeline.activation_stats import ActivationStats, collect
 from mlxquant.pipeline.decisions import decide
 from mlxquant.pipeline.samples import Samples, draw, open_folder
-from mlxquant.recipes.presets import parse_recipe
+from mlxquant.recipes.grammar import parse_recipe
 from mlxquant.recipes.recipe import Recipe
 from mlxquant.sweep.inputs import Options
 from pictures import Pictures, machine, mean_psnr

@@ -2,7 +2,7 @@
 
 from mlxquant.methods import registry
 from mlxquant.recipes.citations import citation
-from mlxquant.recipes.presets import INGREDIENTS, METHODS
+from mlxquant.recipes.grammar import INGREDIENTS, METHODS
 
 from support.command_line import run, succeed
 

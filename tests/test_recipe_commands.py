@@ -11,7 +11,7 @@ from mlxquant.evaluate import command as evaluate
 from mlxquant.files.checked import read_json
 from mlxquant.models.shapes.adapter import MMDiTShapes
 from mlxquant.quantize import command as quantize
-from mlxquant.recipes.presets import parse_recipe
+from mlxquant.recipes.grammar import parse_recipe
 
 from support.command_line import fail, run, succeed
 from support.tiny_pictures import tiny_adapter

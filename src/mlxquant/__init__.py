@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from .layers.quantize_linears import quantize_linears
     from .layers.weight_only import W8A16Linear
     from .recipes.citations import citation
-    from .recipes.presets import parse_recipe
+    from .recipes.grammar import parse_recipe
     from .recipes.recipe import Recipe
     from .sampling.prompts import Prompt, read_prompts
     from .spin_quant.learning import SpinQuant
@@ -60,7 +60,7 @@ HOMES = {  # what users import from here, and where it stands
     "export": "exporters.targets",
     "load": "api.model",
     "load_module": "layers.module_files",
-    "parse_recipe": "recipes.presets",
+    "parse_recipe": "recipes.grammar",
     "quantize": "api.quantizing",
     "quantize_linears": "layers.quantize_linears",
     "read_prompts": "sampling.prompts",

@@ -14,7 +14,7 @@ from .api.quantizing import calibrate, compare
 from .commandline.console import Command, force_option, peak_bytes, progress, result, say, verbose_option
 from .files.atomic import atomic_folder
 from .files.checked import write_json
-from .recipes.presets import parse_recipe
+from .recipes.grammar import parse_recipe
 from .report.comparison import Comparison
 
 MODEL = "mmdit-shapes"

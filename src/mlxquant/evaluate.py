@@ -35,7 +35,7 @@ from .evaluation.paired import FLOOR, Evaluation
 from .evaluation.quantizing import quantized_contender
 from .evaluation.report_folder import put, say_report, summarise, write_report
 from .files.atomic import atomic_folder
-from .recipes.presets import parse_recipe
+from .recipes.grammar import parse_recipe
 from .recipes.recipe import Recipe
 from .sampling.prompts import Prompt, read_prompts
 

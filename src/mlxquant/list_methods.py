@@ -10,7 +10,7 @@ import click
 from .commandline.console import Command, result, say, verbose_option
 from .methods import registry
 from .recipes.citations import used
-from .recipes.presets import INGREDIENTS, METHODS, NAMED, Method, parse_recipe
+from .recipes.grammar import INGREDIENTS, METHODS, NAMED, Method, parse_recipe
 
 
 @click.command("methods", cls=Command)

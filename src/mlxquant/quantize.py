@@ -27,7 +27,7 @@ from .commandline.console import (
 from .errors import AdapterError, RecipeError
 from .models.language import LanguageAdapter
 from .pipeline.apply import TrackFiles
-from .recipes.presets import parse_recipe
+from .recipes.grammar import parse_recipe
 from .recipes.recipe import Recipe
 from .sampling.prompts import read_prompts
 

@@ -17,7 +17,7 @@ from mlxquant.layers.tree import parameters
 from mlxquant.metrics.psnr import psnr
 from mlxquant.progress import silent
 from mlxquant.recipes.citations import cited
-from mlxquant.recipes.presets import parse_recipe
+from mlxquant.recipes.grammar import parse_recipe
 
 PROMPT = mq.Prompt(7, "a large red circle at left on white background")
 

@@ -21,7 +21,7 @@ from mlxquant.models.gpt.adapter import GPTAdapter
 from mlxquant.models.gpt.network import causal_mask
 from mlxquant.models.gpt.tokenizers import ByteTokenizer
 from mlxquant.models.language import language
-from mlxquant.recipes.presets import parse_recipe
+from mlxquant.recipes.grammar import parse_recipe
 
 from support.tiny_language import TEXT, gpt_folder, llama_folder, tiny_gpt
 

@@ -22,7 +22,7 @@ from mlxquant.pipeline.divisions import Division
 from mlxquant.pipeline.ledger import Ledger
 from mlxquant.pipeline.quant_config import QuantConfig
 from mlxquant.pipeline.weight_files import CONFIG, KIND, WeightFiles
-from mlxquant.recipes.presets import parse_recipe
+from mlxquant.recipes.grammar import parse_recipe
 from mlxquant.recipes.recipe import LayerSpec
 from mlxquant.sweep.collecting import Collector
 from mlxquant.sweep.rounding import round_to_nearest

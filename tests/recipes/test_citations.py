@@ -10,7 +10,7 @@ from mlxquant.errors import RecipeError
 from mlxquant.methods import registry
 from mlxquant.methods.inputs.clipping import TAQDIT
 from mlxquant.recipes.citations import citation, methods
-from mlxquant.recipes.presets import METHODS, parse_recipe
+from mlxquant.recipes.grammar import METHODS, parse_recipe
 
 
 def keys(text):

@@ -5,7 +5,7 @@ import pytest
 from mlxquant.errors import RecipeError
 from mlxquant.grids.weights import WeightFormat
 from mlxquant.methods.inputs.tiers import BUDGET
-from mlxquant.recipes.presets import parse_recipe
+from mlxquant.recipes.grammar import parse_recipe
 from mlxquant.recipes.recipe import ActivationSpec, LayerSpec, Recipe
 
 LAYERS = {"blocks.0.mlp.fc1": "mlp", "blocks.0.mlp.fc2": "mlp", "blocks.0.ada": "modulation", "out": "output"}

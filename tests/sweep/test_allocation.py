@@ -12,7 +12,7 @@ from mlxquant.grids.weights import Grid, WeightFormat, fit_extremes
 from mlxquant.layers.linear import QuantizedLinear
 from mlxquant.layers.tree import swapped
 from mlxquant.numerics.low_rank import LowRank
-from mlxquant.recipes.presets import parse_recipe
+from mlxquant.recipes.grammar import parse_recipe
 from mlxquant.recipes.recipe import LayerSpec
 from mlxquant.sweep import allocation, sensitivity
 from mlxquant.sweep.allocation import allocate, stored_bytes

@@ -11,7 +11,7 @@ import mlxquant as mq
 from mlxquant.methods import registry
 from mlxquant.methods.weights.adaround import Settings
 from mlxquant.progress import silent
-from mlxquant.recipes.presets import parse_recipe
+from mlxquant.recipes.grammar import parse_recipe
 from mlxquant.sweep import rounding, sensitivity, sweep
 from mlxquant.sweep.rounding import Rounding
 from mlxquant.sweep.sensitivity import measured

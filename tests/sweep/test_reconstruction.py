@@ -18,7 +18,7 @@ from mlxquant.layers.tree import get_module
 from mlxquant.methods.weights.adaround import Settings
 from mlxquant.numerics.low_rank import LowRank
 from mlxquant.numerics.transform import Transform
-from mlxquant.recipes.presets import parse_recipe
+from mlxquant.recipes.grammar import parse_recipe
 from mlxquant.sweep import store
 from mlxquant.sweep import sweep as sweeping
 from mlxquant.sweep.reconstruction import Minibatch, Reconstruction, SoftLinear

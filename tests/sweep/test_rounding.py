@@ -18,7 +18,7 @@ from mlxquant.methods import registry
 from mlxquant.methods.weights.lowrank import DAMPINGS
 from mlxquant.numerics.low_rank import LowRank
 from mlxquant.numerics.transform import Transform
-from mlxquant.recipes.presets import parse_recipe
+from mlxquant.recipes.grammar import parse_recipe
 from mlxquant.sweep import layer as layer_rounding
 from mlxquant.sweep import rounding
 from mlxquant.sweep.choosing import Proposal, propose

@@ -14,7 +14,7 @@ from mlxquant.layers.tree import get_module, tapped
 from mlxquant.methods import registry
 from mlxquant.methods.weights.adaround import Settings
 from mlxquant.progress import silent
-from mlxquant.recipes.presets import parse_recipe
+from mlxquant.recipes.grammar import parse_recipe
 from mlxquant.sweep import store
 from mlxquant.sweep.collecting import Collector
 from mlxquant.sweep.folding import divide

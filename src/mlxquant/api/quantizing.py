@@ -17,7 +17,7 @@ from ..files.atomic import ensure_writable
 from ..files.checked import versions
 from ..pipeline.apply import TrackFiles
 from ..progress import Progress, silent
-from ..recipes.presets import parse_recipe
+from ..recipes.grammar import parse_recipe
 from ..recipes.recipe import LayerSpec, Recipe
 from ..report.comparison import Comparison
 from ..sampling.prompts import Prompt

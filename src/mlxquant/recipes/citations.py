@@ -14,7 +14,7 @@ from ..methods.registry import Citation
 from ..methods.transforms.tcaq import TCAQ
 from ..methods.weights.adaround import QDROP
 from ..methods.weights.qronos import QRONOS
-from .presets import parse_recipe
+from .grammar import parse_recipe
 from .recipe import ActivationSpec, LayerSpec, Recipe
 
 BRECQ = Citation(

@@ -5,7 +5,7 @@ import pytest
 from mlxquant.errors import RecipeError
 from mlxquant.grids.weights import WeightFormat
 from mlxquant.methods import registry
-from mlxquant.recipes.presets import INGREDIENTS, METHODS, Method, ingredients, parse_method, parse_recipe
+from mlxquant.recipes.grammar import INGREDIENTS, METHODS, Method, ingredients, parse_method, parse_recipe
 from mlxquant.recipes.recipe import ActivationSpec, LayerSpec
 
 LAYERS = {"blocks.0.mlp.fc1": "mlp", "blocks.0.ada": "modulation", "out": "output"}
