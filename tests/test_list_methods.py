@@ -2,7 +2,7 @@
 
 from mlxquant.methods import registry
 from mlxquant.recipes.citations import citation
-from mlxquant.recipes.grammar import INGREDIENTS, METHODS
+from mlxquant.recipes.presets import INGREDIENTS, PRESETS
 
 from support.command_line import run, succeed
 
@@ -23,7 +23,7 @@ def test_every_method_is_listed_with_its_paper():
 
 def test_what_recipes_are_made_of_is_listed():
     facts, said = succeed("methods")
-    assert set(facts["recipes"]) == set(METHODS)
+    assert set(facts["recipes"]) == set(PRESETS)
     assert set(facts["ingredients"]) == set(INGREDIENTS)
     assert facts["recipes"]["gptq"] == {"steps": "search", "rounding": "gptq"}
     row = next(line for line in said.splitlines() if line.startswith("taqdit "))

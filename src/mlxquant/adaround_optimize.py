@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ from .errors import AdapterError
 from .files import checked
 from .files.checked import file_digest
 from .grids.tables import BITS
-from .grids.weights import WeightFormat
 from .methods.weights.adaround import Settings
 from .models.catalog import model_name, pretrained
 from .models.diffusion import DiffusionAdapter, diffusion
@@ -23,16 +23,13 @@ from .pipeline.cached_teacher import CachedTeacher
 from .pipeline.ledger import Ledger
 from .pipeline.quant_config import QuantConfig
 from .pipeline.weight_files import CONFIG, KIND, WeightFiles
-from .recipes.recipe import ActivationSpec, LayerSpec, Recipe
+from .recipes.grammar import parse_spec, parse_template
+from .recipes.recipe import Recipe
 from .sweep.layer import Preset
 from .sweep.sensitivity import measured
 from .sweep.sweep import Sweep
 
-STARTS: dict[str, dict[str, Any]] = {
-    "nearest": {"rounding": "rtn"},
-    "gptq": {"rounding": "gptq"},
-    "qronos": {"rounding": "gptq", "corrected": True},
-}
+STARTS = {"nearest": "rtn+search", "gptq": "gptq", "qronos": "gptq+corrected"}  # how a recipe would say it
 DEFAULT = Settings()
 
 
@@ -207,15 +204,13 @@ def block_recipe(bits_w: int, bits_a: int, start: str, learning: Settings, sensi
     """Attention and MLP weights learned, modulation rounded to 8 bits: at 4 its error enters every block at
     every step.
     """
-    activation = None if bits_a == 16 else ActivationSpec(bits_a)
-    main = LayerSpec(WeightFormat(bits_w), activation, steps="search", reconstruct="adaround", **STARTS[start])
-    careful = LayerSpec(WeightFormat(8), None, steps="search", rounding="gptq")
-    return Recipe(
-        f"adaround-{start}-w{bits_w}a{bits_a}",
-        (("@modulation", careful), ("*", main)),
+    template = parse_template(f"{STARTS[start]}+learned")
+    return replace(
+        template.recipe,
+        name=f"adaround-{start}-w{bits_w}a{bits_a}",
+        rules=(("@modulation", parse_spec("w8a16")), ("*", parse_spec(f"w{bits_w}a{bits_a}", template))),
         learning=learning,
         sensitivity=sensitivity,
-        sequential=main.corrected,
     )
 
 

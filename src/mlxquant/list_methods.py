@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any
 
 import click
 
 from .commandline.console import Command, result, say, verbose_option
 from .methods import registry
-from .recipes.citations import used
-from .recipes.grammar import INGREDIENTS, METHODS, NAMED, Method, parse_recipe
+from .recipes.citations import papers
+from .recipes.grammar import NAMED, parse_recipe
+from .recipes.presets import INGREDIENTS, PRESETS, USUAL, Template
 
 
 @click.command("methods", cls=Command)
@@ -43,30 +43,34 @@ def catalogue() -> dict[str, Any]:
             for kind in registry.KINDS
             for method in registry.members(kind)
         ],
-        "recipes": {name: differences(method) for name, method in METHODS.items()},
+        "recipes": {name: differences(preset) for name, preset in PRESETS.items()},
         "ingredients": dict(INGREDIENTS),
-        "papers": papers(),
+        "papers": {"recipes": of_presets(), "ingredients": of_ingredients()},
     }
 
 
-def papers() -> dict[str, dict[str, list[str]]]:
-    """arXiv ids behind each METHOD and, less those of gptq itself, each INGREDIENT."""
-
-    def of(recipe: str) -> set[str]:
-        return {paper.arxiv for _, paper in used(parse_recipe(recipe).to_dict()) if paper.arxiv is not None}
-
-    plain = of("gptq-w4a8")
-    return {
-        "recipes": {name: sorted(of(f"{name}-w4a8")) for name in METHODS},
-        "ingredients": {name: sorted(of(f"gptq+{name}-w4a8") - plain) for name in INGREDIENTS},
-    }
+def of_presets() -> dict[str, list[str]]:
+    """arXiv ids behind each METHOD."""
+    return {name: sorted(arxiv_ids(f"{name}-w4a8")) for name in PRESETS}
 
 
-def differences(method: Method) -> dict[str, Any]:
+def of_ingredients() -> dict[str, list[str]]:
+    """arXiv ids behind each INGREDIENT: those of gptq with it, less those of gptq itself."""
+    plain = arxiv_ids("gptq-w4a8")
+    return {name: sorted(arxiv_ids(f"gptq+{name}-w4a8") - plain) for name in INGREDIENTS}
+
+
+def arxiv_ids(recipe: str) -> set[str]:
+    return {paper.arxiv for paper in papers([parse_recipe(recipe)]) if paper.arxiv is not None}
+
+
+def differences(template: Template) -> dict[str, Any]:
     """How weights are rounded, and what else is not as it would be if nothing was said."""
-    usual = asdict(Method())
+    usual = USUAL.settings
     return {
-        name: value for name, value in asdict(method).items() if name in ("steps", "rounding") or value != usual[name]
+        name: value
+        for name, value in template.settings.items()
+        if name in ("steps", "rounding") or value != usual[name]
     }
 
 
@@ -88,7 +92,7 @@ def table(found: dict[str, Any]) -> list[str]:
 
 
 def words(parts: dict[str, Any]) -> str:
-    """Fields of a method in words: ``rounding gptq, transforms rotation, sequential``."""
+    """Fields of a template in words: ``rounding gptq, transforms rotation, sequential``."""
     shown = {name: "+".join(value) if isinstance(value, (tuple, list)) else value for name, value in parts.items()}
     return ", ".join(name if value is True else f"{name} {value}" for name, value in shown.items()).replace("_", " ")
 

@@ -9,8 +9,9 @@ import pytest
 from mlxquant.errors import RecipeError
 from mlxquant.methods import registry
 from mlxquant.methods.inputs.clipping import TAQDIT
-from mlxquant.recipes.citations import citation, methods
-from mlxquant.recipes.grammar import METHODS, parse_recipe
+from mlxquant.recipes.citations import FEATURES, citation, methods
+from mlxquant.recipes.grammar import parse_recipe
+from mlxquant.recipes.presets import PRESETS
 
 
 def keys(text):
@@ -87,11 +88,19 @@ def test_models_of_an_older_version_are_cited():
 
 
 def test_every_preset_is_made_of_registered_methods_and_can_be_cited():
-    for name in METHODS:
+    for name in PRESETS:
         recipe = parse_recipe(f"{name}-w4a8")
-        for kind, method in methods(recipe.to_dict()):
+        for kind, method in methods(recipe):
             assert registry.get(kind, method).name == method
         assert citation(recipe).count("@") == len(set(keys(citation(recipe))))
+
+
+def test_what_a_recipe_does_beside_its_methods_is_found():
+    everything = "rtn+shift+corrected+softmax8+progressive+sensitivity+learned+mixed-w4a8"
+    recipe = parse_recipe(everything)
+    dropping = replace(recipe, learning=replace(recipe.learning, drop=0.5))
+    assert all(shows(dropping) for _, _, shows in FEATURES)
+    assert not any(shows(parse_recipe("rtn-w4a8")) for _, _, shows in FEATURES)
 
 
 def test_an_unknown_recipe_is_an_error():

@@ -5,7 +5,8 @@ import pytest
 from mlxquant.errors import RecipeError
 from mlxquant.grids.weights import WeightFormat
 from mlxquant.methods import registry
-from mlxquant.recipes.grammar import INGREDIENTS, METHODS, Method, ingredients, parse_method, parse_recipe
+from mlxquant.recipes.grammar import ingredients, parse_recipe, parse_template
+from mlxquant.recipes.presets import INGREDIENTS
 from mlxquant.recipes.recipe import ActivationSpec, LayerSpec
 
 LAYERS = {"blocks.0.mlp.fc1": "mlp", "blocks.0.ada": "modulation", "out": "output"}
@@ -42,27 +43,12 @@ def test_mixed_recipes_may_say_their_size():
 def test_whatever_is_registered_is_an_ingredient(kind):
     for method in registry.members(kind):
         assert method.name in ingredients()
-        assert parse_method(f"rtn+{method.name}") != parse_method("rtn") or method.name == "extremes"
+        assert parse_template(f"rtn+{method.name}") != parse_template("rtn") or method.name == "extremes"
 
 
 def test_whatever_rounds_is_a_method():
     for method in registry.members("round"):
-        assert parse_method(method.name).rounding == METHODS.get(method.name, Method(rounding=method.name)).rounding
-
-
-@pytest.mark.parametrize("name", sorted(METHODS))
-def test_named_methods_use_what_exists(name):
-    method = METHODS[name]
-    wanted = [("steps", method.steps), ("round", method.rounding), ("range", method.range)]
-    wanted += [("transform", transform) for transform in method.transforms]
-    wanted += [
-        (kind, found)
-        for kind, found in (("branch", method.branch), ("reconstruct", method.reconstruct))
-        if found is not None
-    ]
-    for kind, found in wanted:
-        assert registry.get(kind, found).name == found
-    assert main(f"{name}-w4a8").weight == WeightFormat(4)
+        assert parse_template(method.name).layer.rounding == method.name
 
 
 def test_names_do_not_clash():

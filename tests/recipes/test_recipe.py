@@ -3,8 +3,10 @@
 import pytest
 
 from mlxquant.errors import RecipeError
+from mlxquant.files import checked
 from mlxquant.grids.weights import WeightFormat
 from mlxquant.methods.inputs.tiers import BUDGET
+from mlxquant.methods.weights.adaround import Settings
 from mlxquant.recipes.grammar import parse_recipe
 from mlxquant.recipes.recipe import ActivationSpec, LayerSpec, Recipe
 
@@ -91,6 +93,27 @@ def test_unknown_role_is_refused():
 def test_recipe_that_quantizes_nothing_is_refused():
     with pytest.raises(RecipeError, match="quantizes no layer"):
         Recipe("nothing", (("*", None),)).plan(LAYERS)
+
+
+@pytest.mark.parametrize(
+    "name", ["taqdit-w4a8", "tcaqdm+softmax4-w3a6-g64", "svdquant+refit+mixed4.5-w4a16", "rtn-w8a8-token"]
+)
+def test_a_recipe_is_what_it_saved(name):
+    recipe = parse_recipe(name, ["*.fc2=w8a16", "@output=keep"])
+    assert Recipe.from_dict(recipe.to_dict()) == Recipe.from_dict(checked.plain(recipe.to_dict())) == recipe
+
+
+def test_a_recipe_of_an_older_version_is_read():
+    """It knew fewer keys, and one way to refine."""
+    spec = {"weight": {"bits": 4}, "activation": {"bits": 8}, "steps": "search", "rounding": "gptq", "refine": True}
+    found = Recipe.from_dict({"name": "old", "rules": [["*", spec], ["x", None]], "learning": {"iterations": 5}})
+    layer = LayerSpec(WeightFormat(4), ActivationSpec(8), "search", "gptq", refine="refit")
+    assert found == Recipe("old", (("*", layer), ("x", None)), learning=Settings(iterations=5))
+
+
+def test_a_recipe_of_a_newer_version_is_refused():
+    with pytest.raises(RecipeError, match="sets colour, which this version does not know; update mlxquant"):
+        Recipe.from_dict({"name": "new", "rules": [], "colour": "red"})
 
 
 def test_impossible_specifications_are_refused():

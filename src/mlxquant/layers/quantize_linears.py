@@ -23,7 +23,7 @@ import numpy as np
 
 from ..errors import AdapterError, MlxQuantError, RecipeError
 from ..grids.weights import WeightFormat
-from ..recipes import grammar
+from ..recipes.grammar import parse_spec
 from ..recipes.patterns import Pattern, as_list, first, require_matches
 from .convolutions import KINDS, QuantizedConvolution
 from .embeddings import QuantizedEmbedding
@@ -187,7 +187,7 @@ def parse_format(text: str) -> WeightFormat:
         raise RecipeError(f"a format is text, such as 'w8a16' or 'w4a16-g64', found {text!r}")
     if re.match(r"w\d+(-|$)", text):
         return WeightFormat.parse(text)
-    spec = grammar.parse_spec(text, grammar.METHODS["rtn"])
+    spec = parse_spec(text)
     if spec.activation is not None:
         raise RecipeError(
             f"format {text!r} quantizes activations to {spec.activation.bits} bits, which needs calibration data: "

@@ -1,16 +1,17 @@
 """Recipes: which format and which methods for which layer.
 
 A recipe is an ordered list of rules; the first rule whose pattern matches a layer's path decides. A pattern is a glob
-over the dotted path, or ``@role`` for a role that the model's adapter names. ``presets`` has recipes by name.
+over the dotted path, or ``@role`` for a role that the model's adapter names. ``grammar`` reads recipes by name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
+from inspect import signature
 from math import inf
-from typing import Any
+from typing import Any, TypeVar
 
 from ..errors import RecipeError
 from ..grids.tables import BITS
@@ -18,6 +19,7 @@ from ..grids.weights import WeightFormat
 from ..methods import registry
 from ..methods.weights.adaround import Settings
 
+Part = TypeVar("Part")
 ROLES = ("attention", "mlp", "modulation", "embedder", "output")
 
 
@@ -35,8 +37,8 @@ class ActivationSpec:
     bits: int = 8
     range: str = "extremes"
     per_timestep: bool = True
-    budget: float | None = None
     shift: bool = False
+    budget: float | None = None
     per_token: bool = False
 
     def __post_init__(self) -> None:
@@ -86,6 +88,18 @@ class LayerSpec:
                 " descent+corrected"
             )
 
+    @classmethod
+    def from_dict(cls, saved: Mapping[str, Any]) -> LayerSpec:
+        """A layer of ``Recipe.to_dict``; an older version had one way to refine, and said whether."""
+        activation, refine = saved.get("activation"), saved.get("refine")
+        parts = {
+            "weight": _read(WeightFormat, saved["weight"]),
+            "activation": None if activation is None else _read(ActivationSpec, activation),
+            "transforms": tuple(saved.get("transforms", ())),
+            "refine": "refit" if refine is True else refine or None,
+        }
+        return _read(cls, {**saved, **parts})
+
     @property
     def plain(self) -> LayerSpec:
         """The same format by round-to-nearest: what every method has to beat."""
@@ -120,16 +134,23 @@ class LayerSpec:
 
 @dataclass(frozen=True)
 class Recipe:
-    """``rules``: pattern and specification (None keeps the layer as it is), in order. ``gate``: keep round-to-nearest
-    where it wins.
+    """What happens to a model. ``parse_recipe`` makes one from a name, ``dataclasses.replace`` varies it.
 
-    ``learning`` is for the layers that are reconstructed. With ``sensitivity`` errors inside the model count as far as
-    they change what it predicts; without, all channels and noise levels count the same. ``sequential`` rounds a block's
-    layers one after the other, each on what the rounded ones before it write. ``rounds`` above 1 calibrates again on
-    what the quantized model draws (TCAQ-DM's progressive alignment) and quantizes again. ``probabilities`` are the bits
-    of attention probabilities, None leaves those as they are. ``bits_per_weight`` and ``bits_per_activation`` limit
-    averages over the quantized layers, which then get bits of their own; ``mixed`` alone limits weights to what the
-    recipe's own formats take.
+    Args:
+        name: By which it goes in reports and files.
+        rules: Pattern and specification, in order: the first whose pattern names a layer decides, and None keeps the
+            layer as it is.
+        gate: Keep rounding to nearest for a stage where it wins.
+        learning: How long and how hard to learn, for the layers that are reconstructed.
+        sensitivity: Errors inside the model count as far as they change what it predicts; without, all channels and
+            noise levels count the same.
+        sequential: A block's layers are rounded one after the other, each on what the rounded ones before it write.
+        rounds: Above 1, calibrate again on what the quantized model draws (TCAQ-DM's progressive alignment) and
+            quantize again.
+        probabilities: Bits of attention probabilities; None leaves those as they are.
+        mixed: Layers get bits of their own within what the recipe's own formats take.
+        bits_per_weight: Layers get bits of their own within this average over the quantized layers.
+        bits_per_activation: The same for inputs.
     """
 
     name: str
@@ -175,19 +196,28 @@ class Recipe:
         return plan
 
     def to_dict(self) -> dict[str, Any]:
-        return {
-            "name": self.name,
-            "gate": self.gate,
-            "learning": asdict(self.learning),
-            "sensitivity": self.sensitivity,
-            "sequential": self.sequential,
-            "rounds": self.rounds,
-            "probabilities": self.probabilities,
-            "mixed": self.mixed,
-            "bits_per_weight": self.bits_per_weight,
-            "bits_per_activation": self.bits_per_activation,
-            "rules": [[pattern, None if spec is None else asdict(spec)] for pattern, spec in self.rules],
-        }
+        """The recipe as plain data, as model.json keeps it."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, saved: Mapping[str, Any]) -> Recipe:
+        """What ``to_dict`` gave, before or after it was JSON. An older version knew fewer keys, which get their
+        defaults. Raises RecipeError on keys that a newer one knows.
+        """
+        rules = tuple(
+            (pattern, None if spec is None else LayerSpec.from_dict(spec)) for pattern, spec in saved["rules"]
+        )
+        learning = _read(Settings, saved.get("learning", {}))
+        return _read(cls, {**saved, "rules": rules, "learning": learning})
+
+
+def _read(part: Callable[..., Part], saved: Mapping[str, Any]) -> Part:
+    """A part of a recipe from its fields; raises RecipeError on fields that it does not have."""
+    if unknown := saved.keys() - signature(part).parameters:
+        raise RecipeError(
+            f"a saved recipe sets {', '.join(sorted(unknown))}, which this version does not know; update mlxquant"
+        )
+    return part(**saved)
 
 
 def _matches(pattern: str, path: str, role: str) -> bool:
