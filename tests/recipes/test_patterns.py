@@ -5,7 +5,7 @@ import re
 import pytest
 
 from mlxquant.errors import RecipeError
-from mlxquant.recipes.patterns import as_list, first, names, require_matches
+from mlxquant.recipes.patterns import as_list, first, named, names, require_matches
 
 HEAD, FC, CONV = "model.lm_head", "model.layers.0.mlp.fc", "backbone.stem.conv"
 
@@ -31,6 +31,23 @@ HEAD, FC, CONV = "model.lm_head", "model.layers.0.mlp.fc", "backbone.stem.conv"
 )
 def test_what_a_pattern_names(pattern, named):
     assert {path for path in (HEAD, FC, CONV) if names(pattern, path)} == named
+
+
+def test_roles_are_those_that_an_adapter_gives():
+    assert names("@attention", FC, "attention")
+    assert not names("@attention", FC, "mlp")
+    assert not names("@attention", "attention")
+
+
+def test_a_recipes_pattern_that_fits_whole_paths_names_those_alone():
+    layers = {"out": "output", "blocks.0.attn.out": "attention", "blocks.0.out.fc": "mlp"}
+    assert named("out", layers) == ["out"]
+    assert named("out", {path: role for path, role in layers.items() if path != "out"}) == ["blocks.0.attn.out"]
+    assert named("*.out", layers) == ["blocks.0.attn.out"]
+    assert named("*.attn", layers) == ["blocks.0.attn.out"]
+    assert named("blocks.0", layers) == ["blocks.0.attn.out", "blocks.0.out.fc"]
+    assert named("@output", layers) == ["out"]
+    assert named("@embedder", layers) == []
 
 
 def test_one_pattern_is_a_list_of_one():

@@ -85,6 +85,18 @@ def test_glob_that_matches_nothing_is_refused():
         parse_recipe("gptq-w4a8", ["*.fc3=w8a8"]).plan(LAYERS)
 
 
+def test_the_error_tells_near_names():
+    with pytest.raises(RecipeError, match=r"such as: .*blocks\.0\.mlp\.fc2"):
+        parse_recipe("gptq-w4a8", ["blocks.0.mpl.fc2=w8a8"]).plan(LAYERS)
+
+
+def test_a_rule_may_name_a_module_or_a_last_part():
+    plan = parse_recipe("gptq-w4a8", ["*.mlp=w8a16", "ada=keep"]).plan(LAYERS)
+    assert plan["blocks.0.mlp.fc1"].weight.bits == plan["blocks.0.mlp.fc2"].weight.bits == 8
+    assert "blocks.0.ada" not in plan
+    assert list(plan) == [path for path in LAYERS if path in plan]
+
+
 def test_unknown_role_is_refused():
     with pytest.raises(RecipeError, match="unknown role '@attn'; roles are @attention"):
         parse_recipe("gptq-w4a8", ["@attn=keep"]).plan(LAYERS)

@@ -1,14 +1,23 @@
-"""Which layers a list of patterns names, and an error with the nearest names where it names none.
+"""Patterns: how the rules of a recipe, and ``exclude`` and ``include`` of ``quantize_linears``, name layers.
 
-A pattern is a glob over a layer's whole dotted path, or over that of a module that holds it: "backbone" is all in the
-backbone, "*.attn" all of every attention. A name without dots and wildcards is also the last part of a path, so
-"lm_head" is "model.lm_head". A compiled regular expression is searched for in the path.
+A pattern is one of these:
+
+- A glob over a layer's dotted path, or over that of a module that holds it: "*.mlp.fc2" is a layer of every block,
+  "*.attn" all of every attention, "backbone" all in the backbone. "*" also stands for dots.
+- A name without dots and wildcards, which is also the last part of a path: "lm_head" is "model.lm_head".
+- A role that the model's adapter gives to layers: "@attention". Any module that has no adapter has no roles.
+- In Python, a compiled regular expression, which is searched for in the path.
+
+In a recipe a pattern that fits whole paths of layers names those alone, whatever else it fits: a rule for the layer
+"out" is about that one, and not about "attn.out".
+
+A pattern that names nothing is a mistake: an error tells the nearest names.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
@@ -16,6 +25,7 @@ from ..errors import RecipeError
 
 Pattern = str | re.Pattern[str]
 WILDCARDS = "*?["
+ROLE = "@"
 
 
 def as_list(patterns: Pattern | Iterable[Pattern]) -> list[Pattern]:
@@ -30,15 +40,23 @@ def as_list(patterns: Pattern | Iterable[Pattern]) -> list[Pattern]:
     return found
 
 
-def names(pattern: Pattern, path: str) -> bool:
-    """Whether a pattern names the layer at ``path``."""
+def names(pattern: Pattern, path: str, role: str | None = None) -> bool:
+    """Whether a pattern names the layer at ``path``, which has this role."""
     if isinstance(pattern, re.Pattern):
         return pattern.search(path) is not None
+    if pattern.startswith(ROLE):
+        return role is not None and pattern == ROLE + role
     parts = path.split(".")
     known = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
     if not any(sign in pattern for sign in "." + WILDCARDS):
         known.append(parts[-1])
     return any(fnmatchcase(name, pattern) for name in known)
+
+
+def named(pattern: str, layers: Mapping[str, str]) -> list[str]:
+    """The paths that a recipe's pattern names among ``layers`` (path to role), in their order; perhaps none."""
+    whole = [path for path in layers if fnmatchcase(path, pattern)]
+    return whole or [path for path, role in layers.items() if names(pattern, path, role)]
 
 
 def first(patterns: Iterable[Pattern], paths: Iterable[str]) -> str | None:
@@ -53,10 +71,13 @@ def require_matches(option: str, patterns: Iterable[Pattern], paths: Iterable[st
     seen = list(paths)
     for pattern in patterns:
         if not any(names(pattern, path) for path in seen):
-            text = pattern.pattern if isinstance(pattern, re.Pattern) else pattern
-            wanted = re.sub(r"[^\w.]", "", text).strip(".")
-            near = get_close_matches(wanted, [*seen, *(path.rpartition(".")[2] for path in seen)], 3, 0.5)
-            hint = ", ".join(dict.fromkeys(near or seen[:3])) or "none"
-            raise RecipeError(
-                f"{option} pattern {text!r} matches none of the model's {len(seen)} layers; such as: {hint}"
-            )
+            raise unmatched(option, pattern, seen)
+
+
+def unmatched(where: str, pattern: Pattern, paths: list[str]) -> RecipeError:
+    """What is wrong with a pattern, given to ``where``, that names none of these paths."""
+    text = pattern.pattern if isinstance(pattern, re.Pattern) else pattern
+    wanted = re.sub(r"[^\w.]", "", text).strip(".")
+    near = get_close_matches(wanted, [*paths, *(path.rpartition(".")[2] for path in paths)], 3, 0.5)
+    hint = ", ".join(dict.fromkeys(near or paths[:3])) or "none"
+    return RecipeError(f"{where} pattern {text!r} matches none of the model's {len(paths)} layers; such as: {hint}")

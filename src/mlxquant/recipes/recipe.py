@@ -1,14 +1,13 @@
 """Recipes: which format and which methods for which layer.
 
-A recipe is an ordered list of rules; the first rule whose pattern matches a layer's path decides. A pattern is a glob
-over the dotted path, or ``@role`` for a role that the model's adapter names. ``grammar`` reads recipes by name.
+A recipe is an ordered list of rules; the first rule whose pattern names a layer decides. ``patterns`` has what a
+pattern can be, ``grammar`` reads recipes by name.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from fnmatch import fnmatchcase
 from inspect import signature
 from math import inf
 from typing import Any, TypeVar
@@ -18,6 +17,7 @@ from ..grids.tables import BITS
 from ..grids.weights import WeightFormat
 from ..methods import registry
 from ..methods.weights.adaround import Settings
+from .patterns import ROLE, named, unmatched
 
 Part = TypeVar("Part")
 ROLES = ("attention", "mlp", "modulation", "embedder", "output")
@@ -171,26 +171,22 @@ class Recipe:
         return self.mixed or self.bits_per_weight is not None or self.bits_per_activation is not None
 
     def plan(self, layers: Mapping[str, str]) -> dict[str, LayerSpec]:
-        """Layers (path to role) to what happens to each; raises RecipeError when a glob matches no layer at all."""
+        """Layers (path to role) to what happens to each; raises RecipeError when a pattern names no layer."""
         if not layers:
             raise RecipeError(
                 f"recipe {self.name}: the model has no linear layer in full precision; perhaps it is quantized already"
             )
-        for pattern, _ in self.rules:
-            if pattern.startswith("@") and pattern[1:] not in ROLES:
-                raise RecipeError(
-                    f"recipe {self.name}: unknown role {pattern!r}; roles are {', '.join('@' + role for role in ROLES)}"
-                )
-            if not pattern.startswith("@") and not any(_matches(pattern, path, role) for path, role in layers.items()):
-                raise RecipeError(
-                    f"recipe {self.name}: pattern {pattern!r} matches none of the model's {len(layers)} layers, "
-                    f"such as {next(iter(layers), 'none')!r}"
-                )
-        plan = {}
-        for path, role in layers.items():
-            spec = next((spec for pattern, spec in self.rules if _matches(pattern, path, role)), None)
-            if spec is not None:
-                plan[path] = spec
+        decided: dict[str, LayerSpec | None] = {}
+        for pattern, spec in self.rules:
+            found = named(pattern, layers)
+            if pattern.startswith(ROLE) and pattern.removeprefix(ROLE) not in ROLES:
+                known = ", ".join(ROLE + role for role in ROLES)
+                raise RecipeError(f"recipe {self.name}: unknown role {pattern!r}; roles are {known}")
+            if not found and not pattern.startswith(ROLE):  # a model may well have no layer of a role
+                raise unmatched(f"recipe {self.name}:", pattern, list(layers))
+            for path in found:
+                decided.setdefault(path, spec)
+        plan = {path: spec for path in layers if (spec := decided.get(path)) is not None}
         if not plan:
             raise RecipeError(f"recipe {self.name} quantizes no layer of this model")
         return plan
@@ -218,7 +214,3 @@ def _read(part: Callable[..., Part], saved: Mapping[str, Any]) -> Part:
             f"a saved recipe sets {', '.join(sorted(unknown))}, which this version does not know; update mlxquant"
         )
     return part(**saved)
-
-
-def _matches(pattern: str, path: str, role: str) -> bool:
-    return role == pattern[1:] if pattern.startswith("@") else fnmatchcase(path, pattern)
