@@ -5,7 +5,7 @@ from itertools import product
 import numpy as np
 import pytest
 
-from mlxquant.numerics.knapsack import allocate, fewest_bits, shared_budget
+from mlxquant.numerics.knapsack import fewest_bits, least_cost, shared_budget
 
 
 def problem(seed, items=5):
@@ -40,7 +40,7 @@ def test_it_fits_and_is_at_most_one_step_above_the_optimum(seed):
     largest_saving = max(cost[0] - cost.min() for cost in costs)
     found = []
     for capacity in np.linspace(least, most, 9):
-        chosen = allocate(costs, sizes, capacity)
+        chosen = least_cost(costs, sizes, capacity)
         assert total(sizes, chosen) <= capacity
         best = best_by_force(costs, sizes, capacity)
         assert best - 1e-12 <= total(costs, chosen) <= best + largest_saving
@@ -55,8 +55,8 @@ def test_it_is_nearly_always_the_optimum():
         costs, sizes = problem(seed)
         capacity = np.mean(range_of(sizes))
         best = best_by_force(costs, sizes, capacity)
-        gaps.append(total(costs, allocate(costs, sizes, capacity)) - best)
-        spread.append(total(costs, allocate(costs, sizes, range_of(sizes)[0])) - best)
+        gaps.append(total(costs, least_cost(costs, sizes, capacity)) - best)
+        spread.append(total(costs, least_cost(costs, sizes, range_of(sizes)[0])) - best)
     assert np.mean(np.array(gaps) < 1e-12) > 0.6
     assert np.sum(gaps) < 0.03 * np.sum(spread)
 
@@ -70,25 +70,25 @@ def test_on_the_hull_it_is_exact(seed):
     for price in (0.001, 0.01, 0.05, 0.2):
         by_price = [int(np.argmin(cost + price * size)) for cost, size in zip(costs, sizes, strict=True)]
         capacity = total(sizes, by_price)
-        assert total(costs, allocate(costs, sizes, capacity)) == pytest.approx(total(costs, by_price))
+        assert total(costs, least_cost(costs, sizes, capacity)) == pytest.approx(total(costs, by_price))
         assert total(costs, by_price) == pytest.approx(best_by_force(costs, sizes, capacity))
 
 
 def test_what_gains_nothing_stays_small_and_ties_go_to_the_first():
     nothing, something = np.zeros(3), np.array([3.0, 1.0, 0.0])
     sizes = [np.array([1, 2, 3])] * 3
-    assert allocate([nothing, something, something], sizes, 6) == [0, 2, 1]
-    assert allocate([nothing, something, something], sizes, 5) == [0, 1, 1]
-    assert allocate([nothing, something, something], sizes, 4) == [0, 1, 0]
+    assert least_cost([nothing, something, something], sizes, 6) == [0, 2, 1]
+    assert least_cost([nothing, something, something], sizes, 5) == [0, 1, 1]
+    assert least_cost([nothing, something, something], sizes, 4) == [0, 1, 0]
 
 
 def test_an_option_that_is_larger_and_worse_is_never_taken():
-    assert allocate([np.array([2.0, 5.0, 1.0])], [np.array([1, 2, 3])], 2) == [0]
+    assert least_cost([np.array([2.0, 5.0, 1.0])], [np.array([1, 2, 3])], 2) == [0]
 
 
 def test_what_does_not_fit_is_an_error():
     with pytest.raises(ValueError, match="take 4, more than 3"):
-        allocate([np.zeros(2), np.zeros(1)], [np.array([1, 9]), np.array([3])], 3)
+        least_cost([np.zeros(2), np.zeros(1)], [np.array([1, 9]), np.array([3])], 3)
 
 
 TIERS = (4, 6, 8)
@@ -136,7 +136,7 @@ def test_budgets_lose_little_against_the_best_assignment(seed):
     sizes = [
         share * np.array(TIERS) for error, share in zip(errors, shares, strict=True) for _ in range(error.shape[1])
     ]
-    best = total(costs, allocate(costs, sizes, size + 1e-9))
+    best = total(costs, least_cost(costs, sizes, size + 1e-9))
     assert best <= ours + 1e-12
     assert ours < 1.1 * best
 

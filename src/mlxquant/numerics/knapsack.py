@@ -9,7 +9,7 @@ import numpy as np
 from .arrays import Array
 
 
-def allocate(costs: Sequence[Array], sizes: Sequence[Array], capacity: float) -> list[int]:
+def least_cost(costs: Sequence[Array], sizes: Sequence[Array], capacity: float) -> list[int]:
     """One option for each item, with the least total cost whose total size is at most ``capacity``: a multiple-choice
     knapsack.
 

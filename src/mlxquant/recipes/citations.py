@@ -42,7 +42,7 @@ HAWQV2 = Citation(
 )
 
 
-class Quantized(Protocol):
+class WithFacts(Protocol):
     """A model with the facts of how it was quantized; ``api.QuantizedModel`` is one."""
 
     facts: dict[str, Any]
@@ -68,7 +68,7 @@ FEATURES: tuple[tuple[str, Citation, Callable[[Recipe], bool]], ...] = (
 )
 
 
-def citation(of: str | Recipe | Quantized) -> str:
+def citation(of: str | Recipe | WithFacts) -> str:
     """BibTeX of every paper that a recipe uses, each once, under a comment that says for what.
 
     Args:

@@ -117,7 +117,7 @@ def allocate(
     before = {path: formats[path].index(spec.weight) for path, spec in plan.items()}
     chosen = before
     if bits_per_weight is not None:
-        found = knapsack.allocate(
+        found = knapsack.least_cost(
             [surveys[path].weight for path in plan], list(sizes.values()), bits_per_weight * count / 8
         )
         chosen = dict(zip(plan, found, strict=True))

@@ -15,7 +15,7 @@ from ..layers.linear import QuantizedLinear
 from ..methods import registry
 from ..methods.inputs.tiers import TIERS
 from ..methods.weights.correction import corrected_target
-from ..methods.weights.damping import CANDIDATES, TARGETS, Choice, choose_damping
+from ..methods.weights.damping import CANDIDATES, TARGETS, ChosenDamping, choose_damping
 from ..methods.weights.lowrank import refitted
 from ..numerics.arrays import Array
 from ..numerics.low_rank import LowRank
@@ -130,7 +130,7 @@ def _choose_dampings(weight: Array, spec: LayerSpec, moments: Moments) -> Dampin
     return chosen
 
 
-def _damping(choice: Choice | None) -> float | None:
+def _damping(choice: ChosenDamping | None) -> float | None:
     return None if choice is None else choice.damping
 
 

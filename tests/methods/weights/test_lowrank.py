@@ -8,9 +8,9 @@ from mlxquant.methods.registry import get
 from mlxquant.methods.weights.lowrank import (
     DAMPINGS,
     TRIAL_TURNS,
-    Metric,
+    Norm,
     by_turns,
-    damped,
+    damped_norm,
     fitted,
     leading_directions,
     refitted,
@@ -46,11 +46,11 @@ def truncated(weight, rank):
 @pytest.mark.parametrize("rank", [1, 5, 30])
 def test_leading_directions_are_lapacks(shape, rank):
     weight, moments = problem(*shape)
-    for metric, matrix in (
-        (Metric(), np.eye(shape[1])),
-        (Metric(moments.gram, 3.0), moments.gram + 3 * np.eye(shape[1])),
+    for norm, matrix in (
+        (Norm(), np.eye(shape[1])),
+        (Norm(moments.gram, 3.0), moments.gram + 3 * np.eye(shape[1])),
     ):
-        found = leading_directions(weight, metric, rank)
+        found = leading_directions(weight, norm, rank)
         np.testing.assert_allclose(found.T @ found, np.eye(rank), atol=1e-10)
         values = np.linalg.eigvalsh(weight @ matrix @ weight.T)[::-1]
         held = np.diagonal(found.T @ weight @ matrix @ weight.T @ found)
@@ -61,14 +61,14 @@ def test_leading_directions_are_lapacks(shape, rank):
 def test_a_flat_spectrum_is_nearly_held():
     """White noise, the worst case for an iteration: nothing stands out."""
     weight = np.random.default_rng(0).standard_normal((400, 400)).astype(np.float32)
-    found = leading_directions(weight, Metric(), 8)
+    found = leading_directions(weight, Norm(), 8)
     values = np.square(np.linalg.svd(weight, compute_uv=False))
     assert np.square(found.T @ weight).sum() > 0.98 * values[:8].sum()
 
 
 def test_the_plain_fit_is_the_truncated_svd():
     weight, _ = problem()
-    found = fitted(weight, Metric(), 6)
+    found = fitted(weight, Norm(), 6)
     np.testing.assert_allclose(found.weight, truncated(weight, 6), atol=5e-3)
     np.testing.assert_allclose(np.linalg.norm(found.up, axis=0), np.linalg.norm(found.down, axis=1), rtol=1e-2)
 
@@ -77,11 +77,11 @@ def test_the_plain_fit_is_the_truncated_svd():
 def test_the_whitened_fit_is_that_of_the_factorized_problem(damping):
     """(W C)_r C⁻¹ with H + damping I = C Cᵀ, computed as it is written."""
     weight, moments = problem()
-    metric = damped(moments.gram, damping)
-    hessian = moments.gram + metric.ridge * np.eye(80)
+    norm = damped_norm(moments.gram, damping)
+    hessian = moments.gram + norm.ridge * np.eye(80)
     factor = np.linalg.cholesky(hessian)
     wanted = truncated(weight @ factor, 6) @ np.linalg.inv(factor)
-    found = fitted(weight, metric, 6).weight
+    found = fitted(weight, norm, 6).weight
     np.testing.assert_allclose(found, wanted, atol=5e-3 * np.abs(wanted).max())
     plain = truncated(weight, 6)
     assert energy(weight - found, hessian).sum() <= energy(weight - plain, hessian).sum()
@@ -90,7 +90,7 @@ def test_the_whitened_fit_is_that_of_the_factorized_problem(damping):
 def test_much_damping_is_the_plain_svd():
     weight, moments = problem()
     np.testing.assert_allclose(
-        fitted(weight, damped(moments.gram, 1e9), 6).weight, fitted(weight, Metric(), 6).weight, atol=2e-3
+        fitted(weight, damped_norm(moments.gram, 1e9), 6).weight, fitted(weight, Norm(), 6).weight, atol=2e-3
     )
 
 
@@ -98,10 +98,10 @@ def test_much_damping_is_the_plain_svd():
 @pytest.mark.parametrize("whiten", [False, True])
 def test_more_turns_are_never_worse(bits, whiten):
     weight, moments = problem()
-    metric = damped(moments.gram, 0.1) if whiten else Metric()
+    norm = damped_norm(moments.gram, 0.1) if whiten else Norm()
     errors = []
     for turns in (1, 2, 4, 8):
-        branch, error = by_turns(weight, moments.gram, 6, lambda residual: nearest(residual, bits), metric, turns)
+        branch, error = by_turns(weight, moments.gram, 6, lambda residual: nearest(residual, bits), norm, turns)
         residual = weight - branch.weight
         assert error == pytest.approx(energy(residual - nearest(residual, bits), moments.gram).sum(), rel=1e-9)
         errors.append(error)
@@ -131,7 +131,8 @@ def test_the_damping_follows_the_tokens_that_were_held_out(monkeypatch):
     moments.add(rng.standard_normal((2000, 80)), held_out=True)
     used = []
     monkeypatch.setattr(
-        "mlxquant.methods.weights.lowrank.damped", lambda gram, damping: used.append(damping) or damped(gram, damping)
+        "mlxquant.methods.weights.lowrank.damped_norm",
+        lambda gram, damping: used.append(damping) or damped_norm(gram, damping),
     )
     counts = []
     branch = whitened(weight, moments, 6, lambda residual, seen: counts.append(seen.count) or nearest(residual, 6))
@@ -147,7 +148,9 @@ def test_without_held_out_tokens_the_damping_is_the_best_on_all(outlier):
     weight, moments = problem()
     moments = moments.divided(np.where(np.arange(80) == 3, 1 / outlier, 1.0))
     branch = whitened(weight, moments, 6, by_nearest)
-    errors = {d: by_turns(weight, moments.gram, 6, nearest, damped(moments.gram, d), TRIAL_TURNS)[1] for d in DAMPINGS}
+    errors = {
+        d: by_turns(weight, moments.gram, 6, nearest, damped_norm(moments.gram, d), TRIAL_TURNS)[1] for d in DAMPINGS
+    }
     assert branch.damping == min(errors, key=errors.get)
 
 

@@ -19,11 +19,11 @@ from ...numerics.moments import Moments, excess, shortfall
 CANDIDATES = (0.003, 0.01, 0.03, 0.1, 0.3)  # of a rounding, relative to mean(diag H), as all methods take it
 TARGETS = (1e-4, 1e-3, 1e-2, 1e-1)  # of a corrected target, in which there is no rounding noise to fit
 ROWS = 128
-Quantize = Callable[[Array, Moments, float], Array]
+QuantizeDamped = Callable[[Array, Moments, float], Array]
 
 
 @dataclass(frozen=True)
-class Choice:
+class ChosenDamping:
     """A ``damping`` and, for each that was tried, the squared output error that it left on the held-out tokens, as
     ``moments.excess`` counts it: infinite where the Hessian was still singular.
     """
@@ -33,8 +33,12 @@ class Choice:
 
 
 def choose_damping(
-    weight: Array, quantize: Quantize, moments: Moments, candidates: Sequence[float] = CANDIDATES, rows: int = ROWS
-) -> Choice | None:
+    weight: Array,
+    quantize: QuantizeDamped,
+    moments: Moments,
+    candidates: Sequence[float] = CANDIDATES,
+    rows: int = ROWS,
+) -> ChosenDamping | None:
     """The damping among ``candidates`` with the least error on ``moments.held_out``, or None where no tokens are held
     out.
 
@@ -54,4 +58,4 @@ def choose_damping(
             errors[damping] = float(excess(some - quantize(some, training, damping), judge.gram, missing).sum())
         except NumericsError:  # too little for these inputs
             errors[damping] = inf
-    return Choice(min(errors, key=lambda damping: errors[damping]), errors)
+    return ChosenDamping(min(errors, key=lambda damping: errors[damping]), errors)

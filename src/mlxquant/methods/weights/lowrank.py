@@ -41,7 +41,7 @@ QERA = Citation(
 }""",
 )
 
-Quantize = Callable[
+RoundResidual = Callable[
     [Array, "Moments | None"], Array
 ]  # a residual [out,in] to its dequantized codes [out,in], by these moments
 TURNS, TRIAL_TURNS = 6, 2
@@ -51,7 +51,7 @@ SPARE, DEPTH = 8, 6  # of the Krylov space: more directions than asked for, and 
 
 
 @dataclass(frozen=True)
-class Metric:
+class Norm:
     """The squared norm ``tr(E M Eᵀ)`` of errors E [out,in], M = ``gram`` [in,in] + ``ridge`` I; without a gram matrix
     that of E itself.
     """
@@ -65,7 +65,7 @@ class Metric:
         return own if self.gram is None else own + self.gram @ columns
 
 
-def leading_directions(weight: Array, metric: Metric, rank: int) -> Array:
+def leading_directions(weight: Array, norm: Norm, rank: int) -> Array:
     """U [out,rank] orthonormal, the leading eigenvectors of W M Wᵀ for W = ``weight`` [out,in], in its precision.
 
     By block Krylov iteration (arXiv 1504.05477, algorithm 2) from a fixed random start, because only few of them are
@@ -75,21 +75,21 @@ def leading_directions(weight: Array, metric: Metric, rank: int) -> Array:
     block = min(len(weight), rank + SPARE)
     pieces = [np.random.default_rng(0).standard_normal((len(weight), block)).astype(weight.dtype)]
     for _ in range(DEPTH):
-        pieces.append(np.linalg.qr(weight @ metric(weight.T @ pieces[-1]))[0])
+        pieces.append(np.linalg.qr(weight @ norm(weight.T @ pieces[-1]))[0])
     space = np.linalg.qr(np.concatenate(pieces[1:], axis=1))[0]
     seen = weight.T @ space
-    vectors = np.linalg.eigh(seen.T @ metric(seen))[1]
+    vectors = np.linalg.eigh(seen.T @ norm(seen))[1]
     directions: Array = space @ vectors[:, : -rank - 1 : -1]
     return directions
 
 
-def fitted(weight: Array, metric: Metric, rank: int) -> LowRank:
-    """The branch of at most ``rank`` that is closest to ``weight`` [out,in] by ``metric``, rounded to float16.
+def fitted(weight: Array, norm: Norm, rank: int) -> LowRank:
+    """The branch of at most ``rank`` that is closest to ``weight`` [out,in] by ``norm``, rounded to float16.
 
     With M = C Cᵀ the best L is (W C)_r C⁻¹ = U Uᵀ W, U the leading left singular vectors of W C: no factor of M is
     needed. The factors share the scale of each direction evenly, which keeps both inside float16.
     """
-    directions = leading_directions(weight, metric, min(rank, *weight.shape))
+    directions = leading_directions(weight, norm, min(rank, *weight.shape))
     down = directions.T @ weight
     size = np.sqrt(np.linalg.norm(down, axis=1))
     inverse = np.divide(1, size, out=np.zeros_like(size), where=size > 0)
@@ -97,7 +97,7 @@ def fitted(weight: Array, metric: Metric, rank: int) -> LowRank:
 
 
 def by_turns(
-    weight: Array, gram: Array, rank: int, quantize: Callable[[Array], Array], metric: Metric, turns: int = TURNS
+    weight: Array, gram: Array, rank: int, quantize: Callable[[Array], Array], norm: Norm, turns: int = TURNS
 ) -> tuple[LowRank, float]:
     """Fit a branch to ``weight`` [out,in], quantize the residual, fit again to what that left, and so on while it
     helps.
@@ -110,7 +110,7 @@ def by_turns(
             f"weight of shape {weight.shape} holds NaN or infinite values; repair or re-download the checkpoint"
         )
     weight = weight.astype(gram.dtype, copy=False)
-    branch = best = fitted(weight, metric, rank)
+    branch = best = fitted(weight, norm, rank)
     least = np.inf
     for _ in range(turns):
         residual = weight - branch.weight
@@ -119,17 +119,17 @@ def by_turns(
         if error >= least:
             break
         best, least = branch, error
-        branch = fitted(weight - rounded, metric, rank)
+        branch = fitted(weight - rounded, norm, rank)
     return best, least
 
 
 @register("branch", "svd", citation=SVDQUANT, summary="what the weight's largest singular directions hold")
-def svd(weight: Array, moments: Moments | None, rank: int, quantize: Quantize) -> LowRank:
+def svd(weight: Array, moments: Moments | None, rank: int, quantize: RoundResidual) -> LowRank:
     """L = SVD_r(W), then of what its quantized residual left (SVDQuant, arXiv 2411.05007, section 4.2); the best by
     output error stays.
     """
     return by_turns(
-        weight, calibrated_gram(moments, weight.shape[1]), rank, lambda rows: quantize(rows, moments), Metric()
+        weight, calibrated_gram(moments, weight.shape[1]), rank, lambda rows: quantize(rows, moments), Norm()
     )[0]
 
 
@@ -139,7 +139,7 @@ def svd(weight: Array, moments: Moments | None, rank: int, quantize: Quantize) -
     citation=QERA,
     summary="what the output hangs on the most: low rank in the norm of the inputs",
 )
-def whitened(weight: Array, moments: Moments | None, rank: int, quantize: Quantize) -> LowRank:
+def whitened(weight: Array, moments: Moments | None, rank: int, quantize: RoundResidual) -> LowRank:
     """L closest to W, then to what its quantized residual left, by the error of the output: ‖X (W − L)ᵀ‖ with damping.
 
     In that norm the fit has a closed form (QERA, arXiv 2410.06040, theorem 1, there for the error of one quantization).
@@ -152,25 +152,31 @@ def whitened(weight: Array, moments: Moments | None, rank: int, quantize: Quanti
     assert moments is not None
     damping = _best_damping(weight, moments, rank, quantize)
     return replace(
-        by_turns(weight, gram, rank, lambda rows: quantize(rows, moments), damped(gram, damping))[0], damping=damping
+        by_turns(weight, gram, rank, lambda rows: quantize(rows, moments), damped_norm(gram, damping))[0],
+        damping=damping,
     )
 
 
-def damped(gram: Array, damping: float) -> Metric:
+def damped_norm(gram: Array, damping: float) -> Norm:
     """The norm of the output's error for inputs with this gram matrix [in,in] and, in all directions, ``damping``
     mean(diag) more.
     """
-    return Metric(gram, damping * float(np.diagonal(gram).mean()))
+    return Norm(gram, damping * float(np.diagonal(gram).mean()))
 
 
-def _best_damping(weight: Array, moments: Moments, rank: int, quantize: Quantize) -> float:
+def _best_damping(weight: Array, moments: Moments, rank: int, quantize: RoundResidual) -> float:
     """The one of ``DAMPINGS`` that does best; the branch is fitted, and its residual rounded, by the tokens that are
     not held out.
     """
     training, judge = moments.training, moments if moments.held_out is None else moments.held_out
     errors = [
         by_turns(
-            weight, judge.gram, rank, lambda rows: quantize(rows, training), damped(training.gram, damping), TRIAL_TURNS
+            weight,
+            judge.gram,
+            rank,
+            lambda rows: quantize(rows, training),
+            damped_norm(training.gram, damping),
+            TRIAL_TURNS,
         )[1]
         for damping in DAMPINGS
     ]
@@ -188,6 +194,6 @@ def refitted(
     """
     gram = calibrated_gram(moments, weight.shape[1])
     left = (weight - rounded).astype(gram.dtype, copy=False)
-    other = fitted(left, damped(gram, damping), branch.rank)
+    other = fitted(left, damped_norm(gram, damping), branch.rank)
     errors = [energy(left - candidate.weight, gram).sum() for candidate in (branch, other)]
     return replace(other, damping=branch.damping) if errors[1] < errors[0] else branch
