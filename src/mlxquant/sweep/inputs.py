@@ -18,9 +18,9 @@ from ..grids.tables import ActivationTable
 from ..methods import registry
 from ..methods.inputs.shift import centred, shifted
 from ..methods.inputs.tiers import BUDGET, TIERS, OutputErrors, mixed, relative_errors, rms
-from ..methods.transforms import smoothquant
 from ..numerics.arrays import Array
 from ..numerics.input_ranges import InputRanges
+from ..numerics.transform import Transform
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,8 @@ class LayerInput:
 
     def divided(self, divisor: Array) -> LayerInput:
         """With input channels divided by ``divisor`` [in] and the weight's columns multiplied: the same outputs."""
-        return LayerInput(smoothquant.divided(self.ranges, divisor), self.weight * divisor, self.costs)
+        transform = Transform(divisor)
+        return LayerInput(transform.ranges(self.ranges), transform.weight(self.weight), self.costs)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from mlxquant.layers.linear import QuantizedLinear
 from mlxquant.methods.inputs.clipping import average, extremes
 from mlxquant.methods.inputs.shift import centred, migration, shifted
 from mlxquant.methods.inputs.tiers import quantized, relative_errors
-from mlxquant.methods.transforms.smoothquant import divided
+from mlxquant.numerics.transform import Transform
 from mlxquant.sweep.collecting import InputStatistics
 
 WEIGHT = np.random.default_rng(9).normal(size=(8, 128)).astype(np.float32)
@@ -105,7 +105,7 @@ def test_the_layer_runs_the_transform_as_the_paper_writes_it():
     ranges = collect(np.linspace(-1, 1, 128), stretch)
     s, m = centres(ranges), migration(ranges, centres(ranges))
     transformed = WEIGHT * m
-    table = centred(divided(ranges, m), s / m, transformed, 8)
+    table = centred(Transform(m).ranges(ranges), s / m, transformed, 8)
     grid, clock = fit_extremes(transformed, WeightFormat(8)), Clock()
     codes, bias = grid.quantize(transformed), np.linspace(-1, 1, 8).astype(np.float32)
     layer = QuantizedLinear(codes, grid, mx.array(bias), mx.array(m))

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from mlxquant.methods.transforms.smoothquant import candidate, divided, divisor, peaks, spike
+from mlxquant.methods.transforms.smoothquant import candidate, divisor, peaks, spike
 from mlxquant.numerics.input_ranges import InputRanges
+from mlxquant.numerics.transform import Transform
 
 
 def data(width=40, seed=0):
@@ -93,7 +94,7 @@ def test_dividing_ranges():
     rows = np.arange(8.0).reshape(2, 2, 2)
     ranges = InputRanges(np.array([0.1, 0.9]), least / 2, most / 2, least, most, rows)
     np.testing.assert_array_equal(peaks(ranges), [6, 4])
-    half = divided(ranges, np.array([2.0, 4.0]))
+    half = Transform(np.array([2.0, 4.0])).ranges(ranges)
     np.testing.assert_array_equal(peaks(half), [3, 1])
     np.testing.assert_array_equal(half.rows[0], rows[0] / [2, 4])
     np.testing.assert_array_equal(half.low, least / 2 / [2, 4])

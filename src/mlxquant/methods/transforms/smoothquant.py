@@ -8,7 +8,6 @@ before, the columns of the integer weight would be multiplied and the rounding w
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 
@@ -79,12 +78,6 @@ def divisor(channel_peaks: Array, weights: Sequence[Array], alpha: float = 0.5) 
     log = alpha * np.log(np.where(live, peaks, 1)) - (1 - alpha) * np.log(np.where(live, columns, 1))
     centre = log[live].mean() if live.any() else 0.0
     return np.where(live, np.clip(np.exp(log - centre), 1 / BOUND, BOUND), 1.0).astype(np.float32)
-
-
-def divided(ranges: InputRanges, divisor: Array) -> InputRanges:
-    """The ranges of ``x / divisor`` for a divisor [in] > 0."""
-    parts = {name: getattr(ranges, name) / divisor for name in ("low", "high", "least", "most", "rows")}
-    return replace(ranges, **parts)
 
 
 def peaks(ranges: InputRanges) -> Array:
