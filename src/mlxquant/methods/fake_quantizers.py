@@ -5,9 +5,9 @@ what a layer stores. Gradients pass straight through (arXiv 1308.3432, section 4
 more than rounding does, but for the ternary one, whose authors pass them, too (2402.17764). Nothing flows into the
 scales: they follow the values that they are taken from.
 
-Departures from seed 003's sources: a range always includes 0, which is then a code (there the zero point of a range
-without 0 was cut off); scales of zeros are 1; stochastic codes are clipped before they are stored, so that 8 bits never
-wrap (there they reached 255 in int8); and the random numbers come from the caller's key.
+What they refuse to do: a range always includes 0, which is then a code (else the zero point of a range without 0 would
+be cut off); scales of zeros are 1, so that nothing is divided by 0; stochastic codes are clipped before they are
+stored, so that 8 bits never wrap in int8; and random numbers come from the caller's key alone.
 """
 
 from __future__ import annotations

@@ -9,9 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from ..grids.tables import BITS
 from ..grids.weights import WeightFormat
-from ..methods.inputs.tiers import BUDGET
+from ..methods.inputs.tiers import BUDGET, TIERS
 from .recipe import ActivationSpec, LayerSpec, Recipe
 
 RANK = 32  # of a branch that names none, as in SVDQuant
@@ -100,5 +99,5 @@ INGREDIENTS: dict[str, dict[str, Any]] = {
     "tiers": {"budget": BUDGET, "sensitivity": True},
     "progressive": {"rounds": 2},
     "mixed": {"mixed": True},
-    **{f"softmax{bits}": {"probabilities": bits} for bits in BITS[:-1]},
+    **{f"softmax{bits}": {"probabilities": bits} for bits in TIERS},
 }

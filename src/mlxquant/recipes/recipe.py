@@ -13,9 +13,9 @@ from math import inf
 from typing import Any, TypeVar
 
 from ..errors import RecipeError
-from ..grids.tables import BITS
 from ..grids.weights import WeightFormat
 from ..methods import registry
+from ..methods.inputs.tiers import TIERS
 from ..methods.weights.adaround import Settings
 from .patterns import ROLE, named, unmatched
 
@@ -25,13 +25,20 @@ ROLES = ("attention", "mlp", "modulation", "embedder", "output")
 
 @dataclass(frozen=True)
 class ActivationSpec:
-    """Activation quantization: ``bits`` 4, 6 or 8; ``range`` a range method; static, with one entry a timestep, or one
-    for all. With ``per_token`` each token gets a scale of its own while the model runs, and nothing is calibrated.
+    """How the input of a layer is quantized.
 
-    With a ``budget`` each layer takes at each timestep the fewest bits, at most ``bits``, whose error on calibration
-    data stays within it. The budget is mean squared velocity error in a recipe with ``sensitivity``, and relative
-    squared error of the layer's output in one without. With ``shift`` post-GELU inputs are shifted where that lowers
-    the error.
+    Args:
+        bits: 4, 6 or 8.
+        range: The range method that chooses scales from what calibration saw.
+        per_timestep: One entry a noise level; without, one for all.
+        shift: Post-GELU inputs are shifted where that lowers the error.
+        budget: Each layer takes at each noise level the fewest bits, at most ``bits``, whose error on calibration data
+            stays within it: mean squared velocity error in a recipe with ``sensitivity``, and relative squared error of
+            the layer's output in one without. None fixes the bits.
+        per_token: Each token gets a scale of its own while the model runs, and nothing is calibrated.
+
+    Raises:
+        RecipeError: A value is out of range, or ``per_token`` meets what needs calibration.
     """
 
     bits: int = 8
@@ -46,9 +53,9 @@ class ActivationSpec:
             raise RecipeError(
                 "activations with a scale a token have no range method, budget or shift; leave '-token' out, or those"
             )
-        if self.bits not in BITS[:-1]:
+        if self.bits not in TIERS:
             raise RecipeError(
-                f"activation bits must be one of {BITS[:-1]}, found {self.bits}; leave the activation out for 16"
+                f"activation bits must be one of {TIERS}, found {self.bits}; leave the activation out for 16"
             )
         if self.budget is not None and not 0 < self.budget < inf:
             raise RecipeError(
@@ -58,14 +65,23 @@ class ActivationSpec:
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """What happens to a layer: weight format, how its steps are chosen, how it is rounded, and its activations (None:
-    not quantized).
+    """What happens to a layer. Methods go by their names in the registry.
 
-    Before that ``transforms`` are tried on its input, in this order, and a ``branch`` of the given ``rank`` takes what
-    low-rank float16 factors can from the weight. ``corrected`` aims the rounding at weights that make up for the error
-    of the layers before; with ``held_out`` the damping of the rounding is chosen on tokens that it has not seen; the
-    method ``refine`` then improves steps and codes by turns. ``reconstruct`` names the method that learns the codes of
-    a stage together, starting from these.
+    Args:
+        weight: The format of its weight.
+        activation: How its input is quantized; None leaves it as it is.
+        steps: The method that chooses the grid of the weight.
+        rounding: The method that chooses the codes on it.
+        corrected: Aim the rounding at weights that make up for the error of the layers before.
+        reconstruct: The method that learns the codes of a stage together, starting from these.
+        transforms: What is tried on the input first, in this order.
+        branch: The method by which low-rank float16 factors take from the weight what they can, before it is rounded.
+        rank: Of the branch.
+        held_out: Choose the damping of the rounding on tokens that it has not seen.
+        refine: The method that improves steps and codes by turns, after the rounding.
+
+    Raises:
+        RecipeError: ``corrected`` or ``refine`` meets a rounding that makes up for the layers before by itself.
     """
 
     weight: WeightFormat

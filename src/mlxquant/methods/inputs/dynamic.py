@@ -55,7 +55,7 @@ def dynamic(ranges: InputRanges, weight: Array, bits: int, values: int = 2**12) 
     law to other distributions, for groups of timesteps, on what a softmax wrote. Here every noise level is a group, a
     power law may start anywhere (a GELU writes values down to -0.17), and the rivals are named: the paper's code is not
     public. Its levels are powers of two at any width, which more than 4 bits do not make any finer; ours are (see
-    ``activations``).
+    ``grids.tables``).
     """
     uniform = error(ranges, weight, bits)
     low = ranges.least.min(1)

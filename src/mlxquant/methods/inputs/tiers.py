@@ -6,7 +6,7 @@ together. Errors are of the layer's output on the sampled rows, because an error
 weight lets it through.
 
 One convention holds wherever errors are weighed: the error of a layer at timestep t is ``sum_o costs[t,o]
-mean_rows(e_o^2)``, squared, with e_o the error of output o. With the costs of ``sensitivity.measure`` that is the mean
+mean_rows(e_o^2)``, squared, with e_o the error of output o. With the costs of ``sweep.sensitivity`` that is the mean
 squared error of the velocity, to first order; without costs, ``costs[t,o] = 1 / sum_o mean_rows(y_o^2)``, the relative
 squared output error.
 """
@@ -17,12 +17,12 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from ...grids.tables import ActivationTable, nearest_levels
+from ...grids.tables import BITS, ActivationTable, nearest_levels
 from ...numerics.arrays import Array
 from ...numerics.input_ranges import InputRanges
 from ..registry import register
 
-TIERS = (4, 6, 8)
+TIERS = BITS[:-1]  # of quantized inputs; 16 leaves them as they are
 BUDGET = 6.5e-7  # of mean squared velocity error: one input may change the velocity by 8e-4 of its size
 Tables = Mapping[int, ActivationTable]
 TINY = float(np.finfo(np.float32).tiny)

@@ -8,7 +8,7 @@ neighbours.
 
 Departures. The paper's quantizer has a step alone; it trains three hidden layers by gradient, with dropout. Our grids
 are affine, so the network has a second output for the shift, linear, in units of Δ₀. Its target is the table of
-``ranges.error``, softplus is inverted, and the last layer is ridge regression on one hidden layer that is drawn and
+``clipping.error``, softplus is inverted, and the last layer is ridge regression on one hidden layer that is drawn and
 never trained: a millisecond instead of 100, and the same result each time. Three hidden layers trained by Adam towards
 the same target reached it to 0.01 dB at the calibrated levels, and were 1 to 3 dB further from the best at 8 bits
 between them.
@@ -18,8 +18,8 @@ which it learns, to 0.02 dB over t and 0.2 dB over the log-SNR; read between the
 the envelope of the neighbours (A8 0.05 dB better, A4 0.2 dB worse), which is why it is not tabulated any finer.
 Pictures with 4-bit inputs over the log-SNR are 0.5 dB better than those of ``error``, at 8 bits they are not.
 
-``logsnr`` is no paper's: the seed of this project, which used 64 octaves (beyond 25 they are float noise) and the betas
-of another model. λ(sigma) here is that of the rectified flow itself.
+``logsnr``, the same over the log-SNR, is no paper's. λ(sigma) is that of the rectified flow itself, and six octaves are
+enough: beyond 25 they are float noise.
 """
 
 from __future__ import annotations

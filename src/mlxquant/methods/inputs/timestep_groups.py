@@ -70,7 +70,7 @@ def part(ranges: InputRanges, levels: slice) -> InputRanges:
     over_time=True,
 )
 def grouped(ranges: InputRanges, weight: Array, bits: int, groups: int = 4) -> ActivationTable:
-    """One entry, by ``ranges.error``, for each of at most ``groups`` runs of noise levels; repeated for every level of
+    """One entry, by ``clipping.error``, for each of at most ``groups`` runs of noise levels; repeated for all levels of
     its run.
     """
     cuts = best_groups(group_costs(ranges.least.min(1), ranges.most.max(1)), groups)

@@ -2,7 +2,7 @@
 
 ``(X / d) (W diag d)ᵀ = X Wᵀ``. Whoever applies d has to round the weights after it: on weights that were rounded
 before, the columns of the integer weight would be multiplied and the rounding would be for another layer. Arrays only;
-``folds.divide`` does the folding.
+``sweep.folding`` does the folding.
 """
 
 from __future__ import annotations

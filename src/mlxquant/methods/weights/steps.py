@@ -23,7 +23,7 @@ CHUNK = 2**18  # weights searched at a time: three float32 buffers of them stay 
 
 @register("steps", "extremes", summary="the grid spans the extremes; nothing is clipped")
 def extremes(weight: Array, format: WeightFormat, moments: Moments | None = None) -> Grid:
-    """The grid that spans ``weight`` [out,in] in each row or group, by ``formats.fit_extremes``; ``moments`` is not
+    """The grid that spans ``weight`` [out,in] in each row or group, by ``weights.fit_extremes``; ``moments`` is not
     used.
     """
     return fit_extremes(weight, format)
