@@ -13,6 +13,7 @@ from mlxquant.grids.time import Clock
 from mlxquant.grids.weights import WeightFormat, fit_extremes
 from mlxquant.layers import linear as layers_module
 from mlxquant.layers.linear import QuantizedLinear, integer_matmul
+from mlxquant.layers.packed import QuantizedLayer
 from mlxquant.numerics.low_rank import LowRank
 from mlxquant.numerics.transform import Transform
 
@@ -238,7 +239,7 @@ def test_a_shift_costs_no_dequantized_weight(format, shift_width, monkeypatch):
     before = structure(made)
     with CLOCK.at(0.5):
         expected = np.array(made(x))
-        monkeypatch.delattr(QuantizedLinear, "dequantized")
+        monkeypatch.delattr(QuantizedLayer, "dequantized")
         np.testing.assert_array_equal(np.array(made(x)), expected)
     assert structure(made) == before
 

@@ -15,7 +15,7 @@ from mlxquant.grids.tables import ActivationTable
 from mlxquant.grids.time import Clock
 from mlxquant.grids.weights import WeightFormat, fit_extremes
 from mlxquant.layers.linear import QuantizedLinear
-from mlxquant.layers.plain import affine_layer, obstacles, restored
+from mlxquant.layers.plain import plain_layer, restored
 from mlxquant.layers.tree import parameters
 from mlxquant.numerics.low_rank import LowRank
 
@@ -45,7 +45,7 @@ def layer(format="w4", shape=(24, 128), bias=True, scale=1.0, **options):
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_plain_layer_computes_the_same_numbers(format):
     ours = layer(format)
-    plain = affine_layer(ours)
+    plain = plain_layer(ours)
     assert plain.bits == (8 if "w7" in format else ours.format.bits)
     codes = unpack(np.array(plain.arrays["weight"]), plain.bits, 128)
     np.testing.assert_array_equal(codes, ours.codes())
@@ -69,7 +69,7 @@ def test_a_plain_layer_computes_the_same_numbers(format):
 @pytest.mark.parametrize("format", [format for format in FORMATS if "w7" not in format])
 def test_the_way_back_leads_to_the_same_bytes(format):
     ours = layer(format)
-    arrays = {f"a.b.{name}": value for name, value in affine_layer(ours).arrays.items()}
+    arrays = {f"a.b.{name}": value for name, value in plain_layer(ours).arrays.items()}
     own = restored({**arrays, "other": mx.ones(3)}, {"a.b": ours.facts}, ["a.b"])
     assert own.pop("other").size == 3
     expected = parameters(ours)
@@ -81,10 +81,10 @@ def test_the_way_back_leads_to_the_same_bytes(format):
 
 def test_scales_are_float32_where_float16_has_no_room_for_their_bias():
     ours = layer("w8", scale=2e4)
-    plain = affine_layer(ours)
+    plain = plain_layer(ours)
     assert plain.arrays["scales"].dtype == plain.arrays["biases"].dtype == mx.float32
     assert np.abs(np.array(plain.arrays["biases"])).max() > np.finfo(np.float16).max
-    assert affine_layer(layer("w8")).arrays["biases"].dtype == mx.float16
+    assert plain_layer(layer("w8")).arrays["biases"].dtype == mx.float16
     arrays = {f"a.{name}": value for name, value in plain.arrays.items()}
     np.testing.assert_array_equal(
         np.array(restored(arrays, {"a": ours.facts}, ["a"])["a.scales"]), np.array(ours.scales)
@@ -102,8 +102,8 @@ def with_tokens(made):
 
 
 def test_a_plain_layer_has_no_obstacles():
-    assert obstacles(layer()) == []
-    assert obstacles(layer(bias=False)) == []
+    assert layer().obstacles() == []
+    assert layer(bias=False).obstacles() == []
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def test_a_plain_layer_has_no_obstacles():
     ],
 )
 def test_what_a_plain_layer_has_no_place_for_is_named(make, what, activations):
-    (found,) = obstacles(make())
+    (found,) = make().obstacles()
     assert found.what == what
     assert found.activations == activations
     assert found.remedy
@@ -132,4 +132,4 @@ def test_a_fact_that_nobody_knows_yet_is_an_obstacle():
 
     weight = np.ones((4, 32), np.float32)
     grid = fit_extremes(weight, WeightFormat(4))
-    assert [o.what for o in obstacles(Newer(grid.quantize(weight), grid))] == ["sparsity 2:4"]
+    assert [o.what for o in Newer(grid.quantize(weight), grid).obstacles()] == ["sparsity 2:4"]

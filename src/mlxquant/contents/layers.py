@@ -15,11 +15,12 @@ import numpy as np
 from ..errors import ArtifactError, RecipeError
 from ..grids.packing import unpack
 from ..grids.weights import Grid, WeightFormat
-from ..layers.model_size import PACKED
+from ..layers.names import BIASES, BITS, DIVISOR, DOWN, FOR_WEIGHT, INTEGERS, LOG, SCALES, SIGMA, STEP, TOKEN, WEIGHT
 from ..numerics.arrays import Array
 from .arrays import StoredArray
 
-STORED = (*PACKED, "act_divisor")
+SIGNED, SCALE, DIVIDES = "weight_int", "scale", "divisor"  # of a layer in an npz file, and its activation table
+SIGNED_TABLE = ("a_sigma", "a_scale", "a_bits")
 
 
 @dataclass(frozen=True)
@@ -39,20 +40,22 @@ class StoredLayer:
     @property
     def bits_per_weight(self) -> float:
         """Stored bits of codes, scales, biases, divisor and branch; for signed codes, when they will be packed."""
-        if "weight_int" in self.parts:
-            divisor = self.parts["divisor"].nbytes if "divisor" in self.parts else 0
+        if SIGNED in self.parts:
+            divisor = self.parts[DIVIDES].nbytes if DIVIDES in self.parts else 0
             return self.format.bits_per_weight(self.shape) + 8 * divisor / self.weights
-        return 8 * sum(part.nbytes for name, part in self.parts.items() if name in STORED) / self.weights
+        return (
+            8 * sum(part.nbytes for name, part in self.parts.items() if name in (*FOR_WEIGHT, DIVISOR)) / self.weights
+        )
 
     @property
     def extras(self) -> str:
         """What happens to the input before it is rounded, and beside the integer weight, in words."""
-        rank = self.parts["low_down"].shape[0] if "low_down" in self.parts else 0
+        rank = self.parts[DOWN].shape[0] if DOWN in self.parts else 0
         found = {
-            "divided": "act_divisor" in self.parts or "divisor" in self.parts,
+            "divided": DIVISOR in self.parts or DIVIDES in self.parts,
             f"rotated by {self.rotation}": self.rotation > 1,
             f"rank {rank} beside": rank > 0,
-            "logarithmic": "act_log" in self.parts,
+            "logarithmic": LOG in self.parts,
         }
         return ", ".join(text for text, there in found.items() if there)
 
@@ -62,7 +65,7 @@ class StoredLayer:
 
     def table(self) -> tuple[Array, Array, Array] | None:
         """Noise levels [T] ascending, activation steps [T] and bits [T]; None where the input stays as it is."""
-        names = ("act_sigma", "act_step", "act_bits") if "act_step" in self.parts else ("a_sigma", "a_scale", "a_bits")
+        names = (SIGMA, STEP, BITS) if STEP in self.parts else SIGNED_TABLE
         if not all(name in self.parts for name in names):
             return None
         sigma, step, bits = (self.parts[name].read() for name in names)
@@ -72,10 +75,10 @@ class StoredLayer:
         """Signed codes int16 [rows, in] around the code that means zero on a symmetric grid, of every ``stride``-th
         output.
         """
-        if "weight_int" in self.parts:
-            return self.parts["weight_int"].read(stride).astype(np.int16)
+        if SIGNED in self.parts:
+            return self.parts[SIGNED].read(stride).astype(np.int16)
         return (
-            unpack(self.parts["weight"].read(stride), self.format.bits, self.shape[1]).astype(np.int16)
+            unpack(self.parts[WEIGHT].read(stride), self.format.bits, self.shape[1]).astype(np.int16)
             - self.format.zero_code
         )
 
@@ -84,8 +87,8 @@ class StoredLayer:
         it.
         """
         codes = self.codes(stride) + self.format.zero_code
-        scales = self._rows("scale" if "weight_int" in self.parts else "scales", stride)
-        biases = self._rows("biases", stride) if "biases" in self.parts else -self.format.zero_code * scales
+        scales = self._rows(SCALE if SIGNED in self.parts else SCALES, stride)
+        biases = self._rows(BIASES, stride) if BIASES in self.parts else -self.format.zero_code * scales
         return Grid(self.format, scales, biases).dequantize(codes)
 
     def _rows(self, name: str, stride: int) -> Array:
@@ -104,17 +107,17 @@ def stored_layers(
     named = {array.name: array for array in arrays}
     found = []
     for path, facts in formats.items():
-        start = f"{path}." if f"{path}.weight" in named else f"{path}__"
+        start = f"{path}." if f"{path}.{WEIGHT}" in named else f"{path}__"
         parts = {name.removeprefix(start): array for name, array in named.items() if name.startswith(start)}
-        main = parts.get("weight") or parts.get("weight_int")
-        scales = parts.get("scales") or parts.get("scale")
+        main = parts.get(WEIGHT) or parts.get(SIGNED)
+        scales = parts.get(SCALES) or parts.get(SCALE)
         if main is None or scales is None:
             raise ArtifactError(
                 f"layer {path}: its codes and scales are not in the files that are there; write them anew"
             )
         format = WeightFormat(**facts.get("format", facts))
         rows, width = facts.get("shape", main.shape)
-        expected = (rows, -(-width * format.bits // 32) if "weight" in parts else width)
+        expected = (rows, -(-width * format.bits // 32) if WEIGHT in parts else width)
         if main.shape != expected:
             raise ArtifactError(
                 f"layer {path}: codes of shape {main.shape} in {main.file}, expected {expected}; write it anew"
@@ -132,20 +135,20 @@ def foreign_layers(quantization: Mapping[str, Any], arrays: Sequence[StoredArray
     named = {array.name: array for array in arrays}
     found = []
     for name, scales in named.items():
-        path = name.removesuffix(".scales")
-        packed = named.get(f"{path}.weight")
+        path = name.removesuffix(f".{SCALES}")
+        packed = named.get(f"{path}.{WEIGHT}")
         own = quantization.get(path, {})
         if path == name or packed is None or packed.dtype != "uint32" or len(packed.shape) != 2 or own is False:
             continue
         facts = {**quantization, **(own if isinstance(own, Mapping) else {})}
-        parts = {part: named[f"{path}.{part}"] for part in ("weight", "scales", "biases") if f"{path}.{part}" in named}
+        parts = {part: named[f"{path}.{part}"] for part in INTEGERS if f"{path}.{part}" in named}
         try:
             bits, group = int(facts["bits"]), int(facts["group_size"])
             format = WeightFormat(bits, group, symmetric=False)
         except (KeyError, TypeError, ValueError, RecipeError):
             continue
         rows, width = packed.shape[0], packed.shape[1] * 32 // bits
-        if facts.get("mode", "affine") == "affine" and "biases" in parts and scales.shape == (rows, width // group):
+        if facts.get("mode", "affine") == "affine" and BIASES in parts and scales.shape == (rows, width // group):
             found.append(StoredLayer(path, (rows, width), format, parts))
     return found
 
@@ -156,8 +159,10 @@ def unnamed_layers(layers: Sequence[StoredLayer], arrays: Sequence[StoredArray])
     """
     known = {layer.path for layer in layers}
     names = {array.name for array in arrays}
-    packed = (a.name.removesuffix(".weight") for a in arrays if a.dtype == "uint32" and a.name.endswith(".weight"))
-    return sum(path not in known and f"{path}.scales" in names for path in packed)
+    packed = (
+        a.name.removesuffix(f".{WEIGHT}") for a in arrays if a.dtype == "uint32" and a.name.endswith(f".{WEIGHT}")
+    )
+    return sum(path not in known and f"{path}.{SCALES}" in names for path in packed)
 
 
 def activation_text(layer: StoredLayer) -> str:
@@ -166,7 +171,7 @@ def activation_text(layer: StoredLayer) -> str:
     """
     table = layer.table()
     if table is None:
-        return f"A{layer.parts['act_token'].read()[0]} a token" if "act_token" in layer.parts else "-"
+        return f"A{layer.parts[TOKEN].read()[0]} a token" if TOKEN in layer.parts else "-"
     bits = np.unique(table[2])
     return f"A{bits[0]}{f'-{bits[-1]}' if len(bits) > 1 else ''} x{len(table[2])}"
 
@@ -181,7 +186,7 @@ def bits_per_weight(arrays: Sequence[StoredArray], layers: Sequence[StoredLayer]
     """Stored bits over parameters of everything in the files, as ``Size.bits_per_weight``: a quantized weight counts
     once, what stands for it and what quantizes its input not at all. Only for packed layers.
     """
-    packed = {id(part) for layer in layers for name, part in layer.parts.items() if name in PACKED}
+    packed = {id(part) for layer in layers for name, part in layer.parts.items() if name in FOR_WEIGHT}
     others = sum(array.size for array in arrays if id(array) not in packed and ".act_" not in array.name)
     total = others + sum(layer.weights for layer in layers)
     return 8 * sum(array.nbytes for array in arrays) / total if total else 0.0

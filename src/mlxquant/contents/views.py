@@ -12,11 +12,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..layers.names import BIAS, BRANCH, DIVISOR
 from ..numerics.arrays import Array
 from ..pipeline.activation_stats import ActivationStats
 from .arrays import StoredArray
 from .coded import CodedTensor, coded_tensors
-from .layers import StoredLayer, without_parts
+from .layers import DIVIDES, StoredLayer, without_parts
 from .reader import Contents
 
 LARGEST = 2**24  # numbers of a tensor that are read
@@ -60,11 +61,7 @@ def _of_layer(layer: StoredLayer) -> list[View]:
     format = layer.format
     first, last = -format.zero_code, format.levels - 1 - format.zero_code
     note = f"{format}, {layer.bits_per_weight:.2f} bits per weight{_strided(stride)}"
-    others = [
-        _of_array(layer.parts[name])
-        for name in ("bias", "act_divisor", "divisor", "low_up", "low_down")
-        if name in layer.parts
-    ]
+    others = [_of_array(layer.parts[name]) for name in (BIAS, DIVISOR, DIVIDES, *BRANCH) if name in layer.parts]
     return [
         _of_values(f"{layer.path}.weight", "weight", lambda: layer.weight(stride), "output", "input", None, note),
         _of_values(f"{layer.path}.codes", "codes", lambda: layer.codes(stride), "output", "input", (first, last), note),

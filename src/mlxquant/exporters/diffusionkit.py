@@ -94,7 +94,7 @@ def effective_weight(layer: QuantizedLinear) -> mx.array:
     if layer.rotation > 1:
         blocks = weight.reshape(weight.shape[0], -1, layer.rotation)
         weight = (blocks @ mx.array(regular_hadamard(layer.rotation)).T).reshape(weight.shape)
-    return weight / layer.act_divisor if "act_divisor" in layer else weight
+    return weight if layer.divisor is None else weight / layer.divisor
 
 
 def checkpoint_arrays(arrays: Mapping[str, mx.array]) -> dict[str, mx.array]:

@@ -21,7 +21,8 @@ from ..files.checked import file_digest, write_json, write_tensors
 from ..files.parameters import compact
 from ..layers.attention import find_quantized_attentions
 from ..layers.linear import QuantizedLinear, find_quantized
-from ..layers.plain import affine_layer, obstacles, plain_bits
+from ..layers.names import FOR_INPUT
+from ..layers.plain import plain_bits, plain_layer
 from ..layers.tree import parameters
 from ..sweep.store import module_facts
 from .plain import PlainModule, placed
@@ -35,13 +36,13 @@ def split_module(model: QuantizedModel, drop_activations: bool) -> tuple[PlainMo
     layers, attentions = find_quantized(module), find_quantized_attentions(module)
     reasons = {path: own_reasons(layer) for path, layer in layers.items()}
     own = [path for path in layers if reasons[path]]
-    plain = {path: affine_layer(layer) for path, layer in layers.items() if not reasons[path]}
+    plain = {path: plain_layer(layer) for path, layer in layers.items() if not reasons[path]}
     main: dict[str, mx.array] = {}
     sidecar: dict[str, mx.array] = {}
     for name, value in parameters(module).items():
         path, _, leaf = name.rpartition(".")
         if path in layers or path in attentions:
-            if leaf.startswith("act_") and leaf != "act_divisor":
+            if leaf in FOR_INPUT:
                 sidecar |= {} if drop_activations else {name: value}
             elif path in own:
                 sidecar[name] = value
@@ -65,7 +66,7 @@ def split_module(model: QuantizedModel, drop_activations: bool) -> tuple[PlainMo
 def own_reasons(layer: QuantizedLinear) -> list[str]:
     """Why a layer has to stay one of ours; empty where a plain one stands for it, activation scales aside."""
     bits = [] if plain_bits(layer.format) == layer.format.bits else [f"{layer.format.bits} bits"]
-    return [o.what for o in obstacles(layer) if not o.activations] + bits
+    return [o.what for o in layer.obstacles() if not o.activations] + bits
 
 
 def write_mlx(folder: Path, model: QuantizedModel, drop_activations: bool) -> PlainModule:

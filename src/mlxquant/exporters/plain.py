@@ -19,13 +19,11 @@ import numpy as np
 from ..errors import ExportError
 from ..layers.attention import QuantizedAttention
 from ..layers.linear import QuantizedLinear
-from ..layers.plain import AffineLayer, Obstacle, affine_layer, obstacles
+from ..layers.names import BIASES, FOR_INPUT, SCALES
+from ..layers.own import Obstacle, OwnModule
+from ..layers.plain import PlainLayer, plain_layer
 from ..layers.tree import parameters
 
-OURS, MODELS = "mlxquant.", "mlxquant.models."  # where our classes are, and those of them that are a model's own
-PROBABILITIES = Obstacle(
-    "quantized probabilities", "quantize by a recipe that leaves attention alone", activations=True
-)
 FLOATS = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
 
 Setting = dict[str, Any]
@@ -50,10 +48,10 @@ class PlainModule:
         return self.beside[1] + sum(self._count(name, value) for name, value in self.arrays.items())
 
     def _count(self, name: str, value: mx.array) -> int:
-        path, _, leaf = name.rpartition(".")
-        if path not in self.layers or leaf == "bias":
+        path, _, own = name.rpartition(".")
+        if path not in self.layers or own == "bias":
             return value.size
-        return value.size * 32 // self.layers[path]["bits"] if leaf == "weight" else 0
+        return value.size * 32 // self.layers[path]["bits"] if own == "weight" else 0
 
     @property
     def nbytes(self) -> int:
@@ -74,7 +72,7 @@ class PlainModule:
             arrays[key] = value.astype(dtype)
             if mx.isfinite(value).all().item() != mx.isfinite(arrays[key]).all().item():
                 raise ExportError(f"{key}: holds values that {name} cannot; leave --dtype out, or use float32")
-            if key.endswith(".scales"):
+            if leaf(key) == SCALES:
                 changes.append(relative_change(value, arrays[key]))
         cost = sum(v.nbytes for v in arrays.values()) - self.nbytes
         notes = [f"floating tensors as {name}: {cost / 1e6:+.3f} MB"]
@@ -88,8 +86,8 @@ class PlainModule:
         """What a tool will do with float16 scales beside bfloat16 tensors, in words; empty where there are no
         such two.
         """
-        scales = {value.dtype for name, value in self.arrays.items() if name.endswith(".scales")}
-        others = {value.dtype for name, value in self.arrays.items() if not name.endswith((".scales", ".biases"))}
+        scales = {value.dtype for name, value in self.arrays.items() if leaf(name) == SCALES}
+        others = {value.dtype for name, value in self.arrays.items() if leaf(name) not in (SCALES, BIASES)}
         if mx.float16 in scales and mx.bfloat16 in others:
             return (
                 "MLX promotes float16 scales times bfloat16 inputs to float32: exact, but slower; --dtype float16"
@@ -111,16 +109,16 @@ def plain_module(module: nn.Module, target: str, drop_activations: bool = False)
             continue
         if isinstance(part, QuantizedLinear | QuantizedAttention):
             own = [name for name in arrays if name.startswith(f"{path}.")]
-            dropped += any(name.startswith(f"{path}.act_") for name in own)
+            dropped += any(name in part for name in FOR_INPUT)
             for name in own:
                 del arrays[name]
         if isinstance(part, QuantizedLinear):
-            plain = affine_layer(part)
+            plain = plain_layer(part)
             widened += plain.bits != part.format.bits
-            wide += [plain.arrays["scales"]] if plain.arrays["scales"].dtype == mx.float32 else []
+            wide += [plain.arrays[SCALES]] if plain.arrays[SCALES].dtype == mx.float32 else []
             arrays |= placed(path, plain)
             layers[path] = plain.setting
-        elif "scales" in part and hasattr(part, "group_size"):  # MLX's own quantized layers
+        elif SCALES in part and hasattr(part, "group_size"):  # MLX's own quantized layers
             layers[path] = {"group_size": part.group_size, "bits": part.bits, "mode": part.mode}
         elif hasattr(part, "to_quantized"):
             unquantized.append(path)
@@ -144,21 +142,19 @@ def relative_change(before: mx.array, after: mx.array) -> float:
     return float(np.array(change.max()))
 
 
-def placed(path: str, layer: AffineLayer) -> dict[str, mx.array]:
+def leaf(name: str) -> str:
+    """A parameter's name in the module that holds it."""
+    return name.rpartition(".")[2]
+
+
+def placed(path: str, layer: PlainLayer) -> dict[str, mx.array]:
     """A layer's arrays under their full paths."""
     return {f"{path}.{name}": value for name, value in layer.arrays.items()}
 
 
 def part_obstacles(part: nn.Module) -> list[Obstacle]:
     """What keeps one module, without those inside of it, from being a plain one."""
-    if isinstance(part, QuantizedLinear):
-        return obstacles(part)
-    if isinstance(part, QuantizedAttention):
-        return [PROBABILITIES]
-    name = type(part).__module__
-    if name.startswith(OURS) and not name.startswith(MODELS):
-        return [Obstacle(f"a {type(part).__name__}, a layer of mlxquant's own", "quantize without it")]
-    return []
+    return part.obstacles() if isinstance(part, OwnModule) else []
 
 
 def refusal(found: Mapping[str, list[Obstacle]], target: str) -> str:

@@ -6,14 +6,12 @@ rarely so wide (3 x 3 x 3 is 27 columns): they are read with zeros behind them, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import mlx.core as mx
 import numpy as np
 
 from ..errors import NumericsError
 from ..numerics.arrays import Array
-from .weights import GROUPS, WeightFormat
+from .weights import GROUPS
 
 
 def unpacked(words: mx.array, bits: int, width: int) -> mx.array:
@@ -42,14 +40,6 @@ def dequantized(words: mx.array, scales: mx.array, biases: mx.array, bits: int, 
         mx.broadcast_to(v[..., None], (rows, groups, each)).reshape(rows, groups * each) for v in (scales, biases)
     )
     return mx.dequantize(words, scales, biases, group_size=size, bits=bits)[:, :width]
-
-
-def affine(layer: Mapping[str, mx.array], format: WeightFormat) -> tuple[mx.array, mx.array]:
-    """What a code of a layer is multiplied by and what is added, float32 [out or 1, groups]: its scales, and its biases
-    or, of a symmetric grid, what follows from the scales.
-    """
-    scales = layer["scales"].astype(mx.float32)
-    return scales, layer["biases"].astype(mx.float32) if "biases" in layer else scales * -format.zero_code
 
 
 def _widened(stream: mx.array, width: int) -> mx.array:

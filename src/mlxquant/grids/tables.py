@@ -14,7 +14,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import mlx.core as mx
 import numpy as np
 
 from ..errors import RecipeError
@@ -115,12 +114,3 @@ def nearest_levels(x: Array, bits: int) -> Array:
     half, kept, least = _rounding(np.array(bits))
     clipped = np.clip(x.astype(np.float32), least, 1)
     return np.where(np.isnan(clipped), clipped, ((clipped.view(np.uint32) + half) & kept).view(np.float32))
-
-
-TABLE = {  # a layer's parameters, in the order of ActivationTable's fields
-    "act_sigma": mx.float32,
-    "act_step": mx.float32,
-    "act_shift": mx.float32,
-    "act_bits": mx.uint8,
-    "act_log": mx.uint8,
-}

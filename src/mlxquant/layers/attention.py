@@ -9,17 +9,18 @@ keys and values stay as they are.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Self
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 
 from ..errors import AdapterError
 from ..grids.reading import TableReader, represented
-from ..grids.tables import TABLE, ActivationTable
+from ..grids.tables import ActivationTable
 from ..grids.time import Clock
 from .fast_cpu import attention, probabilities
+from .names import LOG, SIGMA, lay_out_table, store_table, stored_table
+from .own import Obstacle, QuantizedModule
 
 
 class SoftmaxAttention(nn.Module):
@@ -44,7 +45,7 @@ class ShownAttention(SoftmaxAttention):
         return (p @ v.astype(p.dtype)).astype(v.dtype)
 
 
-class QuantizedAttention(SoftmaxAttention):
+class QuantizedAttention(SoftmaxAttention, QuantizedModule):
     """``Q(P) v`` with P = softmax(q k^T / sqrt(d)) on the levels of a table with one shift an entry.
 
     Parameters: ``act_sigma``, ``act_step``, ``act_shift``, ``act_bits`` and, where an entry is logarithmic,
@@ -59,36 +60,30 @@ class QuantizedAttention(SoftmaxAttention):
             raise AdapterError(
                 f"probabilities have one shift for all, found a table with shifts of width {table.shift.shape[1]}"
             )
-        values = (table.sigma, table.step, table.shift, table.bits, table.log)
-        self._lay_out({"table": len(table.sigma), "log": bool(table.log.any())}, clock)
-        self.load_weights([(k, mx.array(v, self[k].dtype)) for k, v in zip(TABLE, values, strict=True) if k in self])
-
-    def _lay_out(self, facts: Mapping[str, Any], clock: Clock) -> None:
-        count = int(facts["table"])
-        self.act_sigma, self.act_step = mx.zeros((count,), mx.float32), mx.zeros((count,), mx.float32)
-        self.act_shift, self.act_bits = mx.zeros((count, 1), mx.float32), mx.zeros((count,), mx.uint8)
-        if facts["log"]:
-            self.act_log = mx.zeros((count,), mx.uint8)
-        self._clock = clock
+        self._clock: Clock | None = clock
+        store_table(self, table)
         self.refresh()
         self.freeze()
 
     @property
     def facts(self) -> dict[str, Any]:
-        """Its structure as plain data: what ``blank`` needs to rebuild it."""
-        return {"table": self.act_sigma.size, "log": "act_log" in self}
+        return {"table": self[SIGMA].size, "log": LOG in self}
 
     @classmethod
-    def blank(cls, facts: Mapping[str, Any], clock: Clock) -> QuantizedAttention:
-        """One of the structure that ``facts`` describes, to be filled with ``load_weights`` and ``refresh``."""
-        made = cls.__new__(cls)
-        nn.Module.__init__(made)
-        made._lay_out(facts, clock)
-        return made
+    def blank(cls, facts: Mapping[str, Any], clock: Clock | None) -> Self:
+        module = cls._bare()
+        module._clock = clock
+        lay_out_table(module, int(facts["table"]), 1, bool(facts["log"]))
+        module.refresh()
+        module.freeze()
+        return module
 
     def refresh(self) -> None:
-        """Forget what was computed from the parameters; call it after ``load_weights``."""
         self._reader: TableReader | None = None
+
+    def obstacles(self) -> list[Obstacle]:
+        remedy = "quantize by a recipe that leaves attention alone"
+        return [Obstacle("quantized probabilities", remedy, activations=True)]
 
     @property
     def table(self) -> ActivationTable:
@@ -96,9 +91,8 @@ class QuantizedAttention(SoftmaxAttention):
 
     def _table_reader(self) -> TableReader:
         if self._reader is None:
-            self._reader = TableReader(
-                ActivationTable(*(np.array(self[name]) for name in TABLE if name in self)), self._clock
-            )
+            assert self._clock is not None
+            self._reader = TableReader(stored_table(self), self._clock)
         return self._reader
 
     def __call__(self, q: mx.array, k: mx.array, v: mx.array, scale: float | None = None) -> mx.array:

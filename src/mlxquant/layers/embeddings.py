@@ -7,7 +7,7 @@ bit, would make a bfloat16 model run in float16, and bfloat16 ones are others th
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -21,12 +21,18 @@ from .weight_only import rounded
 
 
 class QuantizedEmbedding(QuantizedLinear):
-    """The parameters of a ``QuantizedLinear`` [number, dims] without a bias; ``as_linear`` is what that layer
+    """A table of embeddings: the parameters of a ``QuantizedLinear`` without a bias; ``as_linear`` is what that layer
     computes.
+
+    Args:
+        codes: Codes of the table, uint8 [number, dims].
+        grid: The levels that the codes stand for.
+        dtype: In which rows come that are looked up.
     """
 
+    replaces = nn.Embedding
+
     def __init__(self, codes: npt.NDArray[Any], grid: Grid, dtype: mx.Dtype = mx.float32):
-        """codes uint8 [number, dims] on ``grid``; rows that are looked up come in ``dtype``."""
         super().__init__(codes, grid)
         self._dtype = dtype
 
@@ -42,18 +48,17 @@ class QuantizedEmbedding(QuantizedLinear):
         return {**super().facts, "dtype": str(self._dtype).removeprefix("mlx.core.")}
 
     @classmethod
-    def blank(cls, facts: Mapping[str, Any], clock: Clock | None) -> QuantizedEmbedding:
+    def blank(cls, facts: Mapping[str, Any], clock: Clock | None) -> Self:
         layer = super().blank(facts, clock)
-        assert isinstance(layer, cls)
         layer._dtype = getattr(mx, facts["dtype"])
         return layer
 
     def __call__(self, x: mx.array) -> mx.array:
         """Integers x [...] to rows [..., dims], in the dtype of the embedding that this stands for."""
         places = x.reshape(x.size)
-        scales, biases = (v if v.shape[0] == 1 else v[places] for v in self._affine())
-        rows = dequantized(self.weight[places], scales, biases, self.format.bits, self.shape[1])
-        return rows.reshape(*x.shape, self.shape[1]).astype(self._dtype)
+        scales, biases = (v if v.shape[0] == 1 else v[places] for v in self.scales_and_biases())
+        rows = dequantized(self.weight[places], scales, biases, self.format.bits, self.width)
+        return rows.reshape(*x.shape, self.width).astype(self._dtype)
 
     def as_linear(self, x: mx.array) -> mx.array:
         """x [..., dims] times the whole table: [..., number], in x's dtype."""

@@ -23,13 +23,14 @@ from ..files.checked import read_tensors, write_tensors
 from ..files.parameters import load_parameters
 from ..grids.weights import WeightFormat, fit_extremes
 from ..methods.transforms.tcaq import joint_ratios
+from .own import OwnModule
 from .tree import parameters
 
 KIND = "fake-quant-linear"
 STATISTICS = ("timesteps", "low", "high", "ratio", "frozen")
 
 
-class FakeQuantLinear(nn.Module):
+class FakeQuantLinear(OwnModule):
     """``y = x W^T + b``: exact and watching until ``freeze``, fake quantized afterwards.
 
     >>> import mlx.core as mx

@@ -11,11 +11,12 @@ import numpy as np
 
 from ..grids.reading import TokenReader, represented
 from ..numerics import cayley
+from .own import OwnModule
 
 FIXED = 0  # the seed of rotations that are part of a format and not of a run
 
 
-class HeldHeads(nn.Module):
+class HeldHeads(OwnModule):
     """Rounds what another module returns as a key-value cache would hold it: each head of a token on its own scale,
     with ``bits`` bits or, with None, not at all. With ``turned`` heads are rotated first (R3): queries and keys may be,
     for their products stay the same.

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from .linear import QuantizedLinear
-
-PACKED = ("weight", "scales", "biases", "low_up", "low_down")  # what stands for a quantized weight
+from .names import FOR_WEIGHT
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,7 @@ class Size:
         codes = sum(layer.nbytes for layer in layers.values())
         weights = sum(layer.shape[0] * layer.shape[1] for layer in layers.values())
         tables = sum(value.size for name, value in arrays.items() if ".act_" in name)
-        packed = sum(v.size for layer in layers.values() for k, v in layer.items() if k in PACKED)
+        packed = sum(v.size for layer in layers.values() for k, v in layer.items() if k in FOR_WEIGHT)
         total = sum(v.size for v in arrays.values()) - packed - tables + weights
         stored = sum(v.nbytes for v in arrays.values())
         return cls(stored, 8 * stored / total, 8 * codes / weights)

@@ -17,25 +17,16 @@ import numpy as np
 
 from ..grids.packing import pack
 from ..grids.weights import GROUPS, WeightFormat
-from .linear import QuantizedLinear
+from .names import BIAS, BIASES, SCALES, WEIGHT
+from .own import Obstacle
+from .packed import QuantizedLayer
 
 PLAIN = ("format", "shape", "bias", "bias_dtype", "dtype")  # facts of a layer that a plain one shares
 ANOTHER_RECIPE = "quantize by a recipe without it"
 
 
 @dataclass(frozen=True)
-class Obstacle:
-    """``what`` a layer has that a plain one has no place for, and the ``remedy``. Without activation scales the layer
-    still runs.
-    """
-
-    what: str
-    remedy: str
-    activations: bool = False
-
-
-@dataclass(frozen=True)
-class AffineLayer:
+class PlainLayer:
     """``arrays``: weight uint32 [out, words], scales and biases [out, in / group_size], bias [out] optional, by these
     names.
     """
@@ -50,20 +41,21 @@ class AffineLayer:
         return {"group_size": self.group_size, "bits": self.bits, "mode": "affine"}
 
 
-def obstacles(layer: QuantizedLinear) -> list[Obstacle]:
-    """Everything that keeps a layer from being a plain one; empty where ``affine_layer`` stands for it."""
-    facts = layer.facts
+def obstacles(facts: Mapping[str, Any]) -> list[Obstacle]:
+    """Everything that keeps a linear layer of these facts from being a plain one; empty where ``plain_layer`` stands
+    for it.
+    """
     known = {
         "table": ("static activation scales", "quantize with 16-bit activations"),
         "token": ("activations quantized a token", "quantize with 16-bit activations"),
         "divisor": ("a division of its input's channels", ANOTHER_RECIPE),
-        "rotation": (f"a rotation of its input in blocks of {layer.rotation}", ANOTHER_RECIPE),
+        "rotation": (f"a rotation of its input in blocks of {facts['rotation']}", ANOTHER_RECIPE),
         "rank": (f"a low-rank branch of rank {facts['rank']}", ANOTHER_RECIPE),
     }
     found = (
         []
         if group_size(facts)
-        else [Obstacle(f"{layer.shape[1]} input channels, no multiple of {GROUPS[0]}", "leave it unquantized")]
+        else [Obstacle(f"{facts['shape'][1]} input channels, no multiple of {GROUPS[0]}", "leave it unquantized")]
     )
     for name, value in facts.items():
         if (
@@ -83,14 +75,14 @@ def group_size(facts: Mapping[str, Any]) -> int | None:
     return group if isinstance(group, int) else next((g for g in reversed(GROUPS) if facts["shape"][1] % g == 0), None)
 
 
-def affine_layer(layer: QuantizedLinear) -> AffineLayer:
+def plain_layer(layer: QuantizedLayer) -> PlainLayer:
     """The integer weight of a layer that ``group_size`` knows a group for, and its bias; nothing else that it may have.
 
     Scales and biases are float16 and exact: a symmetric grid's bias is its scale times a power of two. Where that
     leaves float16's range they are float32, and so are those of an embedding that is not float16: MLX looks its rows up
     in the dtype of the scales.
     """
-    size, width = group_size(layer.facts), layer.shape[1]
+    size, width = group_size(layer.facts), layer.width
     assert size is not None
     bits = plain_bits(layer.format)
     weight = layer.weight if bits == layer.format.bits else mx.array(pack(layer.codes(), bits))
@@ -103,8 +95,8 @@ def affine_layer(layer: QuantizedLinear) -> AffineLayer:
     scales, biases = (
         mx.array(np.repeat(v.astype(dtype), width // size // v.shape[1], axis=1)) for v in (grid.scales, grid.biases)
     )  # a row's scale, over its groups
-    arrays = {"weight": weight, "scales": scales, "biases": biases}
-    return AffineLayer(bits, size, arrays | ({"bias": layer.bias} if "bias" in layer else {}))
+    arrays = {WEIGHT: weight, SCALES: scales, BIASES: biases}
+    return PlainLayer(bits, size, arrays | ({BIAS: layer[BIAS]} if BIAS in layer else {}))
 
 
 def plain_bits(format: WeightFormat) -> int:
@@ -116,15 +108,15 @@ def restored(arrays: Mapping[str, mx.array], layers: Mapping[str, Any], plain: I
     """A model's arrays with the layers at the paths ``plain`` in our layout again; ``layers`` has the structure of
     each, by path.
 
-    The inverse of ``affine_layer``, but for 7 bits. Raises KeyError where a layer is not described, or one of its
+    The inverse of ``plain_layer``, but for 7 bits. Raises KeyError where a layer is not described, or one of its
     tensors not there.
     """
     own = dict(arrays)
     for path in plain:
         format, (rows, width) = WeightFormat(**layers[path]["format"]), layers[path]["shape"]
         groups, kept = width // format.columns(width), 1 if format.group == "tensor" else rows
-        for name in (f"{path}.scales", f"{path}.biases"):
+        for name in (f"{path}.{SCALES}", f"{path}.{BIASES}"):
             own[name] = own[name][:kept, :: own[name].shape[1] // groups].astype(mx.float16)
         if format.symmetric:
-            del own[f"{path}.biases"]
+            del own[f"{path}.{BIASES}"]
     return own

@@ -279,9 +279,7 @@ def _share_codes(chosen: list[_Found], layers: list[Quantized]) -> None:
     twins: dict[tuple[int, WeightFormat], Quantized] = {}
     for one, layer in zip(chosen, layers, strict=True):
         twin = twins.setdefault((id(one.module.weight), layer.format), layer)
-        for name in ("weight", "scales", "biases"):
-            if name in twin:
-                layer[name] = twin[name]
+        layer.share_integers(twin)
 
 
 def _size(one: _Found, layer: Quantized) -> LayerSize:

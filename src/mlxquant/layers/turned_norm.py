@@ -5,8 +5,10 @@ from __future__ import annotations
 import mlx.core as mx
 import mlx.nn as nn
 
+from .own import OwnModule
 
-class TurnedNorm(nn.Module):
+
+class TurnedNorm(OwnModule):
     """The last norm of a model whose output is its token embedding: it turns the stream back, norms it, and turns it
     again.
 

@@ -47,7 +47,7 @@ def _beyond(layer: QuantizedLinear) -> str | None:
         return f"the format {layer.format}"
     if layer.rotation > 1:
         return "a rotation"
-    return "a low-rank branch" if "low_up" in layer else None
+    return "a low-rank branch" if layer.rank else None
 
 
 class WeightFiles:
@@ -160,8 +160,8 @@ class WeightFiles:
                 )
             arrays[f"{path}__weight_int"] = (layer.codes().astype(np.int16) - layer.format.zero_code).astype(np.int8)
             arrays[f"{path}__scale"] = layer.grid().scales[:, 0]
-            if "act_divisor" in layer:
-                arrays[f"{path}__divisor"] = np.array(layer.act_divisor)
+            if layer.divisor is not None:
+                arrays[f"{path}__divisor"] = np.array(layer.divisor)
             if (table := layer.table) is not None:
                 values = (table.sigma, table.step, table.shift, table.bits)
                 arrays |= {f"{path}__{name}": value for name, value in zip(TABLE, values, strict=True)}

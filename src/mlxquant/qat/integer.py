@@ -13,6 +13,7 @@ import numpy as np
 from ..grids.weights import Grid, WeightFormat
 from ..layers.embeddings import QuantizedEmbedding
 from ..layers.linear import QuantizedLinear
+from ..layers.own import OwnModule
 from ..layers.tree import set_module
 from ..methods.fake_quantizers import Coded
 from ..models.gpt.network import GPT
@@ -21,7 +22,7 @@ from .modules import QuantizingEmbedding, QuantizingLinear, QuantizingWeight
 from .options import PROJECTIONS
 
 
-class RowParts(nn.Module):
+class RowParts(OwnModule):
     """Linears that read the same input and write one output after the other: a matrix whose rows are not all on one
     kind of grid.
     """

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..layers.own import OwnModule
 from ..methods.fake_quantizers import Coded, Quantizer, straight_through
 from .ramp import Ramp
 
@@ -28,7 +29,7 @@ class Site:
     ramp: Ramp
 
 
-class QuantizingWeight(nn.Module):
+class QuantizingWeight(OwnModule):
     """A module with a ``weight`` [out,in] in equal parts of rows, of which each has a quantizer, or none.
 
     The training loop must not cast its parameters: they are rounded in float32 and only then take the input's dtype.
@@ -94,7 +95,7 @@ class QuantizingEmbedding(QuantizingWeight):
         return x @ self.rounded(x.dtype).T
 
 
-class QuantizingPoint(nn.Module):
+class QuantizingPoint(OwnModule):
     """A seam at which the tensor is rounded. With ``keep``, what was rounded last in training stays in ``kept``."""
 
     def __init__(self, quantizer: Quantizer, site: Site, axes: Sequence[int] | None = None, keep: bool = False):

@@ -1,0 +1,142 @@
+"""An integer weight where it is stored: what all quantized layers have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any, ClassVar
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import numpy.typing as npt
+
+from ..grids.packing import dequantized, pack, unpack
+from ..grids.weights import GROUPS, Grid, WeightFormat
+from .names import BIAS, BIASES, DIVISOR, FOR_WEIGHT, INTEGERS, SCALES, WEIGHT
+from .own import QuantizedModule
+
+
+class QuantizedLayer(QuantizedModule):
+    """A layer with an integer weight, which stands in the place of one of MLX's, ``replaces``.
+
+    Parameters: ``weight`` uint32 [out, words], ``scales`` float16 [out or 1, groups], ``biases`` likewise on asymmetric
+    grids, and ``bias`` [out] optional. A row of codes is what makes one output, its other axes flattened.
+    """
+
+    replaces: ClassVar[type[nn.Module]]
+
+    def _lay_out_weight(self, format: WeightFormat, shape: Sequence[int], bias: mx.Dtype | None) -> None:
+        """The parameters of a weight [out, ...], in their shapes and dtypes, zero and not evaluated.
+
+        Raises RecipeError where groups do not divide the width.
+        """
+        rows, width = shape[0], prod(shape[1:])
+        self._format, self._shape = format, tuple(shape)
+        groups = (1 if format.group == "tensor" else rows, width // format.columns(width))
+        self[WEIGHT] = mx.zeros((rows, -(-width * format.bits // 32)), mx.uint32)
+        self[SCALES] = mx.zeros(groups, mx.float16)
+        if not format.symmetric:
+            self[BIASES] = mx.zeros(groups, mx.float16)
+        if bias is not None:
+            self[BIAS] = mx.zeros((rows,), bias)
+
+    def _fill(self, codes: npt.NDArray[Any], grid: Grid, **others: mx.array | None) -> None:
+        """Take codes uint8 [out, in] on ``grid``, and other parameters, those that are there, by name."""
+        rows = self[SCALES].shape[0]
+        values = {
+            WEIGHT: mx.array(pack(codes, grid.format.bits)),
+            SCALES: mx.array(grid.scales[:rows].astype(np.float16)),
+            BIASES: None if grid.format.symmetric else mx.array(grid.biases[:rows].astype(np.float16)),
+            **others,
+        }
+        self.load_weights([(name, value) for name, value in values.items() if value is not None])
+
+    @property
+    def format(self) -> WeightFormat:
+        return self._format
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the weight which it stands for: (out, in), or (out, ...window, in / groups)."""
+        return self._shape
+
+    @property
+    def width(self) -> int:
+        """Codes in a row of the weight."""
+        return prod(self._shape[1:])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what is stored in place of the weight: codes, scales and biases, the input's divisor, the branch."""
+        return sum(self[name].nbytes for name in (*FOR_WEIGHT, DIVISOR) if name in self)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits for each number of the weight."""
+        return 8 * self.nbytes / prod(self._shape)
+
+    def codes(self) -> npt.NDArray[Any]:
+        """The weight's codes, uint8 [out, in]."""
+        return unpack(np.array(self[WEIGHT]), self._format.bits, self.width)
+
+    def grid(self) -> Grid:
+        """The levels of each row, scales and biases float32 [out, groups]."""
+        rows, scales = self._shape[0], np.array(self[SCALES]).astype(np.float32)
+        biases = np.array(self[BIASES]).astype(np.float32) if BIASES in self else -self._format.zero_code * scales
+        return Grid(self._format, *(np.broadcast_to(v, (rows, v.shape[1])) for v in (scales, biases)))
+
+    def scales_and_biases(self) -> tuple[mx.array, mx.array]:
+        """What a code is multiplied by and what is added, float32 [out or 1, groups]: the biases of a symmetric grid
+        follow from its scales.
+        """
+        scales = self[SCALES].astype(mx.float32)
+        return scales, self[BIASES].astype(mx.float32) if BIASES in self else scales * -self._format.zero_code
+
+    def dequantized(self) -> mx.array:
+        """The integer weight as float32 in its ``shape``."""
+        values = dequantized(self[WEIGHT], *self.scales_and_biases(), self._format.bits, self.width)
+        return values.reshape(self._shape)
+
+    @property
+    def packed_group(self) -> int | None:
+        """The group size under which MLX's own kernels read this weight; None where they cannot (7 bits, ragged
+        widths).
+        """
+        if self._format.bits == 7:
+            return None
+        if isinstance(self._format.group, int):
+            return self._format.group
+        return next((g for g in reversed(GROUPS) if self.width % g == 0), None)
+
+    def packed_scales(self, dtype: mx.Dtype = mx.float16) -> tuple[mx.array, mx.array]:
+        """Scales and biases [out, in / packed_group] for ``mx.quantized_matmul`` and ``mx.dequantize``."""
+        assert self.packed_group is not None
+        shape = (self._shape[0], self.width // self.packed_group)
+        scales, biases = (mx.broadcast_to(v.astype(dtype), shape) for v in self.scales_and_biases())
+        return scales, biases
+
+    def centred_codes(self) -> mx.array:
+        """Codes minus the zero code, float32 [out, in]: the integers that the matmul runs on."""
+        one = mx.ones((1, 1))
+        return dequantized(self[WEIGHT], one, -self._format.zero_code * one, self._format.bits, self.width)
+
+    def unit_scales(self) -> tuple[mx.array, mx.array]:
+        """The scales and biases float32 [out, in / packed_group] under which MLX's kernels read centred codes."""
+        assert self.packed_group is not None
+        ones = mx.ones((self._shape[0], self.width // self.packed_group))
+        return ones, ones * -self._format.zero_code
+
+    def share_integers(self, other: QuantizedLayer) -> None:
+        """Take the arrays of another layer's integer weight in place of its own, which are equal."""
+        for name in INTEGERS:
+            if name in other:
+                self[name] = other[name]
+
+    def differences(self, module: nn.Module) -> str | None:
+        """What a module of the class that it ``replaces`` has other than the one it was made of, in words; None for
+        nothing.
+        """
+        if module.weight.shape != self._shape:
+            return f"the model's has shape {module.weight.shape}"
+        return "and just one of the two has a bias" if (BIAS in module) != (BIAS in self) else None
