@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
@@ -17,6 +16,7 @@ from ..files.atomic import absolute_place, atomic_folder
 from ..files.checked import file_digest, read_json, read_tensors, versions, write_json, write_tensors
 from ..files.parameters import compact, load_parameters
 from ..layers.attention import QuantizedAttention, find_quantized_attentions
+from ..layers.kinds import blanks, rebuilt, refresh
 from ..layers.linear import QuantizedLinear, find_quantized
 from ..layers.model_size import Size
 from ..layers.plain import restored
@@ -111,19 +111,11 @@ class Model:
     def clone(self) -> Adapter:
         """An adapter with the same weights (shared, not copied) that can be rewritten without touching this one."""
         other = self.adapter.twin()
-        for path, layer in find_quantized(self.adapter.module).items():
-            set_module(other.module, path, QuantizedLinear.blank(layer.facts, other.clock))
-        for path, attention in find_quantized_attentions(self.adapter.module).items():
-            set_module(other.module, path, QuantizedAttention.blank(attention.facts, other.clock))
+        for path, part in blanks(self.adapter.module, other.clock).items():
+            set_module(other.module, path, part)
         other.module.load_weights(list(parameters(self.adapter.module).items()))
-        _refresh(other.module)
+        refresh(other.module)
         return other
-
-
-def _refresh(module: nn.Module) -> None:
-    """Let everything quantized in a module know that its parameters were loaded."""
-    for part in (*find_quantized(module).values(), *find_quantized_attentions(module).values()):
-        part.refresh()
 
 
 class QuantizedModel(Model):
@@ -209,9 +201,9 @@ def _load_folder(folder: Path, facts: dict[str, Any]) -> QuantizedModel:
     adapter: Adapter = adapter_class(facts["model"]["name"]).blank(facts["model"])
     adapter.place = absolute_place(facts["model"].get("place", ""), folder)
     for path, structure in facts["layers"].items():
-        set_module(adapter.module, path, QuantizedLinear.blank(structure, adapter.clock))
+        set_module(adapter.module, path, rebuilt(structure, adapter.clock))
     for path, structure in facts.get("attentions", {}).items():
         set_module(adapter.module, path, QuantizedAttention.blank(structure, adapter.clock))
     load_parameters(adapter.module, arrays, str(folder))
-    _refresh(adapter.module)
+    refresh(adapter.module)
     return QuantizedModel(adapter, {k: v for k, v in facts.items() if k not in SAVED})

@@ -71,7 +71,7 @@ class QuantizedConvolution(QuantizedLayer):
 
         Raises AdapterError when there is none, or another than this, and what ``rounded`` raises.
         """
-        kind = next((kind for kind in KINDS if isinstance(convolution, kind.replaces)), None)
+        kind = next((one for one in CONVOLUTIONS if isinstance(convolution, one.replaces)), None)
         if kind is None or not issubclass(kind, cls):
             raise AdapterError(f"{cls.__name__} does not stand for {type(convolution).__name__}")
         codes, grid = rounded(convolution.weight, format, steps)
@@ -105,7 +105,7 @@ class QuantizedConvolution(QuantizedLayer):
 
     def differences(self, module: nn.Module) -> str | None:
         if (found := super().differences(module)) is None and convolution_options(module) != self._options:
-            return f"with {self._options}, the model's has {convolution_options(module)}"
+            return f"which convolves with {self._options}, the model's with {convolution_options(module)}"
         return found
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -148,7 +148,7 @@ class QuantizedConvTranspose3d(QuantizedConvolution):
     replaces, convolve = nn.ConvTranspose3d, mx.conv_transpose3d
 
 
-KINDS: tuple[type[QuantizedConvolution], ...] = (
+CONVOLUTIONS: tuple[type[QuantizedConvolution], ...] = (
     QuantizedConv1d,
     QuantizedConv2d,
     QuantizedConv3d,

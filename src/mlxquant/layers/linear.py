@@ -44,7 +44,6 @@ from ..numerics.hadamard import block_size, rotated_blocks
 from ..numerics.low_rank import LowRank
 from .names import (
     BIAS,
-    BIASES,
     DIVISOR,
     DOWN,
     FOR_INPUT,
@@ -104,10 +103,8 @@ class QuantizedLinear(QuantizedLayer):
                 f"a branch of {branch.up.shape} and {branch.down.shape} does not fit a weight of shape {codes.shape}"
             )
         super().__init__()
-        rank = 0 if branch is None else branch.rank
-        self._lay_out(
-            grid.format, codes.shape, None if bias is None else bias.dtype, divisor is not None, rotation, rank
-        )
+        rank, dtype = 0 if branch is None else branch.rank, None if bias is None else bias.dtype
+        self._lay_out(grid.format, codes.shape, dtype, divisor is not None, rotation, rank)
         self._fill(
             codes,
             grid,
@@ -163,10 +160,8 @@ class QuantizedLinear(QuantizedLayer):
     def blank(cls, facts: Mapping[str, Any], clock: Clock | None) -> Self:
         layer = cls._bare()
         bias = getattr(mx, facts.get("bias_dtype", "float32")) if facts["bias"] else None
-        rotation, rank = facts.get("rotation", 1), facts.get("rank", 0)
-        layer._lay_out(
-            WeightFormat(**facts["format"]), facts["shape"], bias, bool(facts.get("divisor")), rotation, rank
-        )
+        format, divided = WeightFormat(**facts["format"]), bool(facts.get("divisor"))
+        layer._lay_out(format, facts["shape"], bias, divided, facts.get("rotation", 1), facts.get("rank", 0))
         if facts["table"] is not None:
             layer._clock = clock
             entries, shifts = facts["table"]
@@ -330,7 +325,7 @@ class QuantizedLinear(QuantizedLayer):
         """
         scales, biases = (v[:, 0] for v in self.scales_and_biases())
         y = product * (step * scales)
-        if BIASES in self:
+        if not self._format.symmetric:
             y = y + x.sum(-1, keepdims=True) * (step * (biases + self._format.zero_code * scales))
         return y
 
@@ -349,5 +344,5 @@ class QuantizedLinear(QuantizedLayer):
 
 
 def find_quantized(module: nn.Module) -> dict[str, QuantizedLinear]:
-    """Every quantized layer of a module, by path."""
+    """Every quantized linear layer of a module, embeddings among them, by path."""
     return {path: m for path, m in module.named_modules() if isinstance(m, QuantizedLinear)}

@@ -16,21 +16,14 @@ import mlx.nn as nn
 
 from ..errors import AdapterError, ArtifactError
 from ..files.checked import read_tensors, write_tensors
-from .convolutions import KINDS, QuantizedConvolution, convolution_options
-from .embeddings import QuantizedEmbedding
+from .kinds import BY_NAME, rebuilt, refresh
 from .linear import QuantizedLinear
+from .names import WEIGHT
+from .packed import QuantizedLayer
 from .sizes import is_hidden
 from .tree import get_module, parameters, set_module
-from .weight_only import W8A16Linear
 
 KIND = "quantized-module"
-REPLACED: dict[type[QuantizedLinear | QuantizedConvolution], type[nn.Module]] = {
-    QuantizedLinear: nn.Linear,
-    W8A16Linear: nn.Linear,
-    QuantizedEmbedding: nn.Embedding,
-    **{kind: kind.replaces for kind in KINDS},
-}
-CLASSES = {kind.__name__: kind for kind in REPLACED}
 
 
 def save_module(model: nn.Module, path: str | Path) -> Path:
@@ -52,14 +45,14 @@ def save_module(model: nn.Module, path: str | Path) -> Path:
     same_layers: dict[str, str] = {}
     places: dict[int, str] = {}
     for place, module in sorted(model.named_modules(), key=lambda found: (is_hidden(found[0]), found[0])):
-        if type(module) not in REPLACED:
+        if not isinstance(module, QuantizedLayer):
             continue
         if isinstance(module, QuantizedLinear) and module.table is not None:
             raise ArtifactError(
                 f"{path}: layer {place} quantizes its input at each timestep; save the model that mq.quantize returned"
             )
         if (at := places.setdefault(id(module), place)) == place:
-            kind = "layers" if f"{place}.weight" in arrays else "layers_that_share"
+            kind = "layers" if f"{place}.{WEIGHT}" in arrays else "layers_that_share"
             structure[kind][place] = {"class": type(module).__name__, **module.facts}
         else:
             same_layers[place] = at
@@ -85,23 +78,22 @@ def load_module(model: nn.Module, path: str | Path) -> nn.Module:
     for place, layer in layers.items():
         set_module(model, place, layer)
     model.load_weights(list(arrays.items()))
-    for layer in layers.values():
-        layer.refresh()
+    refresh(model)
     return model
 
 
-def _blank(path: Path, place: str, facts: Mapping[str, Any]) -> QuantizedLinear | QuantizedConvolution:
-    if facts["class"] not in CLASSES:
+def _blank(path: Path, place: str, facts: Mapping[str, Any]) -> QuantizedLayer:
+    if facts["class"] not in BY_NAME:
         raise ArtifactError(
             f"{path}: layer {place} is a {facts['class']!r}, which this mlxquant does not know; install the matching"
             " release"
         )
-    return CLASSES[facts["class"]].blank(facts, None)
+    return rebuilt(facts, None)
 
 
-def _require_fit(path: Path, model: nn.Module, place: str, layer: QuantizedLinear | QuantizedConvolution) -> None:
+def _require_fit(path: Path, model: nn.Module, place: str, layer: QuantizedLayer) -> None:
     """Raise ArtifactError unless the model holds at ``place`` what ``layer`` can stand for."""
-    expected = REPLACED[type(layer)]
+    expected = layer.replaces
     wrong = (
         f"{path}: does not fit the model: at {place} it has a {type(layer).__name__} for a {expected.__name__} of shape"
         f" {layer.shape}"
@@ -114,15 +106,8 @@ def _require_fit(path: Path, model: nn.Module, place: str, layer: QuantizedLinea
         raise ArtifactError(
             f"{wrong}, the model has a {type(module).__name__}; build the model anew, in full precision"
         )
-    if module.weight.shape != layer.shape:
-        raise ArtifactError(f"{wrong}, the model's has shape {module.weight.shape}; build the model that was quantized")
-    if ("bias" in module) != ("bias" in layer):
-        raise ArtifactError(f"{wrong}, and just one of the two has a bias; build the model that was quantized")
-    if isinstance(layer, QuantizedConvolution) and convolution_options(module) != layer.options:
-        raise ArtifactError(
-            f"{wrong} with {layer.options}, the model's has {convolution_options(module)}; build the model that was"
-            " quantized"
-        )
+    if (difference := layer.differences(module)) is not None:
+        raise ArtifactError(f"{wrong}, {difference}; build the model that was quantized")
 
 
 def _require_parameters(
@@ -132,7 +117,7 @@ def _require_parameters(
     public = {name: value.shape for name, value in parameters(model).items()}
     expected = {name: shape for name, shape in public.items() if name.rpartition(".")[0] not in layers}
     for place, layer in layers.items():
-        if f"{place}.weight" in public:  # a path with a private part is none of the model's parameters
+        if f"{place}.{WEIGHT}" in public:  # a path with a private part is none of the model's parameters
             expected.update({f"{place}.{name}": value.shape for name, value in parameters(layer).items()})
     found = {name: value.shape for name, value in arrays.items()}
     if missing := sorted(set(expected) - set(found)):

@@ -25,25 +25,21 @@ from ..errors import AdapterError, MlxQuantError, RecipeError
 from ..grids.weights import WeightFormat
 from ..recipes.grammar import parse_spec
 from ..recipes.patterns import Pattern, as_list, first, require_matches
-from .convolutions import KINDS, QuantizedConvolution
-from .embeddings import QuantizedEmbedding
-from .linear import QuantizedLinear
+from .kinds import Kind, kind_of
+from .packed import QuantizedLayer
 from .sizes import KeptLayer, LayerSize, SizeReport, is_hidden, is_packed, stored_bytes, weight_count
 from .tree import parameters, set_module
-from .weight_only import quantized_linear
 
-CONVOLUTIONS = tuple(kind.replaces for kind in KINDS)
-Quantized = QuantizedLinear | QuantizedConvolution
 Predicate = Callable[[str, nn.Module], bool | Mapping[str, Any]]  # mlx-lm's: whether, or with which bits and group size
 
 
 @dataclass(frozen=True)
-class _Found:
-    """A module and all paths under which the model holds it; ``base`` is the class of MLX that it is one of."""
+class _Held:
+    """A module and all paths under which the model holds it; ``kind`` is the one that can stand for it, if any."""
 
     module: nn.Module
     paths: tuple[str, ...]
-    base: type[nn.Module] | None
+    kind: Kind | None
 
     @property
     def path(self) -> str:
@@ -51,7 +47,7 @@ class _Found:
 
 
 @dataclass(frozen=True)
-class _Choice:
+class _Selection:
     """What the caller, and the model itself by ``wanted``, want to be quantized."""
 
     exclude: list[Pattern]
@@ -60,20 +56,21 @@ class _Choice:
     convolutions: bool
     wanted: Predicate
 
-    def reason_to_keep(self, one: _Found) -> str | None:
+    def reason_to_keep(self, one: _Held) -> str | None:
         """Why a module stays as it is; None when it is to be quantized."""
         if is_packed(one.module):
             return "quantized already"
         if is_hidden(one.path):
             return "hidden, it is none of the model's parameters"
-        if one.base is None:
+        if one.kind is None:
             return f"no quantized form of {type(one.module).__name__} here"
-        if one.base is nn.Embedding and not self.embeddings:
+        base = one.kind.replaces
+        if base is nn.Embedding and not self.embeddings:
             return "embeddings=True takes embeddings"
-        if one.base in CONVOLUTIONS and not self.convolutions:
+        if base not in (nn.Linear, nn.Embedding) and not self.convolutions:
             return "convolutions=True takes convolutions"
-        if not _is_plain(one.module, one.base):
-            return f"computes something else than nn.{one.base.__name__}"
+        if not _is_plain(one.module, base):
+            return f"computes something else than nn.{base.__name__}"
         if one.module.weight.size == 0:
             return "its weight is empty"
         if (pattern := first(self.exclude, one.paths)) is not None:
@@ -142,7 +139,7 @@ def quantize_linears(
     main, other = parse_format(format), None if fallback is None else parse_format(fallback)
     excluded, included = as_list(exclude), None if include is None else as_list(include)
     found = _find(model)
-    places = [path for one in found if one.base is not None or is_packed(one.module) for path in one.paths]
+    places = [path for one in found if one.kind is not None or is_packed(one.module) for path in one.paths]
     if "" in places:
         raise RecipeError(
             "the model is itself one layer, which cannot be replaced in place; use W8A16Linear.from_linear, or wrap it"
@@ -150,8 +147,8 @@ def quantize_linears(
     require_matches("exclude", excluded, places)
     require_matches("include", included or [], places)
     wanted = getattr(model, "quant_predicate", None) or (lambda path, module: True)
-    choice = _Choice(excluded, included, embeddings, convolutions, wanted)
-    reasons = {one.path: choice.reason_to_keep(one) for one in found}
+    selection = _Selection(excluded, included, embeddings, convolutions, wanted)
+    reasons = {one.path: selection.reason_to_keep(one) for one in found}
     reasons |= _tied_to_kept(model, [one for one in found if reasons[one.path] is None])
     kept = tuple(
         KeptLayer(one.path, type(one.module).__name__, nbytes, reason)
@@ -196,18 +193,14 @@ def parse_format(text: str) -> WeightFormat:
     return spec.weight
 
 
-def _find(model: nn.Module) -> list[_Found]:
+def _find(model: nn.Module) -> list[_Held]:
     """Every module once, in the order in which they were defined, with all paths to it, hidden ones last."""
     paths: dict[int, list[str]] = {}
     modules: dict[int, nn.Module] = {}
     for path, module in reversed(model.named_modules()):
         paths.setdefault(id(module), []).append(path)
         modules[id(module)] = module
-    bases: tuple[type[nn.Module], ...] = (nn.Linear, nn.Embedding, *CONVOLUTIONS)
-    return [
-        _Found(m, tuple(sorted(paths[key], key=is_hidden)), next((b for b in bases if isinstance(m, b)), None))
-        for key, m in modules.items()
-    ]
+    return [_Held(module, tuple(sorted(paths[key], key=is_hidden)), kind_of(module)) for key, module in modules.items()]
 
 
 def _matrix_bytes(module: nn.Module) -> int:
@@ -221,7 +214,7 @@ def _is_plain(module: nn.Module, base: type[nn.Module]) -> bool:
     return same and set(parameters(module)) <= {"weight", "bias"} and "weight" in module
 
 
-def _tied_to_kept(model: nn.Module, chosen: list[_Found]) -> dict[str, str]:
+def _tied_to_kept(model: nn.Module, chosen: list[_Held]) -> dict[str, str]:
     """Those of the chosen layers whose very weight is also a parameter of something that is not chosen, and what that
     is.
     """
@@ -235,7 +228,7 @@ def _tied_to_kept(model: nn.Module, chosen: list[_Found]) -> dict[str, str]:
     }
 
 
-def _fitting(chosen: list[_Found], main: WeightFormat, fallback: WeightFormat | None) -> list[WeightFormat]:
+def _fitting(chosen: list[_Held], main: WeightFormat, fallback: WeightFormat | None) -> list[WeightFormat]:
     """The format of each layer; raises RecipeError that names the layers whose width neither fits."""
     formats, misfits = [], []
     for one in chosen:
@@ -262,27 +255,24 @@ def _at_least(format: WeightFormat, answer: bool | Mapping[str, Any]) -> WeightF
     return replace(format, bits=max(format.bits, wanted or 0))
 
 
-def _quantized(one: _Found, format: WeightFormat, steps: str) -> Quantized:
+def _quantized(one: _Held, format: WeightFormat, steps: str) -> QuantizedLayer:
     """What stands for a layer; errors name it."""
     try:
-        if isinstance(one.module, nn.Linear):
-            return quantized_linear(one.module, format, steps)
-        if isinstance(one.module, nn.Embedding):
-            return QuantizedEmbedding.from_embedding(one.module, format, steps)
-        return QuantizedConvolution.from_convolution(one.module, format, steps)
+        assert one.kind is not None
+        return one.kind.quantized(one.module, format, steps)
     except MlxQuantError as error:
         raise type(error)(f"layer {one.path}: {error}") from error
 
 
-def _share_codes(chosen: list[_Found], layers: list[Quantized]) -> None:
+def _share_codes(chosen: list[_Held], layers: list[QuantizedLayer]) -> None:
     """Give layers whose weights were one array, and whose formats are one, the same arrays again."""
-    twins: dict[tuple[int, WeightFormat], Quantized] = {}
+    twins: dict[tuple[int, WeightFormat], QuantizedLayer] = {}
     for one, layer in zip(chosen, layers, strict=True):
         twin = twins.setdefault((id(one.module.weight), layer.format), layer)
         layer.share_integers(twin)
 
 
-def _size(one: _Found, layer: Quantized) -> LayerSize:
+def _size(one: _Held, layer: QuantizedLayer) -> LayerSize:
     weight = np.array(one.module.weight.astype(mx.float32)).reshape(-1)
     norm = float(np.linalg.norm(weight))
     error = float(np.linalg.norm(weight - np.array(layer.dequantized()).reshape(-1))) / norm if norm else 0.0

@@ -13,8 +13,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from .convolutions import QuantizedConvolution
-from .linear import QuantizedLinear
+from .names import SCALES, WEIGHT
+from .packed import QuantizedLayer
 from .tree import parameters, starred
 
 
@@ -112,8 +112,8 @@ def is_hidden(path: str) -> bool:
 
 def is_packed(module: nn.Module) -> bool:
     """Whether a module holds a quantized weight, ours or that of MLX."""
-    weight = module.get("weight")
-    return isinstance(weight, mx.array) and weight.dtype == mx.uint32 and "scales" in module
+    weight = module.get(WEIGHT)
+    return isinstance(weight, mx.array) and weight.dtype == mx.uint32 and SCALES in module
 
 
 def stored_bytes(module: nn.Module) -> int:
@@ -134,6 +134,6 @@ def weight_count(module: nn.Module) -> int:
 
 def _numbers(packed: nn.Module) -> int:
     """How many numbers stand in the weight of a quantized layer."""
-    if isinstance(packed, QuantizedLinear | QuantizedConvolution):
+    if isinstance(packed, QuantizedLayer):
         return prod(packed.shape)
     return int(packed.weight.size * 32 // packed.bits)

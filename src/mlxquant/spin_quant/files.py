@@ -15,7 +15,8 @@ from ..files.atomic import ensure_writable
 from ..files.checked import read_tensors, write_tensors
 from ..files.parameters import load_parameters
 from ..layers.held_heads import HeldHeads
-from ..layers.linear import QuantizedLinear, find_quantized
+from ..layers.kinds import rebuilt
+from ..layers.linear import find_quantized
 from ..layers.tree import get_module, parameters, set_module
 from ..layers.turned_norm import TurnedNorm
 from ..models.gpt.network import GPT, GPTConfig
@@ -52,7 +53,7 @@ def load_spun(place: Path) -> tuple[GPT, ByteTokenizer | CharTokenizer, dict[str
         model = GPT(GPTConfig.from_dict(header["config"]))
         if header["turned"]:
             set_module(model, FINAL, TurnedNorm(model.model.ln_f, mx.zeros((model.config.n_embd,) * 2)))
-        layers = {where: QuantizedLinear.blank(facts, None) for where, facts in header["layers"].items()}
+        layers = {where: rebuilt(facts, None) for where, facts in header["layers"].items()}
         for where, layer in layers.items():
             set_module(model, where, layer)
         for where, facts in header["held"].items():
