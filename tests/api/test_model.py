@@ -17,6 +17,7 @@ from mlxquant.files.array_memory import ArrayMemory
 from mlxquant.files.checked import read_json, read_tensors, write_json, write_tensors
 from mlxquant.files.parameters import _fits_float16
 from mlxquant.layers.linear import QuantizedLinear
+from mlxquant.layers.sizes import planned_bytes
 from mlxquant.layers.tree import set_module
 
 PROMPT = "a large red circle at left on white background"
@@ -46,9 +47,7 @@ def test_stored_size_is_what_the_formats_imply(quantized, tmp_path, embedded):
     file = (tmp_path / "q" / "weights.safetensors").stat().st_size
     header = 250 * len(quantized._arrays())  # names, shapes and offsets
     assert size.model_bytes <= file <= size.model_bytes + header
-    implied = sum(
-        layer.format.bits_per_weight(layer.shape) * np.prod(layer.shape) for layer in quantized.layers.values()
-    )
+    implied = sum(8 * planned_bytes(layer.format, layer.shape) for layer in quantized.layers.values())
     weights = sum(np.prod(layer.shape) for layer in quantized.layers.values())
     assert size.bits_per_quantized_weight == pytest.approx(implied / weights)
     main = [layer for layer in quantized.layers.values() if layer.table is not None]

@@ -94,11 +94,6 @@ def test_unknown_names_are_refused(text):
         WeightFormat.parse(text)
 
 
-def test_bits_per_weight_counts_scales():
-    assert WeightFormat.parse("w4-g128").bits_per_weight((128, 512)) == 4.25
-    assert WeightFormat.parse("w4").bits_per_weight((128, 512)) == 4 + 16 / 512
-
-
 def test_ragged_groups_and_nan_are_refused():
     with pytest.raises(RecipeError, match="do not divide"):
         fit_extremes(np.zeros((2, 100)), WeightFormat(4, 64, False))

@@ -13,16 +13,7 @@ from mlxquant.layers.kinds import BY_NAME, KINDS, blanks, find_layers, kind_of, 
 from mlxquant.layers.packed import QuantizedLayer
 from mlxquant.layers.tree import parameters, set_module
 
-MADE = {
-    nn.Linear: lambda: nn.Linear(64, 8),
-    nn.Embedding: lambda: nn.Embedding(8, 64),
-    nn.Conv1d: lambda: nn.Conv1d(3, 8, 3),
-    nn.Conv2d: lambda: nn.Conv2d(3, 8, 3, stride=2),
-    nn.Conv3d: lambda: nn.Conv3d(3, 8, 3),
-    nn.ConvTranspose1d: lambda: nn.ConvTranspose1d(3, 8, 3),
-    nn.ConvTranspose2d: lambda: nn.ConvTranspose2d(3, 8, 3, padding=1),
-    nn.ConvTranspose3d: lambda: nn.ConvTranspose3d(3, 8, 3),
-}
+from support.exact_layers import MADE
 
 
 def subclasses(kind):

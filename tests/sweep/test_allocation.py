@@ -8,14 +8,12 @@ import pytest
 
 from mlxquant.errors import RecipeError
 from mlxquant.files import kept_arrays
-from mlxquant.grids.weights import Grid, WeightFormat, fit_extremes
+from mlxquant.grids.weights import WeightFormat, fit_extremes
 from mlxquant.layers.linear import QuantizedLinear
 from mlxquant.layers.tree import swapped
-from mlxquant.numerics.low_rank import LowRank
 from mlxquant.recipes.grammar import parse_recipe
-from mlxquant.recipes.recipe import LayerSpec
 from mlxquant.sweep import allocation, sensitivity
-from mlxquant.sweep.allocation import allocate, stored_bytes
+from mlxquant.sweep.allocation import allocate
 
 from support.tiny_pictures import tiny_adapter
 
@@ -43,25 +41,6 @@ def mixed(model, calib):
 
 def roles(model):
     return {path: model.adapter.role(path) for path in model.adapter.linears()}
-
-
-@pytest.mark.parametrize("text", ["w2", "w3", "w4", "w5", "w6", "w8", "w3-tensor", "w4-g32", "w4-g64-sym", "w5-asym"])
-@pytest.mark.parametrize("rank", [0, 3, 99])
-def test_bytes_are_those_of_the_layer(text, rank):
-    form = WeightFormat.parse(text)
-    for shape in ((8, 64), (5, 192)):
-        small = min(rank, *shape)
-        branch = (
-            LowRank(np.ones((shape[0], small), np.float16), np.ones((small, shape[1]), np.float16)) if rank else None
-        )
-        layer = QuantizedLinear(np.zeros(shape, np.uint8), fit_extremes(np.ones(shape), form), branch=branch)
-        assert stored_bytes(LayerSpec(form, branch="svd" if rank else None, rank=rank), shape) == layer.nbytes
-
-
-def test_bytes_of_ragged_rows_fill_whole_words():
-    form = WeightFormat.parse("w3")
-    layer = QuantizedLinear(np.zeros((4, 37), np.uint8), Grid.symmetric(form, np.ones((4, 1))))
-    assert stored_bytes(LayerSpec(form), (4, 37)) == layer.nbytes
 
 
 def test_the_quantized_model_is_as_large_as_was_said(model, calib, mixed):

@@ -18,8 +18,8 @@ from ..files.parameters import compact, load_parameters
 from ..layers.attention import QuantizedAttention, find_quantized_attentions
 from ..layers.kinds import blanks, rebuilt, refresh
 from ..layers.linear import QuantizedLinear, find_quantized
-from ..layers.model_size import Size
 from ..layers.plain import restored
+from ..layers.sizes import Size
 from ..layers.tree import parameters, set_module
 from ..metrics.prediction import Prediction, predict
 from ..models.adapter import Adapter

@@ -15,13 +15,14 @@ from ..errors import AdapterError, CalibrationError
 from ..files import checked
 from ..files.atomic import ensure_writable
 from ..files.checked import versions
+from ..layers.sizes import planned_bits_per_weight
 from ..pipeline.apply import TrackFiles
 from ..progress import Progress, silent
 from ..recipes.grammar import parse_recipe
 from ..recipes.recipe import LayerSpec, Recipe
 from ..report.comparison import Comparison
 from ..sampling.prompts import Prompt
-from ..sweep.allocation import allocate, stored_bits
+from ..sweep.allocation import allocate
 from ..sweep.store import FolderStore, Store
 from ..sweep.sweep import sweep
 from .model import Model, QuantizedModel
@@ -92,8 +93,9 @@ def quantize(
         )
     facts: dict[str, Any] = {}
     if recipe.allocates:
+        shapes = {path: linear.weight.shape for path, linear in model.adapter.linears().items()}
         limit = (
-            stored_bits(model.adapter, layers)
+            planned_bits_per_weight(layers, shapes)
             if recipe.mixed and recipe.bits_per_weight is None
             else recipe.bits_per_weight
         )

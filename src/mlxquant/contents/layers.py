@@ -15,7 +15,9 @@ import numpy as np
 from ..errors import ArtifactError, RecipeError
 from ..grids.packing import unpack
 from ..grids.weights import Grid, WeightFormat
-from ..layers.names import BIASES, BITS, DIVISOR, DOWN, FOR_WEIGHT, INTEGERS, LOG, SCALES, SIGMA, STEP, TOKEN, WEIGHT
+from ..layers.names import BIASES, BITS, DIVISOR, DOWN, INTEGERS, LOG, SCALES, SIGMA, STEP, TOKEN, WEIGHT
+from ..layers.packed import weight_bytes
+from ..layers.sizes import numbers_in, planned_bytes
 from ..numerics.arrays import Array
 from .arrays import StoredArray
 
@@ -42,10 +44,8 @@ class StoredLayer:
         """Stored bits of codes, scales, biases, divisor and branch; for signed codes, when they will be packed."""
         if SIGNED in self.parts:
             divisor = self.parts[DIVIDES].nbytes if DIVIDES in self.parts else 0
-            return self.format.bits_per_weight(self.shape) + 8 * divisor / self.weights
-        return (
-            8 * sum(part.nbytes for name, part in self.parts.items() if name in (*FOR_WEIGHT, DIVISOR)) / self.weights
-        )
+            return 8 * (planned_bytes(self.format, self.shape) + divisor) / self.weights
+        return 8 * weight_bytes(self.parts) / self.weights
 
     @property
     def extras(self) -> str:
@@ -186,7 +186,5 @@ def bits_per_weight(arrays: Sequence[StoredArray], layers: Sequence[StoredLayer]
     """Stored bits over parameters of everything in the files, as ``Size.bits_per_weight``: a quantized weight counts
     once, what stands for it and what quantizes its input not at all. Only for packed layers.
     """
-    packed = {id(part) for layer in layers for name, part in layer.parts.items() if name in FOR_WEIGHT}
-    others = sum(array.size for array in arrays if id(array) not in packed and ".act_" not in array.name)
-    total = others + sum(layer.weights for layer in layers)
+    total = numbers_in(((array.name, array) for array in arrays), {layer.path: layer.weights for layer in layers})
     return 8 * sum(array.nbytes for array in arrays) / total if total else 0.0

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import mlx.core as mx
@@ -15,6 +16,7 @@ import numpy as np
 
 from ..api.model import Model, QuantizedModel
 from ..files.parameters import compact
+from ..layers.sizes import Size
 from ..layers.tree import parameters
 from ..progress import Progress
 from ..sampling.prompts import Prompt
@@ -78,12 +80,6 @@ def sizes(model: Model) -> dict[str, Any]:
     ``QuantizedModel.size`` has them: other parameters count as float16 where that loses nothing.
     """
     if isinstance(model, QuantizedModel):
-        size = model.size
-        return {
-            "model_bytes": size.model_bytes,
-            "bits_per_weight": size.bits_per_weight,
-            "bits_per_quantized_weight": size.bits_per_quantized_weight,
-        }
-    arrays = [compact(value) for value in parameters(model.adapter.module).values()]
-    stored, count = sum(value.nbytes for value in arrays), sum(value.size for value in arrays)
-    return {"model_bytes": stored, "bits_per_weight": 8 * stored / count, "bits_per_quantized_weight": None}
+        return asdict(model.size)
+    everything = parameters(model.adapter.module)
+    return asdict(Size.of({}, {name: compact(value) for name, value in everything.items()}))

@@ -171,7 +171,7 @@ def _facts(path: str, layer: QuantizedLinear, seen: Seen, same: bool, adapter: A
         "weight": str(layer.format),
         "activation": layer.input_bits,
         "shape": [rows, width],
-        "bits_per_weight": 8 * layer.nbytes / (rows * width),
+        "bits_per_weight": layer.bits_per_weight,
         "error": seen.error if same else None,
         "range": {"low": seen.low, "high": seen.high},
         "table": None if layer.table is None else _table(layer.table),

@@ -10,6 +10,7 @@ branch, of 7 bits, or of a width that MLX has no group for).
 from __future__ import annotations
 
 from collections import Counter
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from ..layers.attention import find_quantized_attentions
 from ..layers.linear import QuantizedLinear, find_quantized
 from ..layers.names import FOR_INPUT
 from ..layers.plain import plain_bits, plain_layer
+from ..layers.sizes import numbers_in
 from ..layers.tree import parameters
 from ..sweep.store import module_facts
 from .plain import PlainModule, placed
@@ -53,11 +55,8 @@ def split_module(model: QuantizedModel, drop_activations: bool) -> tuple[PlainMo
     why = Counter(" and ".join(reasons[path]) for path in own)
     notes = [f"{count} layers in {SIDECAR}, which only mlxquant runs, for {what}" for what, count in why.items()]
     unquantized = [path for path, part in module.named_modules() if hasattr(part, "to_quantized")]
-    weights = sum(layers[path].shape[0] * layers[path].shape[1] for path in own)
-    beside = (
-        sum(v.nbytes for v in sidecar.values()),
-        weights + sum(v.size for name, v in sidecar.items() if name.endswith(".bias")),
-    )
+    weights = numbers_in(sidecar.items(), {path: prod(layers[path].shape) for path in own})
+    beside = (sum(value.nbytes for value in sidecar.values()), weights)
     return PlainModule(
         main, {path: layer.setting for path, layer in plain.items()}, sorted(unquantized), notes, beside
     ), sidecar

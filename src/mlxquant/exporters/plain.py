@@ -19,9 +19,10 @@ import numpy as np
 from ..errors import ExportError
 from ..layers.attention import QuantizedAttention
 from ..layers.linear import QuantizedLinear
-from ..layers.names import BIASES, FOR_INPUT, SCALES
+from ..layers.names import BIASES, FOR_INPUT, SCALES, WEIGHT
 from ..layers.own import Obstacle, OwnModule
 from ..layers.plain import PlainLayer, plain_layer
+from ..layers.sizes import numbers_in, numbers_in_words
 from ..layers.tree import parameters
 
 FLOATS = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
@@ -45,17 +46,21 @@ class PlainModule:
     @property
     def weights(self) -> int:
         """Parameters, counted as mlx-lm counts them: those of a quantized layer before they were quantized."""
-        return self.beside[1] + sum(self._count(name, value) for name, value in self.arrays.items())
-
-    def _count(self, name: str, value: mx.array) -> int:
-        path, _, own = name.rpartition(".")
-        if path not in self.layers or own == "bias":
-            return value.size
-        return value.size * 32 // self.layers[path]["bits"] if own == "weight" else 0
+        words = {path: self.arrays.get(f"{path}.{WEIGHT}") for path in self.layers}
+        packed = {
+            path: 0 if found is None else numbers_in_words(found, self.layers[path]["bits"])
+            for path, found in words.items()
+        }
+        return self.beside[1] + numbers_in(self.arrays.items(), packed)
 
     @property
     def nbytes(self) -> int:
         return self.beside[0] + sum(value.nbytes for value in self.arrays.values())
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits over parameters, as mlx-lm prints it."""
+        return 8 * self.nbytes / self.weights
 
     @property
     def usual(self) -> Setting | None:

@@ -78,7 +78,7 @@ def export(
         facts: dict[str, Any] = {
             "target": target,
             "bytes": sum(path.stat().st_size for path in files.values()),
-            "bits_per_weight": 8 * plain.nbytes / plain.weights,
+            "bits_per_weight": plain.bits_per_weight,
             "notes": plain.notes,
         }
         known = model.facts if isinstance(model, QuantizedModel) else {}

@@ -63,7 +63,7 @@ def file_digest(path: Path) -> str:
 def array_digest(value: mx.array) -> str:
     """sha256 over dtype, shape and bytes of an array."""
     hasher = hashlib.sha256(f"{value.dtype}{value.shape}".encode())
-    hasher.update(tensor_layout.stored_bytes(value))
+    hasher.update(tensor_layout.raw_bytes(value))
     return hasher.hexdigest()
 
 
@@ -125,7 +125,7 @@ def write_tensors(
     with atomic_file(path) as temporary, temporary.open("wb") as file:
         file.write(blank)
         for name in tensor_layout.in_order(arrays):
-            raw = tensor_layout.stored_bytes(arrays[name])
+            raw = tensor_layout.raw_bytes(arrays[name])
             hasher.update(raw)
             file.write(raw)
         file.seek(0)

@@ -34,7 +34,7 @@ STORED: dict[str, tuple[mx.Dtype, np.dtype[Any]]] = {
 ALIGNMENT = 8
 
 
-def stored_bytes(value: mx.array) -> memoryview:
+def raw_bytes(value: mx.array) -> memoryview:
     """The bytes of an array, uint8 [nbytes]; not a copy where the array is contiguous."""
     bits = np.asarray(value.view(mx.uint16) if value.dtype == mx.bfloat16 else value)
     return np.ascontiguousarray(bits).reshape(-1).view(np.uint8).data

@@ -56,12 +56,6 @@ class WeightFormat:
             )
         return self.group
 
-    def bits_per_weight(self, shape: tuple[int, int]) -> float:
-        """Stored bits a weight, scales (and biases, where stored) included."""
-        rows, width = shape
-        scales = 1 if self.group == "tensor" else rows * (width // self.columns(width))
-        return self.bits + scales * 16 * (1 if self.symmetric else 2) / (rows * width)
-
     def to_dict(self) -> dict[str, Any]:
         return {"bits": self.bits, "group": self.group, "symmetric": self.symmetric}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any, ClassVar
 
@@ -15,6 +15,11 @@ from ..grids.packing import dequantized, pack, unpack
 from ..grids.weights import GROUPS, Grid, WeightFormat
 from .names import BIAS, BIASES, DIVISOR, FOR_WEIGHT, INTEGERS, SCALES, WEIGHT
 from .own import QuantizedModule
+
+
+def weight_bytes(parts: Mapping[str, Any]) -> int:
+    """Bytes of those of a layer's arrays, by name, that are stored in place of its weight."""
+    return sum(parts[name].nbytes for name in (*FOR_WEIGHT, DIVISOR) if name in parts)
 
 
 class QuantizedLayer(QuantizedModule):
@@ -69,7 +74,7 @@ class QuantizedLayer(QuantizedModule):
     @property
     def nbytes(self) -> int:
         """Bytes of what is stored in place of the weight: codes, scales and biases, the input's divisor, the branch."""
-        return sum(self[name].nbytes for name in (*FOR_WEIGHT, DIVISOR) if name in self)
+        return weight_bytes(self)
 
     @property
     def bits_per_weight(self) -> float:

@@ -1,21 +1,93 @@
-"""How large a module is, before and after: bytes that are really stored, and which layers stayed as they were and why.
+"""How large things are: a weight before it is quantized, a quantized model, a module before and after.
 
-An array that is used at several places counts once.
+What a layer really stores it says itself (``QuantizedLayer.nbytes``); ``planned_bytes`` is the same number before there
+is a layer, and a test holds the two together. All figures in bits per weight divide stored bits by the numbers that
+what is stored stands for (``numbers_in``): a quantized weight's own, however many codes, scales and branches stand for
+them, and never what says how an input is quantized.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import prod
-from typing import Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from .names import SCALES, WEIGHT
+from ..grids.weights import WeightFormat
+from ..recipes.recipe import LayerSpec
+from .names import BIAS, DIVISOR, FOR_INPUT, SCALES, WEIGHT
 from .packed import QuantizedLayer
 from .tree import parameters, starred
+
+
+class Sized(Protocol):
+    """An array, wherever it is."""
+
+    @property
+    def size(self) -> int: ...
+
+
+def planned_bytes(spec: LayerSpec | WeightFormat, shape: Sequence[int]) -> int:
+    """Bytes that a layer will store for a weight [out, ...]: codes in whole words a row, scales, biases, the branch.
+
+    What a transform may add, at most one number for each input, is not known beforehand. Raises RecipeError where
+    groups do not divide the width.
+    """
+    rows, width = shape[0], prod(shape[1:])
+    format = spec if isinstance(spec, WeightFormat) else spec.weight
+    rank = 0 if isinstance(spec, WeightFormat) or spec.branch is None else min(spec.rank, rows, width)
+    words = rows * -(-width * format.bits // 32)
+    scales = 1 if format.group == "tensor" else rows * (width // format.columns(width))
+    return 4 * words + scales * (2 if format.symmetric else 4) + 2 * rank * (rows + width)
+
+
+def planned_bits_per_weight(plan: Mapping[str, LayerSpec], shapes: Mapping[str, Sequence[int]]) -> float:
+    """What a plan's own formats take by weight of the layers in it, whose weights have these ``shapes``."""
+    stored = sum(planned_bytes(spec, shapes[path]) for path, spec in plan.items())
+    return 8 * stored / sum(prod(shapes[path]) for path in plan)
+
+
+def numbers_in(named: Iterable[tuple[str, Sized]], weights: Mapping[str, int]) -> int:
+    """For how many numbers arrays stand, which are given with their full names.
+
+    ``weights`` are the numbers in the weights of quantized layers, by path. All else that such a layer has stands for
+    none, but its bias; and so does what says how an input is quantized, wherever it is.
+    """
+    total = 0
+    for name, value in named:
+        path, _, own = name.rpartition(".")
+        if path in weights and own != BIAS:
+            total += weights[path] if own == WEIGHT else 0
+        elif own not in (*FOR_INPUT, DIVISOR):
+            total += value.size
+    return total
+
+
+def numbers_in_words(words: Sized, bits: int) -> int:
+    """How many codes are in packed words uint32, in rows that fill them, as those of MLX's own layers do."""
+    return words.size * 32 // bits
+
+
+@dataclass(frozen=True)
+class Size:
+    """Stored size of a model. ``bits_per_weight`` is stored bits over parameters of the whole model, as mlx-lm prints
+    it; ``bits_per_quantized_weight`` is over the quantized layers alone: codes, scales and biases; None without any.
+    """
+
+    model_bytes: int
+    bits_per_weight: float
+    bits_per_quantized_weight: float | None
+
+    @classmethod
+    def of(cls, layers: Mapping[str, QuantizedLayer], arrays: Mapping[str, mx.array]) -> Size:
+        """``arrays`` are everything that is stored, by full name, those of the ``layers`` among them."""
+        weights = {path: prod(layer.shape) for path, layer in layers.items()}
+        stored, codes = sum(v.nbytes for v in arrays.values()), sum(layer.nbytes for layer in layers.values())
+        own = 8 * codes / sum(weights.values()) if weights else None
+        return cls(stored, 8 * stored / numbers_in(arrays.items(), weights), own)
 
 
 @dataclass(frozen=True)
@@ -122,18 +194,14 @@ def stored_bytes(module: nn.Module) -> int:
 
 
 def weight_count(module: nn.Module) -> int:
-    """For how many numbers a module's parameters stand; scales and what quantizes an input are none of them."""
-    sizes = {id(value): value.size for value in parameters(module).values()}
-    for _, part in module.named_modules():
-        if is_packed(part):
-            packed = {name: value for name, value in parameters(part).items() if name != "bias"}
-            sizes.update({id(value): 0 for value in packed.values()})
-            sizes[id(part.weight)] = _numbers(part)
-    return sum(sizes.values())
+    """For how many numbers a module's parameters stand, each array counted once wherever it is used."""
+    once = {id(value): (name, value) for name, value in reversed(parameters(module).items())}
+    weights = {path: _numbers(part) for path, part in module.named_modules() if is_packed(part)}
+    return numbers_in(once.values(), weights)
 
 
 def _numbers(packed: nn.Module) -> int:
     """How many numbers stand in the weight of a quantized layer."""
     if isinstance(packed, QuantizedLayer):
         return prod(packed.shape)
-    return int(packed.weight.size * 32 // packed.bits)
+    return numbers_in_words(packed.weight, packed.bits)

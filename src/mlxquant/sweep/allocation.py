@@ -25,6 +25,7 @@ from ..calibration.data import CalibrationData
 from ..errors import RecipeError
 from ..files.kept_arrays import Measurements
 from ..grids.weights import WeightFormat
+from ..layers.sizes import planned_bytes
 from ..layers.tree import tapped
 from ..methods import registry
 from ..methods.inputs.tiers import TIERS
@@ -153,32 +154,12 @@ def candidates(spec: LayerSpec, widths: Sequence[int]) -> list[WeightFormat]:
     return [replace(spec.weight, bits=bits) for bits in ([own] if own >= PINNED else sorted({own, *widths}))]
 
 
-def stored_bytes(spec: LayerSpec, shape: Sequence[int]) -> int:
-    """Bytes of a layer [out,in] as ``QuantizedLinear`` stores it: codes in whole words a row, scales, biases and a
-    branch where it has them. What a transform may add, at most one number for each input, is not known beforehand.
-    """
-    form, (rows, width) = spec.weight, shape
-    scales = 1 if form.group == "tensor" else rows * (width // form.columns(width))
-    branch = 0 if spec.branch is None else min(spec.rank, rows, width) * (rows + width)
-    return rows * 4 * -(-width * form.bits // 32) + scales * (2 if form.symmetric else 4) + 2 * branch
-
-
-def stored_bits(adapter: Adapter, plan: Mapping[str, LayerSpec]) -> float:
-    """What a plan's own formats take by weight of the layers in it, as ``bits_per_weight`` counts."""
-    shapes = {path: layer.weight.shape for path, layer in adapter.linears().items() if path in plan}
-    return (
-        8
-        * sum(stored_bytes(plan[path], shape) for path, shape in shapes.items())
-        / sum(r * c for r, c in shapes.values())
-    )
-
-
 def candidate_bytes(adapter: Adapter, plan: Mapping[str, LayerSpec], widths: Sequence[int]) -> dict[str, Array]:
     """Bytes of each layer in each of its ``candidates``, ascending."""
     linears = adapter.linears()
     return {
         path: np.array(
-            [stored_bytes(replace(spec, weight=form), linears[path].weight.shape) for form in candidates(spec, widths)]
+            [planned_bytes(replace(spec, weight=form), linears[path].weight.shape) for form in candidates(spec, widths)]
         )
         for path, spec in plan.items()
     }

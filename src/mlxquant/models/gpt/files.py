@@ -102,7 +102,7 @@ def write_weights(path: Path, arrays: Mapping[str, mx.array]) -> str:
     with atomic_file(path) as temporary, temporary.open("wb") as file:
         file.write(tensor_layout.header(arrays, METADATA))
         for name in tensor_layout.in_order(arrays):
-            file.write(tensor_layout.stored_bytes(arrays[name]))
+            file.write(tensor_layout.raw_bytes(arrays[name]))
     return file_digest(path)
 
 
