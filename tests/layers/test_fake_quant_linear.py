@@ -1,4 +1,4 @@
-"""The seed's layer: its documentation runs, and what went wrong in the original (lessons.md) does not."""
+"""The layer that calibrates itself: its documentation runs; broken inputs, dtypes and timesteps are told apart."""
 
 import doctest
 

@@ -1,5 +1,5 @@
-"""The usage of seed 004 ("PyTorch Custom Quantizer Algorithm"), translated to MLX: each snippet of its README runs and
-keeps its word.
+"""``W8A16Linear`` and ``quantize_linears`` as they are used: by itself, in a model of one's own, in a text model like
+CodeGen, in a detector of convolutions.
 """
 
 import mlx.core as mx
@@ -12,7 +12,7 @@ from mlxquant import W8A16Linear
 
 
 class MyCustomModel(nn.Module):
-    """The seed's "any model with Linear layers"."""
+    """Any model with Linear layers."""
 
     def __init__(self):
         super().__init__()
@@ -57,7 +57,7 @@ class CodeGen(nn.Module):
         return self.lm_head(self.ln_f(x))
 
     def generate(self, tokens, count):
-        """Greedy continuation, the seed's ``pipeline``."""
+        """Greedy continuation."""
         for _ in range(count):
             tokens = mx.concatenate([tokens, self(tokens)[:, -1:].argmax(-1)], axis=1)
         return tokens

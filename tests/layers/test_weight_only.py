@@ -1,4 +1,4 @@
-"""8-bit weights without data: the formula in float64, and what went wrong in seed 004 (lessons.md)."""
+"""8-bit weights without data: the formula in float64, codes that never wrap, rows of zeros, broken weights."""
 
 import doctest
 
@@ -45,14 +45,14 @@ def test_the_layer_is_the_formula_in_float64(dtype):
 
 
 def test_codes_of_a_bfloat16_weight_never_wrap():
-    """The seed divided in the weight's own dtype: there the largest weight of a row can come to 128, which is -128 in
-    int8.
+    """A quotient in the weight's own dtype will not do: there the largest weight of a row can come to 128, which is
+    -128 in int8.
     """
     weight = normal((4096, 8), 4).astype(mx.bfloat16)
     scales = mx.abs(weight).max(-1) / mx.array(127, mx.bfloat16)
-    seeds = mx.round(weight / scales[:, None])
-    assert mx.abs(seeds).max().item() == 128
-    wrapped = seeds.astype(mx.int32).astype(mx.int8).astype(mx.float32) * scales.astype(mx.float32)[:, None]
+    naive = mx.round(weight / scales[:, None])
+    assert mx.abs(naive).max().item() == 128
+    wrapped = naive.astype(mx.int32).astype(mx.int8).astype(mx.float32) * scales.astype(mx.float32)[:, None]
     exact = np.array(weight.astype(mx.float32))
     steps = np.abs(exact).max(1, keepdims=True) / 127
     assert (np.abs(np.array(wrapped) - exact) / steps).max() > 200

@@ -69,7 +69,18 @@ class QuantizedConvolution(QuantizedLayer):
     ) -> QuantizedConvolution:
         """What stands for ``convolution``, in the subclass that fits it.
 
-        Raises AdapterError when there is none, or another than this, and what ``rounded`` raises.
+        Args:
+            convolution: The layer in full precision; it stays as it is.
+            format: The grid's.
+            steps: "extremes", so that nothing is clipped, or "mse", the step of the least squared error.
+
+        Returns:
+            The new layer, with the convolution's own bias and options.
+
+        Raises:
+            AdapterError: When there is none, or another than this.
+            NumericsError: On NaN or infinite weights.
+            RecipeError: When groups do not divide the flattened kernel.
         """
         kind = next((one for one in CONVOLUTIONS if isinstance(convolution, one.replaces)), None)
         if kind is None or not issubclass(kind, cls):

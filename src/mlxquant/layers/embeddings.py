@@ -40,7 +40,20 @@ class QuantizedEmbedding(QuantizedLinear):
     def from_embedding(
         cls, embedding: nn.Embedding, format: WeightFormat, steps: str = "extremes"
     ) -> QuantizedEmbedding:
-        """What stands for ``embedding``, in its dtype; raises as ``rounded`` does."""
+        """What stands for ``embedding``, in its dtype.
+
+        Args:
+            embedding: The table in full precision; it stays as it is.
+            format: The grid's.
+            steps: "extremes", so that nothing is clipped, or "mse", the step of the least squared error.
+
+        Returns:
+            The new layer.
+
+        Raises:
+            NumericsError: On NaN or infinite weights.
+            RecipeError: When groups do not divide the width.
+        """
         return cls(*rounded(embedding.weight, format, steps), embedding.weight.dtype)
 
     @property

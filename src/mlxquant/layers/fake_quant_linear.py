@@ -1,5 +1,4 @@
-"""``FakeQuantLinear``: one layer that calibrates itself, then computes what it would as integers, in floats (seed 000,
-TCAQ-DM).
+"""``FakeQuantLinear``: one layer that calibrates itself, then computes in floats what it would as integers (TCAQ-DM).
 
 Timestep-channel joint reparameterization (arXiv 2412.16700, equations 3 to 5) for a layer that is used by itself,
 without a model, a recipe or a sweep: feed it batches with their timesteps, ``freeze`` it, and use it. It is a
@@ -33,25 +32,38 @@ STATISTICS = ("timesteps", "low", "high", "ratio", "frozen")
 class FakeQuantLinear(OwnModule):
     """``y = x W^T + b``: exact and watching until ``freeze``, fake quantized afterwards.
 
-    >>> import mlx.core as mx
-    >>> from mlxquant import FakeQuantLinear
-    >>> fq = FakeQuantLinear(in_features=512, out_features=256, bias=True, dtype=mx.float16, R_trunc=10.0)
-    >>> for t in range(15):  # calibration: every timestep with inputs of its own
-    ...     _ = fq(mx.random.normal((8, 512), key=mx.random.key(t)) * (t + 1), timestamp=t)
-    >>> fq.freeze()
-    >>> y = fq(mx.random.normal((8, 512), key=mx.random.key(99)), timestamp=3)
-    >>> y.shape, y.dtype
-    ((8, 256), mlx.core.float16)
-    >>> scale, zero_point = fq.get_activation_qparams(timestamp=3.5)  # between two calibrated timesteps
-    >>> scale.shape, zero_point.dtype
-    ((512,), mlx.core.int32)
-
     Parameters: ``weight`` [out,in] and ``bias`` [out] in ``dtype``; ``timesteps`` [T] ascending, ``low`` and ``high``
     [T,in], the least and the largest input of each channel, ``ratio`` [in], all float32, and ``frozen`` uint8. Only the
     first two are trainable. ``freeze`` replaces the weight by the fake quantized ``W diag(ratio)``, so a layer is
     frozen once: who wants to calibrate again starts from the linear layer (``from_linear``). All that is known is in
     the parameters, and goes where they go: ``save`` and ``load``, or a model's own ``save_weights`` and, because the
     number of timesteps is not known before, ``load_weights(file, strict=False)``.
+
+    Args:
+        in_features: Width of an input.
+        out_features: Width of an output.
+        bias: Whether it has a bias.
+        dtype: A floating dtype, of the weight and of outputs.
+        R_trunc: The most that a channel may be divided by (equation 5), at least 1; the paper has 10.
+        weight_bits: Bits of a weight, 2 to 8.
+        activation_bits: Bits of an input, 2 to 8.
+
+    Raises:
+        RecipeError: On bits, a truncation or widths outside of these limits, or a dtype that is not floating.
+
+    Examples:
+        >>> import mlx.core as mx
+        >>> from mlxquant import FakeQuantLinear
+        >>> fq = FakeQuantLinear(in_features=512, out_features=256, bias=True, dtype=mx.float16, R_trunc=10.0)
+        >>> for t in range(15):  # calibration: every timestep with inputs of its own
+        ...     _ = fq(mx.random.normal((8, 512), key=mx.random.key(t)) * (t + 1), timestamp=t)
+        >>> fq.freeze()
+        >>> y = fq(mx.random.normal((8, 512), key=mx.random.key(99)), timestamp=3)
+        >>> y.shape, y.dtype
+        ((8, 256), mlx.core.float16)
+        >>> scale, zero_point = fq.get_activation_qparams(timestamp=3.5)  # between two calibrated timesteps
+        >>> scale.shape, zero_point.dtype
+        ((512,), mlx.core.int32)
     """
 
     def __init__(
@@ -65,9 +77,6 @@ class FakeQuantLinear(OwnModule):
         weight_bits: int = 8,
         activation_bits: int = 8,
     ):
-        """Raises RecipeError on bits outside of 2 to 8, a truncation ``R_trunc`` or widths below 1, or a dtype that is
-        not floating.
-        """
         super().__init__()
         if not all(isinstance(width, int | np.integer) and width >= 1 for width in (in_features, out_features)):
             raise RecipeError(
@@ -96,7 +105,20 @@ class FakeQuantLinear(OwnModule):
     def from_linear(
         cls, linear: nn.Linear, R_trunc: float = 10.0, *, weight_bits: int = 8, activation_bits: int = 8
     ) -> FakeQuantLinear:
-        """A layer with the weight and the bias of another, in its dtype."""
+        """A layer with the weight and the bias of another, in its dtype.
+
+        Args:
+            linear: The layer in full precision; it stays as it is.
+            R_trunc: As the constructor takes it.
+            weight_bits: Bits of a weight, 2 to 8.
+            activation_bits: Bits of an input, 2 to 8.
+
+        Returns:
+            The new layer, not calibrated yet.
+
+        Raises:
+            RecipeError: As the constructor does.
+        """
         rows, width = linear.weight.shape
         has_bias = "bias" in linear
         layer = cls(
@@ -120,8 +142,14 @@ class FakeQuantLinear(OwnModule):
     def __call__(self, x: mx.array, timestamp: float) -> mx.array:
         """x [...,in] at a timestep to [...,out] in the layer's dtype.
 
-        Raises AdapterError on another width or what is no MLX array, CalibrationError on a timestep that is no finite
-        number, and, while it calibrates, NumericsError on NaN or infinite inputs.
+        Args:
+            x: Inputs [...,in] of any float dtype.
+            timestamp: The timestep that they are of, one finite number for all.
+
+        Raises:
+            AdapterError: On another width, or what is no MLX array.
+            CalibrationError: On a timestep that is no finite number.
+            NumericsError: While it calibrates, on NaN or infinite inputs.
         """
         if not isinstance(x, mx.array) or not x.ndim:
             raise AdapterError(
@@ -138,11 +166,12 @@ class FakeQuantLinear(OwnModule):
         y = values @ self.weight.astype(mx.float32).T
         return (y + self.bias.astype(mx.float32) if "bias" in self else y).astype(self.weight.dtype)
 
-    def freeze(self) -> None:  # type: ignore[override]  # the seed's name; nn.Module's own freeze is about training
+    def freeze(self) -> None:  # type: ignore[override]  # ends calibration; nn.Module's own is about training
         """End the calibration: divide the inputs' channels by their joint ratio, and round the weight that stands for
         that.
 
-        Raises CalibrationError when nothing was calibrated, or when the layer is frozen already.
+        Raises:
+            CalibrationError: When nothing was calibrated, or when the layer is frozen already.
         """
         if self.is_frozen:
             raise CalibrationError(
@@ -162,7 +191,16 @@ class FakeQuantLinear(OwnModule):
         zero, 0, 2^bits - 1)``.
 
         The range that they span contains 0. Between two calibrated timesteps it is interpolated, outside of them the
-        nearest holds. Raises CalibrationError before ``freeze``.
+        nearest holds.
+
+        Args:
+            timestamp: The timestep, one finite number.
+
+        Returns:
+            The scale and the zero point.
+
+        Raises:
+            CalibrationError: Before ``freeze``, and on a timestep that is no finite number.
         """
         if not self.is_frozen:
             raise CalibrationError("activation scales are known when the calibration has ended; call freeze first")
@@ -172,14 +210,29 @@ class FakeQuantLinear(OwnModule):
         return scale, mx.round(-low / scale).astype(mx.int32)
 
     def save(self, path: str | Path) -> None:
-        """Write the layer as one safetensors file, calibrated as far as it is. Raises ArtifactError where that
-        fails.
+        """Write the layer as one safetensors file, calibrated as far as it is.
+
+        Args:
+            path: The file.
+
+        Raises:
+            ArtifactError: Where that fails.
         """
         write_tensors(Path(path), KIND, parameters(self), {"layer": self._facts})
 
     @classmethod
     def load(cls, path: str | Path) -> FakeQuantLinear:
-        """What ``save`` wrote; raises ArtifactError on a damaged or foreign file."""
+        """What ``save`` wrote.
+
+        Args:
+            path: The file.
+
+        Returns:
+            The layer.
+
+        Raises:
+            ArtifactError: On a missing, damaged or foreign file.
+        """
         arrays, header = read_tensors(Path(path), KIND)
         try:
             facts = header["layer"]

@@ -139,7 +139,7 @@ class QuantizedLinear(QuantizedLayer):
             self[UP], self[DOWN] = mx.zeros((rows, rank), mx.float16), mx.zeros((rank, width), mx.float16)
         self._clock: Clock | None = None
         self.refresh()
-        self.freeze()
+        self.freeze()  # scales and tables are no business of an optimizer's
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -173,7 +173,7 @@ class QuantizedLinear(QuantizedLayer):
     def with_codes(self, codes: npt.NDArray[Any]) -> QuantizedLinear:
         """The same layer with other codes uint8 [out, in]."""
         other = QuantizedLinear.blank(self.facts, self._clock)
-        other.load_weights(list(parameters(self).items()))
+        other.load_weights(list(parameters(self).items()))  # shared, but for the codes
         other[WEIGHT] = mx.array(pack(codes, self._format.bits))
         return other
 
@@ -212,7 +212,7 @@ class QuantizedLinear(QuantizedLayer):
             raise AdapterError(
                 f"activation shift of width {table.shift.shape[1]} does not fit an input of width {self.width}"
             )
-        self.drop_activations()
+        self.drop_activations()  # first: what this table has no use for, an older one's act_log, must not stay
         self._clock = clock
         store_table(self, table)
         self.refresh()
@@ -283,7 +283,7 @@ class QuantizedLinear(QuantizedLayer):
         entry = reader.read(x)
         if entry.all_float:
             return self._weight_only(x)
-        y = self._integer(x, entry)
+        y = self._integer(x, entry)  # both where the samples of a batch are at noise levels that differ in this
         return mx.where(entry.is_float, self._weight_only(x), y) if entry.any_float else y
 
     @property

@@ -29,8 +29,18 @@ KIND = "quantized-module"
 def save_module(model: nn.Module, path: str | Path) -> Path:
     """Write a module that ``quantize_linears`` quantized as one safetensors file; equal modules give equal bytes.
 
-    An array or a layer that is used at several places is written once. Raises ArtifactError when the module holds what
-    the file cannot: activation tables, whose clock belongs to a sampler, or dtypes that are not stored.
+    An array or a layer that is used at several places is written once.
+
+    Args:
+        model: The module; its own code is not written.
+        path: The file.
+
+    Returns:
+        The file.
+
+    Raises:
+        ArtifactError: When the module holds what the file cannot: activation tables, whose clock belongs to a sampler,
+            or dtypes that are not stored.
     """
     path = Path(path)
     arrays: dict[str, mx.array] = {}
@@ -61,9 +71,17 @@ def save_module(model: nn.Module, path: str | Path) -> Path:
 
 
 def load_module(model: nn.Module, path: str | Path) -> nn.Module:
-    """Make a freshly built model, in full precision, the one that ``save_module`` wrote, and return it.
+    """Make a freshly built model, in full precision, the one that ``save_module`` wrote.
 
-    Raises ArtifactError on a missing, damaged or foreign file, and on another model; then the model is as it was.
+    Args:
+        model: The module, built as it was before it was quantized; it is changed.
+        path: The file.
+
+    Returns:
+        The model.
+
+    Raises:
+        ArtifactError: On a missing, damaged or foreign file, and on another model; then the model is as it was.
     """
     path = Path(path)
     arrays, header = read_tensors(path, KIND)

@@ -1,5 +1,4 @@
-"""Quantize the weights of any MLX module in place, without data: ``quantize_linears`` (seed 004, and all that its
-author left open).
+"""Quantize the weights of any MLX module in place, without data: ``quantize_linears``.
 
 Rounding to nearest needs no model that runs and no inputs, so it works for language models, detectors and modules that
 nobody has an adapter for. With calibration data there are better ways (``quantize``), and activations are quantized
@@ -97,6 +96,33 @@ def quantize_linears(
 ) -> SizeReport:
     """Put quantized layers in the place of a model's ``nn.Linear``, its convolutions and, if wanted, its embeddings.
 
+    Layers keep running in the dtype of their input; embeddings answer in their own. The same layer at two places stays
+    one layer, and layers that share a weight share its codes; one that shares its weight with something that stays as
+    it is, stays, too. A model with a ``quant_predicate``, as mlx-lm's models have, is asked: what it refuses stays
+    unless it is included by name, and where it wants more bits it gets them. Everything is quantized before anything is
+    replaced: after an error the model is as it was, and both are in memory for a moment.
+
+    Args:
+        model: The module that holds the layers; it is changed.
+        format: As in a recipe, without activations: "w8a16", "w4a16-g64", "w3a16-g32-sym", or short "w8", "w4-g64".
+        exclude: Patterns of paths that stay as they are, also where they are included; see ``recipes.patterns``.
+        include: Patterns of the only paths that are taken; None for all.
+        embeddings: Whether embeddings are taken, too.
+        convolutions: Whether convolutions are taken.
+        steps: "extremes", or "mse", which searches for the step of the least squared weight error: slower, better below
+            8 bits.
+        fallback: The format of layers whose width the groups of ``format`` do not divide; without it, such layers are
+            an error.
+
+    Returns:
+        Bytes before and after, the relative error of each quantized weight, and why other layers stayed.
+
+    Raises:
+        RecipeError: On an unknown format or one with quantized activations, on a pattern that matches nothing, on
+            groups that do not fit, and when there is nothing to quantize. It names the layer, as do the others.
+        NumericsError: On NaN or infinite weights.
+        AdapterError: On what is no module of MLX.
+
     Examples:
         >>> import mlx.core as mx, mlx.nn as nn
         >>> import mlxquant as mq
@@ -115,21 +141,6 @@ def quantize_linears(
         [('hidden', 'w8')]
         >>> model(mx.ones((2, 64))).shape
         (2, 64)
-
-    format: as in a recipe, without activations: "w8a16", "w4a16-g64", "w3a16-g32-sym", or short "w8", "w4-g64".
-    exclude, include: see ``layer_patterns``. Excluded is excluded, also where a layer is included. steps: "extremes",
-    or "mse", which searches for the step of the least squared weight error: slower, better below 8 bits. fallback: the
-    format of layers whose width the groups of ``format`` do not divide; without it, such layers are an error.
-
-    Layers keep running in the dtype of their input; embeddings answer in their own. The same layer at two places stays
-    one layer, and layers that share a weight share its codes; one that shares its weight with something that stays as
-    it is, stays, too. A model with a ``quant_predicate``, as mlx-lm's models have, is asked: what it refuses stays
-    unless it is included by name, and where it wants more bits it gets them. Everything is quantized before anything is
-    replaced: after an error the model is as it was, and both are in memory for a moment.
-
-    Raises RecipeError on an unknown format or one with quantized activations, on a pattern that matches nothing, on
-    groups that do not fit, and when there is nothing to quantize; NumericsError on NaN or infinite weights. All name
-    the layer.
     """
     if not isinstance(model, nn.Module):
         raise AdapterError(
