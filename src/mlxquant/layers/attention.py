@@ -15,12 +15,13 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..errors import AdapterError
-from ..grids.reading import TableReader, represented
+from ..grids.reading import represented
 from ..grids.tables import ActivationTable
 from ..grids.time import Clock
 from .fast_cpu import attention, probabilities
-from .names import LOG, SIGMA, lay_out_table, store_table, stored_table
-from .own import Obstacle, QuantizedModule
+from .names import LOG, SIGMA
+from .own import Obstacle
+from .quantized_input import QuantizedInput
 
 
 class SoftmaxAttention(nn.Module):
@@ -45,25 +46,25 @@ class ShownAttention(SoftmaxAttention):
         return (p @ v.astype(p.dtype)).astype(v.dtype)
 
 
-class QuantizedAttention(SoftmaxAttention, QuantizedModule):
+class QuantizedAttention(SoftmaxAttention, QuantizedInput):
     """``Q(P) v`` with P = softmax(q k^T / sqrt(d)) on the levels of a table with one shift an entry.
 
-    Parameters: ``act_sigma``, ``act_step``, ``act_shift``, ``act_bits`` and, where an entry is logarithmic,
-    ``act_log``, as in a ``QuantizedLinear``. The quantized probabilities of a row need not sum to 1, as in TCAQ-DM
-    (arXiv 2412.16700).
+    Its parameters are those of a ``QuantizedInput``. The quantized probabilities of a row need not sum to 1, as in
+    TCAQ-DM (arXiv 2412.16700).
     """
 
     def __init__(self, table: ActivationTable, clock: Clock):
         """Raises AdapterError when the table has a shift a channel."""
         super().__init__()
+        self.set_activations(table, clock)
+        self.freeze()
+
+    def set_activations(self, table: ActivationTable, clock: Clock) -> None:
         if table.shift.shape[1] != 1:
             raise AdapterError(
                 f"probabilities have one shift for all, found a table with shifts of width {table.shift.shape[1]}"
             )
-        self._clock: Clock | None = clock
-        store_table(self, table)
-        self.refresh()
-        self.freeze()
+        super().set_activations(table, clock)
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -72,32 +73,19 @@ class QuantizedAttention(SoftmaxAttention, QuantizedModule):
     @classmethod
     def blank(cls, facts: Mapping[str, Any], clock: Clock | None) -> Self:
         module = cls._bare()
-        module._clock = clock
-        lay_out_table(module, int(facts["table"]), 1, bool(facts["log"]))
+        module._lay_out_input(clock, int(facts["table"]), 1, bool(facts["log"]))
         module.refresh()
         module.freeze()
         return module
-
-    def refresh(self) -> None:
-        self._reader: TableReader | None = None
 
     def obstacles(self) -> list[Obstacle]:
         remedy = "quantize by a recipe that leaves attention alone"
         return [Obstacle("quantized probabilities", remedy, activations=True)]
 
-    @property
-    def table(self) -> ActivationTable:
-        return self._table_reader().table
-
-    def _table_reader(self) -> TableReader:
-        if self._reader is None:
-            assert self._clock is not None
-            self._reader = TableReader(stored_table(self), self._clock)
-        return self._reader
-
     def __call__(self, q: mx.array, k: mx.array, v: mx.array, scale: float | None = None) -> mx.array:
         p = probabilities(q, k)
-        p = represented(p, self._table_reader().read(p))
+        if self.reader is not None:
+            p = represented(p, self.reader.read(p))
         return (p @ v.astype(p.dtype)).astype(v.dtype)
 
 

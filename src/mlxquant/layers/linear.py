@@ -18,9 +18,9 @@ There are three ways to multiply, because none is both exact and always possible
 3. *Simulated* (``_integer``, else): group-wise scales cannot leave the sum, and the levels of logarithmic entries are
    no multiples of a step. There the rounded input, back on its own scale, meets dequantized weights.
 
-A table is read at the time that a clock shows, which the sampler sets before it calls the model. What is computed from
-the parameters once (the reader of the table, the sums of rows) is kept beside them, and MLX does not tell a module when
-its parameters are loaded: whoever changes them calls ``refresh`` afterwards, or the layer goes on with what it had.
+What is computed from the parameters once (the reader of the table, the sums of rows) is kept beside them, and MLX does
+not tell a module when its parameters are loaded: whoever changes them calls ``refresh`` afterwards, or the layer goes
+on with what it had.
 """
 
 from __future__ import annotations
@@ -36,42 +36,29 @@ import numpy.typing as npt
 from ..errors import AdapterError
 from ..grids.integer_matmul import EXACT, integer_matmul, use_packed_kernels
 from ..grids.packing import pack
-from ..grids.reading import Entry, TableReader, TokenReader, represented
+from ..grids.reading import Entry, represented
 from ..grids.tables import ActivationTable
 from ..grids.time import Clock
 from ..grids.weights import Grid, WeightFormat
 from ..numerics.hadamard import block_size, rotated_blocks
 from ..numerics.low_rank import LowRank
-from .names import (
-    BIAS,
-    DIVISOR,
-    DOWN,
-    FOR_INPUT,
-    LOG,
-    SHIFT,
-    TOKEN,
-    UP,
-    WEIGHT,
-    lay_out_table,
-    store_table,
-    stored_table,
-)
+from .names import BIAS, DIVISOR, DOWN, LOG, SHIFT, TOKEN, UP, WEIGHT
 from .own import Obstacle
 from .packed import QuantizedLayer
 from .plain import obstacles
+from .quantized_input import QuantizedInput
 from .tree import parameters
 
 
-class QuantizedLinear(QuantizedLayer):
+class QuantizedLinear(QuantizedInput, QuantizedLayer):
     """``y = x W^T + b`` with integer W; its input may be quantized, too.
 
-    Parameters beside those of every ``QuantizedLayer``: with a table, ``act_sigma``, ``act_step``, ``act_shift``,
-    ``act_bits`` and, where an entry is logarithmic, ``act_log`` (see ActivationTable); or ``act_token`` uint8 [1], with
-    how many bits each token is quantized by itself. ``act_divisor`` float32 [in], optional: the input's channels are
-    divided by it first. With a ``rotation`` above 1, blocks of so many channels are then rotated by a regular Hadamard
-    matrix. The integer weight stands for ``W' = W diag(act_divisor) R``, so the function is the same, and the table
-    describes the transformed input. With ``low_up`` [out,r] and ``low_down`` [r,in] float16, the integer weight stands
-    for ``W' - low_up low_down`` instead, and those two multiply the transformed input as it is, never quantized.
+    Parameters beside those of every ``QuantizedLayer`` and ``QuantizedInput``: ``act_divisor`` float32 [in], optional:
+    the input's channels are divided by it first. With a ``rotation`` above 1, blocks of so many channels are then
+    rotated by a regular Hadamard matrix. The integer weight stands for ``W' = W diag(act_divisor) R``, so the function
+    is the same, and the table describes the transformed input. With ``low_up`` [out,r] and ``low_down`` [r,in] float16,
+    the integer weight stands for ``W' - low_up low_down`` instead, and those two multiply the transformed input as it
+    is, never quantized.
 
     Args:
         codes: Codes of the integer weight, uint8 [out, in].
@@ -163,9 +150,8 @@ class QuantizedLinear(QuantizedLayer):
         format, divided = WeightFormat(**facts["format"]), bool(facts.get("divisor"))
         layer._lay_out(format, facts["shape"], bias, divided, facts.get("rotation", 1), facts.get("rank", 0))
         if facts["table"] is not None:
-            layer._clock = clock
             entries, shifts = facts["table"]
-            lay_out_table(layer, entries, shifts, bool(facts.get("log")))
+            layer._lay_out_input(clock, entries, shifts, bool(facts.get("log")))
         if facts.get("token"):
             layer[TOKEN] = mx.zeros((1,), mx.uint8)
         return layer
@@ -176,16 +162,6 @@ class QuantizedLinear(QuantizedLayer):
         other.load_weights(list(parameters(self).items()))  # shared, but for the codes
         other[WEIGHT] = mx.array(pack(codes, self._format.bits))
         return other
-
-    @property
-    def table(self) -> ActivationTable | None:
-        reader = self.reader
-        return reader.table if isinstance(reader, TableReader) else None
-
-    @property
-    def input_bits(self) -> float:
-        """With how many bits the input is quantized, averaged over noise levels; 16 where it is not."""
-        return 16.0 if self.reader is None else self.reader.mean_bits
 
     @property
     def rotation(self) -> int:
@@ -207,28 +183,11 @@ class QuantizedLinear(QuantizedLayer):
         return LowRank(np.array(self[UP]), np.array(self[DOWN])) if UP in self else None
 
     def set_activations(self, table: ActivationTable, clock: Clock) -> None:
-        """Quantize the input from now on, by ``table`` at the time that ``clock`` shows."""
         if table.shift.shape[1] not in (1, self.width):
             raise AdapterError(
                 f"activation shift of width {table.shift.shape[1]} does not fit an input of width {self.width}"
             )
-        self.drop_activations()  # first: what this table has no use for, an older one's act_log, must not stay
-        self._clock = clock
-        store_table(self, table)
-        self.refresh()
-
-    def quantize_tokens(self, bits: int) -> None:
-        """Quantize the input from now on, each token [...,in] on its own scale."""
-        self.drop_activations()
-        self[TOKEN] = mx.array([bits], mx.uint8)
-        self.refresh()
-
-    def drop_activations(self) -> None:
-        """Run with unquantized inputs from now on."""
-        self._clock = None
-        for name in FOR_INPUT:
-            self.pop(name, None)
-        self.refresh()
+        super().set_activations(table, clock)
 
     def obstacles(self) -> list[Obstacle]:
         return obstacles(self.facts)
@@ -237,17 +196,8 @@ class QuantizedLinear(QuantizedLayer):
         return f"{self._shape}, {self._format}, bias={BIAS in self}"
 
     def refresh(self) -> None:
-        self._reader: TableReader | TokenReader | None = None
+        super().refresh()
         self._sums: mx.array | None = None
-
-    @property
-    def reader(self) -> TableReader | TokenReader | None:
-        """What says how an input is quantized, if it is."""
-        if self._reader is None and self._clock is not None:
-            self._reader = TableReader(stored_table(self), self._clock)
-        if self._reader is None and TOKEN in self:
-            self._reader = TokenReader(int(np.array(self[TOKEN])[0]))
-        return self._reader
 
     def _row_sums(self) -> mx.array:
         """The sum of each row of the weight, float32 [out]."""
