@@ -136,26 +136,38 @@ def convolution_options(convolution: nn.Module) -> dict[str, Any]:
 
 
 class QuantizedConv1d(QuantizedConvolution):
+    """``nn.Conv1d`` with an integer kernel; takes what ``QuantizedConvolution`` takes."""
+
     replaces, convolve = nn.Conv1d, mx.conv1d
 
 
 class QuantizedConv2d(QuantizedConvolution):
+    """``nn.Conv2d`` with an integer kernel; takes what ``QuantizedConvolution`` takes."""
+
     replaces, convolve = nn.Conv2d, mx.conv2d
 
 
 class QuantizedConv3d(QuantizedConvolution):
+    """``nn.Conv3d`` with an integer kernel; takes what ``QuantizedConvolution`` takes."""
+
     replaces, convolve = nn.Conv3d, mx.conv3d
 
 
 class QuantizedConvTranspose1d(QuantizedConvolution):
+    """``nn.ConvTranspose1d`` with an integer kernel; takes what ``QuantizedConvolution`` takes."""
+
     replaces, convolve = nn.ConvTranspose1d, mx.conv_transpose1d
 
 
 class QuantizedConvTranspose2d(QuantizedConvolution):
+    """``nn.ConvTranspose2d`` with an integer kernel; takes what ``QuantizedConvolution`` takes."""
+
     replaces, convolve = nn.ConvTranspose2d, mx.conv_transpose2d
 
 
 class QuantizedConvTranspose3d(QuantizedConvolution):
+    """``nn.ConvTranspose3d`` with an integer kernel; takes what ``QuantizedConvolution`` takes."""
+
     replaces, convolve = nn.ConvTranspose3d, mx.conv_transpose3d
 
 
