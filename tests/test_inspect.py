@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -92,6 +93,17 @@ def test_every_kind_is_known(made, path, kind, checks, says):
     facts, table = succeed("inspect", made / path)
     assert (facts["kind"], len(facts["files"])) == (kind, checks)
     assert says in table
+
+
+def test_a_layer_report_is_what_it_is():
+    """Its ``stages`` are measurements along the model, not what was kept at each."""
+    path = Path(__file__).parent / "releases/0.1.0/report/layers/static.json"
+    report = json.loads(path.read_text())
+    facts, table = succeed("inspect", path)
+    assert (facts["kind"], facts["facts"]["model"]) == ("layer-report", "static")
+    assert facts["facts"]["kept"] == {stage["stage"]: stage["kept"] for stage in report["decisions"]}
+    assert [row["layer"] for row in facts["layers"]] == [layer["path"] for layer in report["layers"]]
+    assert "multimodal_transformer_blocks.0.image_transformer_block.mlp.fc2" in table
 
 
 def test_learned_weights_are_read_on_their_grid(made):

@@ -21,7 +21,7 @@ from ..pipeline.quant_config import QuantConfig
 from .arrays import AGAIN, StoredArray, check_npz, list_arrays
 from .layers import StoredLayer, foreign_layers, stored_layers, unnamed_layers
 
-MODEL_KIND = "quantized-model"
+MODEL_KIND, REPORT_KIND = "quantized-model", "layer-report"
 SPEAKERS = (
     "model.json", "report.json", "manifest.json", "metadata.json", "config.json", "layer_statistics.json",
     "quant_config.json",
@@ -33,6 +33,7 @@ BULK = (
     "layers",
     "attentions",
     "stages",
+    "decisions",
     "blocks",
     "per_timestep",
     "smoothquant",
@@ -49,7 +50,8 @@ class Contents:
     says of itself.
 
     ``checks`` has every file and how it was checked: by "sha256", "crc32", or, where nothing vouches for it, its
-    "layout". ``statistics`` and ``config`` are there when the path is theirs.
+    "layout". ``statistics``, ``config`` and ``report``, an evaluation's objects on single layers, are there when the
+    path is theirs.
     """
 
     path: Path
@@ -61,6 +63,7 @@ class Contents:
     notes: list[str] = field(default_factory=list)
     statistics: ActivationStats | None = None
     config: QuantConfig | None = None
+    report: list[dict[str, Any]] | None = None
 
 
 def read_contents(path: Path) -> Contents:
@@ -143,6 +146,8 @@ def _read_json(path: Path) -> Contents:
             return _read_ledger(found, data)
         if kind == MODEL_KIND:
             return _read_model(found, data)
+        if kind == REPORT_KIND:
+            return replace(found, report=data["layers"])
         if kind == CONFIG_KIND:
             config = QuantConfig.read(path)
             facts = {**found.facts.pop("made_from", {}), **found.facts}
@@ -155,11 +160,14 @@ def _read_json(path: Path) -> Contents:
 
 
 def _short(data: Mapping[str, Any]) -> dict[str, Any]:
-    """What a file says of itself, without its header and without its bulk; what it was made from comes apart."""
+    """What a file says of itself, without its header and without its bulk; what it was made from comes apart. What was
+    kept at each stage is under ``stages``; in a layer report these are measurements, and it is under ``decisions``.
+    """
     facts = {key: value for key, value in data.items() if key not in (*HEADER, *BULK)}
     if isinstance(made := data.get("made_from"), Mapping):
         facts = {**made, **facts}
-    kept = {stage["stage"]: stage["kept"] for stage in data.get("stages", [])}
+    decided = data.get("decisions" if data.get("kind") == REPORT_KIND else "stages")
+    kept = {stage["stage"]: stage["kept"] for stage in decided or []}
     kept |= (
         {name: block["kept"] for name, block in data["blocks"].items()}
         if isinstance(data.get("blocks"), Mapping)

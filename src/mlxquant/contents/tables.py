@@ -28,6 +28,8 @@ def layer_rows(contents: Contents) -> list[Row]:
         return _of_statistics(contents.statistics)
     if contents.config is not None:
         return _of_config(contents.config)
+    if contents.report is not None:
+        return [_of_report(layer) for layer in contents.report]
     return [_of_layer(layer) for layer in contents.layers]
 
 
@@ -75,6 +77,19 @@ def _of_config(config: QuantConfig) -> list[Row]:
         row |= {"shifted": "yes" if facts["shifted"] else "-", "output error": facts["relative_error"]}
         rows.append(row)
     return rows
+
+
+def _of_report(layer: Mapping[str, Any]) -> Row:
+    """A layer of an evaluation's report; its error is the mean over noise levels, None where it has none of its own."""
+    row = {name: layer[name] for name in ("stage", "role", "shape", "weight")}
+    error = None if layer["error"] is None else float(np.mean(layer["error"]))
+    return {
+        "layer": layer["path"],
+        **row,
+        "mean input bits": layer["activation"],
+        "bits/weight": layer["bits_per_weight"],
+        "output error": error,
+    }
 
 
 def grouped(rows: Sequence[Row]) -> list[Row]:
