@@ -28,6 +28,7 @@ from ..models.diffusion import DiffusionAdapter, diffusion
 from ..models.language import LanguageAdapter, language
 from ..progress import Progress, silent
 from ..report.comparison import to_pil
+from ..sampling.batches import drawn_batches
 from ..sampling.prompts import Prompt
 from ..sampling.sampler import SamplerStep
 from ..sweep.store import layer_arrays, module_facts
@@ -90,14 +91,12 @@ class Model:
         """
         if not prompts:
             raise CalibrationError("there are no prompts to draw")
-        adapter = self.diffusion
-        adapter.prepare(prompts)
-        at_once, parts = adapter.batch if at_once is None else at_once, []
-        for start in progress(range(0, len(prompts), at_once), "sampling"):
-            some = prompts[start : start + at_once]
-            latent = adapter.generate([p.text for p in some], [p.seed for p in some], steps, cfg, callback)
-            parts.append(adapter.decode(latent))
-        images = np.concatenate(parts)
+        batches = drawn_batches(self.diffusion, prompts, steps, cfg, progress, size=at_once, callback=callback)
+        return np.concatenate([self.decoded(batch.final) for batch in batches])
+
+    def decoded(self, latents: mx.array) -> npt.NDArray[np.float32]:
+        """Pictures [B,height,width,3] in [0,1] of latents [B,H,W,C]; raises NumericsError where one is not finite."""
+        images = self.diffusion.decode(latents)
         if not np.isfinite(images).all():
             raise NumericsError(
                 f"{self.name}: a picture holds NaN or infinite values; the model's weights are damaged or overflow"

@@ -21,8 +21,9 @@ from ..files.checked import array_digest, read_tensors, write_tensors
 from ..models.adapter import Adapter, State
 from ..models.diffusion import DiffusionAdapter, diffusion
 from ..progress import Progress, silent
+from ..sampling.batches import drawn_batches
+from ..sampling.guidance import guided_rows
 from ..sampling.prompts import Prompt
-from ..sampling.sampler import SamplerStep
 from .data import OnDemand
 
 
@@ -100,24 +101,21 @@ class Calibration:
             for step, some in enumerate(self.pictures)
             for start in range(0, len(some), size)
         ]
-        sides = [[prompt.text if self.cfg != 0 else "" for prompt in self.prompts]]
-        if self.cfg not in (0, 1):
-            sides.append([""] * len(self.prompts))
+
+        def read_by(row: tuple[int, bool]) -> str:
+            picture, prompted = row
+            return self.prompts[picture].text if prompted else ""
+
         used = sorted({picture for _, some in parts for picture in some})
-        places = {
-            text: place for place, text in enumerate(dict.fromkeys(side[picture] for side in sides for picture in used))
-        }
-        text = adapter.encode(list(places))
+        texts = list(dict.fromkeys(map(read_by, guided_rows(used, self.cfg))))
+        places = {text: place for place, text in enumerate(texts)}
+        text = adapter.encode(texts)
 
         def make(index: int) -> State:
             step, some = parts[index]
-            rows = (
-                [(p, side[p]) for p in some for side in sides]
-                if side_by_side
-                else [(p, side[p]) for side in sides for p in some]
-            )
+            rows = guided_rows(some, self.cfg, side_by_side)
             latent = self.latents[step][mx.array([picture for picture, _ in rows])]
-            read = mx.array([places[prompt] for _, prompt in rows])
+            read = mx.array([places[read_by(row)] for row in rows])
             return adapter.state(latent, text.tokens[read], text.pooled[read], float(self.sigmas[step]))
 
         return [float(self.sigmas[step]) for step, _ in parts], OnDemand(make, range(len(parts)))
@@ -174,18 +172,11 @@ def collect(
     done = finished(whole, adapter.batch, path)
     if len(done.prompts) < len(prompts):
         adapter.check_finite()
-        adapter.prepare(prompts)
-    for start in progress(range(len(done.prompts), len(prompts), adapter.batch), "calibration"):
-        some = prompts[start : start + adapter.batch]
-        seen: list[mx.array] = []
-
-        def keep(step: SamplerStep, seen: list[mx.array] = seen) -> None:
-            seen.append(step.latent)
-
-        adapter.generate([p.text for p in some], [p.seed for p in some], steps, cfg, keep)
-        latents = mx.concatenate([done.latents, mx.stack(seen)], axis=1)
+    starts = range(len(done.prompts), len(prompts), adapter.batch)
+    for batch in drawn_batches(adapter, prompts, steps, cfg, progress, "calibration", starts=starts, latents=True):
+        latents = mx.concatenate([done.latents, mx.stack(batch.latents)], axis=1)
         mx.eval(latents)
-        done = replace(done, prompts=(*done.prompts, *some), latents=latents)
+        done = replace(done, prompts=(*done.prompts, *batch.prompts), latents=latents)
         if path is not None:
             done.save(path)
     return done

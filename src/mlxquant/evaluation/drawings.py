@@ -2,8 +2,8 @@
 only what is missing.
 
 Pictures are kept in float32, for every figure is computed on what the model drew and not on 8-bit files. Batches are
-those of ``Model.images``, so pictures are the same, bit for bit, as anywhere else. Of the sampler's trajectory the
-reference's latents are kept, and of the others how far theirs are from them.
+those of every other loop that draws, so pictures are the same, bit for bit, as anywhere else. Of the sampler's
+trajectory the reference's latents are kept, and of the others how far theirs are from them.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from ..files.checked import read_tensors, versions, write_tensors
 from ..metrics.trajectory import trajectory_error
 from ..numerics.arrays import Array
 from ..progress import Progress
+from ..sampling.batches import drawn_batches
 from ..sampling.prompts import Prompt
-from ..sampling.sampler import SamplerStep
 from .contender import Contender
 
 KIND = "drawing"
@@ -65,15 +65,10 @@ class Drawings:
             self._draw(one, start)
 
     def _draw(self, one: Contender, start: int) -> None:
-        some, latents = self._batch(start), list[mx.array]()
-
-        def follow(step: SamplerStep) -> None:
-            latents.append(step.latent)
-            if step.index == self.steps - 1:
-                latents.append(step.latent + step.velocity * float(self.sigmas[-1] - self.sigmas[-2]))
-
-        images = one.model.images(some, self.steps, self.cfg, follow, at_once=len(some))
-        arrays = {"images": mx.array(images)}
+        some = self._batch(start)
+        (batch,) = drawn_batches(one.model.diffusion, some, self.steps, self.cfg, size=len(some), latents=True)
+        latents = [*batch.latents, batch.final]
+        arrays = {"images": mx.array(one.model.decoded(batch.final))}
         if one is self.reference:
             arrays["latents"] = mx.stack(latents)
         else:

@@ -25,6 +25,7 @@ from ..numerics.arrays import Array
 from ..numerics.input_ranges import InputRanges
 from ..progress import Progress, silent
 from ..report.ranges import RangeCurves, draw_ranges
+from ..sampling.guidance import sides
 from ..sweep.sensitivity import measure
 from .collecting import Picks, StepCollector, StepInputs
 from .ledger import Ledger
@@ -247,7 +248,7 @@ def collect(
         "batch": adapter.batch,
         "versions": checked.versions(),
     }
-    sides = 1 if calibration.cfg in (0, 1) else 2
+    rows_of_image = len(sides(calibration.cfg))
     ledger = Ledger.open(folder / STATISTICS, KIND, facts, COMMAND, force, resume)
     if not ledger.complete:
         adapter.prepare(calibration.prompts)
@@ -260,7 +261,12 @@ def collect(
         )
         where = f"step {step} (sigma {sigma_map[step]:.4g})"
         seen = _run(
-            adapter, at_step, paths, Picks.draw(rows, sides * num_images, (seed, index * stride)), where, progress
+            adapter,
+            at_step,
+            paths,
+            Picks.draw(rows, rows_of_image * num_images, (seed, index * stride)),
+            where,
+            progress,
         )
         after = {path: edge.after for edge in adapter.edges() for path in edge.consumers}
         layers = {path: {"leader": seen.leader[path], "after": after.get(path, "")} for path in paths}
@@ -271,7 +277,7 @@ def collect(
             "paths": paths,
             "layers": {path: {**layer, "width": widths[layer["leader"]]} for path, layer in layers.items()},
         }
-        costs = _costs(adapter, at_step, paths, SENSITIVITY_ROWS // sides, seed + index, progress)
+        costs = _costs(adapter, at_step, paths, SENSITIVITY_ROWS // rows_of_image, seed + index, progress)
         _write(
             ledger,
             step,

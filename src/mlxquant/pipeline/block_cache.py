@@ -25,6 +25,7 @@ from ..models.adapter import State, hooked, written
 from ..models.diffusion import DiffusionAdapter
 from ..numerics.arrays import Array
 from ..progress import Progress, silent
+from ..sampling.guidance import guided_rows, sides
 from ..sweep.streams import run_stage
 from .ledger import Ledger
 from .samples import MANIFEST, Samples, check_source, sample_name
@@ -98,10 +99,10 @@ class BlockCache:
         images, stride = self.ledger.facts["num_images"], self.ledger.facts["stride"]
         sigmas, states = samples.calibration(images, stride).in_order(adapter, size)
         first = run_stage(adapter, adapter.stages[0], sigmas, states)
+        rows = len(sides(self.ledger.facts["cfg"]))
         for state, (index, some) in zip(first, self._batches(size), strict=True):
-            sides = next(iter(state.values())).shape[0] // len(some)
             for stream, tokens in chosen(self.tokens, self.ledger.facts["seed"], some, index * stride).items():
-                state[TOKENS + stream] = mx.repeat(tokens, sides, axis=0)
+                state[TOKENS + stream] = mx.repeat(tokens, rows, axis=0)
         return sigmas, first
 
     def _batches(self, size: int | None) -> list[tuple[int, range]]:
@@ -303,8 +304,9 @@ def _write_images(plan: Plan, adapter: DiffusionAdapter, ledger: Ledger, start: 
             plan.facts["blocks"],
             f"{step[0]} to {step[-1]}",
         )
-        for row, name in enumerate(step):
-            ledger.add_npz(name, {key: value[row :: len(images)] for key, value in arrays.items()})
+        pictures = np.array([picture for picture, _ in guided_rows(images, part.cfg)])
+        for image, name in zip(images, step, strict=True):
+            ledger.add_npz(name, {key: value[pictures == image] for key, value in arrays.items()})
         ledger.save()
 
 

@@ -24,8 +24,8 @@ from ..models.diffusion import DiffusionAdapter
 from ..numerics.arrays import Array
 from ..progress import Progress, silent
 from ..report.comparison import save_png, to_pil
+from ..sampling.batches import Drawn, drawn_batches
 from ..sampling.prompts import Prompt
-from ..sampling.sampler import SamplerStep
 from .ledger import Ledger
 
 KIND = "calibration-samples"
@@ -168,14 +168,19 @@ def draw(adapter: DiffusionAdapter, ledger: Ledger, progress: Progress = silent)
     A killed run goes on after its last finished batch and ends with the same bytes. Raises NumericsError, naming image
     and step, on a latent that is not finite.
     """
-    prompts, steps = prompts_of(ledger.facts), ledger.facts["num_steps"]
+    prompts, steps, cfg = prompts_of(ledger.facts), ledger.facts["num_steps"], ledger.facts["cfg"]
     if not ledger.complete:
-        adapter.prepare(prompts)
-        for start in progress(range(0, len(prompts), adapter.batch), "trajectories"):
-            images = range(start, min(start + adapter.batch, len(prompts)))
-            if not all(name in ledger.files for image in images for name in _names(image, steps)):
-                _write_batch(adapter, ledger, images, [prompts[i] for i in images])
-                ledger.save()
+        missing = [
+            start
+            for start in range(0, len(prompts), adapter.batch)
+            for images in [range(start, min(start + adapter.batch, len(prompts)))]
+            if not all(name in ledger.files for image in images for name in _names(image, steps))
+        ]
+        for batch in drawn_batches(
+            adapter, prompts, steps, cfg, progress, "trajectories", starts=missing, latents=True
+        ):
+            _write_batch(adapter, ledger, batch)
+            ledger.save()
         ledger.save(complete=True)
     return Samples.read(ledger.folder)
 
@@ -185,19 +190,17 @@ def _names(image: int, steps: int) -> list[str]:
     return [*(sample_name(image, step) for step in range(steps)), f"latents/{image:04d}.npz", f"images/{image:04d}.png"]
 
 
-def _write_batch(adapter: DiffusionAdapter, ledger: Ledger, images: range, prompts: Sequence[Prompt]) -> None:
-    """Sample ``images`` together and write their files; nothing is written before all their latents are known to be
+def _write_batch(adapter: DiffusionAdapter, ledger: Ledger, batch: Drawn) -> None:
+    """Write the files of pictures that were drawn together; nothing is written before all their latents are known to be
     finite.
     """
-    sigmas, cfg = ledger.facts["sigmas"], ledger.facts["cfg"]
-    trajectory: list[Array] = []
-
-    def keep(step: SamplerStep) -> None:
-        trajectory.append(_finite(step.latent, images, f"before step {step.index} (sigma {step.sigma:.4g})"))
-
-    final = adapter.generate([p.text for p in prompts], [p.seed for p in prompts], len(sigmas), cfg, keep)
-    latents = _finite(final, images, f"after step {len(sigmas) - 1}, the last,")
-    pictures = _finite(mx.array(adapter.decode(final)), images, "decoded")
+    sigmas, images = ledger.facts["sigmas"], batch.places
+    trajectory = [
+        _finite(latent, images, f"before step {step} (sigma {sigma:.4g})")
+        for step, (sigma, latent) in enumerate(zip(sigmas, batch.latents, strict=True))
+    ]
+    latents = _finite(batch.final, images, f"after step {len(sigmas) - 1}, the last,")
+    pictures = _finite(mx.array(adapter.decode(batch.final)), images, "decoded")
     for row, image in enumerate(images):
         for step, sigma in enumerate(sigmas):
             arrays = {"x": trajectory[step][row], "timestep": np.float32(1000 * sigma), "sigma": np.float32(sigma)}
