@@ -26,8 +26,9 @@ from mlxquant.commandline.console import progress, result, say
 from mlxquant.files.atomic import atomic_file
 from mlxquant.grids.reading import TableReader
 from mlxquant.layers.tree import set_module
-from mlxquant.pipeline.activation_stats import ActivationStats, collect
+from mlxquant.pipeline.activation_stats import ActivationStats
 from mlxquant.pipeline.decisions import decide
+from mlxquant.pipeline.replay import collect
 from mlxquant.pipeline.samples import Samples, draw, open_folder
 from mlxquant.recipes.grammar import parse_recipe
 from mlxquant.recipes.recipe import Recipe

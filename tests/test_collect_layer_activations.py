@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 from PIL import Image
 
-from mlxquant.pipeline import activation_stats
+from mlxquant.pipeline import replay
 from mlxquant.pipeline.activation_stats import ActivationStats
 
 from support import command_line
@@ -105,7 +105,7 @@ def test_finished_is_finished_unless_forced_or_changed(calib, monkeypatch):
     succeed(calib)
     before = {name: path.read_bytes() for name, path in files(calib / "activations").items()}
     with monkeypatch.context() as patch:
-        patch.setattr(activation_stats, "_run", None)
+        patch.setattr(replay, "_run", None)
         succeed(calib)
     assert "--force" in fail(calib, "--rows", 4)
     succeed(calib, "--force")
@@ -113,13 +113,13 @@ def test_finished_is_finished_unless_forced_or_changed(calib, monkeypatch):
 
 
 def test_no_resume_starts_over(calib, monkeypatch):
-    draw = activation_stats.draw_ranges
-    monkeypatch.setattr(activation_stats, "draw_ranges", lambda curves, path: (_ for _ in ()).throw(KeyboardInterrupt))
+    draw = replay.draw_ranges
+    monkeypatch.setattr(replay, "draw_ranges", lambda curves, path: (_ for _ in ()).throw(KeyboardInterrupt))
     outcome = run(calib)
     assert outcome.exit_code == 130
     assert "Run the same command again" in outcome.stderr
-    monkeypatch.setattr(activation_stats, "draw_ranges", draw)
-    steps, seen = activation_stats._run, []
-    monkeypatch.setattr(activation_stats, "_run", lambda *a: (seen.append(a), steps(*a))[1])
+    monkeypatch.setattr(replay, "draw_ranges", draw)
+    steps, seen = replay._run, []
+    monkeypatch.setattr(replay, "_run", lambda *a: (seen.append(a), steps(*a))[1])
     succeed(calib, "--no-resume")
     assert len(seen) == 2

@@ -12,7 +12,7 @@ import click
 from .commandline.console import Command, peak_bytes, progress, result, say, verbose_option
 from .models.catalog import model_name, pretrained
 from .models.diffusion import diffusion
-from .pipeline import activation_stats
+from .pipeline import replay
 from .pipeline.samples import Samples
 
 
@@ -61,7 +61,7 @@ def command(
     samples = Samples.read(calib_dir, model_name(name))
     out = calib_dir / "activations" if output_dir is None else output_dir
     model = diffusion(pretrained(name or samples.model))
-    stats = activation_stats.collect(model, samples, num_images, stride, rows, seed, out, force, resume, progress)
+    stats = replay.collect(model, samples, num_images, stride, rows, seed, out, force, resume, progress)
     disk_bytes = stats.ledger.disk_bytes
     say(
         f"{out}: {len(stats.layers)} layers with {len(stats.leaders)} inputs, {len(stats.sigmas)} timesteps,"

@@ -15,10 +15,11 @@ from mlxquant.errors import AdapterError, ArtifactError, CalibrationError, Numer
 from mlxquant.layers.tree import Tap, tapped
 from mlxquant.models.adapter import Stage
 from mlxquant.models.shapes.adapter import MMDiTShapes
-from mlxquant.pipeline import activation_stats, samples
+from mlxquant.pipeline import activation_stats, replay, samples
 from mlxquant.pipeline import ledger as ledgers
-from mlxquant.pipeline.activation_stats import HIST_EDGES, ActivationStats
+from mlxquant.pipeline.activation_stats import ActivationStats
 from mlxquant.pipeline.collecting import MovingCentre, Picks
+from mlxquant.pipeline.replay import HIST_EDGES
 from mlxquant.pipeline.samples import Samples
 from mlxquant.sweep.sensitivity import measure
 
@@ -33,7 +34,7 @@ TEXT = "multimodal_transformer_blocks.0.text_transformer_block"
 @pytest.fixture(autouse=True)
 def small_and_plain(monkeypatch):
     monkeypatch.setattr(MMDiTShapes, "batch", 2)  # three images are two batches
-    monkeypatch.setattr(activation_stats, "draw_ranges", lambda curves, path: path.write_text(" ".join(curves)))
+    monkeypatch.setattr(replay, "draw_ranges", lambda curves, path: path.write_text(" ".join(curves)))
 
 
 make_samples = partial(draw_in_process, images=IMAGES, steps=STEPS)
@@ -47,9 +48,7 @@ def calib(tmp_path):
 
 def collect(calib, out=None, adapter=None, images=IMAGES, stride=STRIDE, rows=ROWS, seed=0, **options):
     out = out or calib / "activations"
-    return activation_stats.collect(
-        adapter or tiny_adapter(), Samples.read(calib), images, stride, rows, seed, out, **options
-    )
+    return replay.collect(adapter or tiny_adapter(), Samples.read(calib), images, stride, rows, seed, out, **options)
 
 
 def expected_layers():
@@ -182,10 +181,8 @@ def test_every_layer_has_the_sensitivity_of_its_own_outputs(tmp_path, images, cf
 
 def test_sensitivities_are_of_the_first_rows_alone(calib, monkeypatch):
     seen = []
-    monkeypatch.setattr(activation_stats, "SENSITIVITY_ROWS", 2)
-    monkeypatch.setattr(
-        activation_stats, "measure", lambda *a: (seen.append([len(s["t"]) for s in a[3]]), measure(*a))[1]
-    )
+    monkeypatch.setattr(replay, "SENSITIVITY_ROWS", 2)
+    monkeypatch.setattr(replay, "measure", lambda *a: (seen.append([len(s["t"]) for s in a[3]]), measure(*a))[1])
     collect(calib)
     assert seen == [[2], [2]]
 
@@ -248,7 +245,7 @@ def test_many_samples_leave_a_moving_average():
 
 def test_rows_beyond_float16_are_kept_whole():
     rows = np.array([[1e5, -3.0]], np.float32)
-    np.testing.assert_array_equal(activation_stats._half(rows), rows)
+    np.testing.assert_array_equal(replay._half(rows), rows)
 
 
 def taps(adapter):
@@ -307,7 +304,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(calib, tmp_path, monkeypatch, wr
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(ledgers, "write_npz", killed_writing)
-        patch.setattr(activation_stats, "draw_ranges", interrupted)
+        patch.setattr(replay, "draw_ranges", interrupted)
         collect(calib, tmp_path / "killed")
     assert not (tmp_path / "killed" / "ranges.png").exists()
     monkeypatch.setattr(ledgers, "write_npz", writing)
@@ -319,7 +316,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(calib, tmp_path, monkeypatch, wr
 def test_finished_statistics_are_not_collected_again(calib, monkeypatch):
     collect(calib)
     before = files(calib / "activations")
-    monkeypatch.setattr(activation_stats, "_run", None)
+    monkeypatch.setattr(replay, "_run", None)
     collect(calib)
     assert files(calib / "activations") == before
 
