@@ -14,7 +14,7 @@ from mlxquant.commandline import cli
 from mlxquant.errors import AdapterError, ArtifactError, CalibrationError, NumericsError
 from mlxquant.models.adapter import Stage
 from mlxquant.models.shapes.adapter import MMDiTShapes
-from mlxquant.pipeline import block_cache, samples
+from mlxquant.pipeline import block_cache, caching, samples
 from mlxquant.pipeline.block_cache import BlockCache, draw_tokens
 from mlxquant.pipeline.samples import Samples
 
@@ -141,8 +141,8 @@ def test_the_folder_is_small_and_holds_no_conditioning(calib):
 def test_the_disk_it_announces_is_enough_and_not_far_off(calib):
     adapter = tiny_adapter()
     for tokens in (None, 0):
-        plan = block_cache.plan(adapter, Samples.read(calib), IMAGES, STRIDE, tokens)
-        cache = block_cache.write(plan, adapter, calib.parent / f"cache{tokens}")
+        plan = caching.plan(adapter, Samples.read(calib), IMAGES, STRIDE, tokens)
+        cache = caching.write(plan, adapter, calib.parent / f"cache{tokens}")
         assert 0.3 * plan.disk_bytes < cache.ledger.disk_bytes <= plan.disk_bytes
 
 
@@ -155,7 +155,7 @@ def test_one_forward_pass_serves_all_blocks(calib, monkeypatch):
     monkeypatch.setattr(
         MMDiTShapes, "velocity", lambda self, x, *rest: calls.append(len(x)) or velocity(self, x, *rest)
     )
-    monkeypatch.setattr(block_cache.mx, "eval", lambda *some: evaluations.append(some) or evaluate(*some))
+    monkeypatch.setattr(caching.mx, "eval", lambda *some: evaluations.append(some) or evaluate(*some))
     succeed(calib)
     assert calls == [2, 4, 4, 2, 2]  # one to measure, then two steps of two images and two of one, guided and unguided
     assert sum(isinstance(some[0], dict) and "mm0__image" in some[0] for some in evaluations) == 4
@@ -273,9 +273,9 @@ def test_what_is_there_already_counts_as_room(calib, monkeypatch):
     folder = calib / "adaround_cache"
     present = sum(p.stat().st_size for p in folder.glob("samples/*.npz"))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**9, 10**9, 1000))
-    block_cache.ensure_space(folder, present + 1000)
+    caching.ensure_space(folder, present + 1000)
     with pytest.raises(ArtifactError, match="free some space"):
-        block_cache.ensure_space(folder, present + 1001)
+        caching.ensure_space(folder, present + 1001)
 
 
 def test_the_cache_never_mixes_with_the_trajectories(calib):
@@ -307,12 +307,12 @@ def loud_adapter():
 def test_what_float16_cannot_hold_is_refused_by_block_and_stream(tmp_path):
     adapter = loud_adapter()
     found = make_samples(tmp_path / "c", adapter=adapter)
-    plan = block_cache.plan(adapter, found, 1, 1)
+    plan = caching.plan(adapter, found, 1, 1)
     with pytest.raises(
         NumericsError,
         match=r"output of block multimodal_transformer_blocks\.1, stream 'image', reaches \d\.\d+e\+0[5-9]",
     ):
-        block_cache.write(plan, adapter, tmp_path / "cache")
+        caching.write(plan, adapter, tmp_path / "cache")
     assert adapter._hooks == {}
     assert files(tmp_path / "cache") == {}
 
@@ -320,12 +320,12 @@ def test_what_float16_cannot_hold_is_refused_by_block_and_stream(tmp_path):
 def test_nan_is_refused_by_block_and_stream():
     state = {"mm0__image": mx.ones((1, 2)), "mm1__text": mx.array([[float("nan"), 1.0]])}
     with pytest.raises(NumericsError, match=r"here: the output of block b, stream 'text', reaches nan"):
-        block_cache.half(state, ["a", "b"], "here")
+        caching.half(state, ["a", "b"], "here")
 
 
 def test_hooks_are_gone_after_a_failing_block(calib, monkeypatch):
     adapter = tiny_adapter()
-    plan = block_cache.plan(adapter, Samples.read(calib), 1, 1)
+    plan = caching.plan(adapter, Samples.read(calib), 1, 1)
     before = adapter.fingerprint
 
     def broken(state):
@@ -334,7 +334,7 @@ def test_hooks_are_gone_after_a_failing_block(calib, monkeypatch):
     stages = list(adapter.stages)
     monkeypatch.setattr(adapter, "_stages", (*stages[:2], replace(stages[2], run=broken), stages[3]))
     with pytest.raises(RuntimeError, match="block failed"):
-        block_cache.write(plan, adapter, calib / "adaround_cache")
+        caching.write(plan, adapter, calib / "adaround_cache")
     assert adapter._hooks == {}
     assert adapter.fingerprint == before
     assert isinstance(adapter.stages[1], Stage)
@@ -349,7 +349,7 @@ def test_a_model_that_runs_past_its_hooks_is_refused(calib):
 
     adapter = Bypassing(tiny_adapter().module)
     with pytest.raises(AdapterError, match=r"multimodal_transformer_blocks\.0.*were not reached"):
-        block_cache.plan(adapter, Samples.read(calib), 1, 1)
+        caching.plan(adapter, Samples.read(calib), 1, 1)
 
 
 def test_block_1_is_not_block_11(tmp_path):
@@ -358,8 +358,8 @@ def test_block_1_is_not_block_11(tmp_path):
     adapter.module.update(
         tree_map(lambda x: mx.random.normal(x.shape, key=mx.random.key(x.size)) * 0.15, adapter.module.parameters())
     )
-    plan = block_cache.plan(adapter, make_samples(tmp_path / "c", adapter=adapter), 1, STEPS)
-    cache = block_cache.write(plan, adapter, tmp_path / "cache")
+    plan = caching.plan(adapter, make_samples(tmp_path / "c", adapter=adapter), 1, STEPS)
+    cache = caching.write(plan, adapter, tmp_path / "cache")
     assert [set(cache.targets(block)[0]) for block in (1, 11)] == [{"image", "text"}, {"image"}]
     assert not np.array_equal(np.array(cache.targets(1)[0]["image"]), np.array(cache.targets(11)[0]["image"]))
 

@@ -18,8 +18,7 @@ from .methods.weights.adaround import Settings
 from .models.catalog import model_name, pretrained
 from .models.diffusion import DiffusionAdapter, diffusion
 from .pipeline.apply import check, prepare
-from .pipeline.block_cache import BlockCache
-from .pipeline.cached_teacher import CachedTeacher
+from .pipeline.block_cache import BlockCache, CachedTeacher
 from .pipeline.ledger import Ledger
 from .pipeline.quant_config import QuantConfig
 from .pipeline.weight_files import CONFIG, KIND, WeightFiles

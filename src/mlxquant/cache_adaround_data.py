@@ -12,7 +12,7 @@ import click
 from .commandline.console import Command, peak_bytes, progress, result, say, verbose_option
 from .models.catalog import model_name, pretrained
 from .models.diffusion import diffusion
-from .pipeline import block_cache
+from .pipeline import caching
 from .pipeline.samples import Samples
 
 
@@ -57,13 +57,12 @@ def command(
     samples = Samples.read(calib_dir, model_name(name))
     adapter = diffusion(pretrained(name or samples.model))
     out = calib_dir / "adaround_cache" if output_dir is None else output_dir
-    plan = block_cache.plan(adapter, samples, num_images, stride, tokens, seed)
+    plan = caching.plan(adapter, samples, num_images, stride, tokens, seed)
     theirs = (
-        f"{plan.seed_layout_bytes / 1e6:.1f} MB with every block's inputs and outputs and the text conditioning of"
-        " every step"
+        f"{plan.full_bytes / 1e6:.1f} MB with every block's inputs and outputs and the text conditioning of every step"
     )
     say(f"{out} needs {plan.disk_bytes / 1e6:.1f} MB of disk; it would be {theirs}")
-    cache = block_cache.write(plan, adapter, out, force, resume, progress)
+    cache = caching.write(plan, adapter, out, force, resume, progress)
     say(
         f"{out}: {len(cache.blocks)} blocks at {len(cache.sigmas)} steps of {num_images} images,"
         f" {cache.ledger.disk_bytes / 1e6:.1f} MB"
@@ -75,7 +74,7 @@ def command(
             "blocks": len(cache.blocks),
             "samples": num_images * len(cache.sigmas),
             "disk_bytes": cache.ledger.disk_bytes,
-            "seed_layout_bytes": plan.seed_layout_bytes,
+            "seed_layout_bytes": plan.full_bytes,
             "seconds": time.perf_counter() - start,
             "peak_bytes": peak_bytes(),
         }
