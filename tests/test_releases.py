@@ -17,6 +17,7 @@ import mlxquant as mq
 # isort: split
 import mlx.core as mx
 
+from mlxquant.spin_quant.files import load_spun
 from releases.write import PROMPT, STEPS, TEXT, Parts, command, continued, inputs, normal, picture, tiny_assets
 
 RELEASES = sorted(path.parent for path in (Path(__file__).parent / "releases").glob("*/expected.json"))
@@ -65,6 +66,40 @@ def test_text_models_predict_what_they_predicted(release, said):
 
 def test_a_spun_model_goes_on_as_it_did(release, said):
     assert continued(release / "spun") == said["spun"]
+
+
+def test_any_folder_with_a_model_is_loaded(release):
+    """By whoever it was written: each tells what it is."""
+    tokens = mx.array([[100, 101, 102, 32]])
+    spun = mq.load(release / "spun")
+    model, tokenizer, _ = load_spun(release / "spun")
+    assert mx.array_equal(spun.adapter.module(tokens), model(tokens)).item()
+    again = mq.load(release / "spun/spinquant.safetensors")
+    figures = [one.predict(TEXT[:400], length=16).bits_per_character for one in (spun, again)]
+    assert figures[0] == figures[1]
+    assert list(spun.language.tokenizer.encode("def")) == list(tokenizer.encode("def"))
+    with pytest.raises(mq.MlxQuantError, match="rotated by SpinQuant already"):
+        spun.clone()
+    assert mq.load(release / "text/trained").name == "gpt"
+    assert isinstance(mq.load(release / "exports/mlx"), mq.QuantizedModel)
+
+
+@pytest.mark.parametrize(
+    ("place", "says"),
+    [
+        ("module.safetensors", "load_module"),
+        ("fake.safetensors", "FakeQuantLinear.load"),
+        ("steps/adaround", "load-adaround-model"),
+        ("steps/calib", "is no model but trajectories"),
+        ("steps/calib/adaround_cache", "adaround-optimize"),
+        ("steps/calib/activations", "analyze-activations"),
+        ("steps/calib/activations/quant_config.json", "a file of kind 'quant-config'"),
+        ("report", "a report on models"),
+    ],
+)
+def test_what_is_no_model_is_one_clear_error(release, place, says):
+    with pytest.raises(mq.MlxQuantError, match=says):
+        mq.load(release / place)
 
 
 def test_a_trained_folder_has_the_same_integers(release, tmp_path):

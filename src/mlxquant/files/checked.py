@@ -156,6 +156,23 @@ def read_progress(path: Path, kind: str, job: str, lost: str) -> tuple[dict[str,
     return (arrays, header) if header["job"] == job else None
 
 
+def kind_of(path: Path) -> str | None:
+    """The kind that a file of ours says it is of, JSON or tensors; None where there is no file, or one that says none.
+
+    Nothing is verified: this only tells which reader to ask, and that finds out whether the file is whole.
+    """
+    try:
+        if path.suffix == ".json":
+            header = json.loads(path.read_text(encoding="utf-8"))
+        else:
+            with path.open("rb") as file:
+                entries = tensor_layout.entries(tensor_layout.read_header(file, path.stat().st_size))
+            header = json.loads(entries["__metadata__"][KEY])
+        return str(header["kind"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+
+
 def verify_tensors(path: Path) -> dict[str, Any]:
     """The header of what ``write_tensors`` wrote, of any kind, after all bytes were read, in pieces, and found to be
     those that were written. Raises ArtifactError as ``read_tensors`` does.
