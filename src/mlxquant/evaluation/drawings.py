@@ -16,9 +16,9 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from ..errors import ArtifactError
 from ..files import checked
-from ..files.checked import read_tensors, versions, write_tensors
+from ..files.checked import versions
+from ..files.kept_arrays import KeptArrays
 from ..metrics.trajectory import trajectory_error
 from ..numerics.arrays import Array
 from ..progress import Progress
@@ -57,7 +57,7 @@ class Drawings:
             (start, one)
             for start in self.starts
             for one in (self.reference, *contenders)
-            if not self._finished(one, start)
+            if self._kept(one, start).load() is None
         ]
         for one in {one.folder: one for _, one in missing}.values():
             one.model.diffusion.prepare(self.prompts)
@@ -73,9 +73,9 @@ class Drawings:
             arrays["latents"] = mx.stack(latents)
         else:
             arrays["trajectory"] = mx.array(self._deviation(latents, start).astype(np.float32))
-        path = self._path(one, start)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_tensors(path, KIND, arrays, {"job": self.job(one, start)})
+        kept = self._kept(one, start)
+        kept.path.parent.mkdir(parents=True, exist_ok=True)
+        kept.save(arrays)
 
     def _deviation(self, latents: Sequence[mx.array], start: int) -> Array:
         """[steps + 1, batch]"""
@@ -100,8 +100,9 @@ class Drawings:
     def _batch(self, start: int) -> Sequence[Prompt]:
         return self.prompts[start : start + self.starts.step]
 
-    def _path(self, one: Contender, start: int) -> Path:
-        return self.folder / one.folder / f"{start:04d}.safetensors"
+    def _kept(self, one: Contender, start: int) -> KeptArrays:
+        path = self.folder / one.folder / f"{start:04d}.safetensors"
+        return KeptArrays(path, KIND, self.job(one, start), "its pictures are then drawn again")
 
     def job(self, one: Contender, start: int) -> str:
         """What determines a batch of drawings, as one digest."""
@@ -115,16 +116,7 @@ class Drawings:
         }
         return checked.digest(facts | versions())
 
-    def _finished(self, one: Contender, start: int) -> bool:
-        path = self._path(one, start)
-        if not path.exists():
-            return False
-        try:
-            return bool(read_tensors(path, KIND)[1]["job"] == self.job(one, start))
-        except ArtifactError as error:
-            raise ArtifactError(
-                f"{error}; or pass --no-resume, or remove the file: its pictures are then drawn again"
-            ) from error
-
     def _read(self, one: Contender, start: int) -> dict[str, mx.array]:
-        return read_tensors(self._path(one, start), KIND)[0]
+        found = self._kept(one, start).load()
+        assert found is not None  # ``draw`` came first
+        return found[0]

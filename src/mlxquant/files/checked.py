@@ -142,20 +142,6 @@ def read_tensors(path: Path, kind: str, sha256: str | None = None) -> tuple[dict
         return tensor_layout.read_arrays(file, entries, os.fstat(file.fileno()).st_size - file.tell(), seen), header
 
 
-def read_progress(path: Path, kind: str, job: str, lost: str) -> tuple[dict[str, mx.array], dict[str, Any]] | None:
-    """As ``read_tensors`` what a run of the same ``job`` has left at ``path``; None where nothing is, or another job's.
-
-    A damaged file raises ArtifactError with the ways out; ``lost`` says what is then done again.
-    """
-    if not path.exists():
-        return None
-    try:
-        arrays, header = read_tensors(path, kind)
-    except ArtifactError as error:
-        raise ArtifactError(f"{error}; or pass --no-resume, or remove the file: {lost}") from error
-    return (arrays, header) if header["job"] == job else None
-
-
 def kind_of(path: Path) -> str | None:
     """The kind that a file of ours says it is of, JSON or tensors; None where there is no file, or one that says none.
 

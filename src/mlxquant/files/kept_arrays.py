@@ -1,10 +1,14 @@
-"""What was measured once for a long job, on disk: a killed run does not measure it again, and goes on with the same
+"""What a long job has finished or measured, on disk: a killed run does not do it again, and goes on with the same
 numbers.
+
+``KeptArrays`` is the one file behind measurements, stages and their checkpoints, and drawings. It is bound to a job: a
+digest of all that its contents depend on, so that another model, recipe or version never takes them for its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +16,48 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
+from ..errors import ArtifactError
 from . import checked
 from .atomic import ensure_writable
-from .checked import read_progress, write_tensors
+from .checked import read_tensors, write_tensors
 
 Array = npt.NDArray[np.float64]
 KIND = "measurement"
+
+
+@dataclass(frozen=True)
+class KeptArrays:
+    """A file of named arrays of one job, or none yet.
+
+    ``job`` is a digest of all that they depend on, ``kind`` what the file's header says it is, and ``lost`` what is
+    done again where the file is removed, for the error on a damaged one.
+    """
+
+    path: Path
+    kind: str
+    job: str
+    lost: str
+
+    def load(self) -> tuple[dict[str, mx.array], dict[str, Any]] | None:
+        """The arrays and the header that this job has left, bit for bit; None where there is no file, or another job's.
+
+        Raises ArtifactError on a damaged file, with the ways out.
+        """
+        if not self.path.exists():
+            return None
+        try:
+            arrays, header = read_tensors(self.path, self.kind)
+        except ArtifactError as error:
+            raise ArtifactError(f"{error}; or pass --no-resume, or remove the file: {self.lost}") from error
+        return (arrays, header) if header["job"] == self.job else None
+
+    def save(self, arrays: Mapping[str, mx.array], header: Mapping[str, Any] | None = None) -> None:
+        """Keep arrays, in the place of what was there, with more entries of a ``header`` beside the job."""
+        write_tensors(self.path, self.kind, arrays, {"job": self.job, **(header or {})})
+
+    def clear(self) -> None:
+        """Forget them."""
+        self.path.unlink(missing_ok=True)
 
 
 class Measurements:
@@ -31,15 +71,14 @@ class Measurements:
         if folder is not None:
             ensure_writable(folder)
 
-    def _path(self, folder: Path, name: str) -> Path:
-        return folder / f"{name}.{KIND}.safetensors"
+    def _kept(self, folder: Path, name: str) -> KeptArrays:
+        return KeptArrays(folder / f"{name}.{KIND}.safetensors", KIND, self._job, "this is then measured again")
 
     def load(self, name: str) -> dict[str, Array] | None:
         """What ``save`` kept for this job, bit for bit, or None. A damaged file raises ArtifactError."""
-        if self._folder is None:
+        if self._folder is None or (found := self._kept(self._folder, name).load()) is None:
             return None
-        found = read_progress(self._path(self._folder, name), KIND, self._job, "this is then measured again")
-        return None if found is None else {key: np.array(bits).view(np.float64) for key, bits in found[0].items()}
+        return {key: np.array(bits).view(np.float64) for key, bits in found[0].items()}
 
     def save(self, name: str, arrays: Mapping[str, Array]) -> None:
         """Keep arrays of any shape but (); as uint64, for Metal has no float64."""
@@ -47,4 +86,4 @@ class Measurements:
             bits = {
                 key: mx.array(np.ascontiguousarray(value, np.float64).view(np.uint64)) for key, value in arrays.items()
             }
-            write_tensors(self._path(self._folder, name), KIND, bits, {"job": self._job})
+            self._kept(self._folder, name).save(bits)

@@ -24,7 +24,7 @@ from ..models.diffusion import DiffusionAdapter
 from ..numerics.arrays import Array
 from ..progress import Progress, silent
 from ..report.comparison import save_png, to_pil
-from ..sampling.batches import Drawn, drawn_batches
+from ..sampling.batches import DrawnBatch, drawn_batches
 from ..sampling.prompts import Prompt
 from .ledger import Ledger
 
@@ -190,7 +190,7 @@ def _names(image: int, steps: int) -> list[str]:
     return [*(sample_name(image, step) for step in range(steps)), f"latents/{image:04d}.npz", f"images/{image:04d}.png"]
 
 
-def _write_batch(adapter: DiffusionAdapter, ledger: Ledger, batch: Drawn) -> None:
+def _write_batch(adapter: DiffusionAdapter, ledger: Ledger, batch: DrawnBatch) -> None:
     """Write the files of pictures that were drawn together; nothing is written before all their latents are known to be
     finite.
     """

@@ -42,7 +42,7 @@ class Sampled(Protocol):
 
 
 @dataclass(frozen=True)
-class Drawn:
+class DrawnBatch:
     """Pictures that were drawn together: their ``places`` among all prompts, their ``prompts``, the ``final`` latents
     [b,H,W,C], and, where they were asked for, the ``latents`` [b,H,W,C] that entered each step.
     """
@@ -65,7 +65,7 @@ def drawn_batches(
     starts: Iterable[int] | None = None,
     latents: bool = False,
     callback: Callable[[SamplerStep], None] | None = None,
-) -> Iterator[Drawn]:
+) -> Iterator[DrawnBatch]:
     """Draw ``prompts``, each with its own seed, ``size`` at a time (None: as many as the model samples at once).
 
     Args:
@@ -94,4 +94,4 @@ def drawn_batches(
                 callback(step)
 
         final = model.generate([p.text for p in some], [p.seed for p in some], steps, cfg, follow)
-        yield Drawn(range(start, start + len(some)), some, final, seen)
+        yield DrawnBatch(range(start, start + len(some)), some, final, seen)

@@ -14,7 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..files.atomic import ensure_writable
-from ..files.checked import read_progress, read_tensors, write_tensors
+from ..files.kept_arrays import KeptArrays
 from ..files.parameters import load_parameters
 from ..grids.time import Clock
 from ..layers.attention import QuantizedAttention
@@ -24,7 +24,7 @@ from ..models.adapter import Stage, State
 
 Layers = dict[str, QuantizedLinear]
 Attentions = dict[str, QuantizedAttention]
-Quantized = TypeVar("Quantized", QuantizedLinear, QuantizedAttention)
+QuantizedModule = TypeVar("QuantizedModule", QuantizedLinear, QuantizedAttention)
 INTERVAL = 20.0  # seconds between two checkpoints of a stage
 
 
@@ -51,7 +51,7 @@ class StageCheckpoint:
     """How far the optimiser of a stage is, in one file; ``job`` binds it to one model, recipe and calibration."""
 
     def __init__(self, path: Path, job: str):
-        self._path, self._job = path, job
+        self._kept = KeptArrays(path, "checkpoint", job, "its stage then starts over")
         self._saved = time.monotonic()
 
     @property
@@ -61,15 +61,15 @@ class StageCheckpoint:
 
     def load(self) -> tuple[dict[str, mx.array], dict[str, Any]] | None:
         """What was saved by the same job, or None. A damaged file raises ArtifactError."""
-        found = read_progress(self._path, "checkpoint", self._job, "its stage then starts over")
+        found = self._kept.load()
         return None if found is None else (found[0], found[1]["facts"])
 
     def save(self, arrays: dict[str, mx.array], facts: dict[str, Any]) -> None:
-        write_tensors(self._path, "checkpoint", arrays, {"job": self._job, "facts": facts})
+        self._kept.save(arrays, {"facts": facts})
         self._saved = time.monotonic()
 
     def clear(self) -> None:
-        self._path.unlink(missing_ok=True)
+        self._kept.clear()
 
 
 class Store(Protocol):
@@ -95,29 +95,27 @@ class FolderStore:
         self.folder, self._job = folder, job
         ensure_writable(folder)
 
-    def _path(self, stage: Stage) -> Path:
-        return self.folder / f"{stage.name}.safetensors"
+    def _kept(self, stage: Stage) -> KeptArrays:
+        path = self.folder / f"{stage.name}.safetensors"
+        return KeptArrays(path, "stage", self._job, "its stage is then quantized again")
 
     def load(self, stage: Stage, clock: Clock) -> StageResult | None:
-        if not self._path(stage).exists():
+        if (found := self._kept(stage).load()) is None:
             return None
-        arrays, header = read_tensors(self._path(stage), "stage")
-        if header["job"] != self._job:
-            return None
+        arrays, header = found
         attentions = restore_modules(QuantizedAttention, header["attentions"], arrays, clock)
         return StageResult(restore_layers(header["layers"], arrays, clock), header["facts"], attentions=attentions)
 
     def save(self, stage: Stage, result: StageResult) -> None:
         structure = {"layers": module_facts(result.layers), "attentions": module_facts(result.attentions)}
-        header = {"job": self._job, "facts": result.facts, **structure}
-        write_tensors(self._path(stage), "stage", layer_arrays(result.modules), header)
+        self._kept(stage).save(layer_arrays(result.modules), {"facts": result.facts, **structure})
         self.checkpoint(stage).clear()
 
     def checkpoint(self, stage: Stage) -> StageCheckpoint:
         return StageCheckpoint(self.folder / f"{stage.name}.checkpoint.safetensors", self._job)
 
 
-def module_facts(modules: Mapping[str, Quantized]) -> dict[str, Any]:
+def module_facts(modules: Mapping[str, QuantizedModule]) -> dict[str, Any]:
     """The structure of quantized modules, by path."""
     return {path: module.facts for path, module in modules.items()}
 
@@ -133,8 +131,8 @@ def restore_layers(facts: dict[str, Any], arrays: dict[str, mx.array], clock: Cl
 
 
 def restore_modules(
-    kind: type[Quantized], facts: dict[str, Any], arrays: dict[str, mx.array], clock: Clock
-) -> dict[str, Quantized]:
+    kind: type[QuantizedModule], facts: dict[str, Any], arrays: dict[str, mx.array], clock: Clock
+) -> dict[str, QuantizedModule]:
     """Modules of one class with their structure from ``facts``, by path, and their parameters from ``arrays``."""
     modules = {}
     for path, structure in facts.items():
