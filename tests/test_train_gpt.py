@@ -14,6 +14,7 @@ import pytest
 from mlxquant import train_gpt
 from mlxquant.calibration.corpus import read_corpus
 from mlxquant.errors import ArtifactError, MlxQuantError
+from mlxquant.files import training_run
 from mlxquant.layers.tree import parameters
 from mlxquant.metrics.prediction import predict
 from mlxquant.models.gpt.files import load_gpt, save_gpt
@@ -59,16 +60,16 @@ def test_a_killed_run_ends_with_the_same_bytes(tmp_path, monkeypatch, options):
     whole = contents(tmp_path / "whole")
     assert facts["iterations"] == 7
     assert facts["quantized"] == bool(options)
-    monkeypatch.setattr(train_gpt, "INTERVAL", 0)
-    save, saved = train_gpt.Run.save, []
+    monkeypatch.setattr(training_run, "INTERVAL", 0)
+    save, saved = train_gpt.TrainingRun.save, []
 
-    def save_and_die(self):
-        save(self)
+    def save_and_die(self, trees):
+        save(self, trees)
         saved.append(self.step)
         if self.step in (2, 4):
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(train_gpt.Run, "save", save_and_die)
+    monkeypatch.setattr(train_gpt.TrainingRun, "save", save_and_die)
     for _ in range(2):
         assert run(*arguments(tmp_path, "killed", *options)).exit_code == 130
     again, _ = succeed(*arguments(tmp_path, "killed", *options))

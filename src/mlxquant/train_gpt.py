@@ -1,10 +1,9 @@
-"""``mlxquant train-gpt``: train a small GPT on text, in full precision or through any of seed 003's quantizers."""
+"""``mlxquant train-gpt``: train a small GPT on text, in full precision or through fake quantizers."""
 
 from __future__ import annotations
 
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,9 @@ from .commandline.console import UNDERSCORES, Command, peak_bytes, progress, res
 from .errors import AdapterError, ArtifactError, CalibrationError, NumericsError, RecipeError
 from .files import checked
 from .files.atomic import ensure_writable
-from .files.checked import array_digest, read_tensors, write_tensors
+from .files.checked import array_digest
 from .files.parameters import load_parameters
+from .files.training_run import CHECKPOINT, TrainingRun
 from .layers.tree import parameters
 from .metrics.prediction import predict
 from .models.catalog import pretrained
@@ -33,72 +33,26 @@ from .qat.command_line import PATTERNS, quantization_options
 from .qat.convert import kept_activations, quantize_while_training, restore_activations
 from .qat.folders import QUANTIZATION, quantized_gpt, save_activations
 from .qat.options import QuantizationOptions
-from .qat.ramp import Ramp
 from .qat.training import DTYPES, batch, build_optimizer, fresh_gpt, mean_loss, training_step
 
-CHECKPOINT = "training.safetensors"
-INTERVAL = 30.0  # seconds between two checkpoints
 SHAPE = {"n_layer": 4, "n_head": 6, "n_embd": 192, "block_size": 256}  # of a model that starts from nothing
 
 
-@dataclass
-class Run:
-    """A training run in a folder: the model, its optimizer, and how far it is. Random numbers are functions of seed and
-    step.
-    """
-
-    folder: Path
-    facts: dict[str, Any]  # what the run's result depends on
-    model: GPT
-    optimizer: optim.Optimizer
-    ramp: Ramp
-    step: int = 0
-    saved: float = 0.0
-
-    @property
-    def checkpoint(self) -> Path:
-        return self.folder / CHECKPOINT
-
-    def save(self) -> None:
-        trees = {
-            "model": self.model.parameters(),
-            "optimizer": self.optimizer.state,
-            "activations": kept_activations(self.model),
-        }
-        arrays = {f"{name}.{key}": value for name, tree in trees.items() for key, value in parameters(tree).items()}
-        write_tensors(self.checkpoint, "training", arrays, {"facts": self.facts, "step": self.step})
-        self.saved = time.monotonic()
-
-    def resume(self) -> None:
-        """Go on from the checkpoint, if there is one; raises ArtifactError when it belongs to a run with other
-        settings.
-        """
-        self.saved = time.monotonic()
-        if not self.checkpoint.exists():
-            return
-        arrays, header = read_tensors(self.checkpoint, "training")
-        if header["facts"] != checked.plain(self.facts):
-            raise ArtifactError(
-                f"{self.checkpoint} belongs to a run with other settings"
-                f" ({differences(header['facts'], checked.plain(self.facts))}); choose another --out-dir, or give the"
-                " same settings"
-            )
-        parts = {name: {k.removeprefix(f"{name}."): v for k, v in arrays.items() if k.startswith(f"{name}.")}
-        for name in
-                 ("model", "optimizer", "activations")}  # fmt: skip
-        load_parameters(self.model, parts["model"], str(self.checkpoint))
-        restore_activations(self.model, parts["activations"])
-        self.optimizer.state, self.step = tree_unflatten(list(parts["optimizer"].items())), header["step"]
+def kept(model: GPT, optimizer: optim.Optimizer) -> dict[str, Any]:
+    """What a checkpoint holds: parameters, the optimizer's state, and what points between layers have stored."""
+    return {
+        "model": model.parameters(),
+        "optimizer": optimizer.state,
+        "activations": kept_activations(model),
+    }
 
 
-def differences(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
-    """What two runs do not have in common, in words."""
-    flat = [
-        {**facts.get("training", {}), **facts.get(QUANTIZATION, {}), "text": facts.get("text")}
-        for facts in (theirs, ours)
-    ]
-    names = [name for name in flat[1] if flat[0].get(name) != flat[1][name]]
-    return ", ".join(f"{name} {flat[0].get(name)}, now {flat[1][name]}" for name in names) or "of another version"
+def go_on(run: TrainingRun, model: GPT, optimizer: optim.Optimizer) -> None:
+    """Take model and optimizer to where an earlier run in this folder was, if there was one."""
+    if found := run.resume():
+        load_parameters(model, found["model"], str(run.checkpoint))
+        restore_activations(model, found.get("activations", {}))
+        optimizer.state = tree_unflatten(list(found["optimizer"].items()))
 
 
 def start(
@@ -242,8 +196,8 @@ def command(
     ramp = quantize_while_training(model, options, seed, DTYPES[dtype])
     optimizer = build_optimizer(max_iters, learning_rate, weight_decay)
     optimizer.init(model.trainable_parameters())
-    run = Run(out_dir, facts, model, optimizer, ramp)
-    run.resume()
+    run = TrainingRun(out_dir, facts)
+    go_on(run, model, optimizer)
     refuse_foreign(run)
     ensure_writable(out_dir)
 
@@ -266,8 +220,8 @@ def command(
                 f"iteration {run.step}: loss {np.mean(recent[-50:]):.4f}, held-out {held_out:.4f} nats a token",
                 file=sys.stderr,
             )
-        if run.step == max_iters or time.monotonic() - run.saved >= INTERVAL:
-            run.save()
+        if run.step == max_iters or run.due:
+            run.save(kept(model, optimizer))
     seconds = time.perf_counter() - began
     save_gpt(out_dir, model, tokenizer, facts, DTYPES[save_dtype])
     save_activations(out_dir, model)
@@ -296,7 +250,7 @@ def encoded(tokenizer: ByteTokenizer | CharTokenizer, text: str, length: int, pa
     return tokens
 
 
-def refuse_foreign(run: Run) -> None:
+def refuse_foreign(run: TrainingRun) -> None:
     """Raise ArtifactError when the folder holds a model and nothing to resume it from: it would be replaced."""
     if (run.folder / CONFIG).exists() and not run.checkpoint.exists():
         raise ArtifactError(

@@ -26,18 +26,18 @@ def train(folder, *options):
 
 def test_killed_training_resumes_to_the_same_weights(tmp_path, monkeypatch):
     assert train(tmp_path / "whole").exit_code == 0
-    save, saved = train_shapes.Run.save, []
+    save, saved = train_shapes.TrainingRun.save, []
 
-    def save_once(self):
-        save(self)
+    def save_once(self, trees):
+        save(self, trees)
         saved.append(self.step)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train_shapes.Run, "save", save_once)
+    monkeypatch.setattr(train_shapes.TrainingRun, "save", save_once)
     outcome = train(tmp_path / "killed")
     assert outcome.exit_code == 130
     assert saved == [2]
-    monkeypatch.setattr(train_shapes.Run, "save", save)
+    monkeypatch.setattr(train_shapes.TrainingRun, "save", save)
     assert train(tmp_path / "killed").exit_code == 0
     for name in (WEIGHTS, "training.safetensors"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()

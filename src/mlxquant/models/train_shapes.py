@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,9 +24,9 @@ from mlx.utils import tree_map, tree_unflatten
 from tqdm import tqdm
 
 from ..commandline.console import Command, result
-from ..errors import ArtifactError
 from ..files.atomic import ensure_writable
-from ..files.checked import read_tensors, write_tensors
+from ..files.checked import write_tensors
+from ..files.training_run import TrainingRun
 from ..layers.tree import parameters
 from .mmdit.network import MMDiTConfig
 from .shapes.adapter import WEIGHTS, ShapesModel, to_latent
@@ -90,66 +89,30 @@ def build_optimizer(steps: int, learning_rate: float) -> optim.Optimizer:
     return optim.AdamW(schedule, betas=[0.9, 0.99], weight_decay=0.01, bias_correction=True)
 
 
-@dataclass
-class Run:
-    """A training run in a folder: weights, their moving average, the optimizer, and how far it is."""
-
-    folder: Path
-    facts: dict[str, Any]  # what the run's result depends on
-    model: ShapesModel
-    average: Any
-    optimizer: optim.Optimizer
-    step: int = 0
-
-    @property
-    def checkpoint(self) -> Path:
-        return self.folder / "training.safetensors"
-
-    def save(self) -> None:
-        trees = {"model": self.model.parameters(), "average": self.average, "optimizer": self.optimizer.state}
-        arrays = {f"{name}.{key}": value for name, tree in trees.items() for key, value in parameters(tree).items()}
-        write_tensors(self.checkpoint, "training", arrays, {"facts": self.facts, "step": self.step})
-
-    def resume(self) -> None:
-        """Go on from the checkpoint, if there is one; raises ArtifactError when it belongs to a run with other
-        settings.
-        """
-        if not self.checkpoint.exists():
-            return
-        arrays, header = read_tensors(self.checkpoint, "training")
-        if header["facts"] != self.facts:
-            raise ArtifactError(
-                f"{self.checkpoint} belongs to a run with other settings: {header['facts']}; choose another --out"
-            )
-
-        def tree(name: str) -> Any:
-            return tree_unflatten([(k.removeprefix(name), v) for k, v in arrays.items() if k.startswith(name)])
-
-        self.model.update(tree("model."))
-        self.average, self.optimizer.state, self.step = tree("average."), tree("optimizer."), header["step"]
-
-    def publish(self) -> Path:
-        """Write the averaged weights, float16, as the package ships them."""
-        weights = {name: value.astype(mx.float16) for name, value in parameters(self.average).items()}
-        write_tensors(self.folder / WEIGHTS, "mmdit-shapes", weights, self.facts)
-        return self.folder / WEIGHTS
+def publish(folder: Path, average: Any, facts: Mapping[str, Any]) -> Path:
+    """Write averaged weights, float16, as the package ships them."""
+    weights = {name: value.astype(mx.float16) for name, value in parameters(average).items()}
+    write_tensors(folder / WEIGHTS, "mmdit-shapes", weights, facts)
+    return folder / WEIGHTS
 
 
-def training_step(run: Run, workers: mx.distributed.Group) -> Callable[..., mx.array]:
+def training_step(
+    model: ShapesModel, optimizer: optim.Optimizer, workers: mx.distributed.Group
+) -> Callable[..., mx.array]:
     """One update on a batch, of which each worker takes its share; returns the loss."""
 
     def loss(x: mx.array, ids: mx.array, t: mx.array, target: mx.array) -> mx.array:
-        tokens, pooled = run.model.text_encoder(ids)
-        return mx.square(run.model(x, tokens, pooled, t) - target).mean()
+        tokens, pooled = model.text_encoder(ids)
+        return mx.square(model(x, tokens, pooled, t) - target).mean()
 
-    weights = [run.model.state]
-    gradients_of = mx.compile(nn.value_and_grad(run.model, loss), inputs=weights, outputs=weights)
-    state = [run.model.state, run.optimizer.state]
+    weights = [model.state]
+    gradients_of = mx.compile(nn.value_and_grad(model, loss), inputs=weights, outputs=weights)
+    state = [model.state, optimizer.state]
 
     @partial(mx.compile, inputs=state, outputs=state)
     def apply(gradients: Any) -> mx.array:
         clipped, norm = optim.clip_grad_norm(gradients, 1.0)
-        run.optimizer.update(run.model, clipped)
+        optimizer.update(model, clipped)
         return norm
 
     def update(*arrays: mx.array) -> mx.array:
@@ -187,23 +150,32 @@ def main(out: Path, steps: int, batch_size: int, learning_rate: float, seed: int
     model = fresh_model(seed)
     optimizer = build_optimizer(steps, learning_rate)
     optimizer.init(model.trainable_parameters())
-    run = Run(out, facts, model, tree_map(mx.array, model.parameters()), optimizer)
-    run.resume()
-    update = training_step(run, workers)
+    average = tree_map(mx.array, model.parameters())
+    run = TrainingRun(out, facts)
+    if found := {name: tree_unflatten(list(flat.items())) for name, flat in run.resume().items()}:
+        model.update(found["model"])
+        average, optimizer.state = found["average"], found["optimizer"]
+    update = training_step(model, optimizer, workers)
     recent: deque[float] = deque(maxlen=250)
     bar = tqdm(range(run.step, steps), initial=run.step, total=steps, unit="step", file=sys.stderr, disable=not chief)
     for step in bar:
         value = update(*batch(seed, step, batch_size))
         decay = min(0.999, (1 + step) / (10 + step))
-        run.average = tree_map(partial(_blend, decay), run.average, model.parameters())
-        mx.eval(model.state, optimizer.state, run.average, value)
+        average = tree_map(partial(_blend, decay), average, model.parameters())
+        mx.eval(model.state, optimizer.state, average, value)
         run.step = step + 1
         recent.append(float(np.array(value)))
         bar.set_postfix(loss=f"{np.mean(recent):.4f}", refresh=False)
         if chief and (run.step % save_every == 0 or run.step == steps):
-            run.save()
+            run.save({"model": model.parameters(), "average": average, "optimizer": optimizer.state})
     if chief:
-        result({"weights": str(run.publish()), "steps": steps, "loss": float(np.mean(recent)) if recent else None})
+        result(
+            {
+                "weights": str(publish(out, average, facts)),
+                "steps": steps,
+                "loss": float(np.mean(recent)) if recent else None,
+            }
+        )
 
 
 def _blend(decay: float, average: mx.array, value: mx.array) -> mx.array:
