@@ -84,7 +84,7 @@ def command(out: Path, seed: int, num_prompts: int, steps: int | None, force: bo
     )
 
 
-def figures(done: jobs.Quantized, comparison: Comparison) -> dict[str, float | None]:
+def figures(done: jobs.TimedModel, comparison: Comparison) -> dict[str, float | None]:
     """One recipe's row of the report."""
     name, size = done.model.facts["recipe"]["name"], done.model.size
     return {

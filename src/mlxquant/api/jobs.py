@@ -48,7 +48,9 @@ def work_folder(out: Path, force: bool, resume: bool = True) -> Iterator[Path]:
 
 
 @dataclass(frozen=True)
-class Quantized:
+class TimedModel:
+    """What a job made, and how long it took."""
+
     model: QuantizedModel
     seconds: float  # of the sweep alone, in this run
 
@@ -60,11 +62,11 @@ def quantized(
     work: Path,
     progress: Progress,
     tracks: TrackFiles | None = None,
-) -> Quantized:
+) -> TimedModel:
     """Sweep with its progress in ``work``."""
     start = time.perf_counter()
     done = quantize(model, calib, recipe, work / recipe_folder(recipe), progress, tracks)
-    return Quantized(done, time.perf_counter() - start)
+    return TimedModel(done, time.perf_counter() - start)
 
 
 def recipe_folder(recipe: Recipe) -> str:

@@ -126,25 +126,25 @@ class QuantConfig:
             vectors = read_npz(path.parent / data["sidecar"]["file"], data["sidecar"]["sha256"])
             levels = sorted(data["sigma_map"].items(), key=lambda item: item[1])
             keys, sigmas = tuple(key for key, _ in levels), np.array([sigma for _, sigma in levels], np.float32)
-            reader = _Reader(keys, sigmas, vectors)
+            stored = _StoredTables(keys, sigmas, vectors)
             return cls(
                 data["made_from"],
                 keys,
                 sigmas,
-                reader.tables(data["per_timestep"], "shift"),
+                stored.tables(data["per_timestep"], "shift"),
                 data["layers"],
                 {
-                    first: reader.division(first, facts, "smoothed_shift")
+                    first: stored.division(first, facts, "smoothed_shift")
                     for first, facts in data["smoothquant"].items()
                 },
-                {first: reader.division(first, facts, "migrated_shift") for first, facts in data["migration"].items()},
+                {first: stored.division(first, facts, "migrated_shift") for first, facts in data["migration"].items()},
             )
         except KeyError as error:
             raise ArtifactError(f"{path}: incomplete, {error} is missing; run analyze_activations again") from error
 
 
 @dataclass(frozen=True)
-class _Reader:
+class _StoredTables:
     """Puts tables together again from the entries of a file and the ``vectors`` of its sidecar."""
 
     keys: tuple[str, ...]
