@@ -15,7 +15,7 @@ from ..calibration.trajectories import Calibration
 from ..errors import NumericsError
 from ..files import checked
 from ..files.atomic import ensure_writable
-from ..files.checked import read_json, write_json
+from ..files.kept_arrays import KeptFacts
 from ..metrics.bootstrap import interval
 from ..progress import Progress
 from ..recipes.citations import cited
@@ -81,16 +81,14 @@ class Evaluation:
     def _costs(self) -> dict[str, dict[str, Any]]:
         """What each model costs, by name; measured once."""
         everyone, first = [self.reference, *self.contenders], self.drawings.prompts[0]
-        path = self.work / "cost.json"
         job = checked.digest(
             {"models": [one.source for one in everyone], "cfg": self.drawings.cfg, "machine": machine()}
         )
-        if path.exists() and (kept := read_json(path, "cost"))["job"] == job:
-            measured = kept["costs"]
-        else:
-            measured = measure_costs([one.model for one in everyone], first, self.drawings.cfg, self.progress)
-            write_json(path, "cost", {"job": job, "costs": measured})
-        return {one.name: {**sizes(one.model), **cost} for one, cost in zip(everyone, measured, strict=True)}
+        kept = KeptFacts(self.work / "cost.json", "cost", job)
+        if (found := kept.load()) is None:
+            found = {"costs": measure_costs([one.model for one in everyone], first, self.drawings.cfg, self.progress)}
+            kept.save(found)
+        return {one.name: {**sizes(one.model), **cost} for one, cost in zip(everyone, found["costs"], strict=True)}
 
     def _floor(self) -> Contender | None:
         """The reference in 16-bit arithmetic, drawn; None, with a note, where it does not fit into float16."""
@@ -128,8 +126,8 @@ class Evaluation:
         if (quantized := self._inside(one)) is None:
             return
         path = self.work / "layers" / f"{one.folder}.json"
-        job = self.drawings.job(one, 0)
-        if path.exists() and read_json(path, "layer-report")["job"] == job:
+        kept = KeptFacts(path, "layer-report", self.drawings.job(one, 0))
+        if kept.load() is not None:
             return
         ensure_writable(path.parent)
         adapter, count = (
@@ -142,7 +140,7 @@ class Evaluation:
             adapter.name, self.reference.source, some, self.drawings.steps, self.drawings.cfg, sigmas, latents
         )
         facts = layer_report(self.reference.model, quantized, calib, self.progress)
-        write_json(path, "layer-report", {"model": one.name, "job": job, **facts})
+        kept.save({"model": one.name, **facts})
 
 
 def blank(name: str, folder: str) -> dict[str, Any]:

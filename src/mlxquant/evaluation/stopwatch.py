@@ -9,9 +9,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ..files.checked import read_json, write_json
+from ..files.kept_arrays import KeptFacts
 from ..progress import Progress
 
+KIND = "stopwatch"
 INTERVAL = 1.0  # seconds between two writes
 
 
@@ -23,7 +24,7 @@ class Stopwatch:
     """
 
     def __init__(self, path: Path, job: str):
-        self._path, self._job = path, job
+        self._kept = KeptFacts(path, KIND, job)
         self._before = kept_seconds(path, job) or 0.0
         self._start = self._written = time.perf_counter()
 
@@ -34,7 +35,7 @@ class Stopwatch:
     def keep(self) -> float:
         """Write the seconds so far, and return them."""
         seconds, self._written = self.seconds, time.perf_counter()
-        write_json(self._path, "stopwatch", {"job": self._job, "seconds": seconds})
+        self._kept.save({"seconds": seconds})
         return seconds
 
     def watching(self, progress: Progress) -> Progress:
@@ -53,7 +54,5 @@ def kept_seconds(path: Path, job: str) -> float | None:
     """What the stopwatch of this job showed last; None where there is none. Raises ArtifactError when the file is
     damaged.
     """
-    if not path.exists():
-        return None
-    kept = read_json(path, "stopwatch")
-    return float(kept["seconds"]) if kept["job"] == job else None
+    found = KeptFacts(path, KIND, job).load()
+    return None if found is None else float(found["seconds"])

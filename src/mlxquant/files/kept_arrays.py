@@ -1,8 +1,9 @@
 """What a long job has finished or measured, on disk: a killed run does not do it again, and goes on with the same
 numbers.
 
-``KeptArrays`` is the one file behind measurements, stages and their checkpoints, and drawings. It is bound to a job: a
-digest of all that its contents depend on, so that another model, recipe or version never takes them for its own.
+``KeptArrays`` is the one file behind measurements, stages and their checkpoints, and drawings, ``KeptFacts`` the one
+behind what an evaluation has measured. Either is bound to a job: a digest of all that its contents depend on, so that
+another model, recipe or version never takes them for its own.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import numpy.typing as npt
 from ..errors import ArtifactError
 from . import checked
 from .atomic import ensure_writable
-from .checked import read_tensors, write_tensors
+from .checked import read_json, read_tensors, write_json, write_tensors
 
 Array = npt.NDArray[np.float64]
 KIND = "measurement"
@@ -58,6 +59,28 @@ class KeptArrays:
     def clear(self) -> None:
         """Forget them."""
         self.path.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class KeptFacts:
+    """A JSON file of plain data of one job, or none yet; ``kind`` and ``job`` are as for ``KeptArrays``."""
+
+    path: Path
+    kind: str
+    job: str
+
+    def load(self) -> dict[str, Any] | None:
+        """What this job has left; None where there is no file, or another job's. Raises ArtifactError on a damaged
+        one.
+        """
+        if not self.path.exists():
+            return None
+        facts = read_json(self.path, self.kind)
+        return facts if facts["job"] == self.job else None
+
+    def save(self, facts: Mapping[str, Any]) -> None:
+        """Keep facts, in the place of what was there."""
+        write_json(self.path, self.kind, {"job": self.job, **facts})
 
 
 class Measurements:
