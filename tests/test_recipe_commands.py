@@ -1,4 +1,4 @@
-"""Seed 002's scripts as commands: they parse, name a recipe, and do what ``quantize`` and ``evaluate`` do."""
+"""Commands with a fixed recipe: they parse, name it, and do what ``quantize`` and ``evaluate`` do."""
 
 import subprocess
 import sys
@@ -109,7 +109,7 @@ def test_benchmark_final_compares_folders_with_their_baseline(tmp_path, evaluate
     assert evaluated["out"] == tmp_path / "report"
 
 
-def test_benchmark_final_without_folders_evaluates_the_seeds_recipes(evaluated):
+def test_benchmark_final_without_folders_evaluates_four_recipes(evaluated):
     outcome = run("benchmark-final", "--num-prompts", 3)
     assert outcome.exit_code == 0, outcome.output
     assert evaluated["names"] == ("mmdit-shapes",)

@@ -1,5 +1,5 @@
-"""``python -m mlxquant.benchmark_final``: seed 002's comparison of its methods, as ``mlxquant evaluate`` with its
-recipes.
+"""``python -m mlxquant.benchmark_final``: log-SNR scales, GPTQ and Qronos against full precision, as ``mlxquant
+evaluate`` with four fixed recipes.
 
 Similarity to the baseline, size, latency and memory; LPIPS, CLIP score and FID where their networks are asked for with
 ``--metric``.
@@ -62,7 +62,7 @@ def command(
     out: Path,
     force: bool,
 ) -> None:
-    """Compare quantized models in FOLDERS with their baseline; without any, quantize it by the seed's recipes first."""
+    """Compare quantized models in FOLDERS with their baseline; without any, quantize it by four recipes first."""
     ctx.invoke(
         evaluate,
         names=(model, *folders),

@@ -1,7 +1,7 @@
-"""``python -m mlxquant.calibrate_snr``: seed 002's Log-SNR calibration, as the recipe ``rtn+logsnr``.
+"""``python -m mlxquant.calibrate_snr``: activation scales that follow the log-SNR, as the recipe ``rtn+logsnr``.
 
-What the original got wrong is right in ``methods.time_networks``: 6 octaves for 64, the model's own schedule, its own
-prompts and trajectories for Gaussian noise, inputs for outputs, targets at the bits that are asked for.
+How is in ``methods.inputs.time_networks``: 6 octaves of the model's own schedule, its own prompts and trajectories, the
+ranges of inputs, and targets at the bits that are asked for.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""``python -m mlxquant.quantize_qronos``: seed 002's Qronos, as the recipe ``qronos+damped``.
+"""``python -m mlxquant.quantize_qronos``: Qronos with a damping chosen for each layer, the recipe ``qronos+damped``.
 
-Block by block and, in a block, layer by layer, each on the inputs that the rounded layers before it write. The damping,
-which the original raised for feed-forward layers, is chosen for each layer, on tokens that its rounding has not seen,
-and recorded.
+Block by block and, in a block, layer by layer, each on the inputs that the rounded layers before it write. The damping
+is chosen on tokens that the layer's rounding has not seen, and recorded.
 """
 
 from __future__ import annotations

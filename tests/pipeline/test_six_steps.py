@@ -1,6 +1,6 @@
-"""The explicit pipeline from its first step to its last, and where the lessons of its predecessor are tested.
+"""The explicit pipeline from its first step to its last, and where known mistakes are tested for.
 
-What went wrong in the public TaQ-DiT scripts (shared/lessons.md), and the test that would fail if it went wrong here:
+What went wrong in public TaQ-DiT scripts, and the test that would fail if it went wrong here:
 
  1 no straight-through estimator       test_reconstruction: the_gradient_reaches_every_layer,
  without_the_straight_through_estimator

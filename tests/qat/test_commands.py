@@ -1,5 +1,5 @@
-"""The commands of seed 003's README on training, saving and drawing, as they stand there: only sizes and the text are
-added.
+"""Commands that train, save integers and draw text, with options spelt with underscores: one after the other, as a
+user types them.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""The table of options: the seed's names, one rule of precedence, and both spellings on the command line."""
+"""The table of options: its names, one rule of precedence, and both spellings on the command line."""
 
 import re
 

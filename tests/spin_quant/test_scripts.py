@@ -1,4 +1,4 @@
-"""Seed 003's usage of SpinQuant, in MLX, and its two demos."""
+"""SpinQuant as a script uses it: rotate and quantize in place, while training too, and its two examples."""
 
 import subprocess
 import sys
@@ -18,11 +18,11 @@ from mlxquant.spin_quant.files import FILE, load_spun, save_spun
 
 from support.language_models import randomised
 
-DEMOS = Path(__file__).parents[2] / "demos"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 CONFIG = GPTConfig(vocab_size=256, n_positions=32, n_embd=32, n_head=2, n_layer=1)
 
 
-def test_the_seeds_snippet():
+def test_rotate_and_quantize_in_place():
     model = randomised(GPT(CONFIG))  # load your model
     before = sum(value.nbytes for value in parameters(model).values())
     sq = SpinQuant(model, bits=4)
@@ -37,7 +37,7 @@ def test_the_seeds_snippet():
 
 
 def test_optimising_while_training():
-    """The seed: call optimize on a few batches now and then, and apply after training."""
+    """Optimize on a few batches now and then, and apply after training."""
     model = randomised(GPT(CONFIG))
     sq, text = SpinQuant(model, bits=3, start="random"), [np.arange(64).reshape(2, 32)]
     for _ in range(2):
@@ -64,11 +64,11 @@ def folder(tmp_path_factory):
 
 def demo(name, *arguments):
     return subprocess.run(
-        [sys.executable, str(DEMOS / f"{name}.py"), *map(str, arguments)], capture_output=True, text=True
+        [sys.executable, str(EXAMPLES / f"{name}.py"), *map(str, arguments)], capture_output=True, text=True
     )
 
 
-def test_the_demos_run_one_after_the_other(folder):
+def test_the_examples_run_one_after_the_other(folder):
     out = folder / "spinquant_out"
     options = ("--steps", 2, "--bits", 4, "--activation-bits", 8, "--kv_bits", 8, "--batches", 2, "--batch_size", 2)
     done = demo("spinquant_ptq", "--ckpt", folder / "gpt", "--data", folder / "text.txt", "--out_dir", out, *options)

@@ -50,13 +50,18 @@ SAVED = (
 
 
 class Model:
-    """A model: one that draws pictures from prompts, or one that writes text."""
+    """A model: one that draws pictures from prompts, or one that writes text.
+
+    Args:
+        adapter: What tells the toolkit about the model: its module, its stages, and how it is sampled.
+    """
 
     def __init__(self, adapter: Adapter):
         self.adapter = adapter
 
     @property
     def name(self) -> str:
+        """What the model is called, such as ``"mmdit-shapes"``."""
         return self.adapter.name
 
     @property
@@ -72,8 +77,21 @@ class Model:
     def predict(
         self, text: str, length: int | None = None, limit: int | None = None, progress: Progress = silent
     ) -> Prediction:
-        """How well a language model predicts a text; see ``prediction.predict``. Windows are by default as long as
-        calibration has them.
+        """How well a language model predicts a text.
+
+        Args:
+            text: The text; it is cut into windows that do not overlap.
+            length: Tokens of a window; None for as many as calibration takes.
+            limit: Windows at most, evenly spread over the text; None for all.
+            progress: Wraps the batches of windows.
+
+        Returns:
+            The perplexity, the bits per character, and how much text they are of.
+
+        Raises:
+            AdapterError: When the model draws pictures, or a window is longer than it can see.
+            CalibrationError: When the text is too short for one window.
+            NumericsError: When a prediction is not finite.
         """
         adapter = self.language
         windows = adapter.context if length is None else length
@@ -88,8 +106,23 @@ class Model:
         progress: Progress = silent,
         at_once: int | None = None,
     ) -> npt.NDArray[np.float32]:
-        """Pictures [B,H,W,3] in [0,1], each from its prompt and seed, ``at_once`` together, by default as the adapter
-        has it.
+        """Draw pictures, each from its prompt and its seed.
+
+        Args:
+            prompts: Prompts with their seeds, at least one.
+            steps: Sampler steps; None for the model's own number.
+            cfg: Weight of classifier-free guidance, 0 or more; None for the model's own.
+            callback: Called before each sampler step of each batch, with the latents there and their velocity.
+            progress: Wraps the batches.
+            at_once: How many are drawn together; None for the model's own number.
+
+        Returns:
+            Pictures [B,H,W,3] float32 in [0,1], in the order of the prompts.
+
+        Raises:
+            AdapterError: When the model writes text, does not know a prompt, or ``steps`` or ``cfg`` is impossible.
+            CalibrationError: Without prompts.
+            NumericsError: When a picture is not finite.
         """
         if not prompts:
             raise CalibrationError("there are no prompts to draw")
@@ -97,7 +130,17 @@ class Model:
         return np.concatenate([self.decoded(batch.final) for batch in batches])
 
     def decoded(self, latents: mx.array) -> npt.NDArray[np.float32]:
-        """Pictures [B,height,width,3] in [0,1] of latents [B,H,W,C]; raises NumericsError where one is not finite."""
+        """Decode latents.
+
+        Args:
+            latents: [B,H,W,C], as the sampler ends with them.
+
+        Returns:
+            Pictures [B,height,width,3] float32 in [0,1].
+
+        Raises:
+            NumericsError: When a picture is not finite.
+        """
         images = self.diffusion.decode(latents)
         if not np.isfinite(images).all():
             raise NumericsError(
@@ -106,11 +149,32 @@ class Model:
         return images
 
     def generate(self, prompt: str, seed: int = 0, steps: int | None = None, cfg: float | None = None) -> Image.Image:
-        """One picture for one prompt."""
+        """Draw one picture for one prompt.
+
+        Args:
+            prompt: What to draw.
+            seed: Of the noise that the picture starts from.
+            steps: Sampler steps; None for the model's own number.
+            cfg: Weight of classifier-free guidance; None for the model's own.
+
+        Returns:
+            The picture, as Pillow has it.
+
+        Raises:
+            AdapterError: When the model writes text, does not know the prompt, or ``steps`` or ``cfg`` is impossible.
+            NumericsError: When the picture is not finite.
+        """
         return to_pil(self.images([Prompt(seed, prompt)], steps, cfg)[0])
 
     def clone(self) -> Adapter:
-        """An adapter with the same weights (shared, not copied) that can be rewritten without touching this one."""
+        """An adapter that can be rewritten without touching this model.
+
+        Returns:
+            The adapter; its weights are those of this model, shared and not copied.
+
+        Raises:
+            AdapterError: When the model was trained or rotated for quantization already.
+        """
         other = self.adapter.twin()
         for path, part in blanks(self.adapter.module, other.clock).items():
             set_module(other.module, path, part)
@@ -120,7 +184,13 @@ class Model:
 
 
 class QuantizedModel(Model):
-    """A model whose layers run quantized, with the facts of how that came about."""
+    """A model whose layers run quantized; ``quantize`` and ``load`` make one.
+
+    Args:
+        adapter: The model, with quantized layers in place.
+        facts: How that came about, as plain data: the ``recipe``, the ``calibration``, what was kept at each of the
+            ``stages``.
+    """
 
     def __init__(self, adapter: Adapter, facts: dict[str, Any]):
         super().__init__(adapter)
@@ -128,7 +198,17 @@ class QuantizedModel(Model):
 
     @classmethod
     def load(cls, folder: str | Path) -> QuantizedModel:
-        """A folder that ``save`` wrote; raises ArtifactError when it is damaged or foreign."""
+        """Load what ``save`` wrote.
+
+        Args:
+            folder: The folder.
+
+        Returns:
+            The model, bit for bit as it was.
+
+        Raises:
+            ArtifactError: When the folder is missing, damaged, or not one of ours.
+        """
         folder = Path(folder)
         if not folder.is_dir():
             raise ArtifactError(f"{folder}: no such folder; expected a folder written by 'mlxquant quantize'")
@@ -143,10 +223,12 @@ class QuantizedModel(Model):
 
     @property
     def layers(self) -> dict[str, QuantizedLinear]:
+        """The quantized layers, by their paths in the module."""
         return find_quantized(self.adapter.module)
 
     @property
     def size(self) -> Size:
+        """Bytes and bits per weight of all that ``save`` stores."""
         return Size.of(self.layers, self._arrays())
 
     def _arrays(self) -> dict[str, mx.array]:
@@ -158,8 +240,17 @@ class QuantizedModel(Model):
         return {name: value if name in quantized else compact(value) for name, value in everything.items()}
 
     def save(self, folder: str | Path, force: bool = False) -> Path:
-        """Write the model as a folder that ``load`` reads; equal models give equal bytes. Raises ArtifactError, leaving
-        nothing behind.
+        """Write the model as a folder that ``load`` reads; equal models give equal bytes.
+
+        Args:
+            folder: Where to; it is written whole or not at all.
+            force: Replace a folder that mlxquant wrote, in the last moment.
+
+        Returns:
+            The folder.
+
+        Raises:
+            ArtifactError: When the folder exists and may not be replaced, or cannot be written; nothing is left behind.
         """
         with atomic_folder(Path(folder), force) as temporary:
             weights = temporary / "weights.safetensors"

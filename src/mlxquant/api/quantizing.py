@@ -39,12 +39,27 @@ def calibrate(
     samples: int | None = None,
     work: str | Path | None = None,
 ) -> Calibration:
-    """Collect trajectories for ``quantize``. With ``work``, a folder, a killed run resumes there.
+    """Let a model draw, and keep the latents of every sampler step: what ``quantize`` runs its layers on.
 
-    ``prompts`` is a number, to take that many of the model's own calibration prompts with their seeds shifted by
-    ``seed``, or a list. ``samples`` limits how many pairs of a picture and a sampler step go through the layers when
-    they are quantized: all steps, the pictures in turn. By default that is the model's own limit; mmdit-shapes has
-    none.
+    Args:
+        model: A model that draws pictures, in full precision.
+        prompts: How many of the model's own calibration prompts to draw, or prompts with their seeds.
+        steps: Sampler steps; None for the model's own number.
+        cfg: Weight of classifier-free guidance, 0 or more; None for the model's own.
+        seed: Added to the seeds of the model's own prompts; a list of prompts brings its own.
+        progress: Wraps the batches, and shows how far the run is.
+        samples: At most so many pairs of a picture and a step go through the layers when they are quantized, all steps
+            alike and the pictures in turn; None for the model's own limit (mmdit-shapes has none).
+        work: A folder that keeps finished batches; a killed run goes on from there and ends with the same bytes.
+
+    Returns:
+        The trajectories: latents [steps, prompts, H, W, C] float32, their noise levels, and what they were drawn from.
+
+    Raises:
+        AdapterError: When the model writes text, or ``cfg`` or ``steps`` is impossible.
+        CalibrationError: Without prompts, or with a limit below 1.
+        NumericsError: When the model's weights hold NaN or infinite values.
+        ArtifactError: When ``work`` cannot be written, or what it holds is damaged.
     """
     adapter = model.diffusion
     some = adapter.prompts("calibration", prompts, seed) if isinstance(prompts, int) else list(prompts)
@@ -60,9 +75,23 @@ def calibrate(
 def calibrate_text(
     model: Model, data: str | Path | None = None, samples: int | None = None, length: int | None = None, seed: int = 0
 ) -> TextCalibration:
-    """Text for ``quantize`` of a language model: ``samples`` windows of ``length`` tokens, by default as the model has
-    them, from a text file, or from the sources of Python's standard library. A part of either is left for
-    ``Model.predict``; see ``corpus.read_corpus``.
+    """Take windows of a text: what ``quantize`` runs a language model's layers on.
+
+    Args:
+        model: A model that writes text, in full precision.
+        data: A text file in UTF-8, whose last twentieth is held out; None for the sources of Python's standard library,
+            of which one module in twenty is held out. What is held out is left for ``Model.predict``.
+        samples: How many windows; None for the model's own number.
+        length: Tokens of a window; None for the model's own number.
+        seed: Of the draw of the windows.
+
+    Returns:
+        The windows [samples, length] int32, and what they were drawn from.
+
+    Raises:
+        AdapterError: When the model draws pictures, or its layers are no chain.
+        CalibrationError: When there is no such text, or it is too short for one window.
+        NumericsError: When the model's weights hold NaN or infinite values.
     """
     return collect_text(model.language, read_corpus(None if data is None else Path(data)), samples, length, seed)
 
@@ -75,13 +104,28 @@ def quantize(
     progress: Progress = silent,
     tracks: TrackFiles | None = None,
 ) -> QuantizedModel:
-    """Quantize a copy of ``model``; the model itself stays as it is. With ``work``, a folder, a killed run resumes
-    there.
+    """Quantize a copy of a model; the model itself stays as it is.
 
-    Where the recipe limits the average bits, each layer first gets its own (``allocation``); where it has several
-    rounds, each after the first calibrates on what the model quantized so far draws from the same prompts. ``tracks``
-    are files of the explicit pipeline whose blocks are taken as they are; the recipe then decides on the other layers.
-    Raises RecipeError, CalibrationError or NumericsError before anything long starts where that can be known.
+    Where the recipe limits the average bits, each layer first gets its own (``allocation``). Where it has several
+    rounds, each after the first calibrates on what the model quantized so far draws from the same prompts.
+
+    Args:
+        model: The model in full precision.
+        calib: What ``calibrate`` or ``calibrate_text`` made with this model.
+        recipe: A recipe or its name, such as ``"gptq-w4a8"``.
+        work: A folder that keeps finished stages; a killed run goes on from there and ends with the same bytes.
+        progress: Wraps stages and batches, and shows how far the run is.
+        tracks: Files of the explicit pipeline whose blocks are taken as they are; the recipe then decides on the other
+            layers.
+
+    Returns:
+        The quantized model, with the facts of how it came about.
+
+    Raises:
+        RecipeError: When the recipe is unknown, or does not fit the model.
+        CalibrationError: When ``calib`` was made with other weights.
+        NumericsError: When weights or inputs hold NaN or infinite values.
+        ArtifactError: When ``work`` cannot be written, or what it holds is damaged.
     """
     recipe = parse_recipe(recipe) if isinstance(recipe, str) else recipe
     layers = plan(model, recipe)
@@ -149,7 +193,25 @@ def compare(
     cfg: float | None = None,
     progress: Progress = silent,
 ) -> Comparison:
-    """The same prompts and seeds from the reference and from others, side by side, with the differences measured."""
+    """Draw the same prompts with several models, side by side, and measure the differences.
+
+    Args:
+        reference: The model that the others are compared with.
+        others: One model, or several by the names that the comparison shows.
+        prompts: One prompt, or several with their seeds.
+        seed: Of the one prompt; several bring their own.
+        steps: Sampler steps; None for each model's own number.
+        cfg: Weight of classifier-free guidance; None for each model's own.
+        progress: Wraps the batches of each model.
+
+    Returns:
+        Pictures and figures of all models; ``save`` writes them as one image.
+
+    Raises:
+        AdapterError: When a model writes text, or they draw pictures of different sizes.
+        CalibrationError: Without prompts.
+        NumericsError: When a picture is not finite.
+    """
     some = [Prompt(seed, prompts)] if isinstance(prompts, str) else list(prompts)
     named = {"quantized": others} if isinstance(others, Model) else dict(others)
     for name, model in named.items():

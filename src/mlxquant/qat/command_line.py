@@ -1,5 +1,5 @@
-"""The table of quantization options on a command line: any of them, in the seed's spelling or with dashes, and a help
-that stays short.
+"""The table of quantization options on a command line: any of them, with underscores or with dashes, and a help that
+stays short.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 in full precision.
 
 Weights share a scale within an output row (an embedding's token), and the scale is the float16 number that a layer
-stores; ternary ones share one, as 2402.17764 has it. Activations share one within a tensor, as in seed 003, or within a
-token, which depends on no other token.
+stores; ternary ones share one, as 2402.17764 has it. Activations share one within a tensor, or within a token, which
+depends on no other token.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Every switch of quantization-aware training, from one table: which tensors are quantized, how, and with how many
 bits.
 
-The names are those of seed 003. An option that is not given follows another one, or has a default; an option that is
-given always counts, also an explicit no. That is the one rule, and ``QuantizationOptions`` applies it to all of them.
+Names go from the whole to the part: what is rounded (a linear, attention, the MLP, an embedding), which of its tensors,
+and the setting. An option that is not given follows another one, or has a default; an option that is given always
+counts, also an explicit no. That is the one rule, and ``QuantizationOptions`` applies it to all of them.
 """
 
 from __future__ import annotations

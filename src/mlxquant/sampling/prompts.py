@@ -12,15 +12,29 @@ from ..files.atomic import atomic_file, explain
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt and the seed that its noise is drawn from; the same pair gives the same picture everywhere."""
+    """What to draw and from which noise; the same pair gives the same picture on every machine.
+
+    Args:
+        seed: Of the noise that the picture starts from; a whole number.
+        text: The prompt.
+    """
 
     seed: int
     text: str
 
 
 def read_prompts(path: Path) -> list[Prompt]:
-    """All prompts of a file; raises CalibrationError, naming the line, on anything else, and on a file without
-    prompts.
+    """Read a prompt file: one ``seed<TAB>prompt`` a line, blank lines and lines that start with # ignored.
+
+    Args:
+        path: The file, in UTF-8.
+
+    Returns:
+        Its prompts, in the order of the lines; at least one.
+
+    Raises:
+        CalibrationError: On a line that is anything else, named by its number, and on a file without prompts.
+        ArtifactError: When the file cannot be read.
     """
     try:
         text = path.read_text(encoding="utf-8")

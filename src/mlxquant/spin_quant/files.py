@@ -27,8 +27,19 @@ FINAL = "model.ln_f"
 
 
 def save_spun(folder: Path, model: GPT, tokenizer: ByteTokenizer | CharTokenizer, facts: Mapping[str, Any]) -> Path:
-    """Write a rotated GPT, quantized or not, with ``facts`` (plain data); returns the file. Equal input, equal
-    bytes.
+    """Write a GPT that SpinQuant rotated, quantized or not, as one file; equal input gives equal bytes.
+
+    Args:
+        folder: Where to put the file; it is made if it is missing.
+        model: The GPT.
+        tokenizer: The tokenizer that it reads and writes text with.
+        facts: How the model came about, as plain data.
+
+    Returns:
+        The file, ``spinquant.safetensors`` in the folder.
+
+    Raises:
+        ArtifactError: When the file cannot be written.
     """
     ensure_writable(folder)
     header = {
@@ -44,8 +55,16 @@ def save_spun(folder: Path, model: GPT, tokenizer: ByteTokenizer | CharTokenizer
 
 
 def load_spun(place: Path) -> tuple[GPT, ByteTokenizer | CharTokenizer, dict[str, Any]]:
-    """What ``save_spun`` wrote into a folder, or as this file: model, tokenizer and facts. Raises ArtifactError on
-    anything else.
+    """Read what ``save_spun`` wrote.
+
+    Args:
+        place: The folder, or the file itself.
+
+    Returns:
+        The model in the dtypes of the file, its tokenizer, and the facts of how it came about.
+
+    Raises:
+        ArtifactError: When the file is missing, damaged, or not one of ours.
     """
     path = place / FILE if place.is_dir() else place
     arrays, header = read_tensors(path, KIND)

@@ -61,7 +61,9 @@ class Seam(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal self-attention. Its seams are the points of seed 003, in the order in which the tensors pass them."""
+    """Causal self-attention. Its seams, in the order in which the tensors pass them, are where training may quantize an
+    activation.
+    """
 
     def __init__(self, config: GPTConfig):
         super().__init__()
