@@ -49,6 +49,15 @@ class Calibration:
         """Which pictures go through the model at each step."""
         return take_turns(len(self.sigmas), len(self.prompts), self.samples)
 
+    def part(self, *, steps: slice = slice(None), pictures: slice = slice(None)) -> Calibration:
+        """The trajectories of some pictures, at some of the steps."""
+        return replace(
+            self,
+            prompts=self.prompts[pictures],
+            sigmas=self.sigmas[steps],
+            latents=self.latents[steps][:, pictures],
+        )
+
     @property
     def trajectories(self) -> dict[str, Any]:
         """What the latents were made from, as plain data."""

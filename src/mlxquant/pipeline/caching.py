@@ -7,7 +7,7 @@ once and not after an hour.
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -56,12 +56,7 @@ def plan(
     """
     samples.check(adapter)
     trajectories = samples.calibration(num_images, stride)
-    one = replace(
-        trajectories,
-        prompts=trajectories.prompts[:1],
-        sigmas=trajectories.sigmas[:1],
-        latents=trajectories.latents[:1, :1],
-    )
+    one = trajectories.part(steps=slice(1), pictures=slice(1))
     (sigma,), (state,) = one.batches(adapter)
     traced = trace(adapter, sigma, state)
     lengths = {key: outputs[key].shape[1] for inputs, outputs in traced.values() for key in written(outputs, inputs)}
@@ -162,8 +157,7 @@ def ensure_space(folder: Path, needed: int) -> None:
 def _write_images(plan: Plan, adapter: DiffusionAdapter, ledger: Ledger, start: int, progress: Progress) -> None:
     """The samples of one batch of images, step by step, where they are not there yet."""
     calibration, stride = plan.trajectories, plan.facts["stride"]
-    rows = slice(start, start + adapter.batch)
-    part = replace(calibration, prompts=calibration.prompts[rows], latents=calibration.latents[:, rows])
+    part = calibration.part(pictures=slice(start, start + adapter.batch))
     images = range(start, start + len(part.prompts))
     names = [[sample_name(image, index * stride) for image in images] for index in range(len(part.sigmas))]
     if all(name in ledger.files for step in names for name in step):

@@ -6,7 +6,6 @@ one timestep and no more.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -96,9 +95,7 @@ def collect(
     for index, step in progress(list(enumerate(sigma_map)), "timesteps"):
         if array_name(step) in ledger.files and index_name(step) in ledger.files:
             continue
-        at_step = replace(
-            calibration, sigmas=calibration.sigmas[index : index + 1], latents=calibration.latents[index : index + 1]
-        )
+        at_step = calibration.part(steps=slice(index, index + 1))
         where = f"step {step} (sigma {sigma_map[step]:.4g})"
         seen = _run(
             adapter,
@@ -146,8 +143,7 @@ def _run(
     collector = StepCollector(picks, MOMENTUM)
     with tapped(adapter.module, paths, collector):
         for start in progress(range(0, len(calibration.prompts), adapter.batch), where):
-            batch = slice(start, start + adapter.batch)
-            part = replace(calibration, prompts=calibration.prompts[batch], latents=calibration.latents[:, batch])
+            part = calibration.part(pictures=slice(start, start + adapter.batch))
             for sigma, state in zip(*part.in_order(adapter), strict=True):
                 with adapter.clock.at(sigma):
                     for stage in adapter.stages[:-1]:
@@ -169,7 +165,7 @@ def _costs(
     adapter: DiffusionAdapter, calibration: Calibration, paths: list[str], images: int, seed: int, progress: Progress
 ) -> dict[str, Array]:
     """The sensitivity [out] float32 of each layer at the one timestep of ``calibration``, on its first ``images``."""
-    some = replace(calibration, prompts=calibration.prompts[:images], latents=calibration.latents[:, :images])
+    some = calibration.part(pictures=slice(images))
     found = measure(adapter, adapter.stages, *some.batches(adapter, adapter.batch), paths, seed, progress)
     return {path: costs[0].astype(np.float32) for path, costs in found.layers.items()}
 
