@@ -245,3 +245,11 @@ def test_the_command_takes_a_limit(tmp_path, monkeypatch):
     succeed(*job, "--out", tmp_path / "all")
     assert read_json(tmp_path / "all" / "model.json", "quantized-model")["calibration"]["samples"] == 6
     assert "0 is not in the range" in fail(*job, "--samples", 0, "--out", tmp_path / "none")
+
+
+def test_a_part_has_some_pictures_at_some_steps():
+    calib = drawn(tiny_adapter(), prompts=3, steps=4)
+    part = calib.part(steps=slice(1, 3), pictures=slice(2))
+    assert part.prompts == calib.prompts[:2]
+    np.testing.assert_array_equal(part.sigmas, calib.sigmas[1:3])
+    np.testing.assert_array_equal(np.array(part.latents), np.array(calib.latents)[1:3, :2])

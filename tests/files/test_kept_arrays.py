@@ -1,10 +1,11 @@
 """What was measured comes back as it was, to the one job that it belongs to."""
 
+import mlx.core as mx
 import numpy as np
 import pytest
 
 from mlxquant.errors import ArtifactError
-from mlxquant.files.kept_arrays import Measurements
+from mlxquant.files.kept_arrays import KeptArrays, KeptFacts, Measurements
 
 FOUND = {"a/b": np.array([[1 / 3, -0.0], [np.nextafter(1, 2), 5e-324]]), "c": np.array([np.pi])}
 
@@ -43,3 +44,28 @@ def test_a_damaged_file_is_refused_with_the_remedy(tmp_path):
         ArtifactError, match=r"stage\.measurement\.safetensors.*checksum.*--no-resume, or remove the file"
     ):
         Measurements(tmp_path, 1).load("stage")
+
+
+def test_arrays_and_their_header_are_one_job_s(tmp_path):
+    mine, other = (KeptArrays(tmp_path / "kept.safetensors", "stage", job, "it is made again") for job in "ab")
+    assert mine.load() is None
+    mine.save({"w": mx.array([1.5, -2.0])}, {"facts": {"n": 1}})
+    arrays, header = mine.load()
+    assert (np.array(arrays["w"]).tolist(), header["facts"], header["job"]) == ([1.5, -2.0], {"n": 1}, "a")
+    assert other.load() is None
+    mine.path.write_bytes(b"no")
+    with pytest.raises(ArtifactError, match="pass --no-resume, or remove the file: it is made again"):
+        mine.load()
+    mine.clear()
+    assert mine.load() is None
+
+
+def test_facts_are_one_job_s(tmp_path):
+    mine, other = (KeptFacts(tmp_path / "kept.json", "cost", job) for job in "ab")
+    assert mine.load() is None
+    mine.save({"seconds": 1.5})
+    assert mine.load()["seconds"] == 1.5
+    assert other.load() is None
+    mine.path.write_text(mine.path.read_text().replace("1.5", "2.5"))
+    with pytest.raises(ArtifactError, match="checksum"):
+        mine.load()
