@@ -11,7 +11,7 @@ import click
 from .commandline.console import Command, force_option, peak_bytes, progress, result, say, verbose_option
 from .errors import ArtifactError
 from .evaluation.contender import distinct
-from .evaluation.figures import Judge, Pictures, differences
+from .evaluation.figures import Judge, PictureSet, differences
 from .evaluation.image_folders import paired, read_picture
 from .evaluation.metric_options import chosen_metrics, metric_option, weights_option
 from .evaluation.paired import blank, few
@@ -68,7 +68,7 @@ def command(
     ensure_writable(out.absolute().parent)
     judge = Judge(metrics, None if prompts is None else [prompt.text for prompt in prompts], places=places)
     labels = distinct(folder.absolute().name for folder in folders)
-    pictures = [Pictures(*own, partial(map, read_picture, paths)) for own, paths in zip(labels, files, strict=True)]
+    pictures = [PictureSet(*own, partial(map, read_picture, paths)) for own, paths in zip(labels, files, strict=True)]
     facts = [
         {**blank(one.name, one.folder), **judge.score(one, pictures[0] if one is not pictures[0] else None, progress)}
         for one in pictures

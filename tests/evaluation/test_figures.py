@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mlxquant.evaluation.figures import Judge, Pictures, differences
+from mlxquant.evaluation.figures import Judge, PictureSet, differences
 from mlxquant.metrics.bootstrap import interval
 from mlxquant.metrics.catalog import Metric, metric
 from mlxquant.metrics.psnr import psnr
@@ -19,7 +19,7 @@ OTHER = np.clip(EXACT + 0.1 * RNG.standard_normal(EXACT.shape), 0, 1).astype(np.
 
 
 def pictures(name, images):
-    return Pictures(name, name, lambda: iter([images[:2], images[2:]]))
+    return PictureSet(name, name, lambda: iter([images[:2], images[2:]]))
 
 
 def brightness(images, texts):

@@ -32,7 +32,7 @@ ACCURACY = {
 
 
 @dataclass(frozen=True)
-class Pictures:
+class PictureSet:
     """Pictures of one model: ``batches()`` gives them [b,H,W,3] in [0,1], in the order of the prompts, in the same
     batches for all.
     """
@@ -89,7 +89,7 @@ class Judge:
         """What a report calls it: a distance between sets is called by the network that was really loaded."""
         return str(self._scores[metric.name].name) if metric.needs == "sets" else metric.key
 
-    def score(self, pictures: Pictures, reference: Pictures | None, progress: Progress) -> dict[str, Any]:
+    def score(self, pictures: PictureSet, reference: PictureSet | None, progress: Progress) -> dict[str, Any]:
         """Every metric of ``pictures``: its value, ``_interval``, and in ``each`` one value a picture. Without a
         ``reference``, which is how that itself is scored, there is nothing to pair with.
         """
@@ -113,7 +113,7 @@ class Judge:
         return figures | {"attributes": None if marks is None else marks[0], "each": each}
 
     def _one_by_one(
-        self, metric: Metric, pictures: Pictures, reference: Pictures | None, progress: Progress
+        self, metric: Metric, pictures: PictureSet, reference: PictureSet | None, progress: Progress
     ) -> list[float]:
         values, score, first = list[float](), self._scores[metric.name], 0
         batches = zip(pictures.batches(), reference.batches() if reference else pictures.batches(), strict=True)
@@ -125,7 +125,7 @@ class Judge:
         return values
 
     def _set_distance(
-        self, metric: Metric, pictures: Pictures, reference: Pictures | None, features: Features
+        self, metric: Metric, pictures: PictureSet, reference: PictureSet | None, features: Features
     ) -> dict[str, Any]:
         key = self.key(metric)
         if reference is None:
@@ -136,7 +136,7 @@ class Judge:
             self.notes.append(distance.warning)
         return {key: float(distance.value), f"{key}_interval": None, f"{key}_samples": distance.samples}
 
-    def _encoded(self, metric: Metric, pictures: Pictures, known: Features) -> Array:
+    def _encoded(self, metric: Metric, pictures: PictureSet, known: Features) -> Array:
         """What the network of a set metric makes of pictures: once for all metrics that look through the same
         weights.
         """
@@ -146,7 +146,7 @@ class Judge:
             known[key] = score.encode(pictures.batches())
         return known[key]
 
-    def _marks(self, pictures: Pictures) -> tuple[dict[str, float], list[float]] | None:
+    def _marks(self, pictures: PictureSet) -> tuple[dict[str, float], list[float]] | None:
         """The model's own judgement of all pictures together and of each; None where it has none."""
         if self._texts is None or self._attributes(next(pictures.batches())[:1], self._texts[:1]) is None:
             return None

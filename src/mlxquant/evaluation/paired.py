@@ -22,7 +22,7 @@ from ..recipes.citations import cited
 from .contender import Contender
 from .cost import MEASURED, measure_costs, sizes
 from .drawings import Drawings
-from .figures import Judge, Pictures, differences
+from .figures import Judge, PictureSet, differences
 from .half_precision import half_precision
 from .layer_report import PICTURES, layer_report
 from .report_folder import machine
@@ -46,7 +46,7 @@ class Evaluation:
     def reference(self) -> Contender:
         return self.drawings.reference
 
-    def report(self, settings: dict[str, Any], floor: bool = True) -> tuple[dict[str, Any], list[Pictures]]:
+    def report(self, settings: dict[str, Any], floor: bool = True) -> tuple[dict[str, Any], list[PictureSet]]:
         """Draw, measure, and say it all as the plain data of ``report.json``; and the pictures. With ``floor`` the
         noise floor is drawn too. Layer reports are left in ``work/layers``.
         """
@@ -54,7 +54,7 @@ class Evaluation:
         self.drawings.draw(self.contenders, self.progress)
         half = self._floor() if floor and self.reference.quantized is None else None
         everyone = [self.reference, *self.contenders, *([half] if half else [])]
-        pictures = {one.name: Pictures(one.name, one.folder, partial(self.drawings.images, one)) for one in everyone}
+        pictures = {one.name: PictureSet(one.name, one.folder, partial(self.drawings.images, one)) for one in everyone}
         facts = {one.name: self._model(one, pictures) | costs.get(one.name, {}) for one in everyone}
         reference, results = facts[self.reference.name], [facts[one.name] for one in self.contenders]
         metrics = self.judge.table(reference["accuracy"] is not None)
@@ -101,7 +101,7 @@ class Evaluation:
             return None
         return half
 
-    def _model(self, one: Contender, pictures: dict[str, Pictures]) -> dict[str, Any]:
+    def _model(self, one: Contender, pictures: dict[str, PictureSet]) -> dict[str, Any]:
         """One model's object in the report, without its costs."""
         exact = None if one is self.reference else pictures[self.reference.name]
         trajectory = None if exact is None else self.drawings.trajectory(one)

@@ -19,7 +19,7 @@ from ..files.checked import write_json
 from ..progress import Progress
 from ..report.comparison import save_png, to_pil
 from ..report.page import write_page
-from .figures import Pictures
+from .figures import PictureSet
 
 KIND = "evaluation"
 COSTS = (  # of a model: key, title, what is divided by, digits
@@ -41,7 +41,7 @@ def machine() -> str:
     )
 
 
-def write_report(folder: Path, report: Mapping[str, Any], pictures: Sequence[Pictures], progress: Progress) -> None:
+def write_report(folder: Path, report: Mapping[str, Any], pictures: Sequence[PictureSet], progress: Progress) -> None:
     """Fill a folder, which may hold ``layers`` and ``models`` already. Raises ArtifactError where it cannot be
     written.
     """
