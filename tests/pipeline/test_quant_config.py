@@ -157,7 +157,7 @@ def test_damage_is_refused(tmp_path):
     data = read_json(path, "quant-config")
     facts = {k: v for k, v in data.items() if k not in ("kind", "version", "migration")}
     write_json(path, "quant-config", facts)
-    with pytest.raises(ArtifactError, match=r"'migration' is missing; run analyze_activations again"):
+    with pytest.raises(ArtifactError, match=r"'migration' is missing; run analyze-activations again"):
         QuantConfig.read(path)
     path.write_text(path.read_text().replace('"bits": 8', '"bits": 6'))
     with pytest.raises(ArtifactError, match="checksum"):

@@ -13,7 +13,16 @@ from PIL import Image
 
 from ..errors import ArtifactError, CalibrationError, NumericsError
 from ..files.atomic import absolute_place, atomic_folder
-from ..files.checked import file_digest, kind_of, read_json, read_tensors, versions, write_json, write_tensors
+from ..files.checked import (
+    file_digest,
+    kind_of,
+    read_json,
+    read_tensors,
+    understood,
+    versions,
+    write_json,
+    write_tensors,
+)
 from ..files.parameters import compact, load_parameters
 from ..layers.attention import QuantizedAttention, find_quantized_attentions
 from ..layers.kinds import blanks, rebuilt, refresh
@@ -214,12 +223,8 @@ class QuantizedModel(Model):
             raise ArtifactError(f"{folder}: no such folder; expected a folder written by 'mlxquant quantize'")
         if not (folder / "model.json").exists():
             raise ArtifactError(f"{folder}: holds no model.json; expected a folder written by 'mlxquant quantize'")
-        try:
+        with understood(folder / "model.json", "quantize again"):
             return _load_folder(folder, read_json(folder / "model.json", KIND))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ArtifactError(
-                f"{folder / 'model.json'}: incomplete or foreign ({error!r}); quantize again"
-            ) from error
 
     @property
     def layers(self) -> dict[str, QuantizedLinear]:

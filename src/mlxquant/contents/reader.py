@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import ArtifactError
 from ..files.atomic import explain
-from ..files.checked import KEY, read_json, verify_tensors
+from ..files.checked import KEY, read_json, understood, verify_tensors
 from ..pipeline.activation_stats import KIND as STATISTICS_KIND
 from ..pipeline.activation_stats import ActivationStats
 from ..pipeline.ledger import Ledger, verify
@@ -141,7 +141,7 @@ def _read_json(path: Path) -> Contents:
     data = read_json(path, str(data["kind"]))
     kind = str(data["kind"])
     found = Contents(path, kind, _short(data), checks={path.name: "sha256"})
-    try:
+    with understood(path, "it is of another version, or damaged; run its step again"):
         if {"files", "complete", "made_from"} <= data.keys():
             return _read_ledger(found, data)
         if kind == MODEL_KIND:
@@ -154,8 +154,6 @@ def _read_json(path: Path) -> Contents:
             return replace(
                 found, facts=facts, config=config, checks={**found.checks, data["sidecar"]["file"]: "sha256"}
             )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ArtifactError(f"{path}: incomplete or of another version ({error!r}); run its step again") from error
     return found
 
 

@@ -142,6 +142,19 @@ def read_tensors(path: Path, kind: str, sha256: str | None = None) -> tuple[dict
         return tensor_layout.read_arrays(file, entries, os.fstat(file.fileno()).st_size - file.tell(), seen), header
 
 
+@contextmanager
+def understood(path: Path, remedy: str) -> Iterator[None]:
+    """Take apart what ``path`` says: an entry that is missing or of another type is one ArtifactError with the
+    ``remedy``.
+    """
+    try:
+        yield
+    except KeyError as error:
+        raise ArtifactError(f"{path}: incomplete or foreign, {error} is missing; {remedy}") from error
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ArtifactError(f"{path}: incomplete or foreign ({error!r}); {remedy}") from error
+
+
 def kind_of(path: Path) -> str | None:
     """The kind that a file of ours says it is of, JSON or tensors; None where there is no file, or one that says none.
 

@@ -16,7 +16,7 @@ import numpy as np
 from ..errors import ArtifactError
 from ..files import checked
 from ..files.atomic import atomic_file, ensure_writable, explain
-from ..files.checked import file_digest, read_json, write_json
+from ..files.checked import file_digest, read_json, understood, write_json
 from ..numerics.arrays import Array
 
 OWN = ("files", "complete", "made_from")  # the ledger's own entries; ``made_from`` names those that are facts
@@ -122,13 +122,11 @@ class Ledger:
         if not path.exists():
             raise ArtifactError(f"{path}: no such file; {remedy}")
         data = read_json(path, kind)
-        try:
+        with understood(path, remedy):
             files, complete, names = (data.pop(key) for key in OWN)
             facts = {name: data.pop(name) for name in names}
             notes = {name: value for name, value in data.items() if name not in ("kind", "version")}
             ledger = cls(path, kind, facts, files, notes, complete)
-        except KeyError as error:
-            raise ArtifactError(f"{path}: incomplete, {error} is missing; {remedy}") from error
         if outside := [name for name in ledger.files if Path(name).is_absolute() or ".." in Path(name).parts]:
             raise ArtifactError(
                 f"{path}: lists {outside[0]!r}, which is not inside its folder; the file is not ours, {remedy}"

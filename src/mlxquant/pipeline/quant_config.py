@@ -18,8 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import ArtifactError
-from ..files.checked import read_json, write_json
+from ..files.checked import read_json, understood, write_json
 from ..grids.tables import ActivationTable
 from ..numerics.arrays import Array
 from .divisions import Division, Tables
@@ -122,7 +121,7 @@ class QuantConfig:
     def read(cls, path: Path) -> QuantConfig:
         """What ``write`` wrote; raises ArtifactError when either file is missing, damaged or another's."""
         data = read_json(path, KIND)
-        try:
+        with understood(path, "run analyze-activations again"):
             vectors = read_npz(path.parent / data["sidecar"]["file"], data["sidecar"]["sha256"])
             levels = sorted(data["sigma_map"].items(), key=lambda item: item[1])
             keys, sigmas = tuple(key for key, _ in levels), np.array([sigma for _, sigma in levels], np.float32)
@@ -139,8 +138,6 @@ class QuantConfig:
                 },
                 {first: stored.division(first, facts, "migrated_shift") for first, facts in data["migration"].items()},
             )
-        except KeyError as error:
-            raise ArtifactError(f"{path}: incomplete, {error} is missing; run analyze_activations again") from error
 
 
 @dataclass(frozen=True)

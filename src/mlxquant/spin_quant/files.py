@@ -10,9 +10,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..errors import ArtifactError
 from ..files.atomic import ensure_writable
-from ..files.checked import read_tensors, write_tensors
+from ..files.checked import read_tensors, understood, write_tensors
 from ..files.parameters import load_parameters
 from ..layers.held_heads import HeldHeads
 from ..layers.kinds import rebuilt
@@ -68,7 +67,7 @@ def load_spun(place: Path) -> tuple[GPT, ByteTokenizer | CharTokenizer, dict[str
     """
     path = place / FILE if place.is_dir() else place
     arrays, header = read_tensors(path, KIND)
-    try:
+    with understood(path, "write the file anew"):
         model = GPT(GPTConfig.from_dict(header["config"]))
         if header["turned"]:
             set_module(model, FINAL, TurnedNorm(model.model.ln_f, mx.zeros((model.config.n_embd,) * 2)))
@@ -78,10 +77,6 @@ def load_spun(place: Path) -> tuple[GPT, ByteTokenizer | CharTokenizer, dict[str
         for where, facts in header["held"].items():
             set_module(model, where, HeldHeads(get_module(model, where), **facts))
         tokenizer, facts = tokenizer_from_facts(header["tokenizer"]), header["facts"]
-    except (KeyError, TypeError) as error:
-        raise ArtifactError(
-            f"{path}: an entry of its header is missing or foreign ({error}); write the file anew"
-        ) from error
     load_parameters(model, arrays, str(path))
     model.load_weights(list(arrays.items()))  # in the dtypes of the file
     for layer in layers.values():
