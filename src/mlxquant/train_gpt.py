@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_unflatten
-from tqdm import tqdm
 
 from .calibration.corpus import Corpus, read_corpus
 from .commandline.console import UNDERSCORES, Command, peak_bytes, progress, result, say, verbose_option
@@ -159,8 +157,9 @@ def command(
     dtype: str,
     save_dtype: str, eval_interval: int, eval_iters: int, eval_windows: int, **given: Any,
 ) -> None:  # fmt: skip
-    """Train a small GPT on text, in full precision or through fake quantizers. Ctrl-C and the same command resume, to
-    the same bytes.
+    """Train a small GPT, also through fake quantizers.
+
+    On any text. Ctrl-C and the same command resume, to the same bytes.
 
     The folder is one that mlx-lm loads. Its weights are in full precision; 'mlxquant save-weights' writes the integers
     behind them.
@@ -204,8 +203,9 @@ def command(
     update = training_step(model, optimizer, DTYPES[dtype])
     recent: list[float] = []
     began, first = time.perf_counter(), run.step
-    bar = tqdm(range(first, max_iters), initial=first, total=max_iters, unit="it", file=sys.stderr, dynamic_ncols=True)
-    for step in bar:
+    for step in progress(
+        range(first, max_iters), "train", done=first, note=lambda: f"loss {np.mean(recent[-50:]):.4f}"
+    ):
         ramp.iteration = step
         recent.append(float(np.array(update(*batch(tokens["train"], seed, step, batch_size, length)))))
         if not np.isfinite(recent[-1]):
@@ -213,13 +213,9 @@ def command(
                 f"the loss of iteration {step} is {recent[-1]}; use a lower --learning-rate, or --dtype float32"
             )
         run.step = step + 1
-        bar.set_postfix(loss=f"{np.mean(recent[-50:]):.4f}", refresh=False)
         if eval_interval and run.step % eval_interval == 0:
             held_out = mean_loss(model, tokens["held-out"], seed, eval_iters, batch_size, length, DTYPES[dtype])
-            bar.write(
-                f"iteration {run.step}: loss {np.mean(recent[-50:]):.4f}, held-out {held_out:.4f} nats a token",
-                file=sys.stderr,
-            )
+            say(f"iteration {run.step}: loss {np.mean(recent[-50:]):.4f}, held-out {held_out:.4f} nats a token")
         if run.step == max_iters or run.due:
             run.save(kept(model, optimizer))
     seconds = time.perf_counter() - began

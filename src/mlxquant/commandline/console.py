@@ -1,5 +1,7 @@
 """How commands talk: progress and tables on stderr for people, one JSON object as the last line of stdout for
 programs.
+
+A bar is drawn again and again on a terminal; in a log file it is a line every ten seconds.
 """
 
 from __future__ import annotations
@@ -8,7 +10,8 @@ import json
 import logging
 import resource
 import sys
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator, Sized
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,8 @@ from tqdm import tqdm
 from .._blas import prefer_fast_blas
 from ..errors import MlxQuantError
 from ..files.atomic import explain
+
+LOG_SECONDS = 10.0  # between two lines of a bar in a log file
 
 
 class Command(click.Command):
@@ -36,14 +41,61 @@ class Command(click.Command):
             ctx.exit(130)
 
 
-def progress(items: Iterable[Any], label: str) -> Iterable[Any]:
-    """A progress bar on stderr that leaves no trace when it is done."""
-    return tqdm(items, desc=label, file=sys.stderr, leave=False, dynamic_ncols=True, mininterval=0.2)
+def progress(
+    items: Iterable[Any], label: str, *, done: int = 0, note: Callable[[], str] | None = None
+) -> Iterator[Any]:
+    """Report on stderr how far an iteration is: a bar on a terminal, which leaves no trace; elsewhere a line every
+    ``LOG_SECONDS``, and none where all is done sooner.
+
+    Args:
+        items: What is iterated over. Without a length there is no percentage.
+        label: What is being done.
+        done: How many items were done before ``items``, by a run that this one resumes.
+        note: What else to say, such as a loss; asked after each item.
+    """
+    total = done + len(items) if isinstance(items, Sized) else None
+    if sys.stderr.isatty():
+        yield from _drawn(items, label, done, total, note)
+    else:
+        yield from _logged(items, label, done, total, note)
+
+
+def _drawn(
+    items: Iterable[Any], label: str, done: int, total: int | None, note: Callable[[], str] | None
+) -> Iterator[Any]:
+    with tqdm(
+        items,
+        label,
+        total,
+        leave=False,
+        file=sys.stderr,
+        mininterval=0.2,
+        dynamic_ncols=True,
+        initial=done,
+    ) as bar:
+        for item in bar:
+            yield item
+            if note is not None:
+                bar.set_postfix_str(note(), refresh=False)
+
+
+def _logged(
+    items: Iterable[Any], label: str, done: int, total: int | None, note: Callable[[], str] | None
+) -> Iterator[Any]:
+    began = said = time.monotonic()
+    for count, item in enumerate(items, done + 1):
+        yield item
+        now = time.monotonic()
+        if now - said >= LOG_SECONDS:
+            said = now
+            words = "" if note is None else note()
+            say(tqdm.format_meter(count, total, now - began, 0, label, postfix=words, initial=done))
 
 
 def say(text: str) -> None:
-    """A line for people."""
-    click.echo(text, err=True)
+    """A line for people, above the bars that are being drawn."""
+    with tqdm.external_write_mode(file=sys.stderr):
+        click.echo(text, err=True)
 
 
 def result(facts: dict[str, Any]) -> None:

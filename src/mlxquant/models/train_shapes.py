@@ -8,9 +8,8 @@ to the same result.
 
 from __future__ import annotations
 
-import sys
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,8 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_map, tree_unflatten
-from tqdm import tqdm
 
-from ..commandline.console import Command, result
+from ..commandline.console import Command, progress, result
 from ..files.atomic import ensure_writable
 from ..files.checked import write_tensors
 from ..files.training_run import TrainingRun
@@ -157,15 +155,16 @@ def main(out: Path, steps: int, batch_size: int, learning_rate: float, seed: int
         average, optimizer.state = found["average"], found["optimizer"]
     update = training_step(model, optimizer, workers)
     recent: deque[float] = deque(maxlen=250)
-    bar = tqdm(range(run.step, steps), initial=run.step, total=steps, unit="step", file=sys.stderr, disable=not chief)
-    for step in bar:
+    left: Iterable[int] = range(run.step, steps)
+    if chief:
+        left = progress(left, "train", done=run.step, note=lambda: f"loss {np.mean(recent):.4f}")
+    for step in left:
         value = update(*batch(seed, step, batch_size))
         decay = min(0.999, (1 + step) / (10 + step))
         average = tree_map(partial(_blend, decay), average, model.parameters())
         mx.eval(model.state, optimizer.state, average, value)
         run.step = step + 1
         recent.append(float(np.array(value)))
-        bar.set_postfix(loss=f"{np.mean(recent):.4f}", refresh=False)
         if chief and (run.step % save_every == 0 or run.step == steps):
             run.save({"model": model.parameters(), "average": average, "optimizer": optimizer.state})
     if chief:
