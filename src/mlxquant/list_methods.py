@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from .commandline.console import Command, result, say, verbose_option
+from .commandline.console import Command, json_asked, result, say, verbose_option
 from .methods import registry
 from .recipes.citations import papers
 from .recipes.grammar import NAMED, parse_recipe
@@ -14,16 +14,16 @@ from .recipes.presets import INGREDIENTS, PRESETS, USUAL, Template
 
 
 @click.command("methods", cls=Command)
-@click.option("--json", "only_json", is_flag=True, help="Only the line for programs, without the table.")
 @verbose_option
-def command(only_json: bool) -> None:
-    """List every method with its paper, and what recipes are made of.
+def command() -> None:
+    """List every method with its paper.
 
-    A recipe is METHOD[+INGREDIENT...]-wBaB. A METHOD is one of those below or the name of any way to round; an
-    INGREDIENT is one of those below, or any method that is no way to round, no tier and no fake quantizer.
+    And what recipes are made of: METHOD[+INGREDIENT...]-wBaB. A METHOD is one of those below or the name of any way to
+    round; an INGREDIENT is one of those below, or any method that is no way to round, no tier and no fake quantizer.
+    With --json there is no table.
     """
     found = catalogue()
-    if not only_json:
+    if not json_asked():
         for line in table(found):
             say(line)
     result(found)

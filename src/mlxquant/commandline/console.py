@@ -1,7 +1,8 @@
 """How commands talk: progress and tables on stderr for people, one JSON object as the last line of stdout for
 programs.
 
-A bar is drawn again and again on a terminal; in a log file it is a line every ten seconds.
+Both know who listens. On a terminal a bar is drawn again and again and the JSON object is left out, unless --json asks
+for it; in a log file a bar is a line every ten seconds, and where stdout leads to a program the object is always there.
 """
 
 from __future__ import annotations
@@ -23,11 +24,24 @@ from .._blas import prefer_fast_blas
 from ..errors import MlxQuantError
 from ..files.atomic import explain
 
+JSON = "mlxquant.json"  # in click's ``Context.meta``: whether --json was given
 LOG_SECONDS = 10.0  # between two lines of a bar in a log file
 
 
 class Command(click.Command):
-    """A command whose expected errors are one line and exit code 1, and that can be interrupted."""
+    """A command whose expected errors are one line and exit code 1, that can be interrupted, and that has --json."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.params.append(
+            click.Option(
+                ["--json"],
+                is_flag=True,
+                expose_value=False,
+                callback=_ask_for_json,
+                help="Print the result as one line of JSON also where stdout is a terminal.",
+            )
+        )
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -39,6 +53,16 @@ class Command(click.Command):
         except KeyboardInterrupt:
             click.echo("\nInterrupted. Run the same command again to go on.", err=True)
             ctx.exit(130)
+
+
+def _ask_for_json(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
+    ctx.meta[JSON] = value
+
+
+def json_asked() -> bool:
+    """Whether the command that runs was given --json."""
+    ctx = click.get_current_context(silent=True)
+    return ctx is not None and bool(ctx.meta.get(JSON))
 
 
 def progress(
@@ -99,8 +123,9 @@ def say(text: str) -> None:
 
 
 def result(facts: dict[str, Any]) -> None:
-    """The line for programs."""
-    click.echo(json.dumps(facts, sort_keys=True, allow_nan=False))
+    """The line for programs; a terminal gets it only when --json asks."""
+    if json_asked() or not sys.stdout.isatty():
+        click.echo(json.dumps(facts, sort_keys=True, allow_nan=False))
 
 
 def peak_bytes() -> int:
