@@ -12,10 +12,11 @@ from .quantize import command as quantize
 MODEL = "mmdit-shapes"
 
 
-def recipe_command(name: str, method: str, weight_bits: int, input_bits: int, summary: str) -> click.Command:
+def recipe_command(name: str, method: str, weight_bits: int, input_bits: int, summary: str, how: str) -> click.Command:
     """The command ``name``, which quantizes by the recipe ``METHOD-wBaB`` with these bits by default."""
+    text = f"{summary}\n\n{how}\n\nThe same as 'mlxquant quantize --recipe {method}-wBaB'."
 
-    @click.command(name, cls=Command, help=f"{summary}\n\nThe same as 'mlxquant quantize --recipe {method}-wBaB'.")
+    @click.command(name, cls=Command, help=text)
     @click.option("--model", default=MODEL, show_default=True, help=MODEL_HELP)
     @size_option
     @click.option("--wbits", type=int, default=weight_bits, show_default=True, help="Bits of a weight, 2 to 8.")

@@ -122,7 +122,10 @@ def command(
     force: bool,
     resume: bool,
 ) -> None:
-    """Learn the rounding of every block's weights by what the block writes."""
+    """Learn how every block's weights are rounded.
+
+    What counts is what the block writes: --cache-dir has what it should.
+    """
     began = time.perf_counter()
     learning = Settings(iters, batch_size, learning_rate, pressure, drop=qdrop, seed=seed)
     cache = BlockCache.read(cache_dir)

@@ -102,7 +102,10 @@ def command(
     migration: bool,
     force: bool,
 ) -> None:
-    """Decide how each layer's input is quantized at each timestep, from its statistics."""
+    """Decide how inputs are quantized at each timestep.
+
+    Layer by layer, from the statistics of collect-layer-activations.
+    """
     options = Options(rule, budget, thresholds, range_method, alpha, migration)
     output = output or stats_file.with_name("quant_config.json")
     analysis, picture = output.with_name(ANALYSIS), output.with_name(PICTURE)

@@ -1,5 +1,5 @@
-"""``python -m mlxquant.benchmark_final``: log-SNR scales, GPTQ and Qronos against full precision, as ``mlxquant
-evaluate`` with four fixed recipes.
+"""``mlxquant benchmark-final``: log-SNR scales, sequential GPTQ and Qronos compared on one model, as ``mlxquant
+evaluate`` with their recipes.
 
 Similarity to the baseline, size, latency and memory; LPIPS, CLIP score and FID where their networks are asked for with
 ``--metric``.
@@ -62,7 +62,10 @@ def command(
     out: Path,
     force: bool,
 ) -> None:
-    """Compare quantized models in FOLDERS with their baseline; without any, quantize it by four recipes first."""
+    """Compare quantized models with their baseline.
+
+    The models are FOLDERS; without any, the baseline is quantized first, by four recipes.
+    """
     ctx.invoke(
         evaluate,
         names=(model, *folders),

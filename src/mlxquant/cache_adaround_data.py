@@ -52,7 +52,10 @@ def command(
     resume: bool,
     force: bool,
 ) -> None:
-    """Cache what every block writes, for adaround-optimize."""
+    """Cache what every block writes.
+
+    adaround-optimize reads it.
+    """
     start = time.perf_counter()
     samples = Samples.read(calib_dir, model_name(name))
     adapter = diffusion(pretrained(name or samples.model))

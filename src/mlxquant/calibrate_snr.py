@@ -1,7 +1,7 @@
-"""``python -m mlxquant.calibrate_snr``: activation scales that follow the log-SNR, as the recipe ``rtn+logsnr``.
+"""``mlxquant calibrate-snr``: scales that follow the log-SNR, as the recipe ``rtn+logsnr``.
 
-How is in ``methods.inputs.time_networks``: 6 octaves of the model's own schedule, its own prompts and trajectories, the
-ranges of inputs, and targets at the bits that are asked for.
+``methods.inputs.time_networks`` says how: 6 octaves, the model's own schedule, its own prompts and trajectories, the
+layers' inputs, and targets at the bits that are asked for.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ command = recipe_command(
     "rtn+logsnr",
     8,
     8,
-    "Quantize a model with activation scales that follow the log-SNR, and weights rounded to nearest.",
+    "Quantize with activation scales by log-SNR.",
+    "A small network maps the log-SNR of a step to each layer's scales; weights are rounded to nearest.",
 )
 
 if __name__ == "__main__":

@@ -56,7 +56,10 @@ def command(
     resume: bool,
     force: bool,
 ) -> None:
-    """Collect activation statistics for analyze-activations."""
+    """Collect activation statistics.
+
+    analyze-activations reads them.
+    """
     start = time.perf_counter()
     samples = Samples.read(calib_dir, model_name(name))
     out = calib_dir / "activations" if output_dir is None else output_dir

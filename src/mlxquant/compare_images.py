@@ -46,10 +46,10 @@ def command(
     out: Path,
     force: bool,
 ) -> None:
-    """Compare pictures in folders with those of the folder REFERENCE.
+    """Compare folders of pictures with a reference.
 
-    Pictures are paired by name, cat.png with cat.jpg too; a pair is of one size. Writes report.html, report.json,
-    report.csv and every picture.
+    Both are folders. Pictures are paired by name, cat.png with cat.jpg too; a pair is of one size. Writes report.html,
+    report.json, report.csv and every picture.
     """
     start = time.perf_counter()
     metrics, places = chosen_metrics(asked, weights)

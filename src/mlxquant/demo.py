@@ -45,7 +45,10 @@ RECIPES = ("rtn-w4a8", "gptq-w4a8")
 @force_option
 @verbose_option
 def command(out: Path, seed: int, num_prompts: int, steps: int | None, force: bool) -> None:
-    """Quantize the embedded model to W4A8, rounded and calibrated, and compare the pictures."""
+    """Quantize the embedded model twice and compare.
+
+    To W4A8, once by rounding and once with calibration; the pictures show what each costs.
+    """
     start = time.perf_counter()
     model = load(MODEL)
     adapter = model.diffusion

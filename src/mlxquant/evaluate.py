@@ -127,10 +127,10 @@ def command(
     force: bool,
     resume: bool,
 ) -> None:
-    """Judge quantized models against a reference on the same prompts and seeds.
+    """Judge quantized models against a reference.
 
-    Recipes quantize the reference first. Writes report.html, report.json, report.csv, every picture, and the quantized
-    models.
+    All draw the same prompts and seeds. Recipes quantize the reference first. Writes report.html, report.json,
+    report.csv, every picture, and the quantized models.
     """
     start = time.perf_counter()
     if len(names) + len(recipe_names) < 2:

@@ -28,8 +28,9 @@ from .files.atomic import refuse_existing
 @force_option
 @verbose_option
 def command(name: str, target: str, out: Path, drop_activations: bool, dtype: str | None, force: bool) -> None:
-    """Write a model for another tool: mlx-lm, any MLX program, mflux or DiffusionKit.
+    """Write a model for another tool.
 
+    For mlx-lm, any MLX program, mflux or DiffusionKit.
     The calibrated codes are written bit for bit; what the target has no place for is refused, by name.
     """
     refuse_existing(out, force)

@@ -54,7 +54,10 @@ def command(
     resume: bool,
     force: bool,
 ) -> None:
-    """Sample real trajectories and keep the latent before every step."""
+    """Keep the latents of real trajectories.
+
+    Pictures are drawn, and the latent before every step is kept.
+    """
     start = time.perf_counter()
     model = load(name, size)
     if isinstance(model, QuantizedModel):

@@ -21,9 +21,10 @@ from .contents.tables import array_rows, fact_lines, grouped, layer_rows, lines,
 )
 @verbose_option
 def command(path: Path, each: bool) -> None:
-    """Show what is at PATH: a quantized model, any other file or folder that mlxquant wrote, or any checkpoint.
+    """Show what is in a model, a checkpoint or a file.
 
-    Layers, formats, shapes, what it was made from; checksums are verified on the way. Weights are not loaded.
+    PATH is a file or folder that mlxquant wrote, or any checkpoint. Listed are layers, formats, shapes and what it was
+    made from; checksums are verified on the way. Weights are not loaded.
     """
     contents = read_contents(path)
     layers, arrays = layer_rows(contents), array_rows(without_parts(contents.arrays, contents.layers))

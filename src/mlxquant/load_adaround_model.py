@@ -82,8 +82,9 @@ def command(
     size: int | None,
     force: bool,
 ) -> None:
-    """Load learned weights, V1, and with --quant-config static activation scales for every timestep, V2; and draw with
-    them.
+    """Draw with what the other steps have made.
+
+    Loads learned weights, V1, and with --quant-config static activation scales for every timestep, V2.
     """
     start = time.perf_counter()
     prompts = [Prompt(seed + index, text) for index, text in enumerate(texts)]

@@ -37,7 +37,10 @@ from .metrics.prediction import Prediction
 )
 @verbose_option
 def command(names: tuple[str, ...], data: Path | None, length: int | None, windows: int | None) -> None:
-    """Bits per character on held-out text: less is better."""
+    """Measure how well language models predict a text.
+
+    In bits per character of the part that is held out: less is better.
+    """
     corpus = read_corpus(data)
     rows: dict[str, dict[str, Any]] = {}
     first: Prediction | None = None

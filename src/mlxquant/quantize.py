@@ -128,7 +128,10 @@ def command(
     force: bool,
     resume: bool,
 ) -> None:
-    """Quantize a model with calibration and write it as a folder."""
+    """Quantize a model with calibration and write it.
+
+    Any recipe on any model; the result is a folder.
+    """
     recipe = limited(parse_recipe(recipe_name, override), bits_per_weight, bits_per_activation)
     if iters is not None:
         recipe = replace(recipe, learning=replace(recipe.learning, iterations=iters))

@@ -40,9 +40,10 @@ KIND = "quantized-values"
 @click.option("--force", is_flag=True, help="Replace an existing file.")
 @verbose_option
 def command(out_dir: Path, file_name: str, file_type: str, device: str | None, force: bool) -> None:
-    """Write codes (int8), scales and zero points of every quantized weight, and of the activations that were stored.
+    """Write the integers behind a GPT's weights.
 
-    A value is scale * (codes - zero_point). 'mlxquant visualize FILE' draws them.
+    Codes (int8), scales and zero points of every quantized weight, and of the activations that were stored. A value is
+    scale * (codes - zero_point). 'mlxquant visualize FILE' draws them.
     """
     if file_type == "pkl":
         raise RecipeError(

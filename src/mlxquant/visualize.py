@@ -44,10 +44,10 @@ SHEET, LIST = "sheet.png", "report.json"
 def command(
     path: Path | None, file_name: Path | None, weight: str, graph: str, sheet: bool, out: Path, force: bool
 ) -> None:
-    """Draw weights, codes and activations of what is at PATH.
+    """Draw weights, codes and activations.
 
-    Of a quantized layer there are LAYER.weight and LAYER.codes, of activation statistics LAYER.input, of what
-    save-weights wrote NAME.values and NAME.codes; other arrays have their names.
+    PATH is what inspect reads. Of a quantized layer there are LAYER.weight and LAYER.codes, of activation statistics
+    LAYER.input, of what save-weights wrote NAME.values and NAME.codes; other arrays have their names.
     """
     if path is not None and file_name is not None:
         raise click.UsageError("name one file, as PATH or with --file-name")

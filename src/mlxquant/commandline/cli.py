@@ -1,4 +1,8 @@
-"""The ``mlxquant`` command: one verb a module, imported when it is used."""
+"""The ``mlxquant`` command: one verb a module, imported when it is used.
+
+The help has its lines here, so that it imports no verb: MLX, NumPy and the models behind the verbs take ten times as
+long. ``tests/commandline`` holds each line to what the verb says of itself.
+"""
 
 from __future__ import annotations
 
@@ -6,33 +10,44 @@ from importlib import import_module
 
 import click
 
-VERBS = (
-    "adaround-optimize",
-    "analyze-activations",
-    "benchmark-final",
-    "cache-adaround-data",
-    "calibrate-snr",
-    "collect-layer-activations",
-    "compare-images",
-    "demo",
-    "evaluate",
-    "export",
-    "generate",
-    "generate-calibration-data",
-    "inspect",
-    "load-adaround-model",
-    "methods",
-    "perplexity",
-    "quantize",
-    "quantize-qronos",
-    "save-weights",
-    "train-gpt",
-    "visualize",
-)
+GROUPS = {  # in the order of the help; what matters first comes first
+    "Make and use a model": {
+        "demo": "Quantize the embedded model twice and compare.",
+        "quantize": "Quantize a model with calibration and write it.",
+        "generate": "Draw one picture as a PNG.",
+        "evaluate": "Judge quantized models against a reference.",
+        "export": "Write a model for another tool.",
+        "calibrate-snr": "Quantize with activation scales by log-SNR.",
+        "quantize-qronos": "Quantize by Qronos.",
+    },
+    "The pipeline step by step": {
+        "generate-calibration-data": "Keep the latents of real trajectories.",
+        "cache-adaround-data": "Cache what every block writes.",
+        "adaround-optimize": "Learn how every block's weights are rounded.",
+        "collect-layer-activations": "Collect activation statistics.",
+        "analyze-activations": "Decide how inputs are quantized at each timestep.",
+        "load-adaround-model": "Draw with what the other steps have made.",
+    },
+    "Look inside and compare": {
+        "inspect": "Show what is in a model, a checkpoint or a file.",
+        "methods": "List every method with its paper.",
+        "visualize": "Draw weights, codes and activations.",
+        "perplexity": "Measure how well language models predict a text.",
+        "compare-images": "Compare folders of pictures with a reference.",
+        "benchmark-final": "Compare quantized models with their baseline.",
+    },
+    "Train": {
+        "train-gpt": "Train a small GPT, also through fake quantizers.",
+        "save-weights": "Write the integers behind a GPT's weights.",
+    },
+}
+VERBS = {verb: line for group in GROUPS.values() for verb, line in group.items()}
 MODULES = {"methods": "list_methods"}  # where the verb's own name is taken
 
 
 class Verbs(click.Group):
+    """The verbs by group, each with its line."""
+
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(VERBS)
 
@@ -42,6 +57,12 @@ class Verbs(click.Group):
         module = MODULES.get(cmd_name, cmd_name.replace("-", "_"))
         command: click.Command = import_module(f"mlxquant.{module}").command
         return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        width = max(map(len, VERBS))  # one column for all groups
+        for title, verbs in GROUPS.items():
+            with formatter.section(title):
+                formatter.write_dl([(verb.ljust(width), line) for verb, line in verbs.items()])
 
 
 @click.command(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"]})
