@@ -3,13 +3,20 @@
 """
 
 import builtins
+import json
 
 import pytest
 
 from mlxquant.errors import AdapterError, ArtifactError
-from mlxquant.files.hub import hub_files
+from mlxquant.files.hub import hub_description, hub_files
 
-from support.hub_stand_in import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError, stand_in
+from support.hub_stand_in import (
+    EntryNotFoundError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    repositories,
+    stand_in,
+)
 
 
 def get():
@@ -69,3 +76,85 @@ def test_without_the_package(monkeypatch):
     monkeypatch.setattr(builtins, "__import__", refusing)
     with pytest.raises(AdapterError, match=r"someone/net .* pip install 'mlxquant\[evaluate\]', or draw it yourself$"):
         get()
+
+
+PIPELINE = {"_class_name": "FluxPipeline", "transformer": ["diffusers", "FluxTransformer2DModel"]}
+LLAMA = {"model_type": "llama"}
+
+
+def describe(repository="someone/net"):
+    return hub_description(repository, "evaluate", "pass a folder")
+
+
+@pytest.mark.parametrize(
+    ("files", "found"),
+    [
+        ({"model_index.json": PIPELINE}, PIPELINE),
+        ({"config.json": LLAMA}, LLAMA),
+        ({"config.json": LLAMA, "model_index.json": PIPELINE}, PIPELINE),
+        ({"config.json": ["odd"]}, {}),
+        ({"README.md": ""}, {}),
+    ],
+)
+def test_a_repository_says_what_it_holds(monkeypatch, tmp_path, files, found):
+    repositories(monkeypatch, tmp_path, {"someone/net": files})
+    assert describe() == found
+
+
+def test_the_cache_is_asked_first_and_then_alone(monkeypatch, tmp_path):
+    """A language model's cache has no model_index.json; the hub need not be asked for it."""
+    asked = repositories(monkeypatch, tmp_path, {"someone/net": {"config.json": LLAMA}}, cached=["someone/net"])
+    assert describe() == LLAMA
+    assert asked == []
+
+
+def test_a_gated_repository_is_told_apart_by_its_public_record(monkeypatch, tmp_path):
+    gated = RepositoryNotFoundError("401: gated")
+    record = {"diffusers": {"_class_name": "FluxPipeline"}}
+    repositories(monkeypatch, tmp_path, {"someone/net": gated}, record=record)
+    assert describe()["_class_name"] == "FluxPipeline"
+    repositories(monkeypatch, tmp_path, {"someone/net": caused_by(403)}, record=LLAMA)
+    assert describe() == LLAMA
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            LocalEntryNotFoundError("offline"),
+            "^someone/net could not be asked what it holds: neither model_index.json nor config.json is in the cache,"
+            " and the hub cannot be reached; .*'hf download someone/net'.*, or pass a folder$",
+        ),
+        (RepositoryNotFoundError("404"), "^someone/net: not visible to you; accept the licence"),
+        (of_status(500), "^someone/net could not be asked what it holds: .*status 500.*run the same command again"),
+    ],
+)
+def test_a_repository_that_cannot_be_asked_is_one_line_with_a_remedy(monkeypatch, tmp_path, error, message):
+    repositories(monkeypatch, tmp_path, {"someone/net": error})
+    with pytest.raises(ArtifactError, match=message) as caught:
+        describe()
+    assert "\n" not in str(caught.value)
+
+
+def test_a_damaged_description_is_named(monkeypatch, tmp_path):
+    repositories(monkeypatch, tmp_path, {"someone/net": {"config.json": '{"model_type'}})
+    with pytest.raises(ArtifactError, match=r"config\.json: not JSON, or damaged"):
+        describe()
+
+
+def test_the_real_package_reads_its_cache_without_a_network(monkeypatch, tmp_path):
+    """As mlx-lm leaves it there."""
+    pytest.importorskip("huggingface_hub")
+    from huggingface_hub import constants
+
+    for name, value in (("HF_HUB_CACHE", str(tmp_path)), ("HF_HUB_OFFLINE", True)):
+        monkeypatch.setattr(constants, name, value)
+    snapshot = tmp_path / "models--someone--net" / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text(json.dumps(LLAMA))
+    refs = tmp_path / "models--someone--net" / "refs"
+    refs.mkdir()
+    (refs / "main").write_text("0" * 40)
+    assert describe() == LLAMA
+    with pytest.raises(ArtifactError, match="someone/other could not be asked what it holds"):
+        describe("someone/other")

@@ -9,6 +9,9 @@ from mlxquant.errors import AdapterError, ArtifactError
 from mlxquant.models import catalog
 from mlxquant.models.sd3 import diffusionkit
 
+from support.command_line import fail
+from support.hub_stand_in import LocalEntryNotFoundError, repositories
+
 HUB = "argmaxinc/mlx-stable-diffusion-3-medium"
 
 
@@ -20,6 +23,33 @@ def test_names_hub_ids_and_folders(tmp_path):
     assert catalog.find_model(str(tmp_path)) == ("sd3-medium", str(tmp_path))
     assert catalog.model_name(str(tmp_path)) == "sd3-medium"
     assert catalog.model_name(None) is None
+
+
+FLUX, QWEN, ODD = "black-forest-labs/FLUX.1-dev", "mlx-community/Qwen3-0.6B-bf16", "someone/weights"
+HELD = {
+    FLUX: {"model_index.json": {"_class_name": "FluxPipeline"}},
+    QWEN: {"config.json": {"model_type": "qwen3"}},
+    ODD: {"README.md": ""},
+}
+
+
+def test_a_repository_is_asked_what_it_holds(monkeypatch, tmp_path):
+    repositories(monkeypatch, tmp_path, HELD)
+    assert catalog.find_model(QWEN) == ("mlx-lm", QWEN)
+    runs = "This release runs mmdit-shapes, sd3-medium, gpt-python and language models of mlx-lm"
+    with pytest.raises(AdapterError, match=rf"{FLUX} holds diffusers' FluxPipeline\. {runs}; .*quantize_linears"):
+        catalog.find_model(FLUX)
+    with pytest.raises(AdapterError, match=rf"{ODD} holds no model that tells its kind.*{runs}; check the hub id"):
+        catalog.find_model(ODD)
+
+
+def test_a_command_says_what_a_repository_is_or_that_it_could_not_be_asked(monkeypatch, tmp_path):
+    command = ["quantize", "--model", FLUX, "--recipe", "rtn-w4a8", "--out", tmp_path / "q"]
+    repositories(monkeypatch, tmp_path, HELD)
+    assert "holds diffusers' FluxPipeline" in fail(*command)
+    repositories(monkeypatch, tmp_path, {FLUX: LocalEntryNotFoundError("offline")})
+    assert "could not be asked what it holds" in fail(*command)
+    assert not (tmp_path / "q").exists()
 
 
 @pytest.mark.parametrize("reference", ["sd9", "./none/here/at/all"])

@@ -181,7 +181,6 @@ def test_folders_are_told_apart_by_what_they_hold(tmp_path):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text(json.dumps({"model_type": "llama"}))
     assert find_model(str(tmp_path / "other"))[0] == "mlx-lm"
-    assert find_model("mlx-community/Qwen3-0.6B-bf16") == ("mlx-lm", "mlx-community/Qwen3-0.6B-bf16")
 
 
 @pytest.mark.mlxlm

@@ -2,56 +2,146 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
 from ..errors import AdapterError, ArtifactError
 
+DESCRIPTIONS = ("model_index.json", "config.json")  # of diffusers' pipelines, of everything else
+
 
 def hub_files(repository: str, names: Sequence[str], extra: str, instead: str) -> list[Path]:
     """Files of a hub repository on this disk; HF_HUB_CACHE, HF_HUB_OFFLINE and HF_TOKEN are honoured.
 
-    ``extra`` is the extra of mlxquant that brings huggingface_hub, ``instead`` what a user can do without the hub.
-    Raises AdapterError without the package, ArtifactError, saying what to do, when a file cannot be had.
+    Args:
+        repository: A hub id.
+        names: Paths in the repository.
+        extra: The extra of mlxquant that brings huggingface_hub.
+        instead: What a user can do without the hub.
+
+    Returns:
+        A path for each name, in order.
+
+    Raises:
+        AdapterError: Without the package.
+        ArtifactError: When a file cannot be had; it says what to do.
     """
+    hub = _package(repository, extra, instead)
+    found = []
+    for name in names:
+        try:
+            found.append(Path(hub.hf_hub_download(repository, name)))
+        except Exception as error:  # the hub's, httpx's and xet's errors have no base in common
+            raise ArtifactError(repository + _refusal(hub, error, repository, name, names, instead)) from error
+    return found
+
+
+def hub_description(repository: str, extra: str, instead: str) -> dict[str, Any]:
+    """What a hub repository says that it holds: the first of ``DESCRIPTIONS`` that can be had.
+
+    The cache is asked before the hub: a repository does not change its kind, and who has a model on the disk should not
+    wait for a network. Where the files are refused, the hub's public record answers. FLUX.1-dev is such a repository:
+    its files are for those who accepted its licence, its kind is not.
+
+    Args:
+        repository: A hub id.
+        extra: The extra of mlxquant that brings huggingface_hub.
+        instead: What a user can do without the hub.
+
+    Returns:
+        The JSON object, empty where there is none. Its ``_class_name`` is a pipeline of diffusers, its ``model_type`` a
+        model of transformers.
+
+    Raises:
+        AdapterError: Without the package.
+        ArtifactError: When the repository cannot be asked; it says what to do.
+    """
+    hub = _package(repository, extra, instead)
+    for cached in (True, False):
+        for name in DESCRIPTIONS:
+            try:
+                path = Path(hub.hf_hub_download(repository, name, local_files_only=cached))
+            except Exception as error:
+                if not cached and not _has_no_such_file(hub, error):
+                    return _public_record(hub, error, repository, instead)
+            else:
+                return _json_object(path)
+    return {}
+
+
+def _public_record(hub: Any, error: Exception, repository: str, instead: str) -> dict[str, Any]:
+    """What the hub tells everybody about a repository whose files it refuses; raises ArtifactError about the ``error``
+    that asking for them gave, where it tells nothing or cannot be reached.
+    """
+    why = _refusal(hub, error, repository, DESCRIPTIONS[0], [], instead)
+    if _is_refused(hub, error):
+        try:
+            config = hub.model_info(repository).config or {}
+        except Exception as other:
+            raise ArtifactError(repository + why) from other
+        return {**config, **config.get("diffusers", {})}
+    if isinstance(error, hub.errors.LocalEntryNotFoundError):
+        why = (
+            f": neither {' nor '.join(DESCRIPTIONS)} is in the cache, and the hub cannot be reached; fill the cache on"
+            f" a connected machine without HF_HUB_OFFLINE ('hf download {repository}'), or {instead}"
+        )
+    raise ArtifactError(f"{repository} could not be asked what it holds{why}") from error
+
+
+def _package(repository: str, extra: str, instead: str) -> Any:
     try:
-        from huggingface_hub import errors, hf_hub_download
+        import huggingface_hub
+        from huggingface_hub import errors  # noqa: F401 (an attribute of the package from here on)
     except ImportError as error:
         raise AdapterError(
             f"{repository} comes from the hub: install huggingface_hub with pip install 'mlxquant[{extra}]', or"
             f" {instead}"
         ) from error
-    found = []
-    for name in names:
-        try:
-            found.append(Path(hf_hub_download(repository, name)))
-        except Exception as error:  # the hub's, httpx's and xet's errors have no base in common
-            said = (str(error) or type(error).__name__).splitlines()[0]
-            if isinstance(error, errors.RepositoryNotFoundError) or {_status(error), _status(error.__cause__)} & {
-                401,
-                403,
-            }:
-                why = (
-                    f": not visible to you; accept the licence at https://huggingface.co/{repository} with your"
-                    " account, then run 'hf auth login' or set HF_TOKEN (a fine-grained token needs access to public"
-                    " gated repositories)"
-                )
-            elif isinstance(error, errors.LocalEntryNotFoundError):
-                why = (
-                    f": {name} is not in the cache and the hub cannot be reached; download it with 'hf download"
-                    f" {repository} {' '.join(names)}' on a connected machine without HF_HUB_OFFLINE, or {instead}"
-                )
-            elif isinstance(error, errors.EntryNotFoundError):
-                why = f" has no file {name}; the repository has changed, {instead}"
-            else:
-                why = (
-                    f": {name} could not be downloaded ({said}); run the same command again, what is there is kept, or"
-                    f" {instead}"
-                )
-            raise ArtifactError(repository + why) from error
-    return found
+    return huggingface_hub
+
+
+def _refusal(hub: Any, error: Exception, repository: str, name: str, names: Sequence[str], instead: str) -> str:
+    """Why a file was not to be had, and what to do about it."""
+    said = (str(error) or type(error).__name__).splitlines()[0]
+    if _is_refused(hub, error):
+        return (
+            f": not visible to you; accept the licence at https://huggingface.co/{repository} with your account, then"
+            " run 'hf auth login' or set HF_TOKEN (a fine-grained token needs access to public gated repositories)"
+        )
+    if isinstance(error, hub.errors.LocalEntryNotFoundError):
+        return (
+            f": {name} is not in the cache and the hub cannot be reached; download it with"
+            f" '{' '.join(['hf download', repository, *names])}' on a connected machine without HF_HUB_OFFLINE, or"
+            f" {instead}"
+        )
+    if _has_no_such_file(hub, error):
+        return f" has no file {name}; the repository has changed, {instead}"
+    return f": {name} could not be downloaded ({said}); run the same command again, what is there is kept, or {instead}"
+
+
+def _is_refused(hub: Any, error: Exception) -> bool:
+    """Whether the hub has answered that the repository is not there, or not for this user."""
+    statuses = {_status(error), _status(error.__cause__)}
+    return isinstance(error, hub.errors.RepositoryNotFoundError) or bool(statuses & {401, 403})
+
+
+def _has_no_such_file(hub: Any, error: Exception) -> bool:
+    """Whether the hub has answered, and has no such file; a file that is not in the cache is another matter."""
+    return isinstance(error, hub.errors.EntryNotFoundError) and not isinstance(
+        error, hub.errors.LocalEntryNotFoundError
+    )
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    try:
+        said = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ArtifactError(f"{path}: not JSON, or damaged ({error}); download it again") from error
+    return said if isinstance(said, dict) else {}
 
 
 def _status(error: BaseException | None) -> int | None:

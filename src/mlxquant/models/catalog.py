@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import AdapterError, ArtifactError
+from ..files.hub import DESCRIPTIONS, hub_description
 from .adapter import Adapter
 from .sd3.files import CHECKPOINT, HUB
 
@@ -46,8 +47,13 @@ HUB_ID = r"[A-Za-z0-9][\w.-]*/[\w.-]+"
 def find_model(reference: str) -> tuple[str, str]:
     """The model's name, and where its weights are: a hub id, a folder, or "" for the model's usual place.
 
-    ``reference`` is a name, one of the hub ids, or a folder with a checkpoint. Raises ArtifactError on a folder without
-    one, AdapterError, listing what there is, on anything else.
+    Args:
+        reference: A name, a hub id or a folder with a checkpoint. A repository that is not one of ours is asked what it
+            holds.
+
+    Raises:
+        ArtifactError: On a folder without a checkpoint, and a repository that cannot be asked.
+        AdapterError: On anything else; it says what there is.
     """
     if reference in MODELS:
         return reference, ""
@@ -56,7 +62,10 @@ def find_model(reference: str) -> tuple[str, str]:
             return name, reference
     folder = Path(reference)
     if not folder.is_dir() and re.fullmatch(HUB_ID, reference):
-        return LANGUAGE, reference
+        said = hub_description(reference, "evaluate", "pass a local folder with --model")
+        if "_class_name" not in said and "model_type" in said:
+            return LANGUAGE, reference
+        raise _not_run(reference, said)
     if not folder.is_dir():
         known = [*MODELS, *(hub_id for entry in MODELS.values() for hub_id in entry.hub_ids)]
         raise AdapterError(
@@ -74,6 +83,20 @@ def find_model(reference: str) -> tuple[str, str]:
     raise ArtifactError(
         f"{folder} holds no model: expected a folder written by 'mlxquant quantize' (model.json), or one with"
         f" {' or '.join(wanted)}"
+    )
+
+
+def _not_run(repository: str, said: dict[str, Any]) -> AdapterError:
+    """The error about a repository that holds something else, with what can be done."""
+    if "_class_name" in said:
+        found = f"diffusers' {said['_class_name']}"
+        then = "once its modules are in MLX, mq.quantize_linears quantizes their weights (docs/any-module.md)"
+    else:
+        found = f"no model that tells its kind: no model_type in {' or '.join(DESCRIPTIONS)}"
+        then = "check the hub id"
+    pictures = ", ".join(name for name in MODELS if name not in (LANGUAGE, "gpt"))
+    return AdapterError(
+        f"{repository} holds {found}. This release runs {pictures}, gpt-python and language models of mlx-lm; {then}"
     )
 
 
