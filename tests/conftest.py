@@ -8,16 +8,25 @@ from importlib.util import find_spec
 import mlxquant as mq  # before mlx, so that MLX gets a fast BLAS
 
 # isort: split
+import mlx.core as mx
 import pytest
 
+from support.chromium import CHROMIUM
 from support.tiny_pictures import tiny_adapter
+
+NEEDED = {  # by marker: whether it is here, and what is said where it is not
+    "mlxlm": (find_spec("mlx_lm") is not None, "mlx-lm is not installed"),
+    "metal": (mx.metal.is_available(), "Metal is not available"),
+    "browser": (CHROMIUM is not None, "Chromium is not installed"),
+}
 
 
 def pytest_runtest_setup(item):
-    """Without mlx-lm tests that need it are skipped, and where MLXQUANT_REQUIRE_MLXLM is set they fail."""
-    if item.get_closest_marker("mlxlm") and find_spec("mlx_lm") is None:
-        refuse = pytest.fail if os.environ.get("MLXQUANT_REQUIRE_MLXLM") else pytest.skip
-        refuse("mlx-lm is not installed")
+    """Without what a test needs it is skipped, and where MLXQUANT_REQUIRE_MLXLM, _METAL or _BROWSER is set it fails."""
+    for marker, (here, why) in NEEDED.items():
+        if item.get_closest_marker(marker) and not here:
+            refuse = pytest.fail if os.environ.get(f"MLXQUANT_REQUIRE_{marker.upper()}") else pytest.skip
+            refuse(why)
 
 
 @pytest.fixture

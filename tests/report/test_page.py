@@ -2,8 +2,6 @@
 
 import json
 import re
-import shutil
-import subprocess
 from html.parser import HTMLParser
 
 import numpy as np
@@ -20,7 +18,6 @@ from mlxquant.report.page_tables import plain
 from support.sample_report import write_sample
 
 SECTIONS = ("summary", "size", "pictures", "trajectory", "layers", "decisions", "methods", "details")
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
 
 
 @pytest.fixture(scope="module")
@@ -274,30 +271,3 @@ def test_kinds_are_paths_without_their_numbers():
 )
 def test_numbers_keep_what_counts(value, text):
     assert plain(value) == text
-
-
-@pytest.mark.browser
-@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
-def test_it_opens_in_a_browser_without_errors(sample, tmp_path):
-    switches = [
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-quic",
-        "--no-first-run",
-        "--disable-background-networking",
-    ]
-    switches += [
-        "--disable-component-update",
-        "--disable-sync",
-        f"--user-data-dir={tmp_path}",
-        "--enable-logging=stderr",
-        "--v=0",
-    ]
-    page = (sample[0] / "report.html").as_uri()
-    done = subprocess.run(
-        [CHROMIUM, *switches, "--dump-dom", page], capture_output=True, text=True, timeout=120, check=True
-    )
-    assert "CONSOLE" not in done.stderr, done.stderr
-    assert 'class="js"' in done.stdout
-    assert '<span data-part="place">1 of 3</span>' in done.stdout
