@@ -142,9 +142,9 @@ def test_a_damaged_description_is_named(monkeypatch, tmp_path):
         describe()
 
 
+@pytest.mark.mlxlm
 def test_the_real_package_reads_its_cache_without_a_network(monkeypatch, tmp_path):
     """As mlx-lm leaves it there."""
-    pytest.importorskip("huggingface_hub")
     from huggingface_hub import constants
 
     for name, value in (("HF_HUB_CACHE", str(tmp_path)), ("HF_HUB_OFFLINE", True)):
