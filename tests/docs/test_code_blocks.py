@@ -82,6 +82,8 @@ def ours(words):
         return command, words[2:]
     if words[:2] == ["python", "-m"] and words[2].partition(".")[0] == "mlxquant":
         module = import_module(words[2])
+        if hasattr(module, "__path__"):  # a package: what runs is in its __main__
+            module = import_module(f"{words[2]}.__main__")
         return getattr(module, "command", None) or module.main, words[3:]
     return None
 
