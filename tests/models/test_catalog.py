@@ -43,6 +43,15 @@ def test_a_repository_is_asked_what_it_holds(monkeypatch, tmp_path):
         catalog.find_model(ODD)
 
 
+def test_a_folder_of_another_pipeline_is_told_apart_too(tmp_path):
+    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    with pytest.raises(AdapterError, match="holds diffusers' FluxPipeline"):
+        catalog.find_model(str(tmp_path))
+    (tmp_path / "model_index.json").write_text("{")
+    with pytest.raises(ArtifactError, match=r"model_index\.json: not JSON"):
+        catalog.find_model(str(tmp_path))
+
+
 def test_a_command_says_what_a_repository_is_or_that_it_could_not_be_asked(monkeypatch, tmp_path):
     command = ["quantize", "--model", FLUX, "--recipe", "rtn-w4a8", "--out", tmp_path / "q"]
     repositories(monkeypatch, tmp_path, HELD)

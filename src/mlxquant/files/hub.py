@@ -69,7 +69,7 @@ def hub_description(repository: str, extra: str, instead: str) -> dict[str, Any]
                 if not cached and not _has_no_such_file(hub, error):
                     return _public_record(hub, error, repository, instead)
             else:
-                return _json_object(path)
+                return read_description(path)
     return {}
 
 
@@ -136,7 +136,8 @@ def _has_no_such_file(hub: Any, error: Exception) -> bool:
     )
 
 
-def _json_object(path: Path) -> dict[str, Any]:
+def read_description(path: Path) -> dict[str, Any]:
+    """The object in one of the ``DESCRIPTIONS``; raises ArtifactError on a damaged file."""
     try:
         said = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

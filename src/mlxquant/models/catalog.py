@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import AdapterError, ArtifactError
-from ..files.hub import DESCRIPTIONS, hub_description
+from ..files.hub import DESCRIPTIONS, hub_description, read_description
 from .adapter import Adapter
 from .sd3.files import CHECKPOINT, HUB
 
@@ -79,6 +79,8 @@ def find_model(reference: str) -> tuple[str, str]:
             f"{folder} holds a quantized model; this needs the full-precision one: a name, a hub id or a folder with"
             " its weights"
         )
+    if (folder / DESCRIPTIONS[0]).exists():
+        raise _not_run(reference, read_description(folder / DESCRIPTIONS[0]))
     wanted = dict.fromkeys(entry.checkpoint for entry in MODELS.values() if entry.checkpoint)
     raise ArtifactError(
         f"{folder} holds no model: expected a folder written by 'mlxquant quantize' (model.json), or one with"
@@ -86,8 +88,8 @@ def find_model(reference: str) -> tuple[str, str]:
     )
 
 
-def _not_run(repository: str, said: dict[str, Any]) -> AdapterError:
-    """The error about a repository that holds something else, with what can be done."""
+def _not_run(place: str, said: dict[str, Any]) -> AdapterError:
+    """The error about a repository or a folder that holds something else, with what can be done."""
     if "_class_name" in said:
         found = f"diffusers' {said['_class_name']}"
         then = "once its modules are in MLX, mq.quantize_linears quantizes their weights (docs/any-module.md)"
@@ -96,7 +98,7 @@ def _not_run(repository: str, said: dict[str, Any]) -> AdapterError:
         then = "check the hub id"
     pictures = ", ".join(name for name in MODELS if name not in (LANGUAGE, "gpt"))
     return AdapterError(
-        f"{repository} holds {found}. This release runs {pictures}, gpt-python and language models of mlx-lm; {then}"
+        f"{place} holds {found}. This release runs {pictures}, gpt-python and language models of mlx-lm; {then}"
     )
 
 
