@@ -82,7 +82,7 @@ def sensitivity(model: Model, num_prompts: int) -> dict[str, float]:
     adapter = model.adapter
     sigmas, states = mq.calibrate(model, num_prompts).batches(adapter)
     found = measure(adapter, adapter.stages, sigmas, states, [], progress=progress)
-    *_, before, last = (stage.name for stage in adapter.stages[1:-1])
+    *_, before, last = (stage.name for stage in adapter.blocks)
     image, text = found.stages[last]["image"].mean(1), found.stages[before]["text"].mean()
     channels = found.stages[last]["image"].mean(0)
     low, high = np.percentile(channels, [5, 95])

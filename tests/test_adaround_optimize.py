@@ -296,7 +296,7 @@ def test_folds_are_rounded_with_and_computed_with(calib, tmp_path):
     succeed(*verb(calib, tmp_path, "--bits-w", 8, "--quant-config", quant_config, length=ONE))
     assert config_of(tmp_path)["quant_config"] == file_digest(quant_config)
     exact, adapter = velocity(spiky_adapter()), spiky_adapter()
-    install(adapter, TrackFiles(tmp_path, quant_config).store(adapter, active=False), adapter.stages[1:-1])
+    install(adapter, TrackFiles(tmp_path, quant_config).store(adapter, active=False), adapter.blocks)
     assert np.linalg.norm(velocity(adapter) - exact) / np.linalg.norm(exact) < 0.02
     np.testing.assert_array_equal(np.array(get_module(adapter.module, FC2).act_divisor), decided.migrations[FC2])
     with np.load(tmp_path / "weights" / "mm0.npz") as arrays:

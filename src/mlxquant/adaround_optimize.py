@@ -188,7 +188,7 @@ def learn(
     """Run the blocks through the sweep, from the cache's states towards the cache's targets, into the ledger's
     folder.
     """
-    blocks = adapter.stages[1:-1]
+    blocks = adapter.blocks
     linears = {path: layer for path, layer in adapter.linears().items() if any(stage.owns(path) for stage in blocks)}
     plan = recipe.plan({path: adapter.role(path) for path in linears})
     sigmas, states = cache.inputs(adapter, calib_dir, adapter.batch)

@@ -147,7 +147,7 @@ def assemble(exact: Model, files: TrackFiles, active: bool) -> QuantizedModel:
     """
     made_from = WeightFiles.facts(files.weights)
     adapter = exact.clone()
-    stages = install(adapter, files.store(adapter, active=active), adapter.stages[1:-1])
+    stages = install(adapter, files.store(adapter, active=active), adapter.blocks)
     facts = {
         "recipe": made_from["recipe"],
         "calibration": made_from["calibration"],

@@ -93,7 +93,7 @@ def write_weights(folder, config, bits=8, **changes):
     """Weights rounded to nearest in ``bits`` bits, after the config's divisions where one is given."""
     adapter = tiny_adapter()
     source, presets = adapter.fingerprint, {} if config is None else prepare(adapter, config)
-    blocks = adapter.stages[1:-1]
+    blocks = adapter.blocks
     linears = {path: layer for path, layer in adapter.linears().items() if any(b.owns(path) for b in blocks)}
     facts = {
         "model": adapter.name,
@@ -136,7 +136,7 @@ def undivided(tmp_path_factory, files):
 
 def assembled(files, active):
     adapter = tiny_adapter()
-    install(adapter, files.store(adapter, active=active), adapter.stages[1:-1])
+    install(adapter, files.store(adapter, active=active), adapter.blocks)
     return adapter
 
 
@@ -157,8 +157,8 @@ def test_weights_rounded_after_a_division_are_used_after_it(files, config):
     exact = velocity(tiny_adapter())
     assert error(velocity(assembled(files, active=False)), exact) < 0.02
     adapter = tiny_adapter()  # the division left out
-    weights = WeightFiles.read(files.weights, adapter.stages[1:-1], adapter.linears())
-    install(adapter, Tracks(weights, None, divided=True), adapter.stages[1:-1])
+    weights = WeightFiles.read(files.weights, adapter.blocks, adapter.linears())
+    install(adapter, Tracks(weights, None, divided=True), adapter.blocks)
     assert error(velocity(adapter), exact) > 0.3
 
 

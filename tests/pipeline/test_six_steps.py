@@ -194,7 +194,7 @@ def test_no_step_leaves_a_layer_out(made):
     blocks = {path for path in adapter.linears() if path.startswith("multimodal_transformer_blocks.")}
     main = {path for path in blocks if adapter.role(path) in ("attention", "mlp")}
     assert len(main) > 20
-    learned = WeightFiles.read(made / "weights", adapter.stages[1:-1], {p: adapter.linears()[p] for p in blocks})
+    learned = WeightFiles.read(made / "weights", adapter.blocks, {p: adapter.linears()[p] for p in blocks})
     assert set(learned.formats()) == blocks
     assert {path for path, format in learned.formats().items() if format.bits == 4} == main
     assert set(QuantConfig.read(made / "calib" / "activations" / "quant_config.json").plain) == main
@@ -231,7 +231,7 @@ def test_the_optimiser_runs_the_real_block(made, tmp_path):
     embed, block = adapter.stages[:2]
     inputs = run_stage(adapter, embed, sigmas, states)
     exact = run_stage(adapter, block, sigmas, inputs)
-    files = WeightFiles.read(out, adapter.stages[1:-1], adapter.linears())
+    files = WeightFiles.read(out, adapter.blocks, adapter.linears())
     for path, layer in files.load(block, adapter.clock).layers.items():
         set_module(adapter.module, path, layer)
     quantized = run_stage(adapter, block, sigmas, inputs)

@@ -29,7 +29,7 @@ SIGMAS = np.array([0.25, 0.5, 1.0], np.float32)
 def model():
     """The tiny model, its blocks, and their layers."""
     adapter = tiny_adapter()
-    blocks = adapter.stages[1:-1]
+    blocks = adapter.blocks
     return (
         adapter,
         blocks,

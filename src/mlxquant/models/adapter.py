@@ -118,6 +118,11 @@ class Adapter(ABC):
     def stages(self) -> tuple[Stage, ...]:
         """The chain, from what the model reads to what it predicts."""
 
+    @property
+    def blocks(self) -> tuple[Stage, ...]:
+        """The stages between the first and the last: what is repeated, and most of the model."""
+        return self.stages[1:-1]
+
     @abstractmethod
     def role(self, path: str) -> str:
         """What a Linear is for: attention, mlp, modulation, embedder or output."""

@@ -208,7 +208,7 @@ class LanguageAdapter(Adapter):
 
     def _continued(self, state: State) -> mx.array:
         """Embedded tokens to logits, evaluated."""
-        for stage in self.stages[1:-1]:
+        for stage in self.blocks:
             state = stage.run(state)
         logits = self._project(state["tokens"], state["hidden"])
         mx.eval(logits)

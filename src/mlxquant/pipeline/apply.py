@@ -79,7 +79,7 @@ class TrackFiles:
         ArtifactError when weights, config and model were not made for each other, RecipeError when the weights are not
         in the formats that ``plan`` wants.
         """
-        blocks = adapter.stages[1:-1]
+        blocks = adapter.blocks
         linears = {
             path: layer for path, layer in adapter.linears().items() if any(stage.owns(path) for stage in blocks)
         }
