@@ -26,6 +26,7 @@ from mlxquant.sampling.guidance import guided
 from mlxquant.sampling.prompts import Prompt
 from mlxquant.sampling.sampler import SamplerStep, sample, seeded_noise
 from mlxquant.sweep.sensitivity import measure
+from mlxquant.sweep.streams import Passes
 
 WINDOW = 4
 
@@ -81,7 +82,7 @@ def sensitivity(model: Model, num_prompts: int) -> dict[str, float]:
     """Ratios of the largest cost to the smallest."""
     adapter = model.adapter
     sigmas, states = mq.calibrate(model, num_prompts).batches(adapter)
-    found = measure(adapter, adapter.stages, sigmas, states, [], progress=progress)
+    found = measure(Passes(adapter, sigmas, progress), adapter.stages, states, [])
     *_, before, last = (stage.name for stage in adapter.blocks)
     image, text = found.stages[last]["image"].mean(1), found.stages[before]["text"].mean()
     channels = found.stages[last]["image"].mean(0)

@@ -26,6 +26,7 @@ from .recipes.grammar import parse_spec, parse_template
 from .recipes.recipe import Recipe
 from .sweep.layer import Preset
 from .sweep.sensitivity import measured
+from .sweep.streams import Passes
 from .sweep.sweep import Sweep
 
 STARTS = {"nearest": "rtn+search", "gptq": "gptq", "qronos": "gptq+corrected"}  # how a recipe would say it
@@ -192,13 +193,14 @@ def learn(
     linears = {path: layer for path, layer in adapter.linears().items() if any(stage.owns(path) for stage in blocks)}
     plan = recipe.plan({path: adapter.role(path) for path in linears})
     sigmas, states = cache.inputs(adapter, calib_dir, adapter.batch)
-    costs = measured(adapter, adapter.stages[1:], sigmas, states, plan, progress) if recipe.sensitivity else None
+    passes = Passes(adapter, sigmas, progress)
+    costs = measured(passes, adapter.stages[1:], states, plan) if recipe.sensitivity else None
     both = any(spec.cross for spec in plan.values())
-    teacher = CachedTeacher(cache, adapter, sigmas, states, both, progress)
+    teacher = CachedTeacher(cache, passes, states, both)
     files = WeightFiles(ledger, blocks, linears)
     if not resume:
         files.clear_checkpoints()
-    Sweep(adapter, recipe, plan, sigmas, teacher, presets, costs, progress).run(blocks, states, files)
+    Sweep(passes, recipe, plan, teacher, presets, costs).run(blocks, states, files)
     files.finish()
 
 

@@ -22,6 +22,7 @@ from mlxquant.pipeline.collecting import MovingCentre, Picks
 from mlxquant.pipeline.replay import HIST_EDGES
 from mlxquant.pipeline.samples import Samples
 from mlxquant.sweep.sensitivity import measure
+from mlxquant.sweep.streams import Passes
 
 from support.six_steps import draw_in_process, files
 from support.tiny_pictures import TINY, tiny_adapter
@@ -164,7 +165,7 @@ def test_every_layer_has_the_sensitivity_of_its_own_outputs(tmp_path, images, cf
         )
         sigmas, states = one.batches(adapter, 2)
         assert tuple(len(state["t"]) for state in states) == rows
-        expected = measure(adapter, adapter.stages, sigmas, states, stats.layers, 7 + index)
+        expected = measure(Passes(adapter, sigmas), adapter.stages, states, stats.layers, 7 + index)
         means = json.loads((tmp_path / "c" / "activations" / "timestep_stats" / f"step_{step}_index.json").read_text())[
             "sensitivity"
         ]
@@ -182,7 +183,7 @@ def test_every_layer_has_the_sensitivity_of_its_own_outputs(tmp_path, images, cf
 def test_sensitivities_are_of_the_first_rows_alone(calib, monkeypatch):
     seen = []
     monkeypatch.setattr(replay, "SENSITIVITY_ROWS", 2)
-    monkeypatch.setattr(replay, "measure", lambda *a: (seen.append([len(s["t"]) for s in a[3]]), measure(*a))[1])
+    monkeypatch.setattr(replay, "measure", lambda *a: (seen.append([len(s["t"]) for s in a[2]]), measure(*a))[1])
     collect(calib)
     assert seen == [[2], [2]]
 

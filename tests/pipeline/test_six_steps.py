@@ -47,7 +47,7 @@ from mlxquant.layers.tree import set_module
 from mlxquant.pipeline.quant_config import QuantConfig
 from mlxquant.pipeline.samples import Samples
 from mlxquant.pipeline.weight_files import WeightFiles
-from mlxquant.sweep.streams import run_stage
+from mlxquant.sweep.streams import Passes
 
 from support.command_line import succeed
 from support.six_steps import files, tiny_model
@@ -229,12 +229,13 @@ def test_the_optimiser_runs_the_real_block(made, tmp_path):
     adapter = tiny_adapter()
     sigmas, states = Samples.read(made / "calib").calibration(2, 2).batches(adapter)
     embed, block = adapter.stages[:2]
-    inputs = run_stage(adapter, embed, sigmas, states)
-    exact = run_stage(adapter, block, sigmas, inputs)
+    passes = Passes(adapter, sigmas)
+    inputs = passes.through(embed, states)
+    exact = passes.through(block, inputs)
     files = WeightFiles.read(out, adapter.blocks, adapter.linears())
     for path, layer in files.load(block, adapter.clock).layers.items():
         set_module(adapter.module, path, layer)
-    quantized = run_stage(adapter, block, sigmas, inputs)
+    quantized = passes.through(block, inputs)
     errors = []
     for stream in ("image", "text"):
         y, z = (np.stack([np.array(state[stream]) for state in side]) for side in (exact, quantized))

@@ -10,6 +10,7 @@ import mlxquant as mq
 from mlxquant.layers.tree import tapped
 from mlxquant.sweep.collecting import Collector
 from mlxquant.sweep.sensitivity import Sensitivity, measure
+from mlxquant.sweep.streams import Passes
 
 
 @dataclass
@@ -48,7 +49,7 @@ def collect(adapter, steps=3):
     layers = [path for edge in edges for path in edge.consumers]
     collector = Collector()
     sigmas, states = calibration.batches(adapter)
-    costs = measure(adapter, adapter.stages, sigmas, states, layers)
+    costs = measure(Passes(adapter, sigmas), adapter.stages, states, layers)
     with tapped(adapter.module, layers, collector):
         for sigma, state in zip(sigmas, states, strict=True):
             collector.sigma = sigma

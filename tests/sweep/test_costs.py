@@ -10,12 +10,11 @@ import pytest
 import mlxquant as mq
 from mlxquant.methods import registry
 from mlxquant.methods.weights.adaround import Settings
-from mlxquant.progress import silent
 from mlxquant.recipes.grammar import parse_recipe
 from mlxquant.sweep import rounding, sensitivity, sweep
 from mlxquant.sweep.rounding import Rounding
 from mlxquant.sweep.sensitivity import measured
-from mlxquant.sweep.streams import ExactStream, run_stage
+from mlxquant.sweep.streams import ExactStream, Passes
 from mlxquant.sweep.sweep import Sweep
 
 from support.synthetic_chain import Chain
@@ -56,8 +55,9 @@ def test_states_are_freed_when_they_have_left_their_stage():
     sigmas, made = mq.calibrate(mq.Model(chain), prompts=2, steps=2).batches(chain)
     recipe = parse_recipe("rtn-w4a16")
     plan = recipe.plan({path: chain.role(path) for path in chain.linears()})
-    states = run_stage(chain, chain.stages[0], sigmas, made)
-    job = Sweep(chain, recipe, plan, sigmas, ExactStream(chain, sigmas, states))
+    passes = Passes(chain, sigmas)
+    states = passes.through(chain.stages[0], made)
+    job = Sweep(passes, recipe, plan, ExactStream(passes, states))
     stages = job.run(chain.stages[1:], states)
     assert [stage["stage"] for stage in stages] == ["blocks.0", "blocks.1", "head"]
     assert states == []
@@ -109,9 +109,9 @@ def test_moments_go_layer_by_layer(tiny, calib, monkeypatch):
 
 @pytest.mark.parametrize("hurts", [False, True])
 def test_only_a_winner_that_was_not_tried_last_is_run_again(tiny, calib, monkeypatch, hurts):
-    runs, run = [], sweep.run_stage
+    runs, run = [], Passes.through
     monkeypatch.setattr(
-        sweep, "run_stage", lambda adapter, stage, *rest: (runs.append(stage.name), run(adapter, stage, *rest))[1]
+        Passes, "through", lambda self, stage, states: (runs.append(stage.name), run(self, stage, states))[1]
     )
     if hurts:
         zeros = registry.Method("gptq", "round", lambda w, grid, moments: np.zeros(w.shape, np.uint8), None, "broken")
@@ -150,16 +150,16 @@ def test_sensitivities_are_measured_on_a_few_rows_of_each_level(monkeypatch, row
     monkeypatch.setattr(
         sensitivity,
         "measure",
-        lambda a, stages, sigmas, states, plan, **rest: seen.extend(zip(sigmas, states, strict=True)),
+        lambda passes, stages, states, plan: seen.extend(zip(passes.sigmas, states, strict=True)),
     )
     monkeypatch.setattr(sensitivity, "SENSITIVITY_ROWS", 9)
     sigmas, states = mq.calibrate(mq.Model(chain), prompts=5, steps=2).batches(chain)
-    measured(chain, chain.stages, sigmas, states, {}, silent)
+    measured(Passes(chain, sigmas), chain.stages, states, {})
     assert [len(state["t"]) for _, state in seen] == expected
     assert [sigma for sigma, _ in seen] == sigmas
     seen.clear()
     monkeypatch.setattr(sensitivity, "SENSITIVITY_ROWS", 2)
-    measured(chain, chain.stages, sigmas, states, {}, silent)
+    measured(Passes(chain, sigmas), chain.stages, states, {})
     assert [len(state["t"]) for _, state in seen] == [2, 2]
     assert [sigma for sigma, _ in seen] == [sigmas[0], sigmas[3]]
     np.testing.assert_array_equal(np.array(seen[1][1]["latent"]), np.array(states[3]["latent"][:2]))

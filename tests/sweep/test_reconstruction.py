@@ -23,7 +23,7 @@ from mlxquant.sweep import store
 from mlxquant.sweep import sweep as sweeping
 from mlxquant.sweep.reconstruction import Minibatch, Reconstruction, SoftLinear
 from mlxquant.sweep.rounding import Rounding
-from mlxquant.sweep.streams import ExactStream, run_stage
+from mlxquant.sweep.streams import ExactStream, Passes
 from mlxquant.sweep.sweep import Sweep
 
 SHORT = Settings(iterations=60, batch=4)
@@ -45,16 +45,17 @@ def block(tiny):
     adapter = tiny.adapter
     sigmas, states = calibrate(tiny).batches(adapter)
     embed, stage = adapter.stages[:2]
-    inputs = run_stage(adapter, embed, sigmas, states)
-    teacher = ExactStream(adapter, sigmas, inputs)
+    passes = Passes(adapter, sigmas)
+    inputs = passes.through(embed, states)
+    teacher = ExactStream(passes, inputs)
     plan = recipe().plan({path: adapter.role(path) for path in adapter.linears()})
-    job = Sweep(adapter, recipe(), plan, sigmas, teacher)
+    job = Sweep(passes, recipe(), plan, teacher)
     targets = teacher.targets(stage)
     specs = {path: spec for path, spec in plan.items() if stage.owns(path)}
     start = Rounding(job, stage, specs, inputs, {}).first()[0]
     job._judge(stage, start, inputs, targets)
     wanted = {path: rounded.target for path, rounded in start.goals.items()}
-    work = Reconstruction(adapter, stage, start.layers, wanted, sigmas, inputs, teacher, targets, SHORT)
+    work = Reconstruction(passes, stage, start.layers, wanted, inputs, teacher, targets, SHORT)
     work.normalise(start.errors)
     return work, start, adapter
 

@@ -15,6 +15,7 @@ from mlxquant.errors import NumericsError
 from mlxquant.layers.tree import get_module, swapped
 from mlxquant.models.adapter import Stage
 from mlxquant.sweep.sensitivity import Sensitivity, measure
+from mlxquant.sweep.streams import Passes
 
 from support.synthetic_chain import Chain
 from support.tiny_pictures import tiny_adapter
@@ -70,7 +71,7 @@ def adapter():
 @pytest.fixture(scope="module")
 def measured(adapter):
     """Of one row, with 256 draws of signs."""
-    return measure(adapter, adapter.stages, [SIGMA], [states_of(adapter, copies=256)], LAYERS)
+    return measure(Passes(adapter, [SIGMA]), adapter.stages, [states_of(adapter, copies=256)], LAYERS)
 
 
 def exact(adapter, tokens, width, run):
@@ -132,7 +133,7 @@ def test_noise_costs_what_is_predicted(adapter, measured, path):
 
 def test_what_never_reaches_the_velocity_costs_nothing(adapter):
     path = "multimodal_transformer_blocks.1.text_transformer_block.attn.q_proj"  # the last block drops what text asks
-    found = measure(adapter, adapter.stages, [SIGMA], [states_of(adapter)], [path]).layers[path]
+    found = measure(Passes(adapter, [SIGMA]), adapter.stages, [states_of(adapter)], [path]).layers[path]
     assert found.shape == (1, 32)
     assert (found == 0).all()
 
@@ -140,7 +141,7 @@ def test_what_never_reaches_the_velocity_costs_nothing(adapter):
 def test_a_louder_head_costs_four_times(adapter):
     louder, state = tiny_adapter(), states_of(adapter, rows=2)
     louder.module.final_layer.linear.weight = louder.module.final_layer.linear.weight * 2
-    once, twice = (measure(a, a.stages, [SIGMA], [state], LAYERS) for a in (adapter, louder))
+    once, twice = (measure(Passes(a, [SIGMA]), a.stages, [state], LAYERS) for a in (adapter, louder))
     for path in LAYERS:
         factor = 1 if path == "final_layer.linear" else 4
         np.testing.assert_allclose(twice.layers[path], factor * once.layers[path], rtol=1e-4)
@@ -154,8 +155,8 @@ def test_the_end_of_a_chain_is_measured_from_its_own_inputs(adapter):
     with adapter.clock.at(SIGMA):
         later = adapter.stages[0].run(state)
     whole, part = (
-        measure(adapter, adapter.stages, [SIGMA], [state], LAYERS),
-        measure(adapter, adapter.stages[1:], [SIGMA], [later], LAYERS),
+        measure(Passes(adapter, [SIGMA]), adapter.stages, [state], LAYERS),
+        measure(Passes(adapter, [SIGMA]), adapter.stages[1:], [later], LAYERS),
     )
     assert set(whole.stages) - set(part.stages) == {"embed"}
     for path in LAYERS:
@@ -165,11 +166,11 @@ def test_the_end_of_a_chain_is_measured_from_its_own_inputs(adapter):
 def test_rows_of_a_level_are_averaged_and_levels_ascend(adapter):
     levels = [0.9, 0.3, 0.9]
     states = [states_of(adapter, rows=rows, sigma=sigma) for rows, sigma in zip((1, 1, 3), levels, strict=True)]
-    found = measure(adapter, adapter.stages, levels, states, LAYERS)
+    found = measure(Passes(adapter, levels), adapter.stages, states, LAYERS)
     np.testing.assert_array_equal(found.sigma, np.float32([0.3, 0.9]))
     for path in LAYERS:
         alone = [
-            measure(adapter, adapter.stages, levels[i : i + 1], [x], [path], seed=i).layers[path][0]
+            measure(Passes(adapter, levels[i : i + 1]), adapter.stages, [x], [path], seed=i).layers[path][0]
             for i, x in enumerate(states)
         ]
         np.testing.assert_allclose(found.layers[path], [alone[1], (alone[0] + 3 * alone[2]) / 4], rtol=1e-5)
@@ -178,14 +179,14 @@ def test_rows_of_a_level_are_averaged_and_levels_ascend(adapter):
 def test_rows_are_differentiated_as_many_as_the_model_allows_at_once(adapter):
     """Two at a time give the same sums, and no pass through a block has more."""
     state = states_of(adapter, rows=5)
-    whole = measure(adapter, adapter.stages, [SIGMA], [state], LAYERS)
+    whole = measure(Passes(adapter, [SIGMA]), adapter.stages, [state], LAYERS)
     careful, seen = tiny_adapter(), []
     careful.rows = 2
 
     def watched(stage):
         return Stage(stage.name, stage.prefixes, lambda state: (seen.append(len(state["latent"])), stage.run(state))[1])
 
-    found = measure(careful, [watched(stage) for stage in careful.stages], [SIGMA], [state], LAYERS)
+    found = measure(Passes(careful, [SIGMA]), [watched(stage) for stage in careful.stages], [state], LAYERS)
     assert set(seen) == {1, 2}
     for path in LAYERS:
         np.testing.assert_allclose(found.layers[path], whole.layers[path], rtol=1e-4)
@@ -205,7 +206,7 @@ def test_only_what_enters_the_stages_is_held_for_all_of_them():
         gc.collect()  # what other tests left would be freed in between, and lower the peak
         before = mx.get_active_memory()
         mx.reset_peak_memory()
-        measure(chain, chain.stages, [SIGMA], [state], chain.linears())
+        measure(Passes(chain, [SIGMA]), chain.stages, [state], chain.linears())
         peaks.append(mx.get_peak_memory() - before)
     entering = 8 * 256 * 64 * 4
     assert peaks[1] - peaks[0] < 10 * entering * 1.2
@@ -213,7 +214,7 @@ def test_only_what_enters_the_stages_is_held_for_all_of_them():
 
 def test_equal_seeds_give_equal_bytes(adapter):
     first, same, other = (
-        measure(adapter, adapter.stages, [SIGMA], [states_of(adapter)], LAYERS, seed=seed) for seed in (0, 0, 1)
+        measure(Passes(adapter, [SIGMA]), adapter.stages, [states_of(adapter)], LAYERS, seed=seed) for seed in (0, 0, 1)
     )
     for path in list(LAYERS)[:-1]:
         np.testing.assert_array_equal(first.layers[path], same.layers[path])
@@ -238,8 +239,8 @@ def test_the_model_is_as_before_also_after_an_exception(adapter):
 
     broken = (*adapter.stages[:2], Stage("head", (), fails))
     with pytest.raises(RuntimeError, match="in the middle"):
-        measure(adapter, broken, [SIGMA], [states_of(adapter)], LAYERS)
-    measure(adapter, adapter.stages, [SIGMA], [states_of(adapter)], LAYERS)
+        measure(Passes(adapter, [SIGMA]), broken, [states_of(adapter)], LAYERS)
+    measure(Passes(adapter, [SIGMA]), adapter.stages, [states_of(adapter)], LAYERS)
     assert adapter.fingerprint == fingerprint
     assert all(layer is linears[path] for path, layer in adapter.linears().items())
 
@@ -248,11 +249,11 @@ def test_an_overflow_is_named(adapter):
     state = states_of(adapter)
     state["latent"] = mx.full(state["latent"].shape, float("nan"))
     with pytest.raises(NumericsError, match=r"sigma 0\.6: the velocity's gradient with respect to embed/image is NaN"):
-        measure(adapter, adapter.stages, [SIGMA], [state], LAYERS)
+        measure(Passes(adapter, [SIGMA]), adapter.stages, [state], LAYERS)
 
 
 def test_tables_hold_all_of_it(adapter):
-    found = measure(adapter, adapter.stages, [SIGMA], [states_of(adapter)], LAYERS)
+    found = measure(Passes(adapter, [SIGMA]), adapter.stages, [states_of(adapter)], LAYERS)
     again = Sensitivity.of(found.tables)
     assert again.sigma.dtype == found.sigma.dtype
     assert again.sigma.tolist() == found.sigma.tolist()

@@ -13,14 +13,13 @@ from mlxquant.layers.linear import QuantizedLinear
 from mlxquant.layers.tree import get_module, tapped
 from mlxquant.methods import registry
 from mlxquant.methods.weights.adaround import Settings
-from mlxquant.progress import silent
 from mlxquant.recipes.grammar import parse_recipe
 from mlxquant.sweep import store
 from mlxquant.sweep.collecting import Collector
 from mlxquant.sweep.folding import divide
 from mlxquant.sweep.inputs import LayerInput, Options, decide_input
 from mlxquant.sweep.sensitivity import measured
-from mlxquant.sweep.streams import ExactStream, run_stage, stage_error
+from mlxquant.sweep.streams import ExactStream, Passes, stage_error
 from mlxquant.sweep.sweep import Sweep
 
 from support.tiny_pictures import tiny_adapter
@@ -162,7 +161,7 @@ def test_bits_are_those_that_the_measured_costs_allow(tiny):
     table = tables(mq.quantize(tiny, calib, recipe))[FC2]
     sigmas, states = calib.batches(tiny.adapter)
     plan = recipe.plan({path: tiny.adapter.role(path) for path in tiny.adapter.linears()})
-    costs = measured(tiny.adapter, tiny.adapter.stages, sigmas, states, plan, silent).of_outputs(FC2, table.sigma)
+    costs = measured(Passes(tiny.adapter, sigmas), tiny.adapter.stages, states, plan).of_outputs(FC2, table.sigma)
     collector = Collector()
     with tapped(tiny.adapter.module, [FC2], collector):
         for sigma, state in zip(sigmas, states, strict=True):
@@ -281,8 +280,8 @@ def test_errors_are_measured_on_what_a_stage_writes(tiny):
     calib = calibrate(tiny)
     sigmas, states = calib.batches(tiny.adapter)
     embed, block = tiny.adapter.stages[:2]
-    inputs = run_stage(tiny.adapter, embed, sigmas, states)
-    targets = ExactStream(tiny.adapter, sigmas, inputs).targets(block)
+    inputs = Passes(tiny.adapter, sigmas).through(embed, states)
+    targets = ExactStream(Passes(tiny.adapter, sigmas), inputs).targets(block)
     assert set(targets[0]) == {"image", "text"}
     assert stage_error(targets, targets) == 0
     halved = [{**s, "image": s["image"] * 0.5} for s in targets]

@@ -39,7 +39,7 @@ from ..recipes.recipe import ActivationSpec, LayerSpec, Recipe
 from .collecting import Collector
 from .inputs import LayerInput, Options, TierTables
 from .sensitivity import Sensitivity, measured, sensitivity_job
-from .streams import run_batch, run_stage
+from .streams import Passes
 
 WIDTHS = (2, 3, 4, 5, 6, 8)  # bits of a weight that MLX's kernels read
 PINNED = 8  # a layer that a recipe gives so many bits keeps them
@@ -221,7 +221,8 @@ def survey(
     sigmas, batches = calibration.batches(adapter)
     states: Sequence[State] = batches
     job = sensitivity_job(calibration, plan)
-    costs = measured(adapter, adapter.stages, sigmas, states, plan, progress, Measurements(work, job))
+    passes = Passes(adapter, sigmas, progress)
+    costs = measured(passes, adapter.stages, states, plan, Measurements(work, job))
     asked = {path: [asdict(spec), list(map(str, formats[path]))] for path, spec in plan.items()}
     kept = Measurements(None if work is None else work / "allocation", job | {"asked": asked, "inputs": inputs})
     linears, found, skipped = adapter.linears(), dict[str, Survey](), list[Stage]()
@@ -233,12 +234,12 @@ def survey(
             skipped.append(stage)
             continue
         while skipped:
-            states = run_stage(adapter, skipped.pop(0), sigmas, states, progress)
+            states = passes.through(skipped.pop(0), states)
         collector = Collector(inputs and any(plan[path].activation is not None for path in paths), costs.of_layer)
         with tapped(adapter.module, paths, collector):
-            for index in progress(range(len(sigmas)), f"{stage.name}: inputs"):
+            for index in passes.indices(f"{stage.name}: inputs"):
                 collector.sigma = sigmas[index]
-                left.append(run_batch(adapter, stage, sigmas[index], states[index]))
+                left.append(passes.one(stage, index, states[index]))
         states = left
         for path in progress(paths, f"{stage.name}: bits"):
             weight, seen, spec = np.array(linears[path].weight.astype(mx.float32)), collector[path], plan[path]

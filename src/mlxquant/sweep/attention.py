@@ -16,10 +16,10 @@ from ..errors import NumericsError, RecipeError
 from ..layers.attention import QuantizedAttention, ShownAttention, find_quantized_attentions
 from ..layers.tree import swapped
 from ..methods import registry
-from ..models.adapter import Adapter, Stage, State
+from ..models.adapter import Stage, State
 from ..numerics.arrays import Array
 from ..numerics.input_ranges import InputRanges, RunningRanges
-from ..progress import Progress, silent
+from .streams import Passes
 
 VALUES = 2**12  # of the probabilities of a batch, drawn to look at
 
@@ -52,21 +52,16 @@ class SeenProbabilities:
 
 
 def quantize_probabilities(
-    adapter: Adapter,
-    stage: Stage,
-    inputs: Sequence[State],
-    sigmas: Sequence[float],
-    bits: int,
-    progress: Progress = silent,
-    method: str = "dynamic",
+    passes: Passes, stage: Stage, inputs: Sequence[State], bits: int, method: str = "dynamic"
 ) -> dict[str, QuantizedAttention]:
     """Quantized attentions, by path, for those of a stage: 4, 6 or 8 ``bits``, each table by a range ``method``, from 0
     to the largest.
 
-    ``inputs`` enter the stage, a state a batch at ``sigmas``; it runs as it is, so that what was quantized in it before
+    ``inputs`` enter the stage, a state a batch of ``passes``; it runs as it is, so that what was quantized in it before
     counts. Nothing is changed: whoever wants the result installs it with ``set_module``. A stage without exact
     attention gives none. Raises RecipeError when the model's attention cannot be opened, NumericsError on NaN.
     """
+    adapter = passes.adapter
     attentions = adapter.attentions()
     if not attentions and not find_quantized_attentions(adapter.module):
         raise RecipeError(
@@ -78,15 +73,15 @@ def quantize_probabilities(
     def shown(path: str) -> ShownAttention:
         return ShownAttention(lambda p: picked.__setitem__(path, seen[path].pick(p)))
 
-    for index in progress(range(len(sigmas) if seen else 0), f"{stage.name}: probabilities"):
-        with adapter.clock.at(sigmas[index]), swapped(adapter.module, {path: shown(path) for path in seen}):
+    for index in passes.indices(f"{stage.name}: probabilities") if seen else ():
+        with passes.at(index), swapped(adapter.module, {path: shown(path) for path in seen}):
             mx.eval(stage.run(inputs[index]), picked)
         for path, (largest, values) in picked.items():
             if not np.isfinite(top := np.array(largest)).all():
                 raise NumericsError(
                     f"the attention {path} writes NaN probabilities; the model or what enters it is damaged"
                 )
-            seen[path].add(sigmas[index], top, np.array(values))
+            seen[path].add(passes.sigmas[index], top, np.array(values))
         picked.clear()
     find = registry.get("range", method).function
     tables = {path: find(probabilities.ranges, np.ones((1, 1)), bits) for path, probabilities in seen.items()}

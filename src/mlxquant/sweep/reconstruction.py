@@ -23,11 +23,11 @@ from ..layers.linear import QuantizedLinear
 from ..layers.tree import swapped
 from ..methods import registry
 from ..methods.weights.adaround import Checkpoint, Choice, Settings, choose
-from ..models.adapter import Adapter, Stage, State
+from ..models.adapter import Stage, State
 from ..numerics.arrays import Array
 from ..progress import Progress, silent
 from .store import Layers
-from .streams import Teacher, Weights
+from .streams import Passes, Teacher, Weights
 
 
 @dataclass
@@ -90,26 +90,26 @@ class Reconstruction:
 
     ``layers`` are all quantized layers of the stage; those in ``targets`` are learned, each towards its target weight
     [out,in], the others run as they are, with unquantized inputs where they have no table. ``inputs`` enter the stage
-    and ``wanted`` is what it should write, one state a batch at ``sigmas``; ``batch`` samples of them are
+    and ``wanted`` is what it should write, one state a batch of ``passes``; ``batch`` samples of them are
     differentiated at once, as many as ``adapter.rows`` allows.
     """
 
     def __init__(
         self,
-        adapter: Adapter,
+        passes: Passes,
         stage: Stage,
         layers: Layers,
         targets: Mapping[str, Array],
-        sigmas: Sequence[float],
         inputs: Sequence[State],
         teacher: Teacher,
         wanted: Sequence[State],
         settings: Settings,
         weights: Weights | None = None,
     ):
-        self._adapter, self._stage, self._teacher, self._settings = adapter, stage, teacher, settings
+        self._adapter, self._stage, self._teacher, self._settings = passes.adapter, stage, teacher, settings
         self._minibatch = Minibatch()
-        levels = np.unique(np.array(sigmas, np.float32))
+        sigmas = np.array(passes.sigmas, np.float32)
+        levels = np.unique(sigmas)
         self._soft = {
             path: SoftLinear(layer, levels, self._minibatch, settings.drop, salt)
             for salt, (path, layer) in enumerate(layers.items())
@@ -118,10 +118,10 @@ class Reconstruction:
         self._layers, self._targets = layers, targets
         mx.eval([layer.weight for layer in self._soft.values()])
         rows = [next(iter(state.values())).shape[0] for state in wanted]
-        self._level = mx.array(np.repeat(np.searchsorted(levels, np.array(sigmas, np.float32)), rows))
+        self._level = mx.array(np.repeat(np.searchsorted(levels, sigmas), rows))
         self._inputs, self._wanted = inputs, wanted
         self._places = [(batch, row) for batch, count in enumerate(rows) for row in range(count)]
-        self.batch = min(settings.batch, adapter.rows, len(self._places))
+        self.batch = min(settings.batch, passes.adapter.rows, len(self._places))
         self._weights = (
             None
             if weights is None

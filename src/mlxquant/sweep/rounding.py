@@ -61,10 +61,7 @@ class Rounding:
     def _leader(self) -> dict[str, str]:
         """By layer, in the order in which they run, the first layer that reads the same tensor."""
         sharing = Sharing()
-        with (
-            self._job.adapter.clock.at(self._job.sigmas[0]),
-            tapped(self._job.adapter.module, self._specs, sharing.leads),
-        ):
+        with self._job.passes.at(0), tapped(self._job.adapter.module, self._specs, sharing.leads):
             self._stage.run(self._inputs[0])  # never evaluated
         leader = {path: sharing[path] for path in self._specs}
         return {path: leader[path] for path in sharing.leader}
@@ -140,7 +137,7 @@ class Rounding:
                 statistics = self._statistics(group, online, trials[0].modules)
                 if keep_ranges:
                     self._ranges |= {path: statistics[path].ranges for path in group}
-                for path in self._job.progress(group, f"{self._stage.name}: rounding"):
+                for path in self._job.passes.progress(group, f"{self._stage.name}: rounding"):
                     found: dict[LayerSpec, Rounded] = {}
                     seen = statistics.pop(path)
                     for trial, specs in zip(trials, ways.values(), strict=True):
@@ -160,7 +157,7 @@ class Rounding:
         if not self._job.recipe.sequential:
             return [list(self._specs)]
         job, row = self._job, {key: value[:1] for key, value in self._inputs[0].items()}
-        with job.adapter.clock.at(job.sigmas[0]):
+        with job.passes.at(0):
             return levels(job.adapter.module, lambda: self._stage.run(row), self._leader)
 
     @contextmanager
@@ -192,9 +189,9 @@ class Rounding:
         collector = Collector(ranges, weight, change, hold_out=any(self._specs[path].held_out for path in paths))
         cross = any(self._specs[path].cross for path in paths)
         exact = job.teacher.inputs() if cross else self._inputs
-        for index in job.progress(range(len(job.sigmas)), f"{self._stage.name}: statistics"):
-            collector.sigma, collector.exact = job.sigmas[index], {}
-            with job.adapter.clock.at(job.sigmas[index]):
+        for index in job.passes.indices(f"{self._stage.name}: statistics"):
+            collector.sigma, collector.exact = job.passes.sigmas[index], {}
+            with job.passes.at(index):
                 if cross:
                     with tapped(job.adapter.module, paths, collector.exact.__setitem__):
                         mx.eval(self._stage.run(exact[index]))

@@ -31,8 +31,7 @@ from ..files.kept_arrays import Measurements
 from ..layers.tree import get_module, swapped
 from ..models.adapter import Adapter, Stage, State, written
 from ..numerics.arrays import Array
-from ..progress import Progress, silent
-from ..recipes.recipe import LayerSpec
+from .streams import Passes
 
 LEVELS = "/sigma"  # among tables
 
@@ -128,26 +127,21 @@ class Sensitivity:
 
 
 def measure(
-    adapter: Adapter,
-    stages: Sequence[Stage],
-    sigmas: Sequence[float],
-    states: Sequence[State],
-    layers: Iterable[str],
-    seed: int = 0,
-    progress: Progress = silent,
+    passes: Passes, stages: Sequence[Stage], states: Sequence[State], layers: Iterable[str], seed: int = 0
 ) -> Sensitivity:
     """Sensitivities of what ``stages`` write and of what Linears inside them, at the paths ``layers``, write.
 
-    ``stages`` is the end of the model's chain and ``states`` [rows, ...] enter the first of them at ``sigmas``; rows at
+    ``stages`` is the end of the model's chain and ``states`` [rows, ...] enter the first of them; rows at
     the same level are averaged, ``adapter.rows`` of them are differentiated at once. ``seed`` draws the random signs.
     Raises NumericsError, naming the place, when a sensitivity is not finite.
     """
+    adapter = passes.adapter
     probe = _Probe(adapter, stages, layers)
     totals: dict[float, dict[str, Array]] = {}
     rows: dict[float, int] = {}
     with swapped(adapter.module, dict(probe.gauged)):
-        for index in progress(range(len(sigmas)), "sensitivity"):
-            state, sigma = states[index], float(np.float32(sigmas[index]))
+        for index in passes.indices("sensitivity"):
+            state, sigma = states[index], float(np.float32(passes.sigmas[index]))
             count, elements = state["latent"].shape[0], state["latent"][0].size
             signs = (
                 mx.random.bernoulli(0.5, state["latent"].shape, mx.random.key(seed + index)).astype(mx.float32) * 2 - 1
@@ -155,9 +149,9 @@ def measure(
             level = totals.setdefault(sigma, {})
             for start in range(0, count, adapter.rows):
                 some = slice(start, start + adapter.rows)
-                for name, costs in probe.costs(
-                    sigmas[index], {k: v[some] for k, v in state.items()}, signs[some]
-                ).items():
+                with passes.at(index):
+                    found = probe.costs({k: v[some] for k, v in state.items()}, signs[some])
+                for name, costs in found.items():
                     level[name] = level.get(name, 0.0) + np.array(costs, np.float64).sum(0) / elements
             rows[sigma] = rows.get(sigma, 0) + count
     order = sorted(totals)
@@ -175,7 +169,7 @@ class _Probe:
     """One backward pass for some rows. ``gauged`` are the layers to put in place for it, by path."""
 
     def __init__(self, adapter: Adapter, stages: Sequence[Stage], layers: Iterable[str]):
-        self._adapter, self._stages = adapter, stages
+        self._stages = stages
         self._dials: dict[str, mx.array] = {}
         self.gauged = {path: _Gauged(get_module(adapter.module, path), path, self._dials) for path in layers}
         self.wrote: list[list[str]] = []  # by stage but the last, whose output is the velocity
@@ -186,19 +180,20 @@ class _Probe:
         stages = [f"{stage.name}/{key}" for stage, keys in zip(self._stages, self.wrote, strict=True) for key in keys]
         return stages + list(self.gauged)
 
-    def costs(self, sigma: float, state: State, signs: mx.array) -> dict[str, mx.array]:
-        """By name the squared gradient of ``velocity * signs`` [rows,H,W,C], summed over tokens: [rows,D] float32."""
+    def costs(self, state: State, signs: mx.array) -> dict[str, mx.array]:
+        """By name the squared gradient of ``velocity * signs`` [rows,H,W,C], summed over tokens: [rows,D] float32. The clock
+        must be set.
+        """
         costs: dict[str, mx.array] = {}
-        with self._adapter.clock.at(sigma):
-            entered = self._forward(state, len(signs))
-            slopes = {"velocity": signs}
-            for index in reversed(range(len(self._stages))):
-                slopes, inside = self._backward(index, entered.pop(), slopes)
-                costs |= inside
-                if index:
-                    before = self._stages[index - 1].name
-                    costs |= {f"{before}/{key}": _energy(slopes[key]) for key in self.wrote[index - 1]}
-                mx.eval(slopes, costs)
+        entered = self._forward(state, len(signs))
+        slopes = {"velocity": signs}
+        for index in reversed(range(len(self._stages))):
+            slopes, inside = self._backward(index, entered.pop(), slopes)
+            costs |= inside
+            if index:
+                before = self._stages[index - 1].name
+                costs |= {f"{before}/{key}": _energy(slopes[key]) for key in self.wrote[index - 1]}
+            mx.eval(slopes, costs)
         return costs
 
     def _forward(self, state: State, rows: int) -> list[State]:
@@ -240,12 +235,10 @@ SENSITIVITY = "sensitivity"  # its file among measurements
 
 
 def measured(
-    adapter: Adapter,
+    passes: Passes,
     stages: Sequence[Stage],
-    sigmas: list[float],
     states: Sequence[State],
-    plan: Mapping[str, LayerSpec],
-    progress: Progress,
+    plan: Iterable[str],
     kept: Measurements | None = None,
 ) -> Sensitivity:
     """Sensitivities of the stages and of the planned layers, on a few rows of each noise level, which suffice for an
@@ -256,13 +249,13 @@ def measured(
     """
     if kept is not None and (tables := kept.load(SENSITIVITY)) is not None:
         return Sensitivity.of(tables)
-    count, seen, some = min(SENSITIVITY_ROWS, adapter.rows), Counter[float](), list[int]()
-    for index, sigma in enumerate(sigmas):
+    count, seen, some = min(SENSITIVITY_ROWS, passes.adapter.rows), Counter[float](), list[int]()
+    for index, sigma in enumerate(passes.sigmas):
         if seen[sigma] < SENSITIVITY_ROWS:
             seen[sigma] += min(count, next(iter(states[index].values())).shape[0])
             some.append(index)
     few = OnDemand(lambda index: {key: value[:count] for key, value in states[some[index]].items()}, range(len(some)))
-    found = measure(adapter, stages, [sigmas[index] for index in some], few, plan, progress=progress)
+    found = measure(passes.some(some), stages, few, plan)
     if kept is not None:
         kept.save(SENSITIVITY, found.tables)
     return found

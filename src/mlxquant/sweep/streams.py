@@ -4,7 +4,9 @@ is from it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import mlx.core as mx
@@ -15,28 +17,47 @@ from ..numerics.arrays import Array
 from ..progress import Progress, silent
 
 
-def run_batch(adapter: Adapter, stage: Stage, sigma: float, state: State) -> State:
-    """One stage over one batch, evaluated."""
-    with adapter.clock.at(sigma):
-        outputs = stage.run(state)
-        mx.eval(outputs)
-    return outputs
+@dataclass(frozen=True)
+class Passes:
+    """Forward passes of one model over the calibration batches, a stage at a time: batch ``index`` runs at the noise
+    level ``sigmas[index]``. Whoever has one of these needs no more than states to run a stage.
+    """
 
+    adapter: Adapter
+    sigmas: Sequence[float]
+    progress: Progress = silent
 
-def run_batches(
-    adapter: Adapter, stage: Stage, sigmas: Sequence[float], states: Sequence[State], progress: Progress, label: str
-) -> Iterator[tuple[State, State]]:
-    """One stage over all calibration batches: what it read and what it wrote, a batch at a time."""
-    for index in progress(range(len(sigmas)), label):
-        state = states[index]
-        yield state, run_batch(adapter, stage, sigmas[index], state)
+    def __len__(self) -> int:
+        return len(self.sigmas)
 
+    def some(self, indices: Iterable[int]) -> Passes:
+        """Over the batches at these places alone, counted anew."""
+        return replace(self, sigmas=[self.sigmas[index] for index in indices])
 
-def run_stage(
-    adapter: Adapter, stage: Stage, sigmas: Sequence[float], states: Sequence[State], progress: Progress = silent
-) -> list[State]:
-    """One stage over all calibration batches."""
-    return [outputs for _, outputs in run_batches(adapter, stage, sigmas, states, progress, stage.name)]
+    def indices(self, label: str) -> Iterable[int]:
+        """The places of all batches, with a progress bar."""
+        return self.progress(range(len(self)), label)
+
+    def at(self, index: int) -> AbstractContextManager[object]:
+        """The model's clock shows the noise level of this batch inside."""
+        return self.adapter.clock.at(self.sigmas[index])
+
+    def one(self, stage: Stage, index: int, state: State) -> State:
+        """What the stage writes for one batch, evaluated."""
+        with self.at(index):
+            outputs = stage.run(state)
+            mx.eval(outputs)
+        return outputs
+
+    def each(self, stage: Stage, states: Sequence[State]) -> Iterator[tuple[State, State]]:
+        """What the stage read and what it wrote, a batch at a time."""
+        for index in self.indices(stage.name):
+            state = states[index]
+            yield state, self.one(stage, index, state)
+
+    def through(self, stage: Stage, states: Sequence[State]) -> list[State]:
+        """What the stage writes for all batches."""
+        return [outputs for _, outputs in self.each(stage, states)]
 
 
 class Teacher(Protocol):
@@ -60,21 +81,14 @@ class ExactStream:
     ``inputs`` only where ``both`` sides of it are wanted: it is one more copy of all hidden states.
     """
 
-    def __init__(
-        self,
-        adapter: Adapter,
-        sigmas: list[float],
-        states: Sequence[State],
-        progress: Progress = silent,
-        both: bool = True,
-    ):
-        self._adapter, self._sigmas, self._progress, self._both = adapter, sigmas, progress, both
+    def __init__(self, passes: Passes, states: Sequence[State], both: bool = True):
+        self._passes, self._both = passes, both
         self._states, self._inputs = states, states
 
     def targets(self, stage: Stage) -> list[State]:
         inputs, outputs, targets = self._states, list[State](), list[State]()
         self._inputs = inputs if self._both else []
-        for state, wrote in run_batches(self._adapter, stage, self._sigmas, inputs, self._progress, stage.name):
+        for state, wrote in self._passes.each(stage, inputs):
             outputs.append(wrote)
             targets.append({key: wrote[key] for key in written(wrote, state)})
         self._states = outputs

@@ -31,7 +31,7 @@ from .reconstruction import Reconstruction, reconstruct_stage
 from .rounding import Rounding
 from .sensitivity import measured, sensitivity_job
 from .store import Attentions, StageCheckpoint, StageResult, Store
-from .streams import Deviation, ExactStream, Weights, run_batch, run_stage
+from .streams import Deviation, ExactStream, Passes, Weights
 from .trial import NEAREST, Job, Transforms, Trial
 
 
@@ -62,7 +62,7 @@ class Sweep(Job):
                 set_module(self.adapter.module, path, module)
             left = states
             if goes_on:
-                states = result.outputs or run_stage(self.adapter, stage, self.sigmas, states, self.progress)
+                states = result.outputs or self.passes.through(stage, states)
             left.clear()
             facts.append(result.facts)
         return facts + [untouched(stage).facts for stage in stages[last + 1 :]]
@@ -88,7 +88,7 @@ class Sweep(Job):
             return untouched(stage)
         bits, attentions = self.recipe.probabilities, Attentions()
         if bits is not None:
-            attentions = quantize_probabilities(self.adapter, stage, inputs, self.sigmas, bits, self.progress)
+            attentions = quantize_probabilities(self.passes, stage, inputs, bits)
         rounding = Rounding(self, stage, specs, inputs, attentions)
         start, *others = rounding.first()
         for other in others:
@@ -166,20 +166,19 @@ class Sweep(Job):
         (method, nearest), settings = ways.pop(), self.recipe.learning
         wanted = {path: rounded.target for path, rounded in goals.items()}
         work = Reconstruction(
-            self.adapter,
+            self.passes,
             stage,
             start.layers,
             wanted,
-            self.sigmas,
             inputs,
             self.teacher,
             targets,
             settings,
-            self._weights(stage, self.sigmas),
+            self._weights(stage, self.passes.sigmas),
         )
         label = f"{stage.name}: {method}"
         codes, facts = reconstruct_stage(
-            method, work, start.errors, nearest, checkpoint, settings, self.progress, label
+            method, work, start.errors, nearest, checkpoint, settings, self.passes.progress, label
         )
         learned = Trial("learned", dict(start.layers), dict(start.report), attentions=start.attentions)
         for path, values in codes.items():
@@ -187,7 +186,7 @@ class Sweep(Job):
         changed = sum(int((values != goals[path].layer.codes()).sum()) for path, values in codes.items())
         return learned, {**facts, "flipped": changed / sum(values.size for values in codes.values())}
 
-    def _weights(self, stage: Stage, sigmas: list[float]) -> Weights | None:
+    def _weights(self, stage: Stage, sigmas: Sequence[float]) -> Weights | None:
         return None if self.sensitivity is None else self.sensitivity.of_stage(stage.name, sigmas)
 
     def _judge(
@@ -196,12 +195,13 @@ class Sweep(Job):
         """Run the stage with a trial's layers, hard-rounded, and measure how far what it writes is from the targets;
         ``keep`` that.
         """
-        judged = range(len(self.sigmas)) if self.judged is None else self.judged
+        judged = range(len(self.passes)) if self.judged is None else self.judged
         wanted, kept = dict(zip(judged, targets, strict=True)), list[State]()
-        deviation = Deviation(self._weights(stage, [self.sigmas[index] for index in judged]))
+        deviation = Deviation(self._weights(stage, self.passes.some(judged).sigmas))
+        ran = range(len(self.passes)) if keep else judged
         with swapped(self.adapter.module, trial.modules):
-            for index in self.progress(range(len(self.sigmas)) if keep else judged, f"{stage.name}: {trial.name}"):
-                outputs = run_batch(self.adapter, stage, self.sigmas[index], inputs[index])
+            for index in self.passes.progress(ran, f"{stage.name}: {trial.name}"):
+                outputs = self.passes.one(stage, index, inputs[index])
                 if index in wanted:
                     deviation.add(self.teacher.pick(outputs), wanted[index])
                 if keep:
@@ -234,13 +234,14 @@ def sweep(
     """
     plan = recipe.plan({path: adapter.role(path) for path in adapter.linears()})
     sigmas, states = calibration.batches(adapter)
+    passes = Passes(adapter, sigmas, progress)
     both = any(spec.cross for spec in plan.values())
     every = both or any(spec.reconstruct is not None for spec in plan.values())
-    judged = range(len(sigmas)) if every else calibration.judged(len(sigmas))
-    teacher = ExactStream(adapter, [sigmas[index] for index in judged], states.some(judged), progress, both)
+    judged = range(len(passes)) if every else calibration.judged(len(passes))
+    teacher = ExactStream(passes.some(judged), states.some(judged), both)
     sensitivity = None
     if recipe.sensitivity:
         kept = Measurements(work, sensitivity_job(calibration, plan))
-        sensitivity = measured(adapter, adapter.stages, sigmas, states, plan, progress, kept)
-    job = Sweep(adapter, recipe, plan, sigmas, teacher, sensitivity=sensitivity, progress=progress, judged=judged)
+        sensitivity = measured(passes, adapter.stages, states, plan, kept)
+    job = Sweep(passes, recipe, plan, teacher, sensitivity=sensitivity, judged=judged)
     return job.run(adapter.stages, states, store)

@@ -11,29 +11,30 @@ import mlx.nn as nn
 
 from ..models.adapter import Adapter, Edge, Fold, State
 from ..numerics.transform import Place, Transform
-from ..progress import Progress, silent
 from ..recipes.recipe import LayerSpec, Recipe
 from .layer import Preset, Rounded
 from .sensitivity import Sensitivity
 from .store import Attentions, Layers
-from .streams import Teacher
+from .streams import Passes, Teacher
 
 
 @dataclass(frozen=True)
 class Job:
-    """What stays the same from stage to stage: the model, what happens to its layers, the noise levels, and the
-    teacher, who has targets of the batches that are ``judged`` (None: all).
+    """What stays the same from stage to stage: the model and the batches that run through it, what happens to its
+    layers, and the teacher, who has targets of the batches that are ``judged`` (None: all).
     """
 
-    adapter: Adapter
+    passes: Passes
     recipe: Recipe
     plan: Mapping[str, LayerSpec]
-    sigmas: list[float]
     teacher: Teacher
     presets: Mapping[str, Preset] = field(default_factory=dict)
     sensitivity: Sensitivity | None = None
-    progress: Progress = silent
     judged: Sequence[int] | None = None
+
+    @property
+    def adapter(self) -> Adapter:
+        return self.passes.adapter
 
 
 @dataclass
