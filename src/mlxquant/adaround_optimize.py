@@ -28,6 +28,7 @@ from .sweep.layer import Preset
 from .sweep.sensitivity import measured
 from .sweep.streams import Passes
 from .sweep.sweep import Sweep
+from .sweep.trial import Job
 
 STARTS = {"nearest": "rtn+search", "gptq": "gptq", "qronos": "gptq+corrected"}  # how a recipe would say it
 DEFAULT = Settings()
@@ -200,7 +201,7 @@ def learn(
     files = WeightFiles(ledger, blocks, linears)
     if not resume:
         files.clear_checkpoints()
-    Sweep(passes, recipe, plan, teacher, presets, costs).run(blocks, states, files)
+    Sweep(Job(passes, recipe, plan, teacher, presets, costs)).run(blocks, states, files)
     files.finish()
 
 

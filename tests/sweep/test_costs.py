@@ -16,6 +16,7 @@ from mlxquant.sweep.rounding import Rounding
 from mlxquant.sweep.sensitivity import measured
 from mlxquant.sweep.streams import ExactStream, Passes
 from mlxquant.sweep.sweep import Sweep
+from mlxquant.sweep.trial import Job
 
 from support.synthetic_chain import Chain
 
@@ -57,8 +58,7 @@ def test_states_are_freed_when_they_have_left_their_stage():
     plan = recipe.plan({path: chain.role(path) for path in chain.linears()})
     passes = Passes(chain, sigmas)
     states = passes.through(chain.stages[0], made)
-    job = Sweep(passes, recipe, plan, ExactStream(passes, states))
-    stages = job.run(chain.stages[1:], states)
+    stages = Sweep(Job(passes, recipe, plan, ExactStream(passes, states))).run(chain.stages[1:], states)
     assert [stage["stage"] for stage in stages] == ["blocks.0", "blocks.1", "head"]
     assert states == []
 

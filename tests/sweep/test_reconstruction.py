@@ -25,6 +25,7 @@ from mlxquant.sweep.reconstruction import Minibatch, Reconstruction, SoftLinear
 from mlxquant.sweep.rounding import Rounding
 from mlxquant.sweep.streams import ExactStream, Passes
 from mlxquant.sweep.sweep import Sweep
+from mlxquant.sweep.trial import Job
 
 SHORT = Settings(iterations=60, batch=4)
 BLOCK = "multimodal_transformer_blocks.0"
@@ -49,11 +50,11 @@ def block(tiny):
     inputs = passes.through(embed, states)
     teacher = ExactStream(passes, inputs)
     plan = recipe().plan({path: adapter.role(path) for path in adapter.linears()})
-    job = Sweep(passes, recipe(), plan, teacher)
+    job = Job(passes, recipe(), plan, teacher)
     targets = teacher.targets(stage)
     specs = {path: spec for path, spec in plan.items() if stage.owns(path)}
     start = Rounding(job, stage, specs, inputs, {}).first()[0]
-    job._judge(stage, start, inputs, targets)
+    Sweep(job)._judge(stage, start, inputs, targets)
     wanted = {path: rounded.target for path, rounded in start.goals.items()}
     work = Reconstruction(passes, stage, start.layers, wanted, inputs, teacher, targets, SHORT)
     work.normalise(start.errors)

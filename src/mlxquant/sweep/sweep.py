@@ -35,23 +35,26 @@ from .streams import Deviation, ExactStream, Passes, Weights
 from .trial import NEAREST, Job, Transforms, Trial
 
 
-class Sweep(Job):
-    """Goes through the stages of a model and quantizes one after the other."""
+class Sweep:
+    """Goes through the stages of a model and quantizes one after the other, as a job says."""
+
+    def __init__(self, job: Job):
+        self._job = job
 
     def run(
         self, stages: Sequence[Stage], states: list[State] | OnDemand, store: Store | None = None
     ) -> list[dict[str, Any]]:
-        """Quantize ``adapter.module`` in place; ``states`` enter the first of ``stages``. Returns one dictionary of
+        """Quantize the model in place; ``states`` enter the first of ``stages``. Returns one dictionary of
         facts a stage.
 
         ``states`` is cleared as soon as they have left that stage, so that nobody keeps them in memory. Stages after
         the last that has anything to quantize do not run.
         """
-        last = max(index for index, stage in enumerate(stages) if any(stage.owns(path) for path in self.plan))
+        last = max(index for index, stage in enumerate(stages) if any(stage.owns(path) for path in self._job.plan))
         facts = []
         for stage in stages[: last + 1]:
-            targets, goes_on = self.teacher.targets(stage), stage is not stages[last]
-            result = store.load(stage, self.adapter.clock) if store is not None else None
+            targets, goes_on = self._job.teacher.targets(stage), stage is not stages[last]
+            result = store.load(stage, self._job.adapter.clock) if store is not None else None
             if result is None:
                 result = self.quantize(
                     stage, states, targets, None if store is None else store.checkpoint(stage), goes_on
@@ -59,10 +62,10 @@ class Sweep(Job):
                 if store is not None:
                     store.save(stage, result)
             for path, module in result.modules.items():
-                set_module(self.adapter.module, path, module)
+                set_module(self._job.adapter.module, path, module)
             left = states
             if goes_on:
-                states = result.outputs or self.passes.through(stage, states)
+                states = result.outputs or self._job.passes.through(stage, states)
             left.clear()
             facts.append(result.facts)
         return facts + [untouched(stage).facts for stage in stages[last + 1 :]]
@@ -83,13 +86,13 @@ class Sweep(Job):
         What was likely to be the best is tried last, and the result has outputs only if it was, and only to ``keep``
         them.
         """
-        specs = {path: spec for path, spec in self.plan.items() if stage.owns(path)}
+        specs = {path: spec for path, spec in self._job.plan.items() if stage.owns(path)}
         if not specs:
             return untouched(stage)
-        bits, attentions = self.recipe.probabilities, Attentions()
+        bits, attentions = self._job.recipe.probabilities, Attentions()
         if bits is not None:
-            attentions = quantize_probabilities(self.passes, stage, inputs, bits)
-        rounding = Rounding(self, stage, specs, inputs, attentions)
+            attentions = quantize_probabilities(self._job.passes, stage, inputs, bits)
+        rounding = Rounding(self._job, stage, specs, inputs, attentions)
         start, *others = rounding.first()
         for other in others:
             self._judge(stage, other, inputs, targets)
@@ -163,22 +166,22 @@ class Sweep(Job):
             raise RecipeError(
                 f"stage {stage.name}: a stage is reconstructed by one method from one start, found {sorted(ways)}"
             )
-        (method, nearest), settings = ways.pop(), self.recipe.learning
+        (method, nearest), settings = ways.pop(), self._job.recipe.learning
         wanted = {path: rounded.target for path, rounded in goals.items()}
         work = Reconstruction(
-            self.passes,
+            self._job.passes,
             stage,
             start.layers,
             wanted,
             inputs,
-            self.teacher,
+            self._job.teacher,
             targets,
             settings,
-            self._weights(stage, self.passes.sigmas),
+            self._weights(stage, self._job.passes.sigmas),
         )
         label = f"{stage.name}: {method}"
         codes, facts = reconstruct_stage(
-            method, work, start.errors, nearest, checkpoint, settings, self.passes.progress, label
+            method, work, start.errors, nearest, checkpoint, settings, self._job.passes.progress, label
         )
         learned = Trial("learned", dict(start.layers), dict(start.report), attentions=start.attentions)
         for path, values in codes.items():
@@ -187,7 +190,7 @@ class Sweep(Job):
         return learned, {**facts, "flipped": changed / sum(values.size for values in codes.values())}
 
     def _weights(self, stage: Stage, sigmas: Sequence[float]) -> Weights | None:
-        return None if self.sensitivity is None else self.sensitivity.of_stage(stage.name, sigmas)
+        return None if self._job.sensitivity is None else self._job.sensitivity.of_stage(stage.name, sigmas)
 
     def _judge(
         self, stage: Stage, trial: Trial, inputs: Sequence[State], targets: Sequence[State], keep: bool = False
@@ -195,15 +198,15 @@ class Sweep(Job):
         """Run the stage with a trial's layers, hard-rounded, and measure how far what it writes is from the targets;
         ``keep`` that.
         """
-        judged = range(len(self.passes)) if self.judged is None else self.judged
+        judged = range(len(self._job.passes)) if self._job.judged is None else self._job.judged
         wanted, kept = dict(zip(judged, targets, strict=True)), list[State]()
-        deviation = Deviation(self._weights(stage, self.passes.some(judged).sigmas))
-        ran = range(len(self.passes)) if keep else judged
-        with swapped(self.adapter.module, trial.modules):
-            for index in self.passes.progress(ran, f"{stage.name}: {trial.name}"):
-                outputs = self.passes.one(stage, index, inputs[index])
+        deviation = Deviation(self._weights(stage, self._job.passes.some(judged).sigmas))
+        ran = range(len(self._job.passes)) if keep else judged
+        with swapped(self._job.adapter.module, trial.modules):
+            for index in self._job.passes.progress(ran, f"{stage.name}: {trial.name}"):
+                outputs = self._job.passes.one(stage, index, inputs[index])
                 if index in wanted:
-                    deviation.add(self.teacher.pick(outputs), wanted[index])
+                    deviation.add(self._job.teacher.pick(outputs), wanted[index])
                 if keep:
                     kept.append(outputs)
         trial.error, trial.errors, trial.outputs = deviation.error, deviation.by_tensor, kept if keep else None
@@ -243,5 +246,5 @@ def sweep(
     if recipe.sensitivity:
         kept = Measurements(work, sensitivity_job(calibration, plan))
         sensitivity = measured(passes, adapter.stages, states, plan, kept)
-    job = Sweep(passes, recipe, plan, teacher, sensitivity=sensitivity, judged=judged)
-    return job.run(adapter.stages, states, store)
+    job = Job(passes, recipe, plan, teacher, sensitivity=sensitivity, judged=judged)
+    return Sweep(job).run(adapter.stages, states, store)
