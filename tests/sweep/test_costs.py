@@ -55,7 +55,7 @@ def test_states_are_freed_when_they_have_left_their_stage():
     chain = Chain(blocks=2)
     sigmas, made = mq.calibrate(mq.Model(chain), prompts=2, steps=2).batches(chain)
     recipe = parse_recipe("rtn-w4a16")
-    plan = recipe.plan({path: chain.role(path) for path in chain.linears()})
+    plan = recipe.plan(chain.roles())
     passes = Passes(chain, sigmas)
     states = passes.through(chain.stages[0], made)
     stages = Sweep(Job(passes, recipe, plan, ExactStream(passes, states))).run(chain.stages[1:], states)

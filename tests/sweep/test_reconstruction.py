@@ -49,7 +49,7 @@ def block(tiny):
     passes = Passes(adapter, sigmas)
     inputs = passes.through(embed, states)
     teacher = ExactStream(passes, inputs)
-    plan = recipe().plan({path: adapter.role(path) for path in adapter.linears()})
+    plan = recipe().plan(adapter.roles())
     job = Job(passes, recipe(), plan, teacher)
     targets = teacher.targets(stage)
     specs = {path: spec for path, spec in plan.items() if stage.owns(path)}

@@ -160,7 +160,7 @@ def test_bits_are_those_that_the_measured_costs_allow(tiny):
     calib, recipe = calibrate(tiny, steps=3), tiered("rtn-w8a8")
     table = tables(mq.quantize(tiny, calib, recipe))[FC2]
     sigmas, states = calib.batches(tiny.adapter)
-    plan = recipe.plan({path: tiny.adapter.role(path) for path in tiny.adapter.linears()})
+    plan = recipe.plan(tiny.adapter.roles())
     costs = measured(Passes(tiny.adapter, sigmas), tiny.adapter.stages, states, plan).of_outputs(FC2, table.sigma)
     collector = Collector()
     with tapped(tiny.adapter.module, [FC2], collector):

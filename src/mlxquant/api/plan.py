@@ -17,7 +17,7 @@ def plan(model: Model, recipe: Recipe) -> dict[str, LayerSpec]:
         )
     check_model(model.adapter, recipe)
     linears = model.adapter.linears()
-    layers = recipe.plan({path: model.adapter.role(path) for path in linears})
+    layers = recipe.plan(model.adapter.roles())
     for path, spec in layers.items():
         try:
             spec.weight.columns(linears[path].weight.shape[1])

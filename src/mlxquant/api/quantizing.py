@@ -128,7 +128,7 @@ def quantize(
         ArtifactError: When ``work`` cannot be written, or what it holds is damaged.
     """
     recipe = parse_recipe(recipe) if isinstance(recipe, str) else recipe
-    layers = plan(model, recipe)
+    layers = allocated = plan(model, recipe)
     model.adapter.check_finite()
     if (calib.model, calib.source) != (model.name, model.adapter.fingerprint):
         raise CalibrationError(
@@ -144,8 +144,10 @@ def quantize(
             else recipe.bits_per_weight
         )
         place = None if work is None else Path(work)
-        given = allocate(model.adapter, calib, recipe, limit, recipe.bits_per_activation, progress=progress, work=place)
-        recipe, facts["allocation"] = given.recipe, given.facts
+        given = allocate(
+            model.adapter, calib, recipe, limit, recipe.bits_per_activation, progress=progress, work=place, plan=layers
+        )
+        recipe, allocated, facts["allocation"] = given.recipe, given.plan, given.facts
     drawn: CalibrationData = calib
     done: QuantizedModel | None = None
     for turn in range(recipe.rounds):
@@ -156,7 +158,7 @@ def quantize(
                 ensure_writable(folder)
                 path = folder / "calibration.safetensors"
             drawn = calib.renewed(done.adapter, progress, path)
-        done = _quantize_once(model, drawn, recipe, layers, facts, folder, progress, tracks)
+        done = _quantize_once(model, drawn, recipe, layers, allocated, facts, folder, progress, tracks)
     assert done is not None
     return done
 
@@ -166,12 +168,15 @@ def _quantize_once(
     calib: CalibrationData,
     recipe: Recipe,
     layers: Mapping[str, LayerSpec],
+    allocated: Mapping[str, LayerSpec],
     facts: Mapping[str, Any],
     work: Path | None,
     progress: Progress,
     tracks: TrackFiles | None,
 ) -> QuantizedModel:
-    """One round of ``quantize``; ``facts`` are added to those of the result."""
+    """One round of ``quantize``: ``layers`` is the recipe's plan, ``allocated`` the same with the bits that each layer
+    got. ``facts`` are added to those of the result.
+    """
     adapter = model.clone()
     made = {**facts, "recipe": recipe.to_dict(), "calibration": calib.record}
     store: Store | None = None
@@ -180,7 +185,7 @@ def _quantize_once(
         store = tracks.store(adapter, layers)
     elif work is not None:
         store = FolderStore(work, checked.digest(made | versions()))
-    stages = sweep(adapter, calib, recipe, store, progress, work)
+    stages = sweep(adapter, calib, recipe, store, progress, work, allocated)
     return QuantizedModel(adapter, {**made, "stages": stages})
 
 

@@ -155,6 +155,10 @@ class Adapter(ABC):
     def linears(self) -> dict[str, nn.Linear]:
         return find_linears(self.module)
 
+    def roles(self) -> dict[str, str]:
+        """The role of each of ``linears``, by path: what a recipe plans from."""
+        return {path: self.role(path) for path in self.linears()}
+
     def attentions(self) -> dict[str, SoftmaxAttention]:
         """The attentions that can be opened, by path: ``set_module`` may put a ``QuantizedAttention`` there. Empty
         where it has none.

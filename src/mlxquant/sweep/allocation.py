@@ -47,9 +47,12 @@ PINNED = 8  # a layer that a recipe gives so many bits keeps them
 
 @dataclass(frozen=True)
 class Allocation:
-    """A recipe with one rule a layer, and as plain data how it came about; see ``allocate``."""
+    """A recipe with one rule a layer, the ``plan`` that those rules are, and as plain data how it came about; see
+    ``allocate``.
+    """
 
     recipe: Recipe
+    plan: dict[str, LayerSpec]
     facts: dict[str, Any]
 
 
@@ -88,6 +91,7 @@ def allocate(
     widths: Sequence[int] = WIDTHS,
     progress: Progress = silent,
     work: Path | None = None,
+    plan: Mapping[str, LayerSpec] | None = None,
 ) -> Allocation:
     """``recipe`` with other bits in each layer, those with the least predicted velocity error; None leaves weights or
     inputs as they are.
@@ -102,13 +106,15 @@ def allocate(
     own ``ActivationSpec.budget``, so it takes bits at each noise level for what the quantized model really sees there;
     the average is met exactly on full-precision inputs.
 
+    ``plan`` is what the recipe means for each layer, where that is known already. The result has the new one.
+
     Facts: ``layers`` by path, each with its weight format, ``bytes`` and predicted ``error``, and ``activation``, the
     mean bits of its input, with ``input_error``; in all ``error``, ``error_before`` (of the recipe's own weights),
     ``input_error``, and what is reached of both limits. Deterministic; with ``work``, a folder, a killed run resumes
     there. Raises RecipeError, before anything long starts, where a limit cannot be met.
     """
     linears = adapter.linears()
-    plan = recipe.plan({path: adapter.role(path) for path in linears})
+    plan = recipe.plan(adapter.roles()) if plan is None else plan
     formats = {path: candidates(spec, widths) for path, spec in plan.items()}
     sizes = candidate_bytes(adapter, plan, widths)
     count = sum(linears[path].weight.size for path in plan)
@@ -145,7 +151,7 @@ def allocate(
         facts["bits_per_activation"] = float(np.average([row["activation"] for row in inputs.values()], weights=works))
         facts["input_error"] = sum(row["input_error"] for row in inputs.values())
     sensitivity = recipe.sensitivity or bits_per_activation is not None  # budgets are of the velocity's error
-    return Allocation(replace(recipe, rules=tuple(specs.items()), sensitivity=sensitivity), facts)
+    return Allocation(replace(recipe, rules=tuple(specs.items()), sensitivity=sensitivity), specs, facts)
 
 
 def candidates(spec: LayerSpec, widths: Sequence[int]) -> list[WeightFormat]:

@@ -181,8 +181,9 @@ class _Probe:
         return stages + list(self.gauged)
 
     def costs(self, state: State, signs: mx.array) -> dict[str, mx.array]:
-        """By name the squared gradient of ``velocity * signs`` [rows,H,W,C], summed over tokens: [rows,D] float32. Asked
-        for while the clock is set.
+        """By name the squared gradient of ``velocity * signs`` [rows,H,W,C], summed over tokens: [rows,D] float32.
+
+        The clock must be set.
         """
         costs: dict[str, mx.array] = {}
         entered = self._forward(state, len(signs))

@@ -229,13 +229,27 @@ def sweep(
     store: Store | None = None,
     progress: Progress = silent,
     work: Path | None = None,
+    plan: Mapping[str, LayerSpec] | None = None,
 ) -> list[dict[str, Any]]:
-    """Quantize ``adapter.module`` in place, stage by stage; returns one dictionary of facts a stage.
+    """Quantize ``adapter.module`` in place, stage by stage.
 
-    ``store`` keeps finished stages, ``work`` is a folder for what is measured before the first. Raises RecipeError when
-    the recipe does not fit, NumericsError on NaN activations.
+    Args:
+        adapter: The model, in full precision; quantized afterwards.
+        calibration: What it sees meanwhile, made for this very model.
+        recipe: What holds for all layers: how codes are learned, whether errors are weighed, bits of probabilities.
+        store: Keeps finished stages, so that a killed sweep goes on.
+        progress: A bar around each pass over the calibration data.
+        work: A folder for what is measured before the first stage.
+        plan: What the recipe means for each layer, by path; made from the recipe where nobody has made it.
+
+    Returns:
+        One dictionary of facts a stage, plain data.
+
+    Raises:
+        RecipeError: The recipe does not fit the model.
+        NumericsError: The model, or what was tried, writes NaN.
     """
-    plan = recipe.plan({path: adapter.role(path) for path in adapter.linears()})
+    plan = recipe.plan(adapter.roles()) if plan is None else plan
     sigmas, states = calibration.batches(adapter)
     passes = Passes(adapter, sigmas, progress)
     both = any(spec.cross for spec in plan.values())
