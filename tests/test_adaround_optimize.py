@@ -132,9 +132,7 @@ def test_a_tie_is_no_win_and_a_block_that_lost_is_reported(calib, tmp_path, monk
     assert succeed(*verb(calib, tmp_path / "tie", length=ONE))[0]["win_rate"] == 0  # one step flips nothing
 
     def broken(method, work, *rest):
-        return {path: np.zeros(layer.shape, np.uint8) for path, layer in work._layers.items() if path in work.grids}, {
-            "iterations": 1
-        }
+        return {path: np.zeros_like(rounded.codes) for path, rounded in work._goals.items()}, {"iterations": 1}
 
     monkeypatch.setattr(sweeping, "reconstruct_stage", broken)
     facts, said = succeed(*verb(calib, tmp_path / "lost"))

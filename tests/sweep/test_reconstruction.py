@@ -55,8 +55,7 @@ def block(tiny):
     specs = {path: spec for path, spec in plan.items() if stage.owns(path)}
     start = Rounding(job, stage, specs, inputs, {}).first()[0]
     Sweep(job)._judge(stage, start, inputs, targets)
-    wanted = {path: rounded.target for path, rounded in start.goals.items()}
-    work = Reconstruction(passes, stage, start.layers, wanted, inputs, teacher, targets, SHORT)
+    work = Reconstruction(passes, stage, start.layers, start.goals, inputs, teacher, targets, SHORT)
     work.normalise(start.errors)
     return work, start, adapter
 
@@ -254,7 +253,7 @@ def test_one_bad_method_does_not_get_through_the_gate(tiny, monkeypatch):
     plain = mq.quantize(tiny, calib, recipe(reconstruct=None))
 
     def broken(method, work, start, nearest, *rest):
-        return {path: np.zeros(layer.shape, np.uint8) for path, layer in work._layers.items() if path in work.grids}, {}
+        return {path: np.zeros_like(rounded.codes) for path, rounded in work._goals.items()}, {}
 
     monkeypatch.setattr(sweeping, "reconstruct_stage", broken)
     quantized = mq.quantize(tiny, calib, recipe())

@@ -43,22 +43,28 @@ class Dampings:
 
 @dataclass(frozen=True)
 class Rounded:
-    """A quantized layer beside the weight [out,in] that it stands for, that which its codes aimed at, and its inputs'
-    moments.
+    """A quantized layer beside its codes uint8 [out,in], the weight [out,in] that it stands for, that which its codes
+    aimed at, and its inputs' moments.
 
-    The aim differs from the weight where it is corrected, or where a branch takes a part of it.
+    The layer holds the codes as well, but packed: whoever compares them or learns from them takes them from here. The
+    aim differs from the weight where it is corrected, or where a branch takes a part of it.
     """
 
     layer: QuantizedLinear
+    codes: Array
     weight: Array
     target: Array
     moments: Moments
     dampings: Dampings
 
+    def with_codes(self, codes: Array) -> Rounded:
+        """The same layer with other codes uint8 [out,in]."""
+        return replace(self, layer=self.layer.with_codes(codes), codes=codes)
+
     @property
     def error(self) -> float:
         """Relative output error on the calibration inputs."""
-        quantized = self.layer.grid().dequantize(self.layer.codes())
+        quantized = self.layer.grid().dequantize(self.codes)
         branch = self.layer.branch
         return output_error(self.weight, quantized if branch is None else quantized + branch.weight, self.moments)
 
@@ -107,9 +113,8 @@ def quantize_layer(linear: nn.Linear, spec: LayerSpec, moments: Moments, path: s
     dampings = dampings if branch is None else replace(dampings, branch=branch.damping)
     bias = linear.bias if "bias" in linear else None
     divisor = None if transform.divisor is None else mx.array(transform.divisor, mx.float32)
-    return Rounded(
-        QuantizedLinear(codes, grid, bias, divisor, transform.block, branch), weight, target, moments, dampings
-    )
+    layer = QuantizedLinear(codes, grid, bias, divisor, transform.block, branch)
+    return Rounded(layer, np.ascontiguousarray(codes, np.uint8), weight, target, moments, dampings)
 
 
 def _choose_dampings(weight: Array, spec: LayerSpec, moments: Moments) -> Dampings:

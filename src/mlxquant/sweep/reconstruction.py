@@ -26,6 +26,7 @@ from ..methods.weights.adaround import Checkpoint, Choice, Settings, choose
 from ..models.adapter import Stage, State
 from ..numerics.arrays import Array
 from ..progress import Progress, silent
+from .layer import Rounded
 from .store import Layers
 from .streams import Passes, Teacher, Weights
 
@@ -88,7 +89,7 @@ def _joined(rows: Sequence[tuple[State, int]]) -> State:
 class Reconstruction:
     """A stage with soft weights for some of its layers, ready to be differentiated.
 
-    ``layers`` are all quantized layers of the stage; those in ``targets`` are learned, each towards its target weight
+    ``layers`` are all quantized layers of the stage; those in ``goals`` are learned, each towards its target weight
     [out,in], the others run as they are, with unquantized inputs where they have no table. ``inputs`` enter the stage
     and ``wanted`` is what it should write, one state a batch of ``passes``; ``batch`` samples of them are
     differentiated at once, as many as ``adapter.rows`` allows.
@@ -99,7 +100,7 @@ class Reconstruction:
         passes: Passes,
         stage: Stage,
         layers: Layers,
-        targets: Mapping[str, Array],
+        goals: Mapping[str, Rounded],
         inputs: Sequence[State],
         teacher: Teacher,
         wanted: Sequence[State],
@@ -114,8 +115,8 @@ class Reconstruction:
             path: SoftLinear(layer, levels, self._minibatch, settings.drop, salt)
             for salt, (path, layer) in enumerate(layers.items())
         }
-        self.grids = {path: layers[path].grid() for path in targets}
-        self._layers, self._targets = layers, targets
+        self.grids = {path: rounded.layer.grid() for path, rounded in goals.items()}
+        self._goals = goals
         mx.eval([layer.weight for layer in self._soft.values()])
         rows = [next(iter(state.values())).shape[0] for state in wanted]
         self._level = mx.array(np.repeat(np.searchsorted(levels, sigmas), rows))
@@ -134,10 +135,8 @@ class Reconstruction:
         itself.
         """
         return {
-            path: choose(
-                target, self.grids[path], None if nearest else self._layers[path].codes(), self._settings.trust
-            )
-            for path, target in self._targets.items()
+            path: choose(rounded.target, self.grids[path], None if nearest else rounded.codes, self._settings.trust)
+            for path, rounded in self._goals.items()
         }
 
     def normalise(self, errors: Mapping[str, float]) -> None:

@@ -13,7 +13,6 @@ one writes. Where rounding looks at both streams, what enters the exact one is a
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -167,12 +166,11 @@ class Sweep:
                 f"stage {stage.name}: a stage is reconstructed by one method from one start, found {sorted(ways)}"
             )
         (method, nearest), settings = ways.pop(), self._job.recipe.learning
-        wanted = {path: rounded.target for path, rounded in goals.items()}
         work = Reconstruction(
             self._job.passes,
             stage,
             start.layers,
-            wanted,
+            goals,
             inputs,
             self._job.teacher,
             targets,
@@ -185,8 +183,8 @@ class Sweep:
         )
         learned = Trial("learned", dict(start.layers), dict(start.report), attentions=start.attentions)
         for path, values in codes.items():
-            learned.add(path, specs[path], replace(goals[path], layer=goals[path].layer.with_codes(values)))
-        changed = sum(int((values != goals[path].layer.codes()).sum()) for path, values in codes.items())
+            learned.add(path, specs[path], goals[path].with_codes(values))
+        changed = sum(int((values != goals[path].codes).sum()) for path, values in codes.items())
         return learned, {**facts, "flipped": changed / sum(values.size for values in codes.values())}
 
     def _weights(self, stage: Stage, sigmas: Sequence[float]) -> Weights | None:
