@@ -92,33 +92,33 @@ class Sweep:
         if bits is not None:
             attentions = quantize_probabilities(self._job.passes, stage, inputs, bits)
         rounding = Rounding(self._job, stage, specs, inputs, attentions)
-        start, *others = rounding.first()
+        specified, *others = rounding.first()
         for other in others:
             self._judge(stage, other, inputs, targets)
-        self._judge(stage, start, inputs, targets, keep=keep and not start.goals and not rounding.transforms)
-        tried, report = [start, *others], dict[str, Any]()
-        start = min((trial for trial in tried if trial.name != NEAREST), key=lambda trial: trial.error, default=start)
+        ends_here = not specified.goals and not rounding.transforms  # then nothing is tried after it
+        self._judge(stage, specified, inputs, targets, keep=keep and ends_here)
+        start = best_of([trial for trial in (specified, *others) if trial.name != NEAREST] or [specified])
         rounding.adopt(start.name)
-        for trial in tried:
+        for trial in (specified, *others):
             if trial is not start:
-                trial.goals = {}
+                trial.goals = {}  # they hold moments and weights, and nobody learns from this trial
+        report, transformed, learned = dict[str, Any](), list[Trial](), list[Trial]()
         if rounding.transforms:
             start, report["transforms"] = self._transform(stage, rounding, start, inputs, targets)
-            tried.insert(0, start)
+            transformed = [start]
         if start.goals:
-            learned, learning = self._learn(stage, specs, start, inputs, targets, checkpoint)
-            self._judge(stage, learned, inputs, targets, keep)
-            tried.insert(1, learned)
-            report["learning"] = learning
-        best = min(tried, key=lambda trial: trial.error)
-        errors = {trial.name: trial.error for trial in tried}
+            trial, report["learning"] = self._learn(stage, specs, start, inputs, targets, checkpoint)
+            self._judge(stage, trial, inputs, targets, keep)
+            learned = [trial]
+        tried = [*transformed, *learned, specified, *others] if transformed else [specified, *learned, *others]
+        best = best_of(tried)
         facts = {
             "stage": stage.name,
             "kept": best.name,
             "error": best.error,
             "layers": best.report,
             **report,
-            "errors": errors,
+            "errors": {trial.name: trial.error for trial in tried},
         }
         return StageResult(best.layers, facts, best.outputs, best.attentions)
 
@@ -213,6 +213,13 @@ class Sweep:
                 f"stage {stage.name}, quantized ({trial.name}), writes NaN or infinite values; use more bits there or"
                 " '=keep'"
             )
+
+
+def best_of(trials: Sequence[Trial]) -> Trial:
+    """The trial with the least error. Of equal errors the first wins: trials stand in the order in which they are
+    preferred, what the recipe asks for before what leaves a part of it out or undoes it.
+    """
+    return min(trials, key=lambda trial: trial.error)
 
 
 def untouched(stage: Stage) -> StageResult:
