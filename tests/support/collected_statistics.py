@@ -9,6 +9,7 @@ import mlx.core as mx
 import mlxquant as mq
 from mlxquant.layers.tree import tapped
 from mlxquant.sweep.collecting import Collector
+from mlxquant.sweep.inputs import may_shift
 from mlxquant.sweep.sensitivity import Sensitivity, measure
 from mlxquant.sweep.streams import Passes
 
@@ -57,6 +58,6 @@ def collect(adapter, steps=3):
                 for stage in adapter.stages:
                     state = stage.run(state)
                 mx.eval(state)
-    gelu = {path for edge in edges if edge.after == "gelu" for path in edge.consumers}
+    gelu = {path for edge in edges if may_shift(edge.after) for path in edge.consumers}
     keys = [f"step_{i}" for i in reversed(range(steps))]
     return Stats(adapter.fingerprint, layers, collector, costs, gelu, step_keys=keys)

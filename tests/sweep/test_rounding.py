@@ -216,13 +216,13 @@ def test_a_branch_that_hurts_is_left_out_and_what_comes_after_goes_on_without(sp
 
 
 def test_a_shift_that_hurts_is_left_out(spiky, calib, monkeypatch):
-    table = rounding.activation_table
+    table = rounding.choose_table
 
-    def spoilt(seen, spec, layer, after):
-        found = table(seen, spec, layer, after)
+    def spoilt(seen, spec, after, rounded):
+        found = table(seen, spec, after, rounded)
         return replace(found, step=found.step * 9) if spec.shift and after == "gelu" else found
 
-    monkeypatch.setattr(rounding, "activation_table", spoilt)
+    monkeypatch.setattr(rounding, "choose_table", spoilt)
     done, plain = (mq.quantize(spiky, calib, f"gptq{shift}-w8a8") for shift in ("+shift", ""))
     blocks = [stage for stage in done.facts["stages"] if stage["stage"].startswith("multimodal")]
     assert {stage["kept"] for stage in blocks} == {"without shift"}

@@ -32,12 +32,11 @@ from ..methods.inputs.tiers import TIERS
 from ..models.adapter import Adapter, Stage, State
 from ..numerics import knapsack
 from ..numerics.arrays import Array
-from ..numerics.input_ranges import InputRanges
 from ..numerics.moments import Moments, energy
 from ..progress import Progress, silent
-from ..recipes.recipe import ActivationSpec, LayerSpec, Recipe
+from ..recipes.recipe import LayerSpec, Recipe
 from .collecting import Collector
-from .inputs import LayerInput, Options, TierTables
+from .inputs import LayerInput, errors_by_tier, tiers_of
 from .sensitivity import Sensitivity, measured, sensitivity_job
 from .streams import Passes
 
@@ -205,11 +204,6 @@ def check_limits(
         )
 
 
-def tiers_of(spec: ActivationSpec) -> tuple[int, ...]:
-    """The bits that an input may have, ascending: never more than its specification says."""
-    return tuple(bits for bits in TIERS if bits <= spec.bits)
-
-
 def survey(
     adapter: Adapter,
     calibration: CalibrationData,
@@ -251,9 +245,9 @@ def survey(
             weight, seen, spec = np.array(linears[path].weight.astype(mx.float32)), collector[path], plan[path]
             on_weight, on_input = weight_errors(path, spec, formats[path], seen.moments, weight, costs), None
             if inputs and spec.activation is not None:
-                on_input = input_errors_of(
-                    path, spec.activation, seen.ranges, weight, costs, after.get(path, "") == "gelu"
-                )
+                by_output = costs.of_outputs(path, seen.ranges.sigma)
+                layer = LayerInput.of(spec.activation, seen.ranges, weight, by_output)
+                on_input = errors_by_tier(layer, spec.activation, after.get(path, ""))
             found[path] = Survey(on_weight, on_input, float(seen.moments.count * weight.size))
         kept.save(stage.name, {name: table for path in paths for name, table in found[path].tables(path).items()})
     return {path: found[path] for path in plan}
@@ -276,21 +270,6 @@ def weight_errors(
         wrong = weight - grid.dequantize(rounding(weight, grid, alike))
         errors.append(float(energy(wrong, alike.gram) @ by_output) / alike.count)
     return np.array(errors)
-
-
-def input_errors_of(
-    path: str, spec: ActivationSpec, ranges: InputRanges, weight: Array, costs: Sensitivity, after_gelu: bool
-) -> Array:
-    """The velocity error [tiers,T] of quantizing a layer's input; where a shift may be taken, with the better of the
-    two at each tier.
-    """
-    by_output = costs.of_outputs(path, ranges.sigma)
-    if not spec.per_timestep:
-        ranges, by_output = ranges.merged(), None if by_output is None else by_output.mean(0, keepdims=True)
-    layer, options = LayerInput(ranges, weight, by_output), Options(range=spec.range, tiers=tiers_of(spec))
-    centres = [None, (ranges.least + ranges.most) / 2] if spec.shift and after_gelu else [None]
-    tables = [TierTables.of(layer, centre, options).tables for centre in centres]
-    return np.array([min((layer.errors(table[bits]) for table in tables), key=np.mean) for bits in options.tiers])
 
 
 def limit_inputs(

@@ -7,6 +7,7 @@ compared is recorded, also where it was not taken. Arrays only: whoever calls th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -21,6 +22,7 @@ from ..methods.inputs.tiers import BUDGET, TIERS, OutputErrors, mixed, relative_
 from ..numerics.arrays import Array
 from ..numerics.input_ranges import InputRanges
 from ..numerics.transform import Transform
+from ..recipes.recipe import ActivationSpec
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,13 @@ class LayerInput:
     ranges: InputRanges
     weight: Array
     costs: Array | None = None
+
+    @classmethod
+    def of(cls, spec: ActivationSpec | None, ranges: InputRanges, weight: Array, costs: Array | None) -> LayerInput:
+        """An input as a specification looks at it: at each noise level, or merged where one entry serves them all."""
+        if spec is not None and not spec.per_timestep:
+            ranges, costs = ranges.merged(), None if costs is None else costs.mean(0, keepdims=True)
+        return cls(ranges, weight, costs)
 
     @cached_property
     def errors(self) -> OutputErrors:
@@ -145,6 +154,60 @@ def decide_input(layer: LayerInput, shift: Array | None, options: Options) -> De
         "mean_bits": float(table.bits.mean()),
     }
     return DecidedInput(layer, shift, table, facts)
+
+
+def choose_table(seen: LayerInput, spec: ActivationSpec, after: str, rounded: Callable[[], Array]) -> ActivationTable:
+    """The static table of a layer's input by its specification: the one place where a recipe's words become entries.
+
+    Where bits or a shift have to be chosen, that is done for the exact weight, so that no choice hangs on how the
+    weight happened to be rounded; where both are given, the range method spans the input for the rounded weight.
+
+    Args:
+        seen: The input as the specification looks at it, see ``LayerInput.of``, with the exact weight.
+        spec: Static, not ``per_token``. With a ``budget`` it takes the fewest bits that stay within it, at most its
+            own.
+        after: The nonlinearity that wrote the input, "" where there is none; see ``may_shift``.
+        rounded: Gives the quantized weight [out,in] float32; asked only where it is needed.
+
+    Returns:
+        One entry for each noise level of ``seen``.
+    """
+    if spec.budget is None and not spec.shift:
+        return registry.get("range", spec.range).function(seen.ranges, rounded(), spec.bits)
+    if spec.budget is None:
+        options = Options(range=spec.range, tiers=(spec.bits,))
+    else:
+        options = Options(budget=spec.budget, range=spec.range, tiers=tiers_of(spec))
+    return decide_input(seen, centre_of(seen, spec, after), options).table
+
+
+def errors_by_tier(seen: LayerInput, spec: ActivationSpec, after: str) -> Array:
+    """The weighed error [tiers,T] of an input at each of its ``tiers_of``; where it may be shifted, with the better of
+    the two at each tier.
+    """
+    options = Options(range=spec.range, tiers=tiers_of(spec))
+    centre = centre_of(seen, spec, after)
+    tables = [TierTables.of(seen, shift, options).tables for shift in ([None] if centre is None else [None, centre])]
+    return np.array([min((seen.errors(table[bits]) for table in tables), key=np.mean) for bits in options.tiers])
+
+
+def tiers_of(spec: ActivationSpec) -> tuple[int, ...]:
+    """The bits that an input may have, ascending: never more than its specification says."""
+    return tuple(bits for bits in TIERS if bits <= spec.bits)
+
+
+def may_shift(after: str) -> bool:
+    """Whether it can pay to shift what this nonlinearity wrote: of a GELU's output one side is short, and the codes for
+    what would be on it are wasted.
+    """
+    return after == "gelu"
+
+
+def centre_of(seen: LayerInput, spec: ActivationSpec, after: str) -> Array | None:
+    """The shift [T,in] that a specification offers to an input: the middle of each channel; None where it offers
+    none.
+    """
+    return (seen.ranges.least + seen.ranges.most) / 2 if spec.shift and may_shift(after) else None
 
 
 def mean_error(layer: LayerInput, table: ActivationTable, rounded: Array | None = None) -> float:

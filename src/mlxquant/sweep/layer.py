@@ -1,4 +1,4 @@
-"""One layer by its specification: its weight rounded, and the static scales of its input."""
+"""One layer by its specification: its weight rounded; the scales of its input are ``inputs``'."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from ..grids.tables import ActivationTable
 from ..grids.weights import Grid
 from ..layers.linear import QuantizedLinear
 from ..methods import registry
-from ..methods.inputs.tiers import TIERS
 from ..methods.weights.correction import corrected_target
 from ..methods.weights.damping import CANDIDATES, TARGETS, ChosenDamping, choose_damping
 from ..methods.weights.lowrank import refitted
@@ -21,8 +20,7 @@ from ..numerics.arrays import Array
 from ..numerics.low_rank import LowRank
 from ..numerics.moments import Moments, output_error
 from ..numerics.transform import Transform
-from ..recipes.recipe import ActivationSpec, LayerSpec
-from .inputs import LayerInput, Options, decide_input
+from ..recipes.recipe import LayerSpec
 
 
 @dataclass(frozen=True)
@@ -77,26 +75,6 @@ class Preset:
 
     table: ActivationTable | None = None
     divisor: Array | None = None
-
-
-def activation_table(seen: LayerInput, spec: ActivationSpec, layer: QuantizedLinear, after: str) -> ActivationTable:
-    """The static scales of a layer's input by their specification.
-
-    With a budget bits are chosen for the exact weight; where a shift is wanted, an input that was written ``after`` a
-    GELU may be shifted by the centre of each channel. Otherwise scales are for the rounded weight, that of ``layer``.
-    """
-    ranges = seen.ranges
-    if spec.budget is None and not spec.shift:
-        return registry.get("range", spec.range).function(ranges, np.array(layer.dequantized()), spec.bits)
-    centre = (ranges.least + ranges.most) / 2 if spec.shift and after == "gelu" else None
-    return decide_input(seen, centre, tier_options(spec)).table
-
-
-def tier_options(spec: ActivationSpec) -> Options:
-    """How bits are chosen by a specification: with a budget never more than it says, without one just those."""
-    if spec.budget is None:
-        return Options(range=spec.range, tiers=(spec.bits,))
-    return Options(budget=spec.budget, range=spec.range, tiers=tuple(bits for bits in TIERS if bits <= spec.bits))
 
 
 def quantize_layer(linear: nn.Linear, spec: LayerSpec, moments: Moments, path: str, transform: Transform) -> Rounded:

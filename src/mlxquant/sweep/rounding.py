@@ -27,8 +27,8 @@ from .choosing import Proposal, Reader, propose
 from .collecting import Collector, InputStatistics, Sharing
 from .dependence import levels
 from .folding import fold, foldable, producers, remaining
-from .inputs import LayerInput
-from .layer import Preset, Rounded, activation_table, quantize_layer
+from .inputs import LayerInput, choose_table, may_shift
+from .layer import Preset, Rounded, quantize_layer
 from .store import Attentions
 from .trial import CALIBRATED, NEAREST, Folded, Job, Specs, Tensor, Transforms, Trial
 
@@ -101,7 +101,7 @@ class Rounding:
         """Specifications less something that layers have, by name: branches, and shifts of what a GELU wrote."""
         open_to = [path for path in self._specs if path not in self._job.presets]
         integers = {path: self._specs[path].without_branch() for path in open_to}
-        centred = {path: self._specs[path].without_shift() for path in open_to if self._after.get(path, "") == "gelu"}
+        centred = {path: self._specs[path].without_shift() for path in open_to if may_shift(self._after.get(path, ""))}
         ways = {"without branch": self._specs | integers, "without shift": self._specs | centred}
         return {name: specs for name, specs in ways.items() if specs != self._specs}
 
@@ -217,9 +217,7 @@ class Rounding:
             if costs is not None and where.path == path:
                 before, rows, after = np.split(costs, [where.start, where.stop], axis=1)
                 costs = np.concatenate([before, transform.costs(rows), after], axis=1)
-        if spec is not None and not spec.per_timestep:
-            ranges, costs = ranges.merged(), None if costs is None else costs.mean(0, keepdims=True)
-        return LayerInput(ranges, weight.astype(np.float32), costs)
+        return LayerInput.of(spec, ranges, weight.astype(np.float32), costs)
 
     def _rounded(
         self, path: str, spec: LayerSpec, statistics: InputStatistics, transform: Transform, folded: Folded
@@ -234,7 +232,7 @@ class Rounding:
             if table is None:
                 after = self._after.get(path, "") if transform.block == 1 else ""
                 read = self._input(path, spec.activation, statistics.ranges, rounded.weight, folded)
-                table = activation_table(read, spec.activation, rounded.layer, after)
+                table = choose_table(read, spec.activation, after, lambda: np.array(rounded.layer.dequantized()))
             rounded.layer.set_activations(table, self._job.adapter.clock)
         return rounded
 
