@@ -21,9 +21,9 @@ from mlxquant.numerics.transform import Transform
 from mlxquant.recipes.grammar import parse_recipe
 from mlxquant.sweep import layer as layer_rounding
 from mlxquant.sweep import rounding
-from mlxquant.sweep.choosing import Proposal, propose
 from mlxquant.sweep.rounding import Rounding
 from mlxquant.sweep.sweep import Sweep
+from mlxquant.sweep.transform_choice import Proposal, propose
 
 from support.synthetic_chain import Chain
 from support.tiny_pictures import tiny_adapter

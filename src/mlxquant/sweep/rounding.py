@@ -23,13 +23,13 @@ from ..models.adapter import Edge, Stage, State
 from ..numerics.input_ranges import InputRanges
 from ..numerics.transform import Transform
 from ..recipes.recipe import ActivationSpec, LayerSpec
-from .choosing import Proposal, Reader, propose
 from .collecting import Collector, InputStatistics, Sharing
 from .dependence import levels
 from .folding import fold, foldable, producers, remaining
 from .inputs import LayerInput, choose_table, may_shift
 from .layer import Preset, Rounded, quantize_layer
 from .store import Attentions
+from .transform_choice import Proposal, Reader, propose
 from .trial import CALIBRATED, NEAREST, Folded, Job, Specs, Tensor, Transforms, Trial
 
 
