@@ -28,7 +28,7 @@ from ..numerics.arrays import Array
 from ..progress import Progress, silent
 from .layer import Rounded
 from .store import Layers
-from .streams import Passes, Teacher, Weights
+from .streams import ChannelCosts, Passes, Teacher
 
 
 @dataclass
@@ -105,7 +105,7 @@ class Reconstruction:
         teacher: Teacher,
         wanted: Sequence[State],
         settings: Settings,
-        weights: Weights | None = None,
+        costs: ChannelCosts | None = None,
     ):
         self._adapter, self._stage, self._teacher, self._settings = passes.adapter, stage, teacher, settings
         self._minibatch = Minibatch()
@@ -123,10 +123,8 @@ class Reconstruction:
         self._inputs, self._wanted = inputs, wanted
         self._places = [(batch, row) for batch, count in enumerate(rows) for row in range(count)]
         self.batch = min(settings.batch, passes.adapter.rows, len(self._places))
-        self._weights = (
-            None
-            if weights is None
-            else {k: mx.array(np.repeat(w, rows, 0).astype(np.float32)) for k, w in weights.items()}
+        self._costs = (
+            None if costs is None else {k: mx.array(np.repeat(w, rows, 0).astype(np.float32)) for k, w in costs.items()}
         )
         self._scale: dict[str, float] = {}
 
@@ -142,12 +140,12 @@ class Reconstruction:
     def normalise(self, errors: Mapping[str, float]) -> None:
         """Measure the loss in units of the error that the start of the search has, ``Deviation.by_tensor``.
 
-        Without weights each written tensor counts the same; with them, each counts as far as it changes the velocity.
+        Without costs each written tensor counts the same; with them, each counts as far as it changes the velocity.
         """
-        if self._weights is not None:
+        if self._costs is not None:
             errors = dict.fromkeys(errors, sum(errors.values()))
         self._scale = {
-            key: max(error, 1e-30) * (len(errors) if self._weights is None else 1) for key, error in errors.items()
+            key: max(error, 1e-30) * (len(errors) if self._costs is None else 1) for key, error in errors.items()
         }
 
     def _error(self, key: str, output: mx.array, wanted: mx.array, rows: mx.array) -> mx.array:
@@ -155,10 +153,10 @@ class Reconstruction:
         channels.
         """
         squared = mx.square(output - wanted)
-        if self._weights is None:
+        if self._costs is None:
             return squared.mean()
         return (
-            (squared.reshape(squared.shape[0], -1, squared.shape[-1]).mean(1) * self._weights[key][rows]).sum(-1).mean()
+            (squared.reshape(squared.shape[0], -1, squared.shape[-1]).mean(1) * self._costs[key][rows]).sum(-1).mean()
         )
 
     def minibatch(self, iteration: int) -> tuple[Any, ...]:

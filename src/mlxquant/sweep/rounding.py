@@ -29,8 +29,8 @@ from .folding import fold, foldable, producers, remaining
 from .inputs import LayerInput, choose_table, may_shift
 from .layer import Preset, Rounded, quantize_layer
 from .store import Attentions
-from .transform_choice import Proposal, Reader, propose
-from .trial import CALIBRATED, NEAREST, Folded, Job, Specs, Tensor, Transforms, Trial
+from .transform_choice import Consumer, Proposal, propose
+from .trial import CALIBRATED, NEAREST, Folded, Job, SharedInput, Specs, Transforms, Trial
 
 
 class Rounding:
@@ -67,22 +67,22 @@ class Rounding:
         return {path: leader[path] for path in sharing.leader}
 
     @cached_property
-    def _tensors(self) -> list[Tensor]:
+    def _tensors(self) -> list[SharedInput]:
         return list(self._find_tensors())
 
-    def _find_tensors(self) -> Iterator[Tensor]:
+    def _find_tensors(self) -> Iterator[SharedInput]:
         edges = [edge for edge in self._job.adapter.edges() if any(path in self._specs for path in edge.consumers)]
         for edge in edges:
             mine = tuple(path for path in edge.consumers if path in self._specs)
             whole = len(mine) == len(edge.consumers)
             writers = (*edge.folds, *edge.reorders)
-            yield Tensor(
+            yield SharedInput(
                 edge if whole and all(w.path in self._specs for w in writers) else Edge(mine, after=edge.after)
             )
         known = {path for edge in edges for path in edge.consumers}
         for leader in dict.fromkeys(self._leader.values()):
             if alone := tuple(path for path, first in self._leader.items() if first == leader and path not in known):
-                yield Tensor(Edge(alone))
+                yield SharedInput(Edge(alone))
 
     def first(self) -> list[Trial]:
         """The layers as their specifications have them before anything is transformed or learned; for the gate, rounded
@@ -110,16 +110,16 @@ class Rounding:
         self._specs = self._without.get(name, self._specs)
 
     def propose(self, method: str, current: Transforms) -> dict[str, Proposal]:
-        """What a transform method would change, by tensor; its readers must all be open to it. ``first`` must
+        """What a transform method would change, by tensor; its consumers must all be open to it. ``first`` must
         have run.
         """
         found = {}
         for tensor in self._tensors:
-            readers = {path: self._specs[path] for path in tensor.edge.consumers}
-            if all(method in spec.transforms and path not in self._job.presets for path, spec in readers.items()):
+            specs = {path: self._specs[path] for path in tensor.edge.consumers}
+            if all(method in spec.transforms and path not in self._job.presets for path, spec in specs.items()):
                 given = [
-                    Reader(self._input(path, spec.activation, self._ranges[path]), spec)
-                    for path, spec in readers.items()
+                    Consumer(self._input(path, spec.activation, self._ranges[path]), spec)
+                    for path, spec in specs.items()
                 ]
                 proposal = propose(method, given, tensor.place, current.get(tensor.name, Transform()))
                 if proposal.after < proposal.before:

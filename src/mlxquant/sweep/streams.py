@@ -101,7 +101,7 @@ class ExactStream:
         return outputs
 
 
-Weights = dict[str, Array]  # by written tensor, [batches, D]: what a unit of squared error in each channel costs
+ChannelCosts = dict[str, Array]  # by written tensor, [batches, D]: what a unit of squared error in each channel costs
 
 
 class Deviation:
@@ -109,17 +109,17 @@ class Deviation:
     it.
     """
 
-    def __init__(self, weights: Weights | None = None):
-        self._weights, self._batches = weights, 0
+    def __init__(self, costs: ChannelCosts | None = None):
+        self._costs, self._batches = costs, 0
         self._noise, self._signal, self._size = dict[str, float](), dict[str, float](), dict[str, int]()
 
     def add(self, outputs: State, targets: State) -> None:
         """The next batch; its tensors are [rows,...,D]."""
         for key, target in targets.items():
-            if self._weights is None:
+            if self._costs is None:
                 noise, signal, size = energy(outputs[key].astype(mx.float32) - target), energy(target), target.size
             else:
-                cost = float(channel_errors(outputs[key], target) @ self._weights[key][self._batches])
+                cost = float(channel_errors(outputs[key], target) @ self._costs[key][self._batches])
                 noise, signal, size = target.shape[0] * cost, 0.0, target.shape[0]
             self._noise[key] = self._noise.get(key, 0.0) + noise
             self._signal[key] = self._signal.get(key, 0.0) + signal
@@ -128,26 +128,26 @@ class Deviation:
 
     @property
     def by_tensor(self) -> dict[str, float]:
-        """The mean squared error of each tensor of the targets; with weights what that causes in the velocity, as in
+        """The mean squared error of each tensor of the targets; with costs what that causes in the velocity, as in
         ``error``.
         """
         return {key: noise / self._size[key] for key, noise in self._noise.items()}
 
     @property
     def error(self) -> float:
-        """Without weights the relative squared error, averaged over the tensors; with them the squared error that this
+        """Without costs the relative squared error, averaged over the tensors; with them the squared error that this
         causes in the velocity, to first order: the weighted squared error averaged over tokens and samples and summed
         over channels and tensors.
         """
-        if self._weights is not None:
+        if self._costs is not None:
             return float(np.sum(list(self.by_tensor.values())))
         relative = [noise / self._signal[key] if self._signal[key] > 0 else 0.0 for key, noise in self._noise.items()]
         return float(np.mean(relative))
 
 
-def stage_error(outputs: Sequence[State], targets: Sequence[State], weights: Weights | None = None) -> float:
+def stage_error(outputs: Sequence[State], targets: Sequence[State], costs: ChannelCosts | None = None) -> float:
     """``Deviation.error`` of a stage's outputs, over all calibration batches."""
-    deviation = Deviation(weights)
+    deviation = Deviation(costs)
     for output, target in zip(outputs, targets, strict=True):
         deviation.add(output, target)
     return deviation.error

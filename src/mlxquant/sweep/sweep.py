@@ -30,7 +30,7 @@ from .reconstruction import Reconstruction, reconstruct_stage
 from .rounding import Rounding
 from .sensitivity import measured, sensitivity_job
 from .store import Attentions, StageCheckpoint, StageResult, Store
-from .streams import Deviation, ExactStream, Passes, Weights
+from .streams import ChannelCosts, Deviation, ExactStream, Passes
 from .trial import NEAREST, Job, Transforms, Trial
 
 
@@ -175,7 +175,7 @@ class Sweep:
             self._job.teacher,
             targets,
             settings,
-            self._weights(stage, self._job.passes.sigmas),
+            self._costs(stage, self._job.passes.sigmas),
         )
         label = f"{stage.name}: {method}"
         codes, facts = reconstruct_stage(
@@ -187,7 +187,7 @@ class Sweep:
         changed = sum(int((values != goals[path].codes).sum()) for path, values in codes.items())
         return learned, {**facts, "flipped": changed / sum(values.size for values in codes.values())}
 
-    def _weights(self, stage: Stage, sigmas: Sequence[float]) -> Weights | None:
+    def _costs(self, stage: Stage, sigmas: Sequence[float]) -> ChannelCosts | None:
         return None if self._job.sensitivity is None else self._job.sensitivity.of_stage(stage.name, sigmas)
 
     def _judge(
@@ -198,7 +198,7 @@ class Sweep:
         """
         judged = range(len(self._job.passes)) if self._job.judged is None else self._job.judged
         wanted, kept = dict(zip(judged, targets, strict=True)), list[State]()
-        deviation = Deviation(self._weights(stage, self._job.passes.some(judged).sigmas))
+        deviation = Deviation(self._costs(stage, self._job.passes.some(judged).sigmas))
         ran = range(len(self._job.passes)) if keep else judged
         with swapped(self._job.adapter.module, trial.modules):
             for index in self._job.passes.progress(ran, f"{stage.name}: {trial.name}"):

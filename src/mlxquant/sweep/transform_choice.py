@@ -23,7 +23,7 @@ from .inputs import LayerInput
 
 
 @dataclass(frozen=True)
-class Reader:
+class Consumer:
     """A layer that reads a tensor: its input, what becomes of it, and what the layer's weight is now."""
 
     seen: LayerInput
@@ -32,7 +32,7 @@ class Reader:
 
 @dataclass(frozen=True)
 class Proposal:
-    """A tensor's transform, perhaps unchanged, and its readers' mean predicted error before and after."""
+    """A tensor's transform, perhaps unchanged, and its consumers' mean predicted error before and after."""
 
     transform: Transform
     before: float
@@ -43,33 +43,33 @@ class Proposal:
         return {"error_before": self.before, "error_after": self.after}
 
 
-def propose(method: str, readers: Sequence[Reader], place: Place, current: Transform) -> Proposal:
+def propose(method: str, consumers: Sequence[Consumer], place: Place, current: Transform) -> Proposal:
     """The best of what a registered transform proposes for a tensor that has ``current`` already; ``current`` where
     nothing is better.
     """
-    first = current.ranges(readers[0].seen.ranges)
-    weights = [current.weight(reader.seen.weight) for reader in readers]
-    best = before = _error(readers, current)
+    first = current.ranges(consumers[0].seen.ranges)
+    weights = [current.weight(consumer.seen.weight) for consumer in consumers]
+    best = before = _error(consumers, current)
     chosen = current
     for candidate in registry.get("transform", method).function(first, weights, place):
         transform = current.then(candidate)
-        error = _error(readers, transform)
+        error = _error(consumers, transform)
         if error < best:
             best, chosen = error, transform
     return Proposal(chosen, before, best)
 
 
-def _error(readers: Sequence[Reader], transform: Transform) -> float:
-    """The readers' mean output error with a transform, averaged over noise levels."""
+def _error(consumers: Sequence[Consumer], transform: Transform) -> float:
+    """The consumers' mean output error with a transform, averaged over noise levels."""
     errors = []
-    for reader in readers:
-        spec, weight = reader.spec, transform.weight(reader.seen.weight)
-        ranges = transform.ranges(reader.seen.ranges)
+    for consumer in consumers:
+        spec, weight = consumer.spec, transform.weight(consumer.seen.weight)
+        ranges = transform.ranges(consumer.seen.ranges)
         power = np.square(ranges.rows.reshape(-1, weight.shape[1])).sum(0, dtype=np.float64)
         grid = registry.get("steps", spec.steps).function(weight, spec.weight, Moments(np.diag(power), len(power)))
         rounded = grid.dequantize(grid.quantize(weight))
         table = None
         if spec.activation is not None:
             table = registry.get("range", "extremes").function(ranges, weight, spec.activation.bits)
-        errors.append(np.mean(OutputErrors(ranges, weight, reader.seen.costs)(table, rounded)))
+        errors.append(np.mean(OutputErrors(ranges, weight, consumer.seen.costs)(table, rounded)))
     return float(np.mean(errors))

@@ -67,7 +67,7 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Tensor:
+class SharedInput:
     """What ``edge.consumers`` read, all of them layers that are quantized; ``edge`` has only producers that are
     quantized with them.
     """
