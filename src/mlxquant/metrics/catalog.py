@@ -14,8 +14,8 @@ from .psnr import psnr
 from .ssim import ssim
 from .weights import Weights
 
-Place = str | Path | None
-Loader = Callable[[Place], Callable[..., Any]]
+Source = str | Path | None
+Loader = Callable[[Source], Callable[..., Any]]
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Metric:
         """The network's name, or nothing."""
         return self.weights.network if self.weights else ""
 
-    def load(self, place: Place = None) -> Callable[..., Any]:
+    def load(self, place: Source = None) -> Callable[..., Any]:
         """The metric, ready to be called; ``place`` is a file or folder with its network's weights, by default the
         hub's.
 
@@ -54,25 +54,25 @@ def _lpips(trunk: lpips.Trunk) -> Loader:
     return lambda place: lpips.load(trunk, place)
 
 
-def _clip_score(place: Place) -> clip_scores.ClipScore:
+def _clip_score(place: Source) -> clip_scores.ClipScore:
     return clip_scores.ClipScore(clip_files.load(place))
 
 
-def _clip_iqa(place: Place) -> clip_scores.ClipIqa:
+def _clip_iqa(place: Source) -> clip_scores.ClipIqa:
     return clip_scores.ClipIqa(clip_files.load(place))
 
 
-def _fid(place: Place) -> sets.SetMetric:
+def _fid(place: Source) -> sets.SetMetric:
     network = inception.load(place)
     return sets.frechet(network, network.title, network.published)
 
 
-def _kid(place: Place) -> sets.SetMetric:
+def _kid(place: Source) -> sets.SetMetric:
     network = inception.load(place)
     return sets.kernel_inception(network, network.title)
 
 
-def _cmmd(place: Place) -> sets.SetMetric:
+def _cmmd(place: Source) -> sets.SetMetric:
     network = clip_files.load_336(place)
     return sets.clip_discrepancy(
         lambda images: network.encode_images(images, largest_square), clip_files.L14_336.network

@@ -15,7 +15,7 @@ from .sd3.files import CHECKPOINT, HUB
 
 
 @dataclass(frozen=True)
-class Entry:
+class KnownModel:
     """Where an adapter is, the hub ids that stand for its model, and the file by which a local folder with its weights
     is known.
     """
@@ -36,10 +36,10 @@ class Entry:
 
 LANGUAGE = "mlx-lm"  # what any other hub id stands for
 MODELS = {
-    "mmdit-shapes": Entry("mlxquant.models.shapes.adapter", "MMDiTShapes"),
-    "sd3-medium": Entry("mlxquant.models.sd3.adapter", "SD3Medium", (HUB,), checkpoint=CHECKPOINT),
-    "gpt": Entry("mlxquant.qat.adapter", "TrainedGPT", ("gpt-python",), checkpoint="config.json", key="mlxquant"),
-    LANGUAGE: Entry("mlxquant.models.mlx_lm", "MLXLanguageModel", checkpoint="config.json", key="model_type"),
+    "mmdit-shapes": KnownModel("mlxquant.models.shapes.adapter", "MMDiTShapes"),
+    "sd3-medium": KnownModel("mlxquant.models.sd3.adapter", "SD3Medium", (HUB,), checkpoint=CHECKPOINT),
+    "gpt": KnownModel("mlxquant.qat.adapter", "TrainedGPT", ("gpt-python",), checkpoint="config.json", key="mlxquant"),
+    LANGUAGE: KnownModel("mlxquant.models.mlx_lm", "MLXLanguageModel", checkpoint="config.json", key="model_type"),
 }
 HUB_ID = r"[A-Za-z0-9][\w.-]*/[\w.-]+"
 

@@ -22,7 +22,7 @@ from ..methods.transforms import smoothquant
 from ..numerics.arrays import Array
 from ..sweep.inputs import DecidedInput, Options, TierTables, mean_error
 
-Tables = dict[str, ActivationTable]
+LayerTables = dict[str, ActivationTable]
 WEIGHTS = WeightFormat(bits=4)
 
 
@@ -38,7 +38,7 @@ class Division:
     divisor: Array
     applied: bool
     facts: dict[str, Any]
-    tables: Tables
+    tables: LayerTables
 
 
 def try_division(

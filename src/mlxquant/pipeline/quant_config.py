@@ -21,7 +21,7 @@ import numpy as np
 from ..files.checked import read_json, understood, write_json
 from ..grids.tables import ActivationTable
 from ..numerics.arrays import Array
-from .divisions import Division, Tables
+from .divisions import Division, LayerTables
 from .ledger import read_npz, write_npz
 
 KIND = "quant-config"
@@ -39,12 +39,12 @@ class QuantConfig:
     facts: dict[str, Any]
     step_keys: tuple[str, ...]
     sigmas: Array
-    plain: Tables
+    plain: LayerTables
     layers: dict[str, dict[str, Any]]
     smoothquant: dict[str, Division]
     migration: dict[str, Division]
 
-    def tables(self, smoothed: bool = False, migrated: bool = False) -> Tables:
+    def tables(self, smoothed: bool = False, migrated: bool = False) -> LayerTables:
         """Each layer's table; with ``smoothed`` or ``migrated`` that of the divided input where the division was
         applied.
         """
@@ -86,7 +86,7 @@ class QuantConfig:
         data["sidecar"] = {"file": sidecar.name, "sha256": write_npz(sidecar, vectors)}
         write_json(path, KIND, data)
 
-    def _entries(self, tables: Tables, name: str, vectors: dict[str, Array]) -> dict[str, dict[str, Any]]:
+    def _entries(self, tables: LayerTables, name: str, vectors: dict[str, Array]) -> dict[str, dict[str, Any]]:
         """Entries by step key and layer; shifts [T,in] go to ``vectors`` under ``{layer}__{name}`` and are null
         here.
         """
@@ -148,7 +148,7 @@ class _StoredTables:
     sigmas: Array
     vectors: dict[str, Array]
 
-    def tables(self, entries: Mapping[str, Mapping[str, Any]], name: str) -> Tables:
+    def tables(self, entries: Mapping[str, Mapping[str, Any]], name: str) -> LayerTables:
         return {
             layer: self._table(layer, [entries[key][layer] for key in self.keys], name)
             for layer in entries[self.keys[0]]

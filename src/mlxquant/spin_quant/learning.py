@@ -33,7 +33,7 @@ from ..sweep.layer import quantize_layer
 from . import rotations
 from .network import Precision, SpinNetwork
 from .residual_stream import residual_stream
-from .rotations import Arrays, hold_heads
+from .rotations import Rotations, hold_heads
 
 BITS = (4, 6, 8)  # of activations
 CITATION = """@inproceedings{liu2025spinquant,
@@ -291,9 +291,9 @@ class SpinQuant:
             )
 
 
-def _each(change: Callable[[Any], Any], arrays: Arrays) -> Arrays:
+def _each(change: Callable[[Any], Any], arrays: Rotations) -> Rotations:
     return {"residual": change(arrays["residual"]), "values": [change(value) for value in arrays["values"]]}
 
 
-def _floats(rotations: Arrays) -> Arrays:
+def _floats(rotations: Rotations) -> Rotations:
     return _each(lambda value: mx.array(value, mx.float32), rotations)

@@ -21,7 +21,7 @@ from ..grids.weights import WeightFormat
 from ..layers.tree import get_module, swapped
 from ..numerics.hadamard import block_size, rotated_blocks
 from .residual_stream import ResidualStream
-from .rotations import Arrays, Turn, folded, hold_heads
+from .rotations import Rotations, Turn, folded, hold_heads
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class SpinNetwork:
             path: precision.block(stream, path, linear.weight.shape[1]) for path, linear in self._linears.items()
         }
         self._reader = None if precision.activation is None else TokenReader(precision.activation)
-        self.rotations: Arrays = {}
+        self.rotations: Rotations = {}
         self._layers: dict[str, nn.Module] = {path: _SpinLinear(self, path) for path in self._linears}
         self._layers |= {path: _plain_norm(get_module(model, path)) for path in stream.norms}
         self._layers |= {path: _SpinEmbedding(self, get_module(model, path)) for path in stream.embeddings}
@@ -83,7 +83,7 @@ class SpinNetwork:
             with swapped(self._model, held):
                 yield
 
-    def loss(self, rotations: Arrays, tokens: mx.array) -> mx.array:
+    def loss(self, rotations: Rotations, tokens: mx.array) -> mx.array:
         """Mean cross-entropy of the next token, nats, of tokens int32 [B,T]; only while the network is installed."""
         self.rotations = rotations
         logits = self._model(tokens[:, :-1])

@@ -21,7 +21,7 @@ from ..layers.turned_norm import TurnedNorm
 from ..numerics import cayley
 from .residual_stream import ResidualStream, Values, residual_stream, untie
 
-Arrays = dict[str, Any]  # "residual" [D,D] and "values", a list of [heads,size,size] by layer
+Rotations = dict[str, Any]  # "residual" [D,D] and "values", a list of [heads,size,size] by layer; of NumPy or MLX
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ class Affine:
             layer.bias = self.bias.astype(dtype)
 
 
-def start(stream: ResidualStream, kind: str, seed: int) -> dict[str, Any]:
-    """Rotations to start from, NumPy float64: a dictionary like ``Arrays``."""
+def start(stream: ResidualStream, kind: str, seed: int) -> Rotations:
+    """Rotations to start from, NumPy float64."""
     rng = np.random.default_rng(seed)
     residual = cayley.start(kind, stream.width, stream.centred, rng)
     values = [np.stack([cayley.start(kind, v.size, False, rng) for _ in range(v.heads)]) for v in stream.values]
@@ -84,7 +84,7 @@ class Turn:
         self._written = {values.writer: (at, values) for at, values in enumerate(stream.values)}
         self._read = {values.reader: (at, values) for at, values in enumerate(stream.values)}
 
-    def __call__(self, path: str, linear: Affine, rotations: Arrays) -> Affine:
+    def __call__(self, path: str, linear: Affine, rotations: Rotations) -> Affine:
         """The linear at ``path`` on rotated inputs, with rotated outputs. MLX can differentiate it."""
         weight, bias = linear.weight, linear.bias
         if path in self._reads:
@@ -129,7 +129,7 @@ def hold_heads(model: nn.Module, stream: ResidualStream, bits: int) -> dict[str,
     return modules | {path: HeldHeads(get_module(model, path), size, bits, turned=False) for path in stream.held}
 
 
-def rotate(model: nn.Module, rotations: Arrays) -> bool:
+def rotate(model: nn.Module, rotations: Rotations) -> bool:
     """Fold rotations into a model, in place and in its dtypes. The function stays the same, up to their roundings.
 
     Returns whether stock code still loads it, with ``tie_word_embeddings: false`` where its output was tied. A model

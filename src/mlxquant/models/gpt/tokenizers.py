@@ -9,33 +9,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
 from ...errors import AdapterError, ArtifactError
+from ..language import Tokens
 
-Tokens = npt.NDArray[np.int32]
 BYTES = 256
-
-
-class Tokenizer(Protocol):
-    """``facts`` are plain data from which ``tokenizer_from_facts`` makes the same tokenizer again."""
-
-    level: ClassVar[str]
-
-    @property
-    def vocab_size(self) -> int: ...
-
-    @property
-    def facts(self) -> dict[str, Any]: ...
-
-    def encode(self, text: str) -> Tokens: ...
-
-    def decode(self, ids: Iterable[int]) -> str: ...
-
-    def files(self) -> dict[str, str]: ...
 
 
 class ByteTokenizer:
