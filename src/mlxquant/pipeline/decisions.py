@@ -1,8 +1,9 @@
-"""Where activation statistics become decisions: bits, shifts and divisions of every layer's input.
+"""The step that turns activation statistics into a quantization config: bits, shifts and divisions of every layer's
+input.
 
-``input_tables`` decides on bits and shifts, a layer at a time, ``divisions`` on SmoothQuant and the integer migration.
-Everything that was compared is recorded, also where it was not taken. Methods see arrays and the adapter names the
-layers; this file knows both.
+``sweep.inputs`` decides on bits and shifts, a layer at a time, ``divisions`` on SmoothQuant and the integer migration;
+this file knows which layers read the same tensor, and writes down everything that was compared, also where it was not
+taken. It refuses statistics of another model.
 """
 
 from __future__ import annotations

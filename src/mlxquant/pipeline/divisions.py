@@ -1,8 +1,8 @@
-"""Dividing the channels of an input so that one step serves them all: SmoothQuant, and TaQ-DiT's integer migration
-after a GELU.
+"""Whether to divide the channels of an input, for the step-by-step pipeline: SmoothQuant, and TaQ-DiT's integer
+migration after a GELU.
 
 A division multiplies columns of the weight, so it is judged by the error of inputs and 4-bit weights together, at
-unchanged bits; where it lowers that, the divided input gets bits of its own. Arrays only; ``folds`` and
+unchanged bits; where it lowers that, the divided input gets bits of its own. Arrays only; ``sweep.folding`` and
 ``QuantizedLinear`` do the dividing.
 """
 

@@ -1,4 +1,4 @@
-"""Transform a tensor inside a model without changing what the model computes.
+"""Put a transform of a tensor into the weights around it, so that the model computes what it computed before.
 
 ``(X / d) (W diag d)^T = X W^T``: the consumers' columns are multiplied by d, and what writes the tensor divides by d
 instead; channels that are mixed or change places are treated alike. Methods choose the transform; adapters know, as

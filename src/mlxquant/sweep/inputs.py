@@ -1,8 +1,10 @@
-"""How the input of one layer is quantized: its bits at each timestep, its steps, and whether it is shifted after a
-GELU.
+"""Choose the table of one layer's input: its bits at each noise level, its steps, and whether it is shifted.
 
-A tier rule chooses the bits; the post-GELU shift is taken where it lowers the layer's error. Everything that was
-compared is recorded, also where it was not taken. Arrays only: whoever calls this knows which layer they are of.
+Three ask: the sweep, by a recipe (``choose_table``); the allocation, which wants to know what each number of bits
+would cost (``errors_by_tier``); and the step-by-step pipeline, by its own options and with all facts
+(``decide_input``). A tier rule chooses the bits; the shift of what a GELU wrote is taken where it lowers the layer's
+error. Everything that was compared is recorded, also where it was not taken. Arrays only: whoever calls this knows
+which layer they are of.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""One layer by its specification: its weight rounded; the scales of its input are ``inputs``'."""
+"""One layer's weight by its specification: branch, steps, codes and dampings. What becomes of its input is
+``inputs``'.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Reconstruct a stage: learn how its weights are rounded from what the whole stage writes, both streams, activations
-quantized.
+"""Learn the codes of a stage's layers together, by gradients of the error in what the whole stage writes.
 
 The stage runs with soft weights in the places of its layers and with a straight-through estimator wherever activations
 are rounded, so that the error reaches the layers before: query, key, value and the first MLP layer. Minibatches mix

@@ -1,8 +1,23 @@
-"""What a stage is tried with: its layers rounded, perhaps after their inputs were transformed.
+"""Round the layers of one stage in all the ways that are to be compared: the trials that a sweep judges.
 
-A tensor that several layers read gets one transform for all of them. What the layers that write it can absorb is folded
-into them while the stage is rounded; the rest the quantized layers do while they run. The full-precision stage stays as
-it is afterwards.
+A trial is a set of quantized layers for the stage. To make one, the stage runs over the calibration data while every
+layer is watched, and methods turn what was seen into codes and tables. That run is what costs, so ways that see the
+same inputs (as specified, to nearest, without branches, without shifts) share it, and a layer that two ways treat
+alike is rounded once.
+
+Where a layer's input is transformed, a tensor that several layers read gets one transform for all of them. What the
+layers that write it can absorb is folded into them, in the model itself, while the stage is rounded; the rest the
+quantized layers do while they run. The order matters and is the contract of ``_trials``:
+
+- first the folding, so that what is seen is what the layers will be given;
+- then, a group of layers at a time, statistics and rounding. All layers are one group, unless the recipe is
+  sequential: then a group hangs on none but rounded ones, which stand in place while it is watched. Of several ways it
+  is those of the first that stand there;
+- statistics are dropped layer by layer: moments are the largest thing in memory;
+- at the end the folding is undone, exactly. The full-precision stage is as it was.
+
+It refuses nothing by itself: a layer that no batch reaches, and values that are not finite, are errors of the
+collector and of the methods, which name the layer.
 """
 
 from __future__ import annotations
@@ -41,16 +56,11 @@ class Rounding:
     def __init__(
         self, job: Job, stage: Stage, specs: Mapping[str, LayerSpec], inputs: Sequence[State], attentions: Attentions
     ):
-        self._job, self._stage, self._specs, self._inputs, self._attentions = (
-            job,
-            stage,
-            dict(specs),
-            inputs,
-            attentions,
-        )
+        self._job, self._stage, self._specs = job, stage, dict(specs)
+        self._inputs, self._attentions = inputs, attentions
         self._linears = {path: layer for path, layer in job.adapter.linears().items() if path in specs}
         self._after = {path: edge.after for edge in job.adapter.edges() for path in edge.consumers}
-        self._ranges: dict[str, InputRanges] = {}
+        self._ranges: dict[str, InputRanges] = {}  # of untransformed inputs, kept by ``first`` for ``propose``
 
     @property
     def transforms(self) -> list[str]:
@@ -131,6 +141,7 @@ class Rounding:
         return self._trials({name: self._specs}, transforms)[0]
 
     def _trials(self, ways: Mapping[str, Specs], transforms: Transforms, keep_ranges: bool = False) -> list[Trial]:
+        """One trial for each way, in their order, with these transforms; what comes before what is told above."""
         trials = [Trial(name, attentions=self._attentions) for name in ways]
         with self._applied(transforms) as (online, folded):
             for group in self._groups:
@@ -139,7 +150,7 @@ class Rounding:
                     self._ranges |= {path: statistics[path].ranges for path in group}
                 for path in self._job.passes.progress(group, f"{self._stage.name}: rounding"):
                     found: dict[LayerSpec, Rounded] = {}
-                    seen = statistics.pop(path)
+                    seen = statistics.pop(path)  # the last reference, but for layers that share it and come later
                     for trial, specs in zip(trials, ways.values(), strict=True):
                         if (spec := specs[path]) not in found:
                             found[spec] = self._rounded(path, spec, seen, online[path], folded)
@@ -230,6 +241,7 @@ class Rounding:
         elif spec.activation is not None:
             table = preset.table
             if table is None:
+                # Rotated channels are mixtures: what a GELU wrote cannot be told from them any more.
                 after = self._after.get(path, "") if transform.block == 1 else ""
                 read = self._input(path, spec.activation, statistics.ranges, rounded.weight, folded)
                 table = choose_table(read, spec.activation, after, lambda: np.array(rounded.layer.dequantized()))

@@ -1,5 +1,5 @@
-"""Hidden states on their way through a model, stage by stage: what the full-precision model writes, and how far another
-is from it.
+"""Hidden states on their way through a model, a stage at a time: forward passes, what the full-precision model writes,
+and how far another is from it.
 """
 
 from __future__ import annotations

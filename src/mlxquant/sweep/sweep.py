@@ -1,13 +1,26 @@
-"""The sweep: where models and methods meet.
+"""The sweep: quantize a model stage by stage, and keep for each stage the trial that writes the least error. This is
+where models and methods meet.
 
-Two streams of hidden states go through the model side by side, one full-precision and one quantized. At each stage
-(embedders, a block, the head) the quantized stream shows every layer the inputs that it will really get, the methods
-turn weights and statistics into codes and activation tables, a reconstruction may then learn the codes of the stage
-together, and what was tried is compared, hard-rounded, with plain round-to-nearest; the best stays. Nothing is cached
-to disk but results: with a store, a killed sweep resumes in the stage it was in and ends with the same bytes.
+A layer has to be rounded for the inputs that it will really get, and those are what the quantized layers before it
+write. So two streams of hidden states go through the model side by side: the exact one, which says what each stage
+(embedders, a block, the head) should write, and the quantized one, which says what its layers read. For each stage
 
-Three copies of the hidden states are held at most: what enters the quantized stage, what it writes, and what the exact
-one writes. Where rounding looks at both streams, what enters the exact one is a fourth.
+1. the exact stream goes first, and what it writes are the targets;
+2. the layers are rounded for what the quantized stream brings, in several ways: as the recipe says, to nearest, and
+   without each part that has to show that it helps (``rounding``);
+3. transforms of the layers' inputs are tried one on top of the other, and each stays only if the error falls
+   (``transform_choice``, ``folding``);
+4. where the recipe asks for it, the codes of all layers are learned together (``reconstruction``);
+5. the trial whose hard-rounded stage is nearest to the targets is put into the model, and the quantized stream goes on
+   through it.
+
+Step 1 comes before step 5 because both streams run through the same modules: once a stage holds quantized layers there
+is no exact one any more. Nothing is kept that judges worse than what it was compared with. A stage that writes NaN is
+an error that names it, except after a transform, which is then not kept; its report says so.
+
+Nothing is cached to disk but results: with a store, a killed sweep resumes in the stage it was in and ends with the
+same bytes. Three copies of the hidden states are held at most: what enters the quantized stage, what it writes, and
+what the exact one writes. Where rounding looks at both streams, what enters the exact one is a fourth.
 """
 
 from __future__ import annotations
@@ -43,15 +56,21 @@ class Sweep:
     def run(
         self, stages: Sequence[Stage], states: list[State] | OnDemand, store: Store | None = None
     ) -> list[dict[str, Any]]:
-        """Quantize the model in place; ``states`` enter the first of ``stages``. Returns one dictionary of
-        facts a stage.
+        """Quantize the model in place. Stages after the last that has anything to quantize do not run.
 
-        ``states`` is cleared as soon as they have left that stage, so that nobody keeps them in memory. Stages after
-        the last that has anything to quantize do not run.
+        Args:
+            stages: The end of the model's chain, or all of it.
+            states: What enters the first of them, one state a batch. The list is cleared as soon as they have left that
+                stage, so that nobody keeps them in memory.
+            store: Where finished stages are, and go.
+
+        Returns:
+            One dictionary of facts a stage, plain data.
         """
         last = max(index for index, stage in enumerate(stages) if any(stage.owns(path) for path in self._job.plan))
         facts = []
         for stage in stages[: last + 1]:
+            # Before anything of this stage is replaced, and also where the store has it: the exact stream must go on.
             targets, goes_on = self._job.teacher.targets(stage), stage is not stages[last]
             result = store.load(stage, self._job.adapter.clock) if store is not None else None
             if result is None:
@@ -60,12 +79,12 @@ class Sweep:
                 )
                 if store is not None:
                     store.save(stage, result)
-            for path, module in result.modules.items():
+            for path, module in result.modules.items():  # from here on the stage is quantized, and stays so
                 set_module(self._job.adapter.module, path, module)
             left = states
             if goes_on:
                 states = result.outputs or self._job.passes.through(stage, states)
-            left.clear()
+            left.clear()  # only now: the stage may just have run on them again
             facts.append(result.facts)
         return facts + [untouched(stage).facts for stage in stages[last + 1 :]]
 
@@ -77,19 +96,28 @@ class Sweep:
         checkpoint: StageCheckpoint | None = None,
         keep: bool = True,
     ) -> StageResult:
-        """Quantize one stage on the quantized stream's ``inputs`` towards what the full-precision stream writes.
+        """Quantize one stage. Its layers in the model are full-precision and stay so; the result holds the others.
 
-        The stage's layers in ``adapter.module`` are still full-precision and stay so; the result holds the quantized
-        ones. Of what was tried (learned codes, what they started from, that without its branches or shifts, round to
-        nearest) the hard-rounded stage with the least error is kept; of the transforms each that lowers the error is.
-        What was likely to be the best is tried last, and the result has outputs only if it was, and only to ``keep``
-        them.
+        Args:
+            stage: A stage of the chain.
+            inputs: What the quantized stream brings to it, one state a batch.
+            targets: What the exact stream writes, one state for each batch that is judged.
+            checkpoint: Where learning keeps how far it is.
+            keep: Whether somebody wants what the stage then writes. What is likely to be the best is tried last, so
+                that its outputs can be kept while it is judged; the result has them only if it was the best.
+
+        Returns:
+            The best trial's layers and attentions, and facts about all trials.
+
+        Raises:
+            NumericsError: A trial writes NaN.
+            RecipeError: Layers of the stage want to be learned in different ways.
         """
         specs = {path: spec for path, spec in self._job.plan.items() if stage.owns(path)}
         if not specs:
             return untouched(stage)
         bits, attentions = self._job.recipe.probabilities, Attentions()
-        if bits is not None:
+        if bits is not None:  # first, and once: every trial has these attentions
             attentions = quantize_probabilities(self._job.passes, stage, inputs, bits)
         rounding = Rounding(self._job, stage, specs, inputs, attentions)
         specified, *others = rounding.first()
@@ -98,7 +126,7 @@ class Sweep:
         ends_here = not specified.goals and not rounding.transforms  # then nothing is tried after it
         self._judge(stage, specified, inputs, targets, keep=keep and ends_here)
         start = best_of([trial for trial in (specified, *others) if trial.name != NEAREST] or [specified])
-        rounding.adopt(start.name)
+        rounding.adopt(start.name)  # transforms are tried on what is left of the specifications
         for trial in (specified, *others):
             if trial is not start:
                 trial.goals = {}  # they hold moments and weights, and nobody learns from this trial

@@ -1,5 +1,5 @@
-"""Which of the transforms that a method proposes a tensor gets: that with the least error in the outputs of the layers
-that read it.
+"""Which of the transforms that a method proposes a tensor gets: the one with the least predicted error in the outputs
+of the layers that read it.
 
 The error is predicted on sampled inputs, with weights rounded to nearest in the layers' formats and inputs quantized
 over their extremes: cheap enough to try everything that is proposed. Whether it helps the whole block is for the sweep

@@ -1,4 +1,6 @@
-"""What a sweep shares between its stages, and one way to quantize a stage that can be compared with others."""
+"""Records of a sweep: the job, which is the same for all stages, and the trial, one way to quantize a stage, with its
+error.
+"""
 
 from __future__ import annotations
 
