@@ -11,7 +11,8 @@ import pytest
 from mlxquant.errors import AdapterError
 from mlxquant.layers.attention import ShownAttention
 from mlxquant.layers.tree import find_linears, swapped, tapped
-from mlxquant.models.adapter import Adapter
+from mlxquant.models.adapter import Adapter, written
+from mlxquant.sweep.folding import divide
 
 ROLES = {"attention", "mlp", "modulation", "embedder", "output"}
 
@@ -55,6 +56,38 @@ class AdapterContract(ABC):
         for path in adapter.linears():
             assert sum(stage.owns(path) for stage in adapter.stages) == 1, path
             assert adapter.role(path) in ROLES
+
+    def test_blocks_hand_on_what_they_do_not_change(self, adapter, inputs):
+        extra = mx.zeros((2, 1))
+        with adapter.clock.at(0.5):
+            state = adapter.stages[0].run(adapter.state(*inputs, 0.5)) | {"extra": extra}
+            for block in adapter.blocks:
+                after = block.run(state)
+                assert after["extra"] is extra
+                assert set(written(after, state)) < set(after)
+                state = after
+
+    def test_layers_read_one_tensor_each(self, adapter):
+        linears, read = adapter.linears(), [path for edge in adapter.edges() for path in edge.consumers]
+        assert len(read) == len(set(read))
+        assert set(read) <= set(linears)
+        for edge in adapter.edges():
+            width = {linears[path].weight.shape[1] for path in edge.consumers}
+            assert len(width) == 1
+            for fold in (*edge.folds, *edge.reorders):
+                assert {fold.stop - fold.start} == width
+                assert fold.stop <= linears[fold.path].weight.shape[0]
+
+    def test_folding_leaves_the_function(self, adapter, inputs):
+        exact = np.array(adapter.velocity(*inputs, 0.5))
+        for edge in adapter.edges():
+            if edge.folds:
+                width = adapter.linears()[edge.consumers[0]].weight.shape[1]
+                divisor = np.random.default_rng(0).uniform(0.5, 2, width).astype(np.float32)
+                undo = divide(adapter.module, edge, divisor)
+                folded = np.array(adapter.velocity(*inputs, 0.5))
+                undo()
+                np.testing.assert_allclose(folded, exact, atol=5e-3 * np.abs(exact).max(), err_msg=str(edge.consumers))
 
     def test_every_linear_is_reached_by_its_stage(self, adapter, inputs):
         seen = set()

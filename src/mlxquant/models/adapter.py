@@ -1,8 +1,23 @@
-"""The contract between a model and everything else. Methods see arrays, the sweep sees stages, and only an adapter
+"""The contract between a model and everything else: methods see arrays, the sweep sees stages, and only an adapter
 knows its host.
 
-A model is a chain of stages (embedders, blocks, head) that pass a state from one to the next; the chain equals the
-model. That is all a block-by-block quantizer needs.
+A model is told as a chain of stages (embedders, blocks, head). Each maps a state, a dictionary of arrays, to the next
+state, and the chain as a whole computes what the model computes. That is all that a quantizer needs which works stage
+by stage: it can run one stage alone, watch its layers, put others in their places, and compare what it then writes. A
+state instead of a call with arguments is what lets one sweep serve pictures, with two streams of tokens and a
+conditioning, and text, with one.
+
+What an adapter promises; ``tests/support/adapter_contract`` holds every picture model to it:
+
+- The chain computes what the model computes, for a batch as for its rows one by one.
+- Stages name the modules that they use, and no Linear belongs to two. Modules are looked up when a stage runs, never
+  kept, so that whatever stands at their paths by then is what runs: taps, stand-ins and quantized layers are put
+  there.
+- A stage hands on an array that it does not change as the very same object: that is how one tells what it ``written``.
+- The clock is set around every forward pass, because quantized layers look their tables up at the time that it shows.
+- An edge (who reads the same tensor, and who writes it) never lies: folding by it leaves the function the same.
+
+An adapter refuses what its host cannot do with an AdapterError, before anything long starts.
 """
 
 from __future__ import annotations
@@ -40,8 +55,12 @@ def written(outputs: State, inputs: State) -> list[str]:
 
 @dataclass(frozen=True)
 class Stage:
-    """One link of the chain: ``run`` maps state to state and uses only modules below ``prefixes``. Blocks, the links
-    between the first and the last, pass on what they do not know.
+    """One link of the chain. Blocks, the links between the first and the last, pass on what they do not know.
+
+    Attributes:
+        name: Unique in the model; names files and rows of reports.
+        prefixes: Paths in the module tree; it uses only modules at or below them.
+        run: Maps the state that enters to the one that leaves, not evaluated.
     """
 
     name: str
@@ -49,6 +68,7 @@ class Stage:
     run: Callable[[State], State]
 
     def owns(self, path: str) -> bool:
+        """Whether the module at ``path`` is one of this stage's."""
         return any(path == prefix or path.startswith(prefix + ".") for prefix in self.prefixes)
 
 
@@ -83,12 +103,17 @@ class Fold:
 
 @dataclass(frozen=True)
 class Edge:
-    """``consumers`` read one and the same tensor. Where ``folds`` are given, its channels can be divided by any
-    positive vector by changing those producers alone; where there are none, whoever wants to divide has to do it while
-    the model runs. Inside of runs of ``mixes`` channels (1: none) the producers can absorb any linear mixing as well.
-    ``reorders`` are producers whose rows are the tensor's channels up to a nonlinearity, so that its channels can be
-    put in any order. ``after`` names the nonlinearity that wrote the tensor, such as "gelu", and with it the skew of
-    what is in it.
+    """A tensor inside the model: who reads it, and what can be folded into what wrote it.
+
+    Attributes:
+        consumers: Paths of the Linears that read one and the same tensor.
+        folds: Producers by which its channels can be divided by any positive vector, all of them together. Where there
+            are none, whoever wants to divide has to do it while the model runs.
+        after: The nonlinearity that wrote the tensor, such as "gelu", and with it the skew of what is in it; "" where
+            there is none.
+        mixes: Inside of runs of so many channels the producers can absorb any linear mixing as well; 1 for none.
+        reorders: Producers whose rows are the tensor's channels up to a nonlinearity, so that its channels can be put
+            in any order.
     """
 
     consumers: tuple[str, ...]
@@ -99,24 +124,34 @@ class Edge:
 
 
 class Adapter(ABC):
-    """A model, seen from the outside. Subclasses fill in the abstract members; the rest follows from them."""
+    """A model, seen from the outside. Subclasses fill in the abstract members; the rest follows from them.
 
-    name: str  # as on the command line
-    module: nn.Module  # the tree that holds every parameter that is saved
-    clock: Clock  # set around every forward pass
-    batch: int = 16  # samples that run at once
-    samples: int | None = None  # default number of samples that calibrate a sweep; None takes all
-    rows: int = 16  # of a batch that one backward pass through a block may have
-    draws: bool = True  # from noise, by the velocity that it predicts at each noise level; False where it writes text
-    place: str = (
-        ""  # where weights that ``module`` does not hold come from: a folder, a hub id, or "" for the usual one
-    )
+    Attributes:
+        name: As on the command line.
+        module: The tree that holds every parameter that is saved.
+        clock: Shows the noise level, set around every forward pass.
+        batch: How many samples run at once.
+        samples: How many samples calibrate a sweep where nobody says; None takes all.
+        rows: How many samples one backward pass through a block may have: what memory allows.
+        draws: Whether it draws from noise, by the velocity that it predicts at each noise level; False where it writes
+            text.
+        place: Where weights that ``module`` does not hold come from: a folder, a hub id, or "" for the usual one.
+    """
+
+    name: str
+    module: nn.Module
+    clock: Clock
+    batch: int = 16
+    samples: int | None = None
+    rows: int = 16
+    draws: bool = True
+    place: str = ""
     _hooks: Mapping[str, StageHook] = MappingProxyType({})  # by stage, set by ``hooked``
 
     @property
     @abstractmethod
     def stages(self) -> tuple[Stage, ...]:
-        """The chain, from what the model reads to what it predicts."""
+        """The chain, from what the model reads to what it predicts; at least two. The same objects every time."""
 
     @property
     def blocks(self) -> tuple[Stage, ...]:
@@ -125,34 +160,55 @@ class Adapter(ABC):
 
     @abstractmethod
     def role(self, path: str) -> str:
-        """What a Linear is for: attention, mlp, modulation, embedder or output."""
+        """What a Linear is for, so that recipes can treat layers alike without naming them.
+
+        Args:
+            path: One of ``linears``.
+
+        Returns:
+            "attention", "mlp", "modulation", "embedder" or "output".
+        """
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
-        """Plain data from which ``blank`` rebuilds the structure (without weights)."""
+        """Plain data, as JSON has it, from which ``blank`` rebuilds the structure (without weights). Saved with a
+        quantized model.
+        """
 
     @classmethod
     @abstractmethod
     def blank(cls, description: dict[str, Any]) -> Self:
-        """The same structure with unspecified weights, for loading."""
+        """The same structure with unspecified weights, for loading.
+
+        Args:
+            description: What ``describe`` gave, perhaps in an earlier release.
+        """
 
     def twin(self) -> Self:
-        """The same structure with unspecified weights; what is outside of ``module`` is shared."""
+        """The same structure with unspecified weights; what is outside of ``module``, such as text encoders, is
+        shared.
+        """
         return type(self).blank(self.describe())
 
     def save_beside(self, folder: Path) -> str:
-        """Write what a saved model needs besides its parameters into ``folder``; returns the place to load that from,
-        as seen there.
+        """Write what a saved model needs besides its parameters.
+
+        Args:
+            folder: Where the model is being saved.
+
+        Returns:
+            The ``place`` to load that from, as seen from the folder.
         """
         return relative_place(self.place, folder)
 
     def edges(self) -> tuple[Edge, ...]:
         """Which layers read the same tensor, and what can be folded into what wrote it. Each layer is in at most one
-        edge.
+        edge; a layer in none is taken to read a tensor of its own.
         """
         return ()
 
     def linears(self) -> dict[str, nn.Linear]:
+        """The full-precision Linears that a recipe may quantize, by path, in the order of the module tree."""
         return find_linears(self.module)
 
     def roles(self) -> dict[str, str]:
@@ -181,7 +237,15 @@ class Adapter(ABC):
                 )
 
     def run(self, state: State, sigma: float | npt.NDArray[Any]) -> State:
-        """Send a state through the chain, at one noise level or at one for each sample; evaluated."""
+        """Send a state through the whole chain.
+
+        Args:
+            state: What enters the first stage.
+            sigma: The noise level, or one for each sample [B].
+
+        Returns:
+            What leaves the last stage, evaluated.
+        """
         with self.clock.at(sigma):
             for stage in self.stages:
                 state = self._hooks.get(stage.name, stage.run)(state)
@@ -191,10 +255,17 @@ class Adapter(ABC):
 
 @contextmanager
 def hooked(adapter: Adapter, names: Iterable[str], observe: Observe) -> Iterator[None]:
-    """Call ``observe(name, inputs, outputs)`` for each of these stages in the forward passes inside.
+    """Show what enters and leaves some stages in the forward passes of ``Adapter.run`` inside. The hooks are gone
+    afterwards, also after an exception.
 
-    The states are not evaluated yet; an observer keeps what it needs and evaluates everything at once. The hooks are
-    gone afterwards, also after an exception. Raises AdapterError on a stage that the model does not have.
+    Args:
+        adapter: The model.
+        names: Of the stages to watch.
+        observe: Called as ``observe(name, inputs, outputs)``. The states are not evaluated yet: an observer keeps what
+            it needs and evaluates everything at once.
+
+    Raises:
+        AdapterError: The model does not have one of the stages.
     """
     before, runs = adapter._hooks, {stage.name: stage.run for stage in adapter.stages}
     names = list(names)

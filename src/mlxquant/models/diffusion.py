@@ -21,12 +21,20 @@ from .adapter import Adapter, State
 
 
 class DiffusionAdapter(Adapter):
-    """A model that draws pictures. Its chain leads from {latent, tokens, pooled, t} to {velocity}."""
+    """A model that draws pictures. Its chain leads from {latent [B,H,W,C], tokens [B,T,E], pooled [B,P], t [B]} to
+    {velocity [B,H,W,C]}.
 
-    shift: float = 1.0  # of the noise schedule
-    steps: int = 28  # default number of sampler steps
-    cfg: float = 1.0  # default guidance
-    latent_shape: tuple[int, int, int]  # H, W, C
+    Attributes:
+        shift: Of the noise schedule.
+        steps: Sampler steps where nobody says.
+        cfg: Guidance where nobody says.
+        latent_shape: H, W, C.
+    """
+
+    shift: float = 1.0
+    steps: int = 28
+    cfg: float = 1.0
+    latent_shape: tuple[int, int, int]
 
     @property
     def size(self) -> int:
@@ -35,42 +43,91 @@ class DiffusionAdapter(Adapter):
 
     @abstractmethod
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """Text conditioning of prompts; the empty prompt is the unconditional one."""
+        """Text conditioning.
+
+        Args:
+            prompts: B of them; the empty prompt is the unconditional one.
+
+        Returns:
+            Tokens float32 [B,T,E] and pooled float32 [B,P].
+        """
 
     def prepare(self, prompts: Iterable[Prompt]) -> None:
         """Encode prompts, and the empty one, all at once: an adapter that remembers them reads heavy text encoders only
         here.
+
+        Args:
+            prompts: All that will be drawn; equal texts are encoded once.
         """
         self.encode([*dict.fromkeys(prompt.text for prompt in prompts), ""])
 
     @abstractmethod
     def decode(self, latent: mx.array) -> npt.NDArray[np.float32]:
-        """Latents [B,H,W,C] to pictures [B,height,width,3] in [0,1]."""
+        """Latents to pictures.
+
+        Args:
+            latent: [B,H,W,C].
+
+        Returns:
+            float32 [B,height,width,3] in [0,1].
+        """
 
     def resize(self, size: int) -> None:
-        """Draw pictures of this many pixels a side from now on; AdapterError where the model cannot."""
+        """Draw pictures of another size from now on.
+
+        Args:
+            size: Pixels of a side.
+
+        Raises:
+            AdapterError: The model cannot.
+        """
         raise AdapterError(f"{self.name} draws pictures of one size only; leave --size out")
 
     @abstractmethod
     def prompts(self, purpose: str, count: int, seed: int = 0) -> list[Prompt]:
-        """The model's own prompts for "calibration" or "evaluation", disjoint; ``seed`` shifts the noise seeds."""
+        """The model's own prompts.
+
+        Args:
+            purpose: "calibration" or "evaluation"; the two are disjoint.
+            count: How many.
+            seed: Shifts the seeds of their noise.
+
+        Raises:
+            AdapterError: Another purpose, or more than there are.
+        """
 
     def attributes(self, images: npt.NDArray[Any], prompts: Sequence[str]) -> dict[str, float] | None:
-        """Share of prompt attributes that the pictures obey, where the model can tell; ``mean`` is over all of them."""
+        """Whether pictures show what their prompts ask for.
+
+        Args:
+            images: [B,height,width,3] in [0,1].
+            prompts: B texts.
+
+        Returns:
+            By attribute the share that the pictures obey, and the ``mean`` of all; None where the model cannot tell.
+        """
         return None
 
     def sigmas(self, steps: int) -> Sigmas:
+        """The ``steps + 1`` noise levels of a sampler, from 1 down to 0; see ``flow_sigmas``."""
         return flow_sigmas(steps, self.shift)
 
     def state(self, latent: mx.array, tokens: mx.array, pooled: mx.array, sigma: float | npt.NDArray[Any]) -> State:
-        """The chain's input; sigma is one number, or one for each sample."""
+        """The chain's input.
+
+        Args:
+            latent: [B,H,W,C].
+            tokens: [B,T,E].
+            pooled: [B,P].
+            sigma: The noise level in [0,1], or one for each sample [B]; the model is told t = 1000 sigma.
+        """
         t = mx.broadcast_to(mx.array(np.float32(1000) * np.asarray(sigma, np.float32)), (latent.shape[0],))
         return {"latent": latent, "tokens": tokens, "pooled": pooled, "t": t}
 
     def velocity(
         self, latent: mx.array, tokens: mx.array, pooled: mx.array, sigma: float | npt.NDArray[Any]
     ) -> mx.array:
-        """The model's prediction of ``noise - image`` [B,H,W,C]."""
+        """The model's prediction of ``noise - image`` [B,H,W,C], evaluated; arguments as for ``state``."""
         return self.run(self.state(latent, tokens, pooled, sigma), sigma)["velocity"]
 
     def generate(
@@ -81,7 +138,21 @@ class DiffusionAdapter(Adapter):
         cfg: float | None = None,
         callback: Callable[[SamplerStep], None] | None = None,
     ) -> mx.array:
-        """Sample latents [B,H,W,C] for prompts, one seed each; see ``sampler.sample``."""
+        """Sample latents.
+
+        Args:
+            prompts: B texts, at least one.
+            seeds: Of the noise, one a prompt.
+            steps: Of the sampler; None takes the model's default.
+            cfg: Guidance; None takes the model's default.
+            callback: Shown each step, see ``sampler.sample``.
+
+        Returns:
+            Latents [B,H,W,C].
+
+        Raises:
+            AdapterError: Not one seed a prompt, or none.
+        """
         if len(prompts) != len(seeds) or not prompts:
             raise AdapterError(
                 f"expected one seed for each of at least one prompt, found {len(prompts)} prompts and {len(seeds)}"

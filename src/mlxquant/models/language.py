@@ -1,11 +1,19 @@
 """Language models as adapters: a chain from tokens to logits, cut between the layers of any model that has ``layers``.
 
-Nobody has to say how a model calls its layers. The model itself is run with stand-ins in their place: those that
-remember what else a layer is given (masks, mostly) and pass the hidden states on, or one that gives the last hidden
-states to what follows. MLX computes only what is asked for, so what the stand-ins cut off costs nothing.
-``check_chain`` refuses a model that does something else.
+Models of a hundred families call their layers in a hundred ways: with masks, windows, positions, caches. Nobody has to
+say how. The model itself is run with stand-ins in the places of its layers, and the stand-ins see what it does:
 
-Hidden states are float32 from the first layer on, whatever the weights are.
+- ``embed`` runs the model with layers that pass the hidden states on and remember what else they are given. What
+  enters the first one is what the embedding has written.
+- Each block is a layer, called as its stand-in was called when the model read the same tokens.
+- ``head`` runs the model with a first layer that returns the hidden states of the last one, and with the others
+  passing them on: what follows are the last norm and the output layer, however the model has them.
+
+MLX computes only what is asked for, so what the stand-ins cut off costs nothing.
+
+This is right where a model does nothing between its layers but to hand the hidden states on. ``check_chain`` compares
+with the model itself and refuses others (``quantize_linears`` still takes them). Hidden states are float32 from the
+first layer on, whatever the weights are, so that errors are measured finer than they are made.
 """
 
 from __future__ import annotations
@@ -80,18 +88,27 @@ class Given(StandIn):
 
 
 class LanguageAdapter(Adapter):
-    """A model that predicts the next token. Its chain leads from {tokens [B,T]} to {logits [B,T,V]}."""
+    """A model that predicts the next token. Its chain leads from {tokens int32 [B,T]} through {tokens, hidden float32
+    [B,T,D]} to {logits float32 [B,T,V]}. A sample is a window of text.
+
+    Attributes:
+        context: Tokens of a window where nobody says.
+        longest: Tokens of a window that the model has positions for; None for one without a table of positions.
+    """
 
     draws = False
-    batch = 4  # windows
-    samples = 64  # windows
+    batch = 4
+    samples = 64
     rows = 4
-    context = 512  # tokens of a window
-    longest: int | None = (
-        None  # tokens of a window that the model has positions for; None for one without a table of positions
-    )
+    context = 512
+    longest: int | None = None
 
     def __init__(self, module: nn.Module):
+        """Find out how ``module`` is built, a model with ``layers`` whose call maps tokens [B,T] to logits [B,T,V].
+
+        Raises:
+            AdapterError: Its layers cannot be found.
+        """
         self.module, self.clock = module, Clock(NO_TIME)
         kinds = {value.dtype for value in parameters(module).values() if mx.issubdtype(value.dtype, mx.floating)}
         self._dtype = kinds.pop() if len(kinds) == 1 else mx.float32
@@ -162,8 +179,13 @@ class LanguageAdapter(Adapter):
         return {path: PassedOn(get_module(self.module, path)) for path in paths}
 
     def check_length(self, length: int) -> None:
-        """Raise CalibrationError on windows with more tokens than the model has positions: MLX would read what lies
-        behind its table.
+        """Refuse windows that are too long: MLX would read what lies behind the table of positions.
+
+        Args:
+            length: Tokens of a window.
+
+        Raises:
+            CalibrationError: The model has fewer positions.
         """
         if self.longest is not None and length > self.longest:
             raise CalibrationError(
@@ -213,7 +235,17 @@ class LanguageAdapter(Adapter):
             return self.module(tokens).astype(mx.float32)
 
     def logits(self, tokens: mx.array) -> mx.array:
-        """The prediction at every token [B,T], float32 [B,T,V], evaluated."""
+        """The prediction at every token.
+
+        Args:
+            tokens: int32 [B,T].
+
+        Returns:
+            float32 [B,T,V], evaluated.
+
+        Raises:
+            CalibrationError: T is more than the model has positions for.
+        """
         with self.clock.at(NO_TIME):
             return self._continued(self._embed({"tokens": tokens}))
 
@@ -226,8 +258,13 @@ class LanguageAdapter(Adapter):
         return logits
 
     def check_chain(self, tokens: mx.array) -> None:
-        """Raise AdapterError unless the chain predicts what the model itself does for tokens [B,T], to the precision of
-        its weights.
+        """Compare the chain with the model itself.
+
+        Args:
+            tokens: int32 [B,T], of any text.
+
+        Raises:
+            AdapterError: Their logits differ by more than the precision of weights explains.
         """
         with self.clock.at(NO_TIME):
             chain, whole = self._continued(self._embed({"tokens": tokens})), self.module(tokens).astype(mx.float32)
