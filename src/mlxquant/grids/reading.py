@@ -1,7 +1,16 @@
-"""How a running layer reads the levels of its input: from a table at the time that a clock shows, or from the tokens
-themselves.
+"""How a running layer reads its input: where it gets the levels from, and what is left of an input that is rounded to
+them.
 
-``represented`` is what is left of an input when its levels stand for it.
+Levels come from one of two readers. A ``TableReader`` looks them up in a static table at the time that a clock shows;
+nobody passes the time to a layer, which stands somewhere deep in a host's network, so whoever starts a forward pass
+sets the clock. A ``TokenReader`` takes them from the input itself, a scale for each token, where there is no time or
+no calibration. Both give an ``Entry``: numbers in the shape that broadcasts against the input, so that a batch may mix
+noise levels, and so that uniform, logarithmic and unquantized rows can be told apart row by row.
+
+``represented`` then rounds without integers: it is the reference that the layers' integer arithmetic is compared with,
+what simulations run on, and what learning differentiates.
+
+A reader refuses to guess the time: a clock that is not set, or that shows another batch, is an AdapterError.
 """
 
 from __future__ import annotations
@@ -15,7 +24,7 @@ import numpy as np
 
 from ..errors import AdapterError
 from ..numerics.arrays import Array
-from .tables import ActivationTable, _rounding
+from .tables import ActivationTable, mantissa_rounding
 from .time import Clock
 
 
@@ -32,17 +41,30 @@ def _round_through_vjp(primals: mx.array, cotangent: mx.array, output: mx.array)
 
 @dataclass(frozen=True)
 class Entry:
-    """Entries of a table for a batch, shaped to broadcast against an input [B,...,in]."""
+    """Entries of a table for a batch, shaped to broadcast against an input [B,...,in]: an entry for each row, or one.
 
-    step: mx.array  # [1 or B, 1..., 1]
-    shift: mx.array  # [1 or B, 1..., 1 or in]
-    edge: mx.array  # 2^(bits-1): uniform codes run from -edge to edge - 1
-    is_float: mx.array  # where the input stays as it is
-    log: mx.array  # where the levels are logarithmic
-    half: mx.array  # how they are rounded then, see ``_rounding``
+    The flags beside the arrays say what occurs at all, so that a layer can leave out what does not without asking the
+    device.
+
+    Attributes:
+        step: [1 or B, 1..., 1] float32.
+        shift: [1 or B, 1..., 1 or in] float32.
+        edge: 2^(bits-1): uniform codes run from -edge to edge - 1.
+        is_float: Where the input stays as it is.
+        log: Where the levels are logarithmic.
+        half: How those are rounded, with ``kept`` and ``least``, see ``tables.mantissa_rounding``.
+        limit: The largest edge in the batch.
+    """
+
+    step: mx.array
+    shift: mx.array
+    edge: mx.array
+    is_float: mx.array
+    log: mx.array
+    half: mx.array
     kept: mx.array
     least: mx.array
-    limit: int  # the largest edge in the batch
+    limit: int
     any_float: bool
     all_float: bool
     any_log: bool
@@ -54,7 +76,7 @@ class Entry:
         is_float = bits == 16
         width = np.where(is_float, 8, bits)
         edge = 2.0 ** (width - 1)
-        half, kept, least = _rounding(width)
+        half, kept, least = mantissa_rounding(width)
         columns = {
             "step": step,
             "edge": edge.astype(np.float32),
@@ -95,17 +117,23 @@ def _nearest_levels(x: mx.array, half: mx.array, kept: mx.array) -> mx.array:
 
 
 def represented(x: mx.array, entry: Entry) -> mx.array:
-    """x [B,...,in] as its entries represent it, float32. Gradients go straight through the rounding; clipped values
+    """What is left of an input when its levels stand for it. Gradients go straight through the rounding; clipped values
     have none.
+
+    Args:
+        x: [B,...,in], any floating dtype.
+        entry: Of its readers, shaped for it.
+
+    Returns:
+        float32, of the shape of ``x``.
     """
     x = x.astype(mx.float32)
     offset = (x - entry.shift) / entry.step
     levels = mx.clip(cast(mx.array, round_through(offset)), -entry.edge, entry.edge - 1)
     if entry.any_log:
         clipped = mx.clip(offset, entry.least, 1.0)
-        rounded = clipped + mx.stop_gradient(
-            _nearest_levels(clipped, entry.half, entry.kept) - clipped
-        )  # exact: they are within a factor of 2
+        # Straight through: the difference is exact, since a level and what it stands for are within a factor of 2.
+        rounded = clipped + mx.stop_gradient(_nearest_levels(clipped, entry.half, entry.kept) - clipped)
         levels = mx.where(entry.log, rounded, levels)
     levels = levels * entry.step + entry.shift
     return mx.where(entry.is_float, x, levels) if entry.any_float else levels
@@ -127,7 +155,14 @@ class TokenReader:
         return float(self.bits)
 
     def read(self, x: mx.array) -> Entry:
-        """The entry for an input [...,in]: its step and shift are [...,1]. A token of equal channels gets step 1."""
+        """The entry for an input.
+
+        Args:
+            x: [...,in].
+
+        Returns:
+            With step and shift [...,1]; a token of equal channels gets step 1.
+        """
         x = x.astype(mx.float32)
         low, high = x.min(-1, keepdims=True), x.max(-1, keepdims=True)
         step = mx.where(high > low, (high - low) / (2**self.bits - 1), 1.0)
@@ -149,8 +184,13 @@ class TableReader:
         return float(np.mean(self.table.bits))
 
     def read(self, x: mx.array) -> Entry:
-        """The entry for an input [B,...,in]; raises AdapterError when the clock is unset or shows another batch
-        size.
+        """The entry for an input at the time that the clock shows.
+
+        Args:
+            x: [B,...,in].
+
+        Raises:
+            AdapterError: The clock is not set, or shows another batch size.
         """
         sigma = self._clock.sigma
         if sigma.size not in (1, x.shape[0]):

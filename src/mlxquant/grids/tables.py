@@ -1,12 +1,21 @@
-"""Static activation scales, one entry a noise level: how a quantized layer knows its step at any timestep.
+"""Tables of input levels, one entry a noise level: with what steps a layer's input is rounded at any time.
 
-A uniform entry maps ``x`` to signed codes ``clip(round((x - shift) / step), -2^(bits-1), 2^(bits-1) - 1)``. The step is
-one number for the tensor, because a step per input channel could not leave an integer matmul; the shift may differ by
-channel, because it folds into the bias. A logarithmic entry has its levels at ``shift + step u``: its shift is the
-least value there is, its step how far the largest is from it, and u is 1 or one of the next ``2^bits - 1`` smaller
-floating-point numbers of ``bits - 4`` mantissa bits: 2^-q at 4 bits, and 16 octaves at any width. Its products are no
-integers, so whoever multiplies them has to simulate it. 16 bits means that the input is not quantized at that noise
-level.
+A diffusion model reads inputs whose ranges change with the noise level, so one step for all times would clip at one
+and waste codes at another. A table has a step for each noise level that was calibrated, and ``at`` says what holds in
+between: the range is the envelope of the neighbours, so that nothing is clipped that either would keep, and a table
+made at 28 sampler steps serves any number of them. The entries are static. While the model runs nothing is measured; a
+layer only has to know the time (``reading``).
+
+There are two kinds of entries. A uniform one maps ``x`` to signed codes ``clip(round((x - shift) / step), -2^(bits-1),
+2^(bits-1) - 1)``. The step is one number for the tensor, because a step per input channel could not leave an integer
+matmul; the shift may differ by channel, because it folds into the bias. A logarithmic one has its levels at ``shift +
+step u``: its shift is the least value there is, its step how far the largest is from it, and u is 1 or one of the next
+``2^bits - 1`` smaller floating-point numbers of ``bits - 4`` mantissa bits: 2^-q at 4 bits, and 16 octaves at any
+width. Its products are no integers, so whoever multiplies them has to simulate it. At 16 bits the input is not
+quantized at that noise level.
+
+A table refuses steps that are not positive and finite, noise levels that do not ascend, and bits that no layer has; so
+whoever holds one can divide by its steps.
 """
 
 from __future__ import annotations
@@ -36,8 +45,17 @@ class Reading(NamedTuple):
 
 @dataclass(frozen=True)
 class ActivationTable:
-    """``sigma`` [T] ascending float32, ``step`` [T] float32, ``shift`` [T,1] or [T,in] float32, ``bits`` [T] of 4, 6, 8
-    or 16, ``log`` [T] bool, which entries are logarithmic (by default none).
+    """The entries of one input, T of them.
+
+    Attributes:
+        sigma: [T] float32, the calibrated noise levels, ascending.
+        step: [T] float32, positive.
+        shift: [T,1] or [T,in] float32.
+        bits: [T] integers of 4, 6, 8 or 16.
+        log: [T] bool, which entries are logarithmic; one for all is spread, and by default none is.
+
+    Raises:
+        RecipeError: Lengths differ or are 0, noise levels do not ascend, steps or bits are none.
     """
 
     sigma: Array
@@ -66,23 +84,24 @@ class ActivationTable:
         return self.step * np.where(self.log, 1, 2.0**self.bits - 1)
 
     def at(self, sigma: Array) -> Reading:
-        """Entries for noise levels [B].
+        """The entries that hold at some noise levels.
 
-        Between two calibrated levels the range is the envelope of the neighbours, with the larger bit width of the two,
-        so a table calibrated at 28 steps runs at any step count and clips nothing that either neighbour keeps. It is
-        logarithmic where the nearer neighbour is. Outside the calibrated levels the nearest entry holds.
+        At a calibrated level that is its own, bit for bit. Between two of them the range is the envelope of both, with
+        the larger bit width, logarithmic where the nearer one is. Outside, the nearest entry holds.
+
+        Args:
+            sigma: [B], in any order.
         """
         position = np.interp(sigma, self.sigma, np.arange(len(self.sigma)))
-        position = np.where(
-            np.abs(position - np.rint(position)) < 1e-4, np.rint(position), position
-        )  # float32 noise in sigma
+        # A level that was rounded to float32 on its way here is still the calibrated one.
+        position = np.where(np.abs(position - np.rint(position)) < 1e-4, np.rint(position), position)
         below, above = np.floor(position).astype(int), np.ceil(position).astype(int)
         bits, log = np.maximum(self.bits[below], self.bits[above]), self.log[np.rint(position).astype(int)]
         low, high = self._ends()
         low, high = np.minimum(low[below], low[above]), np.maximum(high[below], high[above])
         step = (high - low).max(1) / np.where(log, 1, 2.0**bits - 1)
         shift = np.where(log[:, None], low, (low + high + step[:, None]) / 2)
-        exact = below == above
+        exact = below == above  # the entry itself: recomputed from its ends it would differ in the last bit
         step = np.where(exact, self.step[below], step)
         shift = np.where(exact[:, None], self.shift[below], shift)
         return Reading(step.astype(np.float32), shift.astype(np.float32), bits, log)
@@ -94,7 +113,7 @@ class ActivationTable:
         return self.shift - below[:, None], self.shift + above[:, None]
 
 
-def _rounding(bits: Array) -> tuple[Array, Array, Array]:
+def mantissa_rounding(bits: Array) -> tuple[Array, Array, Array]:
     """How to round float32s to ``bits - 4`` mantissa bits: what is added to their bits and what of that is kept,
     uint32, and the least of the ``2^bits`` levels, float32; each in the shape of ``bits``.
     """
@@ -111,6 +130,6 @@ def nearest_levels(x: Array, bits: int) -> Array:
     At 4 bits ``2^-q``, ``q = clip(round(-log2 x), 0, 15)``, TCAQ-DM's log2 quantizer (arXiv 2412.16700); at more bits
     the nearest level.
     """
-    half, kept, least = _rounding(np.array(bits))
+    half, kept, least = mantissa_rounding(np.array(bits))
     clipped = np.clip(x.astype(np.float32), least, 1)
     return np.where(np.isnan(clipped), clipped, ((clipped.view(np.uint32) + half) & kept).view(np.float32))
