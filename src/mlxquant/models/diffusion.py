@@ -145,7 +145,7 @@ class DiffusionAdapter(Adapter):
             seeds: Of the noise, one a prompt.
             steps: Of the sampler; None takes the model's default.
             cfg: Guidance; None takes the model's default.
-            callback: Shown each step, see ``sampler.sample``.
+            callback: Shown each step, see ``sampling.sampler.sample``.
 
         Returns:
             Latents [B,H,W,C].

@@ -66,15 +66,15 @@ class Report:
 
 
 class SpinQuant:
-    """``model``: our GPT, or a model of mlx-lm whose residual stream is described.
+    """Rotations of one model, from their start to the quantized layers. The output layer and the embeddings stay in
+    full precision.
 
-    ``bits`` and ``group`` ("channel", 32, 64, 128) are of the weights, symmetric by channel, else asymmetric.
-    ``activation_bits`` are of the inputs of linears, each token on its own scale, and ``kv_bits`` of keys and values,
-    each head of a token; None leaves them as they are. ``start`` is "hadamard" or "random", with ``seed``, or
-    "identity", for models without outliers. The output layer and the embeddings stay in full precision.
-
-    ``rotations`` are the present ones, float64; ``history`` the loss of each step, nats a token; ``report`` is what
-    ``apply`` did.
+    Attributes:
+        stream: Where the model writes and reads its residual stream.
+        rotations: The present ones, NumPy float64.
+        history: The loss of each step, nats a token.
+        report: What ``apply`` did; None before.
+        stock: Whether stock code can load the rotated model; None before it is rotated.
     """
 
     def __init__(
@@ -87,7 +87,22 @@ class SpinQuant:
         group: int | Literal["channel"] = "channel",
         kv_bits: int | None = None,
     ):
-        """Raises RecipeError on settings that do not fit, AdapterError on a model that is not described."""
+        """Nothing of the model is changed yet.
+
+        Args:
+            model: Our GPT, or a model of mlx-lm whose residual stream is described.
+            bits: Of the weights.
+            activation_bits: Of the inputs of linears, 4, 6 or 8, each token on its own scale; None leaves them as they
+                are.
+            start: "hadamard" or "random", or "identity", for models without outliers.
+            seed: Of the start.
+            group: How many weights of a row share a scale: "channel" for all (symmetric), or 32, 64, 128 (asymmetric).
+            kv_bits: Of keys and values, 4, 6 or 8, each head of a token on its own scale; None leaves them as they are.
+
+        Raises:
+            RecipeError: Settings do not fit each other or the model.
+            AdapterError: The model is not described.
+        """
         if start not in cayley.STARTS:
             raise RecipeError(f"SpinQuant starts from one of {cayley.STARTS}, not from {start!r}")
         for name, value in (("activation_bits", activation_bits), ("kv_bits", kv_bits)):
@@ -116,16 +131,30 @@ class SpinQuant:
         weights: bool = True,
         progress: Progress = silent,
     ) -> SpinQuant:
-        """Learn the rotations on ``data``, token arrays int [B,T], one a step and by turns; returns itself.
+        """Learn the rotations.
 
-        ``learning_rate`` falls linearly to 0. Four times on the way the loss over all of the data is taken, and the
-        best rotations win, be it those of the start. An interrupted run keeps what it has learned; another goes on from
-        there, on the model's present weights. With ``weights=False`` only activations are rounded in the loss, which
-        the paper advises where GPTQ rounds the weights.
+        Four times on the way the loss over all of the data is taken, and the best rotations win, be it those of the
+        start. An interrupted run keeps what it has learned; another goes on from there, on the model's present weights.
 
         Source: 2405.16406, section 3.2: Cayley steps on the next-token loss, 100 of them from 1.5. Departures: scales
         follow the gradient, which tells a rotation to shrink the extremes; the residual rotation of a LayerNorm model
         keeps ones.
+
+        Args:
+            data: Token arrays int [B,T], one a step and by turns.
+            steps: Of Cayley descent.
+            learning_rate: At first; it falls linearly to 0.
+            momentum: Of the descent.
+            weights: False rounds only activations in the loss, which the paper advises where GPTQ rounds the weights.
+            progress: A bar around the steps.
+
+        Returns:
+            Itself.
+
+        Raises:
+            RecipeError: Nothing would be rounded, or the model is rotated already.
+            CalibrationError: There are no tokens, or none of this model's.
+            NumericsError: A gradient is not finite.
         """
         self._refuse_rotated()
         if not weights and self._precision.activation is None and self._precision.held is None:
@@ -143,8 +172,13 @@ class SpinQuant:
         return self
 
     def loss(self, data: Iterable[Any]) -> float:
-        """Mean loss over token arrays, nats a token, with the present rotations and all weights and inputs rounded to
-        nearest.
+        """The mean loss with the present rotations and all weights and inputs rounded to nearest.
+
+        Args:
+            data: Token arrays int [B,T].
+
+        Returns:
+            Nats a token.
         """
         self._refuse_rotated()
         network, arrays = self._network(True), self._arrays(data)
@@ -171,9 +205,19 @@ class SpinQuant:
         """Rotate, and put integer layers in place of the linears, in order, each rounded on what the rounded ones
         before it write.
 
-        ``data`` are token arrays to calibrate on, by default those of ``optimize``; rounding to nearest ("rtn" with
-        steps "extremes" or "mse") needs none. Returns itself; ``report`` has the bytes before and after. Raises
-        CalibrationError without data.
+        Args:
+            data: Token arrays to calibrate on, by default those of ``optimize``; rounding to nearest ("rtn" with steps
+                "extremes" or "mse") needs none.
+            rounding: A registered rounding that looks at one stream.
+            steps: How the steps of a weight are chosen, a registered method.
+            progress: A bar around the groups of layers.
+
+        Returns:
+            Itself; ``report`` has the bytes before and after.
+
+        Raises:
+            CalibrationError: There are no data.
+            RecipeError: The model is quantized already, or the rounding compares with the full-precision model.
         """
         if self.report is not None:
             raise RecipeError("this model was quantized already; load it anew to apply something else")

@@ -1,9 +1,10 @@
-"""A language model whose rotated weights and inputs are rounded as they would be, in place of its own layers: what
-SpinQuant learns on.
+"""The network that SpinQuant learns on: a language model whose weights and inputs are rotated and then rounded, in
+each forward pass, as they would be in the end.
 
-Nothing is stored rounded here, and nothing of the model is changed. Rotations are applied to the weights anew in each
-forward pass, so that the loss can be differentiated by them; roundings let the gradient pass straight through, and
-scales follow the extremes.
+What is sought are rotations that make rounding harmless, so the loss must be a function of the rotations, with the
+rounding inside. Stand-ins at the paths of the model's own layers rotate the full-precision weights, round them, and
+round what they are given; roundings let the gradient pass straight through, and scales follow the extremes. Nothing is
+stored rounded here, and nothing of the model is changed.
 """
 
 from __future__ import annotations
@@ -26,10 +27,13 @@ from .rotations import Rotations, Turn, folded, hold_heads
 
 @dataclass(frozen=True)
 class Precision:
-    """What is rounded, and how: ``weight`` None leaves weights as they are, ``activation`` and ``held`` (keys and
-    values) likewise.
+    """What is rounded, and how; None leaves it as it is. With quantized activations the MLP's hidden state is rotated
+    online before its last layer (R4).
 
-    With quantized activations the MLP's hidden state is rotated online before its last layer (R4).
+    Attributes:
+        weight: The format of every linear of the blocks.
+        activation: Bits of their inputs, each token on its own scale.
+        held: Bits of keys and values, each head of a token on its own scale.
     """
 
     weight: WeightFormat | None
@@ -42,7 +46,9 @@ class Precision:
 
 
 def rounded_weight(weight: mx.array, format: WeightFormat) -> mx.array:
-    """A weight [out,in] on the grid that spans the extremes, as ``formats.fit_extremes``, but for float16 scales."""
+    """A weight [out,in] on the grid that spans the extremes: ``grids.weights.fit_extremes`` but for float16 scales, as a
+    part of MLX's graph.
+    """
     columns = format.columns(weight.shape[1])
     groups = weight.reshape(1, 1, -1) if format.group == "tensor" else weight.reshape(weight.shape[0], -1, columns)
     if format.symmetric:
@@ -84,7 +90,15 @@ class SpinNetwork:
                 yield
 
     def loss(self, rotations: Rotations, tokens: mx.array) -> mx.array:
-        """Mean cross-entropy of the next token, nats, of tokens int32 [B,T]; only while the network is installed."""
+        """Mean cross-entropy of the next token; only while the network is ``installed``.
+
+        Args:
+            rotations: Of MLX, what is differentiated by.
+            tokens: int32 [B,T].
+
+        Returns:
+            Nats a token, float32 [].
+        """
         self.rotations = rotations
         logits = self._model(tokens[:, :-1])
         return nn.losses.cross_entropy(logits.astype(mx.float32), tokens[:, 1:], reduction="mean")

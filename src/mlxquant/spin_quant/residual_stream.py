@@ -36,13 +36,23 @@ class Values:
 
 @dataclass(frozen=True)
 class ResidualStream:
-    """``norms``: every norm but the last, with the linears that read it. ``writers``: linears that add to the stream.
-    ``inner``: linears whose input is the MLP's hidden state. ``output``: the linear to the vocabulary, None where that
-    is an embedding. ``centred``: norms subtract the mean over channels.
+    """Paths into a model's module tree.
 
-    For each layer ``queries`` and ``keys`` are modules that queries and keys pass, as [B,heads,T,size], last before
-    their product (one module for both in some families), and ``held`` one that values pass; empty where the model has
-    none.
+    Attributes:
+        width: Channels of the stream.
+        centred: Whether norms subtract the mean over channels.
+        embeddings: What writes the stream first.
+        tokens: The embedding of tokens among them.
+        norms: Every norm but the last, with the linears that read it.
+        writers: Linears that add to the stream.
+        values: Of each attention layer.
+        inner: Linears whose input is the MLP's hidden state.
+        final: The last norm.
+        output: The linear to the vocabulary, None where that is an embedding.
+        queries: For each layer the module that queries pass last before their product with keys, as [B,heads,T,size];
+            empty where the model has none.
+        keys: Likewise of keys; in some families the same module.
+        held: For each layer one that values pass.
     """
 
     width: int

@@ -1,9 +1,10 @@
-"""Rotations of a language model's hidden states and how they fold into its weights (QuaRot, arXiv 2404.00456;
-SpinQuant, 2405.16406).
+"""Fold rotations of a language model's hidden states into its weights (QuaRot, arXiv 2404.00456; SpinQuant,
+2405.16406).
 
 R1 [D,D] rotates the residual stream, x R1: what reads it gets W R1, what writes it R1ᵀ W. R2 [heads,d,d] rotates the
 values of each head between the layer that writes and the one that reads them. Both fold, and the function stays the
-same. Norms keep their place: their gains go into their readers, and a LayerNorm asks for R1 1 = 1 (``methods.cayley``).
+same. Norms keep their place: their gains go into their readers, and a LayerNorm asks for R1 1 = 1
+(``numerics.cayley``).
 """
 
 from __future__ import annotations
@@ -44,7 +45,16 @@ class Affine:
 
 
 def start(stream: ResidualStream, kind: str, seed: int) -> Rotations:
-    """Rotations to start from, NumPy float64."""
+    """Rotations to start from.
+
+    Args:
+        stream: Where the model writes and reads its residual stream.
+        kind: "hadamard", "random" or "identity", one of ``cayley.STARTS``.
+        seed: Of signs and random matrices.
+
+    Returns:
+        NumPy float64.
+    """
     rng = np.random.default_rng(seed)
     residual = cayley.start(kind, stream.width, stream.centred, rng)
     values = [np.stack([cayley.start(kind, v.size, False, rng) for _ in range(v.heads)]) for v in stream.values]
@@ -118,8 +128,16 @@ def _read_values(weight: mx.array, values: Values, rotation: mx.array) -> mx.arr
 
 
 def hold_heads(model: nn.Module, stream: ResidualStream, bits: int) -> dict[str, nn.Module]:
-    """What to put at which path so that keys and values are rounded to ``bits`` bits, keys after R3. Where queries and
-    keys share a module, queries are rounded, too.
+    """What to put where so that keys and values are rounded, keys after R3. Where queries and keys share a module,
+    queries are rounded, too.
+
+    Args:
+        model: The model; it is not changed.
+        stream: Its description.
+        bits: Of each number; every head of a token has a scale of its own.
+
+    Returns:
+        Modules by the path that they belong at.
     """
     size = stream.values[0].size
     modules: dict[str, nn.Module] = {
@@ -132,12 +150,18 @@ def hold_heads(model: nn.Module, stream: ResidualStream, bits: int) -> dict[str,
 def rotate(model: nn.Module, rotations: Rotations) -> bool:
     """Fold rotations into a model, in place and in its dtypes. The function stays the same, up to their roundings.
 
-    Returns whether stock code still loads it, with ``tie_word_embeddings: false`` where its output was tied. A model
-    that can only be tied, GPT-2, has a ``TurnedNorm`` afterwards; stock code has no place for its rotation.
+    Args:
+        model: Of a family in ``residual_stream.FAMILIES``, in full precision, not rotated yet.
+        rotations: Of its residual stream and its values.
+
+    Returns:
+        Whether stock code still loads it, with ``tie_word_embeddings: false`` where its output was tied. A model that
+        can only be tied, GPT-2, has a ``TurnedNorm`` afterwards; stock code has no place for its rotation.
     """
-    untie(model)
+    untie(model)  # first: an embedding that is the output layer as well cannot be rotated for both
     stream = residual_stream(model)
     turn, residual = Turn(stream), rotations["residual"]
+    # Linears before norms: what folds into a linear are the gains and biases that its norm still has.
     for path, linear in folded(model, stream).items():
         turn(path, linear, rotations).store(get_module(model, path))
     for path in stream.norms:

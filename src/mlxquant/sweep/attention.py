@@ -1,7 +1,7 @@
 """Tables for attention probabilities, the one activation of a transformer block that no Linear reads.
 
 Calibration runs a stage as it is, shows the probabilities of its attentions, and puts them on static tables, one entry
-a noise level. The result is a simulation (see ``models.attention``): it tells what such probabilities would cost in
+a noise level. The result is a simulation (see ``layers.attention``): it tells what such probabilities would cost in
 quality, not in time.
 """
 

@@ -1,4 +1,6 @@
-"""Observers of a sweep: ranges and moments of each layer's input, one set for layers that read the same array."""
+"""Watch layers while a stage runs: ranges and moments of each one's input, one set for layers that read the same
+array.
+"""
 
 from __future__ import annotations
 
@@ -106,7 +108,7 @@ class Sharing:
 
 
 class Collector:
-    """An observer for ``rewrite.tapped``. Layers that are given the same array (q, k and v) share one set of
+    """An observer for ``layers.tree.tapped``. Layers that are given the same array (q, k and v) share one set of
     statistics.
     """
 

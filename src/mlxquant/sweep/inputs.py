@@ -29,9 +29,16 @@ from ..recipes.recipe import ActivationSpec
 
 @dataclass(frozen=True)
 class Options:
-    """How to decide: ``rule`` "error" with its ``budget`` (see ``methods.tiers.error`` for the units), or "threshold"
-    with ``thresholds`` (A4 below the first, A6 below the second); ``range`` a range method; ``alpha`` of SmoothQuant;
-    whether to try ``migration`` after a GELU; ``tiers``, the bit widths to choose among.
+    """How to decide.
+
+    Attributes:
+        rule: "error" or "threshold", a registered tier rule.
+        budget: Of the first; see ``methods.inputs.tiers.error`` for the units.
+        thresholds: Of the second: 4 bits below the first, 6 below the second.
+        range: A registered range method.
+        alpha: Of SmoothQuant.
+        migration: Whether to try the integer migration after a GELU.
+        tiers: The bits to choose among, ascending.
     """
 
     rule: str = "error"
@@ -63,8 +70,13 @@ class Options:
 
 @dataclass(frozen=True)
 class LayerInput:
-    """The input of a layer: its ``ranges``, the ``weight`` [out,in] float32 that reads it, and what a unit of squared
-    error of each output costs, ``costs`` [T,out] (None: in proportion to the outputs' energy, see ``methods.tiers``).
+    """The input of a layer, with what makes an error in it count.
+
+    Attributes:
+        ranges: What was seen at each of T noise levels.
+        weight: [out,in] float32, which reads it.
+        costs: [T,out], what a unit of squared error of each output costs; None: in proportion to the outputs' energy,
+            see ``methods.inputs.tiers``.
     """
 
     ranges: InputRanges

@@ -43,15 +43,16 @@ class Encoder(Protocol):
 
 class Components:
     """What stands around the transformer: text encoders and VAE. Adapters that differ in the transformer alone share
-    one of these.
+    one of these. Conditioning of the last ``KEPT`` prompts is kept, and of more where more were asked for at once.
 
-    ``text`` may be set to something else that encodes. Conditioning of the last ``KEPT`` prompts is kept, and of more
-    where more were asked for at once.
+    Attributes:
+        place: The hub id or folder that they are loaded from.
+        text: What encodes prompts; None until it is first needed. It may be set to something else.
     """
 
     def __init__(self, place: str):
         self.place = place
-        self.text: Encoder | None = None  # those of ``place`` when it is first asked for
+        self.text: Encoder | None = None
         self._decoder: Any = None
         self._encoded: dict[str, tuple[mx.array, mx.array]] = {}  # the last used last
         self._kept = KEPT
@@ -95,10 +96,14 @@ class SD3Medium(DiffusionAdapter):
 
     @classmethod
     def pretrained(cls, place: str = "") -> SD3Medium:
-        """The weights at ``place``: the hub id that DiffusionKit uses, or a local folder (see ``sd3_files``).
+        """The model with its weights.
 
-        Raises ArtifactError, saying how to get the file, when one is missing or damaged, AdapterError without
-        DiffusionKit.
+        Args:
+            place: The hub id that DiffusionKit uses, which "" stands for, or a local folder, see ``sd3.files``.
+
+        Raises:
+            ArtifactError: A file is missing or damaged; it says how to get it.
+            AdapterError: DiffusionKit is not installed.
         """
         checkpoint = Files(place).path(CHECKPOINT)
         config, weights = mmdit_weights(checkpoint)
@@ -138,7 +143,14 @@ class SD3Medium(DiffusionAdapter):
         self.latent_shape = (size // PIXELS, size // PIXELS, self.config.vae_latent_dim)
 
     def check_size(self, size: int) -> None:
-        """Raise AdapterError where a picture's side cannot be this many pixels."""
+        """Refuse a size that the transformer has no positions for.
+
+        Args:
+            size: Pixels of a picture's side.
+
+        Raises:
+            AdapterError: It is no multiple of a patch, or too large.
+        """
         multiple = PIXELS * self.config.patch_size
         largest = PIXELS * self.config.max_latent_resolution
         if size % multiple or not multiple <= size <= largest:
@@ -172,7 +184,7 @@ class SD3Medium(DiffusionAdapter):
         return mmdit_edges(self.config)
 
     def pipeline(self) -> Any:
-        """DiffusionKit's ``DiffusionPipeline`` around this model; see ``sd3_pipeline``."""
+        """DiffusionKit's ``DiffusionPipeline`` around this model; see ``sd3.pipeline``."""
         return pipeline(self)
 
     def prompts(self, purpose: str, count: int, seed: int = 0) -> list[Prompt]:
