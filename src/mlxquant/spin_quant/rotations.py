@@ -26,14 +26,14 @@ Rotations = dict[str, Any]  # "residual" [D,D] and "values", a list of [heads,si
 
 
 @dataclass(frozen=True)
-class Affine:
+class LinearMap:
     """What a linear layer does: weight [out,in] and bias [out], float32."""
 
     weight: mx.array
     bias: mx.array | None
 
     @classmethod
-    def of(cls, layer: nn.Linear) -> Affine:
+    def of(cls, layer: nn.Linear) -> LinearMap:
         return cls(layer.weight.astype(mx.float32), layer.bias.astype(mx.float32) if "bias" in layer else None)
 
     def store(self, layer: nn.Linear) -> None:
@@ -61,29 +61,31 @@ def start(stream: ResidualStream, kind: str, seed: int) -> Rotations:
     return {"residual": residual, "values": values}
 
 
-def folded(model: nn.Module, stream: ResidualStream) -> dict[str, Affine]:
+def folded(model: nn.Module, stream: ResidualStream) -> dict[str, LinearMap]:
     """Every linear of the blocks as if the norms before it had no gain and no bias, and, behind norms that subtract the
     mean, what is written had none. The function is the same; the model is not changed.
     """
     norms, linears = stream.readers, {}
     for path in stream.linears:
-        linear = Affine.of(get_module(model, path))
+        linear = LinearMap.of(get_module(model, path))
         if path in norms:
             linear = _behind(get_module(model, norms[path]), linear)
         if stream.centred and path in stream.writers:
             weight, bias = linear.weight, linear.bias
-            linear = Affine(weight - weight.mean(axis=0, keepdims=True), None if bias is None else bias - bias.mean())
+            linear = LinearMap(
+                weight - weight.mean(axis=0, keepdims=True), None if bias is None else bias - bias.mean()
+            )
         linears[path] = linear
     return linears
 
 
-def _behind(norm: Any, linear: Affine) -> Affine:
+def _behind(norm: Any, linear: LinearMap) -> LinearMap:
     """What a linear becomes when the norm before it gives its gain and bias to it."""
     weight, bias = linear.weight, linear.bias
     if "bias" in norm:
         added = weight @ norm.bias.astype(mx.float32)
         bias = added if bias is None else bias + added
-    return Affine(weight * norm.weight.astype(mx.float32), bias)
+    return LinearMap(weight * norm.weight.astype(mx.float32), bias)
 
 
 class Turn:
@@ -94,7 +96,7 @@ class Turn:
         self._written = {values.writer: (at, values) for at, values in enumerate(stream.values)}
         self._read = {values.reader: (at, values) for at, values in enumerate(stream.values)}
 
-    def __call__(self, path: str, linear: Affine, rotations: Rotations) -> Affine:
+    def __call__(self, path: str, linear: LinearMap, rotations: Rotations) -> LinearMap:
         """The linear at ``path`` on rotated inputs, with rotated outputs. MLX can differentiate it."""
         weight, bias = linear.weight, linear.bias
         if path in self._reads:
@@ -109,7 +111,7 @@ class Turn:
             at, values = self._written[path]
             weight = _write_values(weight, values, rotations["values"][at])
             bias = None if bias is None else _write_values(bias[:, None], values, rotations["values"][at])[:, 0]
-        return Affine(weight, bias)
+        return LinearMap(weight, bias)
 
 
 def _write_values(weight: mx.array, values: Values, rotation: mx.array) -> mx.array:
@@ -171,8 +173,8 @@ def rotate(model: nn.Module, rotations: Rotations) -> bool:
         set_module(model, stream.final, TurnedNorm(final, residual))
     else:
         output = get_module(model, stream.output)
-        read = _behind(final, Affine.of(output))
-        Affine(read.weight @ residual, read.bias).store(output)
+        read = _behind(final, LinearMap.of(output))
+        LinearMap(read.weight @ residual, read.bias).store(output)
         _make_plain(final)
     for path in stream.embeddings:
         embedding = get_module(model, path)
