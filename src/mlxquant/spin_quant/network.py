@@ -46,8 +46,8 @@ class Precision:
 
 
 def rounded_weight(weight: mx.array, format: WeightFormat) -> mx.array:
-    """A weight [out,in] on the grid that spans the extremes: ``grids.weights.fit_extremes`` but for float16 scales, as a
-    part of MLX's graph.
+    """A weight [out,in] on the grid that spans its extremes: ``grids.weights.fit_extremes`` as a part of MLX's graph,
+    but for float16 scales.
     """
     columns = format.columns(weight.shape[1])
     groups = weight.reshape(1, 1, -1) if format.group == "tensor" else weight.reshape(weight.shape[0], -1, columns)

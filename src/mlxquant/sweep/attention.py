@@ -54,12 +54,22 @@ class SeenProbabilities:
 def quantize_probabilities(
     passes: Passes, stage: Stage, inputs: Sequence[State], bits: int, method: str = "dynamic"
 ) -> dict[str, QuantizedAttention]:
-    """Quantized attentions, by path, for those of a stage: 4, 6 or 8 ``bits``, each table by a range ``method``, from 0
-    to the largest.
+    """Quantized attentions for those of a stage. Nothing is changed: whoever wants them installs them.
 
-    ``inputs`` enter the stage, a state a batch of ``passes``; it runs as it is, so that what was quantized in it before
-    counts. Nothing is changed: whoever wants the result installs it with ``set_module``. A stage without exact
-    attention gives none. Raises RecipeError when the model's attention cannot be opened, NumericsError on NaN.
+    Args:
+        passes: The model, over the calibration batches. The stage runs as it is, so that what was quantized in it
+            before counts.
+        stage: A stage; one without exact attention gives none.
+        inputs: What enters it, one state a batch.
+        bits: 4, 6 or 8, of each probability.
+        method: A registered range method, from 0 to the largest.
+
+    Returns:
+        By path.
+
+    Raises:
+        RecipeError: The model's attention cannot be opened.
+        NumericsError: An attention writes NaN; it names it.
     """
     adapter = passes.adapter
     attentions = adapter.attentions()

@@ -86,12 +86,8 @@ def _joined(rows: Sequence[tuple[State, int]]) -> State:
 
 
 class Reconstruction:
-    """A stage with soft weights for some of its layers, ready to be differentiated.
-
-    ``layers`` are all quantized layers of the stage; those in ``goals`` are learned, each towards its target weight
-    [out,in], the others run as they are, with unquantized inputs where they have no table. ``inputs`` enter the stage
-    and ``wanted`` is what it should write, one state a batch of ``passes``; ``batch`` samples of them are
-    differentiated at once, as many as ``adapter.rows`` allows.
+    """A stage with soft weights for some of its layers, ready to be differentiated. ``batch`` samples at once, as many
+    as ``adapter.rows`` allows.
     """
 
     def __init__(
@@ -106,6 +102,20 @@ class Reconstruction:
         settings: Settings,
         costs: ChannelCosts | None = None,
     ):
+        """Put nothing in place yet; ``installed`` does.
+
+        Args:
+            passes: The model, over the calibration batches.
+            stage: The stage that is learned.
+            layers: All its quantized layers. Those that are no goals run as they are, with unquantized inputs where
+                they have no table.
+            goals: The layers to learn, each towards its target weight.
+            inputs: What enters the stage, one state a batch.
+            teacher: Picks of what the stage writes what there are targets for.
+            wanted: What it should write, one state a batch.
+            settings: Of the optimiser.
+            costs: What errors in each written channel cost; None counts tensors alike.
+        """
         self._adapter, self._stage, self._teacher, self._settings = passes.adapter, stage, teacher, settings
         self._minibatch = Minibatch()
         sigmas = np.array(passes.sigmas, np.float32)

@@ -129,11 +129,18 @@ class Sensitivity:
 def measure(
     passes: Passes, stages: Sequence[Stage], states: Sequence[State], layers: Iterable[str], seed: int = 0
 ) -> Sensitivity:
-    """Sensitivities of what ``stages`` write and of what Linears inside them, at the paths ``layers``, write.
+    """Sensitivities of what stages write and of what Linears inside them write. Rows at the same noise level are
+    averaged, ``adapter.rows`` of them are differentiated at once.
 
-    ``stages`` is the end of the model's chain and ``states`` [rows, ...] enter the first of them; rows at
-    the same level are averaged, ``adapter.rows`` of them are differentiated at once. ``seed`` draws the random signs.
-    Raises NumericsError, naming the place, when a sensitivity is not finite.
+    Args:
+        passes: The model in full precision, and the noise level of each batch.
+        stages: The end of the model's chain.
+        states: What enters the first of them, one state [rows, ...] a batch.
+        layers: Paths of Linears.
+        seed: Draws the random signs.
+
+    Raises:
+        NumericsError: A sensitivity is not finite; it names the place.
     """
     adapter = passes.adapter
     probe = _Probe(adapter, stages, layers)
@@ -242,11 +249,16 @@ def measured(
     plan: Iterable[str],
     kept: Measurements | None = None,
 ) -> Sensitivity:
-    """Sensitivities of the stages and of the planned layers, on a few rows of each noise level, which suffice for an
-    average: the first of its batches, as many as one backward pass may have.
+    """``measure`` on a few rows of each noise level, which suffice for an average: the first of its batches, as many as
+    one backward pass may have. In batches as the sampler has them these are guided rows, whose errors guidance
+    multiplies by more than the others'.
 
-    In batches as the sampler has them these are guided rows, whose errors guidance multiplies by more than the others'.
-    What is ``kept`` already is not measured again.
+    Args:
+        passes: The model in full precision, over all calibration batches.
+        stages: The end of the model's chain.
+        states: What enters the first of them, one state a batch.
+        plan: Paths of the planned layers.
+        kept: Where it is kept; what is there already is not measured again.
     """
     if kept is not None and (tables := kept.load(SENSITIVITY)) is not None:
         return Sensitivity.of(tables)

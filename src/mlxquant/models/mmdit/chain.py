@@ -9,7 +9,8 @@ from .network import MMDiT, MMDiTConfig
 def mmdit_stages(model: MMDiT) -> tuple[Stage, ...]:
     """The chain of an MMDiT: ``embed``, one stage a block, ``head``.
 
-    States hold the latent [B,H,W,C], image [B,N,D], text [B,T,D] and c [B,D]; the last block drops the text.
+    States hold the latent [B,H,W,C], image [B,N,D], text [B,T,D] and c [B,D]; the last block drops the text. A state is
+    changed by what a block returns, never in place, so that what passes through stays the very same object.
     """
 
     def embed(state: State) -> State:
@@ -61,7 +62,7 @@ def mmdit_edges(config: MMDiTConfig) -> tuple[Edge, ...]:
 
 
 def mmdit_role(path: str) -> str:
-    """What a Linear of an MMDiT is for."""
+    """What a Linear of an MMDiT is for, by the names that DiffusionKit gives them; see ``Adapter.role``."""
     if "adaLN_modulation" in path:
         return "modulation"
     if ".attn." in path:

@@ -52,6 +52,10 @@ def to_images(latent: mx.array) -> mx.array:
 
 
 class MMDiTShapes(DiffusionAdapter):
+    """The adapter of the embedded model. Its text encoder is in the module tree, since its weights are saved with the
+    model, but no recipe sees it: it runs once a prompt.
+    """
+
     name = "mmdit-shapes"
     cfg = 2.0
 
@@ -64,7 +68,11 @@ class MMDiTShapes(DiffusionAdapter):
 
     @classmethod
     def pretrained(cls) -> MMDiTShapes:
-        """The shipped weights; raises ArtifactError when the file is damaged."""
+        """The model with its shipped weights, float32.
+
+        Raises:
+            ArtifactError: The file is damaged.
+        """
         with as_file(files("mlxquant.assets") / WEIGHTS) as path:
             arrays, header = read_tensors(path, kind="mmdit-shapes")
         adapter = cls.blank({"config": header["config"]})
