@@ -62,6 +62,8 @@ def test_a_recipe_with_branches_keeps_its_size(model, calib):
 def test_layers_that_the_recipe_gives_eight_bits_keep_them(model, mixed):
     before = parse_recipe("rtn-w4a8").plan(roles(model))
     after = mixed.recipe.plan(roles(model))
+    assert mixed.plan == after
+    assert list(mixed.plan) == list(after)
     assert set(after) == set(before)
     for path, spec in before.items():
         if spec.weight.bits == 8:

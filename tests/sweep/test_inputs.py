@@ -8,8 +8,19 @@ import mlxquant  # noqa: F401  # before mlx
 import numpy as np
 import pytest
 
+from mlxquant.methods import registry
 from mlxquant.numerics.input_ranges import InputRanges
-from mlxquant.sweep.inputs import LayerInput, Options, decide_input, mean_error
+from mlxquant.recipes.recipe import ActivationSpec
+from mlxquant.sweep.inputs import (
+    LayerInput,
+    Options,
+    choose_table,
+    decide_input,
+    errors_by_tier,
+    may_shift,
+    mean_error,
+    tiers_of,
+)
 
 SIGMA = np.float32([0.3, 0.8])
 
@@ -82,3 +93,51 @@ def test_dividing_an_input_leaves_its_outputs_and_costs():
     table = decide_input(layer, None, Options(tiers=(8,))).table
     assert mean_error(layer, table, layer.weight) == pytest.approx(mean_error(layer, table), rel=1e-3)
     assert mean_error(layer, table, layer.weight * 1.1) > 2 * mean_error(layer, table)
+
+
+def never():
+    raise AssertionError("the rounded weight was asked for")
+
+
+def same(one, other):
+    return all(np.array_equal(getattr(one, name), getattr(other, name)) for name in ("sigma", "step", "shift", "bits"))
+
+
+def test_a_specification_of_bits_alone_is_the_range_method_on_the_rounded_weight(pair):
+    ranges, weight, _ = pair
+    spec, rounded = ActivationSpec(6, range="error"), 2 * weight
+    expected = registry.get("range", "error").function(ranges, rounded, 6)
+    assert same(choose_table(LayerInput(ranges, weight), spec, "gelu", lambda: rounded), expected)
+
+
+def test_a_budget_and_a_shift_are_decided_for_the_exact_weight(pair):
+    ranges, weight, _ = pair
+    seen, middle = LayerInput(ranges, weight), (ranges.least + ranges.most) / 2
+    budget = choose_table(seen, ActivationSpec(8, budget=1e-3), "gelu", never)
+    assert same(budget, decide_input(seen, None, Options(budget=1e-3)).table)
+    shifted = choose_table(seen, ActivationSpec(4, shift=True), "gelu", never)
+    assert same(shifted, decide_input(seen, middle, Options(tiers=(4,))).table)
+    plain = choose_table(seen, ActivationSpec(4, shift=True), "", never)
+    assert same(plain, decide_input(seen, None, Options(tiers=(4,))).table)
+    assert may_shift("gelu")
+    assert not may_shift("")
+
+
+def test_one_entry_for_all_noise_levels_sees_them_merged(pair):
+    ranges, weight, _ = pair
+    costs = np.float64([[1, 2], [3, 6]])
+    each = LayerInput.of(ActivationSpec(8), ranges, weight, costs)
+    merged = LayerInput.of(ActivationSpec(8, per_timestep=False), ranges, weight, costs)
+    assert (len(each.ranges.sigma), len(merged.ranges.sigma)) == (2, 1)
+    np.testing.assert_array_equal(merged.costs, [[2, 4]])
+    assert LayerInput.of(None, ranges, weight, None).costs is None
+
+
+def test_errors_fall_from_tier_to_tier_and_a_shift_never_raises_them(pair):
+    ranges, weight, _ = pair
+    seen = LayerInput(ranges, weight, np.ones((2, 2)))
+    plain, offered = (errors_by_tier(seen, ActivationSpec(8, shift=shift), "gelu") for shift in (False, True))
+    assert plain.shape == (len(tiers_of(ActivationSpec(8))), 2)
+    assert (np.diff(plain, axis=0) <= 0).all()
+    assert (offered.mean(1) <= plain.mean(1)).all()
+    assert tiers_of(ActivationSpec(6)) == (4, 6)
