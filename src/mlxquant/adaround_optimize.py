@@ -191,7 +191,7 @@ def learn(
     folder.
     """
     blocks = adapter.blocks
-    linears = {path: layer for path, layer in adapter.linears().items() if any(stage.owns(path) for stage in blocks)}
+    linears = adapter.block_linears()
     plan = recipe.plan({path: adapter.role(path) for path in linears})
     sigmas, states = cache.inputs(adapter, calib_dir, adapter.batch)
     passes = Passes(adapter, sigmas, progress)

@@ -94,7 +94,7 @@ def write_weights(folder, config, bits=8, **changes):
     adapter = tiny_adapter()
     source, presets = adapter.fingerprint, {} if config is None else prepare(adapter, config)
     blocks = adapter.blocks
-    linears = {path: layer for path, layer in adapter.linears().items() if any(b.owns(path) for b in blocks)}
+    linears = adapter.block_linears()
     facts = {
         "model": adapter.name,
         "source": source,

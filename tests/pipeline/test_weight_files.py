@@ -33,7 +33,7 @@ def model():
     return (
         adapter,
         blocks,
-        {path: layer for path, layer in adapter.linears().items() if any(b.owns(path) for b in blocks)},
+        adapter.block_linears(),
     )
 
 

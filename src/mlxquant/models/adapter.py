@@ -211,6 +211,11 @@ class Adapter(ABC):
         """The full-precision Linears that a recipe may quantize, by path, in the order of the module tree."""
         return find_linears(self.module)
 
+    def block_linears(self) -> dict[str, nn.Linear]:
+        """Those of ``linears`` that belong to a block."""
+        blocks = self.blocks
+        return {path: m for path, m in self.linears().items() if any(block.owns(path) for block in blocks)}
+
     def roles(self) -> dict[str, str]:
         """The role of each of ``linears``, by path: what a recipe plans from."""
         return {path: self.role(path) for path in self.linears()}

@@ -80,10 +80,7 @@ class TrackFiles:
         in the formats that ``plan`` wants.
         """
         blocks = adapter.blocks
-        linears = {
-            path: layer for path, layer in adapter.linears().items() if any(stage.owns(path) for stage in blocks)
-        }
-        weights = WeightFiles.read(self.weights, blocks, linears)
+        weights = WeightFiles.read(self.weights, blocks, adapter.block_linears())
         facts, where = weights.ledger.facts, weights.ledger.path
         check_source(f"{where}: the learned weights", facts["model"], facts["source"], adapter)
         config = None if self.config is None else QuantConfig.read(self.config)
