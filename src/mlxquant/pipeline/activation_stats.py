@@ -18,6 +18,7 @@ from ..errors import ArtifactError
 from ..files.checked import file_digest, read_json
 from ..numerics.arrays import Array
 from ..numerics.input_ranges import InputRanges
+from ..sweep.inputs import may_shift
 from .ledger import Ledger
 from .samples import MANIFEST
 
@@ -164,7 +165,7 @@ class ActivationStats:
             "max",
             "hist",
             "rows",
-            *(["shift"] if self.after(leader) == "gelu" else []),
+            *(["shift"] if may_shift(self.after(leader)) else []),
         ]
         found = self._stacked(["hist_edges", *(f"{leader}__{name}" for name in names)])
         own = {name: found[f"{leader}__{name}"] for name in names}

@@ -17,12 +17,11 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import ArtifactError
-from ..models.adapter import Adapter, Stage, State
+from ..models.adapter import Stage, State
 from ..models.diffusion import DiffusionAdapter
 from ..numerics.arrays import Array
-from ..progress import Progress, silent
 from ..sampling.guidance import sides
-from ..sweep.streams import ExactStream, run_stage
+from ..sweep.streams import ExactStream, Passes
 from .ledger import Ledger
 from .samples import MANIFEST, Samples, check_source, sample_name
 
@@ -88,7 +87,7 @@ class BlockCache:
             )
         images, stride = self.ledger.facts["num_images"], self.ledger.facts["stride"]
         sigmas, states = samples.calibration(images, stride).in_order(adapter, size)
-        first = run_stage(adapter, adapter.stages[0], sigmas, states)
+        first = Passes(adapter, sigmas).through(adapter.stages[0], states)
         rows = len(sides(self.ledger.facts["cfg"]))
         for state, (index, some) in zip(first, self._batches(size), strict=True):
             for stream, tokens in chosen(self.tokens, self.ledger.facts["seed"], some, index * stride).items():
@@ -158,14 +157,12 @@ class CachedTeacher:
     def __init__(
         self,
         cache: BlockCache,
-        adapter: Adapter,
-        sigmas: list[float],
+        passes: Passes,
         states: list[State],
         both: bool,
-        progress: Progress = silent,
     ):
-        self._cache, self._size = cache, adapter.batch
-        self._exact = ExactStream(adapter, sigmas, states, progress) if both else None
+        self._cache, self._size = cache, passes.adapter.batch
+        self._exact = ExactStream(passes, states) if both else None
 
     def targets(self, stage: Stage) -> list[State]:
         if self._exact is not None:

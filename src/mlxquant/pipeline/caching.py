@@ -88,7 +88,7 @@ def trace(adapter: DiffusionAdapter, sigma: float, state: State) -> Trace:
 
     Raises AdapterError when the model's forward pass does not go through its blocks' hooks.
     """
-    names = [stage.name for stage in adapter.stages[1:-1]]
+    names = [stage.name for stage in adapter.blocks]
     seen: Trace = {}
 
     def observe(name: str, inputs: State, outputs: State) -> None:

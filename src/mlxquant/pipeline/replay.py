@@ -20,7 +20,9 @@ from ..numerics.arrays import Array
 from ..progress import Progress, silent
 from ..report.ranges import RangeCurves, draw_ranges
 from ..sampling.guidance import sides
+from ..sweep.inputs import may_shift
 from ..sweep.sensitivity import measure
+from ..sweep.streams import Passes
 from .activation_stats import COMMAND, INDEX_KIND, KIND, STATISTICS, ActivationStats, array_name, index_name
 from .collecting import Picks, StepCollector, StepInputs
 from .ledger import Ledger
@@ -37,14 +39,11 @@ HIST_EDGES = np.concatenate([[0], np.logspace(-4, 5, 9 * 16 + 1)]).astype(
 
 def quantized_layers(adapter: DiffusionAdapter) -> list[str]:
     """The Linears inside a model's blocks whose inputs are quantized; raises AdapterError when there are none."""
-    blocks = adapter.stages[1:-1]
-    paths = [
-        path for path in adapter.linears() if adapter.role(path) in ROLES and any(block.owns(path) for block in blocks)
-    ]
+    paths = [path for path in adapter.block_linears() if adapter.role(path) in ROLES]
     if not paths:
         raise AdapterError(
-            f"{adapter.name} lists no attention or MLP layers in its {len(blocks)} blocks; expected a full-precision"
-            " model"
+            f"{adapter.name} lists no attention or MLP layers in its {len(adapter.blocks)} blocks; expected a"
+            " full-precision model"
         )
     return paths
 
@@ -120,7 +119,7 @@ def collect(
             step,
             sigma_map[step],
             seen.layers,
-            {leader for leader in seen.layers if after.get(leader) == "gelu"},
+            {leader for leader in seen.layers if may_shift(after.get(leader, ""))},
             costs,
         )
         ledger.save()
@@ -166,7 +165,8 @@ def _costs(
 ) -> dict[str, Array]:
     """The sensitivity [out] float32 of each layer at the one timestep of ``calibration``, on its first ``images``."""
     some = calibration.part(pictures=slice(images))
-    found = measure(adapter, adapter.stages, *some.batches(adapter, adapter.batch), paths, seed, progress)
+    sigmas, states = some.batches(adapter, adapter.batch)
+    found = measure(Passes(adapter, sigmas, progress), adapter.stages, states, paths, seed)
     return {path: costs[0].astype(np.float32) for path, costs in found.layers.items()}
 
 
