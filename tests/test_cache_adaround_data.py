@@ -26,9 +26,7 @@ IMAGES, STEPS, STRIDE = 3, 4, 2
 SMALL = ["--num-images", IMAGES, "--stride", STRIDE]
 Usage = namedtuple("Usage", "total used free")
 VERB = ("cache-adaround-data", *SMALL, "--calib-dir")
-run = partial(command_line.run, *VERB)
-succeed = partial(command_line.succeed, *VERB)
-fail = partial(command_line.fail, *VERB, code=1)
+run, succeed, fail = command_line.of(*VERB)
 
 
 @pytest.fixture(autouse=True)

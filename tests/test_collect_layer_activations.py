@@ -1,7 +1,6 @@
 """The verb: what it promises on success, and one clear error on everything else."""
 
 import json
-from functools import partial
 
 import pytest
 from PIL import Image
@@ -13,9 +12,7 @@ from support import command_line
 from support.six_steps import draw_in_process, use_tiny_model
 
 VERB = ("collect-layer-activations", "--calib-dir")
-run = partial(command_line.run, *VERB)
-succeed = partial(command_line.succeed, *VERB)
-fail = partial(command_line.fail, *VERB, code=1)
+run, succeed, fail = command_line.of(*VERB)
 
 
 @pytest.fixture(autouse=True)

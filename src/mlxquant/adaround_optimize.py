@@ -9,7 +9,8 @@ from typing import Any
 
 import click
 
-from .commandline.console import Command, peak_bytes, progress, result, say, verbose_option
+from .commandline.console import Command, peak_bytes, progress, result, say
+from .commandline.options import COUNT, FROM_ZERO, PATH, option, verbose_option
 from .errors import AdapterError
 from .files import checked
 from .files.checked import file_digest
@@ -35,75 +36,32 @@ DEFAULT = Settings()
 
 
 @click.command("adaround-optimize", cls=Command)
-@click.option(
-    "--cache-dir",
-    type=click.Path(path_type=Path),
-    required=True,
-    help="Folder that 'mlxquant cache-adaround-data' wrote.",
-)
-@click.option(
-    "--calib-dir",
-    type=click.Path(path_type=Path),
-    help="Where the trajectories are now.  [default: the folder around the cache's]",
-)
-@click.option(
-    "--output-dir", type=click.Path(path_type=Path), required=True, help="Folder for config.json and weights/mm*.npz."
-)
-@click.option(
-    "--bits-w", type=click.IntRange(2, 8), default=4, show_default=True, help="Bits of attention and MLP weights."
-)
-@click.option(
+@option("--cache-dir", type=PATH, required=True, help="Folder that 'mlxquant cache-adaround-data' wrote.")
+@option("--calib-dir", type=PATH, help="Where the trajectories are now.  [default: the folder around the cache's]")
+@option("--output-dir", type=PATH, required=True, help="Folder for config.json and weights/mm*.npz.")
+@option("--bits-w", type=click.IntRange(2, 8), default=4, help="Bits of attention and MLP weights.")
+@option(
     "--bits-a",
     type=click.Choice([str(b) for b in BITS]),
     default="8",
-    show_default=True,
     help="Bits of activations, where --quant-config does not choose them; 16: as they are.",
 )
-@click.option(
-    "--iters", type=click.IntRange(1), default=DEFAULT.iterations, show_default=True, help="Adam steps a block."
+@option("--iters", type=COUNT, default=DEFAULT.iterations, help="Adam steps a block.")
+@option("--start", type=click.Choice(list(STARTS)), default="gptq", help="Codes that learning starts from.")
+@option("--batch-size", type=COUNT, default=DEFAULT.batch, help="Samples a step, of mixed timesteps.")
+@option("--learning-rate", type=float, default=DEFAULT.rate)
+@option("--pressure", type=float, default=DEFAULT.pressure, help="Weight of the rounding regulariser.")
+@option(
+    "--qdrop", type=click.FloatRange(0, 1), default=DEFAULT.drop, help="Probability to leave an activation unquantized."
 )
-@click.option(
-    "--start",
-    type=click.Choice(list(STARTS)),
-    default="gptq",
-    show_default=True,
-    help="Codes that learning starts from.",
-)
-@click.option(
-    "--batch-size",
-    type=click.IntRange(1),
-    default=DEFAULT.batch,
-    show_default=True,
-    help="Samples a step, of mixed timesteps.",
-)
-@click.option("--learning-rate", type=float, default=DEFAULT.rate, show_default=True)
-@click.option(
-    "--pressure", type=float, default=DEFAULT.pressure, show_default=True, help="Weight of the rounding regulariser."
-)
-@click.option(
-    "--qdrop",
-    type=click.FloatRange(0, 1),
-    default=DEFAULT.drop,
-    show_default=True,
-    help="Probability to leave an activation unquantized.",
-)
-@click.option(
-    "--sensitivity/--no-sensitivity",
-    default=True,
-    show_default=True,
-    help="Weigh errors by what they do to the velocity.",
-)
-@click.option(
-    "--quant-config",
-    type=click.Path(path_type=Path),
-    help="Round the weights as this file's folds and shifts change them.",
-)
-@click.option(
+@option("--sensitivity/--no-sensitivity", default=True, help="Weigh errors by what they do to the velocity.")
+@option("--quant-config", type=PATH, help="Round the weights as this file's folds and shifts change them.")
+@option(
     "--model", "name", help="Where its weights are: a hub id or a folder.  [default: the name of the cache's model]"
 )
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of the minibatches.")
-@click.option("--force", is_flag=True, help="Start over where the folder holds other weights.")
-@click.option("--resume/--no-resume", default=True, show_default=True, help="Go on where a killed run was.")
+@option("--seed", default=0, type=FROM_ZERO, help="Of the minibatches.")
+@option("--force", is_flag=True, help="Start over where the folder holds other weights.")
+@option("--resume/--no-resume", default=True, help="Go on where a killed run was.")
 @verbose_option
 def command(
     cache_dir: Path,

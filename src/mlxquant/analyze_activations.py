@@ -12,7 +12,8 @@ import click
 import numpy as np
 
 from .api.model import load
-from .commandline.console import Command, progress, result, say, verbose_option
+from .commandline.console import Command, progress, result, say
+from .commandline.options import PATH, option, verbose_option
 from .errors import ArtifactError
 from .files.atomic import ensure_writable
 from .layers.tree import starred
@@ -37,58 +38,31 @@ def two_numbers(context: click.Context, parameter: click.Parameter, value: str) 
 
 
 @click.command("analyze-activations", cls=Command)
-@click.option(
-    "--stats",
-    "stats_file",
-    type=click.Path(path_type=Path),
-    required=True,
-    help="layer_statistics.json of collect-layer-activations.",
-)
-@click.option(
-    "--output",
-    type=click.Path(path_type=Path),
-    help="The config to write.  [default: quant_config.json beside the statistics]",
-)
-@click.option(
-    "--model", "name", help="Where the model is: a hub id or a folder.  [default: the model of the statistics]"
-)
-@click.option(
+@option("--stats", "stats_file", type=PATH, required=True, help="layer_statistics.json of collect-layer-activations.")
+@option("--output", type=PATH, help="The config to write.  [default: quant_config.json beside the statistics]")
+@option("--model", "name", help="Where the model is: a hub id or a folder.  [default: the model of the statistics]")
+@option(
     "--rule",
     type=click.Choice(["error", "threshold"]),
     default="error",
-    show_default=True,
     help="Fewest bits within an error budget, or by the magnitude of the range.",
 )
-@click.option(
+@option(
     "--budget",
     default=BUDGET,
-    show_default=True,
     help="Mean squared error of the velocity that --rule error lets each layer's input cause.",
 )
-@click.option(
-    "--thresholds",
-    default="6,10",
-    show_default=True,
-    callback=two_numbers,
-    help="Of --rule threshold: A4 below the first, A6 below.",
-)
-@click.option(
+@option("--thresholds", default="6,10", callback=two_numbers, help="Of --rule threshold: A4 below the first, A6 below.")
+@option(
     "--range",
     "range_method",
     type=click.Choice(["extremes", "average", "error"]),
     default="extremes",
-    show_default=True,
     help="What the codes span. 'average' is what TaQ-DiT does; it clips, and it ruins pictures.",
 )
-@click.option(
-    "--alpha",
-    type=click.FloatRange(0, 1),
-    default=0.5,
-    show_default=True,
-    help="How much SmoothQuant moves into the weights.",
-)
-@click.option("--migration", is_flag=True, help="Try to even out post-GELU channels by integers, too.")
-@click.option("--force", is_flag=True, help="Replace existing files.")
+@option("--alpha", type=click.FloatRange(0, 1), default=0.5, help="How much SmoothQuant moves into the weights.")
+@option("--migration", is_flag=True, help="Try to even out post-GELU channels by integers, too.")
+@option("--force", is_flag=True, help="Replace existing files.")
 @verbose_option
 def command(
     stats_file: Path,

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import click
 
-from .commandline.console import Command, peak_bytes, progress, result, say, verbose_option
+from .commandline.console import Command, peak_bytes, progress, result, say
+from .commandline.options import FROM_ZERO, option, replay_options
 from .models.catalog import model_name, pretrained
 from .models.diffusion import diffusion
 from .pipeline import caching
@@ -17,30 +18,12 @@ from .pipeline.samples import Samples
 
 
 @click.command("cache-adaround-data", cls=Command)
-@click.option(
-    "--calib-dir", type=click.Path(path_type=Path), required=True, help="Folder that generate-calibration-data wrote."
-)
-@click.option(
-    "--output-dir", type=click.Path(path_type=Path), help="Folder for the cache.  [default: CALIB_DIR/adaround_cache]"
-)
-@click.option("--num-images", default=5, show_default=True, type=click.IntRange(1), help="Use the first N images.")
-@click.option("--stride", default=5, show_default=True, type=click.IntRange(1), help="Use every N-th step.")
-@click.option(
+@replay_options(5, "adaround_cache", "Decides which tokens.")
+@option(
     "--tokens",
-    type=click.IntRange(0),
+    type=FROM_ZERO,
     help="Tokens of each stream of a block's output to keep; 0 keeps all.  [default: an eighth of them, at least 4]",
 )
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Decides which tokens.")
-@click.option(
-    "--model",
-    "name",
-    help="Where its weights are: a hub id or a folder.  [default: the name of the model that drew the trajectories]",
-)
-@click.option(
-    "--resume/--no-resume", default=True, show_default=True, help="Go on where a killed run of the same settings was."
-)
-@click.option("--force", is_flag=True, help="Replace a cache that is there.")
-@verbose_option
 def command(
     calib_dir: Path,
     output_dir: Path | None,

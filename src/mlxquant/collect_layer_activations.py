@@ -9,7 +9,8 @@ from pathlib import Path
 
 import click
 
-from .commandline.console import Command, peak_bytes, progress, result, say, verbose_option
+from .commandline.console import Command, peak_bytes, progress, result, say
+from .commandline.options import COUNT, option, replay_options
 from .models.catalog import model_name, pretrained
 from .models.diffusion import diffusion
 from .pipeline import replay
@@ -17,34 +18,8 @@ from .pipeline.samples import Samples
 
 
 @click.command("collect-layer-activations", cls=Command)
-@click.option(
-    "--calib-dir", type=click.Path(path_type=Path), required=True, help="Folder that generate-calibration-data wrote."
-)
-@click.option(
-    "--output-dir", type=click.Path(path_type=Path), help="Folder for the statistics.  [default: CALIB_DIR/activations]"
-)
-@click.option("--num-images", default=5, show_default=True, type=click.IntRange(1), help="Use the first N images.")
-@click.option("--stride", default=2, show_default=True, type=click.IntRange(1), help="Use every N-th step.")
-@click.option(
-    "--rows",
-    default=32,
-    show_default=True,
-    type=click.IntRange(1),
-    help="Input rows to keep of each layer and timestep.",
-)
-@click.option(
-    "--seed", default=0, show_default=True, type=click.IntRange(0), help="Of the rows, and of the sensitivities."
-)
-@click.option(
-    "--model",
-    "name",
-    help="Where its weights are: a hub id or a folder.  [default: the name of the model that drew the trajectories]",
-)
-@click.option(
-    "--resume/--no-resume", default=True, show_default=True, help="Go on where a killed run of the same settings was."
-)
-@click.option("--force", is_flag=True, help="Replace statistics that are there.")
-@verbose_option
+@replay_options(2, "activations", "Of the rows, and of the sensitivities.")
+@option("--rows", default=32, type=COUNT, help="Input rows to keep of each layer and timestep.")
 def command(
     calib_dir: Path,
     output_dir: Path | None,

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import click
 
-from .commandline.console import Command, force_option, peak_bytes, progress, result, say, verbose_option
+from .commandline.console import Command, peak_bytes, progress, result, say
+from .commandline.options import PATH, force_option, option, verbose_option
 from .errors import ArtifactError
 from .evaluation.contender import distinct
 from .evaluation.figures import Judge, PictureSet, differences
@@ -21,12 +22,12 @@ from .sampling.prompts import read_prompts
 
 
 @click.command("compare-images", cls=Command)
-@click.argument("reference", type=click.Path(path_type=Path))
-@click.argument("others", type=click.Path(path_type=Path), nargs=-1, required=True)
-@click.option(
+@click.argument("reference", type=PATH)
+@click.argument("others", type=PATH, nargs=-1, required=True)
+@option(
     "--prompts",
     "prompt_file",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help=(
         "What the pictures show, one seed<TAB>prompt a line in the order of their names; for metrics that look at the"
         " text."
@@ -34,7 +35,7 @@ from .sampling.prompts import read_prompts
 )
 @metric_option
 @weights_option
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the report.")
+@option("--out", type=PATH, required=True, help="Folder for the report.")
 @force_option
 @verbose_option
 def command(

@@ -11,7 +11,8 @@ import click
 from .api import jobs
 from .api.model import load
 from .api.quantizing import calibrate, compare
-from .commandline.console import Command, force_option, peak_bytes, progress, result, say, verbose_option
+from .commandline.console import Command, peak_bytes, progress, result, say
+from .commandline.options import COUNT, FROM_ZERO, PATH, force_option, option, verbose_option
 from .files.atomic import atomic_folder
 from .files.checked import write_json
 from .recipes.grammar import parse_recipe
@@ -22,26 +23,10 @@ RECIPES = ("rtn-w4a8", "gptq-w4a8")
 
 
 @click.command("demo", cls=Command)
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path),
-    default="mlxquant-demo",
-    show_default=True,
-    help="Folder for pictures, report and models.",
-)
-@click.option(
-    "--seed",
-    default=0,
-    show_default=True,
-    type=click.IntRange(0),
-    help="Shifts the noise seeds of calibration and evaluation.",
-)
-@click.option(
-    "--num-prompts", default=32, show_default=True, type=click.IntRange(1), help="Held-out prompts to draw and measure."
-)
-@click.option(
-    "--steps", type=click.IntRange(1), help="Sampler steps, of the calibration too.  [default: the model's, 28]"
-)
+@option("--out", type=PATH, default="mlxquant-demo", help="Folder for pictures, report and models.")
+@option("--seed", default=0, type=FROM_ZERO, help="Shifts the noise seeds of calibration and evaluation.")
+@option("--num-prompts", default=32, type=COUNT, help="Held-out prompts to draw and measure.")
+@option("--steps", type=COUNT, help="Sampler steps, of the calibration too.  [default: the model's, 28]")
 @force_option
 @verbose_option
 def command(out: Path, seed: int, num_prompts: int, steps: int | None, force: bool) -> None:

@@ -14,17 +14,19 @@ from .api.model import Model
 from .api.model import load as load_model
 from .api.plan import plan
 from .api.quantizing import calibrate
-from .commandline.console import (
+from .commandline.console import Command, peak_bytes, progress, result, say
+from .commandline.options import (
+    COUNT,
+    FROM_ZERO,
     MODEL_HELP,
-    Command,
-    force_option,
-    peak_bytes,
-    progress,
-    result,
-    resume_option,
-    say,
+    PATH,
+    iters_option,
+    models_option,
+    option,
+    prompts_options,
+    run_options,
     size_option,
-    verbose_option,
+    together,
 )
 from .errors import AdapterError
 from .evaluation.contender import Contender, distinct
@@ -42,71 +44,37 @@ from .sampling.prompts import Prompt, read_prompts
 PROMPTS, CALIBRATION_PROMPTS = 64, 16
 
 
-@click.command("evaluate", cls=Command)
-@click.option(
-    "--model",
-    "names",
-    multiple=True,
-    required=True,
-    help=(
-        f"{MODEL_HELP} Or a folder that 'mlxquant quantize' wrote. The first is the reference; again for more to"
-        " compare with it."
-    ),
+drawing_options = together(
+    size_option,
+    prompts_options("Prompts to draw, held out from calibration", 64),
+    option("--steps", type=COUNT, help="Sampler steps, of the calibration too.  [default: the model's]"),
+    option("--cfg-weight", type=click.FloatRange(0), help="Guidance, of the calibration too.  [default: the model's]"),
+    option("--seed", default=0, type=FROM_ZERO, help="Shifts the noise seeds of the model's own prompts."),
+    metric_option,
+    weights_option,
 )
-@click.option(
+
+
+@click.command("evaluate", cls=Command)
+@models_option(
+    f"{MODEL_HELP} Or a folder that 'mlxquant quantize' wrote. The first is the reference; again for more to"
+    " compare with it."
+)
+@option(
     "--recipe",
     "recipe_names",
     multiple=True,
     metavar="RECIPE",
     help="Quantize the first model by this recipe; again for more.",
 )
-@size_option
-@click.option(
-    "--prompts",
-    "prompt_file",
-    type=click.Path(path_type=Path),
-    help="Prompts to draw, one seed<TAB>prompt a line.  [default: the model's own, held out from calibration]",
-)
-@click.option(
-    "--num-prompts",
-    type=click.IntRange(1),
-    help="Use the first N prompts.  [default: all of the file, 64 of the model's own]",
-)
-@click.option("--steps", type=click.IntRange(1), help="Sampler steps, of the calibration too.  [default: the model's]")
-@click.option(
-    "--cfg-weight", type=click.FloatRange(0), help="Guidance, of the calibration too.  [default: the model's]"
-)
-@click.option(
-    "--seed",
-    default=0,
-    show_default=True,
-    type=click.IntRange(0),
-    help="Shifts the noise seeds of the model's own prompts.",
-)
-@metric_option
-@weights_option
-@click.option(
-    "--calibration-prompts",
-    type=click.Path(path_type=Path),
-    help="A prompt file for the recipes.  [default: the model's own]",
-)
-@click.option(
-    "--num-calibration-prompts",
-    type=click.IntRange(1),
-    help="Its first N.  [default: all of the file, 16 of the model's own]",
-)
-@click.option("--samples", type=click.IntRange(1), help="As of 'mlxquant quantize'.")
-@click.option("--iters", type=click.IntRange(1), help="As of 'mlxquant quantize'.")
-@click.option(
-    "--floor/--no-floor",
-    default=True,
-    show_default=True,
-    help="Also draw the reference in float16: the least difference.",
-)
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the report.")
-@force_option
-@resume_option
-@verbose_option
+@option("--calibration-prompts", type=PATH, help="A prompt file for the recipes.  [default: the model's own]")
+@option("--num-calibration-prompts", type=COUNT, help="Its first N.  [default: all of the file, 16 of the model's own]")
+@drawing_options
+@option("--floor/--no-floor", default=True, help="Also draw the reference in float16: the least difference.")
+@option("--samples", type=COUNT, help="As of 'mlxquant quantize'.")
+@iters_option
+@option("--out", type=PATH, required=True, help="Folder for the report.")
+@run_options
 def command(
     names: tuple[str, ...],
     recipe_names: tuple[str, ...],

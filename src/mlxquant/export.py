@@ -7,22 +7,19 @@ from pathlib import Path
 import click
 
 from .api.model import load
-from .commandline.console import MODEL_HELP, Command, force_option, result, say, verbose_option
+from .commandline.console import Command, result, say
+from .commandline.options import MODEL_HELP, PATH, force_option, option, verbose_option
 from .exporters.plain import FLOATS
 from .exporters.targets import TARGETS, export
 from .files.atomic import refuse_existing
 
 
 @click.command("export", cls=Command)
-@click.option(
-    "--model", "name", required=True, help=f"A folder that 'mlxquant quantize' wrote. Or unquantized: {MODEL_HELP}"
-)
-@click.option("--target", type=click.Choice(TARGETS), required=True, help="The tool that is to read it.")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the files.")
-@click.option(
-    "--drop-activations", is_flag=True, help="Leave activation scales out where the target has no place for them."
-)
-@click.option(
+@option("--model", "name", required=True, help=f"A folder that 'mlxquant quantize' wrote. Or unquantized: {MODEL_HELP}")
+@option("--target", type=click.Choice(TARGETS), required=True, help="The tool that is to read it.")
+@option("--out", type=PATH, required=True, help="Folder for the files.")
+@option("--drop-activations", is_flag=True, help="Leave activation scales out where the target has no place for them.")
+@option(
     "--dtype", type=click.Choice(list(FLOATS)), help="Of every floating tensor, scales included.  [default: its own]"
 )
 @force_option

@@ -11,7 +11,8 @@ import click
 
 from .api.model import load
 from .api.quantizing import compare
-from .commandline.console import MODEL_HELP, Command, peak_bytes, progress, result, say, size_option, verbose_option
+from .commandline.console import Command, peak_bytes, progress, result, say
+from .commandline.options import COUNT, FROM_ZERO, MODEL_HELP, PATH, option, size_option, verbose_option
 from .errors import AdapterError
 from .files.atomic import ensure_writable
 from .report.comparison import save_png, to_pil
@@ -19,14 +20,14 @@ from .sampling.prompts import Prompt
 
 
 @click.command("generate", cls=Command)
-@click.option("--model", "name", required=True, help=f"{MODEL_HELP} Or a folder that 'mlxquant quantize' wrote.")
-@click.option("--prompt", "text", required=True)
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(0))
-@click.option("--steps", type=click.IntRange(1), help="[default: the model's]")
-@click.option("--cfg-weight", type=click.FloatRange(0), help="[default: the model's]")
+@option("--model", "name", required=True, help=f"{MODEL_HELP} Or a folder that 'mlxquant quantize' wrote.")
+@option("--prompt", "text", required=True)
+@option("--seed", default=0, type=FROM_ZERO)
+@option("--steps", type=COUNT, help="[default: the model's]")
+@option("--cfg-weight", type=click.FloatRange(0), help="[default: the model's]")
 @size_option
-@click.option("--compare", "reference", help="Another model: draw both and their difference side by side.")
-@click.option("--output", type=click.Path(path_type=Path), default="image.png", show_default=True)
+@option("--compare", "reference", help="Another model: draw both and their difference side by side.")
+@option("--output", type=PATH, default="image.png")
 @verbose_option
 def command(
     name: str,

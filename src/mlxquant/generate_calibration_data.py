@@ -10,37 +10,29 @@ from pathlib import Path
 import click
 
 from .api.model import QuantizedModel, load
-from .commandline.console import MODEL_HELP, Command, peak_bytes, progress, result, say, size_option, verbose_option
+from .commandline.console import Command, peak_bytes, progress, result, say
+from .commandline.options import COUNT, MODEL_HELP, PATH, option, size_option, verbose_option
 from .errors import CalibrationError
 from .pipeline import samples
 from .sampling.prompts import read_prompts
 
 
 @click.command("generate-calibration-data", cls=Command)
-@click.option("--model", "name", default="sd3-medium", show_default=True, help=MODEL_HELP)
+@option("--model", "name", default="sd3-medium", help=MODEL_HELP)
 @size_option
-@click.option("--num-images", default=50, show_default=True, type=click.IntRange(1))
-@click.option("--num-steps", default=50, show_default=True, type=click.IntRange(1), help="Sampler steps.")
-@click.option(
-    "--cfg-weight", default=7.5, show_default=True, type=click.FloatRange(0), help="Classifier-free guidance."
-)
-@click.option(
-    "--calib-dir",
-    type=click.Path(path_type=Path),
-    required=True,
-    help="Folder for samples, latents, images and manifest.json.",
-)
-@click.option(
+@option("--num-images", default=50, type=COUNT)
+@option("--num-steps", default=50, type=COUNT, help="Sampler steps.")
+@option("--cfg-weight", default=7.5, type=click.FloatRange(0), help="Classifier-free guidance.")
+@option("--calib-dir", type=PATH, required=True, help="Folder for samples, latents, images and manifest.json.")
+@option(
     "--prompts",
     "prompt_file",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="Prompts, one seed<TAB>prompt a line; the first --num-images of them.  [default: the model's own]",
 )
-@click.option("--seed", default=0, show_default=True, help="Shifts the noise seeds of the model's own prompts.")
-@click.option(
-    "--resume/--no-resume", default=True, show_default=True, help="Go on where a killed run of the same settings was."
-)
-@click.option("--force", is_flag=True, help="Replace trajectories that are there.")
+@option("--seed", default=0, help="Shifts the noise seeds of the model's own prompts.")
+@option("--resume/--no-resume", default=True, help="Go on where a killed run of the same settings was.")
+@option("--force", is_flag=True, help="Replace trajectories that are there.")
 @verbose_option
 def command(
     name: str,

@@ -8,15 +8,16 @@ from typing import Any
 
 import click
 
-from .commandline.console import Command, result, say, verbose_option
+from .commandline.console import Command, result, say
+from .commandline.options import PATH, option, verbose_option
 from .contents.layers import bits_per_weight, without_parts
 from .contents.reader import Contents, read_contents
 from .contents.tables import array_rows, fact_lines, grouped, layer_rows, lines, size
 
 
 @click.command("inspect", cls=Command)
-@click.argument("path", type=click.Path(path_type=Path))
-@click.option(
+@click.argument("path", type=PATH)
+@option(
     "--each", is_flag=True, help="A line for every layer and array, not one for all that differ only by their numbers."
 )
 @verbose_option

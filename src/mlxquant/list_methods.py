@@ -6,7 +6,8 @@ from typing import Any
 
 import click
 
-from .commandline.console import Command, json_asked, result, say, verbose_option
+from .commandline.console import Command, json_asked, result, say
+from .commandline.options import verbose_option
 from .methods import registry
 from .recipes.citations import papers
 from .recipes.grammar import NAMED, parse_recipe

@@ -12,7 +12,8 @@ import click
 import numpy as np
 
 from .api.model import Model, QuantizedModel, load
-from .commandline.console import Command, peak_bytes, progress, result, say, size_option, verbose_option
+from .commandline.console import Command, peak_bytes, progress, result, say
+from .commandline.options import COUNT, FROM_ZERO, PATH, option, size_option, verbose_option
 from .errors import AdapterError
 from .files.atomic import ensure_writable, refuse_existing
 from .files.checked import write_json
@@ -27,43 +28,25 @@ from .sweep.rounding import round_to_nearest
 
 
 @click.command("load-adaround-model", cls=Command)
-@click.option(
-    "--adaround-output",
-    type=click.Path(path_type=Path),
-    required=True,
-    help="Folder that 'mlxquant adaround-optimize' wrote.",
-)
-@click.option(
-    "--quant-config",
-    type=click.Path(path_type=Path),
-    help="File that 'mlxquant analyze-activations' wrote: adds V2 (W4A8).",
-)
-@click.option("--prompt", "texts", multiple=True, help="What to draw; may be given several times.")
-@click.option(
-    "--prompts",
-    "prompt_file",
-    type=click.Path(path_type=Path),
-    help="And a file of prompts, one seed<TAB>prompt a line.",
-)
-@click.option("--num-prompts", type=click.IntRange(1), help="Of the file, only the first N.")
-@click.option(
-    "--seed", default=42, show_default=True, type=click.IntRange(0), help="Of the first prompt; the next ones count up."
-)
-@click.option("--num-steps", type=click.IntRange(1), help="[default: the model's]")
-@click.option("--cfg-weight", type=click.FloatRange(0), help="[default: the model's]")
-@click.option("--output-image", type=click.Path(path_type=Path), default="quant_test.png", show_default=True)
-@click.option("--compare", is_flag=True, help="Draw full precision, round-to-nearest, V1 and V2 side by side.")
-@click.option(
+@option("--adaround-output", type=PATH, required=True, help="Folder that 'mlxquant adaround-optimize' wrote.")
+@option("--quant-config", type=PATH, help="File that 'mlxquant analyze-activations' wrote: adds V2 (W4A8).")
+@option("--prompt", "texts", multiple=True, help="What to draw; may be given several times.")
+@option("--prompts", "prompt_file", type=PATH, help="And a file of prompts, one seed<TAB>prompt a line.")
+@option("--num-prompts", type=COUNT, help="Of the file, only the first N.")
+@option("--seed", default=42, type=FROM_ZERO, help="Of the first prompt; the next ones count up.")
+@option("--num-steps", type=COUNT, help="[default: the model's]")
+@option("--cfg-weight", type=click.FloatRange(0), help="[default: the model's]")
+@option("--output-image", type=PATH, default="quant_test.png")
+@option("--compare", is_flag=True, help="Draw full precision, round-to-nearest, V1 and V2 side by side.")
+@option(
     "--diff-stats",
     is_flag=True,
     help="Measure each against full precision; writes OUTPUT_IMAGE with the suffix .diff.json.",
 )
-@click.option(
-    "--save", "folder", type=click.Path(path_type=Path), help="Write the model as a folder for 'mlxquant generate'."
-)
-@click.option("--model", "name", help="Where the model is: a hub id or a folder.  [default: the model of the weights]")
+@option("--save", "folder", type=PATH, help="Write the model as a folder for 'mlxquant generate'.")
+@option("--model", "name", help="Where the model is: a hub id or a folder.  [default: the model of the weights]")
 @size_option
-@click.option("--force", is_flag=True, help="Replace an existing --save folder.")
+@option("--force", is_flag=True, help="Replace an existing --save folder.")
 @verbose_option
 def command(
     adaround_output: Path,

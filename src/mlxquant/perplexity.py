@@ -11,30 +11,17 @@ import numpy as np
 
 from .api.model import Model, QuantizedModel, load
 from .calibration.corpus import read_corpus
-from .commandline.console import Command, peak_bytes, progress, result, say, verbose_option
+from .commandline.console import Command, peak_bytes, progress, result, say
+from .commandline.options import COUNT, PATH, models_option, option, verbose_option
 from .metrics.bootstrap import interval
 from .metrics.prediction import Prediction
 
 
 @click.command("perplexity", cls=Command)
-@click.option(
-    "--model",
-    "names",
-    multiple=True,
-    required=True,
-    help="gpt-python, a folder or a hub id; the first is the reference.",
-)
-@click.option(
-    "--data",
-    type=click.Path(path_type=Path),
-    help="A text file, whose end is used.  [default: Python's standard library]",
-)
-@click.option("--length", type=click.IntRange(2), help="Tokens of a window.  [default: the first model's]")
-@click.option(
-    "--windows",
-    type=click.IntRange(1),
-    help="At most so many windows, evenly spread.  [default: all of the held-out text]",
-)
+@models_option("gpt-python, a folder or a hub id; the first is the reference.")
+@option("--data", type=PATH, help="A text file, whose end is used.  [default: Python's standard library]")
+@option("--length", type=click.IntRange(2), help="Tokens of a window.  [default: the first model's]")
+@option("--windows", type=COUNT, help="At most so many windows, evenly spread.  [default: all of the held-out text]")
 @verbose_option
 def command(names: tuple[str, ...], data: Path | None, length: int | None, windows: int | None) -> None:
     """Measure how well language models predict a text.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -12,17 +13,17 @@ from .api.model import Model, load
 from .api.plan import plan
 from .api.quantizing import calibrate, calibrate_text
 from .calibration.data import CalibrationData
-from .commandline.console import (
+from .commandline.console import Command, peak_bytes, progress, result, say
+from .commandline.options import (
+    COUNT,
     MODEL_HELP,
-    Command,
-    force_option,
-    peak_bytes,
-    progress,
-    result,
-    resume_option,
-    say,
+    PATH,
+    iters_option,
+    option,
+    prompts_options,
+    run_options,
     size_option,
-    verbose_option,
+    together,
 )
 from .errors import AdapterError, RecipeError
 from .models.language import LanguageAdapter
@@ -31,94 +32,61 @@ from .recipes.grammar import parse_recipe
 from .recipes.recipe import Recipe
 from .sampling.prompts import read_prompts
 
+calibration_options = together(
+    prompts_options("Calibration prompts", 16),
+    option("--steps", type=COUNT, help="Sampler steps of the calibration.  [default: the model's]"),
+    option("--cfg-weight", type=click.FloatRange(0), help="Guidance of the calibration.  [default: the model's]"),
+    option(
+        "--samples",
+        type=COUNT,
+        help="At most so many pairs of a picture and a step go through the layers.  [default: the model's]",
+    ),
+    option("--data", type=PATH, help="Calibration text of a language model.  [default: Python's standard library]"),
+    option(
+        "--length",
+        type=click.IntRange(2),
+        help="Tokens of a window of that text; --samples says how many windows.  [default: the model's]",
+    ),
+    option("--seed", default=0, help="Shifts the noise seeds of the model's own prompts, or chooses other windows."),
+)
+
 
 @click.command("quantize", cls=Command)
-@click.option("--model", "name", required=True, help=MODEL_HELP)
+@option("--model", "name", required=True, help=MODEL_HELP)
 @size_option
-@click.option(
+@option(
     "--recipe",
     "recipe_name",
     required=True,
     help="METHOD[+INGREDIENT…]-wBaB, such as gptq-w4a8; see 'mlxquant methods'.",
 )
-@click.option(
+@option(
     "--override",
     multiple=True,
     metavar="PATTERN=SPEC",
     help="A rule before the recipe's own: '*.mlp.fc2=w8a16', '@attention=keep'.",
 )
-@click.option(
-    "--prompts",
-    "prompt_file",
-    type=click.Path(path_type=Path),
-    help="Calibration prompts, one seed<TAB>prompt a line.  [default: the model's own]",
-)
-@click.option(
-    "--num-prompts",
-    type=click.IntRange(1),
-    help="Use the first N prompts.  [default: all of the file, 16 of the model's own]",
-)
-@click.option("--steps", type=click.IntRange(1), help="Sampler steps of the calibration.  [default: the model's]")
-@click.option("--cfg-weight", type=click.FloatRange(0), help="Guidance of the calibration.  [default: the model's]")
-@click.option(
-    "--samples",
-    type=click.IntRange(1),
-    help="At most so many pairs of a picture and a step go through the layers; all steps do.  [default: the model's]",
-)
-@click.option(
-    "--data",
-    type=click.Path(path_type=Path),
-    help="Calibration text of a language model.  [default: Python's standard library]",
-)
-@click.option(
-    "--length",
-    type=click.IntRange(2),
-    help="Tokens of a window of that text; --samples says how many windows.  [default: the model's]",
-)
-@click.option(
-    "--seed",
-    default=0,
-    show_default=True,
-    help="Shifts the noise seeds of the model's own prompts, or chooses other windows.",
-)
-@click.option(
+@calibration_options
+@option(
     "--bits-per-weight",
     type=click.FloatRange(2, 8),
     help="Give each layer its own bits, so many on average, scales included.",
 )
-@click.option(
+@option(
     "--bits-per-activation",
     type=click.FloatRange(4, 8),
     help="The same for inputs, by the arithmetic they take part in.",
 )
-@click.option("--iters", type=click.IntRange(1), help="Adam steps a block, for recipes that learn.  [default: 1000]")
-@click.option(
-    "--adaround-output",
-    type=click.Path(path_type=Path),
-    help="Take the blocks' weights from this folder of adaround-optimize.",
-)
-@click.option(
-    "--quant-config",
-    type=click.Path(path_type=Path),
-    help="And their activation scales from this file of analyze-activations.",
-)
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the quantized model.")
-@force_option
-@resume_option
-@verbose_option
+@iters_option
+@option("--adaround-output", type=PATH, help="Take the blocks' weights from this folder of adaround-optimize.")
+@option("--quant-config", type=PATH, help="And their activation scales from this file of analyze-activations.")
+@option("--out", type=PATH, required=True, help="Folder for the quantized model.")
+@run_options
 def command(
     name: str,
     size: int | None,
     recipe_name: str,
     override: tuple[str, ...],
-    prompt_file: Path | None,
-    num_prompts: int | None,
-    steps: int | None,
-    cfg_weight: float | None,
-    samples: int | None,
-    data: Path | None,
-    length: int | None,
-    seed: int,
     bits_per_weight: float | None,
     bits_per_activation: float | None,
     iters: int | None,
@@ -127,6 +95,7 @@ def command(
     out: Path,
     force: bool,
     resume: bool,
+    **calibration: Any,
 ) -> None:
     """Quantize a model with calibration and write it.
 
@@ -145,7 +114,7 @@ def command(
         if quant_config is None:
             say("without --quant-config the blocks keep unquantized activations")
     with jobs.work_folder(out, force, resume) as work:
-        calib = calibrated(model, work, prompt_file, num_prompts, steps, cfg_weight, samples, seed, data, length)
+        calib = calibrated(model, work, **calibration)
         done = jobs.quantized(model, calib, recipe, work, progress, tracks)
         done.model.save(out, force)
     stored = done.model.size
@@ -174,17 +143,22 @@ def calibrated(
     prompt_file: Path | None,
     num_prompts: int | None,
     steps: int | None,
-    cfg: float | None,
+    cfg_weight: float | None,
     samples: int | None,
     seed: int,
     data: Path | None,
     length: int | None,
 ) -> CalibrationData:
-    """Text for a language model, pictures for one that draws; raises AdapterError on options that are for the other
-    kind.
+    """What the ``calibration_options`` say: text for a language model, pictures for one that draws; raises AdapterError
+    on options that are for the other kind.
     """
     if isinstance(model.adapter, LanguageAdapter):
-        pictures = {"--prompts": prompt_file, "--num-prompts": num_prompts, "--steps": steps, "--cfg-weight": cfg}
+        pictures = {
+            "--prompts": prompt_file,
+            "--num-prompts": num_prompts,
+            "--steps": steps,
+            "--cfg-weight": cfg_weight,
+        }
         if given := [name for name, value in pictures.items() if value is not None]:
             raise AdapterError(
                 f"{model.name} is a language model, for which {' and '.join(given)} mean nothing; calibrate with --data"
@@ -201,7 +175,7 @@ def calibrated(
         if prompt_file
         else adapter.prompts("calibration", num_prompts or 16, seed)
     )
-    return calibrate(model, prompts, steps, cfg, progress=progress, samples=samples, work=work)
+    return calibrate(model, prompts, steps, cfg_weight, progress=progress, samples=samples, work=work)
 
 
 def limited(recipe: Recipe, bits_per_weight: float | None, bits_per_activation: float | None) -> Recipe:

@@ -8,7 +8,8 @@ import click
 import mlx.core as mx
 import numpy as np
 
-from .commandline.console import UNDERSCORES, Command, result, say, verbose_option
+from .commandline.console import Command, result, say
+from .commandline.options import PATH, UNDERSCORES, option, verbose_option
 from .errors import ArtifactError, RecipeError
 from .files.atomic import atomic_file, ensure_writable
 from .files.checked import write_tensors
@@ -19,25 +20,11 @@ KIND = "quantized-values"
 
 
 @click.command("save-weights", cls=Command, context_settings=UNDERSCORES)
-@click.option(
-    "--out-dir",
-    type=click.Path(path_type=Path),
-    default="out",
-    show_default=True,
-    help="A folder that train-gpt wrote.",
-)
-@click.option(
-    "--file-name", default="quantized_weights", show_default=True, help="The file to write, with or without its suffix."
-)
-@click.option(
-    "--file-type",
-    type=click.Choice(["npz", "safetensors", "pkl"]),
-    default="npz",
-    show_default=True,
-    help="pkl is refused.",
-)
-@click.option("--device", type=click.Choice(["cpu", "gpu"]), help="Where to compute.  [default: MLX's]")
-@click.option("--force", is_flag=True, help="Replace an existing file.")
+@option("--out-dir", type=PATH, default="out", help="A folder that train-gpt wrote.")
+@option("--file-name", default="quantized_weights", help="The file to write, with or without its suffix.")
+@option("--file-type", type=click.Choice(["npz", "safetensors", "pkl"]), default="npz", help="pkl is refused.")
+@option("--device", type=click.Choice(["cpu", "gpu"]), help="Where to compute.  [default: MLX's]")
+@option("--force", is_flag=True, help="Replace an existing file.")
 @verbose_option
 def command(out_dir: Path, file_name: str, file_type: str, device: str | None, force: bool) -> None:
     """Write the integers behind a GPT's weights.

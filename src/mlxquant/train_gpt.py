@@ -13,7 +13,8 @@ import numpy as np
 from mlx.utils import tree_unflatten
 
 from .calibration.corpus import Corpus, read_corpus
-from .commandline.console import UNDERSCORES, Command, peak_bytes, progress, result, say, verbose_option
+from .commandline.console import Command, peak_bytes, progress, result, say
+from .commandline.options import COUNT, FROM_ZERO, PATH, UNDERSCORES, option, verbose_option
 from .errors import AdapterError, ArtifactError, CalibrationError, NumericsError, RecipeError
 from .files import checked
 from .files.atomic import ensure_writable
@@ -38,11 +39,7 @@ SHAPE = {"n_layer": 4, "n_head": 6, "n_embd": 192, "block_size": 256}  # of a mo
 
 def kept(model: GPT, optimizer: optim.Optimizer) -> dict[str, Any]:
     """What a checkpoint holds: parameters, the optimizer's state, and what points between layers have stored."""
-    return {
-        "model": model.parameters(),
-        "optimizer": optimizer.state,
-        "activations": kept_activations(model),
-    }
+    return {"model": model.parameters(), "optimizer": optimizer.state, "activations": kept_activations(model)}
 
 
 def go_on(run: TrainingRun, model: GPT, optimizer: optim.Optimizer) -> None:
@@ -94,60 +91,24 @@ def trained(reference: str) -> tuple[GPT, ByteTokenizer | CharTokenizer]:
 
 
 @click.command("train-gpt", cls=Command, context_settings=UNDERSCORES, epilog=PATTERNS)
-@click.option(
-    "--out-dir",
-    type=click.Path(path_type=Path),
-    default="out",
-    show_default=True,
-    help="Folder to write; run again to resume.",
-)
-@click.option(
-    "--data", type=click.Path(path_type=Path), help="A text file.  [default: the sources of Python's standard library]"
-)
-@click.option("--init-from", help="Train on: a folder that this command wrote, or gpt-python.")
-@click.option("--level", type=click.Choice(sorted(TOKENIZERS)), help="What a token is.  [default: byte]")
-@click.option("--n-layer", type=click.IntRange(1), help=f"Blocks.  [default: {SHAPE['n_layer']}]")
-@click.option("--n-head", type=click.IntRange(1), help=f"Heads of an attention.  [default: {SHAPE['n_head']}]")
-@click.option("--n-embd", type=click.IntRange(1), help=f"Width.  [default: {SHAPE['n_embd']}]")
-@click.option("--block-size", type=click.IntRange(2), help=f"Tokens of a window.  [default: {SHAPE['block_size']}]")
-@click.option("--batch-size", default=16, show_default=True, type=click.IntRange(1), help="Windows of an iteration.")
-@click.option(
-    "--max-iters", default=1500, show_default=True, type=click.IntRange(1), help="Iterations of the whole run."
-)
-@click.option(
-    "--learning-rate",
-    default=2e-3,
-    show_default=True,
-    type=click.FloatRange(0, min_open=True),
-    help="Peak rate of AdamW.",
-)
-@click.option("--weight-decay", default=0.1, show_default=True, type=click.FloatRange(0))
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(0))
-@click.option(
-    "--dtype",
-    type=click.Choice(list(DTYPES)),
-    default="float32",
-    show_default=True,
-    help="Of activations; the weights stay float32.",
-)
-@click.option(
-    "--save-dtype",
-    type=click.Choice(list(DTYPES)),
-    default="float32",
-    show_default=True,
-    help="Of the weights written.",
-)
-@click.option(
-    "--eval-interval", default=250, show_default=True, type=click.IntRange(0), help="Between looks at held-out text."
-)
-@click.option("--eval-iters", default=4, show_default=True, type=click.IntRange(1), help="Batches of such a look.")
-@click.option(
-    "--eval-windows",
-    default=256,
-    show_default=True,
-    type=click.IntRange(1),
-    help="Of held-out text, for the final figure.",
-)
+@option("--out-dir", type=PATH, default="out", help="Folder to write; run again to resume.")
+@option("--data", type=PATH, help="A text file.  [default: the sources of Python's standard library]")
+@option("--init-from", help="Train on: a folder that this command wrote, or gpt-python.")
+@option("--level", type=click.Choice(sorted(TOKENIZERS)), help="What a token is.  [default: byte]")
+@option("--n-layer", type=COUNT, help=f"Blocks.  [default: {SHAPE['n_layer']}]")
+@option("--n-head", type=COUNT, help=f"Heads of an attention.  [default: {SHAPE['n_head']}]")
+@option("--n-embd", type=COUNT, help=f"Width.  [default: {SHAPE['n_embd']}]")
+@option("--block-size", type=click.IntRange(2), help=f"Tokens of a window.  [default: {SHAPE['block_size']}]")
+@option("--batch-size", default=16, type=COUNT, help="Windows of an iteration.")
+@option("--max-iters", default=1500, type=COUNT, help="Iterations of the whole run.")
+@option("--learning-rate", default=2e-3, type=click.FloatRange(0, min_open=True), help="Peak rate of AdamW.")
+@option("--weight-decay", default=0.1, type=click.FloatRange(0))
+@option("--seed", default=0, type=FROM_ZERO)
+@option("--dtype", type=click.Choice(list(DTYPES)), default="float32", help="Of activations; the weights stay float32.")
+@option("--save-dtype", type=click.Choice(list(DTYPES)), default="float32", help="Of the weights written.")
+@option("--eval-interval", default=250, type=FROM_ZERO, help="Between looks at held-out text.")
+@option("--eval-iters", default=4, type=COUNT, help="Batches of such a look.")
+@option("--eval-windows", default=256, type=COUNT, help="Of held-out text, for the final figure.")
 @quantization_options
 @verbose_option
 def command(

@@ -10,7 +10,8 @@ from typing import Any
 import click
 import numpy as np
 
-from .commandline.console import UNDERSCORES, Command, force_option, progress, result, say, verbose_option
+from .commandline.console import Command, progress, result, say
+from .commandline.options import PATH, UNDERSCORES, force_option, option, verbose_option
 from .contents.reader import read_contents
 from .contents.views import View, views
 from .errors import ArtifactError
@@ -23,22 +24,12 @@ SHEET, LIST = "sheet.png", "report.json"
 
 
 @click.command("visualize", cls=Command, context_settings=UNDERSCORES)
-@click.argument("path", type=click.Path(path_type=Path), required=False)
-@click.option("--file-name", type=click.Path(path_type=Path), help="The same as PATH.")
-@click.option(
-    "--weight", default="all", show_default=True, help="What to draw: a name or a pattern, such as '*.attn.*.codes'."
-)
-@click.option(
-    "--graph",
-    type=click.Choice(["histogram", "matrix"]),
-    default="histogram",
-    show_default=True,
-    help="How often, or where.",
-)
-@click.option("--sheet", is_flag=True, help="Many on a picture, not one.")
-@click.option(
-    "--out", "--image-folder", "out", type=click.Path(path_type=Path), required=True, help="Folder for the pictures."
-)
+@click.argument("path", type=PATH, required=False)
+@option("--file-name", type=PATH, help="The same as PATH.")
+@option("--weight", default="all", help="What to draw: a name or a pattern, such as '*.attn.*.codes'.")
+@option("--graph", type=click.Choice(["histogram", "matrix"]), default="histogram", help="How often, or where.")
+@option("--sheet", is_flag=True, help="Many on a picture, not one.")
+@option("--out", "--image-folder", "out", type=PATH, required=True, help="Folder for the pictures.")
 @force_option
 @verbose_option
 def command(

@@ -122,12 +122,17 @@ def test_steps_of_a_row_do_not_depend_on_the_others(find, format):
     np.testing.assert_array_equal(alone.biases, whole.biases[3:4])
 
 
+def three_layers(format):
+    """Weights, moments and grids, the first of them searched."""
+    for seed in range(3):
+        weight, moments = layer(seed=seed)
+        yield weight, moments, extremes(weight, format) if seed else search(weight, format, moments)
+
+
 @every_round
 @every_format
 def test_codes_are_in_range_and_never_worse_than_nearest(find, format):
-    for seed in range(3):
-        weight, moments = layer(seed=seed)
-        grid = extremes(weight, format) if seed else search(weight, format, moments)
+    for weight, moments, grid in three_layers(format):
         codes = find(weight, grid, moments)
         assert codes.dtype == np.uint8
         assert codes.shape == weight.shape
@@ -295,9 +300,7 @@ def test_what_needs_both_streams_says_so(find):
 @every_refine
 @every_format
 def test_refined_steps_can_be_stored_and_are_no_worse(refine, format):
-    for seed in range(3):
-        weight, moments = layer(seed=seed)
-        grid = extremes(weight, format) if seed else search(weight, format, moments)
+    for weight, moments, grid in three_layers(format):
         codes = rtn(weight, grid)
         given = [a.copy() for a in (grid.scales, grid.biases, codes)]
         refined, found = refine(weight, grid, codes, moments, damping=0.0)
@@ -321,8 +324,7 @@ def test_refined_steps_can_be_stored_and_are_no_worse(refine, format):
 @every_format
 def test_refining_leaves_what_is_exact(refine, format):
     weight, moments = layer()
-    grid = extremes(weight, format)
-    codes = rtn(weight, grid)
+    codes = rtn(weight, grid := extremes(weight, format))
     refined, found = refine(grid.dequantize(codes), grid, codes, moments)
     np.testing.assert_array_equal(refined.dequantize(found), grid.dequantize(codes))
 

@@ -1,7 +1,6 @@
 """Step 1: real trajectories, resumable to the byte, refused when they are not what they say."""
 
 import json
-from functools import partial
 
 import mlx.core as mx
 import numpy as np
@@ -22,9 +21,7 @@ from support.tiny_pictures import tiny_adapter
 
 SMALL = ["--model", "mmdit-shapes", "--num-images", 3, "--num-steps", 3, "--cfg-weight", 2]
 VERB = ("generate-calibration-data", *SMALL, "--calib-dir")
-run = partial(command_line.run, *VERB)
-succeed = partial(command_line.succeed, *VERB)
-fail = partial(command_line.fail, *VERB, code=1)
+run, succeed, fail = command_line.of(*VERB)
 
 
 @pytest.fixture(autouse=True)

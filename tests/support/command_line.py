@@ -1,6 +1,7 @@
 """The command line in this process: what every command promises when it succeeds and when it fails."""
 
 import json
+from functools import partial
 
 from click.testing import CliRunner
 
@@ -27,3 +28,8 @@ def fail(*arguments, code=None):
     assert outcome.stdout == "", outcome.output
     assert "Traceback" not in outcome.stderr, outcome.stderr
     return outcome.stderr
+
+
+def of(*begin):
+    """``run``, ``succeed`` and ``fail`` of commands that begin so; an expected error has exit code 1."""
+    return partial(run, *begin), partial(succeed, *begin), partial(fail, *begin, code=1)

@@ -28,11 +28,9 @@ from .data import OnDemand
 
 
 @dataclass(frozen=True)
-class Calibration:
-    """``latents`` [steps, prompts, H, W, C] float32 before each Euler step, at ``sigmas`` [steps].
-
-    ``source`` is the fingerprint of the weights that drew them. ``samples`` limits how many (step, picture) pairs go
-    through the model again when it is quantized (None: all of them); see ``take_turns``.
+class Drawn:
+    """What trajectories were drawn from: the model, ``source``, which is the fingerprint of its weights, the prompts,
+    and how many steps were walked with which guidance. ``sigmas`` [steps], descending, are where latents were kept.
     """
 
     model: str
@@ -41,6 +39,16 @@ class Calibration:
     steps: int
     cfg: float
     sigmas: npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Calibration(Drawn):
+    """``latents`` [steps, prompts, H, W, C] float32 before each Euler step, at ``sigmas``.
+
+    ``samples`` limits how many (step, picture) pairs go through the model again when it is quantized (None: all of
+    them); see ``take_turns``.
+    """
+
     latents: mx.array
     samples: int | None = None
 

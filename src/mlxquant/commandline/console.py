@@ -8,7 +8,6 @@ for it; in a log file a bar is a line every ten seconds, and where stdout leads 
 from __future__ import annotations
 
 import json
-import logging
 import resource
 import sys
 import time
@@ -20,7 +19,6 @@ import click
 import mlx.core as mx
 from tqdm import tqdm
 
-from .._blas import prefer_fast_blas
 from ..errors import MlxQuantError
 from ..files.atomic import explain
 
@@ -88,14 +86,7 @@ def _drawn(
     items: Iterable[Any], label: str, done: int, total: int | None, note: Callable[[], str] | None
 ) -> Iterator[Any]:
     with tqdm(
-        items,
-        label,
-        total,
-        leave=False,
-        file=sys.stderr,
-        mininterval=0.2,
-        dynamic_ncols=True,
-        initial=done,
+        items, label, total, leave=False, file=sys.stderr, mininterval=0.2, dynamic_ncols=True, initial=done
     ) as bar:
         for item in bar:
             yield item
@@ -134,25 +125,3 @@ def peak_bytes() -> int:
     """
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return max(resident if sys.platform == "darwin" else resident * 1024, mx.get_peak_memory())
-
-
-def verbosity(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
-    if value:
-        logging.basicConfig(stream=sys.stderr, format="%(name)s: %(message)s")
-        log = logging.getLogger("mlxquant")
-        log.setLevel(logging.DEBUG)
-        log.debug("MLX's CPU matmul runs on %s", prefer_fast_blas() or "its own BLAS")
-
-
-MODEL_HELP = "A model's name (mmdit-shapes, sd3-medium), a hub id, or a folder with its weights."
-UNDERSCORES = {
-    "token_normalize_func": lambda name: name.replace("_", "-")
-}  # of a command's context: --out_dir is --out-dir
-size_option = click.option("--size", type=click.IntRange(1), help="Pixels of a picture's side.  [default: the model's]")
-force_option = click.option("--force", is_flag=True, help="Replace an existing folder.")
-resume_option = click.option(
-    "--resume/--no-resume", default=True, show_default=True, help="Go on where a killed run of the same job was."
-)
-verbose_option = click.option(
-    "--verbose", is_flag=True, expose_value=False, callback=verbosity, help="Say more on stderr."
-)

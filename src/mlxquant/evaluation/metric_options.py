@@ -7,18 +7,19 @@ from pathlib import Path
 
 import click
 
+from ..commandline.options import option
 from ..errors import ArtifactError, RecipeError
 from ..metrics import catalog
 from ..metrics.catalog import Metric
 
-metric_option = click.option(
+metric_option = option(
     "--metric",
     "asked",
     multiple=True,
     type=click.Choice(list(catalog.METRICS)),
     help="A further metric, whose network is downloaded where it is not there yet; again for more.",
 )
-weights_option = click.option(
+weights_option = option(
     "--weights",
     multiple=True,
     metavar="METRIC=PATH",

@@ -61,35 +61,40 @@ def hub_description(repository: str, extra: str, instead: str) -> dict[str, Any]
         ArtifactError: When the repository cannot be asked; it says what to do.
     """
     hub = _package(repository, extra, instead)
-    for cached in (True, False):
-        for name in DESCRIPTIONS:
-            try:
-                path = Path(hub.hf_hub_download(repository, name, local_files_only=cached))
-            except Exception as error:
-                if not cached and not _has_no_such_file(hub, error):
-                    return _public_record(hub, error, repository, instead)
-            else:
-                return read_description(path)
+    for name in DESCRIPTIONS:
+        try:
+            return read_description(Path(hub.hf_hub_download(repository, name, local_files_only=True)))
+        except hub.errors.EntryNotFoundError:
+            continue  # what is not in the cache the hub is asked for
+    for name in DESCRIPTIONS:
+        try:
+            return read_description(Path(hub.hf_hub_download(repository, name)))
+        except ArtifactError:
+            raise
+        except Exception as error:  # the hub's, httpx's and xet's errors have no base in common
+            if _has_no_such_file(hub, error):
+                continue
+            why = _refusal(hub, error, repository, name, [], instead)
+            if _is_refused(hub, error):
+                return _public_record(hub, repository, why)
+            if isinstance(error, hub.errors.LocalEntryNotFoundError):
+                why = (
+                    f": neither {' nor '.join(DESCRIPTIONS)} is in the cache, and the hub cannot be reached; fill the"
+                    f" cache on a connected machine without HF_HUB_OFFLINE ('hf download {repository}'), or {instead}"
+                )
+            raise ArtifactError(f"{repository} could not be asked what it holds{why}") from error
     return {}
 
 
-def _public_record(hub: Any, error: Exception, repository: str, instead: str) -> dict[str, Any]:
-    """What the hub tells everybody about a repository whose files it refuses; raises ArtifactError about the ``error``
-    that asking for them gave, where it tells nothing or cannot be reached.
+def _public_record(hub: Any, repository: str, why: str) -> dict[str, Any]:
+    """What the hub tells everybody about a repository whose files it refuses; raises ArtifactError, saying ``why`` they
+    are refused, where that is nothing.
     """
-    why = _refusal(hub, error, repository, DESCRIPTIONS[0], [], instead)
-    if _is_refused(hub, error):
-        try:
-            config = hub.model_info(repository).config or {}
-        except Exception as other:
-            raise ArtifactError(repository + why) from other
-        return {**config, **config.get("diffusers", {})}
-    if isinstance(error, hub.errors.LocalEntryNotFoundError):
-        why = (
-            f": neither {' nor '.join(DESCRIPTIONS)} is in the cache, and the hub cannot be reached; fill the cache on"
-            f" a connected machine without HF_HUB_OFFLINE ('hf download {repository}'), or {instead}"
-        )
-    raise ArtifactError(f"{repository} could not be asked what it holds{why}") from error
+    try:
+        config = hub.model_info(repository).config or {}
+    except Exception as error:
+        raise ArtifactError(repository + why) from error
+    return {**config, **config.get("diffusers", {})}
 
 
 def _package(repository: str, extra: str, instead: str) -> Any:

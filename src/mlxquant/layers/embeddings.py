@@ -43,12 +43,9 @@ class QuantizedEmbedding(QuantizedLinear):
         """What stands for ``embedding``, in its dtype.
 
         Args:
-            embedding: The table in full precision; it stays as it is.
+            embedding: The table; it stays as it is.
             format: The grid's.
-            steps: "extremes", so that nothing is clipped, or "mse", the step of the least squared error.
-
-        Returns:
-            The new layer.
+            steps: As for ``QuantizedConvolution``.
 
         Raises:
             NumericsError: On NaN or infinite weights.

@@ -32,16 +32,6 @@ STOCHASTIC_ROUNDING = Citation(
   note = {arXiv:1502.02551}
 }""",
 )
-BITNET = Citation(
-    "bitnet",
-    """@article{ma2024bitnet,
-  title = {The Era of 1-bit {LLM}s: All Large Language Models are in 1.58 Bits},
-  author = {Ma, Shuming and Wang, Hongyu and Ma, Lingxiao and Wang, Lei and Wang, Wenhui and Huang, Shaohan
-            and Dong, Li and Wang, Ruiping and Xue, Jilong and Wei, Furu},
-  journal = {arXiv preprint arXiv:2402.17764},
-  year = {2024}
-}""",
-)
 
 LARGEST_SCALE = 65504.0  # of float16
 Axes = Sequence[int] | None
@@ -135,6 +125,18 @@ def stochastic_quant(
     x, scale, zero = _symmetric(x, bits, axes, half)
     u = 0.5 if key is None else mx.random.uniform(shape=x.shape, key=key)
     return Coded(mx.clip(mx.floor(x / scale + u), 1 - zero, zero - 1) + zero, scale, -zero * scale, bits)
+
+
+BITNET = Citation(
+    "bitnet",
+    """@article{ma2024bitnet,
+  title = {The Era of 1-bit {LLM}s: All Large Language Models are in 1.58 Bits},
+  author = {Ma, Shuming and Wang, Hongyu and Ma, Lingxiao and Wang, Lei and Wang, Wenhui and Huang, Shaohan
+            and Dong, Li and Wang, Ruiping and Xue, Jilong and Wei, Furu},
+  journal = {arXiv preprint arXiv:2402.17764},
+  year = {2024}
+}""",
+)
 
 
 @register("fake", "ternary_quant", citation=BITNET, summary="-1, 0 or 1 times the mean magnitude")

@@ -22,6 +22,7 @@ import numpy as np
 from mlx.utils import tree_map, tree_unflatten
 
 from ..commandline.console import Command, progress, result
+from ..commandline.options import COUNT, PATH, option
 from ..files.atomic import ensure_writable
 from ..files.checked import write_tensors
 from ..files.training_run import TrainingRun
@@ -122,17 +123,17 @@ def training_step(
 
 
 @click.command(cls=Command)
-@click.option(
+@option(
     "--out",
-    type=click.Path(path_type=Path),
+    type=PATH,
     required=True,
     help="Folder for checkpoint and weights; run again to resume.",
 )
-@click.option("--steps", default=6000, show_default=True, type=click.IntRange(1))
-@click.option("--batch-size", default=32, show_default=True, type=click.IntRange(1))
-@click.option("--learning-rate", default=2e-3, show_default=True, help="Peak rate of AdamW.")
-@click.option("--seed", default=0, show_default=True)
-@click.option("--save-every", default=100, show_default=True, type=click.IntRange(1))
+@option("--steps", default=6000, type=COUNT)
+@option("--batch-size", default=32, type=COUNT)
+@option("--learning-rate", default=2e-3, help="Peak rate of AdamW.")
+@option("--seed", default=0)
+@option("--save-every", default=100, type=COUNT)
 def main(out: Path, steps: int, batch_size: int, learning_rate: float, seed: int, save_every: int) -> None:
     """Train mmdit-shapes from nothing: 46 minutes on one core of the machine it was made on. Ctrl-C and the same
     command resume.

@@ -14,9 +14,8 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-import numpy.typing as npt
 
-from ..calibration.trajectories import Calibration
+from ..calibration.trajectories import Calibration, Drawn
 from ..errors import AdapterError, CalibrationError, NumericsError
 from ..files import checked
 from ..models.adapter import Adapter
@@ -39,20 +38,12 @@ def sample_name(image: int, step: int) -> str:
 
 
 @dataclass(frozen=True)
-class Samples:
-    """A finished folder of trajectories: ``sigmas`` [steps] descending float64, one latent for each prompt and step.
-
-    ``source`` is the fingerprint of the weights that drew them, ``sha256`` that of the manifest and so of everything in
-    the folder.
+class Samples(Drawn):
+    """A finished folder of trajectories, one latent for each prompt and step; ``sha256`` is that of the manifest and so
+    of everything in the folder.
     """
 
     ledger: Ledger
-    model: str
-    source: str
-    prompts: tuple[Prompt, ...]
-    steps: int
-    cfg: float
-    sigmas: npt.NDArray[np.float64]
     sha256: str
 
     @classmethod
@@ -70,9 +61,8 @@ class Samples:
             )
         prompts = prompts_of(facts)
         sigmas = np.array(facts["sigmas"], np.float64)
-        return cls(
-            ledger, facts["model"], facts["source"], prompts, facts["num_steps"], facts["cfg"], sigmas, ledger.sha256
-        )
+        drawn = (facts["model"], facts["source"], prompts, facts["num_steps"], facts["cfg"], sigmas)
+        return cls(*drawn, ledger, ledger.sha256)
 
     def check(self, adapter: DiffusionAdapter) -> None:
         """Raise CalibrationError when these trajectories were drawn by other weights than the adapter's."""

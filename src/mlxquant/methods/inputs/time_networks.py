@@ -26,7 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 
@@ -133,25 +133,16 @@ def inverse_softplus(value: Array) -> Array:
     return z
 
 
-@register(
-    "range",
-    "tdq",
-    citation=TDQ,
-    summary="a small network over the timestep, fitted to the steps of least error",
-    over_time=True,
-)
+network = partial(register, "range", citation=TDQ, over_time=True)
+
+
+@network("tdq", summary="a small network over the timestep, fitted to the steps of least error")
 def tdq(ranges: InputRanges, weight: Array, bits: int) -> ActivationTable:
     """Temporal Dynamic Quantization (arXiv 2306.02316) on the timestep t."""
     return TimeNetwork.fitted(timestep, error(ranges, weight, bits)).table(ranges.sigma)
 
 
-@register(
-    "range",
-    "logsnr",
-    citation=TDQ,
-    summary="a small network over the log-SNR, fitted to the steps of least error",
-    over_time=True,
-)
+@network("logsnr", summary="a small network over the log-SNR, fitted to the steps of least error")
 def logsnr(ranges: InputRanges, weight: Array, bits: int) -> ActivationTable:
     """The same on the log-SNR λ(sigma) = 2 ln((1 - sigma) / sigma), which moves most where the image settles, near 0
     and 1.

@@ -27,6 +27,10 @@ from ...numerics.arrays import Array
 from ...progress import Progress, silent
 from ..registry import Citation, register
 
+ZETA, GAMMA = 1.1, -0.1  # the stretched sigmoid reaches 0 and 1 at finite alpha (eq. 23)
+SHARP, BLUNT = 20.0, 2.0  # the regulariser's exponent b is annealed from the first to the second
+
+
 ADAROUND = Citation(
     "adaround",
     """@inproceedings{nagel2020adaround,
@@ -37,19 +41,6 @@ ADAROUND = Citation(
   note = {arXiv:2004.10568}
 }""",
 )
-QDROP = Citation(
-    "qdrop",
-    """@inproceedings{wei2022qdrop,
-  title = {{QDrop}: Randomly Dropping Quantization for Extremely Low-bit Post-Training Quantization},
-  author = {Wei, Xiuying and Gong, Ruihao and Li, Yuhang and Liu, Xianglong and Yu, Fengwei},
-  booktitle = {International Conference on Learning Representations},
-  year = {2022},
-  note = {arXiv:2203.05740}
-}""",
-)
-
-ZETA, GAMMA = 1.1, -0.1  # the stretched sigmoid reaches 0 and 1 at finite alpha (eq. 23)
-SHARP, BLUNT = 20.0, 2.0  # the regulariser's exponent b is annealed from the first to the second
 
 
 def h(alpha: mx.array) -> mx.array:
@@ -112,6 +103,18 @@ def choose(weight: Array, grid: Grid, start: Array | None = None, trust: float =
     return Choice(
         base.astype(np.uint8), alpha_of(np.where(up, np.maximum(fraction, edge), np.minimum(fraction, 1 - edge)))
     )
+
+
+QDROP = Citation(
+    "qdrop",
+    """@inproceedings{wei2022qdrop,
+  title = {{QDrop}: Randomly Dropping Quantization for Extremely Low-bit Post-Training Quantization},
+  author = {Wei, Xiuying and Gong, Ruihao and Li, Yuhang and Liu, Xianglong and Yu, Fengwei},
+  booktitle = {International Conference on Learning Representations},
+  year = {2022},
+  note = {arXiv:2203.05740}
+}""",
+)
 
 
 @dataclass(frozen=True)

@@ -30,16 +30,6 @@ SVDQUANT = Citation(
   note = {arXiv:2411.05007}
 }""",
 )
-QERA = Citation(
-    "qera",
-    """@inproceedings{zhang2025qera,
-  title = {{QERA}: an Analytical Framework for Quantization Error Reconstruction},
-  author = {Zhang, Cheng and Wong, Jeffrey T. H. and Xiao, Can and Constantinides, George A. and Zhao, Yiren},
-  booktitle = {International Conference on Learning Representations},
-  year = {2025},
-  note = {arXiv:2410.06040}
-}""",
-)
 
 RoundResidual = Callable[
     [Array, "Moments | None"], Array
@@ -133,11 +123,20 @@ def svd(weight: Array, moments: Moments | None, rank: int, quantize: RoundResidu
     )[0]
 
 
+QERA = Citation(
+    "qera",
+    """@inproceedings{zhang2025qera,
+  title = {{QERA}: an Analytical Framework for Quantization Error Reconstruction},
+  author = {Zhang, Cheng and Wong, Jeffrey T. H. and Xiao, Can and Constantinides, George A. and Zhao, Yiren},
+  booktitle = {International Conference on Learning Representations},
+  year = {2025},
+  note = {arXiv:2410.06040}
+}""",
+)
+
+
 @register(
-    "branch",
-    "whitened",
-    citation=QERA,
-    summary="what the output hangs on the most: low rank in the norm of the inputs",
+    "branch", "whitened", citation=QERA, summary="what the output hangs on the most: low rank in the norm of the inputs"
 )
 def whitened(weight: Array, moments: Moments | None, rank: int, quantize: RoundResidual) -> LowRank:
     """L closest to W, then to what its quantized residual left, by the error of the output: ‖X (W − L)ᵀ‖ with damping.

@@ -1,0 +1,103 @@
+"""Options that several commands share, and the short way to declare one: a default is always shown."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .._blas import prefer_fast_blas
+
+Decorator = Callable[[Any], Any]
+PATH = click.Path(path_type=Path)
+COUNT, FROM_ZERO = click.IntRange(1), click.IntRange(0)
+MODEL_HELP = "A model's name (mmdit-shapes, sd3-medium), a hub id, or a folder with its weights."
+UNDERSCORES = {
+    "token_normalize_func": lambda name: name.replace("_", "-")
+}  # of a command's context: --out_dir is --out-dir
+
+
+def option(*names: str, **more: Any) -> Decorator:
+    """As ``click.option``; where there is a default the help shows it."""
+    if "default" in more:
+        more["show_default"] = True
+    return click.option(*names, **more)
+
+
+def together(*options: Decorator) -> Decorator:
+    """Several options as one, in this order."""
+
+    def add(function: Any) -> Any:
+        for one in reversed(options):
+            function = one(function)
+        return function
+
+    return add
+
+
+def models_option(what: str) -> Decorator:
+    """``--model``, which may be given several times."""
+    return option("--model", "names", multiple=True, required=True, help=what)
+
+
+def prompts_options(what: str, count: int) -> Decorator:
+    """A file of prompts and how many of them; without a file ``count`` of the model's own."""
+    return together(
+        option(
+            "--prompts", "prompt_file", type=PATH, help=f"{what}, one seed<TAB>prompt a line.  [default: the model's]"
+        ),
+        option(
+            "--num-prompts", type=COUNT, help=f"Use the first N.  [default: all of the file, {count} of the model's]"
+        ),
+    )
+
+
+def seed_option(what: str) -> Decorator:
+    return option("--seed", default=0, type=FROM_ZERO, help=what)
+
+
+def _speak(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
+    if value:
+        logging.basicConfig(stream=sys.stderr, format="%(name)s: %(message)s")
+        log = logging.getLogger("mlxquant")
+        log.setLevel(logging.DEBUG)
+        log.debug("MLX's CPU matmul runs on %s", prefer_fast_blas() or "its own BLAS")
+
+
+size_option = option("--size", type=COUNT, help="Pixels of a picture's side.  [default: the model's]")
+iters_option = option("--iters", type=COUNT, help="Adam steps a block, for recipes that learn.  [default: 1000]")
+force_option = option("--force", is_flag=True, help="Replace an existing folder.")
+resume_option = option("--resume/--no-resume", default=True, help="Go on where a killed run of the same job was.")
+verbose_option = option("--verbose", is_flag=True, expose_value=False, callback=_speak, help="Say more on stderr.")
+
+
+def replay_options(stride: int, folder: str, seed: str) -> Decorator:
+    """Of a step that replays trajectories: which of them, by which model, and where the result goes.
+
+    Args:
+        stride: By default every so-manieth step of a trajectory is replayed.
+        folder: Where the result goes by default, below the trajectories.
+        seed: What the seed decides.
+    """
+    return together(
+        option("--calib-dir", type=PATH, required=True, help="Folder that generate-calibration-data wrote."),
+        option("--output-dir", type=PATH, help=f"Folder for the result.  [default: CALIB_DIR/{folder}]"),
+        option("--num-images", default=5, type=COUNT, help="Use the first N images."),
+        option("--stride", default=stride, type=COUNT, help="Use every N-th step."),
+        seed_option(seed),
+        option(
+            "--model",
+            "name",
+            help="Where its weights are: a hub id or a folder.  [default: that of the trajectories, by its name]",
+        ),
+        option("--force", is_flag=True, help="Replace a result that is there."),
+        resume_option,
+        verbose_option,
+    )
+
+
+run_options = together(force_option, resume_option, verbose_option)  # of what takes long and writes a folder
