@@ -28,7 +28,7 @@ from .data import OnDemand
 
 
 @dataclass(frozen=True)
-class Drawn:
+class Origin:
     """What trajectories were drawn from: the model, ``source``, which is the fingerprint of its weights, the prompts,
     and how many steps were walked with which guidance. ``sigmas`` [steps], descending, are where latents were kept.
     """
@@ -42,7 +42,7 @@ class Drawn:
 
 
 @dataclass(frozen=True)
-class Calibration(Drawn):
+class Calibration(Origin):
     """``latents`` [steps, prompts, H, W, C] float32 before each Euler step, at ``sigmas``.
 
     ``samples`` limits how many (step, picture) pairs go through the model again when it is quantized (None: all of

@@ -29,7 +29,7 @@ SCALE = np.array([0.458, 0.448, 0.450], dtype=np.float32)
 
 
 @dataclass(frozen=True)
-class Convolution:
+class TrunkLayer:
     """A convolution and its rectifier; ``name`` is the layer's number in torchvision's ``features``."""
 
     name: int
@@ -48,13 +48,13 @@ class Trunk:
 
     weights: Weights
     heads: str  # sha256 of the published heads, first to last, as float32
-    slices: tuple[tuple[Convolution, ...], ...]
+    slices: tuple[tuple[TrunkLayer, ...], ...]
     pool: tuple[int, ...]
     smallest: int  # pixels of a picture's side that leave something for the last slice
 
 
-def _vgg(first: int, inputs: int, outputs: int, count: int) -> tuple[Convolution, ...]:
-    return tuple(Convolution(first + 2 * i, inputs if i == 0 else outputs, outputs) for i in range(count))
+def _vgg(first: int, inputs: int, outputs: int, count: int) -> tuple[TrunkLayer, ...]:
+    return tuple(TrunkLayer(first + 2 * i, inputs if i == 0 else outputs, outputs) for i in range(count))
 
 
 _LICENCE = "BSD-3-Clause (torchvision) and BSD-2-Clause (heads)"
@@ -64,11 +64,11 @@ ALEX = Trunk(
     Weights("AlexNet", _REPOSITORY, ("LPIPS/alexnet.safetensors",), _LICENCE),
     "718a8b40b0d22f96192d34ab93c0db5c7943558ff6c2407f44812dce2f29b5f4",
     (
-        (Convolution(0, 3, 64, 11, 4, 2),),
-        (Convolution(3, 64, 192, 5, 1, 2),),
-        (Convolution(6, 192, 384),),
-        (Convolution(8, 384, 256),),
-        (Convolution(10, 256, 256),),
+        (TrunkLayer(0, 3, 64, 11, 4, 2),),
+        (TrunkLayer(3, 64, 192, 5, 1, 2),),
+        (TrunkLayer(6, 192, 384),),
+        (TrunkLayer(8, 384, 256),),
+        (TrunkLayer(10, 256, 256),),
     ),
     (0, 3, 3, 0, 0),
     31,

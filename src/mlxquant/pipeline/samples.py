@@ -15,7 +15,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ..calibration.trajectories import Calibration, Drawn
+from ..calibration.trajectories import Calibration, Origin
 from ..errors import AdapterError, CalibrationError, NumericsError
 from ..files import checked
 from ..models.adapter import Adapter
@@ -38,7 +38,7 @@ def sample_name(image: int, step: int) -> str:
 
 
 @dataclass(frozen=True)
-class Samples(Drawn):
+class Samples(Origin):
     """A finished folder of trajectories, one latent for each prompt and step; ``sha256`` is that of the manifest and so
     of everything in the folder.
     """
