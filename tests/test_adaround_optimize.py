@@ -338,10 +338,7 @@ def test_stale_and_damaged_caches_are_refused(calib, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [
-        (("--learning-rate", 0), "rate = 0.0 is out of range"),
-        (("--pressure", -1), "pressure = -1.0 is out of range"),
-    ],
+    [(("--learning-rate", 0), "rate = 0.0 is out of range"), (("--pressure", -1), "pressure = -1.0 is out of range")],
 )
 def test_impossible_settings_are_one_clear_error(calib, tmp_path, options, message):
     assert message in fail(*verb(calib, tmp_path / "out", *options))

@@ -127,11 +127,7 @@ def test_the_folder_is_small_and_holds_no_conditioning(calib):
     with np.load(folder / "samples" / "0002_002.npz") as sample:
         shapes = {name: sample[name].shape for name in sample}
         assert {sample[name].dtype for name in sample} == {np.dtype(np.float16)}
-    assert shapes == {
-        "mm0__image": (rows, 8, hidden),
-        "mm0__text": (rows, 4, hidden),
-        "mm1__image": (rows, 8, hidden),
-    }
+    assert shapes == {"mm0__image": (rows, 8, hidden), "mm0__text": (rows, 4, hidden), "mm1__image": (rows, 8, hidden)}
     streams = 3 * (image + text) + image  # in and out of two blocks; the last one writes no text
     assert facts["seed_layout_bytes"] == IMAGES * 2 * rows * (2 * streams * hidden + 4 * (text * hidden + hidden))
 

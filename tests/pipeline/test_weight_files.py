@@ -30,11 +30,7 @@ def model():
     """The tiny model, its blocks, and their layers."""
     adapter = tiny_adapter()
     blocks = adapter.blocks
-    return (
-        adapter,
-        blocks,
-        adapter.block_linears(),
-    )
+    return (adapter, blocks, adapter.block_linears())
 
 
 def table(width):

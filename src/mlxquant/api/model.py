@@ -262,11 +262,7 @@ class QuantizedModel(Model):
             write_tensors(weights, "weights", self._arrays(), {"model": self.name})
             facts = {
                 **self.facts,
-                "model": {
-                    "name": self.name,
-                    **self.adapter.describe(),
-                    "place": self.adapter.save_beside(temporary),
-                },
+                "model": {"name": self.name, **self.adapter.describe(), "place": self.adapter.save_beside(temporary)},
                 "layers": module_facts(self.layers),
                 "attentions": module_facts(find_quantized_attentions(self.adapter.module)),
                 "files": {weights.name: file_digest(weights)},

@@ -60,10 +60,7 @@ class Calibration(Origin):
     def part(self, *, steps: slice = slice(None), pictures: slice = slice(None)) -> Calibration:
         """The trajectories of some pictures, at some of the steps."""
         return replace(
-            self,
-            prompts=self.prompts[pictures],
-            sigmas=self.sigmas[steps],
-            latents=self.latents[steps][:, pictures],
+            self, prompts=self.prompts[pictures], sigmas=self.sigmas[steps], latents=self.latents[steps][:, pictures]
         )
 
     @property

@@ -123,12 +123,7 @@ def training_step(
 
 
 @click.command(cls=Command)
-@option(
-    "--out",
-    type=PATH,
-    required=True,
-    help="Folder for checkpoint and weights; run again to resume.",
-)
+@option("--out", type=PATH, required=True, help="Folder for checkpoint and weights; run again to resume.")
 @option("--steps", default=6000, type=COUNT)
 @option("--batch-size", default=32, type=COUNT)
 @option("--learning-rate", default=2e-3, help="Peak rate of AdamW.")

@@ -154,13 +154,7 @@ class CachedTeacher:
     alone. A batch has as many images as the adapter samples at once.
     """
 
-    def __init__(
-        self,
-        cache: BlockCache,
-        passes: Passes,
-        states: list[State],
-        both: bool,
-    ):
+    def __init__(self, cache: BlockCache, passes: Passes, states: list[State], both: bool):
         self._cache, self._size = cache, passes.adapter.batch
         self._exact = ExactStream(passes, states) if both else None
 

@@ -46,10 +46,7 @@ def truncated(weight, rank):
 @pytest.mark.parametrize("rank", [1, 5, 30])
 def test_leading_directions_are_lapacks(shape, rank):
     weight, moments = problem(*shape)
-    for norm, matrix in (
-        (Norm(), np.eye(shape[1])),
-        (Norm(moments.gram, 3.0), moments.gram + 3 * np.eye(shape[1])),
-    ):
+    for norm, matrix in ((Norm(), np.eye(shape[1])), (Norm(moments.gram, 3.0), moments.gram + 3 * np.eye(shape[1]))):
         found = leading_directions(weight, norm, rank)
         np.testing.assert_allclose(found.T @ found, np.eye(rank), atol=1e-10)
         values = np.linalg.eigvalsh(weight @ matrix @ weight.T)[::-1]
