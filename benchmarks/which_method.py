@@ -4,8 +4,8 @@ Every method at six formats on ``mmdit-shapes``: PSNR of the decoded picture aga
 held-out prompts (mean and bootstrap 95 % interval), the paired difference to ``gptq`` in the same format with its
 interval, attribute accuracy, stored bits a weight of the whole model, and CPU seconds to quantize. Calibration is the
 same for all: 16 prompts, 28 steps. Rows that are in ``WORK.jsonl`` already are not computed again, so several processes
-may share it; those behind the docs are in ``benchmarks/results/which_method``. ``--table`` prints what is there. After
-the rows comes one table of PSNR and accuracy, methods by formats. The last line of stdout is one JSON object.
+may share it; those behind the docs are in ``benchmarks/results/which_method.jsonl``. ``--table`` prints what is there.
+After the rows comes one table of PSNR and accuracy, methods by formats. The last line of stdout is one JSON object.
 """
 
 from __future__ import annotations

@@ -71,7 +71,7 @@ def test_that_method_passes_the_laws():
 
 
 def test_demos_lead_here():
-    """tests/test_seed_spinquant.py runs them; here, that each has its example and nothing of its own."""
+    """tests/spin_quant/test_scripts.py runs them; here, that each has its example and nothing of its own."""
     assert {path.name for path in DEMOS.glob("*.py")} == {path.name for path in EXAMPLES.glob("spinquant_*.py")}
     for path in DEMOS.glob("*.py"):
         assert f'"examples" / "{path.name}"' in path.read_text()

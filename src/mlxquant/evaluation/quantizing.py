@@ -21,8 +21,8 @@ def quantized_contender(
 ) -> Contender:
     """Quantize ``model``, or take what an earlier run of the same job finished; ``label`` is its name and folder.
 
-    The model is kept in ``work/models/<folder>`` and its stopwatch beside it. Raises as ``api.quantize`` does, and
-    ArtifactError when what was kept is damaged.
+    The model is kept in ``work/models/<folder>`` and its stopwatch beside it. Raises as ``api.quantizing.quantize``
+    does, and ArtifactError when what was kept is damaged.
     """
     name, folder = label
     made_from = {

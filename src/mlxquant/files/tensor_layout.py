@@ -2,7 +2,7 @@
 
 A file is 8 bytes with the length of the header, the header (JSON: names, dtypes, shapes, offsets), then the tensors
 without gaps. The order is that of the safetensors crate: wide dtypes first, so that every tensor is aligned, and names
-in order within a dtype. Who wants to know what is in a file, and whether to trust it, asks ``artifacts``.
+in order within a dtype. Who wants to know what is in a file, and whether to trust it, asks ``checked``.
 """
 
 from __future__ import annotations

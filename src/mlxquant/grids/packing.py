@@ -15,7 +15,7 @@ from .weights import GROUPS
 
 
 def unpacked(words: mx.array, bits: int, width: int) -> mx.array:
-    """``formats.unpack`` as a part of a graph: words uint32 [rows, words] to codes uint8 [rows, width]. Eight codes
+    """``unpack`` as a part of a graph: words uint32 [rows, words] to codes uint8 [rows, width]. Eight codes
     fill ``bits`` bytes.
     """
     rows, count = words.shape[0], -(-width // 8)

@@ -75,9 +75,10 @@ def shared_budget(
 
     ``errors[i]`` [tiers,T_i] is the error of input i with each of ``tiers[i]`` bits, ascending, at each timestep. At
     each it takes the fewest bits whose error is at most ``budget * shares[i]``, the most where none's is
-    (``methods.tiers.error``). The average is over timesteps and, by ``shares``, over inputs. Two bits more divide an
-    error by about 16, so an error is about what they save: this is nearly the assignment of least total error, which
-    takes bits wherever they save more than a common price. Raises ValueError when ``average`` cannot be met.
+    (``methods.inputs.tiers.error``). The average is over timesteps and, by ``shares``, over inputs. Two bits more
+    divide an error by about 16, so an error is about what they save: this is nearly the assignment of least total
+    error, which takes bits wherever they save more than a common price. Raises ValueError when ``average`` cannot be
+    met.
     """
     scaled = [error / share for error, share in zip(errors, shares, strict=True)]
 

@@ -73,7 +73,7 @@ class StepInputs:
 
 
 class StepCollector:
-    """An observer for ``rewrite.tapped`` at one timestep, in little memory: what it sees stays lazy until ``add``,
+    """An observer for ``layers.tree.tapped`` at one timestep, in little memory: what it sees stays lazy until ``add``,
     which evaluates a whole forward pass at once and keeps minima, maxima and a few rows of it.
     """
 

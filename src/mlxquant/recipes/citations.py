@@ -43,7 +43,7 @@ HAWQV2 = Citation(
 
 
 class WithFacts(Protocol):
-    """A model with the facts of how it was quantized; ``api.QuantizedModel`` is one."""
+    """A model with the facts of how it was quantized; ``api.model.QuantizedModel`` is one."""
 
     facts: dict[str, Any]
 
