@@ -345,7 +345,7 @@ def test_impossible_settings_are_one_clear_error(calib, tmp_path, options, messa
     assert not (tmp_path / "out").exists()
 
 
-def test_defaults_are_the_seed_documents():
+def test_defaults_stay_what_they_were():
     options = {option.name: option for option in adaround_optimize.command.params}
     assert {name: options[name].default for name in ("bits_w", "bits_a", "iters")} == {
         "bits_w": 4,

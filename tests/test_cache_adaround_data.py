@@ -114,9 +114,7 @@ def test_blocks_run_from_the_cached_inputs_reach_the_cached_targets(calib):
 
 
 def test_the_folder_is_small_and_holds_no_conditioning(calib):
-    """Lessons 12 and 13: no inputs, outputs at a few tokens, float16, nothing that a prompt determines, no absolute
-    paths.
-    """
+    """No inputs, outputs at a few tokens, float16, nothing that a prompt determines, no absolute paths."""
     facts, _ = succeed(calib)
     folder = calib / "adaround_cache"
     written = files(folder)
@@ -141,9 +139,7 @@ def test_the_disk_it_announces_is_enough_and_not_far_off(calib):
 
 
 def test_one_forward_pass_serves_all_blocks(calib, monkeypatch):
-    """Lesson 14: passes are images times steps in batches, not multiplied by the blocks; one evaluation collects all
-    arrays.
-    """
+    """Passes are images times steps in batches, not multiplied by the blocks; one evaluation collects all arrays."""
     calls, evaluations = [], []
     velocity, evaluate = MMDiTShapes.velocity, mx.eval
     monkeypatch.setattr(
@@ -335,7 +331,7 @@ def test_hooks_are_gone_after_a_failing_block(calib, monkeypatch):
 
 
 def test_a_model_that_runs_past_its_hooks_is_refused(calib):
-    """Lesson 11: nothing may be skipped silently."""
+    """Nothing may be skipped silently."""
 
     class Bypassing(MMDiTShapes):
         def velocity(self, latent, tokens, pooled, sigma):
@@ -347,7 +343,7 @@ def test_a_model_that_runs_past_its_hooks_is_refused(calib):
 
 
 def test_block_1_is_not_block_11(tmp_path):
-    """Lesson 11: names decoded by their beginning."""
+    """Block 1 is not block 10: names must not be taken by their beginning."""
     adapter = MMDiTShapes.blank({"config": {**TINY, "depth_multimodal": 12}})
     adapter.module.update(
         tree_map(lambda x: mx.random.normal(x.shape, key=mx.random.key(x.size)) * 0.15, adapter.module.parameters())
@@ -358,7 +354,7 @@ def test_block_1_is_not_block_11(tmp_path):
     assert not np.array_equal(np.array(cache.targets(1)[0]["image"]), np.array(cache.targets(11)[0]["image"]))
 
 
-def test_defaults_are_the_seed_documents():
+def test_defaults_stay_what_they_were():
     command = cli.main.get_command(None, "cache-adaround-data")
     assert {p.name: p.default for p in command.params if p.name in ("num_images", "stride")} == {
         "num_images": 5,

@@ -34,7 +34,7 @@ def code(method, x, bits, axes=None, key=KEY, half=False):
     return Quantizer(method, bits).code(mx.array(x, mx.float32), axes, key, half)
 
 
-def test_the_methods_are_those_of_the_seed():
+def test_the_methods_go_by_these_names():
     assert METHODS == ["affine_quant", "stochastic_quant", "symmetric_quant", "ternary_quant"]
 
 

@@ -97,7 +97,7 @@ def test_dearer_errors_never_get_fewer_bits(rule):
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda m: m.name)
 def test_a_mirrored_input_gets_the_same_bits(rule):
-    """Lesson 9: a percentile of signed values overlooks everything that is negative."""
+    """A percentile of signed values overlooks everything that is negative."""
     ranges = collect()
     mirrored = type(ranges)(ranges.sigma, -ranges.high, -ranges.low, -ranges.most, -ranges.least, -ranges.rows)
     expected = rule.function(ranges, WEIGHT, tables(ranges))

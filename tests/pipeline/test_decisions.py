@@ -60,7 +60,7 @@ def weight(adapter, path):
 
 @pytest.mark.parametrize("rule", ["error", "threshold"])
 def test_no_layer_is_skipped(plain, rule):
-    """Lesson 11: a change of names once skipped every layer in silence."""
+    """A change of names must not skip layers in silence."""
     adapter, stats = plain
     config = decide(stats, adapter, Options(rule=rule))
     expected = {path for path in adapter.linears() if adapter.role(path) in ("attention", "mlp")}
@@ -74,7 +74,7 @@ def test_no_layer_is_skipped(plain, rule):
 
 @pytest.mark.parametrize("rule", ["error", "threshold"])
 def test_nothing_that_was_seen_is_clipped(plain, rule):
-    """Lesson 10: clipping ruins pictures, the maximum does not. What averages the extremes clips."""
+    """Clipping ruins pictures, the maximum does not. What averages the extremes clips."""
     adapter, stats = plain
 
     def overshoot(options):

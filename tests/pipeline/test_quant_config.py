@@ -113,7 +113,7 @@ def test_the_json_is_what_the_pipeline_promises(tmp_path):
 
 
 def test_paths_are_relative_and_equal_configs_are_equal_bytes(tmp_path):
-    """Lesson 12."""
+    """Nothing in a config says where it lies, so it can be moved."""
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
         config().write(tmp_path / folder / "quant_config.json")
@@ -125,9 +125,7 @@ def test_paths_are_relative_and_equal_configs_are_equal_bytes(tmp_path):
 
 
 def test_scale_is_a_step_and_every_code_is_used(tmp_path):
-    """Lessons 2, 3 and 10: an absolute maximum used as a step left 3 levels, and half of an asymmetric range
-    collapsed.
-    """
+    """An absolute maximum used as a step would leave 3 levels, and half of an asymmetric range would collapse."""
     low, high = -0.3, 7.7
     plain = {"layer": affine_table(SIGMAS, np.full(3, low), np.full(3, high), 8)}
     QuantConfig({}, ("2", "1", "0"), SIGMAS, plain, {"layer": {}}, {}, {}).write(tmp_path / "quant_config.json")

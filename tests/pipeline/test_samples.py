@@ -62,7 +62,7 @@ def test_the_folder_holds_what_the_sampler_saw(tmp_path):
 
 
 def test_every_image_is_conditioned_on_its_own_prompt(tmp_path):
-    """Lesson 11: the pooled embedding of another image."""
+    """And not on the pooled embedding of another image."""
     succeed(tmp_path / "c")
     adapter = tiny_adapter()
     prompts = adapter.prompts("calibration", 3)
@@ -174,7 +174,7 @@ def test_impossible_requests_are_one_clear_error_and_leave_nothing(tmp_path):
     assert [p for p in tmp_path.rglob("*") if p.is_file()] == [tmp_path / "p.txt"]
 
 
-def test_defaults_are_the_seed_documents(tmp_path):
+def test_defaults_stay_what_they_were(tmp_path):
     command = cli.main.get_command(None, "generate-calibration-data")
     defaults = {
         p.name: p.default for p in command.params if p.name in ("name", "num_images", "num_steps", "cfg_weight")

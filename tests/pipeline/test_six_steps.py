@@ -2,30 +2,31 @@
 
 What went wrong in public TaQ-DiT scripts, and the test that would fail if it went wrong here:
 
- 1 no straight-through estimator       test_reconstruction: the_gradient_reaches_every_layer,
- without_the_straight_through_estimator
- 2 a maximum used as a step            pipeline/test_quant_config: scale_is_a_step_and_every_code_is_used
- 3 the zero point ignored qmin         the same
- 4 the regulariser outweighed all      methods/test_adaround: the_regulariser_does_not_swamp_the_reconstruction
- 5 modulations of other rows, no text  test_reconstruction: a_minibatch_mixes_timesteps, both_streams_count
- 6 the optimiser only ran on fakes     here: the_optimiser_runs_the_real_block
- 7 rounding lost in the export         pipeline/test_weight_files: the_learned_rounding_survives; here:
- what_was_learned_is_what_is_saved
- 8 alpha at the wrong start            methods/test_adaround: it_starts_exactly_at_the_weight, a_resumed_run (raw
- alphas)
- 9 signed percentiles, 0.95 momentum   laws/test_tier_laws: a_mirrored_input, pipeline/test_activation_stats:
- few_samples_do_not
-10 curves below the maximum, clipping  test_schedule: between_levels_the_range_is_the_envelope, test_decisions:
-nothing_that_was_seen
-11 layers skipped in silence           here: no_step_leaves_a_layer_out; swallowed errors: here; other prompts:
-pipeline/test_samples
-12 manifests at the end, paths, seeds  here: folders_can_be_moved, everything_is_a_function_of_the_settings; all resume
-tests
-13 152 GB of block inputs              test_cache_adaround_data: the_folder_is_small
-14 histograms of everything            pipeline/test_activation_stats: rows_are_spread; test_cache_adaround_data:
-one_forward_pass
-15 metrics that measure nothing        not here: pictures are compared with full precision's, pixel by pixel
-(metrics/test_psnr)
+- no straight-through estimator: ``sweep/test_reconstruction``: ``the_gradient_reaches_every_layer``,
+  ``without_the_straight_through_estimator``
+- a maximum used as a step, a zero point that ignored the lowest code: ``test_quant_config``:
+  ``scale_is_a_step_and_every_code_is_used``
+- a regulariser that outweighed all: ``methods/weights/test_adaround``: ``the_regulariser_does_not_swamp``
+- modulations of other rows, no text: ``sweep/test_reconstruction``: ``a_minibatch_mixes_timesteps``,
+  ``both_streams_count``
+- an optimiser that only ran on fakes: here, ``the_optimiser_runs_the_real_block``
+- rounding lost in the export: ``test_weight_files``: ``the_learned_rounding_survives``; here,
+  ``what_was_learned_is_what_is_saved``
+- a wrong start of alpha, and lost raw alphas: ``methods/weights/test_adaround``: ``it_starts_exactly_at_the_weight``,
+  ``a_resumed_run``
+- signed percentiles, a momentum of 0.95: ``laws/test_tier_laws``: ``a_mirrored_input``; ``test_activation_stats``:
+  ``few_samples_do_not``
+- curves below the maximum, clipping: ``grids/test_time``: ``between_levels_the_range_is_the_envelope``;
+  ``test_decisions``: ``nothing_that_was_seen``
+- layers skipped in silence, swallowed errors: here, ``no_step_leaves_a_layer_out``, ``errors_are_not_swallowed``
+- other prompts: ``test_samples``: ``every_image_is_conditioned_on_its_own_prompt``
+- manifests at the end, places, random numbers: here, ``folders_can_be_moved``,
+  ``everything_is_a_function_of_the_settings``; all tests of resuming
+- 152 GB of block inputs: ``test_cache_adaround_data``: ``the_folder_is_small``
+- histograms of everything: ``test_activation_stats``: ``rows_are_spread``; ``test_cache_adaround_data``:
+  ``one_forward_pass``
+- metrics that measure nothing: not here, where pictures are compared with full precision's, pixel by pixel
+  (``metrics/test_psnr``)
 """
 
 import ast
@@ -170,12 +171,12 @@ def test_every_file_names_its_parents(made):
 
 
 def test_everything_is_a_function_of_the_settings(made, tmp_path):
-    """Lesson 12: no unseeded random numbers, no times and no places in what is written."""
+    """No unseeded random numbers, no times and no places in what is written."""
     assert files(make(tmp_path / "again")) == files(made)
 
 
 def test_folders_can_be_moved(made, tmp_path):
-    """Lesson 12: paths inside are relative, so that a finished step is finished wherever its folder lies."""
+    """Paths inside are relative, so that a finished step is finished wherever its folder lies."""
     for name, data in files(made).items():
         assert str(made).encode() not in data, name
     moved = tmp_path / "moved"
@@ -189,7 +190,7 @@ def test_folders_can_be_moved(made, tmp_path):
 
 
 def test_no_step_leaves_a_layer_out(made):
-    """Lesson 11: a change of names skipped every layer, and nobody noticed."""
+    """A change of names could skip every layer, and nobody would notice."""
     adapter = tiny_adapter()
     blocks = {path for path in adapter.linears() if path.startswith("multimodal_transformer_blocks.")}
     main = {path for path in blocks if adapter.role(path) in ("attention", "mlp")}
@@ -206,9 +207,7 @@ def test_no_step_leaves_a_layer_out(made):
 
 
 def test_what_was_learned_is_what_is_saved(made):
-    """Lesson 7, over the whole way: the codes of the weight track's files are those of the model that generate draws
-    with.
-    """
+    """Over the whole way: the codes of the weight track's files are those of the model that generate draws with."""
     layers = mq.load(made / "model").layers
     for name in ("mm0.npz", "mm1.npz"):
         with np.load(made / "weights" / "weights" / name) as arrays:
@@ -219,8 +218,8 @@ def test_what_was_learned_is_what_is_saved(made):
 
 
 def test_the_optimiser_runs_the_real_block(made, tmp_path):
-    """Lesson 6: an optimiser without the block's modulation. The error that it reports is the one that the model has,
-    measured here with the model's own forward pass on the trajectories, each row with its own conditioning.
+    """With the block's modulation: the error that the optimiser reports is the one that the model has, measured here
+    with the model's own forward pass on the trajectories, each row with its own conditioning.
     """
     cache, out = tmp_path / "cache", tmp_path / "weights"
     succeed("cache-adaround-data", *arguments(made)["cache-adaround-data"], "--tokens", 0, "--output-dir", cache)
@@ -246,7 +245,7 @@ def test_the_optimiser_runs_the_real_block(made, tmp_path):
 
 
 def test_errors_are_not_swallowed():
-    """Lesson 11: an exception that was caught and dropped hid zeroed modulation weights."""
+    """An exception that is caught and dropped hides, say, modulation weights of zeros."""
     for path in Path(mq.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ExceptHandler):

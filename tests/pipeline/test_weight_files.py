@@ -112,9 +112,7 @@ def test_the_arrays_are_as_promised(folder, model, results):
 
 
 def test_the_learned_rounding_survives(folder, model, results):
-    """Lesson 7: an export that quantized again lost it. Rounding the loaded weight anew would change codes
-    here, too.
-    """
+    """An export that quantizes again loses it: rounding the loaded weight anew would change codes here, too."""
     adapter, blocks, linears = model
     files = read(folder, model)
     for block in blocks:

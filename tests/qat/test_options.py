@@ -10,7 +10,7 @@ from mlxquant.errors import RecipeError
 from mlxquant.qat.options import EMBEDDINGS, OPTIONS, POINTS, PROJECTIONS, QuantizationOptions
 from mlxquant.train_gpt import command
 
-SEED = [
+NAMES = [
     "quantize_linear_method", "activations_quant_method", "quantization_warmup_iters", "store_activations",
     "linear_variant_attn", "linear_variant_q", "linear_variant_k", "linear_variant_v", "linear_variant_attn_proj",
     "linear_variant_mlp", "linear_variant_mlp_up", "linear_variant_mlp_down",
@@ -62,8 +62,8 @@ def with_company(name, value):
     }
 
 
-def test_every_option_of_the_seed_is_there_under_its_name():
-    assert set(SEED) <= set(OPTIONS)
+def test_every_option_is_there_under_its_name():
+    assert set(NAMES) <= set(OPTIONS)
     assert len(OPTIONS) == 62
 
 
@@ -102,7 +102,7 @@ def test_an_explicit_no_overrides_a_global_yes():
     assert [name for name in PROJECTIONS if options.projection(name)] == ["q", "v", "attn_proj"]
 
 
-def test_the_defaults_are_the_seeds():
+def test_nothing_is_quantized_by_default():
     options = QuantizationOptions()
     assert not options.anything
     assert options["quantization_warmup_iters"] == 100

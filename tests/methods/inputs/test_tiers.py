@@ -105,7 +105,7 @@ def test_an_error_counts_at_the_output_where_it_is():
     assert abs(first - second) > 0.01 * first
 
 
-def test_thresholds_are_the_seeds():
+def test_thresholds_are_at_six_and_ten():
     def bits(peak):
         ranges = ranges_of(np.linspace(-peak, peak, 20).reshape(5, 4))
         return int(threshold(ranges, None, tables(ranges, None))[0])
