@@ -1,0 +1,1 @@
+"""What ships with the package: two small models, and prompts."""
