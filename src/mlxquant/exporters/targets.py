@@ -42,13 +42,28 @@ def export(
     component: str = COMPONENT,
     force: bool = False,
 ) -> dict[str, Any]:
-    """Write a model as a folder that ``target`` reads: "mlx-lm", "mlx", "mflux" or "diffusionkit".
+    """Write a model as a folder that another tool reads, the codes bit for bit: whole, or not at all.
 
-    A bare module goes to mlx-lm with its ``config`` (a dict, config.json's) and ``tokenizer``, to mflux as its
-    ``component``. ``drop_activations`` leaves activation scales out where the target has no place for them. ``dtype``,
-    of FLOATS, is that of every floating tensor, by default its own. Returns out, target, bytes, bits_per_weight, layers
-    and notes. Raises ExportError, naming the layer, on what the target cannot hold, ArtifactError on a folder that
-    cannot be written.
+    Args:
+        model: A model, or a bare module for "mlx-lm" and "mflux".
+        out: The folder to write.
+        target: Who reads it: "mlx-lm", "mlx", "mflux" or "diffusionkit".
+        drop_activations: Whether to leave activation scales out where the target has no place for them; else they are
+            refused.
+        dtype: Of every floating tensor, "float16", "bfloat16" or "float32"; None keeps each one's own. For "mlx-lm" and
+            "mflux" alone.
+        config: Of a bare module for "mlx-lm": what its config.json says.
+        tokenizer: Of a bare module for "mlx-lm".
+        component: As what "mflux" has the module.
+        force: Whether to replace a folder that mlxquant wrote.
+
+    Returns:
+        ``out``, ``target``, ``bytes``, ``bits_per_weight``, how many ``layers`` are quantized, and ``notes`` for the
+        user.
+
+    Raises:
+        ExportError: On what the target cannot hold, by the layer's name, and on arguments that it does not take.
+        ArtifactError: When the folder cannot be written.
     """
     if target not in TARGETS:
         raise ExportError(f"no target {target!r}; expected one of {', '.join(TARGETS)}")

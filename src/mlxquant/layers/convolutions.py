@@ -136,13 +136,31 @@ def convolution_options(convolution: nn.Module) -> dict[str, Any]:
 
 
 class QuantizedConv1d(QuantizedConvolution):
-    """``nn.Conv1d`` with an integer kernel; takes what ``QuantizedConvolution`` takes."""
+    """``nn.Conv1d`` with an integer kernel. ``from_convolution`` makes one of a layer.
+
+    Args:
+        codes: Codes of the kernel, uint8 [out, prod(window)].
+        grid: The levels that the codes stand for.
+        window: The kernel's shape without its first axis, (width, in / groups).
+        bias: What is added to each output channel [out], kept in its dtype; None for nothing.
+        options: What the convolution is given beside its kernel, such as "stride", by name, where it is not MLX's
+            default.
+    """
 
     replaces, convolve = nn.Conv1d, mx.conv1d
 
 
 class QuantizedConv2d(QuantizedConvolution):
-    """``nn.Conv2d`` with an integer kernel; takes what ``QuantizedConvolution`` takes."""
+    """``nn.Conv2d`` with an integer kernel. ``from_convolution`` makes one of a layer.
+
+    Args:
+        codes: Codes of the kernel, uint8 [out, prod(window)].
+        grid: The levels that the codes stand for.
+        window: The kernel's shape without its first axis, (height, width, in / groups).
+        bias: What is added to each output channel [out], kept in its dtype; None for nothing.
+        options: What the convolution is given beside its kernel, such as "stride", by name, where it is not MLX's
+            default.
+    """
 
     replaces, convolve = nn.Conv2d, mx.conv2d
 

@@ -71,5 +71,12 @@ class QuantizedEmbedding(QuantizedLinear):
         return rows.reshape(*x.shape, self.width).astype(self._dtype)
 
     def as_linear(self, x: mx.array) -> mx.array:
-        """x [..., dims] times the whole table: [..., number], in x's dtype."""
+        """The embedding as the output layer: an input times the whole table.
+
+        Args:
+            x: [..., dims].
+
+        Returns:
+            [..., number], in x's dtype.
+        """
         return super().__call__(x)

@@ -157,7 +157,11 @@ class QuantizedLinear(QuantizedInput, QuantizedLayer):
         return layer
 
     def with_codes(self, codes: npt.NDArray[Any]) -> QuantizedLinear:
-        """The same layer with other codes uint8 [out, in]."""
+        """The same layer with other codes; all else is shared.
+
+        Args:
+            codes: On the same grid, uint8 [out, in].
+        """
         other = QuantizedLinear.blank(self.facts, self._clock)
         other.load_weights(list(parameters(self).items()))  # shared, but for the codes
         other[WEIGHT] = mx.array(pack(codes, self._format.bits))
@@ -212,7 +216,14 @@ class QuantizedLinear(QuantizedInput, QuantizedLayer):
         return self.add_branch(self._multiply_quantized(x), x)
 
     def transformed(self, x: mx.array) -> mx.array:
-        """x [..., in] as the weight reads it, divided and rotated, in x's dtype."""
+        """An input as the weight reads it: divided, then rotated.
+
+        Args:
+            x: [..., in].
+
+        Returns:
+            [..., in], in x's dtype.
+        """
         if DIVISOR in self:
             x = x / self[DIVISOR].astype(x.dtype)
         if self._rotation > 1:
@@ -220,7 +231,15 @@ class QuantizedLinear(QuantizedInput, QuantizedLayer):
         return x
 
     def add_branch(self, y: mx.array, x: mx.array) -> mx.array:
-        """y [..., out], in its dtype, and what the branch makes of a transformed input x [..., in], in float32."""
+        """An output and what the branch adds to it, summed in float32.
+
+        Args:
+            y: What the integers make of the input, [..., out].
+            x: The input, ``transformed`` but not rounded, [..., in].
+
+        Returns:
+            [..., out], in y's dtype.
+        """
         if UP not in self:
             return y
         up, down = self[UP].astype(mx.float32), self[DOWN].astype(mx.float32)

@@ -187,7 +187,17 @@ class Recipe:
         return self.mixed or self.bits_per_weight is not None or self.bits_per_activation is not None
 
     def plan(self, layers: Mapping[str, str]) -> dict[str, LayerSpec]:
-        """Layers (path to role) to what happens to each; raises RecipeError when a pattern names no layer."""
+        """What happens to each layer of a model; the first rule that names it decides.
+
+        Args:
+            layers: The model's linear layers, path to role, as ``Adapter.roles`` has them.
+
+        Returns:
+            The layers that are quantized, by path, in the same order.
+
+        Raises:
+            RecipeError: When a pattern names no layer, or nothing is quantized.
+        """
         if not layers:
             raise RecipeError(
                 f"recipe {self.name}: the model has no linear layer in full precision; perhaps it is quantized already"
@@ -213,8 +223,13 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> Recipe:
-        """What ``to_dict`` gave, before or after it was JSON. An older version knew fewer keys, which get their
-        defaults. Raises RecipeError on keys that a newer one knows.
+        """The recipe that ``to_dict`` was asked of. An older version knew fewer keys, which get their defaults.
+
+        Args:
+            saved: What ``to_dict`` gave, before or after it was JSON.
+
+        Raises:
+            RecipeError: On keys that a newer version knows.
         """
         rules = tuple(
             (pattern, None if spec is None else LayerSpec.from_dict(spec)) for pattern, spec in saved["rules"]
