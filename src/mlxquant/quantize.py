@@ -26,7 +26,6 @@ from .commandline.options import (
     together,
 )
 from .errors import AdapterError, RecipeError
-from .models.language import LanguageAdapter
 from .pipeline.apply import TrackFiles
 from .recipes.grammar import parse_recipe
 from .recipes.recipe import Recipe
@@ -152,7 +151,7 @@ def calibrated(
     """What the ``calibration_options`` say: text for a language model, pictures for one that draws; raises AdapterError
     on options that are for the other kind.
     """
-    if isinstance(model.adapter, LanguageAdapter):
+    if not model.adapter.draws:
         pictures = {
             "--prompts": prompt_file,
             "--num-prompts": num_prompts,

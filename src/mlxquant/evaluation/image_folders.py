@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
 from ..errors import ArtifactError
 from ..files.atomic import explain
+from ..numerics.arrays import Array
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
 MODES = ("RGB", "RGBA", "L", "LA", "P", "1")  # of 8 bits, that are pictures in sRGB with or without transparency
@@ -71,7 +70,7 @@ def picture_size(path: Path) -> tuple[int, int]:
         return image.size
 
 
-def read_picture(path: Path) -> npt.NDArray[Any]:
+def read_picture(path: Path) -> Array:
     """A picture as a batch of one [1,H,W,3] float32 in [0,1]; what is transparent shows white. Raises ArtifactError
     when it is damaged.
     """

@@ -22,7 +22,7 @@ from . import checked
 from .atomic import ensure_writable
 from .checked import read_json, read_tensors, write_json, write_tensors
 
-Array = npt.NDArray[np.float64]
+Float64Array = npt.NDArray[np.float64]
 KIND = "measurement"
 
 
@@ -97,13 +97,13 @@ class Measurements:
     def _kept(self, folder: Path, name: str) -> KeptArrays:
         return KeptArrays(folder / f"{name}.{KIND}.safetensors", KIND, self._job, "this is then measured again")
 
-    def load(self, name: str) -> dict[str, Array] | None:
+    def load(self, name: str) -> dict[str, Float64Array] | None:
         """What ``save`` kept for this job, bit for bit, or None. A damaged file raises ArtifactError."""
         if self._folder is None or (found := self._kept(self._folder, name).load()) is None:
             return None
         return {key: np.array(bits).view(np.float64) for key, bits in found[0].items()}
 
-    def save(self, name: str, arrays: Mapping[str, Array]) -> None:
+    def save(self, name: str, arrays: Mapping[str, Float64Array]) -> None:
         """Keep arrays of any shape but (); as uint64, for Metal has no float64."""
         if self._folder is not None:
             bits = {

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ..errors import AdapterError
+from ..numerics.arrays import Array
 from ..sampling.schedules import Sigmas
 
 
@@ -45,7 +45,7 @@ class Clock:
         return self._sigma
 
     @contextmanager
-    def at(self, sigma: float | Sequence[float] | npt.NDArray[Any]) -> Iterator[None]:
+    def at(self, sigma: float | Sequence[float] | Array) -> Iterator[None]:
         """Announce the noise level of the forward passes inside; the previous one returns afterwards, also after an
         exception.
         """

@@ -14,11 +14,11 @@ from typing import Any, ClassVar, Self
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy.typing as npt
 
 from ..errors import AdapterError
 from ..grids.time import Clock
 from ..grids.weights import Grid, WeightFormat
+from ..numerics.arrays import Array
 from .names import BIAS
 from .packed import QuantizedLayer
 from .weight_only import rounded
@@ -44,7 +44,7 @@ class QuantizedConvolution(QuantizedLayer):
 
     def __init__(
         self,
-        codes: npt.NDArray[Any],
+        codes: Array,
         grid: Grid,
         window: tuple[int, ...],
         bias: mx.array | None = None,

@@ -11,11 +11,11 @@ from typing import Any, Self
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy.typing as npt
 
 from ..grids.packing import dequantized
 from ..grids.time import Clock
 from ..grids.weights import Grid, WeightFormat
+from ..numerics.arrays import Array
 from .linear import QuantizedLinear
 from .weight_only import rounded
 
@@ -32,7 +32,7 @@ class QuantizedEmbedding(QuantizedLinear):
 
     replaces = nn.Embedding
 
-    def __init__(self, codes: npt.NDArray[Any], grid: Grid, dtype: mx.Dtype = mx.float32):
+    def __init__(self, codes: Array, grid: Grid, dtype: mx.Dtype = mx.float32):
         super().__init__(codes, grid)
         self._dtype = dtype
 

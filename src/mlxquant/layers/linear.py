@@ -31,7 +31,6 @@ from typing import Any, ClassVar, Self
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-import numpy.typing as npt
 
 from ..errors import AdapterError
 from ..grids.integer_matmul import EXACT, integer_matmul, use_packed_kernels
@@ -40,6 +39,7 @@ from ..grids.reading import Entry, represented
 from ..grids.tables import ActivationTable
 from ..grids.time import Clock
 from ..grids.weights import Grid, WeightFormat
+from ..numerics.arrays import Array
 from ..numerics.hadamard import block_size, rotated_blocks
 from ..numerics.low_rank import LowRank
 from .names import BIAS, DIVISOR, DOWN, LOG, SHIFT, TOKEN, UP, WEIGHT
@@ -76,7 +76,7 @@ class QuantizedLinear(QuantizedInput, QuantizedLayer):
 
     def __init__(
         self,
-        codes: npt.NDArray[Any],
+        codes: Array,
         grid: Grid,
         bias: mx.array | None = None,
         divisor: mx.array | None = None,
@@ -156,7 +156,7 @@ class QuantizedLinear(QuantizedInput, QuantizedLayer):
             layer[TOKEN] = mx.zeros((1,), mx.uint8)
         return layer
 
-    def with_codes(self, codes: npt.NDArray[Any]) -> QuantizedLinear:
+    def with_codes(self, codes: Array) -> QuantizedLinear:
         """The same layer with other codes; all else is shared.
 
         Args:

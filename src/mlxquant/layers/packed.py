@@ -9,10 +9,10 @@ from typing import Any, ClassVar
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-import numpy.typing as npt
 
 from ..grids.packing import dequantized, pack, unpack
 from ..grids.weights import GROUPS, Grid, WeightFormat
+from ..numerics.arrays import Array
 from .names import BIAS, BIASES, DIVISOR, FOR_WEIGHT, INTEGERS, SCALES, WEIGHT
 from .own import QuantizedModule
 
@@ -46,7 +46,7 @@ class QuantizedLayer(QuantizedModule):
         if bias is not None:
             self[BIAS] = mx.zeros((rows,), bias)
 
-    def _fill(self, codes: npt.NDArray[Any], grid: Grid, **others: mx.array | None) -> None:
+    def _fill(self, codes: Array, grid: Grid, **others: mx.array | None) -> None:
         """Take codes uint8 [out, in] on ``grid``, and other parameters, those that are there, by name."""
         rows = self[SCALES].shape[0]
         values = {
@@ -81,7 +81,7 @@ class QuantizedLayer(QuantizedModule):
         """Stored bits for each number of the weight."""
         return 8 * self.nbytes / prod(self._shape)
 
-    def codes(self) -> npt.NDArray[Any]:
+    def codes(self) -> Array:
         """The weight's codes, uint8 [out, in]."""
         return unpack(np.array(self[WEIGHT]), self._format.bits, self.width)
 

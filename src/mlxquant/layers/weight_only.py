@@ -7,22 +7,20 @@ wrap in any dtype.
 
 from __future__ import annotations
 
-from typing import Any
-
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-import numpy.typing as npt
 
 from ..errors import AdapterError
 from ..grids.weights import Grid, WeightFormat
 from ..methods import registry
+from ..numerics.arrays import Array
 from .linear import QuantizedLinear
 
 W8 = WeightFormat(8, "channel", symmetric=True)
 
 
-def rounded(weight: mx.array, format: WeightFormat, steps: str = "extremes") -> tuple[npt.NDArray[Any], Grid]:
+def rounded(weight: mx.array, format: WeightFormat, steps: str = "extremes") -> tuple[Array, Grid]:
     """Codes uint8 [out,in], and their grid, of a weight [out,...] of any float dtype, its later axes taken as one.
 
     Args:
@@ -71,9 +69,7 @@ class W8A16Linear(QuantizedLinear):
             codes, Grid.symmetric(W8, np.ones((out_features, 1))), mx.zeros((out_features,)) if bias else None
         )
 
-    def quantize(
-        self, weight: mx.array | npt.NDArray[Any], bias: mx.array | None = None, steps: str = "extremes"
-    ) -> W8A16Linear:
+    def quantize(self, weight: mx.array | Array, bias: mx.array | None = None, steps: str = "extremes") -> W8A16Linear:
         """Take a weight, rounded to nearest with ``scale = max|row| / 127``, and the bias if one is given.
 
         Args:

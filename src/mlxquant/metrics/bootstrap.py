@@ -6,12 +6,11 @@ prompt by prompt, which is narrower than what two separate intervals say.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
 
 from ..errors import NumericsError
+from ..numerics.arrays import Array
 
 PERCENTILES = (2.5, 97.5)
 
@@ -21,7 +20,7 @@ def interval(values: npt.ArrayLike, seed: int = 0, draws: int = 2000) -> list[fl
 
     Raises NumericsError on no values, and on values that are not finite.
     """
-    array: npt.NDArray[Any] = np.asarray(values, dtype=np.float64)
+    array: Array = np.asarray(values, dtype=np.float64)
     if array.ndim != 1 or not array.size or not np.isfinite(array).all():
         raise NumericsError(f"bootstrap: expected a list of finite values, found {array.size} of shape {array.shape}")
     if array.size == 1:

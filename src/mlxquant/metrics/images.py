@@ -6,15 +6,14 @@ like a figure.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
 from ..errors import NumericsError
+from ..numerics.arrays import Array
 
-Images = npt.NDArray[Any]
+Images = Array
 ROUNDING = 1e-4  # how far a resampled picture may leave [0,1]
 
 

@@ -10,20 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from ..errors import NumericsError
+from ..numerics.arrays import Array
 from .discrepancy import cmmd, kid
 from .frechet import Gaussian, frechet_distance
 from .images import Images
 
 ENOUGH = 2048  # pictures a set
 Batches = Images | Iterable[Images]
-Encode = Callable[[Images], npt.NDArray[Any]]
-Measure = Callable[[npt.NDArray[Any], npt.NDArray[Any]], float]
+Encode = Callable[[Images], Array]
+Measure = Callable[[Array, Array], float]
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ class SetMetric:
         self.name, self.features = name, features
         self._encode, self._measure = encode, measure
 
-    def encode(self, images: Batches) -> npt.NDArray[Any]:
+    def encode(self, images: Batches) -> Array:
         """Features [N,D] of pictures [N,H,W,3] in [0,1], or of batches of them; NumericsError on none."""
         batches = [images] if isinstance(images, np.ndarray) else images
         found = [self._encode(batch) for batch in batches]
@@ -64,7 +63,7 @@ class SetMetric:
             raise NumericsError(f"{self.name}: a set of no pictures has no distance to another")
         return np.concatenate(found)
 
-    def between(self, features: npt.NDArray[Any], reference: npt.NDArray[Any]) -> SetDistance:
+    def between(self, features: Array, reference: Array) -> SetDistance:
         """The distance of features [N,D] to reference features [M,D]."""
         return SetDistance(self.name, self._measure(features, reference), len(features), len(reference), self.features)
 
@@ -82,7 +81,7 @@ def frechet(encode: Encode, features: str, inception: bool) -> SetMetric:
     otherwise.
     """
 
-    def measure(x: npt.NDArray[Any], y: npt.NDArray[Any]) -> float:
+    def measure(x: Array, y: Array) -> float:
         return frechet_distance(Gaussian.of(x), Gaussian.of(y))
 
     return SetMetric("fid" if inception else "frechet_distance", encode, measure, features)

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ..errors import NumericsError
+from ..numerics.arrays import Array
 
 
-def trajectory_error(
-    latents: Sequence[npt.NDArray[Any]], reference: Sequence[npt.NDArray[Any]]
-) -> npt.NDArray[np.float64]:
+def trajectory_error(latents: Sequence[Array], reference: Sequence[Array]) -> npt.NDArray[np.float64]:
     """``‖x−y‖ / ‖y‖`` [S,B] of the latents x [B,…] of a run after each of its S steps, y those of the reference at the
     same seeds.
 
@@ -34,7 +32,7 @@ def trajectory_error(
     return np.stack(errors)
 
 
-def _step(x: npt.NDArray[Any], y: npt.NDArray[Any], step: int) -> npt.NDArray[np.float64]:
+def _step(x: Array, y: Array, step: int) -> npt.NDArray[np.float64]:
     if x.shape != y.shape or x.ndim < 2 or 0 in x.shape:
         raise NumericsError(
             f"trajectory error, step {step}: expected latents [B,…] of equal shape, found {x.shape} and {y.shape}"

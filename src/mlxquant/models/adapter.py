@@ -33,7 +33,6 @@ from typing import Any, Self
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-import numpy.typing as npt
 
 from ..errors import AdapterError, NumericsError
 from ..files import checked
@@ -43,6 +42,7 @@ from ..files.checked import array_digest
 from ..grids.time import Clock
 from ..layers.attention import SoftmaxAttention, find_attentions
 from ..layers.tree import find_linears, parameters
+from ..numerics.arrays import Array
 
 State = dict[str, mx.array]
 _digest = ArrayMemory(array_digest)
@@ -241,7 +241,7 @@ class Adapter(ABC):
                     " checkpoint"
                 )
 
-    def run(self, state: State, sigma: float | npt.NDArray[Any]) -> State:
+    def run(self, state: State, sigma: float | Array) -> State:
         """Send a state through the whole chain.
 
         Args:

@@ -35,7 +35,7 @@ class KnownModel:
 
 
 LANGUAGE = "mlx-lm"  # what any other hub id stands for
-MODELS = {
+MODELS = {  # by address: an adapter is imported when it is asked for, also one of a folder that imports this one (qat)
     "mmdit-shapes": KnownModel("mlxquant.models.shapes.adapter", "MMDiTShapes"),
     "sd3-medium": KnownModel("mlxquant.models.sd3.adapter", "SD3Medium", (HUB,), checkpoint=CHECKPOINT),
     "gpt": KnownModel("mlxquant.qat.adapter", "TrainedGPT", ("gpt-python",), checkpoint="config.json", key="mlxquant"),

@@ -6,13 +6,13 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
 from ..errors import AdapterError
+from ..numerics.arrays import Array
 from ..sampling.conditioning import Conditioning
 from ..sampling.prompts import Prompt
 from ..sampling.sampler import SamplerStep, sample, seeded_noise
@@ -96,7 +96,7 @@ class DiffusionAdapter(Adapter):
             AdapterError: Another purpose, or more than there are.
         """
 
-    def attributes(self, images: npt.NDArray[Any], prompts: Sequence[str]) -> dict[str, float] | None:
+    def attributes(self, images: Array, prompts: Sequence[str]) -> dict[str, float] | None:
         """Whether pictures show what their prompts ask for.
 
         Args:
@@ -112,7 +112,7 @@ class DiffusionAdapter(Adapter):
         """The ``steps + 1`` noise levels of a sampler, from 1 down to 0; see ``flow_sigmas``."""
         return flow_sigmas(steps, self.shift)
 
-    def state(self, latent: mx.array, tokens: mx.array, pooled: mx.array, sigma: float | npt.NDArray[Any]) -> State:
+    def state(self, latent: mx.array, tokens: mx.array, pooled: mx.array, sigma: float | Array) -> State:
         """The chain's input.
 
         Args:
@@ -124,9 +124,7 @@ class DiffusionAdapter(Adapter):
         t = mx.broadcast_to(mx.array(np.float32(1000) * np.asarray(sigma, np.float32)), (latent.shape[0],))
         return {"latent": latent, "tokens": tokens, "pooled": pooled, "t": t}
 
-    def velocity(
-        self, latent: mx.array, tokens: mx.array, pooled: mx.array, sigma: float | npt.NDArray[Any]
-    ) -> mx.array:
+    def velocity(self, latent: mx.array, tokens: mx.array, pooled: mx.array, sigma: float | Array) -> mx.array:
         """The model's prediction of ``noise - image`` [B,H,W,C], evaluated; arguments as for ``state``."""
         return self.run(self.state(latent, tokens, pooled, sigma), sigma)["velocity"]
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,9 +14,10 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ..files.atomic import atomic_file
 from ..metrics.psnr import psnr
+from ..numerics.arrays import Array
 from ..sampling.prompts import Prompt
 
-Images = npt.NDArray[Any]
+Images = Array
 Marks = Callable[[Images, Sequence[str]], dict[str, float] | None]
 
 CELL, GAP, CAPTION, HEADER, LABEL = 144, 10, 24, 64, 22

@@ -17,6 +17,7 @@ from ...errors import AdapterError
 from ...files.checked import read_tensors
 from ...files.parameters import load_parameters
 from ...grids.time import Clock
+from ...numerics.arrays import Array
 from ...sampling.conditioning import Conditioning
 from ...sampling.prompts import Prompt
 from ..adapter import Edge, Stage
@@ -116,5 +117,5 @@ class MMDiTShapes(DiffusionAdapter):
         first = seed + (10_000 if purpose == "evaluation" else 0)
         return [Prompt(first + i, caption) for i, caption in enumerate(captions)]
 
-    def attributes(self, images: npt.NDArray[Any], prompts: Sequence[str]) -> dict[str, float]:
+    def attributes(self, images: Array, prompts: Sequence[str]) -> dict[str, float]:
         return scenes.accuracy(images, [scenes.parse(p) for p in prompts])

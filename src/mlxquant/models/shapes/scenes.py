@@ -10,12 +10,11 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from ...errors import AdapterError
+from ...numerics.arrays import Array
 
 SIDE = 32
 COLOURS = {
@@ -36,7 +35,7 @@ OFFSET = {"large": 5.0, "small": 8.0, "pair": 8.0}
 MISFIT = 0.3  # a shape whose best fit leaves more squared error than this share of its area is none of ours
 HELD_OUT = 8  # one caption in this many is never trained on
 
-Image = npt.NDArray[Any]  # [32,32,3] in [0,1]
+Image = Array  # [32,32,3] in [0,1]
 
 
 @dataclass(frozen=True)
@@ -189,7 +188,7 @@ class Fit:
     error: float
 
 
-def fit_shape(mask: npt.NDArray[Any], radii: tuple[float, ...] | None = None) -> Fit:
+def fit_shape(mask: Array, radii: tuple[float, ...] | None = None) -> Fit:
     """The best shape for a soft mask [32,32]: a search over shape, radius and centre, scored by squared error; shape ""
     if none fits.
     """
@@ -221,7 +220,7 @@ def _nearest(colour: Image, palette: Mapping[str, tuple[int, int, int]]) -> str:
     return min(palette, key=lambda name: float(((_rgb(palette[name]) - colour) ** 2).sum()))
 
 
-def check(image: npt.NDArray[Any], scene: Scene) -> dict[str, bool]:
+def check(image: Array, scene: Scene) -> dict[str, bool]:
     """Which attributes of ``scene`` a picture [32,32,3] in [0,1] obeys.
 
     Keys: background; colour, shape, size, place for one object; colour, shape, colour_2, shape_2, relation for two. The
@@ -270,7 +269,7 @@ def _check_pair(image: Image, scene: Scene, ground: Image) -> dict[str, bool]:
     }
 
 
-def accuracy(images: npt.NDArray[Any], scenes: list[Scene]) -> dict[str, float]:
+def accuracy(images: Array, scenes: list[Scene]) -> dict[str, float]:
     """Attribute accuracy in [0,1] of pictures [n,32,32,3]: ``mean`` over all attributes, and one figure per kind."""
     marks: dict[str, list[bool]] = {}
     for image, scene in zip(images, scenes, strict=True):
