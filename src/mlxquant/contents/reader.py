@@ -4,7 +4,6 @@ way.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 from ..errors import ArtifactError
 from ..files.atomic import explain
-from ..files.checked import KEY, read_json, understood, verify_tensors
+from ..files.checked import KEY, json_object, read_json, understood, verify_tensors
 from ..pipeline.activation_stats import KIND as STATISTICS_KIND
 from ..pipeline.activation_stats import ActivationStats
 from ..pipeline.ledger import Ledger, verify
@@ -113,27 +112,17 @@ def _read_folder(folder: Path) -> Contents:
     )
 
 
-def _plain_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"{path}: not readable as JSON ({error}); the file is damaged, {AGAIN}") from error
-    if not isinstance(data, dict):
-        raise ArtifactError(f"{path}: expected a JSON object, found {type(data).__name__}; the file is not ours")
-    return data
-
-
 def _is_ours(path: Path) -> bool:
     """Whether a file is there and says that it is ours, or may have said so before it was damaged; config.json is
     others' name, too.
     """
     if not path.is_file():
         return False
-    return path.name != "config.json" or "kind" in _plain_json(path)
+    return path.name != "config.json" or "kind" in json_object(path, AGAIN)
 
 
 def _read_json(path: Path) -> Contents:
-    data = _plain_json(path)
+    data = json_object(path, AGAIN)
     if "kind" not in data:
         raise ArtifactError(
             f"{path}: says no kind, so mlxquant did not write it; name a checkpoint or one of our files"
@@ -216,7 +205,7 @@ def _read_ledger(found: Contents, data: Mapping[str, Any]) -> Contents:
 
 def _shards(index: Path) -> list[Path]:
     """The files of a checkpoint's index; raises ArtifactError when a tensor is not in the file that it names."""
-    where = _plain_json(index).get("weight_map")
+    where = json_object(index, AGAIN).get("weight_map")
     if not isinstance(where, dict) or not where:
         raise ArtifactError(f"{index}: has no weight_map; download it anew")
     shards = [index.parent / str(name) for name in sorted(set(where.values()))]
@@ -249,7 +238,7 @@ def _read_checkpoint(path: Path, shards: list[Path]) -> Contents:
             found, kind=str(headers[0]["kind"]), facts={**_short(headers[0]), **_short(headers[0].get("facts", {}))}
         )
     config = folder / "config.json"
-    quantization = _plain_json(config).get("quantization") if config.is_file() and not headers else None
+    quantization = json_object(config, AGAIN).get("quantization") if config.is_file() and not headers else None
     if isinstance(quantization, dict):
         found.facts["quantization"] = {
             key: value for key, value in quantization.items() if not isinstance(value, dict | bool)

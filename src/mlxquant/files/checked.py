@@ -74,16 +74,25 @@ def write_json(path: Path, kind: str, facts: Mapping[str, Any]) -> None:
         temporary.write_text(canonical({**data, "sha256": digest(data)}), encoding="utf-8")
 
 
+def json_object(path: Path, again: str, foreign: str = "the file is not ours") -> dict[str, Any]:
+    """The JSON object in a file, whoever wrote it. Raises ArtifactError where there is none: on a damaged file it says
+    how to get it ``again``, on other JSON what to make of it, ``foreign``; OSError where the file cannot be read.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"{path}: not readable as JSON ({error}); the file is damaged, {again}") from error
+    if not isinstance(data, dict):
+        raise ArtifactError(f"{path}: expected a JSON object, found {type(data).__name__}; {foreign}")
+    return data
+
+
 def read_json(path: Path, kind: str) -> dict[str, Any]:
     """Read what ``write_json`` wrote; raises ArtifactError on a missing, damaged, foreign or newer file."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json_object(path, "write it anew")
     except OSError as error:
         raise explain(error, path) from error
-    except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"{path}: not readable as JSON ({error}); the file is damaged, write it anew") from error
-    if not isinstance(data, dict):
-        raise ArtifactError(f"{path}: expected a JSON object, found {type(data).__name__}; the file is not ours")
     _check_header(path, data, kind)
     found = data.pop("sha256", None)
     try:

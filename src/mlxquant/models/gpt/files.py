@@ -7,7 +7,6 @@ of config.json, which others pass over.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import mlx.core as mx
 from ...errors import ArtifactError
 from ...files import checked, tensor_layout
 from ...files.atomic import atomic_file, ensure_writable, explain
-from ...files.checked import file_digest
+from ...files.checked import file_digest, json_object
 from ...files.parameters import load_parameters
 from ...layers.tree import parameters
 from .network import GPT, MODEL_TYPE, GPTConfig
@@ -120,14 +119,9 @@ def read_weights(path: Path) -> dict[str, mx.array]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        return json_object(path, AGAIN, AGAIN)
     except OSError as error:
         raise explain(error, path) from error
-    except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"{path}: not readable as JSON ({error}); the file is damaged, {AGAIN}") from error
-    if not isinstance(data, dict):
-        raise ArtifactError(f"{path}: expected a JSON object, found {type(data).__name__}; {AGAIN}")
-    return data
 
 
 def _write_text(path: Path, text: str) -> None:
