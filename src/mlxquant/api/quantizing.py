@@ -14,7 +14,6 @@ from ..calibration.trajectories import Calibration
 from ..errors import AdapterError, CalibrationError
 from ..files import checked
 from ..files.atomic import ensure_writable
-from ..files.checked import versions
 from ..layers.sizes import planned_bits_per_weight
 from ..pipeline.apply import TrackFiles
 from ..progress import Progress, silent
@@ -184,7 +183,7 @@ def _quantize_once(
         made["tracks"] = tracks.digests
         store = tracks.store(adapter, layers)
     elif work is not None:
-        store = FolderStore(work, checked.digest(made | versions()))
+        store = FolderStore(work, checked.digest(made | checked.versions()))
     stages = sweep(adapter, calib, recipe, store, progress, work, allocated)
     return QuantizedModel(adapter, {**made, "stages": stages})
 

@@ -17,7 +17,6 @@ import mlx.core as mx
 import numpy as np
 
 from ..files import checked
-from ..files.checked import versions
 from ..files.kept_arrays import KeptArrays
 from ..metrics.trajectory import trajectory_error
 from ..numerics.arrays import Array
@@ -114,7 +113,7 @@ class Drawings:
             "cfg": self.cfg,
             "latent_shape": one.model.diffusion.latent_shape,
         }
-        return checked.digest(facts | versions())
+        return checked.digest(facts | checked.versions())
 
     def _read(self, one: Contender, start: int) -> dict[str, mx.array]:
         found = self._kept(one, start).load()

@@ -9,7 +9,7 @@ from ..api.model import Model, QuantizedModel
 from ..calibration.trajectories import Calibration
 from ..files import checked
 from ..files.atomic import ensure_writable, remove_folder
-from ..files.checked import array_digest, versions
+from ..files.checked import array_digest
 from ..progress import Progress
 from ..recipes.recipe import Recipe
 from .contender import Contender
@@ -28,7 +28,7 @@ def quantized_contender(
     made_from = {
         "recipe": recipe.to_dict(),
         "calibration": {**calib.facts, "latents": array_digest(calib.latents), "source": calib.source},
-        **versions(),
+        **checked.versions(),
     }
     job = checked.digest(made_from)
     kept, watch_file = work / "models" / folder, work / "models" / f"{folder}.json"

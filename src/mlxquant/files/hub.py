@@ -68,9 +68,7 @@ def hub_description(repository: str, extra: str, instead: str) -> dict[str, Any]
             continue  # what is not in the cache the hub is asked for
     for name in DESCRIPTIONS:
         try:
-            return read_description(Path(hub.hf_hub_download(repository, name)))
-        except ArtifactError:
-            raise
+            path = Path(hub.hf_hub_download(repository, name))
         except Exception as error:  # the hub's, httpx's and xet's errors have no base in common
             if _has_no_such_file(hub, error):
                 continue
@@ -83,6 +81,7 @@ def hub_description(repository: str, extra: str, instead: str) -> dict[str, Any]
                     f" cache on a connected machine without HF_HUB_OFFLINE ('hf download {repository}'), or {instead}"
                 )
             raise ArtifactError(f"{repository} could not be asked what it holds{why}") from error
+        return read_description(path)
     return {}
 
 

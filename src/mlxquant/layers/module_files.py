@@ -16,7 +16,7 @@ import mlx.nn as nn
 
 from ..errors import AdapterError, ArtifactError
 from ..files.checked import read_tensors, write_tensors
-from .kinds import BY_NAME, rebuilt, refresh
+from .kinds import BY_NAME, find_layers, rebuilt, refresh
 from .linear import QuantizedLinear
 from .names import WEIGHT
 from .packed import QuantizedLayer
@@ -54,9 +54,7 @@ def save_module(model: nn.Module, path: str | Path) -> Path:
     structure: dict[str, dict[str, Any]] = {"layers": {}, "layers_that_share": {}}
     same_layers: dict[str, str] = {}
     places: dict[int, str] = {}
-    for place, module in sorted(model.named_modules(), key=lambda found: (is_hidden(found[0]), found[0])):
-        if not isinstance(module, QuantizedLayer):
-            continue
+    for place, module in sorted(find_layers(model).items(), key=lambda found: (is_hidden(found[0]), found[0])):
         if isinstance(module, QuantizedLinear) and module.table is not None:
             raise ArtifactError(
                 f"{path}: layer {place} quantizes its input at each timestep; save the model that mq.quantize returned"

@@ -37,7 +37,11 @@ class OwnModule(nn.Module):
 
 
 class QuantizedModule(OwnModule):
-    """A module that is stored with a model: its parameters in a tensor file, its structure as plain data beside."""
+    """A module that is stored with a model: its parameters in a tensor file, its structure as plain data beside.
+
+    A kind must give ``facts`` and ``blank``. They are no abstract methods, for those are refused by ``object``'s
+    constructor, and a module of MLX is made by ``dict``'s.
+    """
 
     @property
     def facts(self) -> dict[str, Any]:

@@ -32,9 +32,8 @@ PICTURE = "ranges.png"
 ROLES = ("attention", "mlp")
 MOMENTUM = 0.95
 SENSITIVITY_ROWS = 8  # an average over few suffices
-HIST_EDGES = np.concatenate([[0], np.logspace(-4, 5, 9 * 16 + 1)]).astype(
-    np.float32
-)  # 16 bins a decade; what is larger is in the last
+# 16 bins a decade; what is larger is in the last
+HIST_EDGES = np.concatenate([[0], np.logspace(-4, 5, 9 * 16 + 1)]).astype(np.float32)
 
 
 def quantized_layers(adapter: DiffusionAdapter) -> list[str]:
@@ -90,6 +89,7 @@ def collect(
     ledger = Ledger.open(folder / STATISTICS, KIND, facts, COMMAND, force, resume)
     if not ledger.complete:
         adapter.prepare(calibration.prompts)
+    after = {path: edge.after for edge in adapter.edges() for path in edge.consumers}
     sigma_map = {str(index * stride): float(sigma) for index, sigma in enumerate(calibration.sigmas)}
     for index, step in progress(list(enumerate(sigma_map)), "timesteps"):
         if array_name(step) in ledger.files and index_name(step) in ledger.files:
@@ -104,7 +104,6 @@ def collect(
             where,
             progress,
         )
-        after = {path: edge.after for edge in adapter.edges() for path in edge.consumers}
         layers = {path: {"leader": seen.leader[path], "after": after.get(path, "")} for path in paths}
         widths = {leader: len(inputs.ranges.least) for leader, inputs in seen.layers.items()}
         ledger.notes |= {
