@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from .commandline.console import Command, peak_bytes, progress, result, say
-from .commandline.options import COUNT, FROM_ZERO, PATH, option, verbose_option
+from .commandline.options import COUNT, PATH, option, seed_option, verbose_option
 from .errors import AdapterError
 from .files import checked
 from .files.checked import file_digest
@@ -59,7 +59,7 @@ DEFAULT = Settings()
 @option(
     "--model", "name", help="Where its weights are: a hub id or a folder.  [default: the name of the cache's model]"
 )
-@option("--seed", default=0, type=FROM_ZERO, help="Of the minibatches.")
+@seed_option("Of the minibatches.")
 @option("--force", is_flag=True, help="Start over where the folder holds other weights.")
 @option("--resume/--no-resume", default=True, help="Go on where a killed run was.")
 @verbose_option

@@ -12,7 +12,7 @@ from .api import jobs
 from .api.model import load
 from .api.quantizing import calibrate, compare
 from .commandline.console import Command, peak_bytes, progress, result, say
-from .commandline.options import COUNT, FROM_ZERO, PATH, force_option, option, verbose_option
+from .commandline.options import COUNT, PATH, force_option, option, seed_option, verbose_option
 from .files.atomic import atomic_folder
 from .files.checked import write_json
 from .recipes.grammar import parse_recipe
@@ -24,7 +24,7 @@ RECIPES = ("rtn-w4a8", "gptq-w4a8")
 
 @click.command("demo", cls=Command)
 @option("--out", type=PATH, default="mlxquant-demo", help="Folder for pictures, report and models.")
-@option("--seed", default=0, type=FROM_ZERO, help="Shifts the noise seeds of calibration and evaluation.")
+@seed_option("Shifts the noise seeds of calibration and evaluation.")
 @option("--num-prompts", default=32, type=COUNT, help="Held-out prompts to draw and measure.")
 @option("--steps", type=COUNT, help="Sampler steps, of the calibration too.  [default: the model's, 28]")
 @force_option

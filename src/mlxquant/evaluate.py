@@ -17,7 +17,6 @@ from .api.quantizing import calibrate
 from .commandline.console import Command, peak_bytes, progress, result, say
 from .commandline.options import (
     COUNT,
-    FROM_ZERO,
     MODEL_HELP,
     PATH,
     iters_option,
@@ -25,6 +24,7 @@ from .commandline.options import (
     option,
     prompts_options,
     run_options,
+    seed_option,
     size_option,
     together,
 )
@@ -49,7 +49,7 @@ drawing_options = together(
     prompts_options("Prompts to draw, held out from calibration", 64),
     option("--steps", type=COUNT, help="Sampler steps, of the calibration too.  [default: the model's]"),
     option("--cfg-weight", type=click.FloatRange(0), help="Guidance, of the calibration too.  [default: the model's]"),
-    option("--seed", default=0, type=FROM_ZERO, help="Shifts the noise seeds of the model's own prompts."),
+    seed_option("Shifts the noise seeds of the model's own prompts."),
     metric_option,
     weights_option,
 )

@@ -12,7 +12,7 @@ import click
 from .api.model import load
 from .api.quantizing import compare
 from .commandline.console import Command, peak_bytes, progress, result, say
-from .commandline.options import COUNT, FROM_ZERO, MODEL_HELP, PATH, option, size_option, verbose_option
+from .commandline.options import COUNT, MODEL_HELP, PATH, option, seed_option, size_option, verbose_option
 from .errors import AdapterError
 from .files.atomic import ensure_writable
 from .report.comparison import save_png, to_pil
@@ -22,7 +22,7 @@ from .sampling.prompts import Prompt
 @click.command("generate", cls=Command)
 @option("--model", "name", required=True, help=f"{MODEL_HELP} Or a folder that 'mlxquant quantize' wrote.")
 @option("--prompt", "text", required=True)
-@option("--seed", default=0, type=FROM_ZERO)
+@seed_option()
 @option("--steps", type=COUNT, help="[default: the model's]")
 @option("--cfg-weight", type=click.FloatRange(0), help="[default: the model's]")
 @size_option

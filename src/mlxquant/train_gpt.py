@@ -14,7 +14,7 @@ from mlx.utils import tree_unflatten
 
 from .calibration.corpus import Corpus, read_corpus
 from .commandline.console import Command, peak_bytes, progress, result, say
-from .commandline.options import COUNT, FROM_ZERO, PATH, UNDERSCORES, option, verbose_option
+from .commandline.options import COUNT, FROM_ZERO, PATH, UNDERSCORES, option, seed_option, verbose_option
 from .errors import AdapterError, ArtifactError, CalibrationError, NumericsError, RecipeError
 from .files import checked
 from .files.atomic import ensure_writable
@@ -103,7 +103,7 @@ def trained(reference: str) -> tuple[GPT, ByteTokenizer | CharTokenizer]:
 @option("--max-iters", default=1500, type=COUNT, help="Iterations of the whole run.")
 @option("--learning-rate", default=2e-3, type=click.FloatRange(0, min_open=True), help="Peak rate of AdamW.")
 @option("--weight-decay", default=0.1, type=click.FloatRange(0))
-@option("--seed", default=0, type=FROM_ZERO)
+@seed_option()
 @option("--dtype", type=click.Choice(list(DTYPES)), default="float32", help="Of activations; the weights stay float32.")
 @option("--save-dtype", type=click.Choice(list(DTYPES)), default="float32", help="Of the weights written.")
 @option("--eval-interval", default=250, type=FROM_ZERO, help="Between looks at held-out text.")

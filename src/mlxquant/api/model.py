@@ -45,17 +45,8 @@ from ..spin_quant.adapter import SpunGPT
 from ..sweep.store import layer_arrays, module_facts
 
 KIND = "quantized-model"
-SAVED = (
-    "kind",
-    "version",
-    "model",
-    "layers",
-    "attentions",
-    "files",
-    "mlxquant",
-    "mlx",
-    "plain",
-)  # what ``save`` adds to the facts
+# what ``save`` adds to the facts
+SAVED = ("kind", "version", "model", "layers", "attentions", "files", "mlxquant", "mlx", "plain")
 
 
 class Model:

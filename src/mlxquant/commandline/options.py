@@ -16,9 +16,8 @@ Decorator = Callable[[Any], Any]
 PATH = click.Path(path_type=Path)
 COUNT, FROM_ZERO = click.IntRange(1), click.IntRange(0)
 MODEL_HELP = "A model's name (mmdit-shapes, sd3-medium), a hub id, or a folder with its weights."
-UNDERSCORES = {
-    "token_normalize_func": lambda name: name.replace("_", "-")
-}  # of a command's context: --out_dir is --out-dir
+# of a command's context: --out_dir is --out-dir
+UNDERSCORES = {"token_normalize_func": lambda name: name.replace("_", "-")}
 
 
 def option(*names: str, **more: Any) -> Decorator:
@@ -56,7 +55,7 @@ def prompts_options(what: str, count: int) -> Decorator:
     )
 
 
-def seed_option(what: str) -> Decorator:
+def seed_option(what: str | None = None) -> Decorator:
     return option("--seed", default=0, type=FROM_ZERO, help=what)
 
 

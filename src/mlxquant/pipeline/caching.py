@@ -26,10 +26,8 @@ from .block_cache import COMMAND, KIND, METADATA, BlockCache, chosen, kept_token
 from .ledger import Ledger
 from .samples import MANIFEST, Samples, sample_name
 
-ARRAY_ALLOWANCE, FILE_ALLOWANCE = (
-    600,
-    4096 + 128,
-)  # bytes of npz headers for each array; a file's last disk block and its ledger line
+ARRAY_ALLOWANCE = 600  # bytes of npz headers for each array
+FILE_ALLOWANCE = 4096 + 128  # a file's last disk block and its ledger line
 
 Trace = dict[str, tuple[State, State]]  # by block: what it read and what it wrote
 

@@ -21,11 +21,8 @@ from .page_plots import INK, colour
 from .page_tables import decimals_of, dot, plain
 
 Json = Mapping[str, Any]
-LOSSLESS_SIDE, SIDE, QUALITY = (
-    128,
-    384,
-    90,
-)  # up to the first as they are; larger ones are reduced to the second and written as JPEG
+# up to the first as they are; larger ones are reduced to the second and written as JPEG
+LOSSLESS_SIDE, SIDE, QUALITY = 128, 384, 90
 BUDGET = 8_000_000  # bytes of pictures in a page, before base64 makes four of three
 
 

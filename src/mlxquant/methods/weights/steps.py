@@ -14,9 +14,8 @@ from ...numerics.arrays import Array
 from ...numerics.moments import Moments, calibrated_gram
 from ..registry import register
 
-LADDER = np.geomspace(
-    0.94, 0.1, 36, dtype=np.float32
-)  # widths to try, relative to the extremes; the refits fill the gaps
+# widths to try, relative to the extremes; the refits fill the gaps
+LADDER = np.geomspace(0.94, 0.1, 36, dtype=np.float32)
 REFITS = 5
 CHUNK = 2**18  # weights searched at a time: three float32 buffers of them stay in a cache
 
