@@ -23,9 +23,9 @@ def pictures(name, images):
 
 
 def brightness(images, texts):
-    """A judge whose mean is over all words, not over pictures: longer texts count more."""
-    marks = [float(image.mean() > 0.5) for image, text in zip(images, texts, strict=True) for _ in text.split()]
-    return {"mean": float(np.mean(marks))}
+    """A judge that marks every word, so that longer texts count more."""
+    light = [bool(image.mean() > 0.5) for image in images]
+    return [dict.fromkeys(text.split(), one) for one, text in zip(light, texts, strict=True)]
 
 
 def fake(needs, score):
@@ -51,7 +51,8 @@ def test_the_models_own_judgement_is_over_all_pictures():
     figures = judge.score(pictures("a", light), None, silent)
     assert figures["accuracy"] == 0.75  # 3 of 4 words, 2 of 3 pictures
     assert figures["each"]["accuracy"] == [1, 0, 1]
-    assert figures["accuracy_interval"] == interval([1, 0, 1])
+    assert figures["attributes"] == {"green": 0.5, "red": 1.0, "mean": 0.75}
+    assert figures["accuracy_interval"] == interval([1, 0, 1], [1, 1, 2])
     assert judge.table(accuracy=True)[-1]["key"] == "accuracy"
     assert judge.table(accuracy=False) == []
 
@@ -127,3 +128,13 @@ def test_differences_are_paired():
     rows = differences([{"key": "psnr_db"}, {"key": "ssim"}], reference, models)
     assert [(row["a"], row["b"], row["mean"]) for row in rows] == [("b", "a", 2.5), ("c", "a", -1.5)]
     assert rows[0]["interval"] == interval([2.0, 3.0])
+
+
+def test_differences_of_accuracy_count_attributes_as_accuracy_does():
+    asked = [5.0, 6.0, 6.0]
+    models = [{"name": name, "each": {"accuracy": values, "asked": asked}} for name, values in (
+        ("a", [0.0, 1.0, 0.5]), ("b", [1.0, 1.0, 1.0])
+    )]  # fmt: skip
+    row = differences([{"key": "accuracy"}], {"name": "fp", "each": {}}, models)[0]
+    assert row["mean"] == pytest.approx((5 + 0 + 3) / 17)
+    assert row["interval"] == interval([1.0, 0.0, 0.5], asked)

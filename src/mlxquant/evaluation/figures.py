@@ -13,12 +13,13 @@ from typing import Any
 
 import numpy as np
 
+from ..metrics.attributes import Marks, accuracy, shares
 from ..metrics.bootstrap import interval
 from ..metrics.catalog import Metric
 from ..numerics.arrays import Array
 from ..progress import Progress
 
-Attributes = Callable[[Array, Sequence[str]], dict[str, float] | None]
+Attributes = Callable[[Array, Sequence[str]], Sequence[Marks] | None]
 Features = dict[tuple[str, Path | None, str], Array]  # by network, place of its weights, and folder of the pictures
 ACCURACY = {
     "key": "accuracy",
@@ -29,6 +30,7 @@ ACCURACY = {
     "source": "",
     "per_image": True,
 }
+WEIGHTS = {"accuracy": "asked"}  # what the values of a figure's pictures count in its mean; all others count alike
 
 
 @dataclass(frozen=True)
@@ -103,14 +105,15 @@ class Judge:
                 each[metric.key] = self._one_by_one(metric, pictures, reference, progress)
             else:
                 figures |= {metric.key: None, f"{metric.key}_interval": None}
-        marks = self._marks(pictures)
-        if marks is not None:
-            each["accuracy"] = marks[1]
         for key, values in each.items():
-            figures |= {key: float(np.mean(values)), f"{key}_interval": interval(np.array(values))}
-        if marks is not None:
-            figures["accuracy"] = marks[0]["mean"]
-        return figures | {"attributes": None if marks is None else marks[0], "each": each}
+            figures |= {key: float(np.mean(values)), f"{key}_interval": interval(values)}
+        table = None
+        if (marks := self._marks(pictures)) is not None:
+            table = accuracy(marks)
+            each["accuracy"], asked = shares(marks)
+            figures |= {"accuracy": table["mean"], "accuracy_interval": interval(each["accuracy"], asked)}
+            each[WEIGHTS["accuracy"]] = [float(count) for count in asked]
+        return figures | {"attributes": table, "each": each}
 
     def _one_by_one(
         self, metric: Metric, pictures: PictureSet, reference: PictureSet | None, progress: Progress
@@ -146,15 +149,17 @@ class Judge:
             known[key] = score.encode(pictures.batches())
         return known[key]
 
-    def _marks(self, pictures: PictureSet) -> tuple[dict[str, float], list[float]] | None:
-        """The model's own judgement of all pictures together and of each; None where it has none."""
-        if self._texts is None or self._attributes(next(pictures.batches())[:1], self._texts[:1]) is None:
+    def _marks(self, pictures: PictureSet) -> list[Marks] | None:
+        """The model's own judgement of each picture; None where it has none."""
+        if self._texts is None:
             return None
-        images = np.concatenate(list(pictures.batches()))
-        total = self._attributes(images, self._texts)
-        single = [self._attributes(images[i : i + 1], self._texts[i : i + 1]) for i in range(len(images))]
-        assert total is not None
-        return total, [marks["mean"] for marks in single if marks is not None]
+        marks = list[Marks]()
+        for batch in pictures.batches():
+            some = self._attributes(batch, self._texts[len(marks) : len(marks) + len(batch)])
+            if some is None:
+                return None
+            marks += some
+        return marks
 
 
 def differences(
@@ -170,13 +175,14 @@ def differences(
         for a, b in pairs:
             if key in a["each"] and key in b["each"]:
                 values = np.array(a["each"][key]) - np.array(b["each"][key])
+                weights = a["each"].get(WEIGHTS.get(key))
                 rows.append(
                     {
                         "metric": key,
                         "a": a["name"],
                         "b": b["name"],
-                        "mean": float(values.mean()),
-                        "interval": interval(values),
+                        "mean": float(np.average(values, weights=weights)),
+                        "interval": interval(values, weights),
                     }
                 )
     return rows

@@ -5,7 +5,7 @@ around it.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import mlx.core as mx
 import numpy as np
@@ -96,7 +96,7 @@ class DiffusionAdapter(Adapter):
             AdapterError: Another purpose, or more than there are.
         """
 
-    def attributes(self, images: Array, prompts: Sequence[str]) -> dict[str, float] | None:
+    def attributes(self, images: Array, prompts: Sequence[str]) -> Sequence[Mapping[str, bool]] | None:
         """Whether pictures show what their prompts ask for.
 
         Args:
@@ -104,7 +104,7 @@ class DiffusionAdapter(Adapter):
             prompts: B texts.
 
         Returns:
-            By attribute the share that the pictures obey, and the ``mean`` of all; None where the model cannot tell.
+            The marks of each picture, by attribute; None where the model cannot tell.
         """
         return None
 

@@ -13,12 +13,13 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
 from ..files.atomic import atomic_file
+from ..metrics.attributes import Marks, accuracy, shares
 from ..metrics.psnr import psnr
 from ..numerics.arrays import Array
 from ..sampling.prompts import Prompt
 
 Images = Array
-Marks = Callable[[Images, Sequence[str]], dict[str, float] | None]
+Judge = Callable[[Images, Sequence[str]], Sequence[Marks] | None]
 
 CELL, GAP, CAPTION, HEADER, LABEL = 144, 10, 24, 64, 22
 INK, PALE, PAPER, LINE = (25, 25, 28), (105, 105, 112), (255, 255, 255), (222, 222, 226)
@@ -39,18 +40,16 @@ class Comparison:
     accuracy_each: dict[str, list[float]]
 
     @classmethod
-    def of(cls, prompts: Sequence[Prompt], images: Mapping[str, Images], attributes: Marks) -> Comparison:
+    def of(cls, prompts: Sequence[Prompt], images: Mapping[str, Images], attributes: Judge) -> Comparison:
         """Measure pictures; ``attributes`` is the adapter's judge."""
         reference = next(iter(images))
         texts = [p.text for p in prompts]
-        accuracy, each = {}, {}
+        marked, each = {}, {}
         for name, batch in images.items():
             if (marks := attributes(batch, texts)) is not None:
-                accuracy[name] = marks
-                one_by_one = (attributes(batch[i : i + 1], texts[i : i + 1]) for i in range(len(texts)))
-                each[name] = [marks["mean"] for marks in one_by_one if marks is not None]
+                marked[name], each[name] = accuracy(marks), shares(marks)[0]
         decibels = {name: psnr(batch, images[reference]) for name, batch in images.items() if name != reference}
-        return cls(list(prompts), dict(images), decibels, accuracy, each)
+        return cls(list(prompts), dict(images), decibels, marked, each)
 
     @property
     def reference(self) -> str:

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 from mlxquant.errors import AdapterError
+from mlxquant.metrics.attributes import accuracy
 from mlxquant.models.shapes.scenes import (
     BACKGROUNDS,
     COLOURS,
     PLACES,
     RELATIONS,
     SHAPES,
-    accuracy,
     captions,
     check,
     draw,
@@ -25,10 +25,14 @@ SCENES = [sample_scene(RNG) for _ in range(120)]
 IMAGES = np.stack([draw(scene, RNG) for scene in SCENES])
 
 
+def marks(images):
+    return [check(image, scene) for image, scene in zip(images, SCENES, strict=True)]
+
+
 @pytest.mark.parametrize("noise", [0.0, 0.05])
 def test_drawn_pictures_obey_their_captions(noise):
     images = np.clip(IMAGES + RNG.normal(0, noise, IMAGES.shape), 0, 1)
-    assert accuracy(images, SCENES)["mean"] > 0.998
+    assert accuracy(marks(images))["mean"] > 0.998
 
 
 def wrong(scene, attribute):
@@ -65,6 +69,27 @@ def test_empty_and_random_pictures_do_not_pass(image):
         marks = check(image, scene)
         assert not all(marks.values())
         assert not marks.get("colour") or not marks["shape"]
+
+
+@pytest.mark.parametrize("grain", [1, 2, 4])
+@pytest.mark.parametrize("spread", [0.2, 0.35, 1.0])
+def test_noise_obeys_nothing(grain, spread):
+    """Once a third of it did: some pixels are nearest to any colour, and a mask of them has a centre and a radius."""
+    rng = np.random.default_rng(grain)
+    coarse = np.clip(0.5 + spread * rng.standard_normal((len(SCENES), 32 // grain, 32 // grain, 3)), 0, 1)
+    assert accuracy(marks(coarse.repeat(grain, 1).repeat(grain, 2)))["mean"] < 0.01
+
+
+def test_an_even_ground_is_a_background_and_nothing_else():
+    grounds = np.stack([np.full((32, 32, 3), np.array(BACKGROUNDS[s.background]) / 255) for s in SCENES])
+    shown = accuracy(marks(grounds))
+    assert {kind for kind, share in shown.items() if share} == {"background", "mean"}
+    assert shown["background"] == 1
+
+
+def test_pictures_of_other_captions_obey_what_they_have_in_common():
+    others = accuracy(marks(np.roll(IMAGES, 1, axis=0)))
+    assert 0.1 < others["mean"] < 0.3
 
 
 @pytest.mark.parametrize("image", [np.zeros((16, 16, 3)), np.full((32, 32, 3), np.nan)])

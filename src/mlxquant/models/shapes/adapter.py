@@ -117,5 +117,5 @@ class MMDiTShapes(DiffusionAdapter):
         first = seed + (10_000 if purpose == "evaluation" else 0)
         return [Prompt(first + i, caption) for i, caption in enumerate(captions)]
 
-    def attributes(self, images: Array, prompts: Sequence[str]) -> dict[str, float]:
-        return scenes.accuracy(images, [scenes.parse(p) for p in prompts])
+    def attributes(self, images: Array, prompts: Sequence[str]) -> list[dict[str, bool]]:
+        return [scenes.check(image, scenes.parse(prompt)) for image, prompt in zip(images, prompts, strict=True)]

@@ -33,6 +33,9 @@ PLACES = {"at left": (-1, 0), "at right": (1, 0), "at top": (0, -1), "at bottom"
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 OFFSET = {"large": 5.0, "small": 8.0, "pair": 8.0}
 MISFIT = 0.3  # a shape whose best fit leaves more squared error than this share of its area is none of ours
+EVEN, BORDER = 0.25, 0.7  # a background is this share of the border within this distance [0, sqrt 3] of its colour
+PLAIN = 0.35  # a figure's colour, the median of its pixels, is within this distance of what it is called
+VISIBLE = 24  # pixels; a small shape has at least 60
 HELD_OUT = 8  # one caption in this many is never trained on
 
 Image = Array  # [32,32,3] in [0,1]
@@ -216,6 +219,12 @@ def fit_shape(mask: Array, radii: tuple[float, ...] | None = None) -> Fit:
     return best if best.error <= MISFIT * total else replace(best, shape="")
 
 
+def _distance(pixels: Image, colour: Image) -> Image:
+    """Euclidean, in RGB of [0,1]."""
+    distance: Image = np.sqrt(((pixels - colour) ** 2).sum(-1))
+    return distance
+
+
 def _nearest(colour: Image, palette: Mapping[str, tuple[int, int, int]]) -> str:
     return min(palette, key=lambda name: float(((_rgb(palette[name]) - colour) ** 2).sum()))
 
@@ -225,7 +234,18 @@ def check(image: Array, scene: Scene) -> dict[str, bool]:
 
     Keys: background; colour, shape, size, place for one object; colour, shape, colour_2, shape_2, relation for two. The
     background is read off the border, objects by their distance from it, shape, size and place by fitting the renderer.
-    A picture of another size or with NaN raises AdapterError.
+
+    The bar: nothing counts by its nearest name alone. A background counts where the border is even (``EVEN``,
+    ``BORDER``); what is said of an object counts where there is one, which is where a shape fits (``MISFIT``) and has a
+    plain colour (``PLAIN``). So noise of any kind obeys nothing; a picture of another caption obeys what the two have
+    in common.
+
+    Args:
+        image: [32,32,3] in [0,1].
+        scene: What it is to show.
+
+    Raises:
+        AdapterError: A picture of another size or with NaN.
     """
     image = np.asarray(image, np.float32)
     if image.shape != (SIDE, SIDE, 3) or not np.isfinite(image).all():
@@ -233,23 +253,26 @@ def check(image: Array, scene: Scene) -> dict[str, bool]:
     border = np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]])
     background = _nearest(np.median(border, axis=0), BACKGROUNDS)
     ground = _rgb(BACKGROUNDS[background])
+    even = float((_distance(border, ground) < EVEN).mean()) >= BORDER
     marks = _check_single(image, scene, ground) if scene.size is not None else _check_pair(image, scene, ground)
-    return {"background": background == scene.background, **marks}
+    return {"background": even and background == scene.background, **marks}
 
 
 def _check_single(image: Image, scene: Scene, ground: Image) -> dict[str, bool]:
     assert scene.size is not None
-    difference = np.sqrt(((image - ground) ** 2).sum(-1))
+    difference = _distance(image, ground)
     core = difference > 0.6 * max(float(difference.max()), 0.2)
-    name = _nearest(np.median(image[core], axis=0) if core.any() else ground, COLOURS)
+    colour = np.median(image[core], axis=0) if core.any() else ground
+    name = _nearest(colour, COLOURS)
     toward = _rgb(COLOURS[name]) - ground
     found = fit_shape(np.clip(((image - ground) @ toward) / (toward @ toward), 0, 1))
     offset = np.array([found.cx - SIDE / 2, found.cy - SIDE / 2]) / OFFSET[scene.size]
+    there = bool(found.shape) and float(_distance(colour, _rgb(COLOURS[name]))) < PLAIN
     return {
-        "colour": bool(core.any()) and name == scene.things[0].colour,
-        "shape": found.shape == scene.things[0].shape,
-        "size": (found.r > sum(RADII.values()) / 2) == (scene.size == "large"),
-        "place": bool(np.abs(offset - PLACES[scene.where]).max() < 0.5),
+        "colour": there and name == scene.things[0].colour,
+        "shape": there and found.shape == scene.things[0].shape,
+        "size": there and (found.r > sum(RADII.values()) / 2) == (scene.size == "large"),
+        "place": there and bool(np.abs(offset - PLACES[scene.where]).max() < 0.5),
     }
 
 
@@ -258,23 +281,12 @@ def _check_pair(image: Image, scene: Scene, ground: Image) -> dict[str, bool]:
     nearest = ((image[:, :, None] - palette) ** 2).sum(-1).argmin(-1)
     masks = [nearest == list(COLOURS).index(thing.colour) for thing in scene.things]
     first, second = (fit_shape(mask) for mask in masks)
-    there = [int(mask.sum()) >= 24 for mask in masks]  # a small shape has at least 60 pixels
+    there = [bool(fit.shape) and int(mask.sum()) >= VISIBLE for fit, mask in zip((first, second), masks, strict=True)]
     apart = float(np.dot(RELATIONS[scene.where], (first.cx - second.cx, first.cy - second.cy)))
     return {
         "colour": there[0],
         "colour_2": there[1],
-        "shape": first.shape == scene.things[0].shape,
-        "shape_2": second.shape == scene.things[1].shape,
+        "shape": there[0] and first.shape == scene.things[0].shape,
+        "shape_2": there[1] and second.shape == scene.things[1].shape,
         "relation": all(there) and apart > OFFSET["pair"],
     }
-
-
-def accuracy(images: Array, scenes: list[Scene]) -> dict[str, float]:
-    """Attribute accuracy in [0,1] of pictures [n,32,32,3]: ``mean`` over all attributes, and one figure per kind."""
-    marks: dict[str, list[bool]] = {}
-    for image, scene in zip(images, scenes, strict=True):
-        for key, obeyed in check(image, scene).items():
-            marks.setdefault(key.removesuffix("_2"), []).append(obeyed)
-    table = {key: float(np.mean(values)) for key, values in sorted(marks.items())}
-    table["mean"] = float(np.mean([v for values in marks.values() for v in values]))
-    return table
