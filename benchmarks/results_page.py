@@ -5,8 +5,7 @@ Writes each table between its marks in the page and leaves everything else as it
     <!-- generated: methods (python benchmarks/results_page.py) -->
     <!-- end -->
 
-``methods`` has every row of which_method.jsonl, methods by formats; ``methods-paired`` and ``language`` have the rows
-that this file names. With ``--check`` nothing is written: where a table is not what the rows say, that is said in one
+``methods`` has every row of which_method.jsonl, a table a format; ``language`` has the rows that this file names. With ``--check`` nothing is written: where a table is not what the rows say, that is said in one
 line, and the exit code is 1. The last line of stdout is one JSON object.
 """
 
@@ -31,18 +30,6 @@ COMMAND = "python benchmarks/results_page.py"
 OPENING, END = "<!-- generated: ", "<!-- end -->"
 BLOCK = re.compile(rf"({OPENING}([\w-]+)[^\n]*-->\n)((?:(?!{OPENING}).)*?)({END})", re.DOTALL)
 
-PAIRED = {  # methods by format; what an @ says stands behind the format in a row's name
-    "w8a8": "rtn gptq quarot gptq+smoothquant+rotation",
-    "w4a16": "rtn gptq qronos mixed gptq+smoothquant+rotation gptq+smoothquant+rotation+mixed",
-    "w4a8": """rtn gptq descent+refit gptq+corrected qronos taqdit taqdit+rotation@300 quarot gptq+smoothquant
-        gptq+smoothquant+rotation gptq+svd8 mixed gptq+smoothquant+rotation+mixed""",
-    "w4a4": """rtn gptq qronos gptq+logsnr quarot gptq+smoothquant+rotation gptq+smoothquant+rotation+mixed
-        gptq+smoothquant+rotation+logsnr+mixed""",
-    "w3a8": """rtn gptq qronos mixed gptq+smoothquant+rotation gptq+smoothquant+rotation+mixed
-        descent+refit+corrected+smoothquant+rotation+mixed""",
-    "w2a16": """rtn gptq gptq+corrected descent+refit quarot gptq+smoothquant+rotation+sensitivity taqdit+rotation@300
-        descent+refit+corrected+rotation""",
-}
 LANGUAGE = """
 full precision
 data-free w8a16
@@ -109,14 +96,8 @@ def rows_of(results: Path, benchmark: str, shown: Iterable[str] = ()) -> dict[st
 
 
 def methods(results: Path) -> str:
-    found = rows_of(results, "which_method")
-    return which_method.matrix(which_method.summaries(found, found))
-
-
-def methods_paired(results: Path) -> str:
-    parts = [(form, *method.partition("@")) for form, names in PAIRED.items() for method in names.split()]
-    shown = [f"{method}-{form}{at}{iterations}" for form, method, at, iterations in parts]
-    return which_method.paired(which_method.summaries(shown, rows_of(results, "which_method", shown)))
+    found, _exact = which_method.measured(results / f"which_method{rows.SUFFIX}")
+    return which_method.tables(which_method.summaries(found))
 
 
 def language_models(results: Path) -> str:
@@ -126,7 +107,6 @@ def language_models(results: Path) -> str:
 
 TABLES: dict[str, Callable[[Path], str]] = {
     "methods": methods,
-    "methods-paired": methods_paired,
     "language": language_models,
 }
 

@@ -1,11 +1,18 @@
 """Which method is best, and at what: ``python benchmarks/which_method.py --work WORK``.
 
-Every method at six formats on ``mmdit-shapes``: PSNR of the decoded picture against full precision at the same seed on
-held-out prompts (mean and bootstrap 95 % interval), the paired difference to ``gptq`` in the same format with its
-interval, attribute accuracy, stored bits a weight of the whole model, and CPU seconds to quantize. Calibration is the
-same for all: 16 prompts, 28 steps. Rows that are in ``WORK.jsonl`` already are not computed again, so several processes
-may share it; those behind the docs are in ``benchmarks/results/which_method.jsonl``. ``--table`` prints what is there.
-After the rows comes one table of PSNR and accuracy, methods by formats. The last line of stdout is one JSON object.
+Recipes on ``mmdit-shapes``: PSNR of the decoded picture against full precision at the same seed, the paired difference
+to ``gptq`` in the same format, the share of attributes that pictures obey, stored bits a weight of the whole model, and
+CPU seconds to quantize.
+
+What is reported is separate from what was chosen: methods and defaults were chosen on held-out prompts 0 to 63, and
+figures are of prompts 64 to 127, which no choice has seen. Every recipe is calibrated three times, each time on 16
+other prompts with other seeds, and intervals are over draws of the calibration and prompts together (``draws.py``).
+Recipes that learn have one draw, and an interval that knows nothing of others. A difference whose interval holds zero
+is a tie.
+
+Rows that are in ``WORK.jsonl`` already are not computed again, so several processes may share it; those behind the docs
+are in ``benchmarks/results/which_method.jsonl``. ``@N`` behind a recipe stands for N iterations of learning. The last
+line of stdout is one JSON object.
 """
 
 from __future__ import annotations
@@ -24,69 +31,83 @@ import numpy as np
 import mlxquant as mq  # before mlx, so that MLX gets a fast BLAS
 
 # isort: split
+import draws
 from mlxquant.commandline.console import progress, result, say
-from mlxquant.metrics.bootstrap import interval
+from mlxquant.metrics.attributes import shares
 from pictures import Pictures
-from rows import Rows
+from rows import Rows, read
 
-CALIBRATION = 16  # prompts
-FORMATS = ("w8a8", "w4a16", "w4a8", "w4a4", "w3a8", "w2a16")
-WEIGHTS = [
-    "rtn",
-    "gptq",
-    "gptq+damped",
-    "gptq+sensitivity",
-    "descent",
-    "descent+refit",
-    "gptq+corrected",
-    "qronos",
-    "gptaq",
-    "smoothquant",
-    "gptq+smoothquant",
-    "gptq+ptq4dit",
-    "gptq+tcaq",
-    "quarot",
-    "gptq+smoothquant+rotation",
-    "svdquant",
-    "gptq+svd8",
-    "gptq+whitened8",
-    "mixed",
-]
-RANGES = ["average", "error", "grouped", "envelope", "tdq", "logsnr", "dynamic"]
-LEARNED = ["adaround", "tcaqdm", "taqdit", "taqdit+rotation"]
-BEST = ["gptq+smoothquant+rotation+mixed", "gptq+smoothquant+rotation+sensitivity"]
+CALIBRATION = 16  # prompts a draw
+FIRST, COUNT = 64, 64  # of the held-out prompts; those before FIRST are for choices
+DRAWS = 3
+EXACT = "full precision"
+ROWS = {
+    "w8a8": "rtn gptq gptq+average gptq+smoothquant+rotation",
+    "w4a16": "rtn gptq qronos mixed gptq+smoothquant+rotation+mixed",
+    "w4a16-g64": "rtn gptq",
+    "w4a8": """rtn gptq gptq+average qronos quarot gptq+smoothquant gptq+smoothquant+rotation mixed
+        gptq+smoothquant+rotation+mixed gptq+svd8 svdquant adaround@300 tcaqdm@300 taqdit@300""",
+    "w4a4": "rtn gptq gptq+tdq gptq+logsnr gptq+smoothquant+rotation+mixed gptq+smoothquant+rotation+logsnr+mixed",
+    "w3a8": "rtn gptq gptq+smoothquant+rotation+mixed",
+    "w2a16": "rtn gptq descent+refit descent+refit+corrected+rotation",
+}
+
+
+MEANS = ("bits_per_weight", "activation_bits", "seconds_quantize")
+TITLES = "| FORMAT | bits a weight | PSNR dB (95 %) | against gptq (95 %) | accuracy | input bits | CPU seconds |"
+RULE = "|---|---|---|---|---|---|---|"
 
 
 def rows() -> list[str]:
-    """What is measured, the quick rows first."""
-    quick = [f"{method}-{form}" for method in WEIGHTS for form in FORMATS]
-    quick += [f"gptq+{method}-{form}" for method in RANGES for form in FORMATS if not form.endswith("a16")]
-    quick += [f"gptq+softmax{form[3:]}-{form}" for form in FORMATS if not form.endswith("a16")]
-    quick += [f"gptq+progressive-{form}" for form in FORMATS if not form.endswith("a16")]
-    return (
-        quick
-        + [f"{method}-{form}" for method in BEST for form in FORMATS]
-        + [f"{m}-{form}@300" for m in LEARNED for form in FORMATS]
-    )
+    """What is measured, format by format."""
+    parts = [(form, *method.partition("@")) for form, methods in ROWS.items() for method in methods.split()]
+    return [f"{method}-{form}{at}{iterations}" for form, method, at, iterations in parts]
 
 
-def measure(pictures: Pictures, name: str) -> dict[str, Any]:
+def draws_of(name: str) -> int:
+    """How many draws a recipe is worth the time of."""
+    return 1 if "@" in name else DRAWS
+
+
+class Bench:
+    """The pictures, and the rows of every draw.
+
+    Args:
+        work: What ``--work`` says.
+        first: The first held-out prompt.
+        count: How many.
+    """
+
+    def __init__(self, work: Path, first: int = FIRST, count: int = COUNT):
+        self.work, self.pictures = work, Pictures(count, first)
+
+    def kept(self, draw: int) -> Rows:
+        return Rows(self.work, **self.pictures.of, draw=draw)
+
+    def measure(self, name: str, count: int) -> None:
+        """Keep the rows of a recipe for ``count`` draws."""
+        self.kept(0).kept(EXACT, lambda: marks(self.pictures, self.pictures.reference))
+        for draw in range(count):
+            self.kept(draw).kept(name, partial(measure, self.pictures, name, draw))
+
+
+def measure(pictures: Pictures, name: str, draw: int) -> dict[str, Any]:
     """A recipe, perhaps with ``@N``: N iterations where it learns."""
     recipe_name, _, iterations = name.partition("@")
     recipe = mq.parse_recipe(recipe_name)
     if iterations:
         recipe = replace(recipe, learning=replace(recipe.learning, iterations=int(iterations)))
-    calib = pictures.calibration(CALIBRATION)
+    calib = pictures.calibration(CALIBRATION, draw * CALIBRATION)
     start = time.process_time()
     done = mq.quantize(pictures.model, calib, recipe, progress=progress)
     seconds = time.process_time() - start
-    decibels, accuracy = pictures.scores(done)
+    images = done.images(pictures.prompts, progress=progress)
     stages = [s for s in done.facts["stages"] if "errors" in s]
     transforms = [kept["kept"] for s in stages for kept in s.get("transforms", {}).values()]
     widths = [float(np.mean(layer.table.bits)) for layer in done.layers.values() if layer.table is not None]
     return {
-        "psnr_each": decibels.tolist(),
-        "accuracy": accuracy["mean"],
+        "psnr_each": pictures.psnr(images).tolist(),
+        **marks(pictures, images),
         "bits_per_weight": done.size.bits_per_weight,
         "activation_bits": float(np.mean(widths)) if widths else 16.0,
         "seconds_quantize": seconds,
@@ -95,92 +116,121 @@ def measure(pictures: Pictures, name: str) -> dict[str, Any]:
     }
 
 
-def summary(row: dict[str, Any], base: dict[str, Any] | None) -> dict[str, Any]:
-    """The figures of a row, with the paired difference to ``base``, gptq in the same format, where that is there."""
-    each = np.array(row["psnr_each"])
-    figures = {
-        key: row[key]
-        for key in ("accuracy", "bits_per_weight", "activation_bits", "seconds_quantize", "transforms_kept")
-    }
-    figures |= {"psnr_db": float(each.mean()), "psnr_95": interval(each)}
+def marks(pictures: Pictures, images: np.ndarray) -> dict[str, Any]:
+    """How many attributes each prompt asks for, and how many its picture obeys."""
+    share, asked = shares(pictures.marks(images))
+    return {"asked": asked, "obeyed": [round(a * b) for a, b in zip(share, asked, strict=True)]}
+
+
+def measured(file: Path) -> tuple[dict[str, list[dict[str, Any]]], float]:
+    """The rows of a file by recipe, one a draw, and the accuracy in full precision.
+
+    Raises:
+        click.ClickException: Rows of several models or prompts, or no row in full precision.
+    """
+    found: dict[str, list[dict[str, Any]]] = {}
+    kinds = set[str]()
+    for row in sorted(read(file), key=lambda row: row["of"]["draw"]):
+        kinds.add(str({key: value for key, value in row["of"].items() if key != "draw"}))
+        found.setdefault(row["name"], []).append(row)
+    if len(kinds) != 1:
+        of = " and ".join(sorted(kinds)) or "nothing"
+        raise click.ClickException(f"{file}: rows of {of}; expected them to be of one model and its prompts")
+    if EXACT not in found:
+        raise click.ClickException(f"{file}: no row {EXACT!r}; measure any recipe into it")
+    return found, accuracy(found.pop(EXACT))
+
+
+def summary(rows: list[dict[str, Any]], base: list[dict[str, Any]] | None) -> dict[str, Any]:
+    """The figures of a recipe, a row a draw, with the difference to ``base`` on the draws that both have."""
+    each = draws.table(rows, "psnr_each")
+    figures: dict[str, Any] = {key: float(np.mean([row[key] for row in rows])) for key in MEANS}
+    figures |= {"draws": len(rows), "accuracy": accuracy(rows)}
+    figures |= {"psnr_db": float(each.mean()), "psnr_95": draws.interval(each)}
     if base is not None:
-        gain = each - np.array(base["psnr_each"])
-        figures |= {"gain_db": float(gain.mean()), "gain_95": interval(gain)}
+        both = min(len(rows), len(base))
+        gain = each[:both] - draws.table(base[:both], "psnr_each")
+        figures |= {"gain_db": float(gain.mean()), "gain_95": draws.interval(gain)}
     return figures
 
 
-def summaries(wanted: Iterable[str], rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    return {name: summary(rows[name], rows.get(f"gptq-{format_of(name)}")) for name in wanted}
+def accuracy(rows: Iterable[dict[str, Any]]) -> float:
+    """The share of all attributes in all draws."""
+    counts = np.array([[row["obeyed"], row["asked"]] for row in rows]).sum((0, 2))
+    return float(counts[0] / counts[1])
+
+
+def summaries(found: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+    return {name: summary(rows, found.get(f"gptq-{format_of(name)}")) for name, rows in found.items()}
 
 
 def format_of(name: str) -> str:
-    return name.partition("@")[0].rpartition("-")[2]
+    """``w4a16-g64`` of ``gptq-w4a16-g64``, ``w4a8`` of ``taqdit-w4a8@300``."""
+    return name.partition("@")[0].partition("-")[2]
 
 
-def method_of(name: str) -> str:
-    """Without the format: ``taqdit@300`` of ``taqdit-w4a8@300``."""
-    recipe, at, iterations = name.partition("@")
-    return recipe.rpartition("-")[0] + at + iterations
-
-
-def cell(figures: dict[str, Any] | None) -> str:
-    return "" if figures is None else f"{figures['psnr_db']:.2f} ({figures['accuracy']:.1%})"
-
-
-def matrix(figures: dict[str, dict[str, Any]]) -> str:
-    """PSNR and accuracy, a line a method, the best at W4A8 first; bits and seconds are of W4A8, or of the first format
-    that is there.
+def simulated(name: str) -> bool:
+    """Whether a recipe's layers multiply in floating point what a format with integer inputs would have as integers:
+    with groups, whose sums have to be scaled one by one, with steps that are found while the model runs, and in
+    attention.
     """
-    by_method: dict[str, dict[str, dict[str, Any]]] = {}
-    for name, row in figures.items():
-        by_method.setdefault(method_of(name), {})[format_of(name)] = row
-    titles = ["method", *(form.upper() for form in FORMATS), "bits a weight", "CPU seconds"]
-    lines = [f"| {' | '.join(titles)} |", f"|{'---|' * len(titles)}"]
-    for method, found in sorted(by_method.items(), key=lambda item: -item[1].get("w4a8", {"psnr_db": 0.0})["psnr_db"]):
-        usual = found.get("w4a8", next(iter(found.values())))
-        cells = [cell(found.get(form)) for form in FORMATS]
-        size = f"{usual['bits_per_weight']:.2f} | {usual['seconds_quantize']:.0f}"
-        lines.append(f"| `{method}` | {' | '.join(cells)} | {size} |")
-    return "\n".join(lines)
+    recipe = mq.parse_recipe(name.partition("@")[0])
+    inputs = [(spec.weight, spec.activation) for _, spec in recipe.rules if spec.activation is not None]
+    grouped = any(weight is not None and weight.group != "channel" for weight, _ in inputs)
+    return recipe.probabilities is not None or grouped or any(table.range == "dynamic" for _, table in inputs)
 
 
-def paired(figures: dict[str, dict[str, Any]]) -> str:
-    """A line a row, format by format, the best first."""
-    titles = "| recipe | PSNR dB | 95 % | against gptq | accuracy | bits a weight | activation bits | CPU seconds |"
-    lines = [titles, "|---|---|---|---|---|---|---|---|"]
-    for form in FORMATS:
-        rows = [(name, row) for name, row in figures.items() if format_of(name) == form]
-        lines += [line(name, row) for name, row in sorted(rows, key=lambda item: -item[1]["psnr_db"])]
-    return "\n".join(lines)
+def tables(figures: dict[str, dict[str, Any]]) -> str:
+    """A table a format, the smallest model first; within a hundredth of a bit by name, so that nothing is ranked."""
+    parts = []
+    for form in dict.fromkeys([*ROWS, *sorted(map(format_of, figures))]):
+        found = [(name, row) for name, row in figures.items() if format_of(name) == form]
+        lines = [line(name, row) for name, row in sorted(found, key=lambda item: (bits(item[1]), item[0]))]
+        if lines:
+            parts.append("\n".join([TITLES.replace("FORMAT", form.upper()), RULE, *lines]))
+    return "\n\n".join(parts)
+
+
+def bits(figures: dict[str, Any]) -> float:
+    return round(figures["bits_per_weight"], 2)
 
 
 def line(name: str, figures: dict[str, Any]) -> str:
-    low, high = figures["psnr_95"]
     gain = ""
-    if "gain_db" in figures:
-        gain = f"{figures['gain_db']:+.2f} ({figures['gain_95'][0]:+.2f} to {figures['gain_95'][1]:+.2f})"
+    if "gain_db" in figures and not is_base(name):
+        tie = ", a tie" if draws.tied(figures["gain_95"]) else ""
+        gain = f"{figures['gain_db']:+.2f} ({span(figures['gain_95'], '+.2f')}){tie}"
+    notes = ("†" if simulated(name) else "") + ("¹" if figures["draws"] == 1 else "")
+    quality = f"{figures['psnr_db']:.2f} ({span(figures['psnr_95'], '.1f')})"
     return (
-        f"| `{name}` | {figures['psnr_db']:.2f} | {low:.1f} to {high:.1f} | {gain} | {figures['accuracy']:.1%} "
-        f"| {figures['bits_per_weight']:.2f} | {figures['activation_bits']:.1f} | {figures['seconds_quantize']:.0f} |"
+        f"| `{name}`{notes} | {bits(figures):.2f} | {quality} | {gain} | {figures['accuracy']:.1%} "
+        f"| {figures['activation_bits']:.1f} | {figures['seconds_quantize']:.0f} |"
     )
 
 
+def span(interval: list[float], form: str) -> str:
+    return f"{interval[0]:{form}} to {interval[1]:{form}}"
+
+
 @click.command(help=__doc__)
-@click.option("--num-prompts", default=64, show_default=True)
-@click.option("--row", "names", multiple=True, help="Only these rows, such as qronos-w3a8; any recipe will do.")
+@click.option("--row", "names", multiple=True, help="Only these, such as qronos-w3a8; any recipe will do.")
+@click.option("--draws", "count", type=click.IntRange(1), help="Draws of the calibration. [default: 3; 1 with @N]")
+@click.option("--choose", is_flag=True, help="Measure on prompts 0 to 63 instead, which choices are made on.")
 @click.option("--table", is_flag=True, help="Print the rows that are there, and measure nothing.")
 @click.option("--work", type=click.Path(path_type=Path), required=True, help="Rows are kept in WORK.jsonl.")
-def main(num_prompts: int, names: tuple[str, ...], table: bool, work: Path) -> None:
-    pictures = Pictures(num_prompts)
-    kept = Rows(work, **pictures.of)
-    wanted = list(names) or (list(kept.figures()) if table else rows())
-    for name in wanted:
-        kept.kept(name, partial(measure, pictures, name))
-    figures = summaries(wanted, kept.figures())
-    say(paired(figures))
-    say("\n" + matrix(figures))
-    exact = {"accuracy": pictures.accuracy(pictures.reference)["mean"]}
-    result({"num_prompts": num_prompts, "full_precision": exact, "platform": platform.platform(), "rows": figures})
+def main(names: tuple[str, ...], count: int | None, choose: bool, table: bool, work: Path) -> None:
+    bench = Bench(work, 0 if choose else FIRST)
+    if not table:
+        for name in names or rows():
+            bench.measure(name, count or draws_of(name))
+    found, exact = measured(bench.kept(0).file)
+    figures = summaries({name: rows for name, rows in found.items() if not names or name in names or is_base(name)})
+    say(tables(figures))
+    result({"full_precision": exact, "platform": platform.platform(), "rows": figures})
+
+
+def is_base(name: str) -> bool:
+    return name.startswith("gptq-")
 
 
 if __name__ == "__main__":
