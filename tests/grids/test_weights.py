@@ -6,7 +6,7 @@ import pytest
 
 from mlxquant.errors import NumericsError, RecipeError
 from mlxquant.grids.packing import pack, unpack
-from mlxquant.grids.weights import Grid, WeightFormat, fit_extremes, snap
+from mlxquant.grids.weights import SMALLEST_HALF, Grid, WeightFormat, fit_extremes, snap, snap_biases
 
 FORMATS = [
     WeightFormat(bits, group, symmetric)
@@ -71,10 +71,41 @@ def test_a_zero_weight_stays_zero(format):
     np.testing.assert_array_equal(grid.dequantize(grid.quantize(weight)), weight)
 
 
-def test_scales_are_float16_values_and_never_vanish():
-    scales = snap(np.array([0.1, 1e-9, 0.0]))
-    np.testing.assert_array_equal(scales, scales.astype(np.float16).astype(np.float32))
-    assert (scales > 0).all()
+def test_scales_have_the_digits_of_float16_in_any_magnitude_and_never_vanish():
+    values = np.random.default_rng(0).uniform(SMALLEST_HALF, 65504, 1000) ** np.linspace(-1, 1, 1000)
+    values = np.clip(values, SMALLEST_HALF, 65504)
+    np.testing.assert_array_equal(snap(values), values.astype(np.float16).astype(np.float32))
+    for power in (-100, -40, 0, 20, 90):
+        np.testing.assert_array_equal(snap(np.ldexp(values, power)), np.ldexp(snap(values), power))
+    assert (snap(np.array([1e-60, 0.0])) > 0).all()
+
+
+def test_biases_are_those_of_float16_beside_such_scales():
+    values = np.concatenate([np.random.default_rng(0).normal(0, 1, 500) * np.geomspace(1e-9, 1e4, 500), [0.0, 65504]])
+    halves = values.astype(np.float16).astype(np.float32)
+    np.testing.assert_array_equal(snap_biases(values, np.full(502, 0.01)), halves)
+    small = np.ldexp(values, -40)
+    np.testing.assert_array_equal(
+        snap_biases(small, np.full(502, 2.0**-50)), np.ldexp(snap_biases(small * 2.0**60, 1e-9), -60)
+    )
+
+
+def test_a_grid_is_float16_where_that_loses_nothing():
+    form = WeightFormat(4)
+    for value, dtype in ((SMALLEST_HALF, np.float16), (SMALLEST_HALF / 2, np.float32), (65504, np.float16),
+                         (65536, np.float32), (1 + 2.0**-11, np.float32)):  # fmt: skip
+        assert Grid(form, np.float32([[1], [value]]), np.ones((2, 1), np.float32)).dtype is dtype
+    asymmetric, ones = WeightFormat(4, symmetric=False), np.ones((2, 1), np.float32)
+    assert Grid(asymmetric, ones, -ones).dtype is np.float16
+    assert Grid(asymmetric, ones, -65536 * ones).dtype is Grid(asymmetric, ones, ones + 2.0**-12).dtype is np.float32
+    assert Grid(form, ones, -65536 * ones).dtype is np.float16  # which follow from the scales
+
+
+def test_scales_beyond_float32_are_refused():
+    with pytest.raises(NumericsError, match="does not fit in float32"):
+        snap(np.array([1e39]))
+    with pytest.raises(NumericsError, match=r"a bias of .* leave this layer out"):
+        snap_biases(np.array([-1e39]), np.ones(1))
 
 
 def test_symmetric_step_is_absmax_over_seven():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mlxquant.errors import RecipeError
-from mlxquant.grids.weights import WeightFormat, fit_extremes
+from mlxquant.grids.weights import WeightFormat, fit_extremes, snap
 from mlxquant.methods.fake_quantizers import Quantizer, straight_through
 from mlxquant.methods.registry import get, members
 from mlxquant.methods.weights.rtn import rtn
@@ -100,16 +100,24 @@ def test_the_level_blends(method):
 
 
 @every_method
-def test_half_scales_are_float16_numbers(method):
+def test_half_scales_have_the_digits_of_float16(method):
     for name in ("both signs", "tiny", "huge", "positive"):
         coded = code(method, SAMPLES[name], 8, (-1,), half=True)
-        scale = np.array(coded.scale)
-        assert np.array_equal(scale.astype(np.float16).astype(np.float32), scale)
-        assert (scale >= np.finfo(np.float16).tiny).all()
-        bias = np.array(coded.bias)  # as MLX's layout stores it; a symmetric one is a power of two times the scale
-        assert np.array_equal(bias, -(2.0 ** (coded.bits - 1)) * scale) or np.array_equal(
-            bias.astype(np.float16).astype(np.float32), bias
-        )
+        scale, bias = np.array(coded.scale), np.array(coded.bias)
+        assert np.array_equal(snap(scale), scale)
+        assert np.array_equal(snap(np.abs(bias)), np.abs(bias)) or (bias == 0).any()
+
+
+@every_method
+@pytest.mark.parametrize("power", [-40, -20, 20])
+def test_codes_follow_the_weight(method, power):
+    """A weight times a power of two has the same codes, on scales that are as many times larger."""
+    for name in ("both signs", "positive"):
+        x = SAMPLES[name].astype(np.float32)
+        expected, found = (code(method, values, 8, (-1,), half=True) for values in (x, np.ldexp(x, power)))
+        assert mx.array_equal(found.codes, expected.codes)
+        assert mx.array_equal(found.scale, expected.scale * 2.0**power)
+        assert mx.array_equal(found.bias, expected.bias * 2.0**power)
 
 
 @every_method

@@ -1,9 +1,11 @@
 """Integer grids: which numbers a quantized weight can be, and how its codes are stored.
 
 A weight [out, in] is ``scale * code + bias`` with unsigned codes of ``bits`` bits, which is MLX's affine layout. A
-symmetric grid has ``bias = -2^(bits-1) * scale`` and does not store it. Scales are float16 and are snapped before
-anything is rounded on them, so what is optimised is what is stored. Everything here is NumPy in, NumPy out; rounding
-methods live in ``methods``.
+symmetric grid has ``bias = -2^(bits-1) * scale`` and does not store it. Scales have the 11 significant bits of a
+float16, whatever their magnitude, and are snapped before anything is rounded on them, so what is optimised is what is
+stored: a weight times a power of two has the same codes. They are stored as float16 where its range holds all of a
+layer's, from 2^-14 to 65504, and as float32 elsewhere: a step below 2^-14 would lose digits, and a row of small weights
+with it. Everything here is NumPy in, NumPy out; rounding methods live in ``methods``.
 """
 
 from __future__ import annotations
@@ -18,7 +20,10 @@ from ..errors import NumericsError, RecipeError
 from ..numerics.arrays import Array
 
 GROUPS = (32, 64, 128)
-SMALLEST_SCALE = float(np.finfo(np.float16).tiny)
+DIGITS = 11  # significant bits of a float16
+SMALLEST_HALF = float(np.finfo(np.float16).tiny)  # with all of them: 2^-14
+LEAST_EXPONENT = -24  # of what float16 tells apart
+SMALLEST_SCALE = float(np.finfo(np.float32).tiny)
 
 
 @dataclass(frozen=True)
@@ -83,7 +88,9 @@ class WeightFormat:
 
 @dataclass(frozen=True)
 class Grid:
-    """A format with its scales fixed: ``scales`` and ``biases`` float16 values held as float32, [out, groups]."""
+    """A format with its scales fixed: ``scales`` and ``biases`` as ``snap`` and ``snap_biases`` make them, float32
+    [out, groups].
+    """
 
     format: WeightFormat
     scales: Array
@@ -93,6 +100,14 @@ class Grid:
     def symmetric(cls, format: WeightFormat, scales: Array) -> Grid:
         scales = snap(scales)
         return cls(format, scales, -format.zero_code * scales)
+
+    @property
+    def dtype(self) -> type[np.float16] | type[np.float32]:
+        """What its scales, and such biases as are stored, have to be stored as: float16 where that loses nothing."""
+        stored = (self.scales,) if self.format.symmetric else (self.scales, self.biases)
+        with np.errstate(over="ignore"):
+            exact = all(np.array_equal(values.astype(np.float16), values) for values in stored)
+        return np.float16 if exact and (self.scales >= SMALLEST_HALF).all() else np.float32
 
     def expand(self, values: Array, width: int) -> Array:
         """Scales or biases [out, groups] to [out, in] or [out, 1], whichever broadcasts against a weight of
@@ -112,16 +127,35 @@ class Grid:
 
 
 def snap(scales: Array) -> Array:
-    """Scales as they will be stored: float16, at least its smallest normal number, held as float32; NumericsError when
-    too large.
+    """Scales as they will be stored: of 11 significant bits, at least float32's smallest normal number, held as
+    float32; NumericsError when too large.
     """
-    with np.errstate(over="ignore"):
-        snapped = np.maximum(np.asarray(scales, np.float64), SMALLEST_SCALE).astype(np.float16).astype(np.float32)
-    if not np.isfinite(snapped).all():
+    values = np.maximum(np.asarray(scales, np.float64), SMALLEST_SCALE)
+    return _held(values, np.frexp(values)[1] - DIGITS, "scale")
+
+
+def snap_biases(biases: Array, scales: Array) -> Array:
+    """Biases as they will be stored beside snapped ``scales``: of 11 significant bits, held as float32.
+
+    Beside scales of float16's range they are float16 numbers, multiples of 2^-24 where they are small: to 2^-11 of a
+    step. NumericsError when too large.
+    """
+    values = np.asarray(biases, np.float64)
+    exponents = np.frexp(values)[1] - DIGITS
+    exponents = np.where(scales >= SMALLEST_HALF, np.maximum(exponents, LEAST_EXPONENT), exponents)
+    return _held(values, exponents, "bias")
+
+
+def _held(values: Array, exponents: Array, what: str) -> Array:
+    """The nearest multiples of ``2^exponents``, held as float32; raises NumericsError where one is no finite number."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        held = np.ldexp(np.rint(np.ldexp(values, -exponents)), exponents).astype(np.float32)
+    if not np.isfinite(held).all():
         raise NumericsError(
-            f"a scale of {np.max(scales):.3g} does not fit in float16; the weights are too large, leave this layer out"
+            f"a {what} of {np.abs(values).max():.3g} does not fit in float32; the weights are too large, leave this"
+            " layer out"
         )
-    return snapped
+    return held
 
 
 def grouped(weight: Array, format: WeightFormat) -> Array:
@@ -153,5 +187,5 @@ def fit_extremes(weight: Array, format: WeightFormat) -> Grid:
         return Grid.symmetric(format, np.broadcast_to(scales, (rows, scales.shape[1])))
     low, high = np.minimum(groups.min(-1), 0), np.maximum(groups.max(-1), 0)
     scales = snap(np.where(high > low, (high - low) / (format.levels - 1), 1.0))
-    biases = low.astype(np.float16).astype(np.float32)
+    biases = snap_biases(low, scales)
     return Grid(format, *(np.ascontiguousarray(np.broadcast_to(v, (rows, v.shape[1]))) for v in (scales, biases)))

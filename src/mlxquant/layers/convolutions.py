@@ -20,7 +20,7 @@ from ..grids.time import Clock
 from ..grids.weights import Grid, WeightFormat
 from ..numerics.arrays import Array
 from .names import BIAS
-from .packed import QuantizedLayer
+from .packed import QuantizedLayer, scale_dtype, stored_dtype
 from .weight_only import rounded
 
 OPTIONS = ("stride", "padding", "dilation", "groups", "output_padding")
@@ -53,14 +53,20 @@ class QuantizedConvolution(QuantizedLayer):
         if codes.shape[1] != prod(window):
             raise AdapterError(f"codes of shape {codes.shape} do not fit kernels of shape {window}")
         super().__init__()
-        self._lay_out(grid.format, (len(codes), *window), None if bias is None else bias.dtype, options or {})
+        dtypes = (None if bias is None else bias.dtype, stored_dtype(grid))
+        self._lay_out(grid.format, (len(codes), *window), *dtypes, options or {})
         self._fill(codes, grid, **{BIAS: bias})
 
     def _lay_out(
-        self, format: WeightFormat, shape: Sequence[int], bias: mx.Dtype | None, options: Mapping[str, Any]
+        self,
+        format: WeightFormat,
+        shape: Sequence[int],
+        bias: mx.Dtype | None,
+        scales: mx.Dtype,
+        options: Mapping[str, Any],
     ) -> None:
         self._options = dict(options)
-        self._lay_out_weight(format, shape, bias)
+        self._lay_out_weight(format, shape, bias, scales)
         self.freeze()
 
     @classmethod
@@ -104,6 +110,7 @@ class QuantizedConvolution(QuantizedLayer):
             "options": {
                 name: list(value) if isinstance(value, tuple) else value for name, value in self._options.items()
             },
+            **self.scale_facts,
         }
 
     @classmethod
@@ -111,7 +118,7 @@ class QuantizedConvolution(QuantizedLayer):
         layer = cls._bare()
         options = {name: tuple(value) if isinstance(value, list) else value for name, value in facts["options"].items()}
         shape, bias = (facts["shape"][0], *facts["window"]), mx.float32 if facts["bias"] else None
-        layer._lay_out(WeightFormat(**facts["format"]), shape, bias, options)
+        layer._lay_out(WeightFormat(**facts["format"]), shape, bias, scale_dtype(facts), options)
         return layer
 
     def differences(self, module: nn.Module) -> str | None:

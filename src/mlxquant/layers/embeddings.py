@@ -17,6 +17,7 @@ from ..grids.time import Clock
 from ..grids.weights import Grid, WeightFormat
 from ..numerics.arrays import Array
 from .linear import QuantizedLinear
+from .packed import name_of
 from .weight_only import rounded
 
 
@@ -55,7 +56,7 @@ class QuantizedEmbedding(QuantizedLinear):
 
     @property
     def facts(self) -> dict[str, Any]:
-        return {**super().facts, "dtype": str(self._dtype).removeprefix("mlx.core.")}
+        return {**super().facts, "dtype": name_of(self._dtype)}
 
     @classmethod
     def blank(cls, facts: Mapping[str, Any], clock: Clock | None) -> Self:

@@ -16,6 +16,25 @@ from ..numerics.arrays import Array
 from .names import BIAS, BIASES, DIVISOR, FOR_WEIGHT, INTEGERS, SCALES, WEIGHT
 from .own import QuantizedModule
 
+SCALE_DTYPE = "scale_dtype"  # in ``facts``
+
+
+def name_of(dtype: mx.Dtype) -> str:
+    """Such as "float16"."""
+    return str(dtype).removeprefix("mlx.core.")
+
+
+def stored_dtype(grid: Grid) -> mx.Dtype:
+    """In what a layer stores scales and biases of a grid."""
+    dtype: mx.Dtype = getattr(mx, np.dtype(grid.dtype).name)
+    return dtype
+
+
+def scale_dtype(facts: Mapping[str, Any]) -> mx.Dtype:
+    """That of scales and biases in a layer of these facts."""
+    dtype: mx.Dtype = getattr(mx, facts.get(SCALE_DTYPE, "float16"))
+    return dtype
+
 
 def weight_bytes(parts: Mapping[str, Any]) -> int:
     """Bytes of those of a layer's arrays, by name, that are stored in place of its weight."""
@@ -25,13 +44,16 @@ def weight_bytes(parts: Mapping[str, Any]) -> int:
 class QuantizedLayer(QuantizedModule):
     """A layer with an integer weight, which stands in the place of one of MLX's, ``replaces``.
 
-    Parameters: ``weight`` uint32 [out, words], ``scales`` float16 [out or 1, groups], ``biases`` likewise on asymmetric
-    grids, and ``bias`` [out] optional. A row of codes is what makes one output, its other axes flattened.
+    Parameters: ``weight`` uint32 [out, words], ``scales`` [out or 1, groups], ``biases`` likewise on asymmetric grids,
+    and ``bias`` [out] optional. Scales and biases are float16, or float32 where that is too small (``Grid.dtype``). A
+    row of codes is what makes one output, its other axes flattened.
     """
 
     replaces: ClassVar[type[nn.Module]]
 
-    def _lay_out_weight(self, format: WeightFormat, shape: Sequence[int], bias: mx.Dtype | None) -> None:
+    def _lay_out_weight(
+        self, format: WeightFormat, shape: Sequence[int], bias: mx.Dtype | None, scales: mx.Dtype
+    ) -> None:
         """The parameters of a weight [out, ...], in their shapes and dtypes, zero and not evaluated.
 
         Raises RecipeError where groups do not divide the width.
@@ -40,19 +62,19 @@ class QuantizedLayer(QuantizedModule):
         self._format, self._shape = format, tuple(shape)
         groups = (1 if format.group == "tensor" else rows, width // format.columns(width))
         self[WEIGHT] = mx.zeros((rows, -(-width * format.bits // 32)), mx.uint32)
-        self[SCALES] = mx.zeros(groups, mx.float16)
+        self[SCALES] = mx.zeros(groups, scales)
         if not format.symmetric:
-            self[BIASES] = mx.zeros(groups, mx.float16)
+            self[BIASES] = mx.zeros(groups, scales)
         if bias is not None:
             self[BIAS] = mx.zeros((rows,), bias)
 
     def _fill(self, codes: Array, grid: Grid, **others: mx.array | None) -> None:
         """Take codes uint8 [out, in] on ``grid``, and other parameters, those that are there, by name."""
-        rows = self[SCALES].shape[0]
+        rows, dtype = self[SCALES].shape[0], grid.dtype
         values = {
             WEIGHT: mx.array(pack(codes, grid.format.bits)),
-            SCALES: mx.array(grid.scales[:rows].astype(np.float16)),
-            BIASES: None if grid.format.symmetric else mx.array(grid.biases[:rows].astype(np.float16)),
+            SCALES: mx.array(grid.scales[:rows].astype(dtype)),
+            BIASES: None if grid.format.symmetric else mx.array(grid.biases[:rows].astype(dtype)),
             **others,
         }
         self.load_weights([(name, value) for name, value in values.items() if value is not None])
@@ -70,6 +92,12 @@ class QuantizedLayer(QuantizedModule):
     def width(self) -> int:
         """Codes in a row of the weight."""
         return prod(self._shape[1:])
+
+    @property
+    def scale_facts(self) -> dict[str, str]:
+        """What ``facts`` say of scales and biases: their dtype, where it is not float16."""
+        dtype = name_of(self[SCALES].dtype)
+        return {} if dtype == "float16" else {SCALE_DTYPE: dtype}
 
     @property
     def nbytes(self) -> int:
@@ -114,11 +142,11 @@ class QuantizedLayer(QuantizedModule):
             return self._format.group
         return next((g for g in reversed(GROUPS) if self.width % g == 0), None)
 
-    def packed_scales(self, dtype: mx.Dtype = mx.float16) -> tuple[mx.array, mx.array]:
-        """Scales and biases [out, in / packed_group] for ``mx.quantized_matmul`` and ``mx.dequantize``."""
+    def packed_scales(self) -> tuple[mx.array, mx.array]:
+        """Scales and biases float32 [out, in / packed_group] for ``mx.quantized_matmul`` and ``mx.dequantize``."""
         assert self.packed_group is not None
         shape = (self._shape[0], self.width // self.packed_group)
-        scales, biases = (mx.broadcast_to(v.astype(dtype), shape) for v in self.scales_and_biases())
+        scales, biases = (mx.broadcast_to(v, shape) for v in self.scales_and_biases())
         return scales, biases
 
     def centred_codes(self) -> mx.array:

@@ -19,9 +19,9 @@ from ..grids.packing import pack
 from ..grids.weights import GROUPS, WeightFormat
 from .names import BIAS, BIASES, SCALES, WEIGHT
 from .own import Obstacle
-from .packed import QuantizedLayer
+from .packed import SCALE_DTYPE, QuantizedLayer, scale_dtype
 
-PLAIN = ("format", "shape", "bias", "bias_dtype", "dtype")  # facts of a layer that a plain one shares
+PLAIN = ("format", "shape", "bias", "bias_dtype", "dtype", SCALE_DTYPE)  # facts of a layer that a plain one shares
 ANOTHER_RECIPE = "quantize by a recipe without it"
 
 
@@ -78,9 +78,9 @@ def group_size(facts: Mapping[str, Any]) -> int | None:
 def plain_layer(layer: QuantizedLayer) -> PlainLayer:
     """The integer weight of a layer that ``group_size`` knows a group for, and its bias; nothing else that it may have.
 
-    Scales and biases are float16 and exact: a symmetric grid's bias is its scale times a power of two. Where that
-    leaves float16's range they are float32, and so are those of an embedding that is not float16: MLX looks its rows up
-    in the dtype of the scales.
+    Scales and biases are float16 and exact: a symmetric grid's bias is its scale times a power of two. Where one leaves
+    float16's range they are float32, and so are those of an embedding that is not float16: MLX looks its rows up in the
+    dtype of the scales.
     """
     size, width = group_size(layer.facts), layer.width
     assert size is not None
@@ -88,7 +88,8 @@ def plain_layer(layer: QuantizedLayer) -> PlainLayer:
     weight = layer.weight if bits == layer.format.bits else mx.array(pack(layer.codes(), bits))
     grid = layer.grid()
     fits = (
-        bool((np.abs(grid.biases) <= np.finfo(np.float16).max).all())
+        grid.dtype is np.float16
+        and bool((np.abs(grid.biases) <= np.finfo(np.float16).max).all())
         and layer.facts.get("dtype", "float16") == "float16"
     )
     dtype = np.float16 if fits else np.float32
@@ -116,7 +117,7 @@ def restored(arrays: Mapping[str, mx.array], layers: Mapping[str, Any], plain: I
         format, (rows, width) = WeightFormat(**layers[path]["format"]), layers[path]["shape"]
         groups, kept = width // format.columns(width), 1 if format.group == "tensor" else rows
         for name in (f"{path}.{SCALES}", f"{path}.{BIASES}"):
-            own[name] = own[name][:kept, :: own[name].shape[1] // groups].astype(mx.float16)
+            own[name] = own[name][:kept, :: own[name].shape[1] // groups].astype(scale_dtype(layers[path]))
         if format.symmetric:
             del own[f"{path}.{BIASES}"]
     return own

@@ -19,7 +19,7 @@ from typing import Any, Protocol, cast
 import mlx.core as mx
 
 from ..errors import RecipeError
-from ..grids.weights import SMALLEST_SCALE
+from ..grids.weights import DIGITS, SMALLEST_SCALE
 from .registry import Citation, get, register
 
 STOCHASTIC_ROUNDING = Citation(
@@ -33,7 +33,7 @@ STOCHASTIC_ROUNDING = Citation(
 }""",
 )
 
-LARGEST_SCALE = 65504.0  # of float16
+DROPPED = 24 - DIGITS  # bits of a float32 that no scale has
 Axes = Sequence[int] | None
 
 
@@ -79,7 +79,8 @@ class FakeQuantizer(Protocol):
     ) -> Coded:
         """x of any shape and dtype; values that differ only in their place along ``axes`` share a scale (None: all do).
 
-        ``half``: scales and biases are float16 numbers, before anything is rounded on them, as layers store weights.
+        ``half``: scales and biases have the digits of a float16, before anything is rounded on them, as layers store
+        weights.
         """
         ...
 
@@ -97,14 +98,14 @@ def symmetric_quant(
 def affine_quant(x: mx.array, bits: int, axes: Axes = None, key: mx.array | None = None, half: bool = False) -> Coded:
     """``s = (max - min) / (2^b - 1)`` of a range that includes 0, which gets a code of its own; ``key`` is not used.
 
-    With ``half`` that code means 0 only to the precision of a float16 bias, at most 6 % of a step.
+    With ``half`` that code means 0 only to the precision of such a bias, at most 6 % of a step.
     """
     x, last = x.astype(mx.float32), 2 ** _checked(bits) - 1
     low = mx.minimum(x.min(axis=axes, keepdims=True), 0)
     high = mx.maximum(x.max(axis=axes, keepdims=True), 0)
     scale = _scale((high - low) / last, half)
     bias = -scale * mx.clip(mx.round(-low / scale), 0, last)
-    bias = bias.astype(mx.float16).astype(mx.float32) if half else bias
+    bias = _snapped(bias) if half else bias
     return Coded(mx.clip(mx.round((x - bias) / scale), 0, last), scale, bias, bits)
 
 
@@ -160,9 +161,16 @@ def _symmetric(x: mx.array, bits: int, axes: Axes, half: bool) -> tuple[mx.array
 
 
 def _scale(step: mx.array, half: bool) -> mx.array:
-    """A step as a scale that can be divided by: 1 where it is 0, and, for layers, a normal float16 number."""
+    """A step as a scale that can be divided by: 1 where it is 0, and, for layers, of a float16's digits."""
     step = mx.where(step > 0, step, 1.0)
-    return mx.clip(step, SMALLEST_SCALE, LARGEST_SCALE).astype(mx.float16).astype(mx.float32) if half else step
+    return _snapped(mx.maximum(step, SMALLEST_SCALE)) if half else step
+
+
+def _snapped(values: mx.array) -> mx.array:
+    """``grids.weights.snap`` of scales or biases float32 as a part of MLX's graph: to nearest, ties to even."""
+    bits = values.view(mx.uint32)
+    bits = bits + (2 ** (DROPPED - 1) - 1) + ((bits >> DROPPED) & 1)
+    return ((bits >> DROPPED) << DROPPED).view(mx.float32)
 
 
 def _checked(bits: int) -> int:

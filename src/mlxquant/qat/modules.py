@@ -1,9 +1,9 @@
 """The layers that a model is trained through. They have the parameters of what they replace, under the same names and
 in full precision.
 
-Weights share a scale within an output row (an embedding's token), and the scale is the float16 number that a layer
-stores; ternary ones share one, as 2402.17764 has it. Activations share one within a tensor, or within a token, which
-depends on no other token.
+Weights share a scale within an output row (an embedding's token), and the scale is the number that a layer stores;
+ternary ones share one, as 2402.17764 has it. Activations share one within a tensor, or within a token, which depends on
+no other token.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ class Precision:
 
 def rounded_weight(weight: mx.array, format: WeightFormat) -> mx.array:
     """A weight [out,in] on the grid that spans its extremes: ``grids.weights.fit_extremes`` as a part of MLX's graph,
-    but for float16 scales.
+    but for the rounding of scales.
     """
     columns = format.columns(weight.shape[1])
     groups = weight.reshape(1, 1, -1) if format.group == "tensor" else weight.reshape(weight.shape[0], -1, columns)

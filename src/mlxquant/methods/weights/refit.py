@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ...grids.weights import Grid, WeightFormat, snap
+from ...grids.weights import Grid, WeightFormat, snap, snap_biases
 from ...numerics.arrays import Array
 from ...numerics.moments import Moments, calibrated_gram, energy
 from ..registry import register
@@ -34,7 +34,7 @@ def refit(
     those given.
 
     In each of at most ``rounds`` the scales, and the biases of asymmetric grids, are the least squares of weight on
-    code under H, s = (w·Hq) / (q·Hq) where a row has but one, stored in float16; a row takes them only where it gains.
+    code under H, s = (w·Hq) / (q·Hq) where a row has but one, snapped; a row takes them only where it gains.
     Then ``descend`` makes ``passes`` over the codes. Ends early when no row takes new steps. One step for a whole
     tensor is refitted on all rows together.
 
@@ -73,7 +73,8 @@ def _fitted(target: Array, grid: Grid, codes: Array, hessian: Array) -> Grid:
     scales = np.where(scales > 0, scales, grid.scales)
     if format.symmetric:
         return Grid.symmetric(format, scales)
-    return Grid(format, snap(scales), found[:, groups:].astype(np.float16).astype(np.float32))
+    scales = snap(scales)
+    return Grid(format, scales, snap_biases(found[:, groups:], scales))
 
 
 def _normal_equations(target: Array, codes: Array, format: WeightFormat, hessian: Array) -> tuple[Array, Array]:

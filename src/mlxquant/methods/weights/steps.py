@@ -2,14 +2,14 @@
 
 The step matters as much as the rounding. A search tries a ladder of narrower grids, then improves the best of them by
 turns: round, solve for the step in closed form, round again. A grid only gives way to one with less error, both as
-stored in float16.
+stored.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from ...grids.weights import Grid, WeightFormat, fit_extremes, grouped, snap
+from ...grids.weights import Grid, WeightFormat, fit_extremes, grouped, snap, snap_biases
 from ...numerics.arrays import Array
 from ...numerics.moments import Moments, calibrated_gram
 from ..registry import register
@@ -115,9 +115,7 @@ class _Best:
         half a step.
         """
         scales = snap(scales)
-        biases = (
-            -self._format.zero_code * scales if self._format.symmetric else biases.astype(np.float16).astype(np.float32)
-        )
+        biases = -self._format.zero_code * scales if self._format.symmetric else snap_biases(biases, scales)
         errors = self._round(scales, biases)
         better = errors < self.errors
         self.errors = np.where(better, errors, self.errors)
