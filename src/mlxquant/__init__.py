@@ -13,6 +13,9 @@ Names are imported when they are first used, so that ``import mlxquant`` and the
 
 from __future__ import annotations
 
+from . import _interrupt  # noqa: F401  # before all that takes time
+
+# isort: split
 import sys
 from importlib import import_module
 from types import ModuleType

@@ -46,7 +46,7 @@ except SystemExit:
 print([name for name in {heavy} if name in sys.modules], [m for m in sys.modules if m.startswith("mlxquant.")])
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    ours = ["mlxquant._blas"]
+    ours = ["mlxquant._interrupt", "mlxquant._blas"]
     if "cli" in code:
         ours += ["mlxquant.commandline", "mlxquant.commandline.cli"]
     assert done.stdout.splitlines()[-1] == f"[] {ours}"

@@ -1,6 +1,6 @@
 """The order of imports, as the test of the layout holds it and docs/architecture.md tells it."""
 
-GROUND = ["_blas", "errors", "progress"]  # what any folder may import
+GROUND = ["_blas", "_interrupt", "errors", "progress"]  # what any folder may import
 FOLDERS = [  # a folder imports only from those before it
     "files", "numerics", "sampling", "commandline", "grids", "methods", "recipes", "layers", "models", "calibration",
     "metrics", "qat",
