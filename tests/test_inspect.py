@@ -83,7 +83,7 @@ def test_stored_layers_are_the_model_s_own(made):
         ("calib/activations/quant_config.json", "quant-config", 2, "mean bits"),
         ("calib/activations/layer_temporal_analysis.json", "temporal-analysis", 1, "switchers"),
         ("weights", "adaround-weights", 3, "adaLN_modulation"),
-        ("work/calibration.safetensors", "calibration", 1, "latents"),
+        ("work/calibration/0000.safetensors", "calibration-batch", 1, "latents"),
         ("work/gptq-w4a8/head.safetensors", "stage", 1, "final_layer.linear"),
         ("calib/samples", "npz", 2, "*_*/x"),
         ("weights/weights/mm0.npz", "npz", 1, "weight_int"),
@@ -117,7 +117,7 @@ def test_learned_weights_are_read_on_their_grid(made):
 
 @pytest.mark.parametrize(
     "path", ["model/weights.safetensors", "model/model.json", "calib/samples/0000_001.npz",
-    "work/calibration.safetensors",
+    "work/calibration/0000.safetensors",
              "calib/activations/quant_config.npz", "work/gptq-w4a8/head.safetensors"],
 )  # fmt: skip
 def test_one_flipped_bit_is_found(copied, path):

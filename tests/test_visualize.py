@@ -40,7 +40,7 @@ def pixels(path):
         ("calib/activations", "*blocks.0.image*.fc2.input", ["activation"]),
         ("calib/activations/quant_config.json", "all", ["table", "table"]),
         ("calib/adaround_cache", "samples/0000_000/mm0*", ["array", "array"]),
-        ("work/calibration.safetensors", "latents", ["array"]),
+        ("work/calibration/0000.safetensors", "latents", ["array"]),
     ],
 )  # fmt: skip
 def test_every_kind_has_pictures(made, tmp_path, path, weight, kinds, graph):
@@ -64,7 +64,7 @@ def test_a_sheet_has_all(made, tmp_path, monkeypatch):
 
 
 def test_folders_are_not_replaced_unasked(made, tmp_path):
-    arguments = ("visualize", made / "work" / "calibration.safetensors", "--out", tmp_path / "v")
+    arguments = ("visualize", made / "work" / "calibration" / "0000.safetensors", "--out", tmp_path / "v")
     succeed(*arguments)
     assert "--force" in fail(*arguments, code=1)
     succeed(*arguments, "--force")

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import replace
+from itertools import pairwise
 
 import mlxquant as mq  # before mlx
 
@@ -13,17 +14,20 @@ import pytest
 from mlxquant.calibration.trajectories import Calibration, collect, take_turns
 from mlxquant.errors import ArtifactError, CalibrationError
 from mlxquant.files.checked import read_json, read_tensors, write_tensors
+from mlxquant.files.kept_arrays import KeptArrays
 from mlxquant.models.shapes.adapter import MMDiTShapes
 
 from support.command_line import fail, succeed
+from support.six_steps import files
 from support.synthetic_chain import Chain
 from support.tiny_pictures import tiny_adapter
 
-FILE = "calibration.safetensors"
+FILE, FOLDER = "calibration.safetensors", "calibration"
 
 
 def drawn(adapter, prompts=5, steps=3, cfg=2.0, **options):
-    return collect(adapter, adapter.prompts("calibration", prompts), steps, cfg, **options)
+    some = adapter.prompts("calibration", prompts) if isinstance(prompts, int) else prompts
+    return collect(adapter, some, steps, cfg, **options)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 28, 50])
@@ -159,55 +163,78 @@ def interrupted(adapter, after):
 
 @pytest.mark.parametrize("after", [0, 1, 2])
 def test_a_killed_calibration_goes_on_after_its_last_batch(tmp_path, after):
-    whole = drawn(Chain(), path=tmp_path / "whole")
+    whole = drawn(Chain(), folder=tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
-        drawn(interrupted(Chain(), after), path=tmp_path / "killed")
+        drawn(interrupted(Chain(), after), folder=tmp_path / "killed")
     again = Chain()
-    resumed = drawn(again, path=tmp_path / "killed")
+    resumed = drawn(again, folder=tmp_path / "killed")
     assert again.drawn == [["x", "xx"], ["xxx", "xxxx"], ["xxxxx"]][after:]
     assert resumed.facts == whole.facts == drawn(Chain()).facts
     assert mx.array_equal(resumed.latents, whole.latents)
     assert mx.array_equal(resumed.latents, drawn(Chain()).latents)
-    assert (tmp_path / "killed").read_bytes() == (tmp_path / "whole").read_bytes()
+    assert files(tmp_path / "killed") == files(tmp_path / "whole")
+
+
+def test_every_batch_is_written_once(tmp_path):
+    """What was drawn before is neither read again nor rewritten when the next batch is kept."""
+    seen, save = [], KeptArrays.save
+
+    def follow(self, arrays, header=None):
+        save(self, arrays, header)
+        seen.append({path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(KeptArrays, "save", follow)
+        calib = drawn(Chain(), folder=tmp_path)
+    assert [sorted(names) for names in seen] == [
+        ["0000.safetensors"],
+        ["0000.safetensors", "0002.safetensors"],
+        ["0000.safetensors", "0002.safetensors", "0004.safetensors"],
+    ]
+    assert all(before.items() <= after.items() for before, after in pairwise(seen))
+    kept = [read_tensors(path, "calibration-batch")[0]["latents"] for path in sorted(tmp_path.iterdir())]
+    assert mx.array_equal(mx.concatenate(kept, axis=1), calib.latents)
 
 
 def test_a_finished_calibration_is_only_read(tmp_path):
-    drawn(Chain(), path=tmp_path / FILE)
+    drawn(Chain(), folder=tmp_path / FOLDER)
     again = Chain()
-    drawn(again, path=tmp_path / FILE, samples=4)
+    drawn(again, folder=tmp_path / FOLDER, samples=4)
     assert again.drawn == []
     assert not again.encoded
 
 
 def test_trajectories_serve_another_number_of_prompts_in_the_same_batches(tmp_path):
     """The last batch of five prompts holds one picture, of six it holds two: it is drawn anew, the others are not."""
-    drawn(Chain(), path=tmp_path / FILE)
+    drawn(Chain(), folder=tmp_path / FOLDER)
     for prompts, fresh in ((6, [["xxxxx", "xxxxxx"]]), (3, [["xxx"]])):
         again = Chain()
-        calib = drawn(again, prompts=prompts, path=tmp_path / FILE)
+        calib = drawn(again, prompts=prompts, folder=tmp_path / FOLDER)
         assert again.drawn == fresh
         assert mx.array_equal(calib.latents, drawn(Chain(), prompts=prompts).latents)
 
 
 @pytest.mark.parametrize("change", ["steps", "cfg", "prompts", "weights", "size"])
 def test_trajectories_of_another_job_are_not_used(tmp_path, change):
-    drawn(Chain(), path=tmp_path / FILE)
+    drawn(Chain(), folder=tmp_path / FOLDER)
     other, options = Chain(side=8) if change == "size" else Chain(), {}
     if change == "weights":
         other.module.head.bias = other.module.head.bias + 1
     if change in ("steps", "cfg"):
         options = {change: 4}
     prompts = other.prompts("calibration", 5, seed=1 if change == "prompts" else 0)
-    calib = collect(other, prompts, **{"steps": 3, "cfg": 2.0, **options}, path=tmp_path / FILE)
+    calib = collect(other, prompts, **{"steps": 3, "cfg": 2.0, **options}, folder=tmp_path / FOLDER)
     assert len(other.drawn) == 3
-    assert calib.facts == Calibration.load(tmp_path / FILE).facts
+    assert calib.facts == drawn(other, folder=tmp_path / FOLDER, prompts=prompts, **options).facts
+    assert len(other.drawn) == 3
 
 
 def test_a_damaged_file_is_refused(tmp_path):
-    drawn(Chain(), path=tmp_path / FILE)
-    (tmp_path / FILE).write_bytes((tmp_path / FILE).read_bytes()[:-5])
+    drawn(Chain(), folder=tmp_path / FOLDER)
+    file = tmp_path / FOLDER / "0002.safetensors"
+    file.write_bytes(file.read_bytes()[:-5])
     with pytest.raises(ArtifactError, match=r"pass --no-resume, or remove the file"):
-        drawn(Chain(), path=tmp_path / FILE)
+        drawn(Chain(), folder=tmp_path / FOLDER)
 
 
 def test_a_limit_is_saved_and_what_has_none_yet_is_read(tmp_path):
@@ -231,7 +258,7 @@ def test_a_job_and_a_notebook_draw_the_same(tmp_path):
     calib = mq.calibrate(mq.Model(adapter), prompts, steps=3)
     assert calib.facts["samples"] == 6
     again = mq.calibrate(mq.Model(Chain()), prompts, 3, samples=6, work=tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == [FILE]
+    assert {path.name for path in tmp_path.iterdir()} == {FOLDER, "blas.json"}
     assert again.facts == calib.facts
     assert mx.array_equal(again.latents, calib.latents)
     assert mq.calibrate(mq.Model(adapter), prompts, steps=3, samples=4, work=tmp_path).facts["samples"] == 4

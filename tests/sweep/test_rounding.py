@@ -12,6 +12,7 @@ import pytest
 import mlxquant as mq
 from mlxquant.api.plan import plan
 from mlxquant.errors import NumericsError, RecipeError
+from mlxquant.files.checked import read_tensors
 from mlxquant.layers.attention import find_quantized_attentions
 from mlxquant.layers.tree import parameters
 from mlxquant.methods import registry
@@ -267,8 +268,8 @@ def test_a_second_round_calibrates_on_what_the_quantized_model_draws(spiky, cali
         mq.quantize(spiky, calib, f"{name}-w4a4", work=tmp_path / name) for name in ("gptq", "gptq+progressive")
     )
     latents = [
-        mq.calibration.trajectories.Calibration.load(path).latents
-        for path in (tmp_path / "gptq+progressive").rglob("calibration.safetensors")
+        read_tensors(path, "calibration-batch")[0]["latents"]
+        for path in (tmp_path / "gptq+progressive").rglob("calibration/*.safetensors")
     ]
     assert len(latents) == 1
     assert latents[0].shape == calib.latents.shape

@@ -67,6 +67,6 @@ class CalibrationData(Protocol):
         """Which of so many batches show well enough which of two ways to quantize a stage is better."""
         ...
 
-    def renewed(self, adapter: Adapter, progress: Progress = silent, path: Path | None = None) -> CalibrationData:
-        """The same, as another model's own runs would have it, kept in ``path`` while it is made."""
+    def renewed(self, adapter: Adapter, progress: Progress = silent, folder: Path | None = None) -> CalibrationData:
+        """The same, as another model's own runs would have it, kept in ``folder`` while it is made."""
         ...

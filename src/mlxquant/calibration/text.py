@@ -55,7 +55,7 @@ class TextCalibration:
         """Every eighth batch, but at least two: any text shows much the same."""
         return range(0, count, min(8, max(1, count // 2)))
 
-    def renewed(self, adapter: Adapter, progress: Progress = silent, path: Path | None = None) -> TextCalibration:
+    def renewed(self, adapter: Adapter, progress: Progress = silent, folder: Path | None = None) -> TextCalibration:
         """Text is the same whoever reads it."""
         return self
 

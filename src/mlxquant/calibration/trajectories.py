@@ -16,15 +16,19 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import ArtifactError, CalibrationError
+from ..errors import CalibrationError
+from ..files import checked
 from ..files.checked import array_digest, read_tensors, write_tensors
+from ..files.kept_arrays import KeptArrays
 from ..models.adapter import Adapter, State
 from ..models.diffusion import DiffusionAdapter, diffusion
 from ..progress import Progress, silent
 from ..sampling.batches import drawn_batches
-from ..sampling.guidance import guided_rows
+from ..sampling.guidance import check_weight, guided_rows
 from ..sampling.prompts import Prompt
 from .data import OnDemand
+
+KIND, LATENTS = "calibration-batch", "latents"
 
 
 @dataclass(frozen=True)
@@ -89,9 +93,9 @@ class Calibration(Origin):
         """All batches: few are at the same noise level."""
         return range(count)
 
-    def renewed(self, adapter: Adapter, progress: Progress = silent, path: Path | None = None) -> Calibration:
+    def renewed(self, adapter: Adapter, progress: Progress = silent, folder: Path | None = None) -> Calibration:
         """What another model draws from the same prompts; see ``collect``."""
-        return collect(diffusion(adapter), self.prompts, self.steps, self.cfg, progress, self.samples, path)
+        return collect(diffusion(adapter), self.prompts, self.steps, self.cfg, progress, self.samples, folder)
 
     def batches(self, adapter: Adapter, size: int | None = None) -> tuple[list[float], OnDemand]:
         """Noise levels and chain inputs, each batch at one noise level with at most ``size`` pictures, by default as
@@ -169,48 +173,42 @@ def collect(
     cfg: float,
     progress: Progress = silent,
     samples: int | None = None,
-    path: Path | None = None,
+    folder: Path | None = None,
 ) -> Calibration:
     """Run the full-precision sampler over prompts, ``adapter.batch`` at a time, and keep every latent.
 
-    With ``path`` finished batches are kept in that file, in the place of another job's: a killed run goes on after its
-    last one and ends with the same data, bit for bit. ``samples`` is as in ``Calibration``. Raises CalibrationError
-    without prompts or samples, NumericsError on NaN weights, ArtifactError when the file is damaged.
+    With ``folder`` every finished batch is kept there in a file of its own, in the place of another job's: a killed run
+    draws only what is missing and ends with the same data, bit for bit. ``samples`` is as in ``Calibration``. Raises
+    CalibrationError without prompts or samples, NumericsError on NaN weights, AdapterError on an impossible
+    guidance, ArtifactError when a file is damaged.
     """
     if not prompts:
         raise CalibrationError("calibration needs at least one prompt")
     if samples is not None and samples < 1:
         raise CalibrationError(f"calibration needs at least one sample, found a limit of {samples}; None takes all")
+    check_weight(cfg)
     sigmas, nothing = adapter.sigmas(steps)[:-1], mx.zeros((steps, 0, *adapter.latent_shape))
     whole = Calibration(adapter.name, adapter.fingerprint, tuple(prompts), steps, cfg, sigmas, nothing, samples)
-    done = finished(whole, adapter.batch, path)
-    if len(done.prompts) < len(prompts):
+    starts = range(0, len(prompts), adapter.batch)
+    kept = {start: _kept(whole, start, adapter.batch, folder) for start in starts}
+    latents = {start: found[0][LATENTS] for start, file in kept.items() if file and (found := file.load())}
+    if missing := [start for start in starts if start not in latents]:
         adapter.check_finite()
-    starts = range(len(done.prompts), len(prompts), adapter.batch)
-    for batch in drawn_batches(adapter, prompts, steps, cfg, progress, "calibration", starts=starts, latents=True):
-        latents = mx.concatenate([done.latents, mx.stack(batch.latents)], axis=1)
-        mx.eval(latents)
-        done = replace(done, prompts=(*done.prompts, *batch.prompts), latents=latents)
-        if path is not None:
-            done.save(path)
-    return done
+    for batch in drawn_batches(adapter, prompts, steps, cfg, progress, "calibration", starts=missing, latents=True):
+        start = batch.places.start
+        latents[start] = mx.stack(batch.latents)
+        mx.eval(latents[start])
+        if (file := kept[start]) is not None:
+            file.save({LATENTS: latents[start]})
+    together = mx.concatenate([latents.pop(start) for start in starts], axis=1)
+    mx.eval(together)
+    return replace(whole, latents=together)
 
 
-def finished(whole: Calibration, batch: int, path: Path | None) -> Calibration:
-    """The first prompts of ``whole``, whose latents are yet to be drawn, with the latents that ``path`` has: of the
-    same trajectories, drawn in the same batches.
-    """
-    first = replace(whole, prompts=())
-    if path is None or not path.exists():
-        return first
-    try:
-        kept = Calibration.load(path)
-    except ArtifactError as error:
-        raise ArtifactError(
-            f"{error}; or pass --no-resume, or remove the file: calibration then starts over"
-        ) from error
-    count = min(len(kept.prompts), len(whole.prompts))
-    if len(kept.prompts) != len(whole.prompts):
-        count -= count % batch
-    mine, other = (replace(calibration, prompts=calibration.prompts[:count]) for calibration in (whole, kept))
-    return replace(mine, latents=kept.latents[:, :count]) if mine.trajectories == other.trajectories else first
+def _kept(whole: Calibration, start: int, batch: int, folder: Path | None) -> KeptArrays | None:
+    """Where ``folder`` keeps the latents of the batch of ``whole`` that begins at prompt ``start``."""
+    if folder is None:
+        return None
+    part = replace(whole, prompts=whole.prompts[start : start + batch])
+    job = checked.digest([part.trajectories, checked.versions()])
+    return KeptArrays(folder / f"{start:04d}.safetensors", KIND, job, "its pictures are then drawn again")

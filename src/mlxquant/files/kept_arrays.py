@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from ..errors import ArtifactError
 from . import checked
-from .atomic import ensure_writable
+from .atomic import ensure_writable, remove_temporaries
 from .checked import read_json, read_tensors, write_json, write_tensors
 
 Float64Array = npt.NDArray[np.float64]
@@ -53,12 +53,16 @@ class KeptArrays:
         return (arrays, header) if header["job"] == self.job else None
 
     def save(self, arrays: Mapping[str, mx.array], header: Mapping[str, Any] | None = None) -> None:
-        """Keep arrays, in the place of what was there, with more entries of a ``header`` beside the job."""
+        """Keep arrays, in the place of what was there, with more entries of a ``header`` beside the job; the folder is
+        made.
+        """
+        ensure_writable(self.path.parent)
         write_tensors(self.path, self.kind, arrays, {"job": self.job, **(header or {})})
 
     def clear(self) -> None:
         """Forget them."""
         self.path.unlink(missing_ok=True)
+        remove_temporaries(self.path)
 
 
 @dataclass(frozen=True)

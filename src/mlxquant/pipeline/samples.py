@@ -16,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..calibration.trajectories import Calibration, Origin
-from ..errors import AdapterError, CalibrationError, NumericsError
+from ..errors import CalibrationError, NumericsError
 from ..files import checked
 from ..models.adapter import Adapter
 from ..models.diffusion import DiffusionAdapter
@@ -24,6 +24,7 @@ from ..numerics.arrays import Array
 from ..progress import Progress, silent
 from ..report.comparison import save_png, to_pil
 from ..sampling.batches import DrawnBatch, drawn_batches
+from ..sampling.guidance import check_weight
 from ..sampling.prompts import Prompt
 from .ledger import Ledger
 
@@ -133,8 +134,7 @@ def open_folder(
     """
     if not prompts:
         raise CalibrationError("calibration needs at least one prompt")
-    if not (np.isfinite(cfg) and cfg >= 0):
-        raise AdapterError(f"cfg weight must be a finite number >= 0, found {cfg}")
+    check_weight(cfg)
     adapter.check_finite()
     facts = {
         "model": adapter.name,

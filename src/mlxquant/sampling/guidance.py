@@ -9,12 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import reduce
+from math import isfinite
 
 import mlx.core as mx
 
+from ..errors import AdapterError
 from .conditioning import Conditioning
 
 Velocity = Callable[[mx.array, mx.array, mx.array, float], mx.array]
+
+
+def check_weight(cfg: float) -> None:
+    """Raise AdapterError on a weight that guidance cannot have."""
+    if not (isfinite(cfg) and cfg >= 0):
+        raise AdapterError(f"cfg weight must be a finite number >= 0, found {cfg}")
 
 
 def sides(cfg: float) -> tuple[bool, ...]:

@@ -13,9 +13,8 @@ from itertools import pairwise
 import mlx.core as mx
 import numpy as np
 
-from ..errors import AdapterError
 from .conditioning import Conditioning
-from .guidance import Velocity, guided
+from .guidance import Velocity, check_weight, guided
 from .schedules import Sigmas
 
 
@@ -52,8 +51,7 @@ def sample(
     ``velocity(latent, tokens, pooled, sigma)`` is the model's prediction of ``noise - image``. ``empty`` is the
     conditioning of the empty prompt, one row for each sample. Raises AdapterError on a negative or non-finite cfg.
     """
-    if not (np.isfinite(cfg) and cfg >= 0):
-        raise AdapterError(f"cfg weight must be a finite number >= 0, found {cfg}")
+    check_weight(cfg)
     latent = noise
     for index, (sigma, following) in enumerate(pairwise(sigmas)):
         v = guided(velocity, latent, float(sigma), text, empty, cfg)
