@@ -9,11 +9,12 @@ from typing import Any
 
 import click
 
-from .commandline.console import Command, peak_bytes, progress, result, say
+from .commandline.console import Command, during_command, peak_bytes, progress, result, say
 from .commandline.options import COUNT, PATH, option, seed_option, verbose_option
 from .errors import AdapterError
 from .files import checked
 from .files.checked import file_digest
+from .files.lock import locked
 from .grids.tables import BITS
 from .methods.weights.adaround import Settings
 from .models.catalog import model_name, pretrained
@@ -114,7 +115,9 @@ def command(
         "recipe": recipe.to_dict(),
         "versions": checked.versions(),
     }
+    during_command(locked(output_dir, inside=True))
     ledger = Ledger.open(output_dir / CONFIG, KIND, facts, "adaround-optimize", force, resume)
+    during_command(ledger.same_blas())
     if ledger.complete:
         say(f"{output_dir} is finished already, with these settings; --force would learn it again")
     else:

@@ -12,10 +12,11 @@ import click
 import numpy as np
 
 from .api.model import load
-from .commandline.console import Command, progress, result, say
+from .commandline.console import Command, during_command, progress, result, say
 from .commandline.options import PATH, option, verbose_option
 from .errors import ArtifactError
 from .files.atomic import ensure_writable
+from .files.lock import locked
 from .layers.tree import starred
 from .methods.inputs.tiers import BUDGET, TIERS
 from .pipeline import temporal
@@ -83,6 +84,7 @@ def command(
     options = Options(rule, budget, thresholds, range_method, alpha, migration)
     output = output or stats_file.with_name("quant_config.json")
     analysis, picture = output.with_name(ANALYSIS), output.with_name(PICTURE)
+    during_command(locked(analysis))
     check_outputs(stats_file, output, analysis, force)
     stats = ActivationStats.read(stats_file)
     ensure_writable(output.absolute().parent)

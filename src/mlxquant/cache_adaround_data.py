@@ -9,8 +9,9 @@ from pathlib import Path
 
 import click
 
-from .commandline.console import Command, peak_bytes, progress, result, say
+from .commandline.console import Command, during_command, peak_bytes, progress, result, say
 from .commandline.options import FROM_ZERO, option, replay_options
+from .files.lock import locked
 from .models.catalog import model_name, pretrained
 from .models.diffusion import diffusion
 from .pipeline import caching
@@ -48,6 +49,7 @@ def command(
         f"{plan.full_bytes / 1e6:.1f} MB with every block's inputs and outputs and the text conditioning of every step"
     )
     say(f"{out} needs {plan.disk_bytes / 1e6:.1f} MB of disk; it would be {theirs}")
+    during_command(locked(out, inside=True))
     cache = caching.write(plan, adapter, out, force, resume, progress)
     say(
         f"{out}: {len(cache.blocks)} blocks at {len(cache.sigmas)} steps of {num_images} images,"

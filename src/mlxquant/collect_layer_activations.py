@@ -9,8 +9,9 @@ from pathlib import Path
 
 import click
 
-from .commandline.console import Command, peak_bytes, progress, result, say
+from .commandline.console import Command, during_command, peak_bytes, progress, result, say
 from .commandline.options import COUNT, option, replay_options
+from .files.lock import locked
 from .models.catalog import model_name, pretrained
 from .models.diffusion import diffusion
 from .pipeline import replay
@@ -39,6 +40,7 @@ def command(
     samples = Samples.read(calib_dir, model_name(name))
     out = calib_dir / "activations" if output_dir is None else output_dir
     model = diffusion(pretrained(name or samples.model))
+    during_command(locked(out, inside=True))
     stats = replay.collect(model, samples, num_images, stride, rows, seed, out, force, resume, progress)
     disk_bytes = stats.ledger.disk_bytes
     say(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from .commandline.console import Command, peak_bytes, progress, result, say
+from .commandline.console import Command, during_command, peak_bytes, progress, result, say
 from .commandline.options import PATH, force_option, option, verbose_option
 from .errors import ArtifactError
 from .evaluation.contender import distinct
@@ -17,7 +17,7 @@ from .evaluation.image_folders import paired, read_picture
 from .evaluation.metric_options import chosen_metrics, metric_option, weights_option
 from .evaluation.paired import blank, few
 from .evaluation.report_folder import machine, say_report, summarise, write_report
-from .files.atomic import atomic_folder, ensure_writable, refuse_existing
+from .files.atomic import atomic_folder, claimed
 from .sampling.prompts import read_prompts
 
 
@@ -65,8 +65,7 @@ def command(
     texting = [metric.name for metric in metrics if metric.needs == "prompts"]
     if texting and prompts is None:
         raise ArtifactError(f"--metric {texting[0]} looks at the text of each picture; pass it with --prompts")
-    refuse_existing(out, force)
-    ensure_writable(out.absolute().parent)
+    during_command(claimed(out, force))
     judge = Judge(metrics, None if prompts is None else [prompt.text for prompt in prompts], places=places)
     labels = distinct(folder.absolute().name for folder in folders)
     pictures = [PictureSet(*own, partial(map, read_picture, paths)) for own, paths in zip(labels, files, strict=True)]

@@ -7,11 +7,11 @@ from pathlib import Path
 import click
 
 from .api.model import load
-from .commandline.console import Command, result, say
+from .commandline.console import Command, during_command, result, say
 from .commandline.options import MODEL_HELP, PATH, force_option, option, verbose_option
 from .exporters.plain import FLOATS
 from .exporters.targets import TARGETS, export
-from .files.atomic import refuse_existing
+from .files.atomic import claimed
 
 
 @click.command("export", cls=Command)
@@ -30,7 +30,7 @@ def command(name: str, target: str, out: Path, drop_activations: bool, dtype: st
     For mlx-lm, any MLX program, mflux or DiffusionKit.
     The calibrated codes are written bit for bit; what the target has no place for is refused, by name.
     """
-    refuse_existing(out, force)
+    during_command(claimed(out, force))
     facts = export(load(name), out, target, drop_activations=drop_activations, dtype=dtype, force=force)
     say(
         f"{out}: {facts['bytes'] / 1e6:.2f} MB, {facts['bits_per_weight']:.2f} bits per weight, {facts['layers']}"

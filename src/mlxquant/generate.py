@@ -11,10 +11,10 @@ import click
 
 from .api.model import load
 from .api.quantizing import compare
-from .commandline.console import Command, peak_bytes, progress, result, say
+from .commandline.console import Command, during_command, peak_bytes, progress, result, say
 from .commandline.options import COUNT, MODEL_HELP, PATH, option, seed_option, size_option, verbose_option
 from .errors import AdapterError
-from .files.atomic import ensure_writable
+from .files.lock import locked
 from .report.comparison import save_png, to_pil
 from .sampling.prompts import Prompt
 
@@ -45,7 +45,7 @@ def command(
     if output.is_dir():
         raise AdapterError(f"--output {output} is a folder; name a PNG file")
     model = load(name, size)
-    ensure_writable(output.absolute().parent)
+    during_command(locked(output))
     facts: dict[str, object] = {}
     label = Path(name).name
     start = time.perf_counter()

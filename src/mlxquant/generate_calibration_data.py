@@ -10,9 +10,10 @@ from pathlib import Path
 import click
 
 from .api.model import QuantizedModel, load
-from .commandline.console import Command, peak_bytes, progress, result, say
+from .commandline.console import Command, during_command, peak_bytes, progress, result, say
 from .commandline.options import COUNT, MODEL_HELP, PATH, option, size_option, verbose_option
 from .errors import CalibrationError
+from .files.lock import locked
 from .pipeline import samples
 from .sampling.prompts import read_prompts
 
@@ -61,7 +62,9 @@ def command(
         raise CalibrationError(
             f"{where} holds {len(prompts)} prompts, --num-images is {num_images}; add prompts or ask for fewer images"
         )
+    during_command(locked(calib_dir, inside=True))
     ledger = samples.open_folder(adapter, prompts[:num_images], num_steps, cfg_weight, seed, calib_dir, force, resume)
+    during_command(ledger.same_blas())
     if ledger.complete:
         say(f"{calib_dir} is finished already, with these settings; --force would draw it again")
     done = samples.draw(adapter, ledger, progress)

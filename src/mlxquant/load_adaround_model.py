@@ -12,11 +12,12 @@ import click
 import numpy as np
 
 from .api.model import Model, QuantizedModel, load
-from .commandline.console import Command, peak_bytes, progress, result, say
+from .commandline.console import Command, during_command, peak_bytes, progress, result, say
 from .commandline.options import COUNT, FROM_ZERO, PATH, option, size_option, verbose_option
 from .errors import AdapterError
-from .files.atomic import ensure_writable, refuse_existing
+from .files.atomic import claimed
 from .files.checked import write_json
+from .files.lock import locked
 from .layers.tree import set_module
 from .models.catalog import model_name
 from .pipeline.apply import TrackFiles, install
@@ -78,8 +79,9 @@ def command(
         )
     if output_image.is_dir():
         raise AdapterError(f"--output-image {output_image} is a folder; name a PNG file")
+    during_command(locked(output_image))
     if folder is not None:
-        refuse_existing(folder, force)
+        during_command(claimed(folder, force))
     facts = WeightFiles.facts(adaround_output)
     if model_name(name) not in (None, facts["model"]):
         raise AdapterError(
@@ -92,9 +94,6 @@ def command(
     if quant_config is not None:
         models["V2"] = assemble(exact, files, active=True)
     final = next(reversed(models.values()))
-    for path in (output_image, folder):
-        if path is not None:
-            ensure_writable(path.absolute().parent)
     drawn = {**references(exact, final), **models} if compare or diff_stats else {"": final}
     images = {key: model.images(prompts, num_steps, cfg_weight, progress=progress) for key, model in drawn.items()}
     comparison = Comparison.of(prompts, images, final.diffusion.attributes)

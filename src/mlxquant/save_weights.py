@@ -8,11 +8,12 @@ import click
 import mlx.core as mx
 import numpy as np
 
-from .commandline.console import Command, result, say
+from .commandline.console import Command, during_command, result, say
 from .commandline.options import PATH, UNDERSCORES, option, verbose_option
 from .errors import ArtifactError, RecipeError
-from .files.atomic import atomic_file, ensure_writable
+from .files.atomic import atomic_file
 from .files.checked import write_tensors
+from .files.lock import locked
 from .qat.folders import quantized_gpt
 from .qat.integer import quantized_values
 
@@ -37,6 +38,7 @@ def command(out_dir: Path, file_name: str, file_type: str, device: str | None, f
             "a pickle runs whatever code is in it when it is read; write --file-type npz or safetensors instead"
         )
     path = Path(file_name) if file_name.endswith(f".{file_type}") else Path(f"{file_name}.{file_type}")
+    during_command(locked(path))
     if path.exists() and not force:
         raise ArtifactError(f"{path} exists; choose another --file-name or pass --force to replace it")
     if device is not None:
@@ -48,7 +50,6 @@ def command(out_dir: Path, file_name: str, file_type: str, device: str | None, f
             f"{out_dir} was trained without quantization; train it with --linear-variant-attn quantized_linear, for"
             " instance"
         )
-    ensure_writable(path.absolute().parent)
     if file_type == "npz":
         with atomic_file(path) as temporary, temporary.open("wb") as file:
             np.savez_compressed(file, allow_pickle=False, **{name: np.array(value) for name, value in values.items()})

@@ -13,12 +13,13 @@ import numpy as np
 from mlx.utils import tree_unflatten
 
 from .calibration.corpus import Corpus, read_corpus
-from .commandline.console import Command, peak_bytes, progress, result, say
+from .commandline.console import Command, during_command, peak_bytes, progress, result, say
 from .commandline.options import COUNT, FROM_ZERO, PATH, UNDERSCORES, option, seed_option, verbose_option
 from .errors import AdapterError, ArtifactError, CalibrationError, NumericsError, RecipeError
 from .files import checked
 from .files.atomic import ensure_writable
 from .files.checked import array_digest
+from .files.lock import locked
 from .files.parameters import load_parameters
 from .files.training_run import CHECKPOINT, TrainingRun
 from .layers.tree import parameters
@@ -156,9 +157,11 @@ def command(
     ramp = quantize_while_training(model, options, seed, DTYPES[dtype])
     optimizer = build_optimizer(max_iters, learning_rate, weight_decay)
     optimizer.init(model.trainable_parameters())
+    during_command(locked(out_dir, inside=True))
     run = TrainingRun(out_dir, facts)
     go_on(run, model, optimizer)
     refuse_foreign(run)
+    during_command(run.same_blas())
     ensure_writable(out_dir)
 
     update = training_step(model, optimizer, DTYPES[dtype])
@@ -178,7 +181,7 @@ def command(
             held_out = mean_loss(model, tokens["held-out"], seed, eval_iters, batch_size, length, DTYPES[dtype])
             say(f"iteration {run.step}: loss {np.mean(recent[-50:]):.4f}, held-out {held_out:.4f} nats a token")
         if run.step == max_iters or run.due:
-            run.save(kept(model, optimizer))
+            run.save(kept(model, optimizer), finished=run.step == max_iters)
     seconds = time.perf_counter() - began
     save_gpt(out_dir, model, tokenizer, facts, DTYPES[save_dtype])
     save_activations(out_dir, model)

@@ -10,13 +10,13 @@ from typing import Any
 import click
 import numpy as np
 
-from .commandline.console import Command, progress, result, say
+from .commandline.console import Command, during_command, progress, result, say
 from .commandline.options import PATH, UNDERSCORES, force_option, option, verbose_option
 from .contents.reader import read_contents
 from .contents.views import View, views
 from .errors import ArtifactError
 from .files import checked
-from .files.atomic import atomic_folder, refuse_existing
+from .files.atomic import atomic_folder, claimed
 from .files.checked import write_json
 from .report.tensor_plots import Panel, draw_sheets, draw_tensor
 
@@ -47,7 +47,7 @@ def command(
         raise click.UsageError("name a file or folder, as PATH or with --file-name")
     contents = read_contents(path)
     chosen = choose(views(contents), weight, path)
-    refuse_existing(out, force)
+    during_command(claimed(out, force))
     with atomic_folder(out, force) as folder:
         if sheet:
             panels = [panel(view, graph) for view in progress(chosen, "tensors")]

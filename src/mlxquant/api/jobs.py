@@ -12,7 +12,8 @@ from pathlib import Path
 
 from ..calibration.data import CalibrationData
 from ..files import checked
-from ..files.atomic import ensure_writable, refuse_existing, remove_folder
+from ..files.atomic import claimed, ensure_writable, partial_folder, remove_folder
+from ..files.blas import blas_kept_in
 from ..pipeline.apply import TrackFiles
 from ..progress import Progress
 from ..recipes.recipe import Recipe
@@ -20,31 +21,27 @@ from .model import Model, QuantizedModel
 from .quantizing import quantize
 
 
-def partial_folder(out: Path) -> Path:
-    """Where an unfinished job for ``out`` keeps its progress."""
-    return out.with_name(out.name + ".partial")
-
-
 @contextmanager
 def work_folder(out: Path, force: bool, resume: bool = True) -> Iterator[Path]:
-    """The folder for the progress of a job that will write ``out``: removed when the job is done, or failed before it
-    kept anything.
+    """The folder for the progress of a job that will write ``out``: it goes when that is written, or when the job
+    failed before it kept anything.
 
-    Raises ArtifactError at once when ``out`` exists and may not be replaced, or could not be written in the end.
+    Raises ArtifactError at once when ``out`` exists and may not be replaced, could not be written in the end, or is
+    another run's.
     """
-    refuse_existing(out, force)
-    ensure_writable(out.absolute().parent)
-    work = partial_folder(out)
-    if not resume:
+    with claimed(out, force, finishing=True):
+        work = partial_folder(out)
+        if not resume:
+            remove_folder(work)
+        ensure_writable(work)
+        try:
+            with blas_kept_in(work):
+                yield work
+        except BaseException:
+            if work.exists() and not any(work.iterdir()):
+                work.rmdir()
+            raise
         remove_folder(work)
-    ensure_writable(work)
-    try:
-        yield work
-    except BaseException:
-        if not any(work.iterdir()):
-            work.rmdir()
-        raise
-    remove_folder(work)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from ..calibration.text import TextCalibration, collect_text
 from ..calibration.trajectories import Calibration
 from ..errors import AdapterError, CalibrationError
 from ..files import checked
-from ..files.atomic import ensure_writable
+from ..files.blas import blas_kept_in
+from ..files.lock import locked
 from ..layers.sizes import planned_bits_per_weight
 from ..pipeline.apply import TrackFiles
 from ..progress import Progress, silent
@@ -26,6 +28,8 @@ from ..sweep.store import FolderStore, Store
 from ..sweep.sweep import sweep
 from .model import Model, QuantizedModel
 from .plan import plan
+
+CALIBRATION = "calibration"  # in a folder with progress: batches that are drawn
 
 
 def calibrate(
@@ -58,17 +62,16 @@ def calibrate(
         AdapterError: When the model writes text, or ``cfg`` or ``steps`` is impossible.
         CalibrationError: Without prompts, or with a limit below 1.
         NumericsError: When the model's weights hold NaN or infinite values.
-        ArtifactError: When ``work`` cannot be written, or what it holds is damaged.
+        ArtifactError: When ``work`` cannot be written, is another run's, or what it holds is damaged.
     """
     adapter = model.diffusion
     some = adapter.prompts("calibration", prompts, seed) if isinstance(prompts, int) else list(prompts)
     steps, cfg = adapter.steps if steps is None else steps, adapter.cfg if cfg is None else cfg
-    path = None if work is None else Path(work) / "calibration.safetensors"
-    if path is not None:
-        ensure_writable(path.parent)
-    return trajectories.collect(
-        adapter, some, steps, cfg, progress, adapter.samples if samples is None else samples, path
-    )
+    samples = adapter.samples if samples is None else samples
+    if work is None:
+        return trajectories.collect(adapter, some, steps, cfg, progress, samples)
+    with _kept_work(Path(work)):
+        return trajectories.collect(adapter, some, steps, cfg, progress, samples, Path(work) / CALIBRATION)
 
 
 def calibrate_text(
@@ -124,8 +127,30 @@ def quantize(
         RecipeError: When the recipe is unknown, or does not fit the model.
         CalibrationError: When ``calib`` was made with other weights.
         NumericsError: When weights or inputs hold NaN or infinite values.
-        ArtifactError: When ``work`` cannot be written, or what it holds is damaged.
+        ArtifactError: When ``work`` cannot be written, is another run's, or what it holds is damaged.
     """
+    if work is None:
+        return _quantize(model, calib, recipe, None, progress, tracks)
+    with _kept_work(Path(work)):
+        return _quantize(model, calib, recipe, Path(work), progress, tracks)
+
+
+@contextmanager
+def _kept_work(folder: Path) -> Iterator[None]:
+    """Be the only run that keeps its progress in ``folder``, and compute as the one before did."""
+    with locked(folder, inside=True), blas_kept_in(folder):
+        yield
+
+
+def _quantize(
+    model: Model,
+    calib: CalibrationData,
+    recipe: str | Recipe,
+    work: Path | None,
+    progress: Progress,
+    tracks: TrackFiles | None,
+) -> QuantizedModel:
+    """As ``quantize``, in a folder that is ours."""
     recipe = parse_recipe(recipe) if isinstance(recipe, str) else recipe
     layers = allocated = plan(model, recipe)
     model.adapter.check_finite()
@@ -142,21 +167,16 @@ def quantize(
             if recipe.mixed and recipe.bits_per_weight is None
             else recipe.bits_per_weight
         )
-        place = None if work is None else Path(work)
         given = allocate(
-            model.adapter, calib, recipe, limit, recipe.bits_per_activation, progress=progress, work=place, plan=layers
+            model.adapter, calib, recipe, limit, recipe.bits_per_activation, progress=progress, work=work, plan=layers
         )
         recipe, allocated, facts["allocation"] = given.recipe, given.plan, given.facts
     drawn: CalibrationData = calib
     done: QuantizedModel | None = None
     for turn in range(recipe.rounds):
-        folder = None if work is None else Path(work) / f"round-{turn + 1}" if recipe.rounds > 1 else Path(work)
+        folder = work if work is None or recipe.rounds == 1 else work / f"round-{turn + 1}"
         if done is not None:
-            path = None
-            if folder is not None:
-                ensure_writable(folder)
-                path = folder / "calibration.safetensors"
-            drawn = calib.renewed(done.adapter, progress, path)
+            drawn = calib.renewed(done.adapter, progress, None if folder is None else folder / CALIBRATION)
         done = _quantize_once(model, drawn, recipe, layers, allocated, facts, folder, progress, tracks)
     assert done is not None
     return done

@@ -12,16 +12,19 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 import mlx.core as mx
 from tqdm import tqdm
 
+from .._interrupt import INTERRUPTED, raise_when_interrupted
 from ..errors import MlxQuantError
 from ..files.atomic import explain
 
+Entered = TypeVar("Entered")
 JSON = "mlxquant.json"  # in click's ``Context.meta``: whether --json was given
 LOG_SECONDS = 10.0  # between two lines of a bar in a log file
 
@@ -42,6 +45,7 @@ class Command(click.Command):
         )
 
     def invoke(self, ctx: click.Context) -> Any:
+        raise_when_interrupted()
         try:
             return super().invoke(ctx)
         except MlxQuantError as error:
@@ -50,7 +54,12 @@ class Command(click.Command):
             raise click.ClickException(str(explain(error, Path(error.filename or "")))) from error
         except KeyboardInterrupt:
             click.echo("\nInterrupted. Run the same command again to go on.", err=True)
-            ctx.exit(130)
+            ctx.exit(INTERRUPTED)
+
+
+def during_command(manager: AbstractContextManager[Entered]) -> Entered:
+    """Enter a context now, and leave it when the command that runs ends, however it does."""
+    return click.get_current_context().with_resource(manager)
 
 
 def _ask_for_json(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:

@@ -72,9 +72,7 @@ class Drawings:
             arrays["latents"] = mx.stack(latents)
         else:
             arrays["trajectory"] = mx.array(self._deviation(latents, start).astype(np.float32))
-        kept = self._kept(one, start)
-        kept.path.parent.mkdir(parents=True, exist_ok=True)
-        kept.save(arrays)
+        self._kept(one, start).save(arrays)
 
     def _deviation(self, latents: Sequence[mx.array], start: int) -> Array:
         """[steps + 1, batch]"""

@@ -8,21 +8,24 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import ArtifactError
 from .explain import explain as explain
+from .lock import Owner, left_by_a_kill, locked
 
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary name beside ``path``; on success it is synced and renamed, on any failure removed."""
+    """Yield a temporary name beside ``path``; on success it is synced and renamed, on any failure removed. What killed
+    runs left under such names goes, and what another run is writing stays.
+    """
     path = Path(path)
     temporary: Path | None = None
     try:
-        for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):  # by a run that was killed
-            left.unlink(missing_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        remove_temporaries(path)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.{Owner.here().tag}.", suffix=".tmp", dir=path.parent)
         os.close(handle)
         temporary = Path(name)
         yield temporary
@@ -37,10 +40,92 @@ def atomic_file(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def remove_temporaries(path: Path) -> None:
+    """Remove what runs that were killed while they wrote ``path`` have left beside it."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        if left_by_a_kill(left.name.removeprefix(f".{path.name}.").split(".")[0]):
+            left.unlink(missing_ok=True)
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def partial_folder(out: Path) -> Path:
+    """Where an unfinished job for ``out`` keeps its progress."""
+    return out.with_name(out.name + ".partial")
+
+
+@dataclass(frozen=True)
+class _Names:
+    """A folder that is written whole, and what stands beside it while that is done."""
+
+    path: Path
+
+    def _beside(self, suffix: str) -> Path:
+        return self.path.with_name(f".{self.path.name}.{suffix}")
+
+    @property
+    def fresh(self) -> Path:
+        """What is to take the name."""
+        return self._beside("new")
+
+    @property
+    def old(self) -> Path:
+        """What has had the name."""
+        return self._beside("old")
+
+    @property
+    def used(self) -> Path:
+        """The progress that the fresh folder was made from."""
+        return self._beside("used")
+
+
+_finishing: set[Path] = set()  # folders that this process is to write, whose progress then goes
+
+
+@contextmanager
+def claimed(path: Path, force: bool = False, finishing: bool = False) -> Iterator[None]:
+    """Be the only run that is to write the folder ``path``, until the block ends; what a run that was killed in the
+    middle of that has left is put right first.
+
+    Args:
+        path: The folder.
+        force: Whether it may replace one of ours.
+        finishing: Whether its ``partial_folder`` goes in the same moment in which it is written.
+
+    Raises:
+        ArtifactError: When the folder exists and may not be replaced, another run has claimed it, or nothing can be
+            written there.
+    """
+    path = path.absolute()
+    if not path.name:
+        raise _no_folder(path)
+    with locked(path):
+        _settle(_Names(path))
+        refuse_existing(path, force)
+        if finishing:
+            _finishing.add(path)
+        try:
+            yield
+        finally:
+            if finishing:
+                _finishing.discard(path)
+
+
+def _settle(names: _Names) -> None:
+    """Undo a replacement that was killed half-way, or bring it to its end where the new folder has the name already."""
+    try:
+        if names.used.exists() and names.fresh.exists() and not (work := partial_folder(names.path)).exists():
+            os.replace(names.used, work)
+        if names.old.exists() and not names.path.exists():
+            os.replace(names.old, names.path)
+    except OSError as error:
+        raise explain(error, names.path) from error
+    for left in (names.used, names.old, names.fresh):
+        remove_folder(left)
 
 
 @contextmanager
@@ -48,31 +133,43 @@ def atomic_folder(path: Path, force: bool = False) -> Iterator[Path]:
     """Yield an empty folder beside ``path``; on success it takes that name, on any failure it is removed.
 
     An existing folder is refused, or with ``force`` replaced in the last moment. A replacement that was killed half-way
-    is undone by the next call.
+    is undone by the next call. Raises ArtifactError also when another run is writing that folder.
     """
     path = Path(path).absolute()
-    fresh, old = path.with_name(f".{path.name}.new"), path.with_name(f".{path.name}.old")
-    try:
-        if old.exists() and not path.exists():
-            os.replace(old, path)
-        refuse_existing(path, force)
-        remove_folder(fresh)
-        fresh.mkdir(parents=True)
-        yield fresh
-        if path.exists():
-            remove_folder(old)
-            os.replace(path, old)
+    with claimed(path, force):
+        names = _Names(path)
         try:
-            os.replace(fresh, path)
-        except OSError:
-            if old.exists():
-                os.replace(old, path)
-            raise
-        remove_folder(old)
-    except OSError as error:
-        raise explain(error, path) from error
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
+            names.fresh.mkdir()
+            yield names.fresh
+            _take_name(names)
+        except OSError as error:
+            raise explain(error, path) from error
+        finally:
+            shutil.rmtree(names.fresh, ignore_errors=True)
+
+
+def _take_name(names: _Names) -> None:
+    """Give the fresh folder its name. What it replaces and what it was made from step aside first, and go last: a kill
+    in between leaves either all as it was or nothing but what ``_settle`` removes.
+    """
+    aside = {names.path: names.old}
+    if names.path in _finishing:
+        aside[partial_folder(names.path)] = names.used
+    moved = []
+    try:
+        for place, other in aside.items():
+            if place.exists():
+                moved.append((place, other))
+                os.replace(place, other)
+        os.replace(names.fresh, names.path)
+    except BaseException:
+        if names.fresh.exists():
+            for place, other in moved:
+                if other.exists():
+                    os.replace(other, place)
+        raise
+    for _, other in moved:
+        remove_folder(other)
 
 
 OURS = ("model.json", "report.json", "export.json")  # every folder that a command writes has one of these
@@ -83,7 +180,7 @@ def refuse_existing(path: Path, force: bool) -> None:
     ours.
     """
     if not path.absolute().name:
-        raise ArtifactError(f"{path} cannot be replaced; choose a folder of its own")
+        raise _no_folder(path)
     if not path.exists():
         return
     if not path.is_dir():
@@ -95,6 +192,10 @@ def refuse_existing(path: Path, force: bool) -> None:
             f"{path} was not written by mlxquant, so --force does not replace it; choose another folder or remove it"
             " yourself"
         )
+
+
+def _no_folder(path: Path) -> ArtifactError:
+    return ArtifactError(f"{path} cannot be replaced; choose a folder of its own")
 
 
 def ensure_writable(folder: Path) -> None:

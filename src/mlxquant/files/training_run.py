@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from ..errors import ArtifactError
+from .blas import Libraries, loaded_blas, same_blas
 from .checked import plain, read_tensors, write_tensors
 
 CHECKPOINT, KIND = "training.safetensors", "training"
@@ -33,6 +35,7 @@ class TrainingRun:
     facts: dict[str, Any]
     step: int = 0
     _saved: float = field(default_factory=time.monotonic)
+    _blas: Libraries | None = None
 
     @property
     def checkpoint(self) -> Path:
@@ -43,13 +46,20 @@ class TrainingRun:
         """Whether enough time has gone by to save again."""
         return time.monotonic() - self._saved >= INTERVAL
 
-    def save(self, trees: Mapping[str, Any]) -> None:
+    def save(self, trees: Mapping[str, Any], finished: bool = False) -> None:
         """Keep trees (nested dictionaries and lists of arrays), each under its name, as they are after ``step``
-        iterations.
+        iterations; and, unless that is ``finished``, what BLAS they were computed with.
         """
         arrays: dict[str, mx.array] = dict(tree_flatten(dict(trees)))
-        write_tensors(self.checkpoint, KIND, arrays, {"facts": self.facts, "step": self.step})
+        header: dict[str, Any] = {"facts": self.facts, "step": self.step}
+        if not finished:
+            self._blas = header["blas"] = self._blas or loaded_blas()
+        write_tensors(self.checkpoint, KIND, arrays, header)
         self._saved = time.monotonic()
+
+    def same_blas(self) -> AbstractContextManager[None]:
+        """Go on with the BLAS that the run was begun with; see ``files.blas``."""
+        return same_blas(self._blas, self.checkpoint)
 
     def resume(self) -> dict[str, dict[str, mx.array]]:
         """Go to the step of the checkpoint; its trees by name, each flat, by dotted path. Nothing where there is none.
@@ -66,7 +76,7 @@ class TrainingRun:
                 f"{self.checkpoint} belongs to a run with other settings ({changes(header['facts'], ours)}); choose"
                 " another folder, or give the same settings"
             )
-        self.step = header["step"]
+        self.step, self._blas = header["step"], header.get("blas")
         trees: dict[str, dict[str, mx.array]] = {}
         for name, value in arrays.items():
             tree, _, key = name.partition(".")

@@ -21,10 +21,10 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_map, tree_unflatten
 
-from ..commandline.console import Command, progress, result
+from ..commandline.console import Command, during_command, progress, result
 from ..commandline.options import COUNT, PATH, option
-from ..files.atomic import ensure_writable
 from ..files.checked import write_tensors
+from ..files.lock import locked
 from ..files.training_run import TrainingRun
 from ..layers.tree import parameters
 from .mmdit.network import MMDiTConfig
@@ -137,7 +137,8 @@ def main(out: Path, steps: int, batch_size: int, learning_rate: float, seed: int
     """
     workers = mx.distributed.init()
     chief = workers.rank() == 0
-    ensure_writable(out)
+    if chief:
+        during_command(locked(out, inside=True))
     settings = {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed}
     options = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in settings.items())
     facts = {"config": CONFIG.to_dict(), **settings, "command": f"python -m mlxquant.models.train_shapes {options}"}
@@ -149,6 +150,7 @@ def main(out: Path, steps: int, batch_size: int, learning_rate: float, seed: int
     if found := {name: tree_unflatten(list(flat.items())) for name, flat in run.resume().items()}:
         model.update(found["model"])
         average, optimizer.state = found["average"], found["optimizer"]
+    during_command(run.same_blas())
     update = training_step(model, optimizer, workers)
     recent: deque[float] = deque(maxlen=250)
     left: Iterable[int] = range(run.step, steps)
@@ -162,7 +164,8 @@ def main(out: Path, steps: int, batch_size: int, learning_rate: float, seed: int
         run.step = step + 1
         recent.append(float(np.array(value)))
         if chief and (run.step % save_every == 0 or run.step == steps):
-            run.save({"model": model.parameters(), "average": average, "optimizer": optimizer.state})
+            trees = {"model": model.parameters(), "average": average, "optimizer": optimizer.state}
+            run.save(trees, finished=run.step == steps)
     if chief:
         result(
             {

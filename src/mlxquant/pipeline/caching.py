@@ -132,8 +132,9 @@ def write(
     ledger = Ledger.open(folder / METADATA, KIND, plan.facts, COMMAND, force, resume)
     if not ledger.complete:
         adapter.prepare(plan.trajectories.prompts)
-        for start in range(0, len(plan.trajectories.prompts), adapter.batch):
-            _write_images(plan, adapter, ledger, start, progress)
+        with ledger.same_blas():
+            for start in range(0, len(plan.trajectories.prompts), adapter.batch):
+                _write_images(plan, adapter, ledger, start, progress)
         ledger.save(complete=True)
     return BlockCache.read(folder)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,11 @@ import numpy as np
 from ..errors import ArtifactError
 from ..files import checked
 from ..files.atomic import atomic_file, ensure_writable, explain
+from ..files.blas import Libraries, loaded_blas, same_blas
 from ..files.checked import file_digest, read_json, understood, write_json
 from ..numerics.arrays import Array
 
+BLAS = "blas"  # of an unfinished folder: what it is computed with
 OWN = ("files", "complete", "made_from")  # the ledger's own entries; ``made_from`` names those that are facts
 
 
@@ -71,6 +74,7 @@ class Ledger:
             notes,
             complete,
         )
+        self._blas: Libraries | None = None
         self._verified: set[str] = set()
 
     @property
@@ -124,9 +128,11 @@ class Ledger:
         data = read_json(path, kind)
         with understood(path, remedy):
             files, complete, names = (data.pop(key) for key in OWN)
+            blas = data.pop(BLAS, None)
             facts = {name: data.pop(name) for name in names}
             notes = {name: value for name, value in data.items() if name not in ("kind", "version")}
             ledger = cls(path, kind, facts, files, notes, complete)
+            ledger._blas = blas
         if outside := [name for name in ledger.files if Path(name).is_absolute() or ".." in Path(name).parts]:
             raise ArtifactError(
                 f"{path}: lists {outside[0]!r}, which is not inside its folder; the file is not ours, {remedy}"
@@ -184,10 +190,17 @@ class Ledger:
         """Measured size of the listed files and of the ledger itself."""
         return sum((self.folder / name).stat().st_size for name in (*self.files, self.path.name))
 
+    def same_blas(self) -> AbstractContextManager[None]:
+        """Go on with the BLAS that the folder was begun with; see ``files.blas``."""
+        return same_blas(self._blas, self.path)
+
     def save(self, complete: bool = False) -> None:
         """Write the ledger, atomically."""
         self.complete = complete
         data = {**self.notes, **self.facts, **dict(zip(OWN, (self.files, complete, sorted(self.facts)), strict=True))}
+        if not complete:
+            self._blas = self._blas or loaded_blas()
+            data[BLAS] = self._blas
         write_json(self.path, self.kind, data)
 
     def _drop_lost(self) -> None:

@@ -85,8 +85,17 @@ def collect(
         "batch": adapter.batch,
         "versions": checked.versions(),
     }
-    rows_of_image = len(sides(calibration.cfg))
     ledger = Ledger.open(folder / STATISTICS, KIND, facts, COMMAND, force, resume)
+    with ledger.same_blas():
+        return _fill(ledger, adapter, calibration, paths, progress)
+
+
+def _fill(
+    ledger: Ledger, adapter: DiffusionAdapter, calibration: Calibration, paths: list[str], progress: Progress
+) -> ActivationStats:
+    """Write what the ledger does not list yet."""
+    num_images, stride, rows, seed = (int(ledger.facts[name]) for name in ("num_images", "stride", "rows", "seed"))
+    rows_of_image = len(sides(calibration.cfg))
     if not ledger.complete:
         adapter.prepare(calibration.prompts)
     after = {path: edge.after for edge in adapter.edges() for path in edge.consumers}
@@ -124,7 +133,7 @@ def collect(
         ledger.save()
     stats = ActivationStats(ledger)
     if not ledger.complete:
-        draw_ranges(_curves(stats), folder / PICTURE)
+        draw_ranges(_curves(stats), ledger.folder / PICTURE)
         ledger.save(complete=True)
     return stats
 
