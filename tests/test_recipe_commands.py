@@ -1,14 +1,16 @@
-"""Commands with a fixed recipe: they parse, name it, and do what ``quantize`` and ``evaluate`` do."""
+"""Commands with recipes of their own: they parse, name them, and do what ``quantize`` and ``evaluate`` do."""
 
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 import mlxquant as mq
-from mlxquant import benchmark_final, calibrate_snr, quantize_qronos
+from mlxquant import benchmark_final, calibrate_snr, evaluate_compare, quantize_qronos, quantize_qronos_4blocks
 from mlxquant.evaluate import command as evaluate
 from mlxquant.files.checked import read_json
+from mlxquant.layers.tree import parameters as parameters_of
 from mlxquant.models.shapes.adapter import MMDiTShapes
 from mlxquant.quantize import command as quantize
 from mlxquant.recipes.grammar import parse_recipe
@@ -51,6 +53,51 @@ def test_quantize_qronos_is_the_recipe_sequential_and_damped(tmp_path):
         4,
         8,
     )
+
+
+def test_quantize_qronos_4blocks_leaves_all_but_the_first_blocks_as_it_is(tmp_path):
+    parameters = {parameter.name: parameter for parameter in quantize_qronos_4blocks.command.params}
+    assert parameters["blocks"].default == 4
+    facts, _ = succeed("quantize-qronos-4blocks", "--blocks", 1, "--save_path", tmp_path / "q", *QUICK)
+    assert facts["recipe"] == "qronos+damped-w4a8,blocks=1"
+    layers, whole = mq.load(tmp_path / "q").layers, tiny_adapter()
+    first = whole.blocks[0]
+    assert set(layers) == {path for path in whole.linears() if first.owns(path)}
+    assert {layer.format.bits for path, layer in layers.items() if "adaLN" not in path} == {4}
+    kept = parameters_of(mq.load(tmp_path / "q").adapter.module)
+    for path, linear in whole.linears().items():
+        if not first.owns(path):
+            np.testing.assert_array_equal(np.array(kept[f"{path}.weight"]), np.array(linear.weight))
+
+
+def test_as_many_blocks_as_there_are_leave_the_embedders_alone(tmp_path):
+    count = len(tiny_adapter().blocks)
+    succeed(
+        "quantize",
+        "--model",
+        "mmdit-shapes",
+        "--recipe",
+        "rtn-w8a16",
+        "--blocks",
+        count,
+        "--out",
+        tmp_path / "q",
+        *QUICK,
+    )
+    layers = mq.load(tmp_path / "q").layers
+    assert layers.keys() == tiny_adapter().block_linears().keys()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--recipe", "rtn-w4a8", "--blocks", "99"], "--blocks 99: mmdit-shapes has 2; ask for as many or fewer"),
+        (["--recipe", "rtn+softmax8-w4a8", "--blocks", "1"], "quantizes the attention of every block"),
+    ],
+)
+def test_blocks_that_cannot_be_are_one_clear_error(tmp_path, options, message):
+    assert message in fail("quantize", "--model", "mmdit-shapes", *options, "--out", tmp_path / "q", *QUICK)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_they_give_the_same_model_as_quantize(tmp_path):
@@ -119,6 +166,39 @@ def test_benchmark_final_without_folders_evaluates_four_recipes(evaluated):
     assert {"rtn+logsnr", "qronos+damped"} <= methods
 
 
+def test_evaluate_compare_sets_log_snr_beside_other_scales_at_the_same_bits(evaluated):
+    outcome = run("evaluate-compare")
+    assert outcome.exit_code == 0, outcome.output
+    assert evaluated["recipe_names"] == evaluate_compare.RECIPES
+    recipes = [parse_recipe(name) for name in evaluate_compare.RECIPES]
+    inputs = [recipe.rules[-1][1].activation for recipe in recipes]
+    assert [(one.per_timestep, one.range) for one in inputs] == [
+        (False, "extremes"),
+        (True, "extremes"),
+        (True, "tdq"),
+        (True, "logsnr"),
+    ]
+    assert {(recipe.rules[-1][1].weight.bits, one.bits) for recipe, one in zip(recipes, inputs, strict=True)} == {
+        (8, 8)
+    }
+
+
+def test_evaluate_compare_takes_models_that_are_there(tmp_path):
+    succeed("calibrate-snr", "--save_path", tmp_path / "logsnr_checkpoints.pt", *QUICK)
+    facts, _ = succeed(
+        "evaluate-compare",
+        tmp_path / "logsnr_checkpoints.pt",
+        "--out",
+        tmp_path / "report",
+        "--num-prompts",
+        1,
+        "--steps",
+        2,
+    )
+    assert [one["name"] for one in facts["results"]] == ["logsnr_checkpoints.pt"]
+    assert (tmp_path / "report" / "report.html").exists()
+
+
 def test_every_option_they_pass_on_exists():
     """A renamed option of ``quantize`` or ``evaluate`` must not be passed in vain."""
     known = {parameter.name for parameter in quantize.params}
@@ -126,6 +206,7 @@ def test_every_option_they_pass_on_exists():
         "name",
         "size",
         "recipe_name",
+        "blocks",
         "prompt_file",
         "num_prompts",
         "steps",
@@ -149,7 +230,9 @@ def test_every_option_they_pass_on_exists():
     } <= known
 
 
-@pytest.mark.parametrize("module", [calibrate_snr, quantize_qronos, benchmark_final])
+@pytest.mark.parametrize(
+    "module", [calibrate_snr, quantize_qronos, quantize_qronos_4blocks, benchmark_final, evaluate_compare]
+)
 def test_they_run_as_modules(module):
     done = subprocess.run([sys.executable, "-m", module.__name__, "--help"], capture_output=True, text=True, check=True)
     assert "--model" in done.stdout

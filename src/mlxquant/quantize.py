@@ -10,7 +10,7 @@ import click
 
 from .api import jobs
 from .api.model import Model, load
-from .api.plan import plan
+from .api.plan import of_first_blocks, plan
 from .api.quantizing import calibrate, calibrate_text
 from .calibration.data import CalibrationData
 from .commandline.console import Command, peak_bytes, progress, result, say
@@ -67,6 +67,9 @@ calibration_options = together(
 )
 @calibration_options
 @option(
+    "--blocks", type=COUNT, help="Quantize the first N blocks alone, to see soon what a recipe does.  [default: all]"
+)
+@option(
     "--bits-per-weight",
     type=click.FloatRange(2, 8),
     help="Give each layer its own bits, so many on average, scales included.",
@@ -86,6 +89,7 @@ def command(
     size: int | None,
     recipe_name: str,
     override: tuple[str, ...],
+    blocks: int | None,
     bits_per_weight: float | None,
     bits_per_activation: float | None,
     iters: int | None,
@@ -107,6 +111,8 @@ def command(
         raise RecipeError("--quant-config has the activation scales for the weights of --adaround-output; pass both")
     tracks = None if adaround_output is None else TrackFiles(adaround_output, quant_config)
     model = load(name, size)
+    if blocks is not None:
+        recipe = of_first_blocks(model, recipe, blocks)
     layers = plan(model, recipe)
     if tracks is not None:
         tracks.store(model.clone(), layers)  # refused now, if at all, and not after the calibration

@@ -2,11 +2,32 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ..errors import RecipeError
 from ..recipes.recipe import LayerSpec, Recipe
 from ..sweep.allocation import check_limits
 from ..sweep.requirements import check_model
 from .model import Model, QuantizedModel
+
+
+def of_first_blocks(model: Model, recipe: Recipe, count: int) -> Recipe:
+    """The recipe for the first ``count`` blocks of a model alone, whose name then says so; all else stays in full
+    precision. Raises RecipeError where the model has fewer, or the recipe is about every block.
+    """
+    adapter = model.adapter
+    if count > len(adapter.blocks):
+        raise RecipeError(f"--blocks {count}: {model.name} has {len(adapter.blocks)}; ask for as many or fewer")
+    if recipe.probabilities is not None:
+        raise RecipeError(
+            f"recipe {recipe.name} quantizes the attention of every block; leave out --blocks, or 'softmax'"
+        )
+    chosen = adapter.blocks[:count]
+    others = [prefix for stage in adapter.stages if stage not in chosen for prefix in stage.prefixes]
+    layers = list(adapter.linears())
+    kept = [prefix for prefix in others if any(path == prefix or path.startswith(f"{prefix}.") for path in layers)]
+    rules = (*((prefix, None) for prefix in kept), *recipe.rules)
+    return replace(recipe, name=f"{recipe.name},blocks={count}", rules=rules)
 
 
 def plan(model: Model, recipe: Recipe) -> dict[str, LayerSpec]:

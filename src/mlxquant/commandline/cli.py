@@ -19,6 +19,7 @@ GROUPS = {  # in the order of the help; what matters first comes first
         "export": "Write a model for another tool.",
         "calibrate-snr": "Quantize with activation scales by log-SNR.",
         "quantize-qronos": "Quantize by Qronos.",
+        "quantize-qronos-4blocks": "Quantize four blocks by Qronos.",
     },
     "The pipeline step by step": {
         "generate-calibration-data": "Keep the latents of real trajectories.",
@@ -34,6 +35,7 @@ GROUPS = {  # in the order of the help; what matters first comes first
         "visualize": "Draw weights, codes and activations.",
         "perplexity": "Measure how well language models predict a text.",
         "compare-images": "Compare folders of pictures with a reference.",
+        "evaluate-compare": "Compare log-SNR scales with others.",
         "benchmark-final": "Compare quantized models with their baseline.",
     },
     "Train": {
