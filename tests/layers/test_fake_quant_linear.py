@@ -55,8 +55,8 @@ def test_a_frozen_layer_is_the_formula_in_float64(bits):
     seen = [np.array(uneven(t) * (t + 1)).astype(np.float64) for t in (0, 1, 4)]
     peaks = np.stack([np.abs(x).max(0) for x in seen])
     live = peaks[0] > 0
-    share = peaks.sum(1) / peaks.sum()  # w_t, equation 4
-    joint = (share[:, None] * peaks / peaks[:, live].min(1, keepdims=True)).sum(0)  # equations 3 and 4
+    r = peaks / peaks[:, live].min(1, keepdims=True)  # r_tc, equation 3
+    joint = (r * peaks).sum(0) / np.where(live, peaks.sum(0), 1)  # equation 4: a channel's own peaks are its weights
     ratio = np.where(live, np.clip(joint, 1, 3.0), 1)  # equation 5
     layer.freeze()
     np.testing.assert_allclose(layer.ratio, ratio, rtol=1e-5)
