@@ -3,8 +3,9 @@
 A diffusion model reads inputs whose ranges change with the noise level, so one step for all times would clip at one
 and waste codes at another. A table has a step for each noise level that was calibrated, and ``at`` says what holds in
 between: the range is the envelope of the neighbours, so that nothing is clipped that either would keep, and a table
-made at 28 sampler steps serves any number of them. The entries are static. While the model runs nothing is measured; a
-layer only has to know the time (``reading``).
+made at 28 sampler steps serves any number of them. Where the entries come from a network over time (``time_network``),
+the table keeps it, and between two levels it says what holds. The entries are static. While the model runs nothing is
+measured; a layer only has to know the time (``reading``).
 
 There are two kinds of entries. A uniform one maps ``x`` to signed codes ``clip(round((x - shift) / step), -2^(bits-1),
 2^(bits-1) - 1)``. The step is one number for the tensor, because a step per input channel could not leave an integer
@@ -27,6 +28,7 @@ import numpy as np
 
 from ..errors import RecipeError
 from ..numerics.arrays import Array
+from .time_network import TimeNetwork
 
 BITS = (4, 6, 8, 16)
 MANTISSA, ONE, ROOT = 23, 0x3F800000, 0x3504F3  # of a float32: bits of the mantissa; 1.0; the mantissa of sqrt(2)
@@ -53,9 +55,12 @@ class ActivationTable:
         shift: [T,1] or [T,in] float32.
         bits: [T] integers of 4, 6, 8 or 16.
         log: [T] bool, which entries are logarithmic; one for all is spread, and by default none is.
+        network: What says step and shift between the noise levels, if anything does; the entries have then the same
+            bits, one shift each, and none is logarithmic.
 
     Raises:
-        RecipeError: Lengths differ or are 0, noise levels do not ascend, steps or bits are none.
+        RecipeError: Lengths differ or are 0, noise levels do not ascend, steps or bits are none, or a network stands
+            beside entries that it cannot have made.
     """
 
     sigma: Array
@@ -63,6 +68,7 @@ class ActivationTable:
     shift: Array
     bits: Array
     log: Array = field(default_factory=lambda: np.zeros((), bool))
+    network: TimeNetwork | None = None
 
     def __post_init__(self) -> None:
         length = len(self.sigma)
@@ -77,6 +83,16 @@ class ActivationTable:
             raise RecipeError("activation table: sigma must ascend and every step must be positive and finite")
         if unknown := set(np.unique(self.bits).tolist()) - set(BITS):
             raise RecipeError(f"activation table: bits must be of {BITS}, found {sorted(unknown)}")
+        if self.network is not None and (self.shift.shape[1] > 1 or self.log.any() or len(np.unique(self.bits)) > 1):
+            raise RecipeError(
+                "activation table: a network over time gives uniform entries of the same bits with one shift each"
+            )
+
+    @classmethod
+    def of_network(cls, network: TimeNetwork, sigma: Array, bits: int) -> ActivationTable:
+        """The table of a network: its entries at noise levels [T], ascending, and between them what it says."""
+        step, shift = network.entries(sigma)
+        return cls(sigma.astype(np.float32), step, shift, np.full(len(sigma), bits, np.uint8), network=network)
 
     @property
     def span(self) -> Array:
@@ -86,8 +102,9 @@ class ActivationTable:
     def at(self, sigma: Array) -> Reading:
         """The entries that hold at some noise levels.
 
-        At a calibrated level that is its own, bit for bit. Between two of them the range is the envelope of both, with
-        the larger bit width, logarithmic where the nearer one is. Outside, the nearest entry holds.
+        At a calibrated level that is its own, bit for bit. Between two of them it is what the network says, where there
+        is one; else the range is the envelope of both, with the larger bit width, logarithmic where the nearer one is.
+        Outside, the nearest entry holds.
 
         Args:
             sigma: [B], in any order.
@@ -101,6 +118,8 @@ class ActivationTable:
         low, high = np.minimum(low[below], low[above]), np.maximum(high[below], high[above])
         step = (high - low).max(1) / np.where(log, 1, 2.0**bits - 1)
         shift = np.where(log[:, None], low, (low + high + step[:, None]) / 2)
+        if self.network is not None:
+            step, shift = self.network.entries(sigma)
         exact = below == above  # the entry itself: recomputed from its ends it would differ in the last bit
         step = np.where(exact, self.step[below], step)
         shift = np.where(exact[:, None], self.shift[below], shift)

@@ -1,98 +1,115 @@
-"""Steps as a function of time, against the paper's formulas in plain Python."""
+"""Trained networks over time: what they minimise, against float64, and what training is worth."""
 
-import math
-
+import mlx.core as mx
 import numpy as np
 import pytest
 
 from mlxquant.grids.tables import ActivationTable
-from mlxquant.methods.inputs.time_networks import (
-    HIDDEN,
-    OCTAVES,
-    TimeNetwork,
-    drawn_layer,
-    inverse_softplus,
-    signal_to_noise,
-    timestep,
-)
+from mlxquant.methods.inputs.clipping import error, extremes
+from mlxquant.methods.inputs.time_networks import OUTPUTS_SEEN, LayerError, logsnr, tdq, trained
+from mlxquant.methods.inputs.time_ridge import fitted, initial, tdq_ridge
+from mlxquant.numerics.input_ranges import InputRanges
 
-TIMES = [timestep, signal_to_noise]
-SIGMA = np.linspace(0.02, 1, 28).astype(np.float32)
+SIGMA = np.linspace(0.05, 1, 7).astype(np.float32)
+WEIGHT = np.random.default_rng(9).normal(size=(6, 10))
 
 
-def table(step, shift, bits=8):
-    return ActivationTable(
-        SIGMA, np.asarray(step, np.float32), np.asarray(shift, np.float32)[:, None], np.full(28, bits, np.uint8)
+def ranges(seed=0, rows=24, width=10):
+    """Heavy tails, whose size and middle change with the noise level, and extremes beyond the rows."""
+    rng = np.random.default_rng(seed)
+    x = rng.standard_t(3, (len(SIGMA), rows, width)) * (0.5 + SIGMA)[:, None, None] + SIGMA[:, None, None]
+    x = x.astype(np.float32)
+    low, high = x.min(1), x.max(1)
+    return InputRanges(SIGMA, low, high, low - 0.5, high + 0.5, x)
+
+
+def output_error(table, seen, weight, bits):
+    """By levels, in float64: the mean over rows of ``‖(Q(x) - x) Wᵀ‖²``, and each channel's extremes, one row each."""
+    edge, found = 2 ** (bits - 1), []
+    for t in range(len(SIGMA)):
+        step, shift = float(table.step[t]), float(table.shift[t, 0])
+
+        def wrong(x, step=step, shift=shift):
+            x = x.astype(np.float64)
+            return np.clip(np.rint((x - shift) / step), -edge, edge - 1) * step + shift - x
+
+        rows = seen.rows[t]
+        rare = sum((np.square(wrong(end)) * np.square(weight).sum(0)).sum() for end in (seen.least[t], seen.most[t]))
+        found.append((np.square(wrong(rows) @ weight.T).sum() + rare) / len(rows))
+    return np.array(found)
+
+
+def loss_of(table, seen, weight, bits, rng=None):
+    measure = LayerError(seen, weight, bits, 0.25, rng or np.random.default_rng(0))
+    step, shift = mx.array(table.step / 0.25), mx.array(table.shift[:, 0] / 0.25)
+    return np.array(measure(step, shift, measure.rows))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_loss_is_the_layers_output_error_in_units_of_the_extremes(bits):
+    seen = ranges()
+    wanted = output_error(error(seen, WEIGHT, bits), seen, WEIGHT, bits)
+    wanted /= output_error(extremes(seen, WEIGHT, bits), seen, WEIGHT, bits)
+    np.testing.assert_allclose(loss_of(error(seen, WEIGHT, bits), seen, WEIGHT, bits), wanted, rtol=0.01)
+
+
+def test_many_outputs_are_looked_at_as_random_sums_of_them():
+    weight, seen = np.random.default_rng(1).normal(size=(50 * OUTPUTS_SEEN, 10)), ranges()
+    wanted = output_error(error(seen, weight, 4), seen, weight, 4)
+    wanted /= output_error(extremes(seen, weight, 4), seen, weight, 4)
+    found = [loss_of(error(seen, weight, 4), seen, weight, 4, np.random.default_rng(seed)) for seed in range(8)]
+    np.testing.assert_allclose(np.mean(found, 0), wanted, rtol=0.1)
+
+
+@pytest.mark.parametrize("method", [tdq, logsnr])
+def test_training_lowers_the_error_of_where_it_started(method):
+    """From the paper's start, one step for all times, it gains much; it never ends above its start."""
+    seen = ranges()
+    found, closed = method(seen, WEIGHT, 4), tdq_ridge(seen, WEIGHT, 4)
+    errors = [output_error(table, seen, WEIGHT, 4) for table in (found, closed, extremes(seen, WEIGHT, 4))]
+    assert (errors[0] / errors[2]).mean() < 0.98 * (errors[1] / errors[2]).mean()
+
+
+def test_from_one_step_for_all_times_it_learns_to_follow_time():
+    seen = ranges()
+    start = initial("timestep", extremes(seen, WEIGHT, 4))
+    end = trained(start, seen, WEIGHT, 4)
+    scale = output_error(extremes(seen, WEIGHT, 4), seen, WEIGHT, 4)
+    before, after = (
+        (output_error(ActivationTable.of_network(n, SIGMA, 4), seen, WEIGHT, 4) / scale).mean() for n in (start, end)
     )
+    assert after < 0.8 * before
+    assert end.entries(SIGMA)[0].std() > 0.05 * end.entries(SIGMA)[0].mean()
 
 
-def smooth():
-    return table(0.02 + 0.05 * SIGMA**2, 1 - 3 * SIGMA)
+def test_what_cannot_be_bettered_is_kept():
+    seen = ranges()
+    start = fitted("timestep", error(seen, WEIGHT, 8))
+    assert trained(start, seen, WEIGHT, 8, iterations=0) is start
+    flat = InputRanges(SIGMA, *(np.full_like(getattr(seen, n), 3) for n in ("low", "high", "least", "most", "rows")))
+    start = fitted("timestep", error(flat, WEIGHT, 8))
+    assert trained(start, flat, WEIGHT, 8, iterations=50) is start
 
 
-@pytest.mark.parametrize("time", TIMES)
-def test_the_table_is_the_network(time):
-    """One noise level after the other, in Python floats."""
-    network = TimeNetwork.fitted(time, smooth())
-    weight, bias = drawn_layer(OCTAVES, HIDDEN)
-    found = network.table(SIGMA)
-    for i, sigma in enumerate(SIGMA.astype(np.float64).tolist()):
-        lam = 10.0 if sigma == 0 else -10.0 if sigma == 1 else max(-10.0, min(10.0, 2 * math.log((1 - sigma) / sigma)))
-        u = 2 * sigma - 1 if time is timestep else lam / 10
-        features = [math.sin(math.pi / 2 * 2**k * u) for k in range(OCTAVES)] + [
-            math.cos(math.pi / 2 * 2**k * u) for k in range(OCTAVES)
-        ]
-        units = [max(0.0, bias[j] + sum(f * weight[k, j] for k, f in enumerate(features))) for j in range(HIDDEN)]
-        outputs = [sum(h * network.last[j, o] for j, h in enumerate(units)) for o in range(2)]
-        step = network.step * math.log(1 + math.exp(math.log(math.e - 1) + outputs[0]))
-        np.testing.assert_allclose(found.step[i], step, rtol=1e-5)
-        np.testing.assert_allclose(found.shift[i, 0], network.shift + network.step * outputs[1], atol=1e-5)
+def test_the_seed_decides_all_of_it():
+    seen = ranges(rows=3000)  # more than a minibatch takes
+    start = fitted("timestep", error(seen, WEIGHT, 4))
+    first, again, other = (trained(start, seen, WEIGHT, 4, iterations=50, seed=seed).numbers for seed in (1, 1, 2))
+    np.testing.assert_array_equal(first, again)
+    assert (first != other).any()
 
 
-@pytest.mark.parametrize("time", TIMES)
-def test_the_step_starts_at_delta_0_at_all_times(time):
-    start = TimeNetwork.initial(time, smooth())
-    delta = float(np.exp(np.log(smooth().step).mean()))
-    np.testing.assert_allclose(start.table(np.linspace(0, 1, 50)).step, delta, rtol=1e-6)
-    np.testing.assert_allclose(start.table(np.linspace(0, 1, 50)).shift, smooth().shift.mean(), rtol=1e-5)
+def test_random_numbers_of_others_are_left_alone():
+    seen = ranges()
+    mx.random.seed(3)
+    expected = np.array(mx.random.uniform(shape=(4,)))
+    mx.random.seed(3)
+    trained(fitted("timestep", error(seen, WEIGHT, 4)), seen, WEIGHT, 4, iterations=2)
+    np.testing.assert_array_equal(np.array(mx.random.uniform(shape=(4,))), expected)
 
 
-@pytest.mark.parametrize("time", TIMES)
-def test_steps_are_positive_at_all_times_however_wild_the_target(time):
-    rng = np.random.default_rng(0)
-    network = TimeNetwork.fitted(time, table(np.exp(rng.normal(size=28) * 4), rng.normal(size=28) * 100))
-    assert (network.table(np.linspace(0, 1, 1001)).step > 0).all()
-
-
-@pytest.mark.parametrize("time", TIMES)
-def test_schedules_that_hit_the_same_noise_level_get_the_same_step(time):
-    network = TimeNetwork.fitted(time, smooth())
-    fine = network.table(np.linspace(0, 1, 101))
-    coarse = network.table(np.linspace(0, 1, 21))
-    np.testing.assert_allclose(fine.step[::5], coarse.step, rtol=1e-6)
-    np.testing.assert_allclose(fine.shift[::5], coarse.shift, rtol=1e-6)
-
-
-@pytest.mark.parametrize("time", TIMES)
-def test_a_smooth_target_is_met_also_between_the_levels(time):
-    wanted = smooth()
-    every_second = ActivationTable(*(getattr(wanted, name)[::2] for name in ("sigma", "step", "shift", "bits")))
-    found = TimeNetwork.fitted(time, every_second).table(SIGMA)
-    np.testing.assert_allclose(found.step[::2], wanted.step[::2], rtol=0.02)
-    np.testing.assert_allclose(found.step[1:-1:2], wanted.step[1:-1:2], rtol=0.05)
-    assert set(found.bits) == {8}
-
-
-def test_log_snr_is_odd_and_clamped():
-    sigma = np.linspace(0, 1, 101)
-    np.testing.assert_allclose(signal_to_noise(sigma), -signal_to_noise(1 - sigma), atol=1e-12)
-    np.testing.assert_array_equal(signal_to_noise(np.array([0.0, 0.5, 1.0])), [1, 0, -1])
-    np.testing.assert_allclose(signal_to_noise(np.array([0.2])), 2 * np.log(4) / 10)
-
-
-def test_softplus_is_inverted():
-    values = np.geomspace(1e-9, 1e3, 50)
-    np.testing.assert_allclose(np.logaddexp(0, inverse_softplus(values)), values, rtol=1e-6)
-    np.testing.assert_allclose(
-        inverse_softplus(np.array([2.0])), np.log(np.exp(2) - 1)
-    )  # the paper's last bias for a step of 2
+def test_the_table_has_its_network_and_follows_it_between_the_levels():
+    found = tdq(ranges(), WEIGHT, 6)
+    sigma = np.linspace(0.05, 1, 10).astype(np.float32)
+    np.testing.assert_allclose(found.at(sigma).step, found.network.entries(sigma)[0], rtol=1e-5)
+    np.testing.assert_array_equal(found.step, found.network.entries(SIGMA)[0])

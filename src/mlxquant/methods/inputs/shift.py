@@ -39,10 +39,11 @@ def centred(
 ) -> ActivationTable:
     """The table of x that quantizes ``x - shift`` [T,in] with one step a timestep: ``act_shift`` [T,in].
 
-    ``find`` is the range method that spans ``x - shift`` over all channels; ``weight`` [out,in] is for it.
+    ``find`` is the range method that spans ``x - shift`` over all channels; ``weight`` [out,in] is for it. A network
+    over time that it made is not kept: it knows nothing of the channels' shifts.
     """
     table = find(shifted(ranges, shift), weight, bits)
-    return replace(table, shift=(table.shift + shift).astype(np.float32))
+    return replace(table, shift=(table.shift + shift).astype(np.float32), network=None)
 
 
 def migration(ranges: InputRanges, shift: Array, percentile: float = 99.0) -> Array:

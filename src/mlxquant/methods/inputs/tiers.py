@@ -72,13 +72,16 @@ def error(
 
 
 def mixed(tables: Tables, bits: Array) -> ActivationTable:
-    """The table whose entry t is that of ``tables[bits[t]]``; shifts of different widths are broadcast."""
+    """The table whose entry t is that of ``tables[bits[t]]``; shifts of different widths are broadcast. A network over
+    time is kept where all bits are the same.
+    """
     order = sorted(tables)
     entry = [order.index(int(b)) for b in bits], np.arange(len(bits))
     step = np.stack([tables[tier].step for tier in order])[entry]
     shift = np.stack(np.broadcast_arrays(*(tables[tier].shift for tier in order)))[entry]
     log = np.stack([tables[tier].log for tier in order])[entry]
-    return ActivationTable(tables[order[0]].sigma, step, shift, np.asarray(bits, np.uint8), log)
+    network = tables[order[entry[0][0]]].network if len(set(entry[0])) == 1 else None
+    return ActivationTable(tables[order[0]].sigma, step, shift, np.asarray(bits, np.uint8), log, network)
 
 
 def lowered(bits: Array) -> Array:

@@ -1,150 +1,152 @@
-"""Steps as a smooth function of time: Temporal Dynamic Quantization (arXiv 2306.02316), over t or over the log-SNR.
+"""Temporal Dynamic Quantization (arXiv 2306.02316): steps as a trained network's smooth function of time.
 
-A small network for each layer maps the noise level to the layer's step, ``step(sigma) = Δ₀ softplus(b + h(e) a)``: e
-are Fourier features of time, h is a hidden layer of 64 units, and b = ln(e - 1) makes the step Δ₀ where a is 0 (the
-paper's last bias ln(e^Δ₀ - 1), here in units of Δ₀, so that scaling the inputs scales the steps). It is tabulated at
-the calibrated noise levels and costs nothing at run time; between them the table's own rule holds, the envelope of the
-neighbours.
+The network (``grids.time_network``) is trained for each layer, by AdamW, on the error that quantizing the layer's input
+leaves in the layer's output, ``‖(Q(x) - x) Wᵀ‖²`` over the sampled rows x; gradients go straight through the rounding.
+``tdq`` reads the timestep, as published; ``logsnr``, the same over the log-SNR, is no paper's. ``time_ridge`` has both
+without training.
 
-Departures. The paper's quantizer has a step alone; it trains three hidden layers by gradient, with dropout. Our grids
-are affine, so the network has a second output for the shift, linear, in units of Δ₀. Its target is the table of
-``clipping.error``, softplus is inverted, and the last layer is ridge regression on one hidden layer that is drawn and
-never trained: a millisecond instead of 100, and the same result each time. Three hidden layers trained by Adam towards
-the same target reached it to 0.01 dB at the calibrated levels, and were 1 to 3 dB further from the best at 8 bits
-between them.
-
-What it is worth, on mmdit-shapes and held-out prompts: the error of the layers' outputs is that of ``error``, from
-which it learns, to 0.02 dB over t and 0.2 dB over the log-SNR; read between the calibrated levels it is no better than
-the envelope of the neighbours (A8 0.05 dB better, A4 0.2 dB worse), which is why it is not tabulated any finer.
-Pictures with 4-bit inputs over the log-SNR are 0.5 dB better than those of ``error``, at 8 bits they are not.
-
-``logsnr``, the same over the log-SNR, is no paper's. λ(sigma) is that of the rectified flow itself, and six octaves are
-enough: beyond 25 they are float noise.
+Departures from the paper. Our grids are affine, so there is a second output, for the shift. It trains for a loss at the
+end of the model; a method sees one layer, so it is that layer's output that counts, all noise levels alike, each in
+units of the error that the extremes leave there. The start is the closed form of ``time_ridge`` in place of one step
+for all times, and what is kept is the best of what was looked at, the start among it. One hidden layer, no dropout.
+The sampled rows hold hardly any of the largest values, so each channel's extremes count as well, as in
+``clipping.error``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache, partial
+from dataclasses import replace
+from functools import partial
 
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
 import numpy as np
 
+from ...grids.reading import Entry, represented
 from ...grids.tables import ActivationTable
-from ...grids.time import log_snr
+from ...grids.time_network import BIAS, TIMES, Layer, TimeNetwork, fourier_features
 from ...numerics.arrays import Array
 from ...numerics.input_ranges import InputRanges
-from ..registry import Citation, register
-from .clipping import error
+from ..registry import register
+from .clipping import EXTREMES, error, extremes
+from .time_ridge import TDQ, fitted
 
-TDQ = Citation(
-    "tdq",
-    """@inproceedings{so2023tdq,
-  title = {Temporal Dynamic Quantization for Diffusion Models},
-  author = {So, Junhyuk and Lee, Jungwon and Ahn, Daehyun and Kim, Hyungjun and Park, Eunhyeok},
-  booktitle = {Advances in Neural Information Processing Systems},
-  year = {2023},
-  note = {arXiv:2306.02316}
-}""",
-)
-
-Time = Callable[[Array], Array]  # noise levels [T] to [-1, 1]
-OCTAVES = 6  # of at most 10 that make sense
-HIDDEN = 64
-RIDGE = 0.001  # in units of the mean squared hidden activation
-BIAS = float(np.log(np.expm1(1)))  # softplus(BIAS) = 1
-TINY = float(np.finfo(np.float32).tiny)
+ITERATIONS = 300
+LOOK = 50  # iterations between two looks at all rows
+LEARNING_RATE = 0.01  # at the start; it falls to 0 along a cosine
+VALUES = 2**16  # of a minibatch, about
+OUTPUTS_SEEN = 64  # of a layer; where it has more, so many random sums of them
 
 
-def timestep(sigma: Array) -> Array:
-    """t = 1000 sigma, moved from [0, 1000] to [-1, 1]."""
-    return 2 * sigma.astype(np.float64) - 1
+class LayerError:
+    """The error in a layer's output for steps and shifts [T] of its input, in units of what ``extremes`` leaves at each
+    noise level: [T] float32, and 0 where that leaves nothing.
 
-
-def signal_to_noise(sigma: Array) -> Array:
-    """The log-SNR in [-10, 10] nats, divided by 10; odd around sigma = 1/2."""
-    return log_snr(sigma) / 10
-
-
-@cache
-def drawn_layer(octaves: int, hidden: int) -> tuple[Array, Array]:
-    """Weights [2 octaves, hidden] and biases [hidden] of the hidden layer, always the same.
-
-    Each octave weighs half of the one before, so that what fits the calibrated levels is smooth between them.
-    """
-    rng = np.random.default_rng(0)
-    return rng.normal(size=(2 * octaves, hidden)) * 0.5 ** np.tile(np.arange(octaves), 2)[:, None], rng.uniform(
-        -1, 1, hidden
-    )
-
-
-def hidden_units(time: Array) -> Array:
-    """What the last layer sees of times [T] in [-1, 1]: [T, HIDDEN] float64."""
-    angle = time[:, None] * (np.pi / 2 * 2.0 ** np.arange(OCTAVES))
-    weight, bias = drawn_layer(OCTAVES, HIDDEN)
-    units: Array = np.maximum(np.concatenate([np.sin(angle), np.cos(angle)], axis=1) @ weight + bias, 0)
-    return units
-
-
-@dataclass(frozen=True)
-class TimeNetwork:
-    """Step and shift of a layer's input as functions of ``time``: ``last`` [HIDDEN, 2] is the last layer, ``step`` is
-    Δ₀, ``shift`` the shift where ``last`` is 0, ``bits`` the input's.
+    Inputs are in ``unit``, a power of two near the step, so that scaled inputs have the same errors bit for bit.
     """
 
-    time: Time
-    last: Array
-    step: float
-    shift: float
-    bits: int
+    def __init__(self, ranges: InputRanges, weight: Array, bits: int, unit: float, rng: np.random.Generator):
+        widest = extremes(ranges, weight, bits)
+        self.rows = mx.array(ranges.rows / unit, mx.float32)
+        self._rare = mx.array(np.stack([ranges.least, ranges.most], 1) / unit, mx.float32)
+        self._heft = mx.array(np.square(weight, dtype=np.float64).sum(0) * EXTREMES / len(ranges.rows[0]), mx.float32)
+        if len(weight) > OUTPUTS_SEEN:  # sums with random signs: the same error in expectation
+            signs = rng.choice([-1.0, 1.0], size=(OUTPUTS_SEEN, len(weight)))
+            weight = signs @ weight / np.sqrt(OUTPUTS_SEEN)
+        self._weight = mx.array(weight.T, mx.float32)
+        self._entry = Entry.of(widest, ranges.sigma).shaped(3)
+        base = self._error(mx.array(widest.step / unit), mx.array(widest.shift[:, 0] / unit), self.rows)
+        self._scale = mx.where(base > 0, 1 / base, 0)
 
-    @classmethod
-    def initial(cls, time: Time, table: ActivationTable) -> TimeNetwork:
-        """The network before it is fitted: the same entry at all times, Δ₀ the geometric mean of the table's steps."""
-        step = float(np.exp(np.log(table.step.astype(np.float64)).mean()))
-        return cls(time, np.zeros((HIDDEN, 2)), step, float(table.shift.mean(dtype=np.float64)), int(table.bits[0]))
+    def __call__(self, step: mx.array, shift: mx.array, rows: mx.array) -> mx.array:
+        return self._error(step, shift, rows) * self._scale
 
-    @classmethod
-    def fitted(cls, time: Time, table: ActivationTable) -> TimeNetwork:
-        """The network whose entries are nearest to those of a ``table`` with shifts [T,1] and the same bits
-        throughout.
-        """
-        start = cls.initial(time, table)
-        wanted = np.stack(
-            [inverse_softplus(table.step / start.step) - BIAS, (table.shift[:, 0] - start.shift) / start.step], axis=1
-        )
-        units = hidden_units(time(table.sigma))
-        decay = RIDGE * float(np.square(units).mean()) * len(units)
-        last = np.linalg.solve(units.T @ units + decay * np.eye(HIDDEN), units.T @ wanted)
-        return cls(time, last, start.step, start.shift, start.bits)
-
-    def table(self, sigma: Array) -> ActivationTable:
-        """The network at noise levels [T], ascending."""
-        output = hidden_units(self.time(sigma)) @ self.last
-        step = np.maximum(self.step * np.logaddexp(0, BIAS + output[:, 0]), TINY).astype(np.float32)
-        shift = (self.shift + self.step * output[:, 1:]).astype(np.float32)
-        return ActivationTable(sigma.astype(np.float32), step, shift, np.full(len(sigma), self.bits, np.uint8))
+    def _error(self, step: mx.array, shift: mx.array, rows: mx.array) -> mx.array:
+        entry = replace(self._entry, step=step[:, None, None], shift=shift[:, None, None])
+        wrong, clipped = represented(rows, entry) - rows, represented(self._rare, entry) - self._rare
+        return mx.square(wrong @ self._weight).sum(-1).mean(1) + (mx.square(clipped) * self._heft).sum((1, 2))
 
 
-def inverse_softplus(value: Array) -> Array:
-    """z with ``ln(1 + e^z) = value`` > 0."""
-    value = value.astype(np.float64)
-    z: Array = value + np.log(-np.expm1(-value))
-    return z
+class Perceptron(nn.Module):
+    """The layers of a network, to be trained. Nothing is drawn for them, so the host's random numbers stay."""
+
+    def __init__(self, network: TimeNetwork):
+        super().__init__()
+        self.weights = [mx.array(weight) for weight, _ in network.layers]
+        self.biases = [mx.array(bias) for _, bias in network.layers]
+
+    def __call__(self, features: mx.array) -> mx.array:
+        values = features @ self.weights[0] + self.biases[0]
+        for weight, bias in zip(self.weights[1:], self.biases[1:], strict=True):
+            values = nn.relu(values) @ weight + bias
+        return values
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """Its numbers as they are now."""
+        return tuple((np.array(w), np.array(b)) for w, b in zip(self.weights, self.biases, strict=True))
+
+
+def trained(
+    start: TimeNetwork, ranges: InputRanges, weight: Array, bits: int, iterations: int = ITERATIONS, seed: int = 0
+) -> TimeNetwork:
+    """A network trained on the error of a layer's output.
+
+    Args:
+        start: Where training starts; its Δ₀ and s₀ stay.
+        ranges: Of the layer's input, with sampled rows.
+        weight: [out,in].
+        bits: Of the input.
+        iterations: Minibatches, each of a few rows of every noise level.
+        seed: Of the minibatches and of the sums of outputs.
+
+    Returns:
+        The network with the least error on all rows, of those that were looked at every ``LOOK`` iterations.
+    """
+    rng = np.random.default_rng(seed)
+    unit = float(2.0 ** np.rint(np.log2(start.step)))
+    error_of = LayerError(ranges, weight, bits, unit, rng)
+    features = mx.array(fourier_features(TIMES[start.time](ranges.sigma)), mx.float32)
+    model = Perceptron(start)
+    delta, middle = start.step / unit, start.shift / unit
+
+    def loss(rows: mx.array) -> mx.array:
+        out = model(features)
+        return error_of(delta * nn.softplus(BIAS + out[:, 0]), middle + delta * out[:, 1], rows).mean()
+
+    best, least = start, float(loss(error_of.rows).item())
+    levels, count, width = ranges.rows.shape
+    some = min(count, max(1, VALUES // (levels * width)))
+    optimizer = optim.AdamW(optim.cosine_decay(LEARNING_RATE, max(1, iterations)))
+    step = nn.value_and_grad(model, loss)
+    for iteration in range(iterations):
+        _, gradients = step(error_of.rows[:, mx.array(rng.choice(count, some, replace=False))])
+        optimizer.update(model, gradients)
+        mx.eval(model.state, optimizer.state)
+        if (iteration + 1) % LOOK == 0 and (now := float(loss(error_of.rows).item())) < least:
+            best, least = replace(start, layers=model.layers), now
+    return best
+
+
+def network_table(time: str, ranges: InputRanges, weight: Array, bits: int) -> ActivationTable:
+    """The table of a trained network over ``time``."""
+    start = fitted(time, error(ranges, weight, bits))
+    return ActivationTable.of_network(trained(start, ranges, weight, bits), ranges.sigma, bits)
 
 
 network = partial(register, "range", citation=TDQ, over_time=True)
 
 
-@network("tdq", summary="a small network over the timestep, fitted to the steps of least error")
+@network("tdq", summary="a network over the timestep, trained on the error of the layer's output")
 def tdq(ranges: InputRanges, weight: Array, bits: int) -> ActivationTable:
     """Temporal Dynamic Quantization (arXiv 2306.02316) on the timestep t."""
-    return TimeNetwork.fitted(timestep, error(ranges, weight, bits)).table(ranges.sigma)
+    return network_table("timestep", ranges, weight, bits)
 
 
-@network("logsnr", summary="a small network over the log-SNR, fitted to the steps of least error")
+@network("logsnr", summary="a network over the log-SNR, trained on the error of the layer's output")
 def logsnr(ranges: InputRanges, weight: Array, bits: int) -> ActivationTable:
     """The same on the log-SNR λ(sigma) = 2 ln((1 - sigma) / sigma), which moves most where the image settles, near 0
     and 1.
     """
-    return TimeNetwork.fitted(signal_to_noise, error(ranges, weight, bits)).table(ranges.sigma)
+    return network_table("log-snr", ranges, weight, bits)
