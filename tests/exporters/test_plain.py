@@ -126,6 +126,24 @@ def test_dtypes(net):
         plain_module(net, "it").as_dtype("float16")
 
 
+def test_scales_of_small_rows_are_float32_and_no_float16(net):
+    small = np.array(net.head.weight) * np.where(np.arange(40) == 3, 1e-6, 1)[:, None]
+    net.head.weight = mx.array(small, mx.float32)
+    net.head = rounded(net.head, "w8")
+    plain = plain_module(net, "it")
+    assert plain.arrays["head.scales"].dtype == plain.arrays["head.biases"].dtype == mx.float32
+    assert plain.arrays["blocks.0.first.scales"].dtype == mx.float16
+    assert plain.notes[0].startswith("scales of 1 layers as float32")
+    coarse = plain.as_dtype("bfloat16").arrays["head.scales"].astype(mx.float32)
+    np.testing.assert_allclose(np.array(coarse), np.array(plain.arrays["head.scales"]), rtol=2.0**-8)
+    with pytest.raises(ExportError, match=r"head.scales: holds scales of .*e-10, .* use bfloat16 or float32"):
+        plain.as_dtype("float16")
+    assert plain.mixed_dtypes() == ""
+    net.blocks = []
+    net.half = mx.ones(3, mx.bfloat16)
+    assert plain_module(net, "it").mixed_dtypes().startswith("MLX promotes float32 scales times bfloat16 inputs")
+
+
 @pytest.mark.parametrize(("limit", "files"), [(10**6, [0, 0, 0, 0]), (800, [0, 0, 1, 2]), (1, [0, 1, 2, 3])])
 def test_files_are_split_at_a_limit(tmp_path, limit, files):
     arrays = {"d": mx.ones(100), "b": mx.ones(100), "c": mx.ones(110), "a": mx.ones(120)}

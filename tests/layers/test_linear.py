@@ -122,6 +122,50 @@ def test_packed_kernels_give_the_same_result(format, activations, monkeypatch):
         np.testing.assert_allclose(np.array(made(x)), expected, atol=2e-5)
 
 
+DEVICES = pytest.mark.parametrize("packed", [False, True])
+
+
+def as_float64(value):
+    return np.array(value.astype(mx.float32)).astype(np.float64)
+
+
+@DEVICES
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16], ids=str)
+@pytest.mark.parametrize("format", ["w8", "w4", "w8-asym", "w4-g64", "w2"])
+@pytest.mark.parametrize("transformed", [False, True])
+def test_a_16_bit_input_costs_no_more_than_the_rounding_of_the_output(format, dtype, packed, transformed, monkeypatch):
+    """Neither scales nor divisors are rounded to its dtype, and the output is once."""
+    monkeypatch.setattr(layers_module, "use_packed_kernels", lambda: packed)
+    rng = np.random.default_rng(5)
+    divisor = rng.uniform(0.5, 2, 128).astype(np.float32) if transformed else None
+    plain = layer(format, bias=False)
+    bias = mx.array(rng.normal(size=12).astype(np.float32))
+    made = QuantizedLinear(
+        plain.codes(), plain.grid(), bias, None if divisor is None else mx.array(divisor), 16 if transformed else 1
+    )
+    x = inputs().astype(dtype)
+    seen = as_float64(x)
+    if transformed:
+        seen = Transform(divisor, None, 16).inputs(seen)
+    exact = seen @ made.grid().dequantize(made.codes()).astype(np.float64).T + np.array(bias)
+    y = made(x)
+    assert y.dtype == dtype
+    half_a_digit = {mx.bfloat16: 2.0**-9, mx.float16: 2.0**-12}[dtype] * 2.0 ** np.ceil(np.log2(np.abs(exact)))
+    assert (np.abs(as_float64(y) - exact) <= half_a_digit + 1e-5).all()
+
+
+@pytest.mark.parametrize("width", [512, 544, 1024])
+def test_packed_kernels_multiply_integers_where_that_is_exact(width, monkeypatch):
+    """They sum codes from 0 to 255: with inputs of 8 bits more than 514 columns may pass 2^24 on the way."""
+    monkeypatch.setattr(layers_module, "use_packed_kernels", lambda: True)
+    made, used = layer("w8", width=width), []
+    monkeypatch.setattr(
+        QuantizedLinear, "_multiply_packed", lambda self, x, *scales: used.append(x) or x @ mx.zeros((width, 12))
+    )
+    made._multiply_codes(inputs(width=width), made.centred_codes(), 128)
+    assert bool(used) == (width == 512)
+
+
 def test_a_batch_may_mix_timesteps():
     made, x = layer(activations=table()), inputs()
     with CLOCK.at([0.1, 1.0, 0.3]):

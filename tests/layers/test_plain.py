@@ -91,6 +91,24 @@ def test_scales_are_float32_where_float16_has_no_room_for_their_bias():
     )
 
 
+@pytest.mark.parametrize("scale", [2.0**-30, 2.0**-12, 2.0**20])
+@pytest.mark.parametrize("format", [format for format in FORMATS if "w7" not in format])
+def test_scales_beyond_float16_are_float32_there_and_back(format, scale):
+    ours, usual = layer(format, bias=False, scale=scale), layer(format, bias=False)
+    plain = plain_layer(ours)
+    theirs = nn.Linear(128, 24, bias=False).to_quantized(**plain.setting)
+    theirs.load_weights(list(plain.arrays.items()))
+    x = mx.array(np.random.default_rng(1).standard_normal((3, 128)).astype(np.float32))
+    np.testing.assert_allclose(
+        np.array(theirs(x)) / scale, np.array(usual(x)), atol=2e-3 if ours.format.bits == 2 else 4e-4
+    )
+    own = restored({f"a.{name}": value for name, value in plain.arrays.items()}, {"a": ours.facts}, ["a"])
+    assert own.keys() == {f"a.{name}" for name in parameters(ours)}
+    for name, value in parameters(ours).items():
+        assert own[f"a.{name}"].dtype == value.dtype
+        assert mx.array_equal(own[f"a.{name}"], value).item()
+
+
 def with_table(made):
     made.set_activations(ActivationTable(np.ones(1), np.ones(1), np.zeros((1, 1)), np.array([8])), Clock())
     return made

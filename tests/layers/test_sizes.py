@@ -15,7 +15,15 @@ from mlxquant.errors import RecipeError
 from mlxquant.grids.weights import GROUPS, Grid, WeightFormat, fit_extremes
 from mlxquant.layers.kinds import KINDS
 from mlxquant.layers.linear import QuantizedLinear
-from mlxquant.layers.sizes import Size, numbers_in, planned_bits_per_weight, planned_bytes, stored_bytes, weight_count
+from mlxquant.layers.sizes import (
+    Size,
+    numbers_in,
+    planned_bits_per_weight,
+    planned_bytes,
+    scale_bytes,
+    stored_bytes,
+    weight_count,
+)
 from mlxquant.layers.tree import parameters
 from mlxquant.numerics.low_rank import LowRank
 from mlxquant.recipes.recipe import LayerSpec
@@ -80,7 +88,25 @@ def test_bits_per_weight_count_scales_and_whole_words():
     assert 8 * planned_bytes(WeightFormat.parse("w4"), (128, 512)) / (128 * 512) == 4 + 16 / 512
     assert 8 * planned_bytes(WeightFormat.parse("w3"), (1, 37)) == 4 * 32 + 16  # 111 bits of codes fill four words
     plan = {"a": LayerSpec(WeightFormat(8)), "b": LayerSpec(WeightFormat(4))}
-    assert planned_bits_per_weight(plan, {"a": (2, 64), "b": (6, 64), "c": (9, 9)}) == 5 + 16 / 64
+    weights = {"a": mx.ones((2, 64)), "b": mx.ones((6, 64)), "c": mx.ones((9, 9))}
+    assert planned_bits_per_weight(plan, weights) == 5 + 16 / 64
+    assert planned_bits_per_weight(plan, {**weights, "b": 1e-6 * weights["b"]}) == 5 + 16 / 64 + 16 / 64 * 6 / 8
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+@pytest.mark.parametrize("size", [1e-6, 1.0, 1e8])
+def test_scales_that_are_float32_are_counted(format, size):
+    weight = size * np.random.default_rng(0).standard_normal((8, 128)).astype(np.float32)
+    grid = fit_extremes(weight, format)
+    made = QuantizedLinear(grid.quantize(weight), grid)
+    wide = scale_bytes(format, mx.array(weight))
+    assert (wide == 4) == (size != 1) == (made.scales.dtype == mx.float32)
+    assert made.nbytes == planned_bytes(format, (8, 128), wide)
+    assert planned_bytes(format, (8, 128)) == made.nbytes - made.scales.size * (0 if size == 1 else 2) * (
+        1 if format.symmetric else 2
+    )
+    blank = QuantizedLinear.blank(made.facts, None)
+    assert (blank.nbytes, blank.facts) == (made.nbytes, made.facts)
 
 
 def test_a_weight_counts_once_and_what_reads_an_input_not_at_all():

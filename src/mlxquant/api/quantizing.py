@@ -161,9 +161,9 @@ def _quantize(
         )
     facts: dict[str, Any] = {}
     if recipe.allocates:
-        shapes = {path: linear.weight.shape for path, linear in model.adapter.linears().items()}
+        weights = {path: linear.weight for path, linear in model.adapter.linears().items()}
         limit = (
-            planned_bits_per_weight(layers, shapes)
+            planned_bits_per_weight(layers, weights)
             if recipe.mixed and recipe.bits_per_weight is None
             else recipe.bits_per_weight
         )

@@ -44,7 +44,9 @@ class StoredLayer:
         """Stored bits of codes, scales, biases, divisor and branch; for signed codes, when they will be packed."""
         if SIGNED in self.parts:
             divisor = self.parts[DIVIDES].nbytes if DIVIDES in self.parts else 0
-            return 8 * (planned_bytes(self.format, self.shape) + divisor) / self.weights
+            scales = self._rows(SCALE, 1)
+            each = np.dtype(Grid(self.format, scales, -self.format.zero_code * scales).dtype).itemsize
+            return 8 * (planned_bytes(self.format, self.shape, each) + divisor) / self.weights
         return 8 * weight_bytes(self.parts) / self.weights
 
     @property

@@ -17,6 +17,7 @@ import mlx.nn as nn
 import numpy as np
 
 from ..errors import ExportError
+from ..grids.weights import SMALLEST_HALF
 from ..layers.attention import QuantizedAttention
 from ..layers.linear import QuantizedLinear
 from ..layers.names import BIASES, FOR_INPUT, SCALES, WEIGHT
@@ -77,6 +78,11 @@ class PlainModule:
             arrays[key] = value.astype(dtype)
             if mx.isfinite(value).all().item() != mx.isfinite(arrays[key]).all().item():
                 raise ExportError(f"{key}: holds values that {name} cannot; leave --dtype out, or use float32")
+            if leaf(key) == SCALES and dtype == mx.float16 != value.dtype and (least := lost_scale(value)):
+                raise ExportError(
+                    f"{key}: holds scales of {least:.1e}, where {name} has fewer digits than its weights need; leave"
+                    " --dtype out, or use bfloat16 or float32"
+                )
             if leaf(key) == SCALES:
                 changes.append(relative_change(value, arrays[key]))
         cost = sum(v.nbytes for v in arrays.values()) - self.nbytes
@@ -88,8 +94,8 @@ class PlainModule:
         return replace(self, arrays=arrays, notes=[*self.notes, *notes])
 
     def mixed_dtypes(self) -> str:
-        """What a tool will do with float16 scales beside bfloat16 tensors, in words; empty where there are no
-        such two.
+        """What a tool will do with float16 or float32 scales beside bfloat16 tensors, in words; empty where there are
+        no such two.
         """
         scales = {value.dtype for name, value in self.arrays.items() if leaf(name) == SCALES}
         others = {value.dtype for name, value in self.arrays.items() if leaf(name) not in (SCALES, BIASES)}
@@ -98,6 +104,8 @@ class PlainModule:
                 "MLX promotes float16 scales times bfloat16 inputs to float32: exact, but slower; --dtype float16"
                 " avoids that"
             )
+        if mx.float32 in scales and mx.bfloat16 in others:
+            return "MLX promotes float32 scales times bfloat16 inputs to float32: exact, but slower"
         return ""
 
 
@@ -145,6 +153,13 @@ def relative_change(before: mx.array, after: mx.array) -> float:
     exact = before.astype(mx.float32)
     change = mx.abs(after.astype(mx.float32) - exact) / mx.where(exact == 0, 1.0, mx.abs(exact))
     return float(np.array(change.max()))
+
+
+def lost_scale(scales: mx.array) -> float | None:
+    """The least of some scales where float16 has not all its digits for it, and it is not 0."""
+    values = np.abs(np.array(scales.astype(mx.float32)))
+    small = values[(values > 0) & (values < SMALLEST_HALF)]
+    return float(small.min()) if small.size else None
 
 
 def leaf(name: str) -> str:

@@ -48,7 +48,7 @@ from ..numerics.hadamard import block_size, rotated_blocks
 from ..numerics.low_rank import LowRank
 from .names import BIAS, DIVISOR, DOWN, LOG, SHIFT, TOKEN, UP, WEIGHT
 from .own import Obstacle
-from .packed import QuantizedLayer, name_of, scale_dtype, stored_dtype
+from .packed import BRANCH_DTYPE, QuantizedLayer, name_of, scale_dtype, stored_dtype
 from .plain import obstacles
 from .quantized_input import QuantizedInput
 from .tree import parameters
@@ -60,7 +60,7 @@ class QuantizedLinear(QuantizedInput, QuantizedLayer):
     Parameters beside those of every ``QuantizedLayer`` and ``QuantizedInput``: ``act_divisor`` float32 [in], optional:
     the input's channels are divided by it first. With a ``rotation`` above 1, blocks of so many channels are then
     rotated by a regular Hadamard matrix. The integer weight stands for ``W' = W diag(act_divisor) R``, so the function
-    is the same, and the table describes the transformed input. With ``low_up`` [out,r] and ``low_down`` [r,in] float16,
+    is the same, and the table describes the transformed input. With ``low_up`` [out,r] and ``low_down`` [r,in],
     the integer weight stands for ``W' - low_up low_down`` instead, and those two multiply the transformed input as it
     is, never quantized.
 
@@ -95,16 +95,16 @@ class QuantizedLinear(QuantizedInput, QuantizedLayer):
             )
         super().__init__()
         rank, dtype = 0 if branch is None else branch.rank, None if bias is None else bias.dtype
-        scales = stored_dtype(grid)
-        self._lay_out(grid.format, codes.shape, dtype, divisor is not None, rotation, rank, scales)
+        factors = mx.float32 if branch is not None and branch.up.dtype == np.float32 else mx.float16
+        self._lay_out(grid.format, codes.shape, dtype, divisor is not None, rotation, rank, stored_dtype(grid), factors)
         self._fill(
             codes,
             grid,
             **{
                 BIAS: bias,
                 DIVISOR: None if divisor is None else divisor.astype(mx.float32),
-                UP: None if branch is None else mx.array(branch.up, mx.float16),
-                DOWN: None if branch is None else mx.array(branch.down, mx.float16),
+                UP: None if branch is None else mx.array(branch.up, factors),
+                DOWN: None if branch is None else mx.array(branch.down, factors),
             },
         )
 
@@ -117,6 +117,7 @@ class QuantizedLinear(QuantizedInput, QuantizedLayer):
         rotation: int = 1,
         rank: int = 0,
         scales: mx.Dtype = mx.float16,
+        factors: mx.Dtype = mx.float16,
     ) -> None:
         """Every parameter of a layer [out, in] of this structure in its shape and dtype, zero and not evaluated."""
         rows, width = shape
@@ -129,7 +130,7 @@ class QuantizedLinear(QuantizedInput, QuantizedLayer):
         if divisor:
             self[DIVISOR] = mx.zeros((width,), mx.float32)
         if rank:
-            self[UP], self[DOWN] = mx.zeros((rows, rank), mx.float16), mx.zeros((rank, width), mx.float16)
+            self[UP], self[DOWN] = mx.zeros((rows, rank), factors), mx.zeros((rank, width), factors)
         self._clock: Clock | None = None
         self.refresh()
         self.freeze()  # scales and tables are no business of an optimizer's
@@ -148,6 +149,7 @@ class QuantizedLinear(QuantizedInput, QuantizedLayer):
             "log": LOG in self,
             "token": TOKEN in self,
             **self.scale_facts,
+            **({BRANCH_DTYPE: "float32"} if self.rank and self[UP].dtype == mx.float32 else {}),
         }
 
     @classmethod
@@ -156,7 +158,8 @@ class QuantizedLinear(QuantizedInput, QuantizedLayer):
         bias = getattr(mx, facts.get("bias_dtype", "float32")) if facts["bias"] else None
         format, divided = WeightFormat(**facts["format"]), bool(facts.get("divisor"))
         rotation, rank = facts.get("rotation", 1), facts.get("rank", 0)
-        layer._lay_out(format, facts["shape"], bias, divided, rotation, rank, scale_dtype(facts))
+        factors = getattr(mx, facts.get(BRANCH_DTYPE, "float16"))
+        layer._lay_out(format, facts["shape"], bias, divided, rotation, rank, scale_dtype(facts), factors)
         if facts["table"] is not None:
             entries, shifts = facts["table"]
             layer._lay_out_input(clock, entries, shifts, bool(facts.get("log")))

@@ -16,7 +16,7 @@ from ..numerics.arrays import Array
 from .names import BIAS, BIASES, DIVISOR, FOR_WEIGHT, INTEGERS, SCALES, WEIGHT
 from .own import QuantizedModule
 
-SCALE_DTYPE = "scale_dtype"  # in ``facts``
+SCALE_DTYPE, BRANCH_DTYPE = "scale_dtype", "branch_dtype"  # in ``facts``, where they are not float16
 
 
 def name_of(dtype: mx.Dtype) -> str:

@@ -19,9 +19,17 @@ from ..grids.packing import pack
 from ..grids.weights import GROUPS, WeightFormat
 from .names import BIAS, BIASES, SCALES, WEIGHT
 from .own import Obstacle
-from .packed import SCALE_DTYPE, QuantizedLayer, scale_dtype
+from .packed import BRANCH_DTYPE, SCALE_DTYPE, QuantizedLayer, scale_dtype
 
-PLAIN = ("format", "shape", "bias", "bias_dtype", "dtype", SCALE_DTYPE)  # facts of a layer that a plain one shares
+PLAIN = (
+    "format",
+    "shape",
+    "bias",
+    "bias_dtype",
+    "dtype",
+    SCALE_DTYPE,
+    BRANCH_DTYPE,
+)  # facts of a layer that a plain one shares
 ANOTHER_RECIPE = "quantize by a recipe without it"
 
 

@@ -15,8 +15,9 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
-from ..grids.weights import WeightFormat
+from ..grids.weights import WeightFormat, fit_extremes
 from ..recipes.recipe import LayerSpec
 from .names import BIAS, DIVISOR, FOR_INPUT, SCALES, WEIGHT
 from .packed import QuantizedLayer
@@ -30,10 +31,12 @@ class Sized(Protocol):
     def size(self) -> int: ...
 
 
-def planned_bytes(spec: LayerSpec | WeightFormat, shape: Sequence[int]) -> int:
-    """Bytes that a layer will store for a weight [out, ...]: codes in whole words a row, scales, biases, the branch.
+def planned_bytes(spec: LayerSpec | WeightFormat, shape: Sequence[int], scale_bytes: int = 2) -> int:
+    """Bytes that a layer will store for a weight [out, ...]: codes in whole words a row, scales of ``scale_bytes``,
+    biases, the branch.
 
-    What a transform may add, at most one number for each input, is not known beforehand. Raises RecipeError where
+    What a transform may add, at most one number for each input, is not known beforehand, nor is a branch that float16
+    cannot hold. Raises RecipeError where
     groups do not divide the width.
     """
     rows, width = shape[0], prod(shape[1:])
@@ -41,13 +44,25 @@ def planned_bytes(spec: LayerSpec | WeightFormat, shape: Sequence[int]) -> int:
     rank = 0 if isinstance(spec, WeightFormat) or spec.branch is None else min(spec.rank, rows, width)
     words = rows * -(-width * format.bits // 32)
     scales = 1 if format.group == "tensor" else rows * (width // format.columns(width))
-    return 4 * words + scales * (2 if format.symmetric else 4) + 2 * rank * (rows + width)
+    return 4 * words + scales * scale_bytes * (1 if format.symmetric else 2) + 2 * rank * (rows + width)
 
 
-def planned_bits_per_weight(plan: Mapping[str, LayerSpec], shapes: Mapping[str, Sequence[int]]) -> float:
-    """What a plan's own formats take by weight of the layers in it, whose weights have these ``shapes``."""
-    stored = sum(planned_bytes(spec, shapes[path]) for path, spec in plan.items())
-    return 8 * stored / sum(prod(shapes[path]) for path in plan)
+def scale_bytes(format: WeightFormat, weight: mx.array) -> int:
+    """Those of a scale, or a bias, of a weight [out, ...] in a format: 2, or 4 where float16 is too small for its
+    extremes. A search for narrower steps, or a transform, may end on the other side of that border.
+
+    Raises NumericsError on NaN or infinite weights, RecipeError where groups do not divide the width.
+    """
+    values = np.array(weight.astype(mx.float32)).reshape(weight.shape[0], -1)
+    return np.dtype(fit_extremes(values, format).dtype).itemsize
+
+
+def planned_bits_per_weight(plan: Mapping[str, LayerSpec], weights: Mapping[str, mx.array]) -> float:
+    """What a plan's own formats take by weight of the layers in it, which have these ``weights``."""
+    stored = sum(
+        planned_bytes(spec, weights[path].shape, scale_bytes(spec.weight, weights[path])) for path, spec in plan.items()
+    )
+    return 8 * stored / sum(weights[path].size for path in plan)
 
 
 def numbers_in(named: Iterable[tuple[str, Sized]], weights: Mapping[str, int]) -> int:

@@ -1,8 +1,8 @@
 """Learned weights as the weight track leaves them: ``config.json`` and one ``weights/mmI.npz`` a block.
 
 A block's file holds, for every Linear of the block under its full path: ``{path}__weight_int`` int8 [out,in], the codes
-around zero; ``{path}__scale`` float32 [out] (of 11 significant bits, as ``grids.weights`` makes it); and, where the block
-was reconstructed with quantized activations, ``{path}__a_scale`` float32 [T], the steps of its input, with
+around zero; ``{path}__scale`` float32 [out] (of 11 significant bits, as ``grids.weights`` makes it); and, where the
+block was reconstructed with quantized activations, ``{path}__a_scale`` float32 [T], the steps of its input, with
 ``__a_sigma`` [T], ``__a_shift`` [T, 1 or in] and ``__a_bits`` [T] and, if any entry is logarithmic, ``__a_log`` [T].
 ``{path}__divisor`` float32 [in] is there when the codes stand for ``W diag(divisor)``. The weight is ``scale *
 weight_int / divisor``, exactly; nothing has to be rounded again. Groups of columns, asymmetric grids, rotations and

@@ -22,10 +22,10 @@ import mlx.core as mx
 import numpy as np
 
 from ..calibration.data import CalibrationData
-from ..errors import RecipeError
+from ..errors import NumericsError, RecipeError
 from ..files.kept_arrays import Measurements
 from ..grids.weights import WeightFormat
-from ..layers.sizes import planned_bytes
+from ..layers.sizes import planned_bytes, scale_bytes
 from ..layers.tree import tapped
 from ..methods import registry
 from ..methods.inputs.tiers import TIERS
@@ -160,14 +160,22 @@ def candidates(spec: LayerSpec, widths: Sequence[int]) -> list[WeightFormat]:
 
 
 def candidate_bytes(adapter: Adapter, plan: Mapping[str, LayerSpec], widths: Sequence[int]) -> dict[str, Array]:
-    """Bytes of each layer in each of its ``candidates``, ascending."""
-    linears = adapter.linears()
-    return {
-        path: np.array(
-            [planned_bytes(replace(spec, weight=form), linears[path].weight.shape) for form in candidates(spec, widths)]
-        )
-        for path, spec in plan.items()
-    }
+    """Bytes of each layer in each of its ``candidates``, ascending; raises NumericsError, naming the layer, on weights
+    that are not finite.
+    """
+    linears, found = adapter.linears(), dict[str, Array]()
+    for path, spec in plan.items():
+        weight, forms = linears[path].weight, candidates(spec, widths)
+        try:
+            sizes = [
+                planned_bytes(replace(spec, weight=form), weight.shape, scale_bytes(form, weight)) for form in forms
+            ]
+        except NumericsError as error:
+            raise NumericsError(f"layer {path}: {error}") from error
+        found[path] = np.maximum.accumulate(
+            sizes
+        )  # where scales are too large for float16, those of fewer bits are first
+    return found
 
 
 def check_limits(
@@ -179,16 +187,17 @@ def check_limits(
     widths: Sequence[int] = WIDTHS,
 ) -> None:
     """Raise RecipeError where a limit is below the least possible."""
-    sizes, linears = list(candidate_bytes(adapter, plan, widths).values()), adapter.linears()
-    count = sum(linears[path].weight.size for path in plan)
-    least, most = (8 * sum(int(size[end]) for size in sizes) / count for end in (0, -1))
-    if bits_per_weight is not None and not bits_per_weight >= least:
-        pinned = sum(spec.weight.bits >= PINNED for spec in plan.values())
-        raise RecipeError(
-            f"recipe {recipe.name}: {bits_per_weight:g} bits per weight cannot be met; its {len(plan)} layers, {pinned}"
-            f" of which keep 8 bits, take {least:.3f} to {most:.3f} with their scales; ask for more, or give large"
-            " layers fewer bits by an override"
-        )
+    if bits_per_weight is not None:
+        sizes, linears = list(candidate_bytes(adapter, plan, widths).values()), adapter.linears()
+        count = sum(linears[path].weight.size for path in plan)
+        least, most = (8 * sum(int(size[end]) for size in sizes) / count for end in (0, -1))
+        if not bits_per_weight >= least:
+            pinned = sum(spec.weight.bits >= PINNED for spec in plan.values())
+            raise RecipeError(
+                f"recipe {recipe.name}: {bits_per_weight:g} bits per weight cannot be met; its {len(plan)} layers,"
+                f" {pinned} of which keep 8 bits, take {least:.3f} to {most:.3f} with their scales; ask for more, or"
+                " give large layers fewer bits by an override"
+            )
     if bits_per_activation is None:
         return
     tiers = [tiers_of(spec.activation) for spec in plan.values() if spec.activation is not None]

@@ -3,7 +3,7 @@
 ``W = L + R`` with L = up · down of small rank; R is quantized, L is not, and L reads the unquantized input. Both
 members fit L to what the integers do not hold, quantize the rest, and go on by turns, best first; they differ in the
 norm of the fit. The residual is always taken against the factors as stored, so that rounding them to float16 costs
-nothing.
+nothing. Of weights that are too small for that they are float32.
 """
 
 from __future__ import annotations
@@ -74,16 +74,17 @@ def leading_directions(weight: Array, norm: Norm, rank: int) -> Array:
 
 
 def fitted(weight: Array, norm: Norm, rank: int) -> LowRank:
-    """The branch of at most ``rank`` that is closest to ``weight`` [out,in] by ``norm``, rounded to float16.
+    """The branch of at most ``rank`` that is closest to ``weight`` [out,in] by ``norm``, as it is stored.
 
     With M = C Cᵀ the best L is (W C)_r C⁻¹ = U Uᵀ W, U the leading left singular vectors of W C: no factor of M is
-    needed. The factors share the scale of each direction evenly, which keeps both inside float16.
+    needed. The factors share the scale of each direction evenly, which keeps both inside float16, unless weights are
+    very small.
     """
     directions = leading_directions(weight, norm, min(rank, *weight.shape))
     down = directions.T @ weight
     size = np.sqrt(np.linalg.norm(down, axis=1))
     inverse = np.divide(1, size, out=np.zeros_like(size), where=size > 0)
-    return LowRank((directions * size).astype(np.float16), (down * inverse[:, None]).astype(np.float16))
+    return LowRank.rounded(directions * size, down * inverse[:, None])
 
 
 def by_turns(
