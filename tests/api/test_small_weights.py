@@ -51,6 +51,7 @@ def test_small_rows_come_through(model, calib, tmp_path, recipe):
         layer = quantized.layers[path]
         assert layer.scales.dtype == mx.float32
         assert layer.facts["scale_dtype"] == "float32"
+        assert (layer.branch is not None) == ("whitened" in recipe)
         stands_for = (
             layer.dequantized() if layer.branch is None else layer.dequantized() + mx.array(layer.branch.weight)
         )

@@ -6,10 +6,11 @@ import mlxquant  # noqa: F401  # before mlx
 
 # isort: split
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 
-from mlxquant.exporters.diffusionkit import checkpoint_arrays, effective_weight
+from mlxquant.exporters.diffusionkit import checkpoint_arrays, effective_weight, float_module
 from mlxquant.grids.weights import WeightFormat, fit_extremes
 from mlxquant.layers.linear import QuantizedLinear
 from mlxquant.numerics.low_rank import LowRank
@@ -30,6 +31,19 @@ def test_one_matrix_stands_for_a_whole_layer(options):
     )  # fmt: skip
     x = mx.array(generator.standard_normal((5, 64)), mx.float32)
     np.testing.assert_allclose(np.array(x @ effective_weight(layer).T), np.array(layer(x)), atol=3e-5)
+
+
+@pytest.mark.parametrize(("size", "lost"), [(1e-3, False), (1e-6, True)])
+def test_rows_for_which_float16_has_fewer_digits_are_told(size, lost):
+    weight = np.random.default_rng(0).standard_normal((24, 64)).astype(np.float32)
+    weight[[3, 7]] *= size
+    module = nn.Sequential(nn.Linear(64, 24), nn.ReLU(), nn.Linear(24, 8))
+    grid = fit_extremes(weight, WeightFormat(8))
+    module.layers[0] = QuantizedLinear(grid.quantize(weight), grid)
+    notes = float_module(module, "it").notes
+    assert len(notes) == 1 + lost
+    if lost:
+        assert notes[1].startswith("2 rows of weights are so small")
 
 
 def test_names_and_layouts_are_the_checkpoints():

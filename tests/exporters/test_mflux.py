@@ -55,8 +55,11 @@ def inferred(arrays, path, module):
     return int(arrays[f"{path}.weight"].shape[-1] * 32 / width), int(width / arrays[f"{path}.scales"].shape[-1])
 
 
-def test_a_loader_that_looks_at_shapes_finds_our_codes(tmp_path):
+@pytest.mark.parametrize("size", [1.0, 1e-7])
+def test_a_loader_that_looks_at_shapes_finds_our_codes(tmp_path, size):
     module = Transformer()
+    to_q = module.transformer_blocks[0].attn.to_q
+    to_q.weight = to_q.weight * size
     mq.quantize_linears(module, "w4a16-g32", include=["single_transformer_blocks.*"])
     mq.quantize_linears(module, "w8a16", include=["transformer_blocks.*.ff.*", "transformer_blocks.*.attn.*"])
     facts = mq.export(module, tmp_path / "out", "mflux")
@@ -80,6 +83,7 @@ def test_a_loader_that_looks_at_shapes_finds_our_codes(tmp_path):
         ours, other = get_module(module, path), get_module(theirs, path)
         inputs = mx.tile(x, (1, ours.shape[1] // 64))
         np.testing.assert_allclose(np.array(ours(inputs)), np.array(other(inputs)), atol=2e-6)
+        assert (other.scales.dtype == mx.float32) == (size != 1 and path == "transformer_blocks.0.attn.to_q")
 
 
 def test_mflux_itself_loads_it(tmp_path):

@@ -108,6 +108,30 @@ def test_a_gpt_of_mixed_bits(tmp_path, embeddings):
     assert isinstance(mlx_lm.generate(theirs, tokenizer, "def ", max_tokens=4), str)
 
 
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)
+def test_rows_too_small_for_float16(tmp_path, dtype):
+    """mlx-lm computes with the same numbers, and --dtype float16 is refused."""
+    module, config = llama(tied=False, dtype=dtype)
+    path = next(iter(find_linears(module)))
+    linear = get_module(module, path)
+    linear.weight = linear.weight * mx.where(mx.arange(linear.weight.shape[0]) % 2, 1e-7, 1)[:, None].astype(dtype)
+    quantized(module, ["w8"])
+    ours = get_module(module, path)
+    facts = mq.export(module, tmp_path / "out", "mlx-lm", config=config, tokenizer=ByteTokenizer())
+    assert any(note.startswith("scales of 1 layers as float32") for note in facts["notes"])
+    theirs = get_module(loaded(tmp_path / "out")[0], path)
+    assert theirs.scales.dtype == ours.scales.dtype == mx.float32
+    x = mx.random.normal((3, ours.shape[1]), key=mx.random.key(1))
+    one, other = np.array(ours(x)), np.array(theirs(x))
+    np.testing.assert_allclose(one, other, atol=2e-6)
+    np.testing.assert_allclose(one[:, 1::2], other[:, 1::2], atol=2e-13)
+    assert np.abs(one[:, 1::2]).max() > 1e-8
+    again = {"config": config, "tokenizer": ByteTokenizer()}
+    mq.export(module, tmp_path / "coarse", "mlx-lm", dtype="bfloat16", **again)
+    with pytest.raises(ExportError, match=f"{path}.scales: holds scales of .* where float16 has fewer digits"):
+        mq.export(module, tmp_path / "none", "mlx-lm", dtype="float16", **again)
+
+
 def test_the_config_says_what_every_layer_is(tmp_path):
     module, config = gpt()
     quantized(module, ["w4-g64"] * 5)

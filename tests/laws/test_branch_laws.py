@@ -58,6 +58,21 @@ def test_factors_are_small_and_finite(find, shape, rank):
 
 
 @every_branch
+@pytest.mark.parametrize("power", [-40, -20, 20])
+def test_a_branch_follows_the_weight(find, power):
+    """Of a weight times a power of two it holds as much: where float16 is too small for that its factors are
+    float32.
+    """
+    weight, moments = layer()
+    left = []
+    for values in (weight, np.ldexp(weight, power)):
+        branch = find(values, moments, 4, to_nearest())
+        left.append(np.linalg.norm(values - branch.weight) / np.linalg.norm(values))
+    assert left[1] == pytest.approx(left[0], rel=1e-2)
+    assert branch.up.dtype == branch.down.dtype == (np.float32 if power == -40 else np.float16)
+
+
+@every_branch
 def test_nothing_is_lost_between_branch_and_residual(find):
     """W = L + R with L as it is stored and runs."""
     weight, moments = layer()

@@ -13,12 +13,16 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
+from mlxquant.files.parameters import load_parameters
 from mlxquant.grids.weights import GROUPS, WeightFormat, fit_extremes
 from mlxquant.layers.kinds import KINDS, rebuilt
 from mlxquant.layers.tree import parameters
 from mlxquant.methods import registry
 from mlxquant.methods.weights.rtn import rtn
 from mlxquant.numerics.moments import Moments
+from mlxquant.numerics.transform import Transform
+from mlxquant.recipes.recipe import LayerSpec
+from mlxquant.sweep.layer import quantize_layer
 
 from support.exact_layers import MADE
 
@@ -123,6 +127,34 @@ def test_refining_follows_the_weight(refine, format, weight, moments):
         found = refine(scaled, grid, rtn(scaled, grid), moments)
         ours, theirs = error(*found, scaled), error(*expected, weight)
         np.testing.assert_allclose(ours, theirs, rtol=0.05 if not format.symmetric else 1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        LayerSpec(SOME[1], rounding="gptq", steps="search"),
+        LayerSpec(SOME[4], rounding="gptq", steps="mse", refine="refit"),
+        LayerSpec(SOME[0], rounding="gptq", corrected=True, held_out=True),
+        LayerSpec(SOME[1], branch="svd", rank=4),
+        LayerSpec(SOME[2], rounding="gptq-descent", branch="whitened", rank=4),
+    ],
+    ids=lambda spec: f"{spec.rounding}-{spec.branch}-{spec.weight}",
+)
+def test_a_calibrated_layer_follows_its_weight(spec, weight, moments):
+    """By its outputs: of a layer as recipes make it, whatever they do to it, a file of which holds all."""
+    inputs = mx.array(np.random.default_rng(2).standard_normal((16, 128)).astype(np.float32))
+    seen = Moments(moments.gram, moments.count, moments.cross, Moments(moments.gram / 4, 100, moments.cross / 4))
+    outputs = {}
+    for power in (0, -40, -14, 20):
+        linear = nn.Linear(128, 12, bias=False)
+        linear.weight = mx.array(np.ldexp(weight, power))
+        made = quantize_layer(linear, spec, seen, "it", Transform(np.linspace(0.5, 2, 128), None, 16)).layer
+        again = rebuilt(made.facts, None)
+        load_parameters(again, parameters(made), "it")
+        assert mx.array_equal(again(inputs), made(inputs)).item()
+        outputs[power] = np.ldexp(np.array(made(inputs)), -power)
+    for found in outputs.values():
+        assert np.linalg.norm(found - outputs[0]) <= 0.02 * np.linalg.norm(outputs[0])
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)

@@ -47,15 +47,20 @@ def arrays(model):
 PICTURE = mx.array(np.random.default_rng(0).normal(size=(1, 9, 9, 3)).astype(np.float32))
 
 
+@pytest.mark.parametrize("size", [1, 1e-6])
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
 @pytest.mark.parametrize("format", ["w8a16", "w4a16-g32", "w3", "w8-tensor"])
-def test_what_was_saved_is_loaded(tmp_path, format, dtype):
+def test_what_was_saved_is_loaded(tmp_path, format, dtype, size):
     model = vision(dtype=dtype)
+    for layer in (model.conv, model.layers[0], model.classes):
+        layer.weight = layer.weight * size
     mq.quantize_linears(model, format, embeddings=True, fallback="w8a16")
     path = save_module(model, tmp_path / "model.safetensors")
     fresh = vision(seed=1)
     assert load_module(fresh, path) is fresh
     expected = arrays(model)
+    for layer in (model.conv, model.layers[0], model.classes):
+        assert layer.scales.dtype == (mx.float16 if size == 1 else mx.float32)
     assert set(arrays(fresh)) == set(expected)
     for name, value in arrays(fresh).items():
         assert value.dtype == expected[name].dtype, name

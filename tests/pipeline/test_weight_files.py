@@ -9,6 +9,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlxquant.contents.reader import read_contents
 from mlxquant.errors import ArtifactError
 from mlxquant.grids.tables import ActivationTable
 from mlxquant.grids.weights import WeightFormat, fit_extremes
@@ -175,6 +176,19 @@ def test_formats_and_blocks_are_known_without_loading(folder, model):
 
 def drop(name):
     return lambda arrays: arrays.pop(name)
+
+
+def test_scales_too_small_for_float16_come_back(folder, model):
+    files = read(folder, model)
+    arrays = files.ledger.arrays("weights/mm0.npz")
+    arrays[f"{Q}__scale"] = np.ldexp(arrays[f"{Q}__scale"], -30)
+    files.ledger.add_npz("weights/mm0.npz", arrays)
+    loaded = files.load(model[1][0], model[0].clock).layers[Q]
+    assert loaded.scales.dtype == mx.float32
+    np.testing.assert_array_equal(loaded.grid().scales[:, 0], arrays[f"{Q}__scale"])
+    files.ledger.save(complete=True)
+    contents = {layer.path: layer for layer in read_contents(folder).layers}
+    assert contents[Q].bits_per_weight == loaded.bits_per_weight
 
 
 def put(name, change):

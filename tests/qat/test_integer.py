@@ -25,17 +25,21 @@ def expected_weights(model):
     return {path: np.array(layer.rounded(mx.float32)) for path, layer in quantizing_weights(model).items()}
 
 
+@pytest.mark.parametrize("size", [1, 1e-6])
 @pytest.mark.parametrize("bits", [2, 3, 4, 7, 8])
 @pytest.mark.parametrize("method", METHODS)
-def test_integer_layers_hold_the_weights_bit_for_bit(method, bits):
+def test_integer_layers_hold_the_weights_bit_for_bit(method, bits, size):
     given = {**LINEARS, **EMBEDDINGS, "quantize_linear_method": method, "quantize_linear_bits": bits}
     model, _ = prepared(given)
+    for layer in quantizing_weights(model).values():
+        layer.weight = layer.weight * size
     weights, logits = expected_weights(model), np.array(model(tokens()))
     integer = to_integer_layers(model)
     assert not quantizing_weights(integer)
     layers = find_quantized(integer)
     assert set(layers) == set(weights)
     for path, layer in layers.items():
+        assert layer.scales.dtype == (mx.float16 if size == 1 else mx.float32)
         assert layer.format.bits == (2 if method == "ternary_quant" else bits)
         assert layer.format.symmetric == (method != "affine_quant")
         np.testing.assert_array_equal(np.array(layer.dequantized()), weights[path])

@@ -4,7 +4,8 @@ values.
 DiffusionKit (0.5.1) makes packed layers only for the two 4-bit checkpoints whose names are written into it, none of
 them SD3-Medium's size. So the weights are written as float16 numbers: what the quantized layers multiply with,
 rotations, divisors and low-rank branches folded in. The picture is the quantized model's with unquantized activations,
-to float16's rounding; the file is no smaller.
+to float16's rounding; the file is no smaller. A row of weights below 6e-5 has fewer digits in float16, in which
+DiffusionKit would compute it anyhow: that is said.
 """
 
 from __future__ import annotations
@@ -23,10 +24,12 @@ from ..layers.linear import QuantizedLinear
 from ..layers.tree import parameters
 from ..models.sd3.checkpoint import MMDIT_PREFIX
 from ..models.sd3.files import CHECKPOINT, Files
+from ..numerics.arrays import Array
 from ..numerics.hadamard import regular_hadamard
 from .plain import PlainModule, part_obstacles, refusal
 
 MODEL = "sd3-medium"
+ORDINARY = 2.0**-10  # twice what float16 changes of a number for which it has all its digits
 RENAMED = (  # from DiffusionKit's names of the transformer's parameters to the checkpoint's
     ("multimodal_transformer_blocks.", "joint_blocks."),
     ("image_transformer_block.", "x_block."),
@@ -54,7 +57,7 @@ def float_module(module: nn.Module, target: str, drop_activations: bool = False)
     """All of a module in float16, quantized layers by what they multiply with; raises ExportError where activations are
     quantized and are not to be dropped, or a weight is beyond float16.
     """
-    arrays, found, rounding = parameters(module), {}, list[float]()
+    arrays, found, rounding, rows = parameters(module), {}, list[float](), list[Array]()
     for path, part in sorted(module.named_modules()):
         if here := [o for o in part_obstacles(part) if o.activations and not drop_activations]:
             found[path] = here
@@ -66,6 +69,7 @@ def float_module(module: nn.Module, target: str, drop_activations: bool = False)
             arrays[f"{path}.weight"] = exact.astype(mx.float16)
             error = mx.abs(arrays[f"{path}.weight"].astype(mx.float32) - exact).max() / mx.abs(exact).max()
             rounding.append(float(np.array(error)))
+            rows.append(row_changes(exact, arrays[f"{path}.weight"]))
     if found:
         raise ExportError(refusal(found, target))
     arrays = {name: value.astype(mx.float16) for name, value in arrays.items()}
@@ -79,7 +83,22 @@ def float_module(module: nn.Module, target: str, drop_activations: bool = False)
         f"{len(rounding)} quantized layers written as float16 numbers: DiffusionKit has no packed SD3-Medium, so the"
         " file is no smaller"
     )
-    return PlainModule(arrays, notes=[f"{note}; weights are within {max(rounding):.1e} of a layer's largest"])
+    notes = [f"{note}; weights are within {max(rounding):.1e} of a layer's largest"]
+    changes = np.concatenate(rows)
+    if (coarse := changes > ORDINARY).any():
+        notes.append(
+            f"{coarse.sum()} rows of weights are so small that float16 has fewer digits for them: up to"
+            f" {changes.max():.1e} of a row's largest is lost"
+        )
+    return PlainModule(arrays, notes=notes)
+
+
+def row_changes(before: mx.array, after: mx.array) -> Array:
+    """By how much a weight [out, in] changes at most in each row, as a share of the row's largest [out]."""
+    exact, found = (np.array(value.astype(mx.float32)) for value in (before, after))
+    largest = np.abs(exact).max(1)
+    changes: Array = np.abs(found - exact).max(1) / np.where(largest > 0, largest, 1)
+    return changes
 
 
 def effective_weight(layer: QuantizedLinear) -> mx.array:
