@@ -19,8 +19,8 @@ There are three ways to multiply, because none is both exact and always possible
    no multiples of a step. There the rounded input, back on its own scale, meets dequantized weights.
 
 All three compute in float32, whatever the input's dtype, and only the output is rounded to that. MLX's packed kernels
-would read scales and biases in the input's dtype, and bfloat16 has 8 digits for the 11 of a scale: that alone cost 2.8
-% of an 8-bit layer's output on the CPU, 0.35 % in float16.
+would read scales and biases in the input's dtype, and bfloat16 has 8 digits for the 11 of a scale: that alone cost 2.7
+% of an 8-bit layer's output on the CPU, 0.34 % in float16.
 
 What is computed from the parameters once (the reader of the table, the sums of rows) is kept beside them, and MLX does
 not tell a module when its parameters are loaded: whoever changes them calls ``refresh`` afterwards, or the layer goes

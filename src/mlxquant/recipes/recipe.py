@@ -75,7 +75,7 @@ class LayerSpec:
         corrected: Aim the rounding at weights that make up for the error of the layers before.
         reconstruct: The method that learns the codes of a stage together, starting from these.
         transforms: What is tried on the input first, in this order.
-        branch: The method by which low-rank float16 factors take from the weight what they can, before it is rounded.
+        branch: The method by which low-rank factors take from the weight what they can, before it is rounded.
         rank: Of the branch.
         held_out: Choose the damping of the rounding on tokens that it has not seen.
         refine: The method that improves steps and codes by turns, after the rounding.
