@@ -22,6 +22,7 @@ from mlxquant.errors import ArtifactError, CalibrationError
 from mlxquant.files.atomic import ensure_writable
 from mlxquant.models.gpt.adapter import EMBEDDED
 from mlxquant.qat.adapter import TrainedGPT
+from mlxquant.qat.folders import QUANTIZATION
 from mlxquant.qat.training import batch, loss
 from mlxquant.spin_quant import SpinQuant
 from mlxquant.spin_quant.files import FILE, save_spun
@@ -98,6 +99,7 @@ def command(
         "start": start,
         "seed": seed,
         "text": corpus.facts,
+        QUANTIZATION: adapter.facts.get(QUANTIZATION, {}),
     }
     path = save_spun(out_dir, model, tokenizer, facts)
     say(f"{spin.report}\nheld-out bits a token: {before:.4f} before, {after:.4f} after\nwritten to {path}")

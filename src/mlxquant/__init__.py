@@ -36,7 +36,9 @@ if TYPE_CHECKING:
     from .layers.linear import QuantizedLinear
     from .layers.module_files import load_module, save_module
     from .layers.quantize_linears import quantize_linears
-    from .layers.weight_only import W8A16Linear
+    from .layers.quantizer import Quantizer
+    from .layers.weight_only import W8A16Linear, W8A16LinearLayer
+    from .models.gpt.network import GPT
     from .recipes.citations import citation
     from .recipes.grammar import parse_recipe
     from .recipes.recipe import Recipe
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
 
 HOMES = {  # what users import from here, and where it stands
     "FakeQuantLinear": "layers.fake_quant_linear",
+    "GPT": "models.gpt.network",
     "MlxQuantError": "errors",
     "Model": "api.model",
     "Prompt": "sampling.prompts",
@@ -53,9 +56,11 @@ HOMES = {  # what users import from here, and where it stands
     "QuantizedEmbedding": "layers.embeddings",
     "QuantizedLinear": "layers.linear",
     "QuantizedModel": "api.model",
+    "Quantizer": "layers.quantizer",
     "Recipe": "recipes.recipe",
     "SpinQuant": "spin_quant.learning",
     "W8A16Linear": "layers.weight_only",
+    "W8A16LinearLayer": "layers.weight_only",
     "calibrate": "api.quantizing",
     "calibrate_text": "api.quantizing",
     "citation": "recipes.citations",
@@ -70,6 +75,7 @@ HOMES = {  # what users import from here, and where it stands
     "save_module": "layers.module_files",
 }
 __all__ = [
+    "GPT",
     "FakeQuantLinear",
     "MlxQuantError",
     "Model",
@@ -79,9 +85,11 @@ __all__ = [
     "QuantizedEmbedding",
     "QuantizedLinear",
     "QuantizedModel",
+    "Quantizer",
     "Recipe",
     "SpinQuant",
     "W8A16Linear",
+    "W8A16LinearLayer",
     "calibrate",
     "calibrate_text",
     "citation",

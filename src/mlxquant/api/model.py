@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
@@ -63,6 +64,11 @@ class Model:
     def name(self) -> str:
         """What the model is called, such as ``"mmdit-shapes"``."""
         return self.adapter.name
+
+    @property
+    def module(self) -> nn.Module:
+        """The module of MLX that holds the layers; what is done to it is done to this model."""
+        return self.adapter.module
 
     @property
     def diffusion(self) -> DiffusionAdapter:

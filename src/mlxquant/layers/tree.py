@@ -20,6 +20,21 @@ def parameters(tree: Any) -> dict[str, mx.array]:
     return dict(tree_flatten(leaves))
 
 
+def module_of(model: Any) -> nn.Module:
+    """The module of a model as anybody may hold one: the module itself, or what has it as ``module``, such as what
+    ``mlxquant.load`` returns. Raises AdapterError on anything else.
+    """
+    found = model if isinstance(model, nn.Module) else getattr(model, "module", None)
+    if not isinstance(found, nn.Module):
+        kind = type(model)
+        owner = "" if kind.__module__ == "builtins" else f"{kind.__module__.partition('.')[0]}'s "
+        raise AdapterError(
+            f"expected an mlx.nn.Module, or what mlxquant.load returns, found {owner}{kind.__name__}; pass the module"
+            " that holds the layers, in MLX"
+        )
+    return found
+
+
 def find_linears(module: nn.Module) -> dict[str, nn.Linear]:
     """Every ``nn.Linear`` by path, in path order with numbers compared as numbers."""
     found = {path: m for path, m in module.named_modules() if isinstance(m, nn.Linear)}
@@ -68,6 +83,18 @@ def swapped(root: nn.Module, layers: dict[str, nn.Module]) -> Iterator[None]:
     finally:
         for path, old in before.items():
             set_module(root, path, old)
+
+
+@contextmanager
+def evaluating(root: nn.Module) -> Iterator[None]:
+    """Run with every module out of training mode; each returns to its own afterwards, also after an exception."""
+    before = [(module, module.training) for _, module in root.named_modules()]  # parents come before what is in them
+    root.eval()
+    try:
+        yield
+    finally:
+        for module, mode in before:
+            module.train(mode)
 
 
 class Tap(nn.Module):

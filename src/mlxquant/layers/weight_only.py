@@ -117,6 +117,9 @@ class W8A16Linear(QuantizedLinear):
         return cls(width, rows, bias is not None).quantize(linear.weight, bias, steps)
 
 
+W8A16LinearLayer = W8A16Linear  # the name that quantizers in other frameworks gave it
+
+
 def quantized_linear(linear: nn.Linear, format: WeightFormat, steps: str = "extremes") -> QuantizedLinear:
     """The layer that stands for ``linear`` in any format: a ``W8A16Linear`` where that is what the format says."""
     if format == W8:

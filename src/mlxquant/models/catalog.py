@@ -41,7 +41,7 @@ MODELS = {  # by address: an adapter is imported when it is asked for, also one 
     "gpt": KnownModel("mlxquant.qat.adapter", "TrainedGPT", ("gpt-python",), checkpoint="config.json", key="mlxquant"),
     LANGUAGE: KnownModel("mlxquant.models.mlx_lm", "MLXLanguageModel", checkpoint="config.json", key="model_type"),
 }
-HUB_ID = r"[A-Za-z0-9][\w.-]*/[\w.-]+"
+HUB_ID = r"[A-Za-z0-9][\w.-]*/[\w.-]+|gpt2(-medium|-large|-xl)?"  # those of OpenAI's go without an owner, too
 
 
 def find_model(reference: str) -> tuple[str, str]:

@@ -1,4 +1,6 @@
-"""Make a GPT one that learns quantized: put quantizing layers and points where the options say."""
+"""Make a GPT one that learns quantized: put quantizing layers, and points at which activations are rounded, where the
+options say.
+"""
 
 from __future__ import annotations
 
@@ -39,6 +41,16 @@ def _quantize_block(block: nn.Module, place: str, options: QuantizationOptions, 
             set_module(
                 block, path, QuantizingLinear(get_module(block, path), quantizers, Site(f"{place}.{path}", ramp))
             )
+    _put_points(block, place, options, ramp)
+
+
+def put_points(model: GPT, options: QuantizationOptions) -> None:
+    """Round activations where the options say, as after training, and leave the layers as they are."""
+    for number, block in enumerate(model.layers):
+        _put_points(block, f"model.h.{number}", options, Ramp())
+
+
+def _put_points(block: nn.Module, place: str, options: QuantizationOptions, ramp: Ramp) -> None:
     axes = ROW if options["activations_quant_scale"] == TOKEN else None
     for group, points in POINTS.items():
         for point in points:

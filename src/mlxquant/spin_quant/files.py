@@ -10,6 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..errors import RecipeError
 from ..files.atomic import ensure_writable
 from ..files.checked import read_tensors, understood, write_tensors
 from ..files.parameters import load_parameters
@@ -20,6 +21,9 @@ from ..layers.tree import get_module, parameters, set_module
 from ..layers.turned_norm import TurnedNorm
 from ..models.gpt.network import GPT, GPTConfig
 from ..models.gpt.tokenizers import ByteTokenizer, CharTokenizer, tokenizer_from_facts
+from ..qat.convert import put_points, quantizing_points
+from ..qat.folders import QUANTIZATION
+from ..qat.options import QuantizationOptions
 
 FILE, KIND = "spinquant.safetensors", "spinquant-gpt"
 FINAL = "model.ln_f"
@@ -32,14 +36,22 @@ def save_spun(folder: Path, model: GPT, tokenizer: ByteTokenizer | CharTokenizer
         folder: Where to put the file; it is made if it is missing.
         model: The GPT.
         tokenizer: The tokenizer that it reads and writes text with.
-        facts: How the model came about, as plain data.
+        facts: How the model came about, as plain data. Of a model that was trained through rounding the options are
+            among them, as ``quantization``: activations that it learned to round stay rounded.
 
     Returns:
         The file, ``spinquant.safetensors`` in the folder.
 
     Raises:
         ArtifactError: When the file cannot be written.
+        RecipeError: When activations are rounded elsewhere than the facts say.
     """
+    told, there = (len(quantizing_points(one)) for one in (_blank(model.config, facts), model))
+    if told != there:
+        raise RecipeError(
+            f"the model rounds activations at {there} points, and facts[{QUANTIZATION!r}] tells of {told}; pass the"
+            " facts of the folder that it was trained in"
+        )
     ensure_writable(folder)
     header = {
         "config": model.config.to_dict(),
@@ -68,7 +80,7 @@ def load_spun(place: Path) -> tuple[GPT, ByteTokenizer | CharTokenizer, dict[str
     path = place / FILE if place.is_dir() else place
     arrays, header = read_tensors(path, KIND)
     with understood(path, "write the file anew"):
-        model = GPT(GPTConfig.from_dict(header["config"]))
+        model = _blank(GPTConfig.from_dict(header["config"]), header["facts"])
         if header["turned"]:
             set_module(model, FINAL, TurnedNorm(model.model.ln_f, mx.zeros((model.config.n_embd,) * 2)))
         layers = {where: rebuilt(facts, None) for where, facts in header["layers"].items()}
@@ -82,3 +94,11 @@ def load_spun(place: Path) -> tuple[GPT, ByteTokenizer | CharTokenizer, dict[str
     for layer in layers.values():
         layer.refresh()
     return model, tokenizer, facts
+
+
+def _blank(config: GPTConfig, facts: Mapping[str, Any]) -> GPT:
+    """A GPT that rounds the activations that the one with these facts has learned to round."""
+    model = GPT(config)
+    put_points(model, QuantizationOptions(facts.get(QUANTIZATION, {})))
+    model.eval()
+    return model

@@ -15,13 +15,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 
 from ..errors import CalibrationError, NumericsError, RecipeError
 from ..grids.weights import WeightFormat
 from ..layers.sizes import stored_bytes
-from ..layers.tree import get_module, set_module, tapped
+from ..layers.tree import evaluating, get_module, module_of, set_module, tapped
 from ..methods import registry
 from ..numerics import cayley
 from ..numerics.arrays import Array
@@ -79,7 +78,7 @@ class SpinQuant:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Any,
         bits: int = 4,
         activation_bits: int | None = None,
         start: str = "hadamard",
@@ -90,7 +89,8 @@ class SpinQuant:
         """Nothing of the model is changed yet.
 
         Args:
-            model: Our GPT, or a model of mlx-lm whose residual stream is described.
+            model: Our GPT, also while it is trained through rounding or afterwards; a model of mlx-lm whose residual
+                stream is described; or what ``mlxquant.load`` returns for one of them.
             bits: Of the weights.
             activation_bits: Of the inputs of linears, 4, 6 or 8, each token on its own scale; None leaves them as they
                 are.
@@ -108,12 +108,13 @@ class SpinQuant:
         for name, value in (("activation_bits", activation_bits), ("kv_bits", kv_bits)):
             if value is not None and value not in BITS:
                 raise RecipeError(f"{name} must be one of {BITS} or None, found {value}")
-        self.stream = residual_stream(model)
+        self._model = module_of(model)
+        self.stream = residual_stream(self._model)
         if kv_bits is not None and not self.stream.keys:
             raise RecipeError("this model has no place where its keys could be rounded; leave kv_bits out")
-        self._model, self._format = model, WeightFormat(bits, group, symmetric=group == "channel")
-        for path in self.stream.linears:
-            self._format.columns(get_module(model, path).weight.shape[1])
+        self._format = WeightFormat(bits, group, symmetric=group == "channel")
+        for linear in rotations.folded(self._model, self.stream).values():
+            self._format.columns(linear.weight.shape[1])
         self._precision = Precision(self._format, activation_bits, kv_bits)
         self.rotations = rotations.start(self.stream, start, seed)
         self.history: list[float] = []
@@ -163,7 +164,7 @@ class SpinQuant:
             )
         self._data = self._arrays(data)
         network = self._network(weights)
-        with network.installed():
+        with evaluating(self._model), network.installed():
             best = self._mean_loss(network, self._data), self.rotations
             for step in self._descend(network, steps, learning_rate, momentum, progress):
                 if step % max(1, steps // TRIALS) == 0 or step == steps:
@@ -182,7 +183,7 @@ class SpinQuant:
         """
         self._refuse_rotated()
         network, arrays = self._network(True), self._arrays(data)
-        with network.installed():
+        with evaluating(self._model), network.installed():
             return self._mean_loss(network, arrays)
 
     def rotate(self) -> SpinQuant:
@@ -260,7 +261,8 @@ class SpinQuant:
     def _moments(self, path: str, width: int, arrays: list[mx.array]) -> Moments:
         """Of a layer's inputs in the model as it is now."""
         moments = Moments.empty(width)
-        with tapped(self._model, [path], lambda _, x: moments.add(np.array(x.astype(mx.float32)))):
+        see = tapped(self._model, [path], lambda _, x: moments.add(np.array(x.astype(mx.float32))))
+        with evaluating(self._model), see:
             for tokens in arrays:
                 mx.eval(self._model(tokens))
         return moments

@@ -17,6 +17,7 @@ import mlx.nn as nn
 from ..errors import AdapterError
 from ..layers.tree import get_module
 from ..models.gpt.network import GPT, MODEL_TYPE
+from .plain_layers import plain
 
 
 @dataclass(frozen=True)
@@ -88,19 +89,28 @@ class ResidualStream:
         """The same, one by one."""
         return tuple(path for group in self.groups for path in group)
 
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Every layer whose weight a rotation changes."""
+        return (*self.embeddings, *self.linears, *([self.output] if self.output else []))
+
 
 def residual_stream(model: nn.Module) -> ResidualStream:
-    """The description of a model; raises AdapterError for a family that is not described, or with linears that are not
-    plain.
+    """The description of a model; raises AdapterError for a family that is not described, or with layers that are not
+    plain, nor rounded weights that can be.
     """
     kind = MODEL_TYPE if isinstance(model, GPT) else getattr(model, "model_type", type(model).__name__)
     if kind not in FAMILIES:
         raise AdapterError(f"the residual stream of a {kind!r} is not described; known families: {', '.join(FAMILIES)}")
     stream = FAMILIES[kind](model)
-    for path in (*stream.linears, *([stream.output] if stream.output else [])):
-        if type(layer := get_module(model, path)) is not nn.Linear:
+    for path in stream.layers:
+        layer = get_module(model, path)
+        found = plain(layer)
+        if found is None or not (
+            found is layer or isinstance(model, GPT)
+        ):  # only a GPT of ours learns through rounding
             raise AdapterError(
-                f"{path} is a {type(layer).__name__}; rotations need the full-precision nn.Linear, so rotate first"
+                f"{path} is a {type(layer).__name__}; rotations need the full-precision layer, so rotate first"
             )
     if type(get_module(model, stream.final)) not in (nn.LayerNorm, nn.RMSNorm):
         raise AdapterError(

@@ -20,6 +20,7 @@ from ..layers.held_heads import HeldHeads
 from ..layers.tree import get_module, set_module
 from ..layers.turned_norm import TurnedNorm
 from ..numerics import cayley
+from .plain_layers import plain
 from .residual_stream import ResidualStream, Values, residual_stream, untie
 
 Rotations = dict[str, Any]  # "residual" [D,D] and "values", a list of [heads,size,size] by layer; of NumPy or MLX
@@ -33,7 +34,7 @@ class LinearMap:
     bias: mx.array | None
 
     @classmethod
-    def of(cls, layer: nn.Linear) -> LinearMap:
+    def of(cls, layer: Any) -> LinearMap:
         return cls(layer.weight.astype(mx.float32), layer.bias.astype(mx.float32) if "bias" in layer else None)
 
     def store(self, layer: nn.Linear) -> None:
@@ -67,7 +68,7 @@ def folded(model: nn.Module, stream: ResidualStream) -> dict[str, LinearMap]:
     """
     norms, linears = stream.readers, {}
     for path in stream.linears:
-        linear = LinearMap.of(get_module(model, path))
+        linear = LinearMap.of(plain(get_module(model, path)))
         if path in norms:
             linear = _behind(get_module(model, norms[path]), linear)
         if stream.centred and path in stream.writers:
@@ -153,13 +154,17 @@ def rotate(model: nn.Module, rotations: Rotations) -> bool:
     """Fold rotations into a model, in place and in its dtypes. The function stays the same, up to their roundings.
 
     Args:
-        model: Of a family in ``residual_stream.FAMILIES``, in full precision, not rotated yet.
+        model: Of a family in ``residual_stream.FAMILIES``, not rotated yet. Layers that are rounded already become
+            plain ones with the weights that they multiply by.
         rotations: Of its residual stream and its values.
 
     Returns:
         Whether stock code still loads it, with ``tie_word_embeddings: false`` where its output was tied. A model that
         can only be tied, GPT-2, has a ``TurnedNorm`` afterwards; stock code has no place for its rotation.
     """
+    for path in residual_stream(model).layers:
+        if (layer := plain(get_module(model, path))) is not None:  # it is one: the description says so
+            set_module(model, path, layer)
     untie(model)  # first: an embedding that is the output layer as well cannot be rotated for both
     stream = residual_stream(model)
     turn, residual = Turn(stream), rotations["residual"]

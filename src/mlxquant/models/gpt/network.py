@@ -14,8 +14,15 @@ import mlx.nn as nn
 
 from ...errors import AdapterError, ArtifactError
 from ...layers.fast_cpu import gelu_tanh, softmax
+from ...layers.tree import parameters
+from ..catalog import pretrained
 
 MODEL_TYPE = "gpt2"  # in a config.json
+USUAL = {  # what a config.json may say, or leave out, of a GPT-2 with the equations that are here
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+}
 HIDDEN = -1e9  # the score of a token in the future
 
 
@@ -137,12 +144,45 @@ class GPTBody(nn.Module):
 
 
 class GPT(nn.Module):
-    """Tokens [B,T] to logits [B,T,V]. The projection to the vocabulary is the token embedding, transposed."""
+    """Tokens [B,T] to logits [B,T,V]. The projection to the vocabulary is the token embedding, transposed.
+
+    Args:
+        config: ``GPTConfig``: the vocabulary, the positions, the width, the heads and the layers.
+    """
 
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
         self.model = GPTBody(config)
+
+    @classmethod
+    def from_pretrained(cls, reference: str) -> GPT:
+        """A GPT with its weights: one of ours, or a GPT-2 that mlx-lm loads.
+
+        Args:
+            reference: What ``mlxquant.load`` takes: "gpt2" or another hub id, "gpt-python", or a folder. A GPT that was
+                trained through rounding comes with the integers that it learned.
+
+        Returns:
+            The model, in the dtype of its file; ``config`` says how large it is.
+
+        Raises:
+            AdapterError: On another kind of model, and without mlx-lm where it has to load it.
+            ArtifactError: When it cannot be loaded; the error says why.
+        """
+        adapter: Any = pretrained(reference)
+        if isinstance(adapter.module, GPT):
+            return adapter.module
+        config = getattr(adapter, "config", {})
+        if config.get("model_type") != MODEL_TYPE:
+            kind = config.get("model_type", adapter.name)
+            raise AdapterError(f"{reference} is a {kind} and no {MODEL_TYPE}; mlxquant.load loads it")
+        if other := {name: config[name] for name, usual in USUAL.items() if config.get(name, usual[0]) not in usual}:
+            raise AdapterError(f"{reference} computes otherwise than GPT-2 ({other}); expected {USUAL}")
+        model = cls(GPTConfig.from_dict(config))
+        model.load_weights(list(parameters(adapter.module).items()))
+        mx.eval(model.parameters())
+        return model
 
     def __call__(self, tokens: mx.array) -> mx.array:
         return self.model.wte.as_linear(self.model(tokens))
