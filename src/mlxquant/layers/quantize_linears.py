@@ -11,7 +11,7 @@ codes. So do gemma3n of mlx-lm with ``prediction_coefs`` and ``correction_coefs`
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -20,20 +20,20 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ..errors import AdapterError, MlxQuantError, RecipeError
+from ..errors import MlxQuantError, RecipeError
 from ..grids.weights import WeightFormat
 from ..recipes.grammar import parse_spec
 from ..recipes.patterns import Pattern, as_list, first, require_matches
 from .kinds import Kind, kind_of
 from .packed import QuantizedLayer
 from .sizes import KeptLayer, LayerSize, SizeReport, is_hidden, is_packed, stored_bytes, weight_count
-from .tree import parameters, set_module
+from .tree import module_of, parameters, set_module
 
-Predicate = Callable[[str, nn.Module], bool | Mapping[str, Any]]  # mlx-lm's: whether, or with which bits and group size
+Predicate = Callable[[str, nn.Module], bool | Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
-class _Held:
+class Held:
     """A module and all paths under which the model holds it; ``kind`` is the one that can stand for it, if any."""
 
     module: nn.Module
@@ -46,16 +46,21 @@ class _Held:
 
 
 @dataclass(frozen=True)
-class _Selection:
-    """What the caller, and the model itself by ``wanted``, want to be quantized."""
+class Selection:
+    """What the caller, and the ``model`` itself by ``wanted``, want to be quantized."""
 
+    model: nn.Module
     exclude: list[Pattern]
-    include: list[Pattern] | None
-    embeddings: bool
-    convolutions: bool
-    wanted: Predicate
+    include: list[Pattern] | None = None
+    embeddings: bool = False
+    convolutions: bool = False
 
-    def reason_to_keep(self, one: _Held) -> str | None:
+    def wanted(self, path: str, module: nn.Module) -> bool | Mapping[str, Any]:
+        """mlx-lm's question: whether, or with which bits and group size, the model has a layer quantized."""
+        predicate: Predicate | None = getattr(self.model, "quant_predicate", None)
+        return True if predicate is None else predicate(path, module)
+
+    def reason_to_keep(self, one: Held) -> str | None:
         """Why a module stays as it is; None when it is to be quantized."""
         if is_packed(one.module):
             return "quantized already"
@@ -84,7 +89,7 @@ class _Selection:
 
 
 def quantize_linears(
-    model: nn.Module,
+    model: Any,
     format: str = "w8a16",
     *,
     exclude: Pattern | Iterable[Pattern] = (),
@@ -103,7 +108,7 @@ def quantize_linears(
     replaced: after an error the model is as it was, and both are in memory for a moment.
 
     Args:
-        model: The module that holds the layers; it is changed.
+        model: The module that holds the layers, or what ``load`` returns; it is changed.
         format: As in a recipe, without activations: "w8a16", "w4a16-g64", "w3a16-g32-sym", or short "w8", "w4-g64".
         exclude: Patterns of paths that stay as they are, also where they are included; see ``recipes.patterns``.
         include: Patterns of the only paths that are taken; None for all.
@@ -142,23 +147,35 @@ def quantize_linears(
         >>> model(mx.ones((2, 64))).shape
         (2, 64)
     """
-    if not isinstance(model, nn.Module):
-        raise AdapterError(
-            f"quantize_linears changes an mlx.nn.Module, found {type(model).__name__}; pass the module that holds the"
-            " layers"
-        )
     main, other = parse_format(format), None if fallback is None else parse_format(fallback)
-    excluded, included = as_list(exclude), None if include is None else as_list(include)
-    found = _find(model)
-    places = [path for one in found if one.kind is not None or is_packed(one.module) for path in one.paths]
+    selection = Selection(
+        module_of(model), as_list(exclude), None if include is None else as_list(include), embeddings, convolutions
+    )
+
+    def quantized(chosen: Sequence[Held]) -> list[QuantizedLayer]:
+        fitting = zip(chosen, _fitting(chosen, main, other), strict=True)
+        formats = [_at_least(one_format, selection.wanted(one.path, one.module)) for one, one_format in fitting]
+        layers = [_quantized(one, one_format, steps) for one, one_format in zip(chosen, formats, strict=True)]
+        _share_codes(chosen, layers)
+        return layers
+
+    return replace_layers(selection, quantized)
+
+
+def replace_layers(selection: Selection, made: Callable[[Sequence[Held]], Sequence[nn.Module]]) -> SizeReport:
+    """Put what is ``made`` of the selected layers, all of them together, in their places.
+
+    Raises RecipeError on a pattern that matches nothing, and when nothing is selected.
+    """
+    model = selection.model
+    found = find_held(model)
+    places = places_of(found)
     if "" in places:
         raise RecipeError(
             "the model is itself one layer, which cannot be replaced in place; use W8A16Linear.from_linear, or wrap it"
         )
-    require_matches("exclude", excluded, places)
-    require_matches("include", included or [], places)
-    wanted = getattr(model, "quant_predicate", None) or (lambda path, module: True)
-    selection = _Selection(excluded, included, embeddings, convolutions, wanted)
+    require_matches("exclude", selection.exclude, places)
+    require_matches("include", selection.include or [], places)
     reasons = {one.path: selection.reason_to_keep(one) for one in found}
     reasons |= _tied_to_kept(model, [one for one in found if reasons[one.path] is None])
     kept = tuple(
@@ -172,12 +189,8 @@ def quantize_linears(
         raise RecipeError(
             f"nothing to quantize in {type(model).__name__}: {told or 'it has no nn.Linear, embedding or convolution'}"
         )
-    formats = [
-        _at_least(f, wanted(one.path, one.module)) for one, f in zip(chosen, _fitting(chosen, main, other), strict=True)
-    ]
     before, weights = stored_bytes(model), weight_count(model)
-    layers = [_quantized(one, format, steps) for one, format in zip(chosen, formats, strict=True)]
-    _share_codes(chosen, layers)
+    layers = made(chosen)
     sizes = tuple(_size(one, layer) for one, layer in zip(chosen, layers, strict=True))
     for one, layer in zip(chosen, layers, strict=True):
         for path in one.paths:
@@ -204,14 +217,19 @@ def parse_format(text: str) -> WeightFormat:
     return spec.weight
 
 
-def _find(model: nn.Module) -> list[_Held]:
+def find_held(model: nn.Module) -> list[Held]:
     """Every module once, in the order in which they were defined, with all paths to it, hidden ones last."""
     paths: dict[int, list[str]] = {}
     modules: dict[int, nn.Module] = {}
     for path, module in reversed(model.named_modules()):
         paths.setdefault(id(module), []).append(path)
         modules[id(module)] = module
-    return [_Held(module, tuple(sorted(paths[key], key=is_hidden)), kind_of(module)) for key, module in modules.items()]
+    return [Held(module, tuple(sorted(paths[key], key=is_hidden)), kind_of(module)) for key, module in modules.items()]
+
+
+def places_of(found: Iterable[Held]) -> list[str]:
+    """Every path that a pattern can name: those of layers that can be quantized, or are."""
+    return [path for one in found if one.kind is not None or is_packed(one.module) for path in one.paths]
 
 
 def _matrix_bytes(module: nn.Module) -> int:
@@ -225,7 +243,7 @@ def _is_plain(module: nn.Module, base: type[nn.Module]) -> bool:
     return same and set(parameters(module)) <= {"weight", "bias"} and "weight" in module
 
 
-def _tied_to_kept(model: nn.Module, chosen: list[_Held]) -> dict[str, str]:
+def _tied_to_kept(model: nn.Module, chosen: list[Held]) -> dict[str, str]:
     """Those of the chosen layers whose very weight is also a parameter of something that is not chosen, and what that
     is.
     """
@@ -239,7 +257,7 @@ def _tied_to_kept(model: nn.Module, chosen: list[_Held]) -> dict[str, str]:
     }
 
 
-def _fitting(chosen: list[_Held], main: WeightFormat, fallback: WeightFormat | None) -> list[WeightFormat]:
+def _fitting(chosen: Sequence[Held], main: WeightFormat, fallback: WeightFormat | None) -> list[WeightFormat]:
     """The format of each layer; raises RecipeError that names the layers whose width neither fits."""
     formats, misfits = [], []
     for one in chosen:
@@ -266,7 +284,7 @@ def _at_least(format: WeightFormat, answer: bool | Mapping[str, Any]) -> WeightF
     return replace(format, bits=max(format.bits, wanted or 0))
 
 
-def _quantized(one: _Held, format: WeightFormat, steps: str) -> QuantizedLayer:
+def _quantized(one: Held, format: WeightFormat, steps: str) -> QuantizedLayer:
     """What stands for a layer; errors name it."""
     try:
         assert one.kind is not None
@@ -275,7 +293,7 @@ def _quantized(one: _Held, format: WeightFormat, steps: str) -> QuantizedLayer:
         raise type(error)(f"layer {one.path}: {error}") from error
 
 
-def _share_codes(chosen: list[_Held], layers: list[QuantizedLayer]) -> None:
+def _share_codes(chosen: Sequence[Held], layers: Sequence[QuantizedLayer]) -> None:
     """Give layers whose weights were one array, and whose formats are one, the same arrays again."""
     twins: dict[tuple[int, WeightFormat], QuantizedLayer] = {}
     for one, layer in zip(chosen, layers, strict=True):
@@ -283,9 +301,19 @@ def _share_codes(chosen: list[_Held], layers: list[QuantizedLayer]) -> None:
         layer.share_integers(twin)
 
 
-def _size(one: _Held, layer: QuantizedLayer) -> LayerSize:
+def _size(one: Held, layer: nn.Module) -> LayerSize:
     weight = np.array(one.module.weight.astype(mx.float32)).reshape(-1)
+    if isinstance(layer, QuantizedLayer):
+        format, after, restored = str(layer.format), layer.nbytes, layer.dequantized()
+    else:
+        format, restored = type(layer).__name__, _weight_told_by(layer, one.module.weight.shape[1])
+        after = stored_bytes(layer) - (layer.bias.nbytes if "bias" in layer else 0)
     norm = float(np.linalg.norm(weight))
-    error = float(np.linalg.norm(weight - np.array(layer.dequantized()).reshape(-1))) / norm if norm else 0.0
+    error = float(np.linalg.norm(weight - np.array(restored).reshape(-1))) / norm if norm else 0.0
     kind, shape, nbytes = type(one.module).__name__, one.module.weight.shape, one.module.weight.nbytes
-    return LayerSize(one.path, kind, shape, str(layer.format), nbytes, layer.nbytes, error)
+    return LayerSize(one.path, kind, shape, format, nbytes, after, error)
+
+
+def _weight_told_by(linear: nn.Module, width: int) -> mx.array:
+    """The weight float32 [out,in] that anybody's linear layer multiplies by: what it answers to unit vectors."""
+    return (linear(mx.eye(width)) - linear(mx.zeros((1, width)))).T.astype(mx.float32)
