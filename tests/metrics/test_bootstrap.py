@@ -10,7 +10,15 @@ from mlxquant.metrics.bootstrap import interval
 def test_agrees_with_the_normal_interval():
     values = np.random.default_rng(0).normal(3, 2, 400)
     half = 1.96 * values.std() / 20
-    np.testing.assert_allclose(interval(values), [values.mean() - half, values.mean() + half], atol=0.03)
+    np.testing.assert_allclose(
+        interval(values, draws=20_000), [values.mean() - half, values.mean() + half], atol=0.05 * half
+    )
+
+
+def test_the_truth_is_outside_one_time_in_twenty():
+    rng = np.random.default_rng(0)
+    found = [interval(rng.exponential(2.0, 64), draws=500) for _ in range(600)]
+    assert 0.025 < np.mean([not low <= 2.0 <= high for low, high in found]) < 0.08
 
 
 def test_same_seed_same_interval():

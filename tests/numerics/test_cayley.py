@@ -104,3 +104,16 @@ def test_momentum_goes_on_where_the_gradient_ends():
     still, _ = cayley_step(moved, np.zeros((6, 6)), 0.1, speed, 0.0, keeps_ones=False)
     assert np.abs(further - moved).max() > 1e-3
     np.testing.assert_allclose(still, moved, atol=1e-15)
+
+
+@pytest.mark.parametrize("keeps_ones", [True, False])
+def test_momentum_is_a_direction_in_which_rotations_can_go(keeps_ones):
+    """M Xᵀ is skew, and where ones are kept it takes them to nothing: what a gradient has beside that is gone."""
+    rng = np.random.default_rng(4)
+    rotation = start("random", 8, keeps_ones, rng)
+    _, speed = cayley_step(rotation, rng.standard_normal((8, 8)), 0.1, rng.standard_normal((8, 8)), 0.9, keeps_ones)
+    turn = speed @ rotation.T
+    np.testing.assert_allclose(turn, -turn.T, atol=1e-13)
+    assert np.abs(turn).max() > 0.1
+    if keeps_ones:
+        np.testing.assert_allclose(turn.sum(0), 0, atol=1e-13)

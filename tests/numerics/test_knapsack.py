@@ -153,3 +153,28 @@ def test_an_impossible_average_is_an_error():
     errors, shares = inputs(0)
     with pytest.raises(ValueError, match="less than the fewest"):
         shared_budget(errors, [TIERS] * len(errors), shares, 3.9)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_no_room_is_left_for_a_change_that_saves(seed):
+    """Steps along the hulls end at the first that does not fit; what is left goes where it saves most."""
+    costs, sizes = problem(seed)
+    for capacity in np.linspace(*range_of(sizes), 9):
+        chosen = least_cost(costs, sizes, capacity)
+        room = capacity - total(sizes, chosen)
+        for cost, size, at in zip(costs, sizes, chosen, strict=True):
+            assert (cost[size - size[at] <= room] >= cost[at]).all()
+
+
+def test_what_is_left_goes_to_the_change_that_saves_most():
+    """The hull step of the first item saves most by size and does not fit; then 6 go to the third and none to the second."""
+    costs = [np.array([100.0, 0.0]), np.array([3.0, 0.0]), np.array([5.0, 0.0])]
+    sizes = [np.array([0, 20]), np.array([0, 5]), np.array([0, 6])]
+    assert least_cost(costs, sizes, 10) == [0, 0, 1]
+    assert least_cost(costs, sizes, 11) == [0, 1, 1]
+    assert least_cost(costs, sizes, 20) == [1, 0, 0]
+
+
+def test_options_between_the_hulls_steps_are_taken_where_they_fit():
+    """From 10 to 0 at size 4 the hull goes at once; the option beside it, 7 at size 1, is all that fits in 3."""
+    assert least_cost([np.array([10.0, 9.0, 0.0])], [np.array([0, 1, 4])], 3) == [1]

@@ -11,6 +11,8 @@ from mlxquant.files import kept_arrays
 from mlxquant.grids.weights import WeightFormat, fit_extremes
 from mlxquant.layers.linear import QuantizedLinear
 from mlxquant.layers.tree import swapped
+from mlxquant.methods import registry
+from mlxquant.numerics.moments import Moments
 from mlxquant.recipes.grammar import parse_recipe
 from mlxquant.sweep import allocation, sensitivity
 from mlxquant.sweep.allocation import allocate
@@ -249,3 +251,22 @@ def test_limits_that_cannot_be_met_are_refused_at_once(model, calib, monkeypatch
     monkeypatch.setattr(allocation, "survey", None)
     with pytest.raises(RecipeError, match=message):
         allocate(model.adapter, calib, parse_recipe(name), **limits)
+
+
+@pytest.mark.parametrize("rounding", ["rtn", "gptq"])
+def test_a_weights_error_counts_each_output_at_its_own_cost_averaged_over_levels(rounding):
+    """Against the tokens themselves. Costs that differ a thousandfold between outputs make a mean of them another number."""
+    random = np.random.default_rng(0)
+    weight, inputs = random.normal(size=(6, 32)).astype(np.float32), random.normal(size=(200, 32)).astype(np.float32)
+    costs = 10.0 ** np.arange(-2, 4) * np.array([[1.0], [5.0]])
+    spec = parse_recipe(f"{rounding}-w4a16").rules[-1][1]
+    formats = [WeightFormat(2), WeightFormat(3)]
+    moments = Moments.of(inputs)
+    table = sensitivity.Sensitivity(np.float32([0.2, 0.8]), {}, {"layer": costs})
+    found = allocation.weight_errors("layer", spec, formats, moments, weight, table)
+    both = Moments(moments.gram, moments.count, moments.gram)
+    for form, error in zip(formats, found, strict=True):
+        grid = registry.get("steps", spec.steps).function(weight, form, both)
+        codes = registry.get("round", rounding).function(weight, grid, both)
+        wrong = inputs @ (weight - grid.dequantize(codes)).T
+        assert error == pytest.approx((np.square(wrong).mean(0) * costs.mean(0)).sum(), rel=1e-4)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mlxquant.errors import AdapterError
-from mlxquant.sweep.streams import Passes
+from mlxquant.sweep.streams import Deviation, ExactStream, Passes, stage_error
 from mlxquant.sweep.sweep import best_of
 from mlxquant.sweep.trial import Trial
 
@@ -60,3 +60,60 @@ def test_of_equal_trials_the_first_is_kept():
     trials = [Trial(name, error=error) for name, error in (("a", 2.0), ("b", 1.0), ("c", 1.0))]
     assert best_of(trials).name == "b"
     assert best_of(trials[::-1]).name == "c"
+
+
+def states(*batches):
+    """One state a batch, [rows,tokens,2] that hold a number each."""
+    return [{"image": mx.array(np.float32(batch)[:, None, :].repeat(3, axis=1))} for batch in batches]
+
+
+def test_a_batchs_errors_cost_what_they_cost_at_its_own_noise_level():
+    """Two batches of other sizes: squared errors by channel, by cost, averaged over all rows."""
+    targets, outputs = states([[0, 0]], [[0, 0], [0, 0]]), states([[1, 2]], [[3, 0], [0, 1]])
+    costs = {"image": np.float64([[10, 1], [100, 7]])}
+    expected = ((10 * 1 + 1 * 4) + (100 * 9) + (7 * 1)) / 3
+    assert stage_error(outputs, targets, costs) == pytest.approx(expected)
+    deviation = Deviation(costs)
+    for output, target in zip(outputs, targets, strict=True):
+        deviation.add(output, target)
+    assert deviation.by_tensor == {"image": pytest.approx(expected)}
+
+
+def test_without_costs_errors_are_relative_and_tensors_count_alike():
+    targets = [
+        {"a": mx.full((2, 3, 2), 10.0), "b": mx.full((2, 5), 1.0)},
+        {"a": mx.zeros((1, 3, 2)), "b": mx.ones((1, 5))},
+    ]
+    outputs = [
+        {"a": mx.full((2, 3, 2), 11.0), "b": mx.full((2, 5), 1.5)},
+        {"a": mx.ones((1, 3, 2)), "b": mx.ones((1, 5))},
+    ]
+    assert stage_error(outputs, targets) == pytest.approx(np.mean([18 / 1200, 0.25 * 10 / 15]))
+    deviation = Deviation()
+    for output, target in zip(outputs, targets, strict=True):
+        deviation.add(output, target)
+    assert deviation.by_tensor == {"a": pytest.approx(1.0), "b": pytest.approx(2.5 / 15)}
+
+
+class Twice:
+    """A stage without a model: it doubles what it reads and writes one tensor more."""
+
+    name = "twice"
+
+    def run(self, state):
+        return {"image": 2 * state["image"], "text": state["text"], "sum": state["image"] + state["text"]}
+
+
+@pytest.mark.parametrize("both", [True, False])
+def test_the_teacher_goes_on_from_what_it_wrote_and_tells_what_entered(chain, both):
+    text = mx.ones((1, 2))
+    first = [{"image": mx.full((1, 2), float(index)), "text": text} for index in range(3)]
+    teacher = ExactStream(Passes(chain, [0.2, 0.5, 0.9]), first, both)
+    targets = teacher.targets(Twice())
+    assert [set(target) for target in targets] == [{"image", "sum"}] * 3  # not what only passed through
+    assert [target["image"].tolist() for target in targets] == [[[0, 0]], [[2, 2]], [[4, 4]]]
+    assert list(teacher.inputs()) == (first if both else [])
+    again = teacher.targets(Twice())
+    assert [target["image"].tolist() for target in again] == [[[0, 0]], [[4, 4]], [[8, 8]]]
+    entered = [state["image"].tolist() for state in teacher.inputs()]
+    assert entered == ([[[0, 0]], [[2, 2]], [[4, 4]]] if both else [])

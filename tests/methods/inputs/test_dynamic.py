@@ -80,3 +80,17 @@ def test_a_power_law_is_better_off_with_it_at_every_width(bits):
 def test_equal_values_are_uniform():
     assert power_law_ratio(np.zeros(9)) == power_law_ratio(np.full(9, 3.0)) == 0
     assert not dynamic(ranges(np.full(SIZE, 3.0)), WEIGHT, 8).log.any()
+
+
+@pytest.mark.parametrize(
+    ("name", "rivals"), [("pareto", 1), ("exponential", 1), ("uniform", 1), ("far from 0", 2), ("normal", 2)]
+)
+def test_a_parameter_costs_half_the_logarithm_of_the_number_of_values(name, rivals):
+    """The same values five times have the same likelihoods, and every parameter costs less a value. The power law has two
+    parameters, its best rival one or two.
+    """
+    x = (POWER_LAWS | OTHERS)[name].reshape(-1)[:200]
+    x = x - x.min()
+    price = [np.log(n) / (2 * n) for n in (200, 1000)]
+    cheaper = power_law_ratio(np.tile(x, 5)) - power_law_ratio(x)
+    assert cheaper == pytest.approx((2 - rivals) * (price[0] - price[1]), abs=1e-12)

@@ -31,10 +31,11 @@ def soft(choice, grid):
 def learn(weight, grid, inputs, choice, checkpoint=None, **settings):
     """Learn one linear layer on its whole output, full batch."""
     x, y = mx.array(inputs.astype(np.float32)), mx.array((inputs @ weight.T).astype(np.float32))
-    start = mx.square(x @ mx.array(grid.dequantize(choice.codes(choice.alpha, grid))).T - y).mean().item()
+    start = mx.square(x @ mx.array(grid.dequantize(choice.codes(choice.alpha, grid))).T - y).mean()
+    x, y = x / mx.sqrt(start), y / mx.sqrt(start)  # as a number in the loss it would be compiled anew each time
 
     def loss(weights, x, y):
-        return mx.square(x @ weights["a.0.w"].T - y).mean() / start
+        return mx.square(x @ weights["a.0.w"].T - y).mean()
 
     chosen = ada.Settings(**{"iterations": 300, "rate": 0.05, "pressure": 3.0, **settings})
     return ada.adaround(loss, {"a.0.w": choice}, {"a.0.w": grid}, lambda i: (x, y), chosen, checkpoint)
@@ -99,18 +100,25 @@ def test_a_start_is_kept_until_something_moves():
     )
 
 
-def test_it_finds_what_brute_force_finds():
-    weight, grid, inputs, moments = problem(rows=1, width=9, bits=2, seed=3)
+@pytest.mark.parametrize("seed", range(3))
+def test_it_finds_nearly_what_brute_force_finds(seed):
+    """32 rows of 9 weights, each with 512 choices: for two rows in five it is the best of them, for all one of the best
+    8 %, and of what rounding to nearest loses against the best it wins back two thirds.
+    """
+    weight, grid, inputs, moments = problem(rows=32, width=9, bits=2, seed=seed)
     choice = ada.choose(weight, grid)
     learned = learn(weight, grid, inputs, choice, iterations=800).codes["a.0.w"]
-    losses = {}
-    for ups in itertools.product([-1, 1], repeat=9):
-        codes = choice.codes(np.array([ups]), grid)
-        losses[codes.tobytes()] = energy(weight - grid.dequantize(codes), moments.gram).item()
-    nearest = energy(weight - grid.dequantize(rtn(weight, grid)), moments.gram).item()
-    best = min(losses.values())
-    assert best < 0.8 * nearest
-    assert losses[learned.tobytes()] <= best + 0.05 * (nearest - best)
+
+    def losses(codes):
+        return energy(weight - grid.dequantize(codes), moments.gram)
+
+    every = np.array(list(itertools.product([-1, 1], repeat=9)))
+    every = np.stack([losses(choice.codes(np.broadcast_to(ups, weight.shape), grid)) for ups in every])
+    best, nearest, found = every.min(0), losses(rtn(weight, grid)), losses(learned)
+    assert (found >= best * (1 - 1e-6)).all()
+    assert (found <= best * (1 + 1e-6)).mean() > 0.4
+    assert ((every < found * (1 - 1e-6)).sum(0) < 0.08 * 512).all()
+    assert (found - best).sum() < (nearest - best).sum() / 3
 
 
 def test_it_beats_rounding_and_improves_its_start():

@@ -27,12 +27,13 @@ def problem():
     return weight, exact, seen, moments
 
 
-@pytest.mark.parametrize("damping", [1e-9, 1e-3, 0.5])
-def test_it_is_the_ridge_regression_of_the_exact_output(problem, damping):
+@pytest.mark.parametrize("given", [(), (1e-9,), (1e-3,), (0.5,)])
+def test_it_is_the_ridge_regression_of_the_exact_output(problem, given):
     weight, exact, seen, moments = problem
+    (damping,) = given or (1e-3,)
     ridge = np.sqrt(damping * np.diagonal(moments.gram).mean()) * np.eye(24)
     expected = np.linalg.lstsq(np.vstack([seen, ridge]), np.vstack([exact, ridge]) @ weight.T, rcond=None)[0].T
-    np.testing.assert_allclose(corrected_target(weight, moments, damping), expected, rtol=1e-8, atol=1e-10)
+    np.testing.assert_allclose(corrected_target(weight, moments, *given), expected, rtol=1e-8, atol=1e-10)
 
 
 def test_the_error_splits_into_what_cannot_be_met_and_the_distance_from_the_target(problem):

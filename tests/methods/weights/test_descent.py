@@ -92,3 +92,20 @@ def test_near_the_optimum_by_brute_force():
     assert excess[gptq_descent] < excess[gptq] < excess[rtn]
     assert excess[gptq_descent] < 0.35
     assert np.isclose(found[gptq_descent], best, rtol=1e-5).mean() > 0.5
+
+
+def test_it_ends_where_no_code_can_be_changed_for_the_better_on_the_damped_hessian():
+    """And not on the plain one, which trusts these few tokens more."""
+    weight, moments = layer(6, 24)
+    grid = search(weight, WeightFormat(3), moments)
+    codes = gptq_descent(weight, grid, moments, damping=1.0, passes=100)
+    _, hessian = damped_problem(weight, moments.gram, 1.0)
+    improved = {"damped": 0, "plain": 0}
+    for name, gram in (("damped", hessian), ("plain", moments.gram)):
+        ended = energy(weight - grid.dequantize(codes), gram)
+        for column, code in itertools.product(range(24), range(8)):
+            other = codes.copy()
+            other[:, column] = code
+            improved[name] += int((energy(weight - grid.dequantize(other), gram) < ended * (1 - 1e-6)).sum())
+    assert improved["damped"] == 0
+    assert improved["plain"] > 0

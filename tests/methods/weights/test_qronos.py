@@ -95,10 +95,12 @@ def test_it_makes_up_for_what_the_inputs_have_lost():
         assert a < g
 
 
-def test_gptaq_hands_on_what_each_column_has_lost():
+@pytest.mark.parametrize("strength", [None, 0.5])
+def test_gptaq_hands_on_what_each_column_has_lost(strength):
     """Against the sum of its definition: each column's loss made up for by least squares of the columns that come after
-    it.
+    it, all of it as in the paper unless a strength is given.
     """
+    given, share = ({}, 1.0) if strength is None else ({"strength": strength}, strength)
     weight, (exact, seen) = weight_of(width=16), inputs(16)
     moments = streams(exact, seen)
     hessian = moments.gram + 0.01 * np.diagonal(moments.gram).mean() * np.eye(16)
@@ -107,9 +109,9 @@ def test_gptaq_hands_on_what_each_column_has_lost():
     for at, column in enumerate(order):
         rest = order[at + 1 :]
         lost = (exact - seen)[:, column] @ seen[:, rest]
-        aim[:, rest] += 0.5 * np.outer(weight[:, column], np.linalg.solve(hessian[np.ix_(rest, rest)], lost))
+        aim[:, rest] += share * np.outer(weight[:, column], np.linalg.solve(hessian[np.ix_(rest, rest)], lost))
     fine = extremes(2 * weight, WeightFormat(8))
-    codes = gptaq(weight, fine, moments, strength=0.5)
+    codes = gptaq(weight, fine, moments, **given)
     expected = gptq(aim, fine, moments)
     assert (codes == expected).mean() > 0.99  # their guards differ: of what rounding to nearest does
 

@@ -92,3 +92,21 @@ def test_rows_are_solved_a_few_at_a_time_with_the_same_result(text, monkeypatch)
     few = refit(weight, grid, grid.quantize(weight), moments)
     np.testing.assert_array_equal(few[0].scales, whole[0].scales)
     np.testing.assert_array_equal(few[1], whole[1])
+
+
+@pytest.mark.parametrize("text", ["w4-asym", "w4-g32", "w3-tensor-asym"])
+def test_a_row_keeps_its_steps_where_a_fit_is_worse(text):
+    """Codes that fall where the weight rises: least squares wants negative steps, which no grid has, and the biases that
+    go with them are far off.
+    """
+    weight, _, moments = layer()
+    grid = extremes(weight, WeightFormat.parse(text))
+    codes = (grid.format.levels - 1 - grid.quantize(weight)).astype(np.uint8)
+    target, hessian = damped_problem(weight, moments.gram, 0.01)
+    refined, same = refit(weight, grid, codes, moments, rounds=1, passes=0)
+    np.testing.assert_array_equal(same, codes)
+    before, after = (energy(target - g.dequantize(codes), hessian) for g in (grid, refined))
+    rows = [slice(None)] if grid.format.group == "tensor" else list(range(len(weight)))
+    for row in rows:
+        assert after[row].sum() <= before[row].sum() * (1 + 1e-6)
+    assert (refined.scales == grid.scales).all()
