@@ -114,12 +114,25 @@ def test_extremes_and_their_envelope_clip_nothing_that_was_seen(name):
         assert codes.max() < 127.5
 
 
-def test_averages_weigh_samples_equally_however_they_are_batched():
+def test_moments_and_ranges_are_the_same_however_samples_are_batched():
     x = mx.array(np.random.default_rng(0).normal(size=(6, 5, 4)).astype(np.float32))
-    whole, parts = InputStatistics(4), InputStatistics(4)
+    whole, parts = (InputStatistics(4, range_batch=4) for _ in range(2))
     whole.add(x, 0.5)
     for rows in (slice(0, 1), slice(1, 6)):
         parts.add(x[rows], 0.5)
-    np.testing.assert_allclose(whole.ranges.low, parts.ranges.low, rtol=1e-6)
-    np.testing.assert_allclose(whole.ranges.low[0], np.array(x).min(1).mean(0), rtol=1e-6)
+    np.testing.assert_array_equal(whole.ranges.low, parts.ranges.low)
+    np.testing.assert_array_equal(whole.ranges.high, parts.ranges.high)
     np.testing.assert_allclose(whole.moments.gram, parts.moments.gram, rtol=1e-6)
+
+
+def test_averages_clip_the_more_the_fewer_samples_a_batch_has():
+    """All of them in one batch: what was seen, to the last bit."""
+    x = mx.array(np.random.default_rng(0).standard_t(4, size=(16, 5, 16)).astype(np.float32))
+    steps = []
+    for batch in (1, 2, 4, 8, 16):
+        statistics = InputStatistics(16, range_batch=batch)
+        statistics.add(x, 0.5)
+        steps.append(get("range", "average").function(statistics.ranges, WEIGHT, 8).step[0])
+    assert steps == sorted(steps)
+    assert steps[0] < 0.8 * steps[-1]
+    assert steps[-1] == get("range", "extremes").function(statistics.ranges, WEIGHT, 8).step[0]

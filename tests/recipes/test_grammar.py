@@ -76,6 +76,10 @@ def test_only_some_methods_look_at_both_streams():
         ("gptq+-w4a8", "unknown ingredient ''"),
         ("gptq+rotation+smoothquant-w4a8", "'smoothquant' comes after 'rotation', which must be the last"),
         ("quarot+rotation-w4a8", "'rotation' comes after 'rotation'"),
+        ("gptq+average0-w4a8", "unknown ingredient 'average0'"),
+        ("gptq+average+average8-w4a8", "'average8' comes after 'average'; a recipe has one range method"),
+        ("gptq+tdq+average8-w4a8", "'average' comes after 'tdq'; a recipe has one range method"),
+        ("gptq+average8-w4a16", "'average8' is about quantized inputs"),
         ("gptq+tdq+logsnr-w4a8", "'logsnr' comes after 'tdq'; a recipe has one range method"),
         ("svdquant+whitened8-w4a8", "'whitened8' comes after 'svd'; a recipe has one branch"),
         ("gptq+softmax8+softmax4-w4a8", "'softmax4' comes after 'softmax8'; a recipe has one width of probabilities"),
@@ -95,6 +99,15 @@ def test_only_some_methods_look_at_both_streams():
 def test_unknown_names_are_refused(name, message):
     with pytest.raises(RecipeError, match=message):
         parse_recipe(name)
+
+
+def test_the_batch_of_averages_is_in_the_name():
+    for name, batch in {"rtn+average-w8a8": 32, "rtn+average8-w8a8": 8, "rtn+average100+shift-w8a8": 100}.items():
+        recipe = parse_recipe(name)
+        assert recipe.range_batch == batch
+        assert recipe.averages
+        assert recipe.plan(LAYERS)["blocks.0.mlp.fc1"].activation.range == "average"
+    assert not parse_recipe("rtn-w8a8").averages
 
 
 def test_inputs_that_only_an_override_quantizes_are_inputs():

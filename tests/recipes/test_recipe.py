@@ -7,6 +7,7 @@ from mlxquant.files import checked
 from mlxquant.grids.weights import WeightFormat
 from mlxquant.methods.inputs.tiers import BUDGET
 from mlxquant.methods.weights.adaround import Settings
+from mlxquant.numerics.input_ranges import RANGE_BATCH
 from mlxquant.recipes.grammar import parse_recipe
 from mlxquant.recipes.recipe import ActivationSpec, LayerSpec, Recipe
 
@@ -121,6 +122,20 @@ def test_a_recipe_of_an_older_version_is_read():
     found = Recipe.from_dict({"name": "old", "rules": [["*", spec], ["x", None]], "learning": {"iterations": 5}})
     layer = LayerSpec(WeightFormat(4), ActivationSpec(8), "search", "gptq", refine="refit")
     assert found == Recipe("old", (("*", layer), ("x", None)), learning=Settings(iterations=5))
+
+
+def test_an_older_version_averaged_single_samples():
+    spec = {"weight": {"bits": 4}, "activation": {"bits": 8, "range": "average"}, "steps": "search", "rounding": "gptq"}
+    old = {"name": "old", "rules": [["*", spec]]}
+    assert Recipe.from_dict(old).range_batch == 1
+    assert Recipe.from_dict({**old, "range_batch": 8}).range_batch == 8
+    plain = [["*", {**spec, "activation": {"bits": 8}}]]
+    assert Recipe.from_dict({**old, "rules": plain}).range_batch == RANGE_BATCH
+
+
+def test_a_batch_has_a_sample():
+    with pytest.raises(RecipeError, match="at least 1 sample, found 0; 32 is the default"):
+        Recipe("none", (), range_batch=0)
 
 
 def test_a_recipe_of_a_newer_version_is_refused():

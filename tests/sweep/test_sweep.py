@@ -67,6 +67,23 @@ def test_formats_follow_the_recipe(tiny):
         assert layers[path].table is None
 
 
+def test_the_batch_of_averaged_ranges_decides_and_is_recorded(tiny, tmp_path):
+    """Of three pictures; what was asked for is in the recipe, what there was in the facts."""
+    calib, fc2 = calibrate(tiny, prompts=3), f"{BLOCK}.image_transformer_block.mlp.fc2"
+    done = {batch: mq.quantize(tiny, calib, f"rtn+average{batch}-w8a8") for batch in (1, 2, 3, 32)}
+    steps = {batch: qmodel.layers[fc2].table.step for batch, qmodel in done.items()}
+    assert (steps[1] < steps[2]).all()
+    assert (steps[2] < steps[3]).all()
+    assert_same(done[3], done[32])
+    assert_same(done[32], mq.quantize(tiny, calib, "rtn-w8a8"))
+    for batch, qmodel in done.items():
+        qmodel.save(tmp_path / str(batch))
+        facts = mq.load(tmp_path / str(batch)).facts
+        assert facts["recipe"]["range_batch"] == batch
+        assert facts["range_batch"] == min(batch, 3)
+    assert "range_batch" not in mq.quantize(tiny, calib, "rtn-w8a8").facts
+
+
 def test_every_timestep_has_its_own_scales_and_static_has_one(tiny):
     calib = calibrate(tiny, steps=3)
     path = "multimodal_transformer_blocks.1.image_transformer_block.mlp.fc1"

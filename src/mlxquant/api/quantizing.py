@@ -198,6 +198,8 @@ def _quantize_once(
     """
     adapter = model.clone()
     made = {**facts, "recipe": recipe.to_dict(), "calibration": calib.record}
+    if recipe.averages:
+        made["range_batch"] = min(recipe.range_batch, calib.level_samples)  # what there really was
     store: Store | None = None
     if tracks is not None:
         made["tracks"] = tracks.digests

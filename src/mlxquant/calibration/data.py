@@ -59,6 +59,18 @@ class CalibrationData(Protocol):
         """All that it depends on, as plain data."""
         ...
 
+    @property
+    def sides(self) -> int:
+        """How many rows of a batch belong to one sample: what a guided model reads of a picture with its prompt, and
+        without. A batch has first one row of each sample, then the next of each in the same order.
+        """
+        ...
+
+    @property
+    def level_samples(self) -> int:
+        """The most samples that it has at one noise level."""
+        ...
+
     def batches(self, adapter: Adapter, size: int | None = None) -> tuple[list[float], OnDemand]:
         """Noise levels and chain inputs, each batch at one noise level, of at most ``size`` samples."""
         ...

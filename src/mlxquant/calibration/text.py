@@ -41,6 +41,16 @@ class TextCalibration:
             **self.about,
         }
 
+    @property
+    def sides(self) -> int:
+        """A window is a row."""
+        return 1
+
+    @property
+    def level_samples(self) -> int:
+        """All windows: they have one noise level."""
+        return len(self.windows)
+
     def batches(self, adapter: Adapter, size: int | None = None) -> tuple[list[float], OnDemand]:
         """Noise levels, all the same, and chain inputs of at most ``size`` windows."""
         size = adapter.batch if size is None else size

@@ -24,7 +24,7 @@ from ..models.adapter import Adapter, State
 from ..models.diffusion import DiffusionAdapter, diffusion
 from ..progress import Progress, silent
 from ..sampling.batches import drawn_batches
-from ..sampling.guidance import check_weight, guided_rows
+from ..sampling.guidance import check_weight, guided_rows, sides
 from ..sampling.prompts import Prompt
 from .data import OnDemand
 
@@ -66,6 +66,16 @@ class Calibration(Origin):
         return replace(
             self, prompts=self.prompts[pictures], sigmas=self.sigmas[steps], latents=self.latents[steps][:, pictures]
         )
+
+    @property
+    def sides(self) -> int:
+        """Two where guidance reads each picture with its prompt and without."""
+        return len(sides(self.cfg))
+
+    @property
+    def level_samples(self) -> int:
+        """The most pictures that go through the model at one step."""
+        return max(map(len, self.pictures))
 
     @property
     def trajectories(self) -> dict[str, Any]:

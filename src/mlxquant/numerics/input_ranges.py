@@ -1,4 +1,9 @@
-"""What range methods see of a layer's input: extremes and sampled rows of each channel at each noise level."""
+"""What range methods see of a layer's input: extremes and sampled rows of each channel at each noise level.
+
+Averaged min-max is an average over calibration *batches*: each batch gives its minimum and its maximum, and their means
+are the range. So how many samples make a batch is a setting of the method, not of the machine. With one sample a batch
+it clips what every sample but the mildest needs; with all samples in one it is the plain minimum and maximum.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +14,19 @@ import numpy as np
 
 from .arrays import Array
 
+# Samples of a batch of averaged min-max. The public code with an ``AvgMinMaxObserver`` in a configuration, Outlier
+# Suppression (arXiv 2209.13325, github.com/wimh966/outlier_suppression, exp/bert_ptq/minmax), shows it 256 samples in
+# batches of 32; QDrop (arXiv 2203.05740) and TaQ-DiT (arXiv 2411.14172) have the same observer and batches of 32 in
+# their reconstruction, and observe the first 256 samples in one forward pass.
+RANGE_BATCH = 32
+
 
 @dataclass(frozen=True)
 class InputRanges:
     """Ranges of a layer's input [.., in], one row a noise level (sigma ascending).
 
-    ``low`` and ``high`` [T,in]: mean over samples of each sample's minimum and maximum (averaged min-max, arXiv
-    2411.14172); ``least`` and ``most`` [T,in]: the extremes; ``rows`` [T,R,in]: sampled input rows, float32.
+    ``low`` and ``high`` [T,in]: mean over batches of samples of each batch's minimum and maximum (averaged min-max, see
+    ``RunningRanges``); ``least`` and ``most`` [T,in]: the extremes; ``rows`` [T,R,in]: sampled input rows, float32.
     """
 
     sigma: Array
@@ -52,29 +63,62 @@ class InputRanges:
         )
 
 
-class RunningRanges:
-    """Ranges of a layer's input at one noise level, a few samples at a time."""
+class BatchAverage:
+    """The mean over batches of each batch's minimum [in]; of a maximum it is that of the negative.
 
-    def __init__(self, width: int):
-        self._low, self._high = np.zeros(width, np.float64), np.zeros(width, np.float64)
+    Samples 0 to ``size - 1`` are the first batch, the next ``size`` the second and so on, in the order in which they
+    are added, however many at a time. A last batch that is not full counts in proportion to its samples, so that one
+    sample too many does not weigh as much as ``size`` others; observers that average over forward passes count it
+    whole.
+    """
+
+    def __init__(self, width: int, size: int):
+        self._size, self._samples, self._sum = size, 0, np.zeros(width, np.float64)
+        self._open = np.full(width, np.inf, np.float64)  # the minimum of the batch that is not full yet
+
+    def add(self, lowest: Array) -> None:
+        """Each sample's minimum [B,in]."""
+        while len(lowest):
+            some, lowest = np.split(lowest, [self._size - self._samples % self._size])
+            self._open = np.minimum(self._open, some.min(0))
+            self._samples += len(some)
+            if self._samples % self._size == 0:
+                self._sum += self._size * self._open
+                self._open = np.full_like(self._open, np.inf)
+
+    @property
+    def value(self) -> Array:
+        """[in] float64."""
+        left = self._samples % self._size
+        return (self._sum + (left * self._open if left else 0.0)) / self._samples
+
+
+class RunningRanges:
+    """Ranges of a layer's input at one noise level, a few samples at a time; ``batch`` samples are a batch of averaged
+    min-max.
+    """
+
+    def __init__(self, width: int, batch: int = RANGE_BATCH):
+        self._low, self._negative_high = BatchAverage(width, batch), BatchAverage(width, batch)
         self.least, self.most = np.full(width, np.inf, np.float32), np.full(width, -np.inf, np.float32)
-        self._samples, self._rows = 0, list[Array]()
+        self._rows = list[Array]()
 
     def add(self, low: Array, high: Array, rows: Array) -> None:
-        """Each sample's minimum and maximum [B,in] over its tokens, and input rows [R,in] to keep."""
-        self._low += low.sum(0)
-        self._high += high.sum(0)
+        """Each sample's minimum and maximum [B,in] over its tokens, and input rows [R,in] to keep. What a guided model
+        reads of a picture, with its prompt and without, is one sample.
+        """
+        self._low.add(low)
+        self._negative_high.add(-high)
         self.least, self.most = np.minimum(self.least, low.min(0)), np.maximum(self.most, high.max(0))
-        self._samples += len(low)
         self._rows.append(rows)
 
     @property
     def low(self) -> Array:
-        return (self._low / self._samples).astype(np.float32)
+        return self._low.value.astype(np.float32)
 
     @property
     def high(self) -> Array:
-        return (self._high / self._samples).astype(np.float32)
+        return (-self._negative_high.value).astype(np.float32)
 
     @property
     def rows(self) -> Array:

@@ -20,6 +20,7 @@ from .presets import INGREDIENTS, PRESETS, RANK, USUAL, Template
 from .recipe import LayerSpec, Recipe
 
 NAMED = ("transform", "branch", "range", "steps", "refine", "reconstruct")  # of two with one name the first is meant
+_AVERAGE = re.compile(r"average([1-9]\d*)")  # with a batch size of its own
 _SPEC = re.compile(r"(w[2-8])a(4|6|8|16)((?:-tensor|-g\d+)?(?:-sym|-asym)?)(-static|-token)?")
 
 
@@ -51,6 +52,10 @@ def _with(template: Template, ingredient: str) -> Template:
                 f"{ingredient!r} comes after 'softmax{template.probabilities}'; a recipe has one width of probabilities"
             )
         return template.but(**INGREDIENTS[ingredient])
+    if batch := _AVERAGE.fullmatch(ingredient):
+        if layer.activation is not None and layer.activation.range == "average":
+            raise RecipeError(f"{ingredient!r} comes after 'average'; a recipe has one range method")
+        return _with(template, "average").but(range_batch=int(batch[1]))
     if limit := re.fullmatch(r"mixed(\d+(?:\.\d+)?)", ingredient):
         return template.but(mixed=True, bits_per_weight=float(limit[1]))
     if name in branches and not rank.startswith("0"):
@@ -69,8 +74,8 @@ def _with(template: Template, ingredient: str) -> Template:
     if kind is not None:
         return template.but(**{kind: ingredient})
     raise RecipeError(
-        f"unknown ingredient {ingredient!r}; known: {', '.join(sorted(ingredients()))}, and a rank after"
-        f" {sorted(branches)}"
+        f"unknown ingredient {ingredient!r}; known: {', '.join(sorted(ingredients()))}, a rank after"
+        f" {sorted(branches)} and a batch size after 'average'"
     )
 
 
@@ -149,7 +154,8 @@ def refuse_idle(name: str, ingredients: Sequence[str], template: Template, input
     damping at all.
     """
     about_inputs = {"shift", "tiers", *(found.name for found in registry.members("range"))}
-    if not inputs and (idle := [ingredient for ingredient in ingredients if ingredient in about_inputs]):
+    idle = [added for added in ingredients if added in about_inputs or _AVERAGE.fullmatch(added)]
+    if idle and not inputs:
         raise RecipeError(
             f"recipe {name}: {idle[0]!r} is about quantized inputs, and a16 has none; leave it out, or choose a8, a6"
             " or a4"

@@ -17,6 +17,7 @@ from ..grids.weights import WeightFormat
 from ..methods import registry
 from ..methods.inputs.tiers import TIERS
 from ..methods.weights.adaround import Settings
+from ..numerics.input_ranges import RANGE_BATCH
 from .patterns import ROLE, named, unmatched
 
 Part = TypeVar("Part")
@@ -167,6 +168,11 @@ class Recipe:
         mixed: Layers get bits of their own within what the recipe's own formats take.
         bits_per_weight: Layers get bits of their own within this average over the quantized layers.
         bits_per_activation: The same for inputs.
+        range_batch: Pictures, or windows of text, at one noise level whose smallest and largest values are one batch of
+            the range method ``average``; see ``numerics.input_ranges``.
+
+    Raises:
+        RecipeError: ``range_batch`` is less than 1.
     """
 
     name: str
@@ -180,6 +186,20 @@ class Recipe:
     mixed: bool = False
     bits_per_weight: float | None = None
     bits_per_activation: float | None = None
+    range_batch: int = RANGE_BATCH
+
+    def __post_init__(self) -> None:
+        if self.range_batch < 1:
+            raise RecipeError(
+                f"recipe {self.name}: a batch of averaged ranges has at least 1 sample, found {self.range_batch};"
+                f" {RANGE_BATCH} is the default"
+            )
+
+    @property
+    def averages(self) -> bool:
+        """Whether any layer's range is averaged over batches."""
+        specs = [spec for _, spec in self.rules if spec is not None]
+        return any(spec.activation is not None and spec.activation.range == "average" for spec in specs)
 
     @property
     def allocates(self) -> bool:
@@ -223,7 +243,8 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> Recipe:
-        """The recipe that ``to_dict`` was asked of. An older version knew fewer keys, which get their defaults.
+        """The recipe that ``to_dict`` was asked of. An older version knew fewer keys, which get their defaults, except
+        that ``average`` was over single samples up to 0.2.0, guided and unguided ones apart: its ``range_batch`` is 1.
 
         Args:
             saved: What ``to_dict`` gave, before or after it was JSON.
@@ -235,7 +256,8 @@ class Recipe:
             (pattern, None if spec is None else LayerSpec.from_dict(spec)) for pattern, spec in saved["rules"]
         )
         learning = _read(Settings, saved.get("learning", {}))
-        return _read(cls, {**saved, "rules": rules, "learning": learning})
+        recipe = _read(cls, {**saved, "rules": rules, "learning": learning})
+        return replace(recipe, range_batch=1) if recipe.averages and "range_batch" not in saved else recipe
 
 
 def _read(part: Callable[..., Part], saved: Mapping[str, Any]) -> Part:

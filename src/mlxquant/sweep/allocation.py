@@ -32,6 +32,7 @@ from ..methods.inputs.tiers import TIERS
 from ..models.adapter import Adapter, Stage, State
 from ..numerics import knapsack
 from ..numerics.arrays import Array
+from ..numerics.input_ranges import RANGE_BATCH
 from ..numerics.moments import Moments, energy
 from ..progress import Progress, silent
 from ..recipes.recipe import LayerSpec, Recipe
@@ -118,7 +119,8 @@ def allocate(
     sizes = candidate_bytes(adapter, plan, widths)
     count = sum(linears[path].weight.size for path in plan)
     check_limits(adapter, recipe, plan, bits_per_weight, bits_per_activation, widths)
-    surveys = survey(adapter, calibration, plan, formats, bits_per_activation is not None, progress, work)
+    by_input = bits_per_activation is not None
+    surveys = survey(adapter, calibration, plan, formats, by_input, progress, work, recipe.range_batch)
 
     before = {path: formats[path].index(spec.weight) for path, spec in plan.items()}
     chosen = before
@@ -221,19 +223,23 @@ def survey(
     inputs: bool,
     progress: Progress = silent,
     work: Path | None = None,
+    range_batch: int = RANGE_BATCH,
 ) -> dict[str, Survey]:
     """What bits buy in each planned layer, seen while the full-precision model runs over the calibration data.
 
-    ``inputs`` asks for quantized inputs, too. A stage at a time: only the moments of one are in memory, and the states
-    that enter and leave it. Finished stages are kept in ``work``.
+    ``inputs`` asks for quantized inputs, too; ``range_batch`` is a recipe's. A stage at a time: only the moments of one
+    are in memory, and the states that enter and leave it. Finished stages are kept in ``work``.
     """
     sigmas, batches = calibration.batches(adapter)
     states: Sequence[State] = batches
     job = sensitivity_job(calibration, plan)
-    passes = Passes(adapter, sigmas, progress)
+    passes = Passes(adapter, sigmas, progress, calibration.sides)
     costs = measured(passes, adapter.stages, states, plan, Measurements(work, job))
     asked = {path: [asdict(spec), list(map(str, formats[path]))] for path, spec in plan.items()}
-    kept = Measurements(None if work is None else work / "allocation", job | {"asked": asked, "inputs": inputs})
+    kept = Measurements(
+        None if work is None else work / "allocation",
+        job | {"asked": asked, "inputs": inputs, "range_batch": range_batch},
+    )
     linears, found, skipped = adapter.linears(), dict[str, Survey](), list[Stage]()
     after = {path: edge.after for edge in adapter.edges() for path in edge.consumers}
     for stage in adapter.stages:
@@ -244,7 +250,8 @@ def survey(
             continue
         while skipped:
             states = passes.through(skipped.pop(0), states)
-        collector = Collector(inputs and any(plan[path].activation is not None for path in paths), costs.of_layer)
+        ranges = inputs and any(plan[path].activation is not None for path in paths)
+        collector = Collector(ranges, costs.of_layer, sides=passes.sides, range_batch=range_batch)
         with tapped(adapter.module, paths, collector):
             for index in passes.indices(f"{stage.name}: inputs"):
                 collector.sigma = sigmas[index]

@@ -29,7 +29,8 @@ class SeenProbabilities:
     channel.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, sides: int) -> None:
+        self._sides = sides
         self._levels: dict[float, RunningRanges] = {}
         self._batches = 0
 
@@ -44,7 +45,8 @@ class SeenProbabilities:
     def add(self, sigma: float, largest: Array, values: Array) -> None:
         """What ``pick`` picked of a batch at one noise level. Probabilities start at 0, whether one is 0 or not."""
         level = self._levels.setdefault(float(np.float32(sigma)), RunningRanges(1))
-        level.add(np.zeros((len(largest), 1), np.float32), largest[:, None], values[:, None])
+        largest = largest.reshape(self._sides, -1, 1).max(0)
+        level.add(np.zeros_like(largest), largest, values[:, None])
 
     @property
     def ranges(self) -> InputRanges:
@@ -77,7 +79,7 @@ def quantize_probabilities(
         raise RecipeError(
             f"{adapter.name}: this model's attention cannot be opened; leave its probabilities as they are"
         )
-    seen = {path: SeenProbabilities() for path in attentions if stage.owns(path)}
+    seen = {path: SeenProbabilities(passes.sides) for path in attentions if stage.owns(path)}
     picked: dict[str, tuple[mx.array, mx.array]] = {}
 
     def shown(path: str) -> ShownAttention:

@@ -14,7 +14,7 @@ import numpy as np
 
 from ..errors import NumericsError
 from ..numerics.arrays import Array
-from ..numerics.input_ranges import InputRanges, RunningRanges
+from ..numerics.input_ranges import RANGE_BATCH, InputRanges, RunningRanges
 from ..numerics.moments import Moments
 
 Change = Callable[[Array], Array]
@@ -29,13 +29,22 @@ class InputStatistics:
     """Accumulates one layer's inputs; call ``add`` for each forward pass."""
 
     def __init__(
-        self, width: int, rows: int = 64, ranges: bool = True, change: Change = _as_it_is, hold_out: bool = False
+        self,
+        width: int,
+        rows: int = 64,
+        ranges: bool = True,
+        change: Change = _as_it_is,
+        hold_out: bool = False,
+        sides: int = 1,
+        range_batch: int = RANGE_BATCH,
     ):
         """Inputs go through ``change`` first. With ``hold_out`` the moments have every fourth sample of a noise level
-        apart as well.
+        apart as well. A sample has ``sides`` rows, see ``CalibrationData.sides``, and ``range_batch`` samples are a
+        batch of averaged min-max.
         """
         self.moments = Moments.empty(width)
         self._rows, self._wants_ranges, self._change = rows, ranges, change
+        self._sides, self._range_batch = sides, range_batch
         self._hold_out, self._samples = hold_out, Counter[float]()
         self._levels: dict[float, RunningRanges] = {}
         self._ranges: InputRanges | None = None
@@ -51,10 +60,12 @@ class InputStatistics:
         for some, held_out in self._shares(sigma, len(values)):
             self.moments.add(values[some], None if reference is None else reference[some], weight, held_out)
         if self._wants_ranges:
-            level = self._levels.setdefault(float(np.float32(sigma)), RunningRanges(values.shape[-1]))
-            flat = values.reshape(-1, values.shape[-1])
+            width = values.shape[-1]
+            level = self._levels.setdefault(float(np.float32(sigma)), RunningRanges(width, self._range_batch))
+            flat = values.reshape(-1, width)
             rows = flat[np.linspace(0, len(flat) - 1, min(self._rows, len(flat))).astype(int)]
-            level.add(values.min(1), values.max(1), rows)
+            by_side = values.reshape(self._sides, -1, *values.shape[1:])  # first all that have their prompt
+            level.add(by_side.min((0, 2)), by_side.max((0, 2)), rows)
             self._ranges = None
 
     def _shares(self, sigma: float, count: int) -> list[tuple[Any, bool]]:
@@ -118,13 +129,16 @@ class Collector:
         weight: Callable[[str, float], float] = lambda path, sigma: 1.0,
         change: Mapping[str, Change] = MappingProxyType({}),
         hold_out: bool = False,
+        sides: int = 1,
+        range_batch: int = RANGE_BATCH,
     ):
         """``weight`` says how much an error in the output of the layer at a path counts at a noise level, ``change``
-        what the layer will do to its input [...,in] before anything else. ``hold_out`` as for ``InputStatistics``.
+        what the layer will do to its input [...,in] before anything else. The rest as for ``InputStatistics``.
         """
         self.sigma = 0.0
         self.exact: dict[str, mx.array] = {}  # by path, what the full-precision model has in the same place
         self._ranges, self._weight, self._change, self._hold_out = ranges, weight, change, hold_out
+        self._sides, self._range_batch = sides, range_batch
         self._by_path: dict[str, InputStatistics] = {}
         self._sharing = Sharing()
 
@@ -133,7 +147,12 @@ class Collector:
             if path not in self._by_path:
                 change = self._change.get(path, _as_it_is)
                 self._by_path[path] = InputStatistics(
-                    x.shape[-1], ranges=self._ranges, change=change, hold_out=self._hold_out
+                    x.shape[-1],
+                    ranges=self._ranges,
+                    change=change,
+                    hold_out=self._hold_out,
+                    sides=self._sides,
+                    range_batch=self._range_batch,
                 )
             self._by_path[path].add(x, self.sigma, self.exact.get(path), self._weight(path, self.sigma))
 

@@ -197,7 +197,8 @@ class Rounding:
         job, change = self._job, {path: online[path].inputs for path in paths if not online[path].nothing}
         ranges = any(self._specs[path].activation is not None for path in paths) or bool(self.transforms)
         weight = (lambda path, sigma: 1.0) if job.sensitivity is None else job.sensitivity.of_layer
-        collector = Collector(ranges, weight, change, hold_out=any(self._specs[path].held_out for path in paths))
+        hold_out = any(self._specs[path].held_out for path in paths)
+        collector = Collector(ranges, weight, change, hold_out, job.passes.sides, job.recipe.range_batch)
         cross = any(self._specs[path].cross for path in paths)
         exact = job.teacher.inputs() if cross else self._inputs
         for index in job.passes.indices(f"{self._stage.name}: statistics"):

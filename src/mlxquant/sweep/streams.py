@@ -20,12 +20,14 @@ from ..progress import Progress, silent
 @dataclass(frozen=True)
 class Passes:
     """Forward passes of one model over the calibration batches, a stage at a time: batch ``index`` runs at the noise
-    level ``sigmas[index]``. Whoever has one of these needs no more than states to run a stage.
+    level ``sigmas[index]``, and has ``sides`` rows of each sample, see ``CalibrationData``. Whoever has one of these
+    needs no more than states to run a stage.
     """
 
     adapter: Adapter
     sigmas: Sequence[float]
     progress: Progress = silent
+    sides: int = 1
 
     def __len__(self) -> int:
         return len(self.sigmas)

@@ -284,7 +284,7 @@ def sweep(
     """
     plan = recipe.plan(adapter.roles()) if plan is None else plan
     sigmas, states = calibration.batches(adapter)
-    passes = Passes(adapter, sigmas, progress)
+    passes = Passes(adapter, sigmas, progress, calibration.sides)
     both = any(spec.cross for spec in plan.values())
     every = both or any(spec.reconstruct is not None for spec in plan.values())
     judged = range(len(passes)) if every else calibration.judged(len(passes))

@@ -41,10 +41,12 @@ def extremes(ranges: InputRanges, weight: Array, bits: int) -> ActivationTable:
     return affine_table(ranges.sigma, ranges.least.min(1), ranges.most.max(1), bits)
 
 
-@register("range", "average", citation=TAQDIT, summary="mean over samples of each sample's minimum and maximum")
+@register("range", "average", citation=TAQDIT, summary="mean over batches of each batch's minimum and maximum")
 def average(ranges: InputRanges, weight: Array, bits: int) -> ActivationTable:
-    """Averaged min-max (TaQ-DiT, arXiv 2411.14172, section III): less swayed by one outlying sample. ``weight`` is not
-    used.
+    """Averaged min-max (TaQ-DiT, arXiv 2411.14172, section III): less swayed by one outlying batch.
+
+    How many samples make a batch decides how much is clipped; ``numerics.input_ranges`` says how they are cut. The
+    means are of each channel, and the codes span the lowest and the highest of them. ``weight`` is not used.
     """
     return affine_table(ranges.sigma, ranges.low.min(1), ranges.high.max(1), bits)
 
