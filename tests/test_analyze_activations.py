@@ -75,6 +75,7 @@ def test_the_command_writes_what_it_promises(stats_file, stats):
     assert config.facts["parents"] == {"layer_statistics.json": "5" * 64}
     assert config.facts["calibration"] == "c" * 64
     assert config.facts["options"]["rule"] == "error"
+    assert facts["range_batch"] == config.facts["range_batch"] == 2
     assert config.step_keys == ("step_2", "step_1", "step_0")
     np.testing.assert_array_equal(config.sigmas, stats.sigmas)
     analysis = read_json(folder / "layer_temporal_analysis.json", "temporal-analysis")

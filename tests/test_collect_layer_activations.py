@@ -41,6 +41,7 @@ def test_the_folder_is_as_promised(calib):
         "timesteps": 2,
         "model": "mmdit-shapes",
     }
+    assert facts["range_batch"] == json.loads((out / "layer_statistics.json").read_text())["range_batch"] == 5
     assert facts["disk_bytes"] == sum(path.stat().st_size for name, path in written.items() if name != "ranges.png")
     assert facts["seconds"] > 0
     assert facts["peak_bytes"] > 1e6
@@ -67,6 +68,8 @@ def test_every_flag_counts(calib, tmp_path):
         1,
         "--rows",
         4,
+        "--range-batch",
+        1,
         "--seed",
         3,
         "--model",
@@ -74,10 +77,11 @@ def test_every_flag_counts(calib, tmp_path):
     )
     stats = ActivationStats.read(tmp_path / "s" / "layer_statistics.json")
     facts = stats.ledger.facts
-    assert {k: facts[k] for k in ("num_images", "stride", "rows", "seed")} == {
+    assert {k: facts[k] for k in ("num_images", "stride", "rows", "range_batch", "seed")} == {
         "num_images": 2,
         "stride": 1,
         "rows": 4,
+        "range_batch": 1,
         "seed": 3,
     }
     assert stats.ranges(stats.layers[0]).rows.shape == (4, 4, 32)
@@ -93,6 +97,7 @@ def test_what_is_missing_or_out_of_range_is_one_clear_error(calib, tmp_path):
     assert "run 'mlxquant generate-calibration-data" in fail(tmp_path / "none")
     assert "9 images wanted, it has 5" in fail(calib, "--num-images", 9)
     assert run(calib, "--rows", 0).exit_code == 2
+    assert run(calib, "--range-batch", 0).exit_code == 2
     (tmp_path / "file").write_text("")
     assert "part of the path is a file" in fail(calib, "--output-dir", tmp_path / "file" / "a")
     assert not (calib / "activations").exists()

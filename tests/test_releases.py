@@ -156,7 +156,9 @@ def test_every_step_accepts_what_the_steps_before_wrote(release, tmp_path, drawn
         4,
     )
     command("analyze-activations", "--stats", stats, "--output", tmp_path / "config.json")
-    assert json.loads((tmp_path / "config.json").read_text()).keys() == kept.keys()
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config.keys() == kept.keys()
+    assert config["made_from"]["range_batch"] == json.loads(stats.read_text()).get("range_batch", 1)
     tracks = ("--adaround-output", rounded, "--quant-config", calib / "activations/quant_config.json")
     drawing = ("--prompt", PROMPT.text, "--num-steps", STEPS, "--output-image", tmp_path / "drawn.png")
     command("load-adaround-model", *tracks, *drawing, "--save", tmp_path / "model")

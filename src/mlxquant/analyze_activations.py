@@ -59,7 +59,8 @@ def two_numbers(context: click.Context, parameter: click.Parameter, value: str) 
     "range_method",
     type=click.Choice(["extremes", "average", "error"]),
     default="extremes",
-    help="What the codes span. 'average' is what TaQ-DiT does; it clips, and it ruins pictures.",
+    help="What the codes span. 'average' is TaQ-DiT's: the mean of the extremes of batches, of --range-batch images in"
+    " collect-layer-activations. The smaller those, the more it clips.",
 )
 @option("--alpha", type=click.FloatRange(0, 1), default=0.5, help="How much SmoothQuant moves into the weights.")
 @option("--migration", is_flag=True, help="Try to even out post-GELU channels by integers, too.")
@@ -105,6 +106,7 @@ def command(
             "output": str(output),
             "layers": len(bits),
             "timesteps": len(config.sigmas),
+            "range_batch": stats.range_batch,
             "mean_bits": config.mean_bits,
             "counts": {str(tier): counts[tier] for tier in TIERS},
             "switchers": len(facts["switchers"]),

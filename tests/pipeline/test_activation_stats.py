@@ -77,11 +77,18 @@ def inputs(calib, cfg):
         yield sigma, seen
 
 
-@pytest.mark.parametrize("cfg", [2.0, 1.0, 0.0])
-def test_every_layer_agrees_with_numpy(tmp_path, cfg):
+def averaged(low, rows):
+    """[in]: the mean, by how many each has, over batches of so many rows, of each batch's smallest."""
+    batches = [low[start : start + rows] for start in range(0, len(low), rows)]
+    return np.average([batch.min(0) for batch in batches], axis=0, weights=[len(batch) for batch in batches])
+
+
+@pytest.mark.parametrize(("cfg", "batch"), [(2.0, 2), (2.0, 1), (2.0, 32), (1.0, 2), (0.0, 3)])
+def test_every_layer_agrees_with_numpy(tmp_path, cfg, batch):
     make_samples(tmp_path / "c", cfg=cfg)
-    collect(tmp_path / "c")
+    collect(tmp_path / "c", range_batch=batch)
     stats = ActivationStats.read(tmp_path / "c" / "activations" / "layer_statistics.json")
+    assert stats.range_batch == min(batch, IMAGES)
     reference = list(inputs(tmp_path / "c", cfg))[::-1]  # sigma ascending
     assert stats.layers == expected_layers()
     assert stats.step_keys == ["2", "0"]
@@ -101,8 +108,12 @@ def test_every_layer_agrees_with_numpy(tmp_path, cfg):
         for t, (_, seen) in enumerate(reference):
             some = seen[path]
             low, high = np.stack([x.min(0) for x in some]), np.stack([x.max(0) for x in some])
-            np.testing.assert_allclose(ranges.low[t], low.mean(0), **close)
-            np.testing.assert_allclose(ranges.high[t], high.mean(0), **close)
+            avg_low, avg_high = (
+                averaged(low, len(some) // IMAGES * batch),
+                -averaged(-high, len(some) // IMAGES * batch),
+            )
+            np.testing.assert_allclose(ranges.low[t], avg_low, **close)
+            np.testing.assert_allclose(ranges.high[t], avg_high, **close)
             np.testing.assert_allclose(ranges.least[t], low.min(0), **close)
             np.testing.assert_allclose(ranges.most[t], high.max(0), **close)
             if shift is not None:
@@ -120,8 +131,8 @@ def test_every_layer_agrees_with_numpy(tmp_path, cfg):
                 "tensor_absmax": peaks.max(),
                 "tensor_min": low.min(),
                 "tensor_max": high.max(),
-                "tensor_avg_min": low.mean(0).min(),
-                "tensor_avg_max": high.mean(0).max(),
+                "tensor_avg_min": avg_low.min(),
+                "tensor_avg_max": avg_high.max(),
                 "channel_p99": np.percentile(peaks, 99),
                 "channel_p100": peaks.max(),
             }
@@ -188,10 +199,11 @@ def test_sensitivities_are_of_the_first_rows_alone(calib, monkeypatch):
     assert seen == [[2], [2]]
 
 
-def test_the_batch_size_does_not_matter(calib, monkeypatch):
-    two = collect(calib)
+@pytest.mark.parametrize("range_batch", [1, 2, 32])
+def test_how_many_images_the_model_takes_at_once_does_not_matter(calib, monkeypatch, range_batch):
+    two = collect(calib, range_batch=range_batch)
     monkeypatch.setattr(MMDiTShapes, "batch", 16)
-    one = collect(calib, calib / "b")
+    one = collect(calib, calib / "b", range_batch=range_batch)
     for path in one.leaders:
         for field in ("low", "high", "least", "most", "rows"):
             np.testing.assert_allclose(
@@ -199,6 +211,30 @@ def test_the_batch_size_does_not_matter(calib, monkeypatch):
             )
     path = f"{IMAGE}.mlp.fc2"
     np.testing.assert_allclose(one.shift(path), two.shift(path), rtol=1e-4, atol=1e-5)
+
+
+def test_statistics_of_another_range_batch_are_other_statistics(calib):
+    """Above the number of images there is no other."""
+    path = f"{IMAGE}.mlp.fc2"
+    kept = collect(calib, range_batch=IMAGES)
+    whole = kept.ranges(path)
+    np.testing.assert_array_equal(whole.high, whole.most)
+    np.testing.assert_array_equal(whole.low, whole.least)
+    assert collect(calib, range_batch=99).sha256 == kept.sha256
+    with pytest.raises(ArtifactError, match="range_batch"):
+        collect(calib, range_batch=2)
+    found = collect(calib, range_batch=2, force=True)
+    assert found.range_batch == 2
+    assert (found.ranges(path).high <= whole.high).all()
+    assert (found.ranges(path).high < whole.high).any()
+    np.testing.assert_array_equal(found.ranges(path).most, whole.most)
+
+
+def test_older_folders_do_not_say_and_averaged_single_samples(calib):
+    stats = collect(calib)
+    del stats.ledger.facts["range_batch"]
+    stats.ledger.save(complete=True)
+    assert ActivationStats.read(calib / "activations" / "layer_statistics.json").range_batch == 1
 
 
 def test_rows_follow_the_seed(calib):
@@ -290,7 +326,7 @@ def test_the_model_is_as_before(calib):
 
 @pytest.mark.parametrize("written", [1, 2])
 def test_a_killed_run_resumes_to_the_same_bytes(calib, tmp_path, monkeypatch, written):
-    collect(calib, tmp_path / "whole")
+    collect(calib, tmp_path / "whole", range_batch=2)
     write, done = ledgers.write_npz, []
 
     def writing(path, arrays):
@@ -306,10 +342,10 @@ def test_a_killed_run_resumes_to_the_same_bytes(calib, tmp_path, monkeypatch, wr
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(ledgers, "write_npz", killed_writing)
         patch.setattr(replay, "draw_ranges", interrupted)
-        collect(calib, tmp_path / "killed")
+        collect(calib, tmp_path / "killed", range_batch=2)
     assert not (tmp_path / "killed" / "ranges.png").exists()
     monkeypatch.setattr(ledgers, "write_npz", writing)
-    collect(calib, tmp_path / "killed")
+    collect(calib, tmp_path / "killed", range_batch=2)
     assert done == ["step_0.npz", "step_2.npz"]
     assert files(tmp_path / "killed") == files(tmp_path / "whole")
 

@@ -8,6 +8,7 @@ import mlx.core as mx
 
 import mlxquant as mq
 from mlxquant.layers.tree import tapped
+from mlxquant.numerics.input_ranges import RANGE_BATCH
 from mlxquant.sweep.collecting import Collector
 from mlxquant.sweep.inputs import may_shift
 from mlxquant.sweep.sensitivity import Sensitivity, measure
@@ -27,6 +28,7 @@ class Stats:
     sha256: str = "5" * 64
     calibration: str = "c" * 64
     off_centre: float = 0.0
+    range_batch: int = 2
     step_keys: list[str] = field(default_factory=list)
 
     @property
@@ -44,11 +46,11 @@ class Stats:
         return (ranges.least + ranges.most) / 2 + self.off_centre if path in self.gelu else None
 
 
-def collect(adapter, steps=3):
+def collect(adapter, steps=3, range_batch=RANGE_BATCH):
     calibration = mq.calibrate(mq.Model(adapter), prompts=2, steps=steps)
     edges = adapter.edges()
     layers = [path for edge in edges for path in edge.consumers]
-    collector = Collector()
+    collector = Collector(sides=calibration.sides, range_batch=range_batch)
     sigmas, states = calibration.batches(adapter)
     costs = measure(Passes(adapter, sigmas), adapter.stages, states, layers)
     with tapped(adapter.module, layers, collector):
@@ -60,4 +62,4 @@ def collect(adapter, steps=3):
                 mx.eval(state)
     gelu = {path for edge in edges if may_shift(edge.after) for path in edge.consumers}
     keys = [f"step_{i}" for i in reversed(range(steps))]
-    return Stats(adapter.fingerprint, layers, collector, costs, gelu, step_keys=keys)
+    return Stats(adapter.fingerprint, layers, collector, costs, gelu, range_batch=min(range_batch, 2), step_keys=keys)

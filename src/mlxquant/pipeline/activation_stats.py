@@ -73,6 +73,13 @@ class ActivationStats:
         return str(self.ledger.facts["parents"][MANIFEST])
 
     @property
+    def range_batch(self) -> int:
+        """How many pictures each batch had over whose minima and maxima ``ranges`` are averaged. Folders of releases up
+        to 0.2.0 do not say: they averaged over single samples, guided and unguided ones apart.
+        """
+        return int(self.ledger.facts.get("range_batch", 1))
+
+    @property
     def layers(self) -> list[str]:
         """Every layer, in the model's order."""
         return list(self.ledger.notes["paths"])

@@ -17,18 +17,19 @@ from ..sweep.collecting import Sharing
 
 
 class MovingCentre:
-    """The centre of each channel as TaQ-DiT's shift follows it: ``s <- m s + (1 - m) (min + max) / 2``, once a sample.
+    """The centre of each channel as TaQ-DiT's shift follows it: ``s <- m s + (1 - m) (min + max) / 2``.
 
-    TaQ-DiT (arXiv 2411.14172) starts at the first sample; with m = 0.95 and the handful of samples that calibration
-    affords, it also ends there. Here s starts at 0 and is divided by ``1 - m^k`` after k samples (as in Adam, arXiv
-    1412.6980, section 3): a weighted mean with nearly equal weights for few samples, the same moving average for many.
+    TaQ-DiT (arXiv 2411.14172) takes such a step once a batch of 32 and starts at the first; with m = 0.95 and the
+    handful of samples that calibration affords, it also ends there. Here every row is a step, and s starts at 0 and is
+    divided by ``1 - m^k`` after k of them (as in Adam, arXiv 1412.6980, section 3): a weighted mean with nearly equal
+    weights for few rows, the same moving average for many.
     """
 
     def __init__(self, width: int, momentum: float):
         self._sum, self._weight, self._momentum = np.zeros(width, np.float64), 0.0, momentum
 
     def add(self, low: Array, high: Array) -> None:
-        """Minima and maxima [B,in] of samples, in order."""
+        """Minima and maxima [B,in] of rows, in order."""
         for centre in (low.astype(np.float64) + high) / 2:
             self._sum = self._momentum * self._sum + (1 - self._momentum) * centre
             self._weight = self._momentum * self._weight + (1 - self._momentum)
@@ -68,8 +69,8 @@ class Picks:
 class StepInputs:
     """One layer's inputs at one timestep."""
 
-    def __init__(self, width: int, momentum: float):
-        self.ranges, self.centre = RunningRanges(width), MovingCentre(width, momentum)
+    def __init__(self, width: int, momentum: float, range_batch: int):
+        self.ranges, self.centre = RunningRanges(width, range_batch), MovingCentre(width, momentum)
 
 
 class StepCollector:
@@ -77,9 +78,13 @@ class StepCollector:
     which evaluates a whole forward pass at once and keeps minima, maxima and a few rows of it.
     """
 
-    def __init__(self, picks: Picks, momentum: float):
+    def __init__(self, picks: Picks, momentum: float, sides: int, range_batch: int):
+        """Each picture has ``sides`` samples that follow each other, and ``range_batch`` pictures are a batch of
+        averaged min-max.
+        """
         self.layers: dict[str, StepInputs] = {}  # by leader
         self._picks, self._momentum, self._samples = picks, momentum, 0
+        self._sides, self._range_batch = sides, range_batch
         self._sharing = Sharing()
         self._pending: dict[str, tuple[mx.array, ...]] = {}
 
@@ -108,9 +113,10 @@ class StepCollector:
         for path, (low, high, rows, finite) in self._pending.items():
             if not finite.item():
                 raise NumericsError(f"the input of layer {path} holds NaN or infinite values")
-            inputs = self.layers.setdefault(path, StepInputs(low.shape[1], self._momentum))
+            inputs = self.layers.setdefault(path, StepInputs(low.shape[1], self._momentum, self._range_batch))
             minima, maxima, kept = (np.array(value.astype(mx.float32)) for value in (low, high, rows))
-            inputs.ranges.add(minima, maxima, kept)
+            by_picture = (-1, self._sides, low.shape[1])
+            inputs.ranges.add(minima.reshape(by_picture).min(1), maxima.reshape(by_picture).max(1), kept)
             inputs.centre.add(minima, maxima)
         self._samples += next(iter(self._pending.values()))[0].shape[0] if self._pending else 0
         self._pending = {}

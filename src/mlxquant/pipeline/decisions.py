@@ -38,6 +38,8 @@ class Statistics(Protocol):
     @property
     def calibration(self) -> str: ...  # sha256 of the manifest they were made from
     @property
+    def range_batch(self) -> int: ...  # pictures of a batch of averaged minima and maxima
+    @property
     def layers(self) -> Sequence[str]: ...
     @property
     def step_keys(self) -> Sequence[str]: ...  # by ascending sigma
@@ -65,6 +67,7 @@ def made_from(stats: Statistics, options: Options) -> dict[str, Any]:
             "source": stats.source,
             "parents": {"layer_statistics.json": stats.sha256},
             "calibration": stats.calibration,
+            "range_batch": stats.range_batch,
             "options": asdict(options),
             "versions": versions(),
         }

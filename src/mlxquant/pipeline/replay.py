@@ -17,9 +17,9 @@ from ..files.checked import write_json
 from ..layers.tree import tapped
 from ..models.diffusion import DiffusionAdapter
 from ..numerics.arrays import Array
+from ..numerics.input_ranges import RANGE_BATCH
 from ..progress import Progress, silent
 from ..report.ranges import RangeCurves, draw_ranges
-from ..sampling.guidance import sides
 from ..sweep.inputs import may_shift
 from ..sweep.sensitivity import measure
 from ..sweep.streams import Passes
@@ -58,15 +58,17 @@ def collect(
     force: bool = False,
     resume: bool = True,
     progress: Progress = silent,
+    range_batch: int = RANGE_BATCH,
 ) -> ActivationStats:
     """Replay the first ``num_images`` trajectories at every ``stride``-th step and write the folder, one timestep at a
     time.
 
     ``rows`` input rows are kept of each layer and timestep, drawn from ``seed``, as are the signs that sensitivities
-    are measured with. A killed run goes on at its timestep and ends with the same bytes. Raises CalibrationError when
-    the samples are of other weights or fewer than wanted, ArtifactError when the folder holds other statistics and
-    ``force`` is not given, NumericsError, naming layer and timestep, on NaN, AdapterError when a layer is never
-    reached.
+    are measured with. Averages of minima and maxima are over batches of ``range_batch`` pictures, or of all where those
+    are fewer; the folder says how many it was. A killed run goes on at its timestep and ends with the same bytes.
+    Raises CalibrationError when the samples are of other weights or fewer than wanted, ArtifactError when the folder
+    holds other statistics and ``force`` is not given, NumericsError, naming layer and timestep, on NaN, AdapterError
+    when a layer is never reached.
     """
     samples.check(adapter)
     adapter.check_finite()
@@ -79,6 +81,7 @@ def collect(
         "num_images": num_images,
         "stride": stride,
         "rows": rows,
+        "range_batch": min(range_batch, num_images),
         "momentum": MOMENTUM,
         "sensitivity_rows": SENSITIVITY_ROWS,
         "seed": seed,
@@ -94,8 +97,8 @@ def _fill(
     ledger: Ledger, adapter: DiffusionAdapter, calibration: Calibration, paths: list[str], progress: Progress
 ) -> ActivationStats:
     """Write what the ledger does not list yet."""
-    num_images, stride, rows, seed = (int(ledger.facts[name]) for name in ("num_images", "stride", "rows", "seed"))
-    rows_of_image = len(sides(calibration.cfg))
+    settings = ("num_images", "stride", "rows", "range_batch", "seed")
+    num_images, stride, rows, range_batch, seed = (int(ledger.facts[name]) for name in settings)
     if not ledger.complete:
         adapter.prepare(calibration.prompts)
     after = {path: edge.after for edge in adapter.edges() for path in edge.consumers}
@@ -109,7 +112,8 @@ def _fill(
             adapter,
             at_step,
             paths,
-            Picks.draw(rows, rows_of_image * num_images, (seed, index * stride)),
+            Picks.draw(rows, calibration.sides * num_images, (seed, index * stride)),
+            range_batch,
             where,
             progress,
         )
@@ -121,7 +125,7 @@ def _fill(
             "paths": paths,
             "layers": {path: {**layer, "width": widths[layer["leader"]]} for path, layer in layers.items()},
         }
-        costs = _costs(adapter, at_step, paths, SENSITIVITY_ROWS // rows_of_image, seed + index, progress)
+        costs = _costs(adapter, at_step, paths, SENSITIVITY_ROWS // calibration.sides, seed + index, progress)
         _write(
             ledger,
             step,
@@ -143,11 +147,12 @@ def _run(
     calibration: Calibration,
     paths: list[str],
     picks: Picks,
+    range_batch: int,
     where: str,
     progress: Progress = silent,
 ) -> StepCollector:
     """What the layers at ``paths`` read at the one timestep of ``calibration``; ``where`` names that for the reader."""
-    collector = StepCollector(picks, MOMENTUM)
+    collector = StepCollector(picks, MOMENTUM, calibration.sides, range_batch)
     with tapped(adapter.module, paths, collector):
         for start in progress(range(0, len(calibration.prompts), adapter.batch), where):
             part = calibration.part(pictures=slice(start, start + adapter.batch))
@@ -218,8 +223,9 @@ def _half(rows: Array) -> Array:
 
 
 def _summary(inputs: StepInputs, magnitudes: Array) -> dict[str, float]:
-    """``tensor_*`` are over all channels and tokens, ``channel_*`` percentiles over channels of a channel's largest
-    magnitude, and ``hist_*`` percentiles of the absolute values that the histogram counts.
+    """``tensor_*`` are over all channels and tokens, ``tensor_avg_*`` of them the lowest and the highest channel's mean
+    over batches, ``channel_*`` percentiles over channels of a channel's largest magnitude, and ``hist_*`` percentiles
+    of the absolute values that the histogram counts.
     """
     seen = inputs.ranges
     peaks = np.maximum(np.abs(seen.least), np.abs(seen.most))

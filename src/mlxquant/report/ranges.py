@@ -19,7 +19,7 @@ BAND, EDGE, EXTREME, PALE, GRID = "#9db8d9", "#3f6ea8", "#c8643c", "#6a6a70", "#
 
 @dataclass(frozen=True)
 class RangeCurves:
-    """A tensor's range over ``sigma`` [T] ascending: ``low`` and ``high`` [T] averaged over samples, ``least`` and
+    """A tensor's range over ``sigma`` [T] ascending: ``low`` and ``high`` [T] averaged over batches, ``least`` and
     ``most`` [T] of all.
     """
 
@@ -81,7 +81,7 @@ def _draw_page(curves: Mapping[str, RangeCurves], common: str, path: Path) -> No
 def _draw_panel(axis: Any, layer: str, curve: RangeCurves) -> None:
     *block, kind, name = ["", *layer.split(".")]
     axis.fill_between(
-        curve.sigma, curve.low, curve.high, color=BAND, alpha=0.75, linewidth=0, label="mean of each picture's range"
+        curve.sigma, curve.low, curve.high, color=BAND, alpha=0.75, linewidth=0, label="mean of the batches' ranges"
     )
     for edge in (curve.low, curve.high):
         axis.plot(curve.sigma, edge, color=EDGE, linewidth=1.1, marker=".", markersize=3)

@@ -1,6 +1,6 @@
 """Ranges as smooth curves over time that clip nothing: upper-envelope polynomials.
 
-Least squares through the largest values seen lies below about half of them, and clipping ruins pictures. So both ends
+Least squares through the largest values seen lies below about half of them, and clips what is above. So both ends
 of the range are polynomials in sigma that lie on the outside of everything that calibration saw, as near to it, in
 least squares, as that allows. With few calibration pictures, whose extremes jump from one noise level to the next, such
 a curve also covers what they happened to miss: on mmdit-shapes at 8 bits that is worth 0.7 dB of output error with one

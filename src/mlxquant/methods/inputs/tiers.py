@@ -40,9 +40,10 @@ def threshold(
 ) -> Array:
     """4 bits where the largest averaged |range| of any channel is below ``a4``, 6 below ``a6``, else 8: uint8 [T].
 
-    Also 8 where the 99th percentile of |x| on the rows is more than ``outlier_ratio`` times its median: 50 is several
-    times what normal (4), Student-t (6) and post-GELU (about 20) inputs have. This is the rule of the TaQ-DiT pipeline
-    for SD3-Medium, kept for its users; 5 and 8 are its thresholds for a shifted input, whose shifted ranges the caller
+    It is averaged over batches of samples, as by the range method ``average``, so their size counts here, too. Also 8
+    where the 99th percentile of |x| on the rows is more than ``outlier_ratio`` times its median: 50 is several times
+    what normal (4), Student-t (6) and post-GELU (about 20) inputs have. This is the rule of the TaQ-DiT pipeline for
+    SD3-Medium, kept for its users; 5 and 8 are its thresholds for a shifted input, whose shifted ranges the caller
     passes. Comparing a magnitude with a bit width has no basis in the paper (arXiv 2411.14172): doubling an input and
     halving the weight changes the tier and not the error. Never more bits than the largest tier of ``tables``;
     ``weight`` and ``costs`` are not used.
