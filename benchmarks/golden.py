@@ -83,7 +83,7 @@ PICTURES = {  # one of every kind of format, transform, range, rounding and bran
     "dynamic": "gptq+tcaq+dynamic-w4a8",
     "envelope": "gptq+envelope-w4a6",
     "grouped": "gptq+grouped-w4a6",
-    "average": "gptq+average-w4a8",
+    "average": "gptq+average1-w4a8",
     "error": "gptq+error-w4a6",
     "descent-refit": "descent+refit-w3a8",
     "corrected-damped": "gptq+corrected+damped-w3a8",

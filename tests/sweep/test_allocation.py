@@ -221,6 +221,15 @@ def test_other_limits_need_no_second_survey(model, calib, mixed, tmp_path, monke
     assert other.facts == mixed.facts
 
 
+def test_inputs_are_surveyed_by_the_batches_of_the_recipe(model, calib, tmp_path):
+    """Also where a survey of other batches is kept. All four pictures in one batch: the plain extremes."""
+    budgets = {}
+    for name in ("rtn", "rtn+average4", "rtn+average1"):
+        found = allocate(model.adapter, calib, parse_recipe(f"{name}-w4a8"), bits_per_activation=6, work=tmp_path)
+        budgets[name] = {spec.activation.budget for spec in found.plan.values() if spec.activation is not None}
+    assert budgets["rtn"] == budgets["rtn+average4"] != budgets["rtn+average1"]
+
+
 def test_allocation_and_sweep_share_sensitivities(model, calib, tmp_path, monkeypatch):
     probe, count = sensitivity.measure, []
     monkeypatch.setattr(sensitivity, "measure", lambda *rest, **more: count.append(1) or probe(*rest, **more))

@@ -2,7 +2,8 @@
 
 Averaged min-max is an average over calibration *batches*: each batch gives its minimum and its maximum, and their means
 are the range. So how many samples make a batch is a setting of the method, not of the machine. With one sample a batch
-it clips what every sample but the mildest needs; with all samples in one it is the plain minimum and maximum.
+it clips whatever reaches further than samples do on average; with all samples in one batch it is the plain minimum and
+maximum.
 """
 
 from __future__ import annotations
