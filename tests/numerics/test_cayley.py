@@ -117,3 +117,20 @@ def test_momentum_is_a_direction_in_which_rotations_can_go(keeps_ones):
     assert np.abs(turn).max() > 0.1
     if keeps_ones:
         np.testing.assert_allclose(turn.sum(0), 0, atol=1e-13)
+
+
+def test_a_step_brings_back_what_has_drifted():
+    """From a rotation that went through float32: a solution keeps what it is given, the polish does not."""
+    rng = np.random.default_rng(5)
+    rotation = start("random", 32, False, rng).astype(np.float32).astype(np.float64)
+    assert drift(rotation) > 1e-8
+    stepped, _ = cayley_step(rotation, rng.standard_normal((32, 32)), 0.1, np.zeros((32, 32)), 0.9, keeps_ones=False)
+    assert drift(stepped) < 1e-13
+
+
+@pytest.mark.parametrize("keeps_ones", [False, True])
+def test_random_rotations_favour_no_direction(keeps_ones):
+    """The mean of many is that of all rotations: zero, or with ones kept what keeps them alone."""
+    rng = np.random.default_rng(6)
+    mean = np.mean([start("random", 4, keeps_ones, rng) for _ in range(2000)], axis=0)
+    np.testing.assert_allclose(mean, np.full((4, 4), 0.25) if keeps_ones else 0, atol=0.06)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mlxquant.numerics import cholesky
-from mlxquant.numerics.cholesky import factorize
+from mlxquant.numerics.cholesky import Factor, factorize, solve_lower, solve_transposed
 
 
 def positive_definite(size, dtype=np.float64):
@@ -64,3 +64,28 @@ def test_it_works_in_place():
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 0.4 * matrix.nbytes
+
+
+@pytest.mark.parametrize("size", [3, 128, 129, 300])
+def test_systems_are_solved_from_either_side(size):
+    matrix, rows = positive_definite(size), np.random.default_rng(1).standard_normal((7, size))
+    factor, lower = matrix.copy(), np.linalg.cholesky(matrix)
+    factorize(factor)
+    for solve, side in ((solve_transposed, lower.T), (solve_lower, lower)):
+        found = rows.copy()
+        solve(factor, found)
+        np.testing.assert_allclose(found @ side, rows, atol=1e-9)
+
+
+@pytest.mark.parametrize(("size", "rows"), [(5, 3), (300, 2), (140, 700)])
+def test_a_factor_solves_in_the_matrix_own_order(size, rows):
+    """The diagonal neither ascends nor descends, so that the factor's order is another."""
+    spread = np.random.default_rng(2).permutation(np.geomspace(0.1, 10, size))
+    matrix = positive_definite(size) * spread * spread[:, None]
+    factor = Factor.of(matrix)
+    assert (np.diff(np.diagonal(matrix)[factor.order]) >= 0).all()
+    assert (factor.order != np.arange(size)).any()
+    lower = np.tril(factor.lower)
+    np.testing.assert_allclose(lower @ lower.T, matrix[factor.order][:, factor.order], rtol=1e-9, atol=1e-9)
+    wanted = np.random.default_rng(3).standard_normal((rows, size))
+    np.testing.assert_allclose(factor.solve(wanted) @ matrix, wanted, atol=1e-8)

@@ -167,7 +167,9 @@ def test_no_room_is_left_for_a_change_that_saves(seed):
 
 
 def test_what_is_left_goes_to_the_change_that_saves_most():
-    """The hull step of the first item saves most by size and does not fit; then 6 go to the third and none to the second."""
+    """The hull step of the first item saves most by size and does not fit; then the third's saves more than the
+    second's.
+    """
     costs = [np.array([100.0, 0.0]), np.array([3.0, 0.0]), np.array([5.0, 0.0])]
     sizes = [np.array([0, 20]), np.array([0, 5]), np.array([0, 6])]
     assert least_cost(costs, sizes, 10) == [0, 0, 1]

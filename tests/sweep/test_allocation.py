@@ -264,7 +264,9 @@ def test_limits_that_cannot_be_met_are_refused_at_once(model, calib, monkeypatch
 
 @pytest.mark.parametrize("rounding", ["rtn", "gptq"])
 def test_a_weights_error_counts_each_output_at_its_own_cost_averaged_over_levels(rounding):
-    """Against the tokens themselves. Costs that differ a thousandfold between outputs make a mean of them another number."""
+    """Against the tokens themselves, with costs that differ so much between outputs that their mean gives another
+    number.
+    """
     random = np.random.default_rng(0)
     weight, inputs = random.normal(size=(6, 32)).astype(np.float32), random.normal(size=(200, 32)).astype(np.float32)
     costs = 10.0 ** np.arange(-2, 4) * np.array([[1.0], [5.0]])

@@ -86,8 +86,8 @@ def test_equal_values_are_uniform():
     ("name", "rivals"), [("pareto", 1), ("exponential", 1), ("uniform", 1), ("far from 0", 2), ("normal", 2)]
 )
 def test_a_parameter_costs_half_the_logarithm_of_the_number_of_values(name, rivals):
-    """The same values five times have the same likelihoods, and every parameter costs less a value. The power law has two
-    parameters, its best rival one or two.
+    """The same values five times have the same likelihoods, and every parameter costs less a value. The power law has
+    two parameters, its best rival one or two.
     """
     x = (POWER_LAWS | OTHERS)[name].reshape(-1)[:200]
     x = x - x.min()

@@ -96,8 +96,8 @@ def test_rows_are_solved_a_few_at_a_time_with_the_same_result(text, monkeypatch)
 
 @pytest.mark.parametrize("text", ["w4-asym", "w4-g32", "w3-tensor-asym"])
 def test_a_row_keeps_its_steps_where_a_fit_is_worse(text):
-    """Codes that fall where the weight rises: least squares wants negative steps, which no grid has, and the biases that
-    go with them are far off.
+    """Codes that fall where the weight rises: least squares wants negative steps, which no grid has, and the biases
+    that go with them are far off.
     """
     weight, _, moments = layer()
     grid = extremes(weight, WeightFormat.parse(text))
