@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from mlxquant.errors import ArtifactError
+from mlxquant.files import checked
 from mlxquant.files.kept_arrays import KeptArrays, KeptFacts, Measurements
 
 FOUND = {"a/b": np.array([[1 / 3, -0.0], [np.nextafter(1, 2), 5e-324]]), "c": np.array([np.pi])}
@@ -69,3 +70,9 @@ def test_facts_are_one_job_s(tmp_path):
     mine.path.write_text(mine.path.read_text().replace("1.5", "2.5"))
     with pytest.raises(ArtifactError, match="checksum"):
         mine.load()
+
+
+def test_another_version_measures_for_itself(tmp_path, monkeypatch):
+    Measurements(tmp_path, 1).save("stage", FOUND)
+    monkeypatch.setattr(checked, "versions", lambda: {"mlxquant": "0.0.1", "mlx": "0.0.1"})
+    assert Measurements(tmp_path, 1).load("stage") is None

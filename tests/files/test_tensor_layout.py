@@ -124,6 +124,7 @@ def damaged(tmp_path, change):
     "change",
     [
         lambda e: e["a"].update(data_offsets=[0, 12]),  # a gap
+        lambda e: e["a"].update(data_offsets=[0, 12], shape=[3]),  # a gap that shows in nothing else
         lambda e: e["b"].update(data_offsets=[8, 24]),  # an overlap
         lambda e: e["b"].update(data_offsets=[16, 48], shape=[8]),  # beyond the end
         lambda e: e.pop("b"),  # bytes that are nobody's

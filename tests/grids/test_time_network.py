@@ -31,7 +31,9 @@ def by_hand(network, sigma):
     for index, (weight, bias) in enumerate(network.layers):
         values = [max(0.0, v) for v in values] if index else values
         columns = zip(*weight.tolist(), strict=True)
-        values = [sum(map(math.prod, zip(values, column, strict=True))) + b for column, b in zip(columns, bias.tolist())]
+        values = [
+            sum(map(math.prod, zip(values, column, strict=True))) + b for column, b in zip(columns, bias.tolist())
+        ]
     return network.step * math.log(1 + (math.e - 1) * math.exp(values[0])), network.shift + network.step * values[1]
 
 
@@ -135,7 +137,11 @@ def test_a_table_without_its_network_takes_the_envelope():
 
 @pytest.mark.parametrize(
     "change",
-    [{"bits": np.array([8] * 27 + [4], np.uint8)}, {"shift": np.zeros((28, 3), np.float32)}, {"log": np.ones(28, bool)}],
+    [
+        {"bits": np.array([8] * 27 + [4], np.uint8)},
+        {"shift": np.zeros((28, 3), np.float32)},
+        {"log": np.ones(28, bool)},
+    ],
 )
 def test_a_network_stands_only_beside_entries_that_it_can_have_made(change):
     found = table(drawn())

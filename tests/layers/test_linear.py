@@ -442,3 +442,23 @@ def test_half_precision_goes_through_transforms_and_branches(dtype):
     np.testing.assert_allclose(
         np.array(y.astype(mx.float32)), np.array(exact), atol=0.1 if dtype == mx.bfloat16 else 0.02
     )
+
+
+@pytest.mark.parametrize("format", ["w8", "w8-asym"])
+@pytest.mark.parametrize("width", [512, 4096])
+def test_packed_kernels_are_left_where_their_sums_would_not_be_exact(format, width, monkeypatch):
+    """All codes and inputs near their largest: 512 products of them fit in what float32 counts, 4096 do not."""
+    monkeypatch.setattr(layers_module, "use_packed_kernels", lambda: True)
+    packed, multiply = [], QuantizedLinear._multiply_packed
+    monkeypatch.setattr(
+        QuantizedLinear, "_multiply_packed", lambda self, x, *rest: packed.append(x) or multiply(self, x, *rest)
+    )
+    random = np.random.default_rng(0)
+    weight = random.uniform(0.8, 1, (6, width)).astype(np.float32)
+    weight[:, 0] = -1 if format == "w8" else 0
+    grid = fit_extremes(weight, WeightFormat.parse(format))
+    made = QuantizedLinear(grid.quantize(weight), grid)
+    q, codes = random.integers(100, 128, (5, width)), made.codes().astype(np.int64) - 128
+    found = made._multiply_codes(mx.array(q.astype(np.float32)), made.centred_codes(), 128)
+    np.testing.assert_array_equal(np.array(found), (q @ codes.T).astype(np.float32))
+    assert bool(packed) == (width == 512)
