@@ -20,6 +20,7 @@ from mlxquant.calibration.corpus import read_corpus
 from mlxquant.commandline.console import Command, progress, result, say
 from mlxquant.errors import ArtifactError, CalibrationError
 from mlxquant.files.atomic import ensure_writable
+from mlxquant.files.pickles import refuse_pickle
 from mlxquant.models.gpt.adapter import EMBEDDED
 from mlxquant.qat.adapter import TrainedGPT
 from mlxquant.qat.folders import QUANTIZATION
@@ -78,6 +79,7 @@ def command(
     """Quantize a GPT with SpinQuant."""
     if (out_dir / FILE).exists() and not force:
         raise ArtifactError(f"{out_dir / FILE} exists; choose another folder or pass --force to replace it")
+    refuse_pickle(Path(place), f"pass the folder, {Path(place).parent}, if train-gpt wrote it")
     adapter, corpus = TrainedGPT.pretrained(place), read_corpus(data)
     model, tokenizer = adapter.module, adapter.tokenizer
     length = min(length or model.config.n_positions, model.config.n_positions)

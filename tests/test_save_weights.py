@@ -12,6 +12,7 @@ from mlxquant.files.checked import read_tensors
 from mlxquant.qat.convert import quantizing_points
 from mlxquant.qat.folders import quantized_gpt
 from mlxquant.qat.integer import quantizing_weights
+from mlxquant.save_weights import choose_device
 
 from support.command_line import fail, succeed
 from support.small_gpt import SMALL, text_file
@@ -93,9 +94,37 @@ def test_what_cannot_be_written_is_refused(trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     said = fail("save-weights", "--out_dir", trained / "out", "--file_type=pkl")
     assert "a pickle runs whatever code is in it" in said
+    said = fail("save-weights", "--out_dir", trained / "out", "--file_name", "quantized_data.pkl")
+    assert "a pickle (.pkl) runs whatever code is in it" in said
+    assert "write --file-type npz or safetensors" in said
     assert "trained without quantization" in fail("save-weights", "--out_dir", trained / "plain")
     assert "config.json" in fail("save-weights", "--out_dir", tmp_path / "nothing")
     assert not list(tmp_path.iterdir())
+
+
+def test_cuda_is_the_gpu_of_an_mlx_that_was_built_for_it(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(mx.cuda, "is_available", lambda: False)
+    said = fail("save-weights", "--out_dir", trained / "out", "--device=cuda", "--file-name", tmp_path / "values")
+    assert "--device cuda: this MLX was not built for CUDA; leave it out" in said
+    assert not (tmp_path / "values.npz").exists()
+    chosen = []
+    monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(mx, "is_available", lambda device: True)
+    monkeypatch.setattr(mx, "set_default_device", chosen.append)
+    for name in ("cuda", "gpu", "cpu"):
+        choose_device(name)
+    assert chosen == [mx.Device(mx.gpu), mx.Device(mx.gpu), mx.Device(mx.cpu)]
+
+
+@pytest.mark.parametrize("there", [False, True], ids=["missing", "there"])
+def test_visualize_and_inspect_say_of_a_pickle_what_is_wrong_with_it(tmp_path, there):
+    file = tmp_path / "quantized_data.pkl"
+    if there:
+        file.write_bytes(b"\x80\x04K\x01.")
+    said = "a pickle (.pkl) runs whatever code is in it when it is read; mlxquant has none, name a .safetensors, .npz"
+    assert said in fail("visualize", "--file_name", file, "--image_folder", tmp_path / "v", "--weight=all")
+    assert said in fail("inspect", file)
+    assert "a pickle" in fail("perplexity", "--model", file)
 
 
 @pytest.mark.parametrize(("kind", "graph"), [("npz", "histogram"), ("safetensors", "matrix")])

@@ -14,6 +14,7 @@ from .errors import ArtifactError, RecipeError
 from .files.atomic import atomic_file
 from .files.checked import write_tensors
 from .files.lock import locked
+from .files.pickles import refuse_pickle
 from .qat.folders import quantized_gpt
 from .qat.integer import quantized_values
 
@@ -24,7 +25,7 @@ KIND = "quantized-values"
 @option("--out-dir", type=PATH, default="out", help="A folder that train-gpt wrote.")
 @option("--file-name", default="quantized_weights", help="The file to write, with or without its suffix.")
 @option("--file-type", type=click.Choice(["npz", "safetensors", "pkl"]), default="npz", help="pkl is refused.")
-@option("--device", type=click.Choice(["cpu", "gpu"]), help="Where to compute.  [default: MLX's]")
+@option("--device", type=click.Choice(["cpu", "gpu", "cuda"]), help="Where to compute.  [default: MLX's]")
 @option("--force", is_flag=True, help="Replace an existing file.")
 @verbose_option
 def command(out_dir: Path, file_name: str, file_type: str, device: str | None, force: bool) -> None:
@@ -37,6 +38,7 @@ def command(out_dir: Path, file_name: str, file_type: str, device: str | None, f
         raise RecipeError(
             "a pickle runs whatever code is in it when it is read; write --file-type npz or safetensors instead"
         )
+    refuse_pickle(Path(file_name), "write --file-type npz or safetensors")
     path = Path(file_name) if file_name.endswith(f".{file_type}") else Path(f"{file_name}.{file_type}")
     during_command(locked(path))
     if path.exists() and not force:
@@ -61,7 +63,13 @@ def command(out_dir: Path, file_name: str, file_type: str, device: str | None, f
 
 
 def choose_device(name: str) -> None:
-    device = mx.Device(getattr(mx, name))
+    """Have MLX compute there; "cuda" is its gpu where it was built for CUDA. Raises RecipeError where there is none."""
+    if name == "cuda" and not mx.cuda.is_available():
+        raise RecipeError(
+            "--device cuda: this MLX was not built for CUDA; leave it out for the fastest that there is, or pass gpu"
+            " (Metal) or cpu"
+        )
+    device = mx.Device(mx.cpu if name == "cpu" else mx.gpu)
     if not mx.is_available(device):
         raise RecipeError(f"--device {name}: this machine has none that MLX can use; leave it out")
     mx.set_default_device(device)

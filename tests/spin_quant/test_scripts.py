@@ -102,6 +102,18 @@ def test_what_is_saved_loads_to_the_same_logits(tmp_path, options):
     assert path.read_bytes() == content
 
 
+def test_checkpoints_of_torch_are_refused_by_both_examples(tmp_path):
+    done = demo("spinquant_sample", "--ckpt", tmp_path / "out/ckpt_spinquant.pt", "--prompt", "Test")
+    assert done.returncode == 1
+    said = (
+        f"Error: {tmp_path}/out/ckpt_spinquant.pt: a pickle (.pt) runs whatever code is in it when it is read; mlxquant"
+    )
+    assert done.stderr.startswith(f"{said} has none, pass the folder, {tmp_path}/out, with spinquant.safetensors in it")
+    done = demo("spinquant_ptq", "--ckpt", tmp_path / "ckpt.pt")
+    assert done.stderr.endswith(f"pass the folder, {tmp_path}, if train-gpt wrote it\n")
+    assert done.stderr.count("\n") == 1
+
+
 def test_another_file_is_refused(tmp_path):
     with pytest.raises(ArtifactError, match="No such file"):
         load_spun(tmp_path)

@@ -25,6 +25,7 @@ from ..files.checked import (
     write_tensors,
 )
 from ..files.parameters import compact, load_parameters
+from ..files.pickles import refuse_pickle
 from ..layers.attention import QuantizedAttention, find_quantized_attentions
 from ..layers.kinds import blanks, rebuilt, refresh
 from ..layers.linear import QuantizedLinear, find_quantized
@@ -309,8 +310,9 @@ def load(reference: str | Path, size: int | None = None) -> Model:
 
 def _read(place: Path) -> Model | None:
     """The model in a folder of one of ``CONTAINERS``, or in the file that speaks for it; None where there is none.
-    Raises ArtifactError where mlxquant wrote something else there.
+    Raises ArtifactError where mlxquant wrote something else there, and on a pickle.
     """
+    refuse_pickle(place, "pass the folder that it is in, if mlxquant wrote it, or safetensors")
     if place.is_dir():
         for file, read in CONTAINERS.values():
             if (place / file).exists():

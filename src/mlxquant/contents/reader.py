@@ -12,6 +12,7 @@ from typing import Any
 from ..errors import ArtifactError
 from ..files.atomic import explain
 from ..files.checked import KEY, json_object, read_json, understood, verify_tensors
+from ..files.pickles import refuse_pickle
 from ..pipeline.activation_stats import KIND as STATISTICS_KIND
 from ..pipeline.activation_stats import ActivationStats
 from ..pipeline.ledger import Ledger, verify
@@ -71,6 +72,7 @@ def read_contents(path: Path) -> Contents:
         if path.is_dir():
             return _read_folder(path)
         if not path.exists():
+            refuse_pickle(path, "name a .safetensors, .npz or .json file, such as save-weights writes")
             raise ArtifactError(f"{path}: no such file or folder; check the path")
         if path.name.endswith(".safetensors.index.json"):
             return _read_checkpoint(path, _shards(path))
@@ -83,6 +85,7 @@ def read_contents(path: Path) -> Contents:
             return _read_checkpoint(path, [path])
     except OSError as error:
         raise explain(error, path) from error
+    refuse_pickle(path, "name a .safetensors, .npz or .json file, such as save-weights writes")
     raise ArtifactError(f"{path}: expected a folder, or a .safetensors, .npz or .json file; name one of these")
 
 

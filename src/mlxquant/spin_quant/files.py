@@ -14,6 +14,7 @@ from ..errors import RecipeError
 from ..files.atomic import ensure_writable
 from ..files.checked import read_tensors, understood, write_tensors
 from ..files.parameters import load_parameters
+from ..files.pickles import refuse_pickle
 from ..layers.held_heads import HeldHeads
 from ..layers.kinds import rebuilt
 from ..layers.linear import find_quantized
@@ -77,6 +78,7 @@ def load_spun(place: Path) -> tuple[GPT, ByteTokenizer | CharTokenizer, dict[str
     Raises:
         ArtifactError: When the file is missing, damaged, or not one of ours.
     """
+    refuse_pickle(place, f"pass the folder, {place.parent}, with {FILE} in it")
     path = place / FILE if place.is_dir() else place
     arrays, header = read_tensors(path, KIND)
     with understood(path, "write the file anew"):
