@@ -99,7 +99,7 @@ def test_commands_are_ones_that_exist(page):
         if found := ours(words):
             command, arguments = found
             with suppress(click.BadOptionUsage):  # in running text an option may come without its value
-                command.make_parser(click.Context(command)).parse_args(list(arguments))
+                command.make_parser(click.Context(command, **command.context_settings)).parse_args(list(arguments))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
