@@ -21,7 +21,7 @@ import mlx.core as mx
 from tqdm import tqdm
 
 from .._interrupt import INTERRUPTED, raise_when_interrupted
-from ..errors import MlxQuantError
+from ..errors import LIMIT, MlxQuantError, shortened
 from ..files.atomic import explain
 
 Entered = TypeVar("Entered")
@@ -43,6 +43,14 @@ class Command(click.Command):
                 help="Print the result as one line of JSON also where stdout is a terminal.",
             )
         )
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except click.UsageError as error:
+            if len(said := error.format_message()) <= LIMIT:
+                raise
+            raise click.UsageError(shortened(said), error.ctx) from error
 
     def invoke(self, ctx: click.Context) -> Any:
         raise_when_interrupted()

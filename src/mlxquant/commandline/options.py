@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from .._blas import prefer_fast_blas
+from ..sampling.prompts import LARGEST_SEED
 
 Decorator = Callable[[Any], Any]
 PATH = click.Path(path_type=Path)
@@ -56,7 +57,7 @@ def prompts_options(what: str, count: int) -> Decorator:
 
 
 def seed_option(what: str | None = None) -> Decorator:
-    return option("--seed", default=0, type=FROM_ZERO, help=what)
+    return option("--seed", default=0, type=click.IntRange(0, LARGEST_SEED), help=what)
 
 
 def _speak(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from ..errors import AdapterError, ArtifactError
+from ..errors import AdapterError, ArtifactError, reason
 from .images import Images, checked, eight_bits
 from .weights import Tensors, fitted
 
@@ -63,7 +63,7 @@ class Sizes:
             return cls(_tower(arrays, "vision_model."), text, patches.shape[-1], words, joint)
         except (KeyError, IndexError, ValueError) as error:
             raise ArtifactError(
-                f"{source}: not a CLIP model as transformers saves it ({error!r}); another network's file"
+                f"{source}: not a CLIP model as transformers saves it ({reason(error)}); another network's file"
             ) from error
 
 

@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from ...errors import ArtifactError
+from ...errors import ArtifactError, reason
 from ...files.hub import lazy_tensors
 from ..mmdit.network import MMDiTConfig
 from .diffusionkit import host
@@ -40,7 +40,7 @@ def mmdit_weights(path: Path) -> tuple[MMDiTConfig, Arrays]:
         return _config(weights), weights
     except (KeyError, ValueError, IndexError) as error:
         raise ArtifactError(
-            f"{path}: the transformer lacks a tensor or has one of another shape ({error!r}); download it again"
+            f"{path}: the transformer lacks a tensor or has one of another shape ({reason(error)}); download it again"
         ) from error
 
 
@@ -109,7 +109,7 @@ def _vae(path: Path, prefix: str, adjust: Callable[..., Arrays], build: Callable
         module = build(weights)
     except (KeyError, ValueError, IndexError) as error:
         raise ArtifactError(
-            f"{path}: a tensor of the VAE is missing or has another shape ({error!r}); download it again"
+            f"{path}: a tensor of the VAE is missing or has another shape ({reason(error)}); download it again"
         ) from error
     fill(module, weights, mx.float32, f"{path}: {prefix}*")
     return module

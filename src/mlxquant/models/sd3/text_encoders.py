@@ -13,7 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ...errors import AdapterError, ArtifactError
+from ...errors import AdapterError, ArtifactError, reason
 from ...files.hub import lazy_tensors
 from .checkpoint import fill
 from .diffusionkit import host
@@ -96,7 +96,7 @@ class TextEncoders:
         except (ValueError, KeyError, TypeError, IndexError) as error:
             again = files.command(f"clip_{which}/config.json")
             raise ArtifactError(
-                f"{path}: not the config of a CLIP text encoder ({error!r}); get it again with '{again}'"
+                f"{path}: not the config of a CLIP text encoder ({reason(error)}); get it again with '{again}'"
             ) from error
         weights = files.path(f"clip_{which}/model.fp16.safetensors")
         renamed = dict(
@@ -131,7 +131,7 @@ class TextEncoders:
         except (ValueError, KeyError, TypeError) as error:
             again = self._files.command(f"tokenizer_{which}/vocab.json tokenizer_{which}/merges.txt")
             raise ArtifactError(
-                f"{vocabulary}: not a CLIP tokenizer ({error!r}); get it again with '{again}'"
+                f"{vocabulary}: not a CLIP tokenizer ({reason(error)}); get it again with '{again}'"
             ) from error
 
     @staticmethod
