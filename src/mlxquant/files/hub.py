@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
-from ..errors import AdapterError, ArtifactError
+from ..errors import AdapterError, ArtifactError, reason
+from .atomic import explain
+from .schema import json_value
 
 DESCRIPTIONS = ("model_index.json", "config.json")  # of diffusers' pipelines, of everything else
 
@@ -38,6 +39,18 @@ def hub_files(repository: str, names: Sequence[str], extra: str, instead: str) -
         except Exception as error:  # the hub's, httpx's and xet's errors have no base in common
             raise ArtifactError(repository + _refusal(hub, error, repository, name, names, instead)) from error
     return found
+
+
+def hub_folder(repository: str, patterns: Sequence[str], extra: str, instead: str) -> Path:
+    """The newest snapshot of a hub repository on this disk, of its files only those that fit one of the ``patterns``.
+
+    ``extra``, ``instead`` and what is raised are as for ``hub_files``.
+    """
+    hub = _package(repository, extra, instead)
+    try:
+        return Path(hub.snapshot_download(repository, allow_patterns=list(patterns)))
+    except Exception as error:  # the hub's, httpx's and xet's errors have no base in common
+        raise ArtifactError(repository + _refusal(hub, error, repository, "the model", [], instead)) from error
 
 
 def hub_description(repository: str, extra: str, instead: str) -> dict[str, Any]:
@@ -143,9 +156,11 @@ def _has_no_such_file(hub: Any, error: Exception) -> bool:
 def read_description(path: Path) -> dict[str, Any]:
     """The object in one of the ``DESCRIPTIONS``; raises ArtifactError on a damaged file."""
     try:
-        said = json.loads(path.read_text(encoding="utf-8"))
+        said = json_value(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise explain(error, path) from error
     except ValueError as error:
-        raise ArtifactError(f"{path}: not JSON, or damaged ({error}); download it again") from error
+        raise ArtifactError(f"{path}: not JSON, or damaged ({reason(error)}); download it again") from error
     return said if isinstance(said, dict) else {}
 
 
@@ -161,6 +176,8 @@ def lazy_tensors(path: Path) -> dict[str, mx.array]:
     try:
         arrays = mx.load(str(path), format="safetensors")
     except (RuntimeError, ValueError) as error:
-        raise ArtifactError(f"{path}: not a safetensors file, or a damaged one ({error}); download it again") from error
+        raise ArtifactError(
+            f"{path}: not a safetensors file, or a damaged one ({reason(error)}); download it again"
+        ) from error
     assert isinstance(arrays, dict)
     return arrays
