@@ -8,20 +8,19 @@ is listed; those that NumPy can hold, and bfloat16 as float32, are read.
 from __future__ import annotations
 
 import math
-import zipfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from ..errors import ArtifactError
+from ..errors import ArtifactError, reason
 from ..files import tensor_layout
+from ..files.archives import list_members, read_members
 from ..files.atomic import explain
 from ..numerics.arrays import Array
 
 AGAIN = "download or write it anew"
-DAMAGED = (ValueError, KeyError, TypeError, AttributeError, RecursionError, EOFError, zipfile.BadZipFile, zlib.error)
+DAMAGED = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
 DTYPES = {  # safetensors' names: ours, and the bytes of a value
     "BOOL": ("bool", 1), "U8": ("uint8", 1), "I8": ("int8", 1), "F8_E4M3": ("float8_e4m3", 1),
     "F8_E5M2": ("float8_e5m2", 1),
@@ -33,7 +32,7 @@ DTYPES = {  # safetensors' names: ours, and the bytes of a value
 
 @dataclass(frozen=True)
 class StoredArray:
-    """An array in a file: ``place`` is its offset in bytes in a safetensors file, its member's name in an npz."""
+    """An array in a file: ``place`` is its offset in bytes in a safetensors file, its own name in an npz."""
 
     name: str
     dtype: str
@@ -68,7 +67,7 @@ class StoredArray:
         except OSError as error:
             raise explain(error, self.file) from error
         except DAMAGED as error:
-            raise ArtifactError(f"{self.file}: {self.name} is not readable ({error}); {AGAIN}") from error
+            raise ArtifactError(f"{self.file}: {self.name} is not readable ({reason(error)}); {AGAIN}") from error
         some = values[::stride] if values.ndim else values
         return (some.astype(np.uint32) << 16).view(np.float32) if self.dtype == "bfloat16" else np.array(some)
 
@@ -79,9 +78,7 @@ class StoredArray:
         return np.memmap(self.file, stored, "r", offset, self.shape)
 
     def _from_npz(self, member: str) -> Array:
-        with np.load(self.file, allow_pickle=False) as file:
-            values: Array = file[member]
-        return values
+        return read_members(self.file, AGAIN, lambda name: name == member)[member]
 
 
 def list_arrays(path: Path) -> tuple[list[StoredArray], dict[str, str]]:
@@ -95,7 +92,7 @@ def list_arrays(path: Path) -> tuple[list[StoredArray], dict[str, str]]:
         raise explain(error, path) from error
     except DAMAGED as error:
         form = "an npz" if path.suffix == ".npz" else "a safetensors"
-        raise ArtifactError(f"{path}: not {form} file, or a damaged one ({error}); {AGAIN}") from error
+        raise ArtifactError(f"{path}: not {form} file, or a damaged one ({reason(error)}); {AGAIN}") from error
 
 
 def _list_safetensors(path: Path) -> tuple[list[StoredArray], dict[str, str]]:
@@ -103,17 +100,13 @@ def _list_safetensors(path: Path) -> tuple[list[StoredArray], dict[str, str]]:
         head = tensor_layout.read_header(file, size := path.stat().st_size)
     entries = tensor_layout.entries(head)
     metadata = {
-        str(key): str(value) for key, value in (entries.pop("__metadata__", None) or {}).items()
+        str(key): str(value) for key, value in (entries.pop(tensor_layout.METADATA, None) or {}).items()
     }  # MLX writes null for none
     arrays, position = [], 0
-    for start, end, name in sorted((*entry["data_offsets"], name) for name, entry in entries.items()):
-        shape = tuple(int(side) for side in entries[name]["shape"])
+    for start, end, name in tensor_layout.in_file(entries):
+        shape = tuple(entries[name]["shape"])
         dtype, width = DTYPES.get(entries[name]["dtype"], (entries[name]["dtype"].lower(), None))
-        if (
-            start != position
-            or min(shape, default=0) < 0
-            or (width is not None and end - start != width * math.prod(shape))
-        ):
+        if start != position or end < start or (width is not None and end - start != width * math.prod(shape)):
             raise ValueError(f"{name} is not where the one before it ends, or not as long as its shape")
         arrays.append(StoredArray(name, dtype, shape, end - start, path, len(head) + start))
         position = end
@@ -123,28 +116,4 @@ def _list_safetensors(path: Path) -> tuple[list[StoredArray], dict[str, str]]:
 
 
 def _list_npz(path: Path) -> list[StoredArray]:
-    arrays = []
-    with zipfile.ZipFile(path) as archive:
-        for member in archive.infolist():
-            with archive.open(member) as file:
-                version = np.lib.format.read_magic(file)
-                read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-                shape, _, dtype = read(file)
-            name, nbytes = member.filename.removesuffix(".npy"), dtype.itemsize * math.prod(shape)
-            arrays.append(StoredArray(name, str(dtype), shape, nbytes, path, member.filename))
-    return arrays
-
-
-def check_npz(path: Path) -> None:
-    """Read a whole npz and compare the checksums that its members have; raises ArtifactError on the first that
-    differs.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-    except OSError as error:
-        raise explain(error, path) from error
-    except DAMAGED as error:
-        raise ArtifactError(f"{path}: not an npz file, or a damaged one ({error}); {AGAIN}") from error
-    if damaged is not None:
-        raise ArtifactError(f"{path}: the checksum of {damaged} does not match its bytes; {AGAIN}")
+    return [StoredArray(m.name, str(m.dtype), m.shape, m.nbytes, path, m.name) for m in list_members(path, AGAIN)]

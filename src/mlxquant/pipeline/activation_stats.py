@@ -15,7 +15,10 @@ from typing import Any
 import numpy as np
 
 from ..errors import ArtifactError
-from ..files.checked import file_digest, read_json
+from ..files import schema
+from ..files.archives import read_members
+from ..files.checked import file_digest, read_json, understood
+from ..files.schema import MismatchError
 from ..numerics.arrays import Array
 from ..numerics.input_ranges import InputRanges
 from ..sweep.inputs import may_shift
@@ -25,6 +28,20 @@ from .samples import MANIFEST
 KIND, INDEX_KIND = "activation-statistics", "activation-summary"
 STATISTICS = "layer_statistics.json"
 COMMAND = "mlxquant collect-layer-activations"
+AGAIN = f"run '{COMMAND} --force'"
+INDEX = schema.entries({"layers": schema.table_of(schema.table_of(schema.number()))})
+
+
+STRUCTURE = schema.entries(
+    {
+        "model": schema.text,
+        "source": schema.text,
+        "parents": schema.entries({MANIFEST: schema.text}),
+        "sigma_map": schema.table_of(schema.number(0), 1),
+        "paths": schema.array_of(schema.text, 1),
+        "layers": schema.table_of(schema.entries({"leader": schema.text, "after": schema.text})),
+    }
+)
 
 
 def array_name(step: str) -> str:
@@ -52,7 +69,7 @@ class ActivationStats:
         """The folder of a ``layer_statistics.json``; raises ArtifactError when that is missing, unfinished, damaged or
         foreign.
         """
-        return cls(Ledger.read(path, KIND, f"run '{COMMAND}' first").require_complete(COMMAND))
+        return cls(Ledger.read(path, KIND, f"run '{COMMAND}' first", STRUCTURE).require_complete(COMMAND))
 
     @property
     def model(self) -> str:
@@ -140,11 +157,12 @@ class ActivationStats:
     def summary(self, path: str) -> list[dict[str, float]]:
         """A few numbers of the layer at each timestep."""
         leader = self.leader(path)
-        return [index["layers"][leader] for index in self._indices]
+        with understood(self.ledger.path, AGAIN):
+            return [index["layers"][leader] for index in self._indices]
 
     @cached_property
     def _indices(self) -> list[dict[str, Any]]:
-        return [read_json(self._file(index_name(step)), INDEX_KIND) for step in self.step_keys]
+        return [read_json(self._file(index_name(step)), INDEX_KIND, INDEX) for step in self.step_keys]
 
     def _file(self, name: str) -> Path:
         path = self.ledger.folder / name
@@ -176,13 +194,24 @@ class ActivationStats:
         ]
         found = self._stacked(["hist_edges", *(f"{leader}__{name}" for name in names)])
         own = {name: found[f"{leader}__{name}"] for name in names}
+        steps, width = own["rows"].shape[0], own["rows"].shape[-1]
+        wide = [name for name in names if name not in ("rows", "hist")]
+        if own["rows"].ndim != 3 or any(own[name].shape != (steps, width) for name in wide):
+            raise ArtifactError(f"{self.ledger.path}: the arrays of {leader} are not of one width; {AGAIN}")
+        if own["hist"].shape != (steps, found["hist_edges"].shape[-1] - 1):
+            raise ArtifactError(f"{self.ledger.path}: the histograms of {leader} do not fit their edges; {AGAIN}")
         return {**own, "rows": own["rows"].astype(np.float32), "edges": found["hist_edges"][0]}
 
     def _stacked(self, names: list[str]) -> dict[str, Array]:
         """Arrays of the steps' files, over timesteps [T,...]."""
         parts: dict[str, list[Array]] = {name: [] for name in names}
         for step in self.step_keys:
-            with np.load(self._file(array_name(step)), allow_pickle=False) as file:
+            path = self._file(array_name(step))
+            with understood(path, AGAIN):
+                found = read_members(path, AGAIN, parts.__contains__)
                 for name, values in parts.items():
-                    values.append(file[name])
-        return {name: np.stack(values) for name, values in parts.items()}
+                    if found[name].dtype.kind not in "fiu" or not np.isfinite(found[name]).all():
+                        raise MismatchError(f"{name} holds what is no finite number")
+                    values.append(found[name])
+        with understood(self.ledger.path, AGAIN):
+            return {name: np.stack(values) for name, values in parts.items()}

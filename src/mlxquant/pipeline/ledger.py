@@ -6,7 +6,6 @@ it was working on, and a file that the ledger does not list, or lists with anoth
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -16,13 +15,17 @@ import numpy as np
 
 from ..errors import ArtifactError
 from ..files import checked
+from ..files.archives import read_members
 from ..files.atomic import atomic_file, ensure_writable, explain
 from ..files.blas import Libraries, loaded_blas, same_blas
 from ..files.checked import file_digest, read_json, understood, write_json
+from ..files.schema import Schema, anything, array_of, entries, every, flag, inside, table_of, text
 from ..numerics.arrays import Array
 
 BLAS = "blas"  # of an unfinished folder: what it is computed with
+AGAIN = "run its step again with --force"
 OWN = ("files", "complete", "made_from")  # the ledger's own entries; ``made_from`` names those that are facts
+STRUCTURE = entries({"files": table_of(text, keys=inside), "complete": flag, "made_from": array_of(text)})
 
 
 def write_npz(path: Path, arrays: Mapping[str, Array]) -> str:
@@ -49,12 +52,15 @@ def verify(path: Path, sha256: str) -> None:
 
 
 def load_npz(path: Path, prefix: str = "") -> dict[str, Array]:
-    """The arrays of a verified file whose names start with ``prefix``."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files if name.startswith(prefix)}
-    except (ValueError, zipfile.BadZipFile, EOFError) as error:
-        raise ArtifactError(f"{path}: not readable as npz ({error}); run its step again with --force") from error
+    """The arrays of a verified file whose names start with ``prefix``; raises ArtifactError where it is no npz, or has
+    other arrays than of numbers.
+    """
+    found = read_members(path, AGAIN, lambda name: name.startswith(prefix))
+    if other := [name for name, value in found.items() if value.dtype.kind not in "fiub" or not value.dtype.isnative]:
+        raise ArtifactError(
+            f"{path}: {other[0]} is {found[other[0]].dtype}, no array of this machine's numbers; {AGAIN}"
+        )
+    return found
 
 
 class Ledger:
@@ -121,11 +127,15 @@ class Ledger:
         return cls(path, kind, facts, {}, {}, False)
 
     @classmethod
-    def read(cls, path: Path, kind: str, remedy: str = "run the step that writes it first") -> Ledger:
-        """An existing ledger; raises ArtifactError when it is missing, damaged or another step's."""
+    def read(
+        cls, path: Path, kind: str, remedy: str = "run the step that writes it first", schema: Schema = anything
+    ) -> Ledger:
+        """An existing ledger; raises ArtifactError when it is missing, damaged or another step's, or its facts and
+        notes are not what the ``schema`` says.
+        """
         if not path.exists():
             raise ArtifactError(f"{path}: no such file; {remedy}")
-        data = read_json(path, kind)
+        data = read_json(path, kind, every(STRUCTURE, schema))
         with understood(path, remedy):
             files, complete, names = (data.pop(key) for key in OWN)
             blas = data.pop(BLAS, None)
@@ -133,11 +143,7 @@ class Ledger:
             notes = {name: value for name, value in data.items() if name not in ("kind", "version")}
             ledger = cls(path, kind, facts, files, notes, complete)
             ledger._blas = blas
-        if outside := [name for name in ledger.files if Path(name).is_absolute() or ".." in Path(name).parts]:
-            raise ArtifactError(
-                f"{path}: lists {outside[0]!r}, which is not inside its folder; the file is not ours, {remedy}"
-            )
-        return ledger
+            return ledger
 
     def require_complete(self, command: str) -> Ledger:
         """Raise ArtifactError when the step that writes this folder was interrupted."""
