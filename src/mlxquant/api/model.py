@@ -13,6 +13,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from ..errors import ArtifactError, CalibrationError, NumericsError
+from ..files import schema
 from ..files.atomic import absolute_place, atomic_folder
 from ..files.checked import (
     file_digest,
@@ -27,7 +28,7 @@ from ..files.checked import (
 from ..files.parameters import compact, load_parameters
 from ..files.pickles import refuse_pickle
 from ..layers.attention import QuantizedAttention, find_quantized_attentions
-from ..layers.kinds import blanks, rebuilt, refresh
+from ..layers.kinds import blanks, rebuilt, refresh, structure
 from ..layers.linear import QuantizedLinear, find_quantized
 from ..layers.plain import restored
 from ..layers.sizes import Size
@@ -44,9 +45,21 @@ from ..sampling.prompts import Prompt
 from ..sampling.sampler import SamplerStep
 from ..spin_quant import files as spun
 from ..spin_quant.adapter import SpunGPT
-from ..sweep.store import layer_arrays, module_facts
+from ..sweep.store import STAGES, layer_arrays, module_facts
 
 KIND = "quantized-model"
+STRUCTURE = schema.entries(
+    {
+        "files": schema.table_of(schema.text, 1, keys=schema.inside),
+        "model": schema.entries({"name": schema.text}, {"place": schema.text}),
+        "layers": schema.table_of(structure),
+    },
+    {
+        "attentions": schema.table_of(QuantizedAttention.STRUCTURE),
+        "plain": schema.array_of(schema.text),
+        "stages": STAGES,
+    },
+)
 # what ``save`` adds to the facts
 SAVED = ("kind", "version", "model", "layers", "attentions", "files", "mlxquant", "mlx", "plain")
 
@@ -222,7 +235,7 @@ class QuantizedModel(Model):
         if not (folder / "model.json").exists():
             raise ArtifactError(f"{folder}: holds no model.json; expected a folder written by 'mlxquant quantize'")
         with understood(folder / "model.json", "quantize again"):
-            return _load_folder(folder, read_json(folder / "model.json", KIND))
+            return _load_folder(folder, read_json(folder / "model.json", KIND, STRUCTURE))
 
     @property
     def layers(self) -> dict[str, QuantizedLinear]:
@@ -334,12 +347,12 @@ def _load_folder(folder: Path, facts: dict[str, Any]) -> QuantizedModel:
     for name, sha256 in facts["files"].items():
         arrays |= read_tensors(folder / name, "weights", str(sha256))[0]
     arrays = restored(arrays, facts["layers"], facts.get("plain", ()))
-    adapter: Adapter = adapter_class(facts["model"]["name"]).blank(facts["model"])
+    adapter: Adapter = adapter_class(facts["model"]["name"]).described(facts["model"])
     adapter.place = absolute_place(facts["model"].get("place", ""), folder)
-    for path, structure in facts["layers"].items():
-        set_module(adapter.module, path, rebuilt(structure, adapter.clock))
-    for path, structure in facts.get("attentions", {}).items():
-        set_module(adapter.module, path, QuantizedAttention.blank(structure, adapter.clock))
+    for path, layer in facts["layers"].items():
+        set_module(adapter.module, path, rebuilt(layer, adapter.clock))
+    for path, attention in facts.get("attentions", {}).items():
+        set_module(adapter.module, path, QuantizedAttention.blank(attention, adapter.clock))
     load_parameters(adapter.module, arrays, str(folder))
     refresh(adapter.module)
     return QuantizedModel(adapter, {k: v for k, v in facts.items() if k not in SAVED})

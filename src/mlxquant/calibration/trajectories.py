@@ -16,8 +16,8 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import CalibrationError
-from ..files import checked
+from ..errors import ArtifactError, CalibrationError
+from ..files import checked, schema
 from ..files.checked import array_digest, read_tensors, write_tensors
 from ..files.kept_arrays import KeptArrays
 from ..models.adapter import Adapter, State
@@ -25,10 +25,30 @@ from ..models.diffusion import DiffusionAdapter, diffusion
 from ..progress import Progress, silent
 from ..sampling.batches import drawn_batches
 from ..sampling.guidance import check_weight, guided_rows, sides
-from ..sampling.prompts import Prompt
+from ..sampling.prompts import LARGEST_SEED, Prompt
 from .data import OnDemand
 
 KIND, LATENTS = "calibration-batch", "latents"
+
+
+def _prompt(value: Any, where: str) -> None:
+    """The schema of a prompt: its seed and its text."""
+    schema.array_of(schema.anything, 2, 2)(value, where)
+    schema.whole(0, LARGEST_SEED)(value[0], f"{where}[0]")
+    schema.text(value[1], f"{where}[1]")
+
+
+HEADER = schema.entries(
+    {
+        "model": schema.text,
+        "source": schema.text,
+        "prompts": schema.array_of(_prompt),
+        "steps": schema.whole(1),
+        "cfg": schema.number(0),
+        "sigmas": schema.array_of(schema.number(0), 1),
+    },
+    {"samples": schema.maybe(schema.whole(1))},
+)
 
 
 @dataclass(frozen=True)
@@ -154,7 +174,9 @@ class Calibration(Origin):
     @classmethod
     def load(cls, path: Path) -> Calibration:
         """Raises ArtifactError when the file is damaged or foreign."""
-        arrays, header = read_tensors(path, "calibration")
+        arrays, header = read_tensors(path, "calibration", schema=HEADER)
+        if "latents" not in arrays or arrays["latents"].shape[:2] != (len(header["sigmas"]), len(header["prompts"])):
+            raise ArtifactError(f"{path}: holds no latents for its prompts at its noise levels; write it anew")
         prompts = tuple(Prompt(seed, text) for seed, text in header["prompts"])
         made, sigmas = (
             (header["model"], header["source"], prompts, header["steps"], header["cfg"]),

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from ..errors import ArtifactError, RecipeError
+from ..files.schema import either, entries
 from ..grids.packing import unpack
-from ..grids.weights import Grid, WeightFormat
+from ..grids.weights import FORMAT, Grid, WeightFormat
 from ..layers.names import BIASES, BITS, DIVISOR, DOWN, INTEGERS, LOG, SCALES, SIGMA, STEP, TOKEN, WEIGHT
 from ..layers.packed import weight_bytes
 from ..layers.sizes import numbers_in, planned_bytes
@@ -109,6 +110,7 @@ def stored_layers(
     named = {array.name: array for array in arrays}
     found = []
     for path, facts in formats.items():
+        either(entries({"format": FORMAT}), FORMAT)(facts, f"layer {path}")
         start = f"{path}." if f"{path}.{WEIGHT}" in named else f"{path}__"
         parts = {name.removeprefix(start): array for name, array in named.items() if name.startswith(start)}
         main = parts.get(WEIGHT) or parts.get(SIGNED)

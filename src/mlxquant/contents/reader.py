@@ -9,16 +9,20 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ..api.model import STRUCTURE as MODEL
 from ..errors import ArtifactError
+from ..files.archives import check_members
 from ..files.atomic import explain
 from ..files.checked import KEY, json_object, read_json, understood, verify_tensors
 from ..files.pickles import refuse_pickle
+from ..files.schema import anything, inside, table_of
 from ..pipeline.activation_stats import KIND as STATISTICS_KIND
 from ..pipeline.activation_stats import ActivationStats
 from ..pipeline.ledger import Ledger, verify
 from ..pipeline.quant_config import KIND as CONFIG_KIND
 from ..pipeline.quant_config import QuantConfig
-from .arrays import AGAIN, StoredArray, check_npz, list_arrays
+from ..report.page import LAYERS
+from .arrays import AGAIN, StoredArray, list_arrays
 from .layers import StoredLayer, foreign_layers, stored_layers, unnamed_layers
 
 MODEL_KIND, REPORT_KIND = "quantized-model", "layer-report"
@@ -26,6 +30,7 @@ SPEAKERS = (
     "model.json", "report.json", "manifest.json", "metadata.json", "config.json", "layer_statistics.json",
     "quant_config.json",
 )  # fmt: skip
+SCHEMAS = {MODEL_KIND: MODEL, REPORT_KIND: LAYERS}  # of files that have no reader of their own here
 HEADER = ("kind", "version", "sha256")
 BULK = (
     "files",
@@ -68,6 +73,11 @@ class Contents:
 
 def read_contents(path: Path) -> Contents:
     """Raises ArtifactError, naming the file, when there is nothing that can be read, or something is damaged."""
+    with understood(path, AGAIN):
+        return _read(path)
+
+
+def _read(path: Path) -> Contents:
     try:
         if path.is_dir():
             return _read_folder(path)
@@ -79,7 +89,7 @@ def read_contents(path: Path) -> Contents:
         if path.suffix == ".json":
             return _read_json(path)
         if path.suffix == ".npz":
-            check_npz(path)
+            check_members(path, AGAIN)
             return Contents(path, "npz", arrays=list_arrays(path)[0], checks={path.name: "crc32"})
         if path.suffix == ".safetensors":
             return _read_checkpoint(path, [path])
@@ -130,7 +140,7 @@ def _read_json(path: Path) -> Contents:
         raise ArtifactError(
             f"{path}: says no kind, so mlxquant did not write it; name a checkpoint or one of our files"
         )
-    data = read_json(path, str(data["kind"]))
+    data = read_json(path, str(data["kind"]), SCHEMAS.get(str(data["kind"]), anything))
     kind = str(data["kind"])
     found = Contents(path, kind, _short(data), checks={path.name: "sha256"})
     with understood(path, "it is of another version, or damaged; run its step again"):
@@ -211,7 +221,8 @@ def _shards(index: Path) -> list[Path]:
     where = json_object(index, AGAIN).get("weight_map")
     if not isinstance(where, dict) or not where:
         raise ArtifactError(f"{index}: has no weight_map; download it anew")
-    shards = [index.parent / str(name) for name in sorted(set(where.values()))]
+    table_of(inside)(where, "weight_map")
+    shards = [index.parent / name for name in sorted(set(where.values()))]
     held = {array.name: path.name for path in shards for array in list_arrays(path)[0]}
     if lost := [name for name, file in where.items() if held.get(name) != file]:
         raise ArtifactError(

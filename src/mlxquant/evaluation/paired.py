@@ -13,7 +13,7 @@ from typing import Any
 from ..api.model import QuantizedModel
 from ..calibration.trajectories import Calibration
 from ..errors import NumericsError
-from ..files import checked
+from ..files import checked, schema
 from ..files.atomic import ensure_writable
 from ..files.kept_arrays import KeptFacts
 from ..metrics.bootstrap import interval
@@ -28,6 +28,7 @@ from .layer_report import PICTURES, layer_report
 from .report_folder import machine
 
 FLOOR = "float16"  # name of the reference in 16-bit arithmetic
+COSTS = schema.entries({"costs": schema.array_of(schema.table_of(schema.anything))})
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class Evaluation:
             {"models": [one.source for one in everyone], "cfg": self.drawings.cfg, "machine": machine()}
         )
         kept = KeptFacts(self.work / "cost.json", "cost", job)
-        if (found := kept.load()) is None:
+        if (found := kept.load(COSTS)) is None:
             found = {"costs": measure_costs([one.model for one in everyone], first, self.drawings.cfg, self.progress)}
             kept.save(found)
         return {one.name: {**sizes(one.model), **cost} for one, cost in zip(everyone, found["costs"], strict=True)}

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files.kept_arrays import KeptFacts
+from ..files.schema import entries, number
 from ..progress import Progress
 
 KIND = "stopwatch"
@@ -54,5 +55,5 @@ def kept_seconds(path: Path, job: str) -> float | None:
     """What the stopwatch of this job showed last; None where there is none. Raises ArtifactError when the file is
     damaged.
     """
-    found = KeptFacts(path, KIND, job).load()
+    found = KeptFacts(path, KIND, job).load(entries({"seconds": number(0)}))
     return None if found is None else float(found["seconds"])

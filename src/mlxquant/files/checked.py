@@ -19,9 +19,10 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..errors import ArtifactError
+from ..errors import ArtifactError, reason
 from . import tensor_layout
 from .atomic import atomic_file, explain
+from .schema import MismatchError, Schema, anything, json_value
 from .tensor_layout import DTYPES
 
 VERSION = 1
@@ -79,16 +80,18 @@ def json_object(path: Path, again: str, foreign: str = "the file is not ours") -
     how to get it ``again``, on other JSON what to make of it, ``foreign``; OSError where the file cannot be read.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"{path}: not readable as JSON ({error}); the file is damaged, {again}") from error
+        data = json_value(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ArtifactError(f"{path}: not readable as JSON ({reason(error)}); the file is damaged, {again}") from error
     if not isinstance(data, dict):
         raise ArtifactError(f"{path}: expected a JSON object, found {type(data).__name__}; {foreign}")
     return data
 
 
-def read_json(path: Path, kind: str) -> dict[str, Any]:
-    """Read what ``write_json`` wrote; raises ArtifactError on a missing, damaged, foreign or newer file."""
+def read_json(path: Path, kind: str, schema: Schema = anything) -> dict[str, Any]:
+    """Read what ``write_json`` wrote; raises ArtifactError on a missing, damaged, foreign or newer file, and on facts
+    that are not what the ``schema`` says.
+    """
     try:
         data = json_object(path, "write it anew")
     except OSError as error:
@@ -104,6 +107,8 @@ def read_json(path: Path, kind: str) -> dict[str, Any]:
             f"{path}: checksum {str(found)[:12]}… does not match the contents; the file was changed or damaged, write"
             " it anew"
         )
+    with understood(path, "write it anew"):
+        schema(data, "")
     return data
 
 
@@ -141,14 +146,21 @@ def write_tensors(
         file.write(tensor_layout.header(arrays, {KEY: canonical({**facts, "sha256": hasher.hexdigest()})}))
 
 
-def read_tensors(path: Path, kind: str, sha256: str | None = None) -> tuple[dict[str, mx.array], dict[str, Any]]:
+def read_tensors(
+    path: Path, kind: str, sha256: str | None = None, schema: Schema = anything
+) -> tuple[dict[str, mx.array], dict[str, Any]]:
     """Read what ``write_tensors`` wrote: arrays and header. ``sha256`` is that of the whole file, where another file
     vouches for it; it is checked in place of the file's own, so that the bytes are read and hashed once.
 
-    Raises ArtifactError on a missing, damaged, foreign or newer file, and on another than the one that is vouched for.
+    Raises ArtifactError on a missing, damaged, foreign or newer file, on another than the one that is vouched for, and
+    on a header that is not what the ``schema`` says.
     """
     with _checked(Path(path), kind, sha256) as (file, entries, header, seen):
-        return tensor_layout.read_arrays(file, entries, os.fstat(file.fileno()).st_size - file.tell(), seen), header
+        size = os.fstat(file.fileno()).st_size - file.tell()
+        arrays = tensor_layout.read_arrays(file, entries, size, seen)
+    with understood(path, "write it anew"):
+        schema(header, "")
+    return arrays, header
 
 
 @contextmanager
@@ -158,10 +170,12 @@ def understood(path: Path, remedy: str) -> Iterator[None]:
     """
     try:
         yield
+    except MismatchError as error:
+        raise ArtifactError(f"{path}: incomplete or foreign, {error}; {remedy}") from error
     except KeyError as error:
         raise ArtifactError(f"{path}: incomplete or foreign, {error} is missing; {remedy}") from error
-    except (TypeError, ValueError, AttributeError) as error:
-        raise ArtifactError(f"{path}: incomplete or foreign ({error!r}); {remedy}") from error
+    except (TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
+        raise ArtifactError(f"{path}: incomplete or foreign ({reason(error)}); {remedy}") from error
 
 
 def kind_of(path: Path) -> str | None:
@@ -171,13 +185,13 @@ def kind_of(path: Path) -> str | None:
     """
     try:
         if path.suffix == ".json":
-            header = json.loads(path.read_text(encoding="utf-8"))
+            header = json_value(path.read_text(encoding="utf-8"))
         else:
             with path.open("rb") as file:
                 entries = tensor_layout.entries(tensor_layout.read_header(file, path.stat().st_size))
-            header = json.loads(entries["__metadata__"][KEY])
+            header = json_value(entries["__metadata__"][KEY])
         return str(header["kind"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
@@ -202,7 +216,7 @@ def _checked(
         with path.open("rb") as file:
             head = tensor_layout.read_header(file, path.stat().st_size)
             entries = tensor_layout.entries(head)
-            header = json.loads(entries["__metadata__"][KEY])
+            header = json_value(entries["__metadata__"][KEY])
             claimed = str(header.pop("sha256"))
             _check_header(path, header, kind or header["kind"])
             if sha256 is None:
@@ -213,9 +227,9 @@ def _checked(
             yield file, entries, header, hasher.update
     except OSError as error:
         raise explain(error, path) from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise ArtifactError(
-            f"{path}: not a tensor file of mlxquant, or a damaged one ({error!r}); write or download it anew"
+            f"{path}: not a tensor file of mlxquant, or a damaged one ({reason(error)}); write or download it anew"
         ) from error
     if hasher.hexdigest() != claimed:
         raise ArtifactError(

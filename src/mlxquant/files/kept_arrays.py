@@ -20,10 +20,12 @@ import numpy.typing as npt
 from ..errors import ArtifactError
 from . import checked
 from .atomic import ensure_writable, remove_temporaries
-from .checked import read_json, read_tensors, write_json, write_tensors
+from .checked import read_json, read_tensors, understood, write_json, write_tensors
+from .schema import Schema, anything, entries, text
 
 Float64Array = npt.NDArray[np.float64]
 KIND = "measurement"
+JOB = entries({"job": text})
 
 
 @dataclass(frozen=True)
@@ -39,18 +41,22 @@ class KeptArrays:
     job: str
     lost: str
 
-    def load(self) -> tuple[dict[str, mx.array], dict[str, Any]] | None:
+    def load(self, schema: Schema = anything) -> tuple[dict[str, mx.array], dict[str, Any]] | None:
         """The arrays and the header that this job has left, bit for bit; None where there is no file, or another job's.
 
-        Raises ArtifactError on a damaged file, with the ways out.
+        Raises ArtifactError on a damaged file, and on a header that is not what the ``schema`` says, with the ways out.
         """
         if not self.path.exists():
             return None
         try:
-            arrays, header = read_tensors(self.path, self.kind)
+            arrays, header = read_tensors(self.path, self.kind, schema=JOB)
+            if header["job"] != self.job:
+                return None
+            with understood(self.path, "write it anew"):
+                schema(header, "")
         except ArtifactError as error:
             raise ArtifactError(f"{error}; or pass --no-resume, or remove the file: {self.lost}") from error
-        return (arrays, header) if header["job"] == self.job else None
+        return arrays, header
 
     def save(self, arrays: Mapping[str, mx.array], header: Mapping[str, Any] | None = None) -> None:
         """Keep arrays, in the place of what was there, with more entries of a ``header`` beside the job; the folder is
@@ -73,14 +79,18 @@ class KeptFacts:
     kind: str
     job: str
 
-    def load(self) -> dict[str, Any] | None:
+    def load(self, schema: Schema = anything) -> dict[str, Any] | None:
         """What this job has left; None where there is no file, or another job's. Raises ArtifactError on a damaged
-        one.
+        one, and on facts that are not what the ``schema`` says.
         """
         if not self.path.exists():
             return None
-        facts = read_json(self.path, self.kind)
-        return facts if facts["job"] == self.job else None
+        facts = read_json(self.path, self.kind, JOB)
+        if facts["job"] != self.job:
+            return None
+        with understood(self.path, "remove it"):
+            schema(facts, "")
+        return facts
 
     def save(self, facts: Mapping[str, Any]) -> None:
         """Keep facts, in the place of what was there."""

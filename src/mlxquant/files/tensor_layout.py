@@ -16,6 +16,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from ..errors import shortened
+from . import schema
+
 # In the order of a file. NumPy has no bfloat16: its bits travel as uint16.
 DTYPES = {
     mx.uint64: ("U64", np.uint64),
@@ -32,6 +35,9 @@ STORED: dict[str, tuple[mx.Dtype, np.dtype[Any]]] = {
     name: (dtype, np.dtype(bits)) for dtype, (name, bits) in DTYPES.items()
 }
 ALIGNMENT = 8
+METADATA = "__metadata__"  # the one entry that is no tensor
+OFFSETS = schema.array_of(schema.whole(most=2**63 - 1), 2, 2)
+ENTRY = schema.entries({"dtype": schema.text, "shape": schema.shape, "data_offsets": OFFSETS})
 
 
 def raw_bytes(value: mx.array) -> memoryview:
@@ -47,7 +53,7 @@ def in_order(arrays: Mapping[str, mx.array]) -> list[str]:
 
 def header(arrays: Mapping[str, mx.array], metadata: Mapping[str, str]) -> bytes:
     """What stands before the tensors; the arrays are not evaluated."""
-    entries: dict[str, Any] = {"__metadata__": metadata}
+    entries: dict[str, Any] = {METADATA: metadata}
     end = 0
     for name in in_order(arrays):
         value = arrays[name]
@@ -71,10 +77,20 @@ def read_header(file: BufferedReader, size: int) -> bytes:
 
 def entries(header: bytes) -> dict[str, Any]:
     """What a header says, by name; raises ValueError when it is no header."""
-    found = json.loads(header[8:])
+    found = schema.json_value(header[8:])
     if not isinstance(found, dict):
         raise ValueError("its header is no JSON object")
     return found
+
+
+def in_file(entries: Mapping[str, Any]) -> list[tuple[int, int, str]]:
+    """First byte, last byte and name of each tensor that a header lists, in the order of the file; raises ValueError on
+    an entry that is none.
+    """
+    for name, entry in entries.items():
+        if name != METADATA:
+            ENTRY(entry, f"tensor {shortened(name, schema.LETTERS)}")
+    return sorted((*entry["data_offsets"], name) for name, entry in entries.items() if name != METADATA)
 
 
 def read_arrays(
@@ -86,11 +102,11 @@ def read_arrays(
     KeyError on entries that are not even of the right kind, when the entries do not describe ``size`` bytes without a
     gap.
     """
-    tensors = sorted((*entry["data_offsets"], name) for name, entry in entries.items() if name != "__metadata__")
+    tensors = in_file(entries)
     position = 0
     for start, end, name in tensors:
         (_, bits), shape = STORED[entries[name]["dtype"]], entries[name]["shape"]
-        if start != position or end - start != math.prod(shape) * bits.itemsize or min(shape, default=0) < 0:
+        if start != position or end - start != math.prod(shape) * bits.itemsize:
             raise ValueError(f"tensor {name} is not where the one before it ends, or not as long as its shape")
         position = end
     if position != size:

@@ -20,8 +20,10 @@ from mlx.utils import tree_flatten
 from ..errors import ArtifactError
 from .blas import Libraries, loaded_blas, same_blas
 from .checked import plain, read_tensors, write_tensors
+from .schema import anything, entries, table_of, whole
 
 CHECKPOINT, KIND = "training.safetensors", "training"
+HEADER = entries({"facts": table_of(anything), "step": whole()})
 INTERVAL = 30.0  # seconds between two checkpoints of a run that keeps them by the clock
 
 
@@ -69,7 +71,7 @@ class TrainingRun:
         self._saved = time.monotonic()
         if not self.checkpoint.exists():
             return {}
-        arrays, header = read_tensors(self.checkpoint, KIND)
+        arrays, header = read_tensors(self.checkpoint, KIND, schema=HEADER)
         ours = plain(self.facts)
         if header["facts"] != ours:
             raise ArtifactError(

@@ -81,6 +81,8 @@ class ActivationTable:
             )
         if np.any(np.diff(self.sigma) <= 0) or not np.all(np.isfinite(self.step)) or np.any(self.step <= 0):
             raise RecipeError("activation table: sigma must ascend and every step must be positive and finite")
+        if np.ndim(self.shift) != 2 or not np.isfinite(self.shift).all() or not np.isfinite(self.sigma).all():
+            raise RecipeError("activation table: shifts must be [T, 1 or in], and they and sigma finite")
         if unknown := set(np.unique(self.bits).tolist()) - set(BITS):
             raise RecipeError(f"activation table: bits must be of {BITS}, found {sorted(unknown)}")
         if self.network is not None and (self.shift.shape[1] > 1 or self.log.any() or len(np.unique(self.bits)) > 1):

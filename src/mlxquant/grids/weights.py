@@ -17,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ..errors import NumericsError, RecipeError
+from ..files import schema
 from ..numerics.arrays import Array
 
 GROUPS = (32, 64, 128)
@@ -24,6 +25,9 @@ DIGITS = 11  # significant bits of a float16
 SMALLEST_HALF = float(np.finfo(np.float16).tiny)  # with all of them: 2^-14
 LEAST_EXPONENT = -24  # of what float16 tells apart
 SMALLEST_SCALE = float(np.finfo(np.float32).tiny)
+FORMAT = schema.entries(  # what ``WeightFormat.to_dict`` gives
+    {"bits": schema.whole(2, 8), "group": schema.one_of("tensor", "channel", *GROUPS), "symmetric": schema.flag}
+)
 
 
 @dataclass(frozen=True)

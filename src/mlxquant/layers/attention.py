@@ -15,6 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..errors import AdapterError
+from ..files import schema
 from ..grids.reading import represented
 from ..grids.tables import ActivationTable
 from ..grids.time import Clock
@@ -52,6 +53,8 @@ class QuantizedAttention(SoftmaxAttention, QuantizedInput):
     Its parameters are those of a ``QuantizedInput``. The quantized probabilities of a row need not sum to 1, as in
     TCAQ-DM (arXiv 2412.16700).
     """
+
+    STRUCTURE = schema.entries({"table": schema.whole(1), "log": schema.flag})
 
     def __init__(self, table: ActivationTable, clock: Clock):
         """Raises AdapterError when the table has a shift a channel."""

@@ -16,14 +16,21 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..errors import AdapterError
+from ..files import schema
 from ..grids.time import Clock
-from ..grids.weights import Grid, WeightFormat
+from ..grids.weights import FORMAT, Grid, WeightFormat
 from ..numerics.arrays import Array
 from .names import BIAS
 from .packed import QuantizedLayer, scale_dtype, stored_dtype
 from .weight_only import rounded
 
 OPTIONS = ("stride", "padding", "dilation", "groups", "output_padding")
+
+
+def _one_width(value: Any, where: str) -> None:
+    """The schema of facts whose window has as many numbers as a row of the shape."""
+    if prod(value["window"]) != value["shape"][1]:
+        raise schema.MismatchError(f"{where}.window {value['window']} is not of shape {value['shape']}")
 
 
 class QuantizedConvolution(QuantizedLayer):
@@ -41,6 +48,20 @@ class QuantizedConvolution(QuantizedLayer):
     """
 
     convolve: ClassVar[Callable[..., mx.array]]
+    STRUCTURE = schema.every(
+        schema.entries(
+            {
+                "format": FORMAT,
+                "shape": schema.array_of(schema.whole(1), 2, 2),
+                "window": schema.array_of(schema.whole(1), 2, 4),
+                "bias": schema.flag,
+                "options": schema.table_of(
+                    schema.either(schema.whole(), schema.array_of(schema.whole(), most=3)), keys=schema.one_of(*OPTIONS)
+                ),
+            }
+        ),
+        _one_width,
+    )
 
     def __init__(
         self,

@@ -12,6 +12,7 @@ from typing import Any, Self
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..files import schema
 from ..grids.packing import dequantized
 from ..grids.time import Clock
 from ..grids.weights import Grid, WeightFormat
@@ -53,6 +54,8 @@ class QuantizedEmbedding(QuantizedLinear):
             RecipeError: When groups do not divide the width.
         """
         return cls(*rounded(embedding.weight, format, steps), embedding.weight.dtype)
+
+    STRUCTURE = schema.every(QuantizedLinear.STRUCTURE, schema.entries({"dtype": schema.floating}))
 
     @property
     def facts(self) -> dict[str, Any]:

@@ -17,8 +17,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ..errors import AdapterError, ArtifactError, CalibrationError, NumericsError, RecipeError
-from ..files.checked import read_tensors, write_tensors
+from ..errors import AdapterError, CalibrationError, NumericsError, RecipeError
+from ..files import schema
+from ..files.checked import read_tensors, understood, write_tensors
 from ..files.parameters import load_parameters
 from ..grids.weights import WeightFormat, fit_extremes
 from ..methods.transforms.tcaq import joint_ratios
@@ -27,6 +28,22 @@ from .tree import parameters
 
 KIND = "fake-quant-linear"
 STATISTICS = ("timesteps", "low", "high", "ratio", "frozen")
+
+HEADER = schema.entries(
+    {
+        "layer": schema.entries(
+            {
+                "in_features": schema.whole(1),
+                "out_features": schema.whole(1),
+                "bias": schema.flag,
+                "dtype": schema.floating,
+                "R_trunc": schema.number(1),
+                "weight_bits": schema.whole(2, 8),
+                "activation_bits": schema.whole(2, 8),
+            }
+        )
+    }
+)
 
 
 class FakeQuantLinear(OwnModule):
@@ -233,13 +250,11 @@ class FakeQuantLinear(OwnModule):
         Raises:
             ArtifactError: On a missing, damaged or foreign file.
         """
-        arrays, header = read_tensors(Path(path), KIND)
-        try:
+        arrays, header = read_tensors(Path(path), KIND, schema=HEADER)
+        with understood(Path(path), "save the layer again"):
             facts = header["layer"]
             layer = cls(**{**facts, "dtype": getattr(mx, facts["dtype"])})
             count, width = arrays["low"].shape
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ArtifactError(f"{path}: incomplete or foreign ({error!r}); save the layer again") from error
         layer.timesteps, layer.low, layer.high = mx.zeros((count,)), mx.zeros((count, width)), mx.zeros((count, width))
         load_parameters(layer, arrays, str(path))
         return layer

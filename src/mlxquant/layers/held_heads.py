@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from ..files import schema
+from ..files.schema import Schema
 from ..grids.reading import TokenReader, represented
 from ..numerics import cayley
 from .own import OwnModule
@@ -21,6 +23,10 @@ class HeldHeads(OwnModule):
     with ``bits`` bits or, with None, not at all. With ``turned`` heads are rotated first (R3): queries and keys may be,
     for their products stay the same.
     """
+
+    STRUCTURE: ClassVar[Schema] = schema.entries(
+        {"size": schema.whole(1, schema.WIDTH), "bits": schema.maybe(schema.whole(2, 8)), "turned": schema.flag}
+    )
 
     def __init__(self, layer: nn.Module, size: int, bits: int | None, turned: bool):
         super().__init__()

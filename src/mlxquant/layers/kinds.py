@@ -12,6 +12,7 @@ from typing import Any
 
 import mlx.nn as nn
 
+from ..files import schema
 from ..grids.time import Clock
 from ..grids.weights import WeightFormat
 from .convolutions import CONVOLUTIONS, QuantizedConvolution
@@ -62,6 +63,12 @@ def refresh(module: nn.Module) -> None:
     for part in module.modules():
         if isinstance(part, QuantizedModule):
             part.refresh()
+
+
+def structure(value: Any, where: str) -> None:
+    """The schema of what ``rebuilt`` takes: that of the class which it names."""
+    schema.entries({}, {"class": schema.one_of(*BY_NAME)})(value, where)
+    BY_NAME[value.get("class", QuantizedLinear.__name__)].STRUCTURE(value, where)
 
 
 def rebuilt(facts: Mapping[str, Any], clock: Clock | None) -> QuantizedLayer:

@@ -37,12 +37,13 @@ import mlx.nn as nn
 import numpy as np
 
 from ..errors import AdapterError
+from ..files import schema
 from ..grids.integer_matmul import EXACT, integer_matmul, use_packed_kernels
 from ..grids.packing import pack
 from ..grids.reading import Entry, represented
 from ..grids.tables import ActivationTable
 from ..grids.time import Clock
-from ..grids.weights import Grid, WeightFormat
+from ..grids.weights import FORMAT, Grid, WeightFormat
 from ..numerics.arrays import Array
 from ..numerics.hadamard import block_size, rotated_blocks
 from ..numerics.low_rank import LowRank
@@ -77,6 +78,22 @@ class QuantizedLinear(QuantizedInput, QuantizedLayer):
     """
 
     replaces: ClassVar[type[nn.Module]] = nn.Linear
+    STRUCTURE = schema.entries(
+        {
+            "format": FORMAT,
+            "shape": schema.array_of(schema.whole(1), 2, 2),
+            "bias": schema.flag,
+            "table": schema.maybe(schema.array_of(schema.whole(1), 2, 2)),
+        },
+        {
+            "bias_dtype": schema.maybe(schema.floating),
+            "divisor": schema.flag,
+            "rotation": schema.whole(1),
+            "rank": schema.whole(),
+            "log": schema.flag,
+            "token": schema.flag,
+        },
+    )
 
     def __init__(
         self,

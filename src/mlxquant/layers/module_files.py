@@ -15,8 +15,9 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..errors import AdapterError, ArtifactError
-from ..files.checked import read_tensors, write_tensors
-from .kinds import BY_NAME, find_layers, rebuilt, refresh
+from ..files import schema
+from ..files.checked import read_tensors, understood, write_tensors
+from .kinds import find_layers, rebuilt, refresh, structure
 from .linear import QuantizedLinear
 from .names import WEIGHT
 from .packed import QuantizedLayer
@@ -24,6 +25,12 @@ from .sizes import is_hidden
 from .tree import get_module, parameters, set_module
 
 KIND = "quantized-module"
+HEADER = schema.entries(
+    {
+        **dict.fromkeys(("layers", "layers_that_share"), schema.table_of(structure)),
+        **dict.fromkeys(("same_layers", "same_arrays"), schema.table_of(schema.text)),
+    }
+)
 
 
 def save_module(model: nn.Module, path: str | Path) -> Path:
@@ -51,7 +58,7 @@ def save_module(model: nn.Module, path: str | Path) -> Path:
             arrays[name] = value
         else:
             same_arrays[name] = at
-    structure: dict[str, dict[str, Any]] = {"layers": {}, "layers_that_share": {}}
+    facts: dict[str, dict[str, Any]] = {"layers": {}, "layers_that_share": {}}
     same_layers: dict[str, str] = {}
     places: dict[int, str] = {}
     for place, module in sorted(find_layers(model).items(), key=lambda found: (is_hidden(found[0]), found[0])):
@@ -61,10 +68,10 @@ def save_module(model: nn.Module, path: str | Path) -> Path:
             )
         if (at := places.setdefault(id(module), place)) == place:
             kind = "layers" if f"{place}.{WEIGHT}" in arrays else "layers_that_share"
-            structure[kind][place] = {"class": type(module).__name__, **module.facts}
+            facts[kind][place] = {"class": type(module).__name__, **module.facts}
         else:
             same_layers[place] = at
-    write_tensors(path, KIND, arrays, {**structure, "same_layers": same_layers, "same_arrays": same_arrays})
+    write_tensors(path, KIND, arrays, {**facts, "same_layers": same_layers, "same_arrays": same_arrays})
     return path
 
 
@@ -82,29 +89,20 @@ def load_module(model: nn.Module, path: str | Path) -> nn.Module:
         ArtifactError: On a missing, damaged or foreign file, and on another model; then the model is as it was.
     """
     path = Path(path)
-    arrays, header = read_tensors(path, KIND)
-    layers = {
-        place: _blank(path, place, facts) for place, facts in (header["layers"] | header["layers_that_share"]).items()
-    }
-    layers.update({place: layers[at] for place, at in header["same_layers"].items()})
+    arrays, header = read_tensors(path, KIND, schema=HEADER)
+    with understood(path, "write it anew"):
+        facts = header["layers"] | header["layers_that_share"]
+        layers = {place: rebuilt(some, None) for place, some in facts.items()}
+        layers.update({place: layers[at] for place, at in header["same_layers"].items()})
+        arrays.update({name: arrays[at] for name, at in header["same_arrays"].items()})
     for place, layer in layers.items():
         _require_fit(path, model, place, layer)
-    arrays.update({name: arrays[at] for name, at in header["same_arrays"].items()})
     _require_parameters(path, model, layers, arrays)
     for place, layer in layers.items():
         set_module(model, place, layer)
     model.load_weights(list(arrays.items()))
     refresh(model)
     return model
-
-
-def _blank(path: Path, place: str, facts: Mapping[str, Any]) -> QuantizedLayer:
-    if facts["class"] not in BY_NAME:
-        raise ArtifactError(
-            f"{path}: layer {place} is a {facts['class']!r}, which this mlxquant does not know; install the matching"
-            " release"
-        )
-    return rebuilt(facts, None)
 
 
 def _require_fit(path: Path, model: nn.Module, place: str, layer: QuantizedLayer) -> None:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import mlx.nn as nn
 
+from ..files.schema import Schema, anything
 from ..grids.time import Clock
 
 
@@ -41,7 +42,11 @@ class QuantizedModule(OwnModule):
 
     A kind must give ``facts`` and ``blank``. They are no abstract methods, for those are refused by ``object``'s
     constructor, and a module of MLX is made by ``dict``'s.
+
+    ``STRUCTURE`` says what ``facts`` have to be before ``blank`` is asked.
     """
+
+    STRUCTURE: ClassVar[Schema] = anything
 
     @property
     def facts(self) -> dict[str, Any]:

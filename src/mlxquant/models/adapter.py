@@ -28,7 +28,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -39,6 +39,7 @@ from ..files import checked
 from ..files.array_memory import ArrayMemory
 from ..files.atomic import relative_place
 from ..files.checked import array_digest
+from ..files.schema import Schema, anything
 from ..grids.time import Clock
 from ..layers.attention import SoftmaxAttention, find_attentions
 from ..layers.tree import find_linears, parameters
@@ -146,6 +147,7 @@ class Adapter(ABC):
     rows: int = 16
     draws: bool = True
     place: str = ""
+    STRUCTURE: ClassVar[Schema] = anything  # what ``describe`` gives, before ``blank`` builds from it
     _hooks: Mapping[str, StageHook] = MappingProxyType({})  # by stage, set by ``hooked``
 
     @property
@@ -183,6 +185,19 @@ class Adapter(ABC):
         Args:
             description: What ``describe`` gave, perhaps in an earlier release.
         """
+
+    @classmethod
+    def described(cls, description: Any) -> Self:
+        """What ``blank`` makes of a description that came from a file.
+
+        Args:
+            description: What ``describe`` gave, perhaps.
+
+        Raises:
+            MismatchError: When it is not of the model's ``STRUCTURE``; nothing is built then.
+        """
+        cls.STRUCTURE(description, "model")
+        return cls.blank(description)
 
     def twin(self) -> Self:
         """The same structure with unspecified weights; what is outside of ``module``, such as text encoders, is

@@ -17,10 +17,13 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import ArtifactError
+from ..files import schema
+from ..files.checked import understood
 from ..models.adapter import Stage, State
 from ..models.diffusion import DiffusionAdapter
 from ..numerics.arrays import Array
 from ..sampling.guidance import sides
+from ..sampling.prompts import LARGEST_SEED
 from ..sweep.streams import ExactStream, Passes
 from .ledger import Ledger
 from .samples import MANIFEST, Samples, check_source, sample_name
@@ -29,6 +32,20 @@ KIND = "adaround-cache"
 METADATA = "metadata.json"
 COMMAND = "mlxquant cache-adaround-data"
 
+STRUCTURE = schema.entries(
+    {
+        "model": schema.text,
+        "source": schema.text,
+        "parents": schema.entries({MANIFEST: schema.text}),
+        "blocks": schema.array_of(schema.text, 1),
+        "sigmas": schema.array_of(schema.number(0), 1),
+        "tokens": schema.table_of(schema.array_of(schema.whole(1, schema.WIDTH), 2, 2), 1),
+        "num_images": schema.whole(1),
+        "stride": schema.whole(1),
+        "seed": schema.whole(0, LARGEST_SEED),
+        "cfg": schema.number(0),
+    }
+)
 TOKENS = "tokens/"  # before a stream's name: which of its tokens are kept
 
 
@@ -53,7 +70,7 @@ class BlockCache:
         """Raises ArtifactError when there is no cache, a damaged or foreign one, or, unless ``complete`` is False, an
         unfinished one.
         """
-        ledger = Ledger.read(folder / METADATA, KIND, f"run '{COMMAND}' first")
+        ledger = Ledger.read(folder / METADATA, KIND, f"run '{COMMAND}' first", STRUCTURE)
         if complete:
             ledger.require_complete(COMMAND)
         facts = ledger.facts
@@ -112,8 +129,9 @@ class BlockCache:
         prefix = f"mm{block}__"
         stride, states = self.ledger.facts["stride"], []
         for index, images in self._batches(size):
-            parts = [self.ledger.arrays(sample_name(image, index * stride), prefix) for image in images]
-            stacked = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+            with understood(self.ledger.path, f"run '{COMMAND} --force'"):
+                parts = [self.ledger.arrays(sample_name(image, index * stride), prefix) for image in images]
+                stacked = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
             states.append(
                 {name.removeprefix(prefix): mx.array(value.astype(np.float32)) for name, value in stacked.items()}
             )

@@ -18,13 +18,37 @@ from typing import Any
 
 import numpy as np
 
+from ..files import schema
 from ..files.checked import read_json, understood, write_json
-from ..grids.tables import ActivationTable
+from ..grids.tables import BITS, ActivationTable
 from ..numerics.arrays import Array
 from .divisions import Division, LayerTables
 from .ledger import read_npz, write_npz
 
 KIND = "quant-config"
+STEPS = schema.table_of(  # by step and layer
+    schema.table_of(
+        schema.entries(
+            {"bits": schema.one_of(*BITS), "scale": schema.number(0), "shift": schema.maybe(schema.number())},
+            {"log": schema.flag},
+        )
+    ),
+    1,
+)
+DIVISIONS = schema.table_of(
+    schema.entries({"layers": schema.array_of(schema.text), "applied": schema.flag, "per_timestep": STEPS})
+)
+STRUCTURE = schema.entries(
+    {
+        "made_from": schema.entries(dict.fromkeys(("model", "source", "calibration"), schema.text)),
+        "sigma_map": schema.table_of(schema.number(0), 1),
+        "per_timestep": STEPS,
+        "layers": schema.table_of(schema.entries({"shifted": schema.flag, "relative_error": schema.number(0)})),
+        "smoothquant": DIVISIONS,
+        "migration": DIVISIONS,
+        "sidecar": schema.entries({"file": schema.inside, "sha256": schema.text}),
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -120,7 +144,7 @@ class QuantConfig:
     @classmethod
     def read(cls, path: Path) -> QuantConfig:
         """What ``write`` wrote; raises ArtifactError when either file is missing, damaged or another's."""
-        data = read_json(path, KIND)
+        data = read_json(path, KIND, STRUCTURE)
         with understood(path, "run analyze-activations again"):
             vectors = read_npz(path.parent / data["sidecar"]["file"], data["sidecar"]["sha256"])
             levels = sorted(data["sigma_map"].items(), key=lambda item: item[1])
@@ -163,4 +187,7 @@ class _StoredTables:
     def division(self, first: str, facts: Mapping[str, Any], name: str) -> Division:
         rest = {key: value for key, value in facts.items() if key not in ("layers", "applied", "per_timestep")}
         tables = self.tables(facts["per_timestep"], name)
-        return Division(tuple(facts["layers"]), self.vectors[f"{first}__divisor"], facts["applied"], rest, tables)
+        divisor = self.vectors[f"{first}__divisor"]
+        if divisor.ndim != 1 or not (divisor > 0).all() or not np.isfinite(divisor).all():
+            raise schema.MismatchError(f"the divisor of {first} is not one positive number a channel")
+        return Division(tuple(facts["layers"]), divisor, facts["applied"], rest, tables)

@@ -17,7 +17,8 @@ import numpy as np
 
 from ..calibration.trajectories import Calibration, Origin
 from ..errors import CalibrationError, NumericsError
-from ..files import checked
+from ..files import checked, schema
+from ..files.checked import understood
 from ..models.adapter import Adapter
 from ..models.diffusion import DiffusionAdapter
 from ..numerics.arrays import Array
@@ -25,12 +26,24 @@ from ..progress import Progress, silent
 from ..report.comparison import save_png, to_pil
 from ..sampling.batches import DrawnBatch, drawn_batches
 from ..sampling.guidance import check_weight
-from ..sampling.prompts import Prompt
+from ..sampling.prompts import LARGEST_SEED, Prompt
 from .ledger import Ledger
 
 KIND = "calibration-samples"
 MANIFEST = "manifest.json"
 COMMAND = "mlxquant generate-calibration-data"
+SEED = schema.whole(0, LARGEST_SEED)
+STRUCTURE = schema.entries(
+    {
+        "model": schema.text,
+        "source": schema.text,
+        "prompts": schema.array_of(schema.text, 1),
+        "seeds": schema.array_of(SEED, 1),
+        "num_steps": schema.whole(1),
+        "cfg": schema.number(0),
+        "sigmas": schema.array_of(schema.number(0), 1),
+    }
+)
 
 
 def sample_name(image: int, step: int) -> str:
@@ -52,15 +65,17 @@ class Samples(Origin):
         """Raises ArtifactError when there is no manifest, or an unfinished, damaged or foreign one; CalibrationError
         when these are trajectories of another model than ``model``.
         """
-        ledger = Ledger.read(folder / MANIFEST, KIND, f"run '{COMMAND} --calib-dir {folder}' first").require_complete(
-            COMMAND
-        )
+        remedy = f"run '{COMMAND} --calib-dir {folder}' first"
+        ledger = Ledger.read(folder / MANIFEST, KIND, remedy, STRUCTURE).require_complete(COMMAND)
         facts = ledger.facts
         if model not in (None, facts["model"]):
             raise CalibrationError(
                 f"{folder} holds trajectories of {facts['model']}, --model is {model}; leave it out or draw them anew"
             )
-        prompts = prompts_of(facts)
+        with understood(ledger.path, remedy):
+            prompts = prompts_of(facts)
+            if len(facts["sigmas"]) != facts["num_steps"]:
+                raise schema.MismatchError(f"sigmas has {len(facts['sigmas'])} entries for {facts['num_steps']} steps")
         sigmas = np.array(facts["sigmas"], np.float64)
         drawn = (facts["model"], facts["source"], prompts, facts["num_steps"], facts["cfg"], sigmas)
         return cls(*drawn, ledger, ledger.sha256)
@@ -84,7 +99,12 @@ class Samples(Origin):
                 f"{self.ledger.folder}: a stride of {stride} does not fit {self.steps} steps; choose between 1 and that"
             )
         kept = range(0, self.steps, stride)
-        latents = [[self.ledger.arrays(sample_name(image, step))["x"] for image in range(images)] for step in kept]
+        with understood(self.ledger.path, f"run '{COMMAND} --force'"):
+            latents = np.array(
+                [[self.ledger.arrays(sample_name(image, step))["x"] for image in range(images)] for step in kept]
+            )
+            if latents.dtype != np.float32 or latents.ndim != 5:
+                raise schema.MismatchError(f"its latents are {latents.dtype} of {latents.ndim} axes in all")
         return Calibration(
             self.model,
             self.source,
@@ -92,7 +112,7 @@ class Samples(Origin):
             self.steps,
             self.cfg,
             self.sigmas[::stride],
-            mx.array(np.array(latents)),
+            mx.array(latents),
         )
 
 

@@ -19,11 +19,11 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ..errors import ArtifactError, MlxQuantError
-from ..files import checked
+from ..errors import ArtifactError, MlxQuantError, reason
+from ..files import checked, schema
 from ..grids.tables import ActivationTable
 from ..grids.time import Clock
-from ..grids.weights import Grid, WeightFormat
+from ..grids.weights import FORMAT, Grid, WeightFormat
 from ..layers.linear import QuantizedLinear
 from ..models.adapter import Stage
 from ..numerics.arrays import Array
@@ -34,6 +34,21 @@ KIND = "adaround-weights"
 CONFIG = "config.json"
 COMMAND = "mlxquant adaround-optimize"
 ANEW = f"run '{COMMAND}' again with --force --no-resume"
+STRUCTURE = schema.entries(
+    {
+        "model": schema.text,
+        "source": schema.text,
+        "calibration": schema.text,
+        "quant_config": schema.maybe(schema.text),
+    },
+    {
+        "blocks": schema.table_of(
+            schema.entries(
+                {"formats": schema.table_of(FORMAT), "layers": schema.table_of(schema.table_of(schema.anything))}
+            )
+        )
+    },
+)
 TABLE, LOG = ("a_sigma", "a_scale", "a_shift", "a_bits"), "a_log"
 
 
@@ -69,7 +84,7 @@ class WeightFiles:
         blocks.
         """
         remedy = f"run '{COMMAND} --output-dir {folder}' first"
-        files = cls(Ledger.read(folder / CONFIG, KIND, remedy).require_complete(COMMAND), stages, linears)
+        files = cls(Ledger.read(folder / CONFIG, KIND, remedy, STRUCTURE).require_complete(COMMAND), stages, linears)
         wanted = {f"weights/{block_name(i)}.npz" for i in range(len(stages))}
         if set(files.ledger.files) != wanted:
             raise ArtifactError(
@@ -80,7 +95,7 @@ class WeightFiles:
     @staticmethod
     def facts(folder: Path) -> dict[str, Any]:
         """What a folder was made from, before its model is loaded; raises ArtifactError where there is none."""
-        return Ledger.read(folder / CONFIG, KIND, f"run '{COMMAND} --output-dir {folder}' first").facts
+        return Ledger.read(folder / CONFIG, KIND, f"run '{COMMAND} --output-dir {folder}' first", STRUCTURE).facts
 
     def holds(self, stage: Stage) -> bool:
         """Whether this stage is one of the blocks that the folder is for."""
@@ -109,9 +124,10 @@ class WeightFiles:
         for path, format in formats.items():
             try:
                 layers[path] = self._layer(path, WeightFormat(**format), arrays, clock)
-            except (KeyError, MlxQuantError) as error:
-                found = f"{error} is missing" if isinstance(error, KeyError) else error
-                raise ArtifactError(f"{self._where(stage)}: layer {path}: {found}; {ANEW}") from error
+            except KeyError as error:
+                raise ArtifactError(f"{self._where(stage)}: layer {path}: {error} is missing; {ANEW}") from error
+            except (MlxQuantError, ValueError, TypeError, IndexError) as error:
+                raise ArtifactError(f"{self._where(stage)}: layer {path}: {reason(error)}; {ANEW}") from error
         return StageResult(layers, facts)
 
     def _where(self, stage: Stage) -> Path:
@@ -123,10 +139,15 @@ class WeightFiles:
         """
         linear = self._linears[path]
         own = {key.removeprefix(path + "__"): value for key, value in arrays.items() if key.startswith(path + "__")}
+        if own["weight_int"].dtype != np.int8 or own["scale"].dtype != np.float32:
+            raise ArtifactError(
+                f"codes {own['weight_int'].dtype} and scales {own['scale'].dtype} are not int8 and float32"
+            )
         codes, scale = own["weight_int"].astype(np.int16) + format.zero_code, own["scale"]
         if (
             codes.shape != linear.weight.shape
             or scale.shape != codes.shape[:1]
+            or not (np.isfinite(scale) & (scale > 0)).all()
             or codes.min() < 0
             or codes.max() >= format.levels
         ):
@@ -141,6 +162,8 @@ class WeightFiles:
                 "its scales have more than the 11 bits of a float16, so the codes were not rounded on them"
             )
         divisor = mx.array(own["divisor"]) if "divisor" in own else None
+        if divisor is not None and not (np.isfinite(own["divisor"]) & (own["divisor"] > 0)).all():
+            raise ArtifactError("its divisor is not positive")
         bias = linear.bias if "bias" in linear else None
         layer = QuantizedLinear(codes.astype(np.uint8), grid, bias, divisor)
         if "a_scale" in own:

@@ -13,13 +13,35 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from ..errors import ArtifactError
+from ..files import schema
 from ..files.atomic import atomic_file
-from ..files.checked import read_json
+from ..files.checked import read_json, understood
+from ..sweep.store import STAGES
 from . import page_layers, page_pictures, page_plots, page_tables
 
 Json = Mapping[str, Any]
 KIND, LAYERS_KIND = "evaluation", "layer-report"
+REPORT = schema.entries(
+    {
+        "reference": schema.entries({"folder": schema.inside}),
+        "results": schema.array_of(schema.entries({"name": schema.text, "folder": schema.inside})),
+    }
+)
+LAYERS = schema.entries(  # an evaluation's report on the layers of a model
+    {
+        "layers": schema.array_of(
+            schema.entries(
+                {
+                    **dict.fromkeys(("path", "role", "stage", "weight"), schema.text),
+                    **dict.fromkeys(("activation", "bits_per_weight"), schema.number(0)),
+                    "shape": schema.shape,
+                    "error": schema.maybe(schema.array_of(schema.number(), 1)),
+                }
+            )
+        ),
+        "decisions": STAGES,
+    }
+)
 SIZE_METRICS = 4  # quality over size for so many metrics
 
 
@@ -29,20 +51,16 @@ def write_page(folder: Path) -> Path:
 
     Raises ArtifactError when one of these is missing, damaged, or of another version.
     """
-    report = read_json(folder / "report.json", KIND)
-    try:
+    report = read_json(folder / "report.json", KIND, REPORT)
+    with understood(folder / "report.json", "run the evaluation again"):
         layers = {
-            model["name"]: read_json(folder / "layers" / f"{model['folder']}.json", LAYERS_KIND)
+            model["name"]: read_json(folder / "layers" / f"{model['folder']}.json", LAYERS_KIND, LAYERS)
             for model in report["results"]
             if model["quantized"]
         }
         html = render(
             report, layers, page_pictures.embed(folder, [report["reference"], *report["results"]], report["prompts"])
         )
-    except (KeyError, TypeError, IndexError, AttributeError) as error:
-        raise ArtifactError(
-            f"{folder / 'report.json'}: incomplete or of another version ({error!r}); run the evaluation again"
-        ) from error
     page = folder / "report.html"
     with atomic_file(page) as temporary:
         temporary.write_text(html, encoding="utf-8")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import CalibrationError
 from ..files.atomic import atomic_file, explain
+
+LARGEST_SEED = 10**19 - 1  # a key of MLX's random numbers is a uint64
 
 
 @dataclass(frozen=True)
@@ -52,9 +55,10 @@ def parse_prompts(text: str, source: str) -> list[Prompt]:
         if not line.strip() or line.startswith("#"):
             continue
         seed, tab, words = line.partition("\t")
-        if not tab or not seed.strip().isdecimal() or not words.strip():
+        if not tab or not re.fullmatch(r"[0-9]{1,19}", seed.strip()) or not words.strip():
             raise CalibrationError(
-                f"{source}, line {number}: expected 'seed<TAB>prompt' with a whole number as seed, found {line!r}"
+                f"{source}, line {number}: expected 'seed<TAB>prompt' with a whole number below 10^19 as seed, found"
+                f" {line[:200]!r}"
             )
         prompts.append(Prompt(int(seed), words.strip()))
     if not prompts:

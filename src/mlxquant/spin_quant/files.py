@@ -11,23 +11,34 @@ from typing import Any
 import mlx.core as mx
 
 from ..errors import RecipeError
+from ..files import schema
 from ..files.atomic import ensure_writable
 from ..files.checked import read_tensors, understood, write_tensors
 from ..files.parameters import load_parameters
 from ..files.pickles import refuse_pickle
 from ..layers.held_heads import HeldHeads
-from ..layers.kinds import rebuilt
+from ..layers.kinds import rebuilt, structure
 from ..layers.linear import find_quantized
 from ..layers.tree import get_module, parameters, set_module
 from ..layers.turned_norm import TurnedNorm
-from ..models.gpt.network import GPT, GPTConfig
-from ..models.gpt.tokenizers import ByteTokenizer, CharTokenizer, tokenizer_from_facts
+from ..models.gpt.network import CONFIG, GPT, GPTConfig
+from ..models.gpt.tokenizers import FACTS, ByteTokenizer, CharTokenizer, tokenizer_from_facts
 from ..qat.convert import put_points, quantizing_points
 from ..qat.folders import QUANTIZATION
 from ..qat.options import QuantizationOptions
 
 FILE, KIND = "spinquant.safetensors", "spinquant-gpt"
 FINAL = "model.ln_f"
+HEADER = schema.entries(
+    {
+        "config": CONFIG,
+        "tokenizer": FACTS,
+        "turned": schema.flag,
+        "layers": schema.table_of(structure),
+        "held": schema.table_of(HeldHeads.STRUCTURE),
+        "facts": schema.table_of(schema.anything),
+    }
+)
 
 
 def save_spun(folder: Path, model: GPT, tokenizer: ByteTokenizer | CharTokenizer, facts: Mapping[str, Any]) -> Path:
@@ -80,7 +91,7 @@ def load_spun(place: Path) -> tuple[GPT, ByteTokenizer | CharTokenizer, dict[str
     """
     refuse_pickle(place, f"pass the folder, {place.parent}, with {FILE} in it")
     path = place / FILE if place.is_dir() else place
-    arrays, header = read_tensors(path, KIND)
+    arrays, header = read_tensors(path, KIND, schema=HEADER)
     with understood(path, "write the file anew"):
         model = _blank(GPTConfig.from_dict(header["config"]), header["facts"])
         if header["turned"]:

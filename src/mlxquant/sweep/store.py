@@ -13,6 +13,7 @@ from typing import Any, Protocol, TypeVar
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..files import schema
 from ..files.atomic import ensure_writable
 from ..files.kept_arrays import KeptArrays
 from ..files.parameters import load_parameters
@@ -61,7 +62,7 @@ class StageCheckpoint:
 
     def load(self) -> tuple[dict[str, mx.array], dict[str, Any]] | None:
         """What was saved by the same job, or None. A damaged file raises ArtifactError."""
-        found = self._kept.load()
+        found = self._kept.load(schema.entries({"facts": schema.table_of(schema.anything)}))
         return None if found is None else (found[0], found[1]["facts"])
 
     def save(self, arrays: dict[str, mx.array], facts: dict[str, Any]) -> None:
@@ -88,6 +89,21 @@ class Store(Protocol):
         ...
 
 
+STAGES = schema.array_of(  # what a sweep says of its stages, in the facts of a quantized model
+    schema.entries(
+        {"stage": schema.text, "kept": schema.text},
+        {"layers": schema.table_of(schema.entries({}, {"error": schema.maybe(schema.number())}))},
+    )
+)
+HEADER = schema.entries(  # of a stage's file
+    {
+        "layers": schema.table_of(QuantizedLinear.STRUCTURE),
+        "attentions": schema.table_of(QuantizedAttention.STRUCTURE),
+        "facts": schema.table_of(schema.anything),
+    }
+)
+
+
 class FolderStore:
     """One tensor file a stage in a folder. ``job`` binds them to one model, recipe and calibration."""
 
@@ -100,7 +116,7 @@ class FolderStore:
         return KeptArrays(path, "stage", self._job, "its stage is then quantized again")
 
     def load(self, stage: Stage, clock: Clock) -> StageResult | None:
-        if (found := self._kept(stage).load()) is None:
+        if (found := self._kept(stage).load(HEADER)) is None:
             return None
         arrays, header = found
         attentions = restore_modules(QuantizedAttention, header["attentions"], arrays, clock)

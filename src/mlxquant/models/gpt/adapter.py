@@ -10,12 +10,13 @@ from typing import Any
 
 import mlx.core as mx
 
+from ...files import schema
 from ...layers.tree import set_module
 from ...layers.turned_norm import TurnedNorm
 from ..language import LanguageAdapter
 from .files import load_gpt
-from .network import GPT, GPTConfig
-from .tokenizers import ByteTokenizer, CharTokenizer, tokenizer_from_facts
+from .network import CONFIG, GPT, GPTConfig
+from .tokenizers import FACTS, ByteTokenizer, CharTokenizer, tokenizer_from_facts
 
 EMBEDDED = "gpt-python"
 
@@ -30,6 +31,15 @@ class GPTAdapter(LanguageAdapter):
     """A GPT with its tokenizer and what is known of how it was made."""
 
     name = "gpt"
+    STRUCTURE = schema.entries(
+        {
+            "config": CONFIG,
+            "tokenizer": FACTS,
+            "turned": schema.flag,
+            "dtype": schema.floating,
+            "facts": schema.table_of(schema.anything),
+        }
+    )
 
     def __init__(self, module: GPT, tokenizer: ByteTokenizer | CharTokenizer, facts: dict[str, Any]):
         super().__init__(module)

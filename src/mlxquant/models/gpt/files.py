@@ -13,7 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ...errors import ArtifactError
+from ...errors import ArtifactError, reason
 from ...files import checked, tensor_layout
 from ...files.atomic import atomic_file, ensure_writable, explain
 from ...files.checked import file_digest, json_object
@@ -66,12 +66,13 @@ def load_gpt(folder: Path) -> tuple[GPT, ByteTokenizer | CharTokenizer, dict[str
             f"{path}: checksum {found[:12]}… is not the {str(ours.get('sha256'))[:12]}… that {CONFIG} expects; "
             f"one of the two was changed or damaged, {AGAIN}"
         )
+    tokenizer = tokenizer_from_facts(ours.get("tokenizer", {}))
     model, arrays = GPT(GPTConfig.from_dict(config)), read_weights(path)
     load_parameters(model, arrays, str(path))
     model.load_weights(list(arrays.items()))  # in the dtypes of the file
     return (
         model,
-        tokenizer_from_facts(ours.get("tokenizer", {})),
+        tokenizer,
         {key: ours[key] for key in ours if key not in ("tokenizer", "sha256")},
     )
 
@@ -113,8 +114,8 @@ def read_weights(path: Path) -> dict[str, mx.array]:
             return tensor_layout.read_arrays(file, entries, path.stat().st_size - file.tell(), lambda piece: None)
     except OSError as error:
         raise explain(error, path) from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ArtifactError(f"{path}: not a safetensors file, or a damaged one ({error!r}); {AGAIN}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        raise ArtifactError(f"{path}: not a safetensors file, or a damaged one ({reason(error)}); {AGAIN}") from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:

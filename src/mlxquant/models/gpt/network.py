@@ -13,6 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ...errors import AdapterError, ArtifactError
+from ...files import schema
 from ...layers.fast_cpu import gelu_tanh, softmax
 from ...layers.tree import parameters
 from ..catalog import pretrained
@@ -24,6 +25,18 @@ USUAL = {  # what a config.json may say, or leave out, of a GPT-2 with the equat
     "scale_attn_by_inverse_layer_idx": (False,),
 }
 HIDDEN = -1e9  # the score of a token in the future
+
+
+CONFIG = schema.entries(
+    {
+        "vocab_size": schema.whole(1),
+        "n_positions": schema.whole(1),
+        "n_embd": schema.whole(1, schema.WIDTH),
+        "n_head": schema.whole(1, schema.WIDTH),
+        "n_layer": schema.whole(1, schema.DEPTH),
+    },
+    {"layer_norm_epsilon": schema.number(0, 1)},
+)
 
 
 @dataclass(frozen=True)
@@ -53,10 +66,14 @@ class GPTConfig:
 
     @classmethod
     def from_dict(cls, facts: dict[str, Any]) -> GPTConfig:
-        """Raises ArtifactError when an entry is missing."""
+        """Raises ArtifactError when an entry is missing, or no size of a model."""
         known = {field.name for field in fields(cls)}
         if missing := sorted(known - {"layer_norm_epsilon"} - set(facts)):
             raise ArtifactError(f"config.json of a {MODEL_TYPE}: missing {missing}")
+        try:
+            CONFIG(facts, "")
+        except schema.MismatchError as error:
+            raise ArtifactError(f"config.json of a {MODEL_TYPE}: {error}; write the folder anew") from error
         return cls(**{name: facts[name] for name in known if name in facts})
 
 

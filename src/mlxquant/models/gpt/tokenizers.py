@@ -14,7 +14,8 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from ...errors import AdapterError, ArtifactError
+from ...errors import AdapterError, ArtifactError, reason
+from ...files import schema
 from ..language import Tokens
 
 BYTES = 256
@@ -95,13 +96,17 @@ TOKENIZERS: dict[str, type[ByteTokenizer] | type[CharTokenizer]] = {
 }
 
 
+FACTS = schema.entries({"level": schema.one_of(*TOKENIZERS)}, {"characters": schema.text})
+
+
 def tokenizer_from_facts(facts: Mapping[str, Any]) -> ByteTokenizer | CharTokenizer:
     """Raises ArtifactError on facts that describe no tokenizer of ours."""
     try:
+        FACTS(facts, "")
         return TOKENIZERS[facts["level"]].from_facts(facts)
-    except (KeyError, TypeError) as error:
+    except (KeyError, schema.MismatchError) as error:
         raise ArtifactError(
-            f"a tokenizer's facts need a level, one of {list(TOKENIZERS)}, and its alphabet; missing {error}"
+            f"a tokenizer's facts need a level, one of {list(TOKENIZERS)}, and its alphabet; {reason(error)}"
         ) from error
 
 

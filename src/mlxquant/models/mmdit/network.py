@@ -16,8 +16,28 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ...errors import AdapterError
+from ...files import schema
 from ...layers.attention import SoftmaxAttention
 from ...layers.fast_cpu import gelu
+
+CONFIG = schema.entries(
+    {},
+    {
+        "num_heads": schema.whole(1, schema.WIDTH),
+        "depth_multimodal": schema.whole(1, schema.DEPTH),
+        "hidden_size": schema.whole(1, schema.WIDTH),
+        "mlp_ratio": schema.whole(1, 64),
+        "vae_latent_dim": schema.whole(1, 4096),
+        "patch_size": schema.whole(1, 64),
+        "max_latent_resolution": schema.whole(1, 4096),
+        "pooled_text_embed_dim": schema.whole(1, schema.WIDTH),
+        "token_level_text_embed_dim": schema.whole(1, schema.WIDTH),
+        "frequency_embed_dim": schema.whole(2, schema.WIDTH),
+        "max_period": schema.whole(1),
+        "layer_norm_eps": schema.number(0, 1),
+        "use_qk_norm": schema.flag,
+    },
+)
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,14 @@ import numpy as np
 import numpy.typing as npt
 
 from ...errors import AdapterError
+from ...files import schema
 from ...grids.time import Clock
 from ...sampling.conditioning import Conditioning
 from ...sampling.prompts import Prompt, parse_prompts
 from ..adapter import Edge, Stage, State
 from ..diffusion import DiffusionAdapter
 from ..mmdit.chain import mmdit_edges, mmdit_role
-from ..mmdit.network import MMDiTConfig
+from ..mmdit.network import CONFIG, MMDiTConfig
 from .checkpoint import fill, mmdit_weights, vae_decoder
 from .diffusionkit import build_mmdit, host, modulations
 from .files import CHECKPOINT, PIXELS, Files
@@ -80,6 +81,7 @@ class Components:
 
 class SD3Medium(DiffusionAdapter):
     name = "sd3-medium"
+    STRUCTURE = schema.entries({"config": CONFIG, "size": schema.whole(1, 2**14)})
     shift = 3.0
     cfg = 5.0
     batch = 2

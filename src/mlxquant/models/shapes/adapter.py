@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...errors import AdapterError
+from ...files import schema
 from ...files.checked import read_tensors
 from ...files.parameters import load_parameters
 from ...grids.time import Clock
@@ -23,7 +24,7 @@ from ...sampling.prompts import Prompt
 from ..adapter import Edge, Stage
 from ..diffusion import DiffusionAdapter
 from ..mmdit.chain import mmdit_edges, mmdit_role, mmdit_stages
-from ..mmdit.network import MMDiT, MMDiTConfig
+from ..mmdit.network import CONFIG, MMDiT, MMDiTConfig
 from . import scenes
 from .captions import CaptionEncoder, tokenize
 
@@ -58,6 +59,7 @@ class MMDiTShapes(DiffusionAdapter):
     """
 
     name = "mmdit-shapes"
+    STRUCTURE = schema.entries({"config": CONFIG})
     cfg = 2.0
 
     def __init__(self, module: ShapesModel):
@@ -75,7 +77,7 @@ class MMDiTShapes(DiffusionAdapter):
             ArtifactError: The file is damaged.
         """
         with as_file(files("mlxquant.assets") / WEIGHTS) as path:
-            arrays, header = read_tensors(path, kind="mmdit-shapes")
+            arrays, header = read_tensors(path, kind="mmdit-shapes", schema=cls.STRUCTURE)
         adapter = cls.blank({"config": header["config"]})
         load_parameters(adapter.module, {k: v.astype(mx.float32) for k, v in arrays.items()}, WEIGHTS)
         return adapter
