@@ -1,0 +1,1 @@
+"""Files and texts that somebody has changed: whatever is read loads, or gives one line."""
