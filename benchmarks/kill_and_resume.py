@@ -1,157 +1,199 @@
-"""Kill every step of the explicit pipeline at a random moment, run it again, and compare all files with a run that
-nobody killed.
+"""Kill every long verb at a random moment, run it again, and compare all files with those of a run that nobody killed;
+and the same with Ctrl-C, a run that sleeps, a full disk and a folder that cannot be written.
 
-    python benchmarks/kill_and_resume.py --seed 0
+    nice python benchmarks/kill_and_resume.py --kills 300 --others 100 --seed 0 --log kills.jsonl
 
-Each step is the real command in a process of its own, on mmdit-shapes. It runs once undisturbed, which says how long it
-takes, and then, from the same files, it is sent SIGKILL at a random share of that time and run again to its end. Every
-file must have the same bytes, and there must be no others. The last line on stdout is one JSON object; the exit code is
-1 when anything differs.
+An accident comes after a random share of the run's time, or at a random one of its operations on files (each file that
+is opened to be written, each write, rename, removal): half and half. Every third run that was killed is killed once
+more before it may end. What counts:
+
+- ``kill``: SIGKILL. The same command, given again, ends with the same bytes in every file and leaves nothing else.
+- ``interrupt``: SIGINT. It ends with exit code 130 and one line, and then as after a kill.
+- ``stop``: SIGSTOP. While it sleeps the same command is given a second time, which gets one clear error; SIGCONT, and
+  the first ends as if nothing had been.
+- ``full``: the disk is full from some operation on. One clear error, and with space again as after a kill.
+- ``read-only``: nothing can be written. One clear error, and nothing has changed.
+
+The log has a line for each accident; given again, the campaign goes on after the last one. The last line on stdout is
+one JSON object; the exit code is 1 when anything went wrong.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
 
-import mlxquant  # noqa: F401  # before mlx
+from interrupted import (
+    CASES,
+    REFUSED,
+    Accident,
+    Ended,
+    Once,
+    contents,
+    differences,
+    full_disk,
+    kill_at_once,
+    must_succeed,
+    prepare,
+    read_only,
+    run,
+    start,
+    wait,
+)
 
-# isort: split
-from mlxquant.commandline.console import progress, result, say
-from mlxquant.files.checked import file_digest
-
-ATTEMPTS = 20
-PROMPT = "a large red circle at left on white background"
+OTHERS = ("interrupt", "stop", "full", "read-only")
+SLEEP = 0.05  # seconds between looks at a run that is to fall asleep
 
 
-def commands(num_images: int, num_steps: int, iters: int) -> dict[str, list[str]]:
-    """The six steps in order, with paths relative to the folder that they run in."""
-    images, calib = ["--num-images", str(num_images)], ["--calib-dir", "calib"]
-    sampling = ["--model", "mmdit-shapes", *images, "--num-steps", str(num_steps), "--cfg-weight", "2"]
-    learning = ["--bits-w", "4", "--bits-a", "8", "--iters", str(iters)]
-    loading = [
-        "--adaround-output",
-        "weights",
-        "--quant-config",
-        "calib/activations/quant_config.json",
-        "--prompt",
-        PROMPT,
+@dataclass(frozen=True)
+class Undisturbed:
+    """A case when nothing happens: what it begins with, what it leaves, how long it takes, what it does to files."""
+
+    before: Path
+    expected: dict[str, str]
+    seconds: float
+    operations: int
+
+
+def undisturbed(case: str, before: Path, folder: Path) -> Undisturbed:
+    place, count = folder / "undisturbed", folder / "count"
+    shutil.rmtree(place, ignore_errors=True)
+    shutil.copytree(before, place)
+    began = time.monotonic()
+    must_succeed(CASES[case][1], place, count)
+    return Undisturbed(before, contents(place), time.monotonic() - began, int(count.read_text()))
+
+
+def moment(random: np.random.Generator, whole: Undisturbed, accident: Accident) -> Accident:
+    """When an accident happens: at an operation or after a time."""
+    if random.random() < 0.5:
+        return replace(accident, at=int(random.integers(1, whole.operations + 1)))
+    return replace(accident, after=float(random.uniform(0.02, 1)) * whole.seconds)
+
+
+def attempt(kind: str, case: str, whole: Undisturbed, folder: Path, random: np.random.Generator) -> list[str]:
+    """What went wrong in one accident of a kind; nothing, if all is well."""
+    place, command = folder / "accident", CASES[case][1]
+    shutil.rmtree(place, ignore_errors=True)
+    shutil.copytree(whole.before, place)
+    if kind == "kill":
+        again = 1 + (random.random() < 1 / 3)
+        for _ in range(again):
+            run(command, place, moment(random, whole, Accident(kill_at_once)))
+        return finished(command, place, whole)
+    if kind == "interrupt":
+        accident = moment(random, whole, Accident(Once(signal.SIGINT), number=signal.SIGINT))
+        ended = run(command, place, accident)
+        return wrong_interrupt(ended) + finished(command, place, whole)
+    if kind == "full":
+        ended = run(command, place, Accident(full_disk, at=int(random.integers(1, whole.operations + 1))))
+        return wrong_refusal(ended, "No space left") + finished(command, place, whole)
+    if kind == "read-only":
+        ended = run(command, place, Accident(read_only, at=1))
+        return wrong_refusal(ended, "Read-only") + differences(contents(whole.before), place)
+    return asleep(command, place, whole, int(random.integers(1, whole.operations + 1)))
+
+
+def asleep(command: list[str], place: Path, whole: Undisturbed, at: int) -> list[str]:
+    """A run falls asleep at an operation, another one comes, and the first goes on. One of the two does the work."""
+    first = start(command, place, Accident(Once(signal.SIGSTOP), at=at))
+    said = place.with_suffix(".said")
+    os.waitpid(first, os.WUNTRACED)
+    second_said = place.with_suffix(".first")
+    os.link(said, second_said)
+    said.unlink()
+    second = run(command, place)
+    os.kill(first, signal.SIGCONT)
+    os.replace(second_said, said)
+    ended = wait(first, place)
+    wrong = [
+        f"{which} run ended with {one.code}: {one.said[-300:]}"
+        for which, one in (("first", ended), ("second", second))
+        if one.code and not (one.code == 1 and one.is_one_line and any(words in one.said for words in REFUSED))
     ]
-    return {
-        "generate_calibration_data": [*sampling, *calib],
-        "cache_adaround_data": [*calib, *images, "--stride", "2"],
-        "adaround_optimize": ["--cache-dir", "calib/adaround_cache", "--output-dir", "weights", *learning],
-        "collect_layer_activations": [*calib, *images, "--stride", "2"],
-        "analyze_activations": ["--stats", "calib/activations/layer_statistics.json", "--force"],
-        "load_adaround_model": [
-            *loading,
-            "--output-image",
-            "a.png",
-            "--compare",
-            "--diff-stats",
-            "--save",
-            "model",
-            "--force",
-        ],
-    }
+    if ended.code and second.code:
+        wrong.append(f"neither run did the work: {ended.said[-200:]} {second.said[-200:]}")
+    return wrong + differences(whole.expected, place)
 
 
-def start(step: str, arguments: list[str], folder: Path) -> subprocess.Popen[bytes]:
-    """A step as a process that runs in ``folder``."""
-    here = {**os.environ, "PYTHONPATH": os.pathsep.join(str(Path(p).absolute()) for p in sys.path if p)}
-    return subprocess.Popen(
-        [sys.executable, "-m", f"mlxquant.{step}", *arguments],
-        cwd=folder,
-        env=here,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+def finished(command: list[str], place: Path, whole: Undisturbed) -> list[str]:
+    """What is wrong after the command was given once more. It may say that all is there already."""
+    ended = run(command, place)
+    wrong = []
+    if ended.code and not (ended.code == 1 and ended.is_one_line and REFUSED[0] in ended.said):
+        wrong.append(f"given again it ended with {ended.code}: {ended.said[-500:]}")
+    return wrong + differences(whole.expected, place)
 
 
-def finish(step: str, arguments: list[str], folder: Path) -> float:
-    """Run a step to its end; the seconds that it took. Exits when it fails."""
-    began = time.perf_counter()
-    process = start(step, arguments, folder)
-    _, errors = process.communicate()
-    if process.returncode:
-        sys.exit(f"{step} ended with {process.returncode} in {folder}:\n{errors.decode()}")
-    return time.perf_counter() - began
+def wrong_refusal(ended: Ended, words: str) -> list[str]:
+    fine = ended.code == 0 or (ended.code == 1 and ended.is_one_line and words in ended.said)
+    return [] if fine else [f"ended with {ended.code} and said: {ended.said[-700:]}"]
 
 
-def kill(
-    step: str, arguments: list[str], before: Path, folder: Path, seconds: float, random: np.random.Generator
-) -> float:
-    """Run a step in a fresh copy of ``before`` and kill it; the seconds after which that was. Tries until the step was
-    still running.
-    """
-    for _ in range(ATTEMPTS):
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(before, folder)
-        delay = float(random.uniform(0.2, 1)) * seconds
-        process = start(step, arguments, folder)
-        try:
-            process.communicate(timeout=delay)
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.communicate()
-        if process.returncode == -signal.SIGKILL:
-            return delay
-    sys.exit(
-        f"{step} was always faster than the kill, {ATTEMPTS} times; its {seconds:.1f} s were measured on a busier"
-        " machine"
-    )
+def wrong_interrupt(ended: Ended) -> list[str]:
+    lines = [line for line in ended.said.splitlines() if line.startswith("Interrupted")]
+    fine = ended.code == 0 or (ended.code == 130 and len(lines) == 1)
+    return [] if fine and "Traceback" not in ended.said else [f"ended with {ended.code} and said: {ended.said[-700:]}"]
 
 
-def digests(folder: Path) -> dict[str, str]:
-    """sha256 of every file below a folder."""
-    return {str(path.relative_to(folder)): file_digest(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+def plan(kills: int, others: int, cases: list[str]) -> list[tuple[str, str]]:
+    """Kind and case of every accident; cases take turns."""
+    each = [("kill", cases[index % len(cases)]) for index in range(kills)]
+    rest = [(OTHERS[index % len(OTHERS)], cases[index // len(OTHERS) % len(cases)]) for index in range(others)]
+    return each + rest
 
 
 @click.command()
-@click.option("--num-images", default=4, show_default=True)
-@click.option("--num-steps", default=8, show_default=True)
-@click.option("--iters", default=60, show_default=True)
-@click.option(
-    "--only", type=click.Choice(list(commands(1, 1, 1))), help="Kill this step alone; those before it run undisturbed."
-)
+@click.option("--kills", default=300, show_default=True, type=click.IntRange(0), help="How often SIGKILL is sent.")
+@click.option("--others", default=100, show_default=True, type=click.IntRange(0), help="How many of all other kinds.")
+@click.option("--only", multiple=True, type=click.Choice(list(CASES)), help="These cases.  [default: all]")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Decides on the moments.")
-def main(num_images: int, num_steps: int, iters: int, only: str | None, seed: int) -> None:
+@click.option("--log", "log", type=click.Path(path_type=Path), help="A line for each accident; to go on from.")
+@click.option("--keep", type=click.Path(path_type=Path), help="Folder for what was left where something went wrong.")
+def main(kills: int, others: int, only: tuple[str, ...], seed: int, log: Path | None, keep: Path | None) -> None:
     """Kill, resume, compare."""
-    random, report = np.random.default_rng(seed), {}
-    rows = [f"{'step':<28}{'seconds':>9}{'killed at':>11}{'done':>7}{'files':>7}  differences"]
+    cases = list(only) or list(CASES)
+    done: dict[int, dict[str, Any]] = {}
+    if log is not None and log.exists():
+        done = {row["index"]: row for row in map(json.loads, log.read_text().splitlines())}
+    wholes: dict[str, Undisturbed] = {}
     with tempfile.TemporaryDirectory() as name:
-        before, whole, killed = (Path(name) / part for part in ("before", "whole", "killed"))
-        whole.mkdir()
-        for step, arguments in progress(commands(num_images, num_steps, iters).items(), "steps"):
-            shutil.rmtree(before, ignore_errors=True)
-            shutil.copytree(whole, before)
-            seconds = finish(step, arguments, whole)
-            if only not in (None, step):
+        folder = Path(name)
+        begin = prepare(folder / "begin", cases)
+        for index, (kind, case) in enumerate(plan(kills, others, cases)):
+            if index in done:
                 continue
-            delay = kill(step, arguments, before, killed, seconds, random)
-            done = len(digests(killed)) - len(digests(before))
-            finish(step, arguments, killed)
-            expected, found = digests(whole), digests(killed)
-            different = sorted(path for path in expected.keys() | found.keys() if expected.get(path) != found.get(path))
-            report[step] = {"seconds": seconds, "killed_at_s": delay, "files": len(found), "equal": not different}
-            rows.append(
-                f"{step:<28}{seconds:>9.2f}{delay:>11.2f}{done:>7}{len(found):>7}  {', '.join(different) or 'none'}"
-            )
-            if step == only:
-                break
-    say("\n".join(rows))
-    equal = all(row["equal"] for row in report.values())
-    result({"steps": report, "equal": equal})
-    sys.exit(0 if equal else 1)
+            if case not in wholes:
+                wholes[case] = undisturbed(case, begin[case], folder)
+            wrong = attempt(kind, case, wholes[case], folder, np.random.default_rng([seed, index]))
+            done[index] = {"index": index, "kind": kind, "case": case, "wrong": wrong}
+            if log is not None:
+                with log.open("a") as file:
+                    file.write(json.dumps(done[index]) + "\n")
+            if wrong:
+                click.echo(f"{index} {kind} {case}: {'; '.join(wrong)}", err=True)
+                if keep is not None:
+                    shutil.copytree(folder / "accident", keep / f"{index}", dirs_exist_ok=True)
+    rows = list(done.values())
+    counts = {kind: Counter(bool(row["wrong"]) for row in rows if row["kind"] == kind) for kind in ("kill", *OTHERS)}
+    facts = {kind: {"accidents": count.total(), "wrong": count[True]} for kind, count in counts.items()}
+    click.echo(f"{'kind':<12}{'accidents':>10}{'wrong':>7}", err=True)
+    for kind, fact in facts.items():
+        click.echo(f"{kind:<12}{fact['accidents']:>10}{fact['wrong']:>7}", err=True)
+    click.echo(json.dumps({"cases": len(cases), "seed": seed, **facts}))
+    sys.exit(1 if any(fact["wrong"] for fact in facts.values()) else 0)
 
 
 if __name__ == "__main__":

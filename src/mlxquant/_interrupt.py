@@ -8,7 +8,8 @@ program's signals.
 
 from __future__ import annotations
 
-import _signal as signal  # type: ignore[import-not-found]  # without the enums of ``signal``, which take as long to import as all else here
+# not ``signal``: its enums take as long to import as all else here
+import _signal as signal  # type: ignore[import-not-found]
 import os
 import sys
 
