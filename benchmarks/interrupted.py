@@ -285,6 +285,7 @@ def run(arguments: list[str], folder: Path, accident: Accident | None = None, re
 def prepare(folder: Path, only: list[str]) -> dict[str, Path]:
     """What the cases begin with, by case; raises click.ClickException where a run that nothing disturbs fails."""
     ground = folder / "ground"
+    shutil.rmtree(ground, ignore_errors=True)
     ground.mkdir(parents=True)
     (ground / "text.txt").write_text(TEXT)
     draws = np.random.default_rng(0)
@@ -301,10 +302,13 @@ def prepare(folder: Path, only: list[str]) -> dict[str, Path]:
                 continue
             before, steps = states[steps], (*steps, step)
             if steps not in states:
-                place = folder / "-".join(steps)
-                shutil.copytree(before, place)
-                must_succeed(STEPS[step][0], place)
-                states[steps] = place
+                states[steps] = place = folder / "-".join(steps)
+                if not place.exists():  # made by a campaign that this one goes on from
+                    making = folder / "making"
+                    shutil.rmtree(making, ignore_errors=True)
+                    shutil.copytree(before, making)
+                    must_succeed(STEPS[step][0], making)
+                    making.rename(place)
         begin[case] = states[steps]
     return begin
 

@@ -63,8 +63,8 @@ def test_a_killed_run_ends_with_the_same_bytes(tmp_path, monkeypatch, options):
     monkeypatch.setattr(training_run, "INTERVAL", 0)
     save, saved = train_gpt.TrainingRun.save, []
 
-    def save_and_die(self, trees):
-        save(self, trees)
+    def save_and_die(self, trees, **options):
+        save(self, trees, **options)
         saved.append(self.step)
         if self.step in (2, 4):
             raise KeyboardInterrupt
