@@ -19,6 +19,7 @@ import ast
 import hashlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -26,10 +27,13 @@ import time
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
+import numpy  # noqa: F401  # for the forks
+import pytest
 
 import mlxquant  # noqa: F401  # before mlx
 
@@ -109,24 +113,50 @@ def copy_tree(repository: Path, to: Path) -> None:
     subprocess.run([sys.executable, "-m", *compiled], cwd=to, check=True)
 
 
-def run_tests(tree: Path, tests: Sequence[str], limit: float | None = None) -> tuple[int | None, str]:
+def run_tests(tree: Path, tests: Sequence[str], limit: float = inf) -> tuple[int | None, str]:
     """pytest's exit code, None where it takes more than ``limit`` seconds, and the first test that failed, without its
     parameters.
+
+    They run in a fork of this process, which has pytest and NumPy already: that is half of what an interpreter, pytest
+    and the package take to start (0.55 s of CPU time, of 0.9 s for a mutant in the middle).
     """
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--no-header", "--tb=no"]
-    environment = {**os.environ, "PYTHONPATH": str(tree / "src")}
-    environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # others' plugins, which take time to import
-    try:
-        done = subprocess.run(
-            [*command, *(f"{TESTS}/{test}" for test in tests)],
-            cwd=tree, env=environment, capture_output=True, text=True, timeout=limit,
-        )  # fmt: skip
-    except subprocess.TimeoutExpired:
+    with tempfile.TemporaryFile("w+") as said:
+        if (child := os.fork()) == 0:
+            _be_pytest(tree, tests, said.fileno(), limit)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        said.seek(0)
+        text = said.read()
+    if code == -signal.SIGALRM:
         return None, ""
-    failed = (
-        line.split()[1].partition("[")[0] for line in done.stdout.splitlines() if line.startswith(("FAILED ", "ERROR "))
-    )
-    return done.returncode, next(failed, done.stdout[-400:] if done.returncode else "")
+    failed = (line.split()[1].partition("[")[0] for line in text.splitlines() if line.startswith(("FAILED ", "ERROR ")))
+    return code, next(failed, text[-400:] if code else "")
+
+
+def _be_pytest(tree: Path, tests: Sequence[str], said: int, limit: float) -> NoReturn:
+    """Run tests and end, in a process that was forked: on the package and in the folder of the copy."""
+    code = -1
+    try:
+        if limit < inf:
+            signal.setitimer(
+                signal.ITIMER_REAL, limit
+            )  # ends the process, also inside of a loop that is none of Python's
+        os.dup2(said, 1)
+        os.dup2(said, 2)
+        sys.stdout = sys.stderr = open(1, "w", closefd=False)
+        os.chdir(tree)
+        source = str(tree / "src")
+        os.environ["PYTHONPATH"] = source  # for what tests start
+        os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # others' plugins, which take time to import
+        ours = {str(REPOSITORY / "src"), str(REPOSITORY / "benchmarks")}
+        sys.path[:] = [source, *(place for place in sys.path if place not in ours)]
+        for name in [name for name in sys.modules if name.partition(".")[0] in ("mlxquant", "rows")]:
+            if name != "mlxquant._blas":  # which has to come before MLX, and has
+                del sys.modules[name]
+        options = ["-x", "-q", "-p", "no:cacheprovider", "--no-header", "--tb=no"]
+        code = int(pytest.main([*options, *(f"{TESTS}/{test}" for test in tests)]))
+        sys.stdout.flush()
+    finally:
+        os._exit(code & 0xFF)
 
 
 def verdict(tree: Path, mutant: Mutant, limit: float) -> dict[str, Any]:
