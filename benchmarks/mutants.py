@@ -142,7 +142,7 @@ def _be_pytest(tree: Path, tests: Sequence[str], said: int, limit: float) -> NoR
             )  # ends the process, also inside of a loop that is none of Python's
         os.dup2(said, 1)
         os.dup2(said, 2)
-        sys.stdout = sys.stderr = open(1, "w", closefd=False)
+        sys.stdout = sys.stderr = open(1, "w", closefd=False)  # noqa: SIM115 (the process ends)
         os.chdir(tree)
         source = str(tree / "src")
         os.environ["PYTHONPATH"] = source  # for what tests start
