@@ -11,6 +11,7 @@ from mlxquant import benchmark_final, calibrate_snr, evaluate_compare, quantize_
 from mlxquant.evaluate import command as evaluate
 from mlxquant.files.checked import read_json
 from mlxquant.layers.tree import parameters as parameters_of
+from mlxquant.methods.inputs import time_networks
 from mlxquant.models.shapes.adapter import MMDiTShapes
 from mlxquant.quantize import command as quantize
 from mlxquant.recipes.grammar import parse_recipe
@@ -24,6 +25,7 @@ QUICK = ["--num-prompts", "1", "--steps", "2"]
 @pytest.fixture(autouse=True)
 def small_model(monkeypatch):
     monkeypatch.setattr(MMDiTShapes, "pretrained", classmethod(lambda cls: tiny_adapter()))
+    monkeypatch.setattr(time_networks, "ITERATIONS", 1)  # of each layer's network over the log-SNR
 
 
 def test_calibrate_snr_writes_a_model(tmp_path):

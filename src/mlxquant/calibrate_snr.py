@@ -1,7 +1,7 @@
 """``mlxquant calibrate-snr``: scales that follow the log-SNR, as the recipe ``rtn+logsnr``.
 
-``methods.inputs.time_networks`` says how: 6 octaves, the model's own schedule, its own prompts and trajectories, the
-layers' inputs, and targets at the bits that are asked for.
+``methods.inputs.time_networks`` says how: a network a layer over Fourier features of 6 octaves, trained on the error of
+the layer's output at the bits that are asked for, on the model's own schedule, prompts and trajectories.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ command = recipe_command(
     8,
     8,
     "Quantize with activation scales by log-SNR.",
-    "A small network maps the log-SNR of a step to each layer's scales; weights are rounded to nearest.",
+    "A network trained on each layer's output error maps the log-SNR to its scales; weights are rounded to nearest.",
 )
 
 if __name__ == "__main__":

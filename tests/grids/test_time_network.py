@@ -7,7 +7,7 @@ import pytest
 
 from mlxquant.errors import RecipeError
 from mlxquant.grids.tables import ActivationTable
-from mlxquant.grids.time_network import FEATURES, TimeNetwork, fourier_features, signal_to_noise, timestep
+from mlxquant.grids.time_network import FEATURES, NetworkShape, TimeNetwork, fourier_features, signal_to_noise, timestep
 
 SIGMA = np.linspace(0.02, 1, 28).astype(np.float32)
 times = pytest.mark.parametrize("time", ["timestep", "log-snr"])
@@ -32,7 +32,8 @@ def by_hand(network, sigma):
         values = [max(0.0, v) for v in values] if index else values
         columns = zip(*weight.tolist(), strict=True)
         values = [
-            sum(map(math.prod, zip(values, column, strict=True))) + b for column, b in zip(columns, bias.tolist())
+            sum(map(math.prod, zip(values, column, strict=True))) + b
+            for column, b in zip(columns, bias.tolist(), strict=True)
         ]
     return network.step * math.log(1 + (math.e - 1) * math.exp(values[0])), network.shift + network.step * values[1]
 
@@ -73,8 +74,8 @@ def test_log_snr_is_odd_and_clamped():
 @pytest.mark.parametrize("widths", [(64, 2), (8, 5, 2), (2,)])
 def test_a_network_comes_back_from_its_numbers_bit_for_bit(time, widths):
     network = drawn(time, widths)
-    again = TimeNetwork.of(network.facts, network.numbers)
-    assert network.facts == again.facts == {"time": time, "widths": [FEATURES, *widths]}
+    again = TimeNetwork.of(NetworkShape.of(network.shape.facts), network.numbers)
+    assert network.shape.facts == again.shape.facts == {"time": time, "widths": [FEATURES, *widths]}
     np.testing.assert_array_equal(network.numbers, again.numbers)
     for found, wanted in zip(again.entries(SIGMA), network.entries(SIGMA), strict=True):
         np.testing.assert_array_equal(found, wanted)
@@ -98,7 +99,7 @@ def test_a_network_comes_back_from_its_numbers_bit_for_bit(time, widths):
 )
 def test_facts_that_do_not_fit_are_one_error(facts):
     with pytest.raises(RecipeError, match="network over time"):
-        TimeNetwork.of(facts, drawn().numbers)
+        TimeNetwork.of(NetworkShape.of(facts), drawn().numbers)
 
 
 def table(network, sigma=SIGMA, bits=8):

@@ -12,7 +12,7 @@ own, at no cost while a layer runs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -28,7 +28,8 @@ FEATURES = 2 * OCTAVES
 OUTPUTS = 2  # step and shift
 BIAS = float(np.log(np.expm1(1)))  # softplus(BIAS) = 1
 TINY = float(np.finfo(np.float32).tiny)
-LARGEST = 2**16  # units of a layer: what a file may ask for
+ENDS = (FEATURES, OUTPUTS)
+LARGEST, DEEPEST = 4096, 8  # units of a layer and layers: what a file may ask for
 
 Layer = tuple[Array, Array]  # weight [in,out], bias [out]
 
@@ -53,6 +54,49 @@ def fourier_features(time: Array) -> Array:
 
 
 @dataclass(frozen=True)
+class NetworkShape:
+    """What a network reads and how wide its layers are: all but its numbers.
+
+    Attributes:
+        time: One of ``TIMES``.
+        widths: Inputs of the first layer, then outputs of each, from FEATURES to OUTPUTS.
+
+    Raises:
+        RecipeError: The time is unknown, or the widths are none.
+    """
+
+    time: str
+    widths: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if self.time not in list(TIMES):  # a list, since what a file says may not be hashable
+            raise RecipeError(f"network over time: found another time than {sorted(TIMES)}")
+        whole = all(type(width) is int and 1 <= width <= LARGEST for width in self.widths)
+        if not whole or not 2 <= len(self.widths) <= DEEPEST + 1 or (self.widths[0], self.widths[-1]) != ENDS:
+            raise RecipeError(
+                f"network over time: its widths must be {FEATURES}, those of hidden layers of at most {LARGEST} units,"
+                f" and {OUTPUTS}"
+            )
+
+    @classmethod
+    def of(cls, facts: Any) -> NetworkShape:
+        """The shape that ``facts`` say. Raises RecipeError where they say none."""
+        if not isinstance(facts, Mapping) or not isinstance(widths := facts.get("widths"), list | tuple):
+            raise RecipeError("network over time: its time and its widths are missing")
+        return cls(facts.get("time", ""), tuple(widths))
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The same as plain data."""
+        return {"time": self.time, "widths": list(self.widths)}
+
+    @property
+    def size(self) -> int:
+        """How many numbers a network of this shape has, Δ₀ and s₀ among them."""
+        return 2 + sum((inputs + 1) * outputs for inputs, outputs in pairwise(self.widths))
+
+
+@dataclass(frozen=True)
 class TimeNetwork:
     """Step and shift of an input as functions of time.
 
@@ -63,7 +107,7 @@ class TimeNetwork:
         shift: s₀.
 
     Raises:
-        RecipeError: The time is unknown or the layers do not follow each other.
+        RecipeError: The time is unknown, or the layers do not follow each other.
     """
 
     time: str
@@ -72,20 +116,13 @@ class TimeNetwork:
     shift: float
 
     def __post_init__(self) -> None:
-        if self.time not in list(TIMES):  # a list, since what a file says may not be hashable
-            raise RecipeError(f"network over time: found time {self.time!r}, expected one of {sorted(TIMES)}")
-        shapes = [(weight.shape, bias.shape) for weight, bias in self.layers]
-        widths = self.widths
-        expected = [((a, b), (b,)) for a, b in pairwise(widths)]
-        if shapes != expected or widths[0] != FEATURES or widths[-1] != OUTPUTS:
-            raise RecipeError(
-                f"network over time: found layers of {shapes}, expected a chain from {FEATURES} to {OUTPUTS}"
-            )
+        widths = self.shape.widths
+        if [(w.shape, b.shape) for w, b in self.layers] != [((i, o), (o,)) for i, o in pairwise(widths)]:
+            raise RecipeError(f"network over time: its layers do not follow each other, expected widths {widths}")
 
     @property
-    def widths(self) -> list[int]:
-        """Inputs of the first layer, then outputs of each."""
-        return [FEATURES, *(len(bias) for _, bias in self.layers)]
+    def shape(self) -> NetworkShape:
+        return NetworkShape(self.time, (FEATURES, *(len(bias) for _, bias in self.layers)))
 
     def entries(self, sigma: Array) -> tuple[Array, Array]:
         """Step [B] and shift [B,1], float32, at noise levels [B] in any order."""
@@ -101,37 +138,14 @@ class TimeNetwork:
         parts = [part.reshape(-1) for layer in self.layers for part in layer]
         return np.concatenate([np.array([self.step, self.shift]), *parts]).astype(np.float32)
 
-    @property
-    def facts(self) -> dict[str, Any]:
-        """What it takes to read ``numbers``, as plain data."""
-        return {"time": self.time, "widths": self.widths}
-
     @classmethod
-    def of(cls, facts: dict[str, Any], numbers: Array) -> TimeNetwork:
-        """The network with these ``facts`` and ``numbers``. Raises RecipeError where they do not fit."""
-        widths = checked_widths(facts)
-        if len(numbers) != count(widths):
-            raise RecipeError(f"network over time: found {len(numbers)} numbers, expected {count(widths)} for {widths}")
+    def of(cls, shape: NetworkShape, numbers: Array) -> TimeNetwork:
+        """The network of this shape with these ``numbers``. Raises RecipeError where there are more or fewer."""
+        if len(numbers) != shape.size:
+            raise RecipeError(f"network over time: found {len(numbers)} numbers, expected {shape.size}")
         layers, place = [], 2
-        for inputs, outputs in pairwise(widths):
+        for inputs, outputs in pairwise(shape.widths):
             middle, end = place + inputs * outputs, place + (inputs + 1) * outputs
             layers.append((numbers[place:middle].reshape(inputs, outputs), numbers[middle:end]))
             place = end
-        return cls(facts["time"], tuple(layers), float(numbers[0]), float(numbers[1]))
-
-
-def checked_widths(facts: dict[str, Any]) -> list[int]:
-    """The widths of a network's layers from its ``facts``. Raises RecipeError where they are none."""
-    widths = facts.get("widths") if isinstance(facts, dict) else None
-    if (
-        not isinstance(widths, list)
-        or not 2 <= len(widths) <= 8
-        or not all(type(width) is int and 1 <= width <= LARGEST for width in widths)
-    ):
-        raise RecipeError("network over time: its layers' widths are missing or no small whole numbers")
-    return widths
-
-
-def count(widths: Sequence[int]) -> int:
-    """How many ``numbers`` a network with layers of these widths has."""
-    return 2 + sum((inputs + 1) * outputs for inputs, outputs in pairwise(widths))
+        return cls(shape.time, tuple(layers), float(numbers[0]), float(numbers[1]))

@@ -71,12 +71,12 @@ class QuantizedAttention(SoftmaxAttention, QuantizedInput):
 
     @property
     def facts(self) -> dict[str, Any]:
-        return {"table": self[SIGMA].size, "log": LOG in self}
+        return {"table": self[SIGMA].size, "log": LOG in self, **self._network_facts}
 
     @classmethod
     def blank(cls, facts: Mapping[str, Any], clock: Clock | None) -> Self:
         module = cls._bare()
-        module._lay_out_input(clock, int(facts["table"]), 1, bool(facts["log"]))
+        module._lay_out_input(clock, int(facts["table"]), 1, bool(facts["log"]), facts.get("network"))
         module.refresh()
         module.freeze()
         return module

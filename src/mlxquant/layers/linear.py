@@ -167,6 +167,7 @@ class QuantizedLinear(QuantizedInput, QuantizedLayer):
             "token": TOKEN in self,
             **self.scale_facts,
             **({BRANCH_DTYPE: "float32"} if self.rank and self[UP].dtype == mx.float32 else {}),
+            **self._network_facts,
         }
 
     @classmethod
@@ -179,7 +180,7 @@ class QuantizedLinear(QuantizedInput, QuantizedLayer):
         layer._lay_out(format, facts["shape"], bias, divided, rotation, rank, scale_dtype(facts), factors)
         if facts["table"] is not None:
             entries, shifts = facts["table"]
-            layer._lay_out_input(clock, entries, shifts, bool(facts.get("log")))
+            layer._lay_out_input(clock, entries, shifts, bool(facts.get("log")), facts.get("network"))
         if facts.get("token"):
             layer[TOKEN] = mx.zeros((1,), mx.uint8)
         return layer

@@ -20,6 +20,7 @@ TABLE = {  # in the order of ActivationTable's fields
     "act_log": mx.uint8,
 }
 SIGMA, STEP, SHIFT, BITS, LOG = TABLE
+NETWORK = "act_network"  # the numbers of the network over time that the table was made of
 TOKEN = "act_token"
 FOR_WEIGHT = (*INTEGERS, *BRANCH)  # what is stored for a weight's numbers
-FOR_INPUT = (*TABLE, TOKEN)  # what says how an input is quantized
+FOR_INPUT = (*TABLE, NETWORK, TOKEN)  # what says how an input is quantized

@@ -7,13 +7,17 @@ them calls ``refresh`` afterwards, or the old table goes on being read.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import mlx.core as mx
 import numpy as np
 
 from ..grids.reading import TableReader, TokenReader
 from ..grids.tables import ActivationTable
 from ..grids.time import Clock
-from .names import FOR_INPUT, LOG, SHIFT, TABLE, TOKEN
+from ..grids.time_network import NetworkShape, TimeNetwork
+from .names import BITS, FOR_INPUT, LOG, NETWORK, SHIFT, SIGMA, STEP, TABLE, TOKEN
 from .own import QuantizedModule
 
 
@@ -21,13 +25,22 @@ class QuantizedInput(QuantizedModule):
     """A module whose input may be quantized.
 
     Parameters: with a table, ``act_sigma``, ``act_step``, ``act_shift``, ``act_bits`` and, where an entry is
-    logarithmic, ``act_log`` (see ActivationTable); or ``act_token`` uint8 [1], with how many bits each token is
-    quantized by itself.
+    logarithmic, ``act_log`` (see ActivationTable); where a network over time made the table, its numbers as
+    ``act_network`` float32; or ``act_token`` uint8 [1], with how many bits each token is quantized by itself.
     """
 
-    def _lay_out_input(self, clock: Clock | None, entries: int, shifts: int, log: bool) -> None:
-        """The parameters of a table of ``entries`` noise levels with ``shifts`` shifts each, zero and not evaluated."""
+    _network: NetworkShape | None = None  # of the network over time, whose numbers are a parameter
+
+    def _lay_out_input(
+        self, clock: Clock | None, entries: int, shifts: int, log: bool, network: Mapping[str, Any] | None = None
+    ) -> None:
+        """The parameters of a table of ``entries`` noise levels with ``shifts`` shifts each, zero and not evaluated,
+        and of a network with these facts.
+        """
         self._clock: Clock | None = clock
+        self._network = None if network is None else NetworkShape.of(network)
+        if self._network is not None:
+            self[NETWORK] = mx.zeros((self._network.size,), mx.float32)
         for name, dtype in TABLE.items():
             if name != LOG or log:
                 self[name] = mx.zeros((entries, shifts) if name == SHIFT else (entries,), dtype)
@@ -48,6 +61,8 @@ class QuantizedInput(QuantizedModule):
         for (name, dtype), value in zip(TABLE.items(), values, strict=True):
             if name != LOG or table.log.any():
                 self[name] = mx.array(value, dtype)
+        if table.network is not None:
+            self._network, self[NETWORK] = table.network.shape, mx.array(table.network.numbers)
         self.refresh()
 
     def quantize_tokens(self, bits: int) -> None:
@@ -62,7 +77,7 @@ class QuantizedInput(QuantizedModule):
 
     def drop_activations(self) -> None:
         """Run with unquantized inputs from now on."""
-        self._clock = None
+        self._clock = self._network = None
         for name in FOR_INPUT:
             self.pop(name, None)
         self.refresh()
@@ -74,11 +89,18 @@ class QuantizedInput(QuantizedModule):
     def reader(self) -> TableReader | TokenReader | None:
         """What says how an input is quantized, if it is."""
         if self._reader is None and self._clock is not None:
-            stored = (np.array(self[name]) for name in TABLE if name in self)
-            self._reader = TableReader(ActivationTable(*stored), self._clock)
+            sigma, step, shift, bits = (np.array(self[name]) for name in (SIGMA, STEP, SHIFT, BITS))
+            log = np.array(self.get(LOG, False))
+            network = None if self._network is None else TimeNetwork.of(self._network, np.array(self[NETWORK]))
+            self._reader = TableReader(ActivationTable(sigma, step, shift, bits, log, network), self._clock)
         if self._reader is None and TOKEN in self:
             self._reader = TokenReader(int(np.array(self[TOKEN])[0]))
         return self._reader
+
+    @property
+    def _network_facts(self) -> dict[str, Any]:
+        """What of a layer's facts is about a network over time: nothing where there is none."""
+        return {} if self._network is None else {"network": self._network.facts}
 
     @property
     def table(self) -> ActivationTable | None:

@@ -34,7 +34,7 @@ from .time_ridge import TDQ, fitted
 
 ITERATIONS = 300
 LOOK = 50  # iterations between two looks at all rows
-LEARNING_RATE = 0.01  # at the start; it falls to 0 along a cosine
+LEARNING_RATE = 0.003  # at the start; it falls to 0 along a cosine
 VALUES = 2**16  # of a minibatch, about
 OUTPUTS_SEEN = 64  # of a layer; where it has more, so many random sums of them
 
@@ -115,7 +115,7 @@ def trained(
         out = model(features)
         return error_of(delta * nn.softplus(BIAS + out[:, 0]), middle + delta * out[:, 1], rows).mean()
 
-    best, least = start, float(loss(error_of.rows).item())
+    best, least = start, float(np.array(loss(error_of.rows)))
     levels, count, width = ranges.rows.shape
     some = min(count, max(1, VALUES // (levels * width)))
     optimizer = optim.AdamW(optim.cosine_decay(LEARNING_RATE, max(1, iterations)))
@@ -124,7 +124,7 @@ def trained(
         _, gradients = step(error_of.rows[:, mx.array(rng.choice(count, some, replace=False))])
         optimizer.update(model, gradients)
         mx.eval(model.state, optimizer.state)
-        if (iteration + 1) % LOOK == 0 and (now := float(loss(error_of.rows).item())) < least:
+        if (iteration + 1) % LOOK == 0 and (now := float(np.array(loss(error_of.rows)))) < least:
             best, least = replace(start, layers=model.layers), now
     return best
 
@@ -132,7 +132,7 @@ def trained(
 def network_table(time: str, ranges: InputRanges, weight: Array, bits: int) -> ActivationTable:
     """The table of a trained network over ``time``."""
     start = fitted(time, error(ranges, weight, bits))
-    return ActivationTable.of_network(trained(start, ranges, weight, bits), ranges.sigma, bits)
+    return ActivationTable.of_network(trained(start, ranges, weight, bits, ITERATIONS), ranges.sigma, bits)
 
 
 network = partial(register, "range", citation=TDQ, over_time=True)

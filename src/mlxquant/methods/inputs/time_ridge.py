@@ -79,7 +79,9 @@ def inverse_softplus(value: Array) -> Array:
 ridge = partial(register, "range", citation=TDQ, over_time=True)
 
 
-@ridge("tdq-ridge", summary="drawn features of the timestep, ridge regression on the steps of least error (our shortcut)")
+@ridge(
+    "tdq-ridge", summary="drawn features of the timestep, ridge regression on the steps of least error (our shortcut)"
+)
 def tdq_ridge(ranges: InputRanges, weight: Array, bits: int) -> ActivationTable:
     """A network over the timestep, its last layer in closed form."""
     return ActivationTable.of_network(fitted("timestep", error(ranges, weight, bits)), ranges.sigma, bits)
