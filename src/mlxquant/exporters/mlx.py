@@ -96,4 +96,10 @@ def write_mlx(folder: Path, model: QuantizedModel, drop_activations: bool) -> Pl
 
 def structure(facts: dict[str, Any], drop_activations: bool) -> dict[str, Any]:
     """A layer's facts, perhaps without activation scales."""
-    return {**facts, "table": None, "log": False, "token": False} if drop_activations else facts
+    if not drop_activations:
+        return facts
+    return {name: value for name, value in facts.items() if name != "network"} | {
+        "table": None,
+        "log": False,
+        "token": False,
+    }

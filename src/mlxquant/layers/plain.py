@@ -67,8 +67,8 @@ def obstacles(facts: Mapping[str, Any]) -> list[Obstacle]:
     )
     for name, value in facts.items():
         if (
-            value in (None, False, 0) or (name == "rotation" and value == 1) or name in (*PLAIN, "log")
-        ):  # log comes with a table
+            value in (None, False, 0) or (name == "rotation" and value == 1) or name in (*PLAIN, "log", "network")
+        ):  # the last two come with a table
             continue
         what, remedy = known.get(name, (f"{name} {value}", ANOTHER_RECIPE))
         found.append(Obstacle(what, remedy, name in ("table", "token")))
