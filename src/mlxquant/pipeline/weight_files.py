@@ -167,8 +167,9 @@ class WeightFiles:
         bias = linear.bias if "bias" in linear else None
         layer = QuantizedLinear(codes.astype(np.uint8), grid, bias, divisor)
         if "a_scale" in own:
-            columns = [*(own[name] for name in TABLE), own.get(LOG, np.array(False))]
-            layer.set_activations(ActivationTable(*columns), clock)
+            sigma, step, shift, bits = (own[name] for name in TABLE)
+            log = own.get(LOG, np.array(False))
+            layer.set_activations(ActivationTable(sigma, step, shift, bits, log), clock)
         return layer
 
     def save(self, stage: Stage, result: StageResult) -> None:
