@@ -12,10 +12,10 @@ import numpy as np
 
 from mlxquant.api.plan import plan
 from mlxquant.calibration.corpus import read_corpus
-from mlxquant.calibration.trajectories import Calibration
 from mlxquant.contents.reader import read_contents
 from mlxquant.contents.views import views
 from mlxquant.evaluation.stopwatch import Stopwatch, kept_seconds
+from mlxquant.files.blas import blas_kept_in
 from mlxquant.files.checked import verify_tensors
 from mlxquant.files.kept_arrays import Measurements
 from mlxquant.files.training_run import TrainingRun
@@ -204,7 +204,9 @@ def command(*arguments):
 
 
 def read_work(folder):
-    Calibration.load(folder / "calibration.safetensors")
+    mq.calibrate(mq.Model(tiny_adapter()), prompts=1, steps=2, work=folder)
+    with blas_kept_in(folder):
+        pass
 
 
 def read_stages(folder):
@@ -269,7 +271,8 @@ ARTIFACTS = [
     Artifact("spun gpt", "spun", "*", lambda folder: read_language(folder / FILE)),
     Artifact("module", "module", "*", read_module),
     Artifact("fake quant layer", "fake", "*", lambda folder: mq.FakeQuantLinear.load(folder / "layer.safetensors")),
-    Artifact("calibration", "work", "calibration.safetensors", read_work),
+    Artifact("calibration", "work", "calibration/*", read_work),
+    Artifact("calibration", "work", "blas.json", read_work),
     Artifact("stages", "work", "stages/*.safetensors", lambda folder: read_stages(folder / "stages")),
     Artifact("kept", "kept", "*", read_kept),
     Artifact("samples", "calib", "manifest.json", read_samples),

@@ -13,7 +13,6 @@ import numpy.typing as npt
 from PIL import Image
 
 from ..errors import ArtifactError, CalibrationError, NumericsError
-from ..files import schema
 from ..files.atomic import absolute_place, atomic_folder
 from ..files.checked import (
     file_digest,
@@ -28,7 +27,7 @@ from ..files.checked import (
 from ..files.parameters import compact, load_parameters
 from ..files.pickles import refuse_pickle
 from ..layers.attention import QuantizedAttention, find_quantized_attentions
-from ..layers.kinds import blanks, rebuilt, refresh, structure
+from ..layers.kinds import blanks, rebuilt, refresh
 from ..layers.linear import QuantizedLinear, find_quantized
 from ..layers.plain import restored
 from ..layers.sizes import Size
@@ -45,21 +44,10 @@ from ..sampling.prompts import Prompt
 from ..sampling.sampler import SamplerStep
 from ..spin_quant import files as spun
 from ..spin_quant.adapter import SpunGPT
-from ..sweep.store import STAGES, layer_arrays, module_facts
+from ..sweep.store import layer_arrays, module_facts
+from .structure import STRUCTURE
 
 KIND = "quantized-model"
-STRUCTURE = schema.entries(
-    {
-        "files": schema.table_of(schema.text, 1, keys=schema.inside),
-        "model": schema.entries({"name": schema.text}, {"place": schema.text}),
-        "layers": schema.table_of(structure),
-    },
-    {
-        "attentions": schema.table_of(QuantizedAttention.STRUCTURE),
-        "plain": schema.array_of(schema.text),
-        "stages": STAGES,
-    },
-)
 # what ``save`` adds to the facts
 SAVED = ("kind", "version", "model", "layers", "attentions", "files", "mlxquant", "mlx", "plain")
 

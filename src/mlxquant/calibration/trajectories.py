@@ -223,7 +223,8 @@ def collect(
     whole = Calibration(adapter.name, adapter.fingerprint, tuple(prompts), steps, cfg, sigmas, nothing, samples)
     starts = range(0, len(prompts), adapter.batch)
     kept = {start: _kept(whole, start, adapter.batch, folder) for start in starts}
-    latents = {start: found[0][LATENTS] for start, file in kept.items() if file and (found := file.load())}
+    drawn = {start: _drawn(file, whole, start) for start, file in kept.items() if file is not None}
+    latents = {start: found for start, found in drawn.items() if found is not None}
     if missing := [start for start in starts if start not in latents]:
         adapter.check_finite()
     for batch in drawn_batches(adapter, prompts, steps, cfg, progress, "calibration", starts=missing, latents=True):
@@ -235,6 +236,22 @@ def collect(
     together = mx.concatenate([latents.pop(start) for start in starts], axis=1)
     mx.eval(together)
     return replace(whole, latents=together)
+
+
+def _drawn(file: KeptArrays, whole: Calibration, start: int) -> mx.array | None:
+    """The latents that a file keeps of the batch of ``whole`` that begins at prompt ``start``; None where it has none.
+
+    Raises ArtifactError where they are not of that batch.
+    """
+    if (found := file.load()) is None:
+        return None
+    steps, _, *rest = whole.latents.shape
+    latents = found[0].get(LATENTS)
+    if latents is None or latents.ndim != 5 or (latents.shape[0], *latents.shape[2:]) != (steps, *rest):
+        raise ArtifactError(f"{file.path}: holds no latents of {steps} steps of this model; remove it")
+    if latents.shape[1] > len(whole.prompts) - start or latents.dtype != mx.float32:
+        raise ArtifactError(f"{file.path}: holds latents of more pictures or in another dtype; remove it")
+    return latents
 
 
 def _kept(whole: Calibration, start: int, batch: int, folder: Path | None) -> KeptArrays | None:

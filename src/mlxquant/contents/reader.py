@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..api.model import STRUCTURE as MODEL
+from ..api.structure import STRUCTURE as MODEL
 from ..errors import ArtifactError
 from ..files.archives import check_members
 from ..files.atomic import explain

@@ -16,8 +16,12 @@ from threadpoolctl import ThreadpoolController
 
 from .checked import read_json, understood, write_json
 from .lock import INSIDE
+from .schema import anything, array_of, entries, whole
 
 FILE, KIND = "blas.json", "blas"
+LIBRARIES = array_of(
+    entries({"threads": whole(1, 4096), **dict.fromkeys(("library", "version", "architecture"), anything)})
+)
 FACTS = {"library": "prefix", "version": "version", "architecture": "architecture", "threads": "num_threads"}
 log = logging.getLogger(__name__)
 
@@ -42,7 +46,8 @@ def same_blas(before: Libraries | None, where: Path) -> Iterator[None]:
         yield
         return
     with understood(where, "remove it"):
-        threads = {str(one["library"]): int(one["threads"]) for one in before}
+        LIBRARIES(before, "it")
+        threads = {str(one["library"]): one["threads"] for one in before}
     with ThreadpoolController().limit(limits=threads):
         if (now := loaded_blas()) != list(before):
             log.warning(

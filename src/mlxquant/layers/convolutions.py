@@ -21,7 +21,7 @@ from ..grids.time import Clock
 from ..grids.weights import FORMAT, Grid, WeightFormat
 from ..numerics.arrays import Array
 from .names import BIAS
-from .packed import QuantizedLayer, scale_dtype, stored_dtype
+from .packed import SCALE_DTYPE, QuantizedLayer, scale_dtype, stored_dtype
 from .weight_only import rounded
 
 OPTIONS = ("stride", "padding", "dilation", "groups", "output_padding")
@@ -58,7 +58,8 @@ class QuantizedConvolution(QuantizedLayer):
                 "options": schema.table_of(
                     schema.either(schema.whole(), schema.array_of(schema.whole(), most=3)), keys=schema.one_of(*OPTIONS)
                 ),
-            }
+            },
+            {SCALE_DTYPE: schema.floating},
         ),
         _one_width,
     )

@@ -49,7 +49,7 @@ from ..numerics.hadamard import block_size, rotated_blocks
 from ..numerics.low_rank import LowRank
 from .names import BIAS, DIVISOR, DOWN, LOG, SHIFT, TOKEN, UP, WEIGHT
 from .own import Obstacle
-from .packed import BRANCH_DTYPE, QuantizedLayer, name_of, scale_dtype, stored_dtype
+from .packed import BRANCH_DTYPE, SCALE_DTYPE, QuantizedLayer, name_of, scale_dtype, stored_dtype
 from .plain import obstacles
 from .quantized_input import QuantizedInput
 from .tree import parameters
@@ -92,6 +92,8 @@ class QuantizedLinear(QuantizedInput, QuantizedLayer):
             "rank": schema.whole(),
             "log": schema.flag,
             "token": schema.flag,
+            SCALE_DTYPE: schema.floating,
+            BRANCH_DTYPE: schema.floating,
         },
     )
 
