@@ -88,3 +88,56 @@ def test_another_models_file_is_refused():
     lacking = {name: value for name, value in TENSORS.items() if name != "vision_model.encoder.layers.1.mlp.fc2.bias"}
     with pytest.raises(ArtifactError, match=r"x.bin: 1 of .* such as vision_model.encoder.layers.1.mlp.fc2.bias"):
         clip.Clip(lacking, "x.bin", tokenize)
+
+
+def normed(name, x):
+    centred = x - x.mean(-1, keepdims=True)
+    scaled = centred / np.sqrt(np.square(centred).mean(-1, keepdims=True) + 1e-5)
+    return scaled * np.array(TENSORS[f"{name}.weight"]) + np.array(TENSORS[f"{name}.bias"])
+
+
+def mapped(name, x):
+    return x @ np.array(TENSORS[f"{name}.weight"]).T + np.array(TENSORS[f"{name}.bias"])
+
+
+def encoded(tower, x, causal):
+    """A transformer on one sequence [N,width], in float64, head by head."""
+    for index in range(tower.depth):
+        layer = f"{tower.prefix}encoder.layers.{index}"
+        y = normed(f"{layer}.layer_norm1", x)
+        q, k, v = (mapped(f"{layer}.self_attn.{part}_proj", y) for part in "qkv")
+        heads = []
+        for head in range(tower.width // 64):
+            some = slice(64 * head, 64 * head + 64)
+            scores = q[:, some] @ k[:, some].T / 8
+            scores = np.where(np.tri(len(x), dtype=bool), scores, -np.inf) if causal else scores
+            shares = np.exp(scores - scores.max(1, keepdims=True))
+            heads.append(shares / shares.sum(1, keepdims=True) @ v[:, some])
+        x = x + mapped(f"{layer}.self_attn.out_proj", np.concatenate(heads, 1))
+        y = mapped(f"{layer}.mlp.fc1", normed(f"{layer}.layer_norm2", x))
+        x = x + mapped(f"{layer}.mlp.fc2", y / (1 + np.exp(-1.702 * y)))
+    return x
+
+
+def test_texts_are_those_of_the_formula(network):
+    for text in ("cat", "a long text"):
+        ids = tokenize(text)
+        x = np.array(TENSORS["text_model.embeddings.token_embedding.weight"])[ids].astype(np.float64)
+        x = x + np.array(TENSORS["text_model.embeddings.position_embedding.weight"])[: len(ids)]
+        end = normed("text_model.final_layer_norm", encoded(SIZES.text, x, causal=True))[-1]
+        expected = np.array(TENSORS["text_projection.weight"]) @ end
+        found = network.encode_texts([text, "another"])[0]
+        np.testing.assert_allclose(found, expected / np.linalg.norm(expected), rtol=1e-3, atol=1e-5)
+
+
+def test_pictures_are_those_of_the_formula(network):
+    picture = np.random.default_rng(1).normal(size=(42, 42, 3))
+    kernel = np.array(TENSORS["vision_model.embeddings.patch_embedding.weight"]).astype(np.float64)
+    patches = [picture[i : i + 14, j : j + 14] for i in range(0, 42, 14) for j in range(0, 42, 14)]
+    x = [np.array(TENSORS["vision_model.embeddings.class_embedding"])]
+    x += [np.einsum("hwc,ochw->o", patch, kernel) for patch in patches]
+    x = np.stack(x) + np.array(TENSORS["vision_model.embeddings.position_embedding.weight"])
+    x = encoded(SIZES.vision, normed("vision_model.pre_layrnorm", x), causal=False)
+    expected = np.array(TENSORS["visual_projection.weight"]) @ normed("vision_model.post_layernorm", x[0])
+    found = np.array(network.images(mx.array(picture[None].astype(np.float32))))[0]
+    np.testing.assert_allclose(found, expected / np.linalg.norm(expected), rtol=1e-3, atol=1e-5)
