@@ -3,8 +3,8 @@
 Least squares through the largest values seen lies below about half of them, and clips what is above. So both ends
 of the range are polynomials in sigma that lie on the outside of everything that calibration saw, as near to it, in
 least squares, as that allows. With few calibration pictures, whose extremes jump from one noise level to the next, such
-a curve also covers what they happened to miss: on mmdit-shapes at 8 bits that is worth 0.7 dB of output error with one
-picture, 0.2 dB with three, nothing with twelve; at 4 bits, where the step matters more than clipping, it costs 0.2 dB.
+a curve also covers what they happened to miss; at 4 bits, where the step matters more than clipping, it costs more than
+it saves (``benchmarks/time_networks.py``).
 """
 
 from __future__ import annotations

@@ -2,9 +2,7 @@
 
 Calibration with few pictures sees little of each noise level. Where neighbours look alike, one range for all of them is
 estimated from more rows, and covers what a single level happened to miss; where they do not, it makes every one of them
-coarser. Which levels belong together is decided exactly, by dynamic programming. On mmdit-shapes at 8 bits four groups
-gain 0.5 dB of output error on ``error`` with one calibration picture and lose 0.2 dB with twelve; at 4 bits it is the
-same.
+coarser. Which levels belong together is decided exactly, by dynamic programming.
 """
 
 from __future__ import annotations
