@@ -5,7 +5,9 @@ import pytest
 
 import mlxquant as mq
 from mlxquant.errors import RecipeError
+from mlxquant.exporters.mlx import structure
 from mlxquant.layers.linear import QuantizedLinear
+from mlxquant.layers.plain import obstacles
 from mlxquant.methods.inputs import time_networks
 from mlxquant.sweep import store
 
@@ -63,6 +65,16 @@ def test_a_killed_sweep_ends_with_the_same_networks(tiny, tmp_path, monkeypatch,
     assert resumed.keys() == arrays(whole).keys()
     for name, value in arrays(whole).items():
         np.testing.assert_array_equal(resumed[name], value)
+
+
+def test_exporters_leave_a_network_out_with_its_table(tiny):
+    made = mq.quantize(tiny, mq.calibrate(tiny, prompts=1, steps=3), "rtn+logsnr-ridge-w8a8")
+    layer = next(layer for layer in made.layers.values() if layer.table is not None)
+    without = {name: value for name, value in layer.facts.items() if name != "network"}
+    assert obstacles(layer.facts) == obstacles(without)
+    left = structure(layer.facts, drop_activations=True)
+    assert "network" not in left
+    assert not any(name.startswith("act_") for name in QuantizedLinear.blank(left, None).parameters())
 
 
 def test_another_table_takes_the_network_away(tiny):
