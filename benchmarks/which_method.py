@@ -215,11 +215,12 @@ def span(interval: list[float], form: str) -> str:
 @click.command(help=__doc__)
 @click.option("--row", "names", multiple=True, help="Only these, such as qronos-w3a8; any recipe will do.")
 @click.option("--draws", "count", type=click.IntRange(1), help="Draws of the calibration. [default: 3; 1 with @N]")
-@click.option("--choose", is_flag=True, help="Measure on prompts 0 to 63 instead, which choices are made on.")
+@click.option("--num-prompts", "prompts", type=click.IntRange(2), default=COUNT, show_default=True)
+@click.option("--choose", is_flag=True, help="Measure on prompts from 0 on, which choices are made on.")
 @click.option("--table", is_flag=True, help="Print the rows that are there, and measure nothing.")
 @click.option("--work", type=click.Path(path_type=Path), required=True, help="Rows are kept in WORK.jsonl.")
-def main(names: tuple[str, ...], count: int | None, choose: bool, table: bool, work: Path) -> None:
-    bench = Bench(work, 0 if choose else FIRST)
+def main(names: tuple[str, ...], count: int | None, prompts: int, choose: bool, table: bool, work: Path) -> None:
+    bench = Bench(work, 0 if choose else FIRST, prompts)
     if not table:
         for name in names or rows():
             bench.measure(name, count or draws_of(name))

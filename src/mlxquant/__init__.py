@@ -26,7 +26,8 @@ from ._blas import prefer_fast_blas
 prefer_fast_blas()  # before anything imports mlx.core
 
 if TYPE_CHECKING:
-    from .api.model import Model, QuantizedModel, load
+    from .api.loading import load
+    from .api.model import Model, QuantizedModel
     from .api.quantizing import calibrate, calibrate_text, compare, quantize
     from .errors import MlxQuantError
     from .exporters.targets import export
@@ -66,7 +67,7 @@ HOMES = {  # what users import from here, and where it stands
     "citation": "recipes.citations",
     "compare": "api.quantizing",
     "export": "exporters.targets",
-    "load": "api.model",
+    "load": "api.loading",
     "load_module": "layers.module_files",
     "parse_recipe": "recipes.grammar",
     "quantize": "api.quantizing",

@@ -11,7 +11,7 @@ from typing import Any
 import click
 import numpy as np
 
-from .api.model import load
+from .api.loading import load
 from .commandline.console import Command, during_command, progress, result, say
 from .commandline.options import PATH, option, verbose_option
 from .errors import ArtifactError

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from .api import jobs
-from .api.model import load
+from .api.loading import load
 from .api.quantizing import calibrate, compare
 from .commandline.console import Command, peak_bytes, progress, result, say
 from .commandline.options import COUNT, PATH, force_option, option, seed_option, verbose_option

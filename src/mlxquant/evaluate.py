@@ -10,8 +10,8 @@ from typing import Any
 import click
 
 from .api import jobs
+from .api.loading import load as load_model
 from .api.model import Model
-from .api.model import load as load_model
 from .api.plan import plan
 from .api.quantizing import calibrate
 from .commandline.console import Command, peak_bytes, progress, result, say

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from .api.model import load
+from .api.loading import load
 from .commandline.console import Command, during_command, result, say
 from .commandline.options import MODEL_HELP, PATH, force_option, option, verbose_option
 from .exporters.plain import FLOATS

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from .api.model import load
+from .api.loading import load
 from .api.quantizing import compare
 from .commandline.console import Command, during_command, peak_bytes, progress, result, say
 from .commandline.options import COUNT, MODEL_HELP, PATH, option, seed_option, size_option, verbose_option

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import click
 
-from .api.model import QuantizedModel, load
+from .api.loading import load
+from .api.model import QuantizedModel
 from .commandline.console import Command, during_command, peak_bytes, progress, result, say
 from .commandline.options import COUNT, MODEL_HELP, PATH, option, size_option, verbose_option
 from .errors import CalibrationError

@@ -11,7 +11,8 @@ from typing import Any
 import click
 import numpy as np
 
-from .api.model import Model, QuantizedModel, load
+from .api.loading import load
+from .api.model import Model, QuantizedModel
 from .commandline.console import Command, during_command, peak_bytes, progress, result, say
 from .commandline.options import COUNT, FROM_ZERO, PATH, option, size_option, verbose_option
 from .errors import AdapterError

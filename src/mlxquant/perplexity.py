@@ -9,7 +9,8 @@ from typing import Any
 import click
 import numpy as np
 
-from .api.model import Model, QuantizedModel, load
+from .api.loading import load
+from .api.model import Model, QuantizedModel
 from .calibration.corpus import read_corpus
 from .commandline.console import Command, peak_bytes, progress, result, say
 from .commandline.options import COUNT, PATH, models_option, option, verbose_option

@@ -9,7 +9,8 @@ from typing import Any
 import click
 
 from .api import jobs
-from .api.model import Model, load
+from .api.loading import load
+from .api.model import Model
 from .api.plan import of_first_blocks, plan
 from .api.quantizing import calibrate, calibrate_text
 from .calibration.data import CalibrationData

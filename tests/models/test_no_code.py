@@ -6,7 +6,7 @@ import types
 
 import pytest
 
-from mlxquant.api.model import load
+from mlxquant.api.loading import load
 from mlxquant.errors import ArtifactError
 from mlxquant.models import mlx_lm
 

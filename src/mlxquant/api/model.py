@@ -16,7 +16,6 @@ from ..errors import ArtifactError, CalibrationError, NumericsError
 from ..files.atomic import absolute_place, atomic_folder
 from ..files.checked import (
     file_digest,
-    kind_of,
     read_json,
     read_tensors,
     understood,
@@ -25,7 +24,6 @@ from ..files.checked import (
     write_tensors,
 )
 from ..files.parameters import compact, load_parameters
-from ..files.pickles import refuse_pickle
 from ..layers.attention import QuantizedAttention, find_quantized_attentions
 from ..layers.kinds import blanks, rebuilt, refresh
 from ..layers.linear import QuantizedLinear, find_quantized
@@ -34,7 +32,7 @@ from ..layers.sizes import Size
 from ..layers.tree import parameters, set_module
 from ..metrics.prediction import Prediction, predict
 from ..models.adapter import Adapter
-from ..models.catalog import adapter_class, pretrained
+from ..models.catalog import adapter_class
 from ..models.diffusion import DiffusionAdapter, diffusion
 from ..models.language import LanguageAdapter, language
 from ..progress import Progress, silent
@@ -42,8 +40,6 @@ from ..report.comparison import to_pil
 from ..sampling.batches import drawn_batches
 from ..sampling.prompts import Prompt
 from ..sampling.sampler import SamplerStep
-from ..spin_quant import files as spun
-from ..spin_quant.adapter import SpunGPT
 from ..sweep.store import layer_arrays, module_facts
 from .structure import STRUCTURE
 
@@ -269,65 +265,6 @@ class QuantizedModel(Model):
             }
             write_json(temporary / "model.json", KIND, facts)
         return Path(folder)
-
-
-CONTAINERS: dict[str, tuple[str, Callable[[Path], Model]]] = {  # by kind: the file that speaks for a folder, a reader
-    KIND: ("model.json", QuantizedModel.load),
-    spun.KIND: (spun.FILE, lambda folder: Model(SpunGPT.of(folder))),
-}
-NO_MODELS = {  # what else mlxquant writes, by kind: what it is, and what to do with it
-    "quantized-module": "a module's parameters; build the module and pass it to mlxquant.load_module with this file",
-    "fake-quant-linear": "one layer; mlxquant.FakeQuantLinear.load reads it",
-    "adaround-weights": "learned weights; 'mlxquant load-adaround-model --adaround-output' puts them into their model",
-    "calibration-samples": "trajectories; 'mlxquant cache-adaround-data' and 'collect-layer-activations' go on from it",
-    "adaround-cache": "what blocks write; 'mlxquant adaround-optimize' goes on from it",
-    "activation-statistics": "statistics of layers' inputs; 'mlxquant analyze-activations' goes on from it",
-    "evaluation": "a report on models; its report.html is for reading",
-    "demo-report": "a report on models; its report.html is for reading",
-}
-SPEAKERS = ("report.json", "manifest.json", "metadata.json", "config.json", "layer_statistics.json")
-
-
-def load(reference: str | Path, size: int | None = None) -> Model:
-    """Load a model: with its full-precision weights, or from a folder that mlxquant wrote, whatever wrote it.
-
-    Args:
-        reference: A name (``"mmdit-shapes"``), a hub id, a folder with a checkpoint, or a folder of
-            ``QuantizedModel.save``, ``mlxquant train-gpt``, ``mlxquant export`` or SpinQuant.
-        size: Side of the pictures in pixels, for models that draw several sizes.
-
-    Returns:
-        The model; a ``QuantizedModel`` where it is one that ``quantize`` made.
-
-    Raises:
-        AdapterError: On an unknown name or an impossible size.
-        ArtifactError: On a damaged folder, or one that holds something else than a model; the error says what.
-    """
-    model = _read(Path(reference)) or Model(pretrained(str(reference)))
-    if size is not None:
-        model.diffusion.resize(size)
-    return model
-
-
-def _read(place: Path) -> Model | None:
-    """The model in a folder of one of ``CONTAINERS``, or in the file that speaks for it; None where there is none.
-    Raises ArtifactError where mlxquant wrote something else there, and on a pickle.
-    """
-    refuse_pickle(place, "pass the folder that it is in, if mlxquant wrote it, or safetensors")
-    if place.is_dir():
-        for file, read in CONTAINERS.values():
-            if (place / file).exists():
-                return read(place)
-    elif (kind := kind_of(place)) in CONTAINERS:
-        file, read = CONTAINERS[kind]
-        return read(place.parent if place.name == file else place)
-    for path in [place / name for name in SPEAKERS] if place.is_dir() else [place]:
-        if (kind := kind_of(path)) is not None:
-            raise ArtifactError(
-                f"{path} is no model but {NO_MODELS.get(kind, f'a file of kind {kind!r}')}; 'mlxquant inspect' shows"
-                " what it holds"
-            )
-    return None
 
 
 def _load_folder(folder: Path, facts: dict[str, Any]) -> QuantizedModel:
