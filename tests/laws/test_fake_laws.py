@@ -108,6 +108,14 @@ def test_half_scales_have_the_digits_of_float16(method):
         assert np.array_equal(snap(np.abs(bias)), np.abs(bias)) or (bias == 0).any()
 
 
+def test_scales_halfway_are_rounded_as_stored():
+    """To even, as NumPy rounds those of calibrated layers; two bits, so that the scale is the largest value."""
+    x = np.float32([[1 + 2.0**-11], [1 + 3 * 2.0**-11], [1 + 2.0**-11 + 2.0**-20], [1 + 2.0**-11 - 2.0**-20]])
+    scale = np.array(code("symmetric_quant", x, 2, (-1,), half=True).scale)
+    np.testing.assert_array_equal(scale, snap(x))
+    np.testing.assert_array_equal(scale[:, 0], [1, 1 + 2.0**-9, 1 + 2.0**-10, 1])
+
+
 @every_method
 @pytest.mark.parametrize("power", [-40, -20, 20])
 def test_codes_follow_the_weight(method, power):
