@@ -115,8 +115,8 @@ def copy_tree(repository: Path, to: Path) -> None:
 
 
 def run_tests(tree: Path, tests: Sequence[str], limit: float = inf) -> tuple[int | None, str]:
-    """pytest's exit code, None where it takes more than ``limit`` seconds of CPU time or ``PATIENCE`` times as long, and
-    the first test that failed, without its parameters.
+    """pytest's exit code, None where it takes more than ``limit`` seconds of CPU time or ``PATIENCE`` times as long,
+    and the first test that failed, without its parameters.
 
     They run in a fork of this process, which has pytest and NumPy already: that is half of what an interpreter, pytest
     and the package take to start (0.55 s of CPU time, of 0.9 s for a mutant in the middle).

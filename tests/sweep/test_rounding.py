@@ -145,6 +145,15 @@ def test_sequential_recipes_show_each_layer_what_rounded_ones_write(spiky, calib
         assert done == {path for paths, _ in block[:index] for path in paths}
 
 
+def test_sequential_recipes_round_for_what_rounded_layers_write(spiky, calib):
+    """Not only say so: other codes come out of it than when all layers are seen in full precision."""
+    recipes = (replace(parse_recipe(f"gptq{way}-w3a16"), gate=False) for way in ("", "+sequential"))
+    whole, sequential = (mq.quantize(spiky, calib, recipe).layers for recipe in recipes)
+    second = [path for path in whole if path.startswith(BLOCK) and path.endswith(("o_proj", "fc1", "fc2"))]
+    assert len(second) > 4
+    assert all((whole[path].codes() != sequential[path].codes()).any() for path in second)
+
+
 @pytest.mark.parametrize("recipe", ["gptq+sequential-w4a16", "gptq+rotation-w4a16"])
 def test_a_layer_that_never_runs_is_named_with_the_remedy(recipe):
     class Idle(Chain):
