@@ -148,6 +148,16 @@ def test_the_regulariser_does_not_swamp_the_reconstruction():
     )
 
 
+def test_pressure_means_the_same_for_a_layer_of_any_size():
+    """The same rows 32 times are learned as they are once: the loss is a mean over them, and so is the regulariser."""
+    weight, grid, inputs, moments = problem(rows=8, width=32)
+    many = np.tile(weight, (32, 1))
+    once = learn(weight, grid, inputs, ada.choose(weight, grid)).codes["a.0.w"]
+    grid = search(many, grid.format, moments)
+    found = learn(many, grid, inputs, ada.choose(many, grid)).codes["a.0.w"]
+    assert (found == np.tile(once, (32, 1))).mean() > 0.99
+
+
 def test_it_stops_when_nothing_moves():
     weight, grid, inputs, _ = problem()
     facts = learn(weight, grid, inputs, ada.choose(weight, grid), iterations=5000, pressure=1000.0).facts
