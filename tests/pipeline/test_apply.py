@@ -212,7 +212,7 @@ def test_weights_need_the_very_config_that_they_were_rounded_with(files, config,
         ArtifactError, match=r"rounded with a quantization config of sha256 .*none was given; pass that one"
     ):
         TrackFiles(files.weights).store(tiny_adapter())
-    replace(config, layers={"changed": {}}).write(tmp_path / "quant_config.json")
+    replace(config, layers={"changed": {"shifted": False, "relative_error": 0.0}}).write(tmp_path / "quant_config.json")
     with pytest.raises(ArtifactError, match=r"sha256 .*, found .*; pass that one with --quant-config"):
         TrackFiles(files.weights, tmp_path / "quant_config.json").store(tiny_adapter())
 

@@ -7,13 +7,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from mlxquant.errors import ArtifactError
+from mlxquant.errors import ArtifactError, MlxQuantError
 from mlxquant.files.checked import read_json, write_json
 from mlxquant.grids.tables import ActivationTable
 from mlxquant.methods.inputs.clipping import affine_table
 from mlxquant.pipeline.divisions import Division
 from mlxquant.pipeline.quant_config import QuantConfig
 
+MADE_FROM = {"model": "m", "source": "a", "calibration": "b"}
+DECIDED = {"shifted": False, "relative_error": 0.1}
 SIGMAS = np.array([0.1, 0.5, 0.9], np.float32)
 
 
@@ -38,8 +40,8 @@ def config():
         "b.0.fc2": Division(("b.0.fc2",), np.array([1, 4], np.float32), True, {"largest": 4}, {"b.0.fc2": table(2, 5)})
     }
     plain = {"b.0.q": table(1), "b.0.k": table(1, 1), "b.1.q": table(1, 6), "b.0.fc2": table(2, 2)}
-    layers = {path: {"always_a8": False} for path in plain}
-    return QuantConfig({"model": "m"}, ("step_20", "step_9", "step_0"), SIGMAS, plain, layers, smooth, migration)
+    layers = {path: {**DECIDED, "always_a8": False} for path in plain}
+    return QuantConfig(MADE_FROM, ("step_20", "step_9", "step_0"), SIGMAS, plain, layers, smooth, migration)
 
 
 def same(a, b):
@@ -128,7 +130,9 @@ def test_scale_is_a_step_and_every_code_is_used(tmp_path):
     """An absolute maximum used as a step would leave 3 levels, and half of an asymmetric range would collapse."""
     low, high = -0.3, 7.7
     plain = {"layer": affine_table(SIGMAS, np.full(3, low), np.full(3, high), 8)}
-    QuantConfig({}, ("2", "1", "0"), SIGMAS, plain, {"layer": {}}, {}, {}).write(tmp_path / "quant_config.json")
+    QuantConfig(MADE_FROM, ("2", "1", "0"), SIGMAS, plain, {"layer": DECIDED}, {}, {}).write(
+        tmp_path / "quant_config.json"
+    )
     entry = json.loads((tmp_path / "quant_config.json").read_text())["per_timestep"]["1"]["layer"]
     x = np.linspace(low, high, 20_000)
     edge = 2 ** (entry["bits"] - 1)
@@ -155,7 +159,7 @@ def test_damage_is_refused(tmp_path):
     data = read_json(path, "quant-config")
     facts = {k: v for k, v in data.items() if k not in ("kind", "version", "migration")}
     write_json(path, "quant-config", facts)
-    with pytest.raises(ArtifactError, match=r"'migration' is missing; run analyze-activations again"):
+    with pytest.raises(ArtifactError, match=r"it has no 'migration'; run analyze-activations again"):
         QuantConfig.read(path)
     path.write_text(path.read_text().replace('"bits": 8', '"bits": 6'))
     with pytest.raises(ArtifactError, match="checksum"):
@@ -168,3 +172,36 @@ def test_numbers_are_finite_json(tmp_path):
     with pytest.raises(ValueError, match="JSON"):
         c.write(tmp_path / "quant_config.json")
     assert not (tmp_path / "quant_config.json").exists()
+
+
+@pytest.mark.parametrize("name", ["/etc/quant_config.npz", "../quant_config.npz"])
+def test_a_sidecar_outside_of_the_folder_is_refused(tmp_path, name):
+    path = tmp_path / "quant_config.json"
+    config().write(path)
+    facts = {k: v for k, v in read_json(path, "quant-config").items() if k not in ("kind", "version")}
+    write_json(path, "quant-config", {**facts, "sidecar": {**facts["sidecar"], "file": name}})
+    with pytest.raises(ArtifactError, match=r"sidecar\.file names .* which is not inside its folder"):
+        QuantConfig.read(path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"scale": 1e39},
+        {"scale": -1},
+        {"scale": 0},
+        {"scale": "1"},
+        {"bits": 2**40},
+        {"bits": 5},
+        {"shift": []},
+        {"log": 1},
+    ],
+)
+def test_entries_that_are_no_levels_are_refused(tmp_path, change):
+    path = tmp_path / "quant_config.json"
+    config().write(path)
+    facts = {k: v for k, v in read_json(path, "quant-config").items() if k not in ("kind", "version")}
+    next(iter(facts["per_timestep"].values()))["b.0.q"].update(change)
+    write_json(path, "quant-config", facts)
+    with pytest.raises(MlxQuantError, match=r"per_timestep\..*\.b\.0\.q\.\w+ is|every step must be positive"):
+        QuantConfig.read(path)

@@ -218,8 +218,9 @@ class QuantizedModel(Model):
             raise ArtifactError(f"{folder}: no such folder; expected a folder written by 'mlxquant quantize'")
         if not (folder / "model.json").exists():
             raise ArtifactError(f"{folder}: holds no model.json; expected a folder written by 'mlxquant quantize'")
+        facts = read_json(folder / "model.json", KIND, STRUCTURE, "quantize again")
         with understood(folder / "model.json", "quantize again"):
-            return _load_folder(folder, read_json(folder / "model.json", KIND, STRUCTURE))
+            return _load_folder(folder, facts)
 
     @property
     def layers(self) -> dict[str, QuantizedLinear]:

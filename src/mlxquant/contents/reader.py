@@ -17,10 +17,13 @@ from ..files.checked import KEY, json_object, read_json, understood, verify_tens
 from ..files.pickles import refuse_pickle
 from ..files.schema import anything, inside, table_of
 from ..pipeline.activation_stats import KIND as STATISTICS_KIND
+from ..pipeline.activation_stats import STRUCTURE as STATISTICS
 from ..pipeline.activation_stats import ActivationStats
 from ..pipeline.ledger import Ledger, verify
 from ..pipeline.quant_config import KIND as CONFIG_KIND
 from ..pipeline.quant_config import QuantConfig
+from ..pipeline.weight_files import KIND as WEIGHTS_KIND
+from ..pipeline.weight_files import STRUCTURE as WEIGHTS
 from ..report.page import LAYERS
 from .arrays import AGAIN, StoredArray, list_arrays
 from .layers import StoredLayer, foreign_layers, stored_layers, unnamed_layers
@@ -30,7 +33,12 @@ SPEAKERS = (
     "model.json", "report.json", "manifest.json", "metadata.json", "config.json", "layer_statistics.json",
     "quant_config.json",
 )  # fmt: skip
-SCHEMAS = {MODEL_KIND: MODEL, REPORT_KIND: LAYERS}  # of files that have no reader of their own here
+SCHEMAS = {
+    MODEL_KIND: MODEL,
+    REPORT_KIND: LAYERS,
+    STATISTICS_KIND: STATISTICS,
+    WEIGHTS_KIND: WEIGHTS,
+}  # of files that have no reader of their own here
 HEADER = ("kind", "version", "sha256")
 BULK = (
     "files",

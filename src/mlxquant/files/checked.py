@@ -88,9 +88,9 @@ def json_object(path: Path, again: str, foreign: str = "the file is not ours") -
     return data
 
 
-def read_json(path: Path, kind: str, schema: Schema = anything) -> dict[str, Any]:
+def read_json(path: Path, kind: str, schema: Schema = anything, remedy: str = "write it anew") -> dict[str, Any]:
     """Read what ``write_json`` wrote; raises ArtifactError on a missing, damaged, foreign or newer file, and on facts
-    that are not what the ``schema`` says.
+    that are not what the ``schema`` says, with the ``remedy``.
     """
     try:
         data = json_object(path, "write it anew")
@@ -107,7 +107,7 @@ def read_json(path: Path, kind: str, schema: Schema = anything) -> dict[str, Any
             f"{path}: checksum {str(found)[:12]}… does not match the contents; the file was changed or damaged, write"
             " it anew"
         )
-    with understood(path, "write it anew"):
+    with understood(path, remedy):
         schema(data, "")
     return data
 

@@ -135,7 +135,7 @@ class Ledger:
         """
         if not path.exists():
             raise ArtifactError(f"{path}: no such file; {remedy}")
-        data = read_json(path, kind, every(STRUCTURE, schema))
+        data = read_json(path, kind, every(STRUCTURE, schema), remedy)
         with understood(path, remedy):
             files, complete, names = (data.pop(key) for key in OWN)
             blas = data.pop(BLAS, None)

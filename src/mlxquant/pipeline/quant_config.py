@@ -26,6 +26,7 @@ from .divisions import Division, LayerTables
 from .ledger import read_npz, write_npz
 
 KIND = "quant-config"
+AGAIN = "run analyze-activations again"
 STEPS = schema.table_of(  # by step and layer
     schema.table_of(
         schema.entries(
@@ -144,8 +145,8 @@ class QuantConfig:
     @classmethod
     def read(cls, path: Path) -> QuantConfig:
         """What ``write`` wrote; raises ArtifactError when either file is missing, damaged or another's."""
-        data = read_json(path, KIND, STRUCTURE)
-        with understood(path, "run analyze-activations again"):
+        data = read_json(path, KIND, STRUCTURE, AGAIN)
+        with understood(path, AGAIN):
             vectors = read_npz(path.parent / data["sidecar"]["file"], data["sidecar"]["sha256"])
             levels = sorted(data["sigma_map"].items(), key=lambda item: item[1])
             keys, sigmas = tuple(key for key, _ in levels), np.array([sigma for _, sigma in levels], np.float32)
