@@ -88,8 +88,10 @@ def moment(random: np.random.Generator, whole: Undisturbed, accident: Accident) 
     return replace(accident, after=float(random.uniform(0.02, 1)) * whole.seconds)
 
 
-def attempt(kind: str, case: str, whole: Undisturbed, folder: Path, random: np.random.Generator) -> list[str]:
-    """What went wrong in one accident of a kind; nothing, if all is well."""
+def attempt(
+    kind: str, case: str, whole: Undisturbed, folder: Path, random: np.random.Generator, at: int | None = None
+) -> list[str]:
+    """What went wrong in one accident of a kind; nothing, if all is well. A disk is full from operation ``at`` on."""
     place, command = folder / "accident", CASES[case][1]
     shutil.rmtree(place, ignore_errors=True)
     shutil.copytree(whole.before, place)
@@ -103,7 +105,8 @@ def attempt(kind: str, case: str, whole: Undisturbed, folder: Path, random: np.r
         ended = run(command, place, accident)
         return wrong_interrupt(ended) + finished(command, place, whole)
     if kind == "full":
-        ended = run(command, place, Accident(full_disk, at=int(random.integers(1, whole.operations + 1))))
+        at = int(random.integers(1, whole.operations + 1)) if at is None else at
+        ended = run(command, place, Accident(full_disk, at=at))
         return wrong_refusal(ended, "No space left") + finished(command, place, whole)
     if kind == "read-only":
         ended = run(command, place, Accident(read_only, at=1))
@@ -165,29 +168,44 @@ def plan(kills: int, others: int, cases: list[str]) -> list[tuple[str, str]]:
 @click.command()
 @click.option("--kills", default=300, show_default=True, type=click.IntRange(0), help="How often SIGKILL is sent.")
 @click.option("--others", default=100, show_default=True, type=click.IntRange(0), help="How many of all other kinds.")
+@click.option("--every", is_flag=True, help="After that, the disk is full from each single operation on.")
 @click.option("--only", multiple=True, type=click.Choice(list(CASES)), help="These cases.  [default: all]")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Decides on the moments.")
 @click.option("--log", "log", type=click.Path(path_type=Path), help="A line for each accident; to go on from.")
 @click.option("--work", type=click.Path(path_type=Path), help="Folder to go on in.  [default: a temporary one]")
 @click.option("--keep", type=click.Path(path_type=Path), help="Folder for what was left where something went wrong.")
 def main(
-    kills: int, others: int, only: tuple[str, ...], seed: int, log: Path | None, work: Path | None, keep: Path | None
+    kills: int,
+    others: int,
+    every: bool,
+    only: tuple[str, ...],
+    seed: int,
+    log: Path | None,
+    work: Path | None,
+    keep: Path | None,
 ) -> None:
     """Kill, resume, compare."""
     cases = list(only) or list(CASES)
-    done: dict[int, dict[str, Any]] = {}
+    done: dict[str, dict[str, Any]] = {}
     if log is not None and log.exists():
-        done = {row["index"]: row for row in map(json.loads, log.read_text().splitlines())}
+        done = {str(row["index"]): row for row in map(json.loads, log.read_text().splitlines())}
     wholes: dict[str, Undisturbed] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = work or Path(name)
         begin = prepare(folder / "begin", cases)
-        for index, (kind, case) in enumerate(plan(kills, others, cases)):
+        accidents: list[tuple[str, str, str, int | None]] = [
+            (str(index), kind, case, None) for index, (kind, case) in enumerate(plan(kills, others, cases))
+        ]
+        for case in cases if every else ():
+            wholes[case] = undisturbed(case, begin[case], folder)
+            accidents += [(f"{case} {at}", "full", case, at) for at in range(1, wholes[case].operations + 1)]
+        for index, kind, case, at in accidents:
             if index in done:
                 continue
             if case not in wholes:
                 wholes[case] = undisturbed(case, begin[case], folder)
-            wrong = attempt(kind, case, wholes[case], folder, np.random.default_rng([seed, index]))
+            random = np.random.default_rng([seed, int(index) if at is None else at])
+            wrong = attempt(kind, case, wholes[case], folder, random, at)
             done[index] = {"index": index, "kind": kind, "case": case, "wrong": wrong}
             if log is not None:
                 with log.open("a") as file:
@@ -195,7 +213,7 @@ def main(
             if wrong:
                 click.echo(f"{index} {kind} {case}: {'; '.join(wrong)}", err=True)
                 if keep is not None:
-                    shutil.copytree(folder / "accident", keep / f"{index}", dirs_exist_ok=True)
+                    shutil.copytree(folder / "accident", keep / index, dirs_exist_ok=True)
     rows = list(done.values())
     counts = {kind: Counter(bool(row["wrong"]) for row in rows if row["kind"] == kind) for kind in ("kill", *OTHERS)}
     facts = {kind: {"accidents": count.total(), "wrong": count[True]} for kind, count in counts.items()}
