@@ -14,7 +14,7 @@ import numpy as np
 from .api.loading import load
 from .api.model import Model, QuantizedModel
 from .commandline.console import Command, during_command, peak_bytes, progress, result, say
-from .commandline.options import COUNT, FROM_ZERO, PATH, option, size_option, verbose_option
+from .commandline.options import COUNT, PATH, SEED, option, size_option, verbose_option
 from .errors import AdapterError
 from .files.atomic import claimed
 from .files.checked import write_json
@@ -35,7 +35,7 @@ from .sweep.rounding import round_to_nearest
 @option("--prompt", "texts", multiple=True, help="What to draw; may be given several times.")
 @option("--prompts", "prompt_file", type=PATH, help="And a file of prompts, one seed<TAB>prompt a line.")
 @option("--num-prompts", type=COUNT, help="Of the file, only the first N.")
-@option("--seed", default=42, type=FROM_ZERO, help="Of the first prompt; the next ones count up.")
+@option("--seed", default=42, type=SEED, help="Of the first prompt; the next ones count up.")
 @option("--num-steps", type=COUNT, help="[default: the model's]")
 @option("--cfg-weight", type=click.FloatRange(0), help="[default: the model's]")
 @option("--output-image", type=PATH, default="quant_test.png")

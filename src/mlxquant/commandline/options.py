@@ -15,7 +15,7 @@ from ..sampling.prompts import LARGEST_SEED
 
 Decorator = Callable[[Any], Any]
 PATH = click.Path(path_type=Path)
-COUNT, FROM_ZERO = click.IntRange(1), click.IntRange(0)
+COUNT, FROM_ZERO, SEED = click.IntRange(1), click.IntRange(0), click.IntRange(0, LARGEST_SEED)
 MODEL_HELP = "A model's name (mmdit-shapes, sd3-medium), a hub id, or a folder with its weights."
 # of a command's context: --out_dir is --out-dir
 UNDERSCORES = {"token_normalize_func": lambda name: name.replace("_", "-")}
@@ -57,7 +57,7 @@ def prompts_options(what: str, count: int) -> Decorator:
 
 
 def seed_option(what: str | None = None) -> Decorator:
-    return option("--seed", default=0, type=click.IntRange(0, LARGEST_SEED), help=what)
+    return option("--seed", default=0, type=SEED, help=what)
 
 
 def _speak(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
