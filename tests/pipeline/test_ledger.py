@@ -138,7 +138,7 @@ def test_missing_foreign_and_damaged_ledgers_are_refused(tmp_path):
     with pytest.raises(ArtifactError, match="or remove this file to let mlxquant test start over"):
         opened(tmp_path, force=True)
     write_json(path, "test", {"made_from": []})
-    with pytest.raises(ArtifactError, match="'files' is missing"):
+    with pytest.raises(ArtifactError, match="it has no 'files'"):
         Ledger.read(path, "test")
 
 
