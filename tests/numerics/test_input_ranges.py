@@ -6,7 +6,7 @@ import pytest
 
 import mlxquant as mq
 from mlxquant.layers.tree import tapped
-from mlxquant.numerics.input_ranges import RANGE_BATCH, RunningRanges
+from mlxquant.numerics.input_ranges import RANGE_BATCH, InputRanges, RunningRanges
 from mlxquant.sweep.collecting import Collector, InputStatistics
 
 from support.tiny_pictures import tiny_adapter
@@ -117,3 +117,14 @@ def watched(adapter, calibration, size, batch):
 
     passes(adapter, calibration, size, observe)
     return collector[LAYER].ranges
+
+
+def test_levels_that_are_merged_keep_their_extremes_and_average_what_is_average():
+    random = np.random.default_rng(0)
+    low, high, least, most = random.normal(size=(4, 3, 5)).astype(np.float32)
+    rows = random.normal(size=(3, 4, 5)).astype(np.float32)
+    found = InputRanges(np.float32([0.1, 0.5, 0.9]), low, high, least, most, rows).merged()
+    assert found.sigma.tolist() == [np.float32(0.9)]
+    np.testing.assert_allclose([found.low[0], found.high[0]], [low.mean(0), high.mean(0)], rtol=1e-6)
+    np.testing.assert_array_equal([found.least[0], found.most[0]], [least.min(0), most.max(0)])
+    np.testing.assert_array_equal(found.rows, rows.reshape(1, 12, 5))

@@ -173,6 +173,7 @@ def test_what_is_left_goes_to_the_change_that_saves_most():
     costs = [np.array([100.0, 0.0]), np.array([3.0, 0.0]), np.array([5.0, 0.0])]
     sizes = [np.array([0, 20]), np.array([0, 5]), np.array([0, 6])]
     assert least_cost(costs, sizes, 10) == [0, 0, 1]
+    assert least_cost(costs, [np.array([0, 20]), np.array([0, 1]), np.array([0, 6])], 6) == [0, 0, 1]
     assert least_cost(costs, sizes, 11) == [0, 1, 1]
     assert least_cost(costs, sizes, 20) == [1, 0, 0]
 
