@@ -120,3 +120,41 @@ def test_a_table_without_the_field_is_uniform_and_one_of_another_length_is_refus
     assert not ActivationTable(table.sigma, table.step, table.shift, table.bits).log.any()
     with pytest.raises(RecipeError, match="lengths differ"):
         ActivationTable(table.sigma, table.step, table.shift, table.bits, np.array([True]))
+
+
+@pytest.mark.parametrize("width", [1, 5])
+@pytest.mark.parametrize("log", [False, True])
+def test_a_calibrated_level_has_its_own_entry_bit_for_bit(width, log):
+    """Computed again from its ends it would differ in the last digit."""
+    random = np.random.default_rng(0)
+    sigma = np.sort(random.uniform(0, 1, 300)).astype(np.float32)
+    step = random.uniform(0.01, 3, 300).astype(np.float32)
+    shift = random.normal(size=(300, width)).astype(np.float32)
+    table = ActivationTable(sigma, step, shift, np.full(300, 8, np.uint8), np.array(log))
+    order = random.permutation(300)
+    found = table.at(sigma[order])
+    np.testing.assert_array_equal(found.step, step[order])
+    np.testing.assert_array_equal(found.shift, shift[order])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"step": np.float32([0.1, 0.0])}, "every step must be positive and finite"),
+        ({"step": np.float32([0.1, np.inf])}, "every step must be positive and finite"),
+        ({"sigma": np.float32([0.5, 0.5])}, "sigma must ascend"),
+        ({"sigma": np.float32([0.5, 0.4])}, "sigma must ascend"),
+        ({"step": np.float32([0.1])}, "lengths differ"),
+        ({"bits": np.uint8([8, 7])}, r"bits must be of .*, found \[7\]"),
+    ],
+)
+def test_what_is_no_table_is_refused(change, message):
+    entries = {
+        "sigma": np.float32([0.4, 0.5]),
+        "step": np.float32([0.1, 0.2]),
+        "shift": np.zeros((2, 1), np.float32),
+        "bits": np.uint8([8, 4]),
+    }
+    ActivationTable(**entries)
+    with pytest.raises(RecipeError, match=message):
+        ActivationTable(**(entries | change))
