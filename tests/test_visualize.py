@@ -93,6 +93,17 @@ def test_views_are_the_model_s_numbers(made):
     assert np.array_equal(np.sort(steps, axis=0), np.sort(np.stack([table.step[::-1] for table in tables]), axis=0))
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, 3e38])
+def test_scales_that_are_no_numbers_are_drawn_as_such(made, monkeypatch, value):
+    stored = next(iter(read_contents(made / "model").layers))
+    rows = stored._rows("scales", 1)
+    rows[0] = value
+    monkeypatch.setattr(type(stored), "_rows", lambda self, name, stride: rows)
+    weight = stored.weight()
+    assert not np.isfinite(weight[0]).all()
+    assert np.isfinite(weight[1:]).all()
+
+
 def test_inputs_run_from_noise_to_picture(made):
     contents = read_contents(made / "calib" / "activations")
     view = views(contents)[0]

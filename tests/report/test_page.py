@@ -247,6 +247,16 @@ def test_an_incomplete_report_is_one_clear_error(tmp_path):
         write_page(tmp_path)
 
 
+def test_counts_of_codes_are_counts(tmp_path):
+    write_sample(tmp_path, names=("rtn",))
+    path = tmp_path / "layers" / "rtn.json"
+    facts = read_json(path, "layer-report")
+    facts["layers"][0]["codes"]["count"][0] = 1e308
+    write_json(path, "layer-report", {key: value for key, value in facts.items() if key not in ("kind", "version")})
+    with pytest.raises(ArtifactError, match=r"rtn\.json: .*codes.count\[0\] is 1e\+308, expected a whole number"):
+        write_page(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("points", "higher", "front"),
     [

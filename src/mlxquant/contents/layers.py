@@ -87,12 +87,13 @@ class StoredLayer:
 
     def weight(self, stride: int = 1) -> Array:
         """The weight float32 [rows, in] of every ``stride``-th output, as the layer multiplies its transformed input by
-        it.
+        it. What scales that are no finite numbers make of it is no finite number either.
         """
         codes = self.codes(stride) + self.format.zero_code
         scales = self._rows(SCALE if SIGNED in self.parts else SCALES, stride)
-        biases = self._rows(BIASES, stride) if BIASES in self.parts else -self.format.zero_code * scales
-        return Grid(self.format, scales, biases).dequantize(codes)
+        with np.errstate(over="ignore", invalid="ignore"):
+            biases = self._rows(BIASES, stride) if BIASES in self.parts else -self.format.zero_code * scales
+            return Grid(self.format, scales, biases).dequantize(codes)
 
     def _rows(self, name: str, stride: int) -> Array:
         """Scales or biases float32 [rows or 1, groups]."""

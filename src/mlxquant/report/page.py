@@ -36,6 +36,7 @@ LAYERS = schema.entries(  # an evaluation's report on the layers of a model
                     **dict.fromkeys(("activation", "bits_per_weight"), schema.number(0)),
                     "shape": schema.shape,
                     "error": schema.maybe(schema.array_of(schema.number(), 1)),
+                    "codes": schema.entries({"first": schema.whole(-(2**8)), "count": schema.array_of(schema.whole())}),
                 }
             )
         ),
