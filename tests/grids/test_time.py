@@ -13,6 +13,7 @@ def test_log_snr_is_odd_around_one_half_and_clamped():
     sigma = np.linspace(0.01, 0.99, 99)
     np.testing.assert_allclose(log_snr(sigma), -log_snr(1 - sigma), atol=1e-12)
     np.testing.assert_array_equal(log_snr([0.0, 1.0]), [10, -10])
+    np.testing.assert_allclose(log_snr(0.2), np.log(0.8**2 / 0.2**2))  # powers of signal and noise
 
 
 def test_sigmas_fall_from_one_to_zero():

@@ -101,6 +101,16 @@ def test_a_grid_is_float16_where_that_loses_nothing():
     assert Grid(form, ones, -65536 * ones).dtype is np.float16  # which follow from the scales
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_zero_is_in_every_range(sign):
+    """Weights that are added later, and pruned ones, are zero; so is what pads a group."""
+    weight = sign * np.random.default_rng(0).uniform(1, 2, (4, 64)).astype(np.float32)
+    grid = fit_extremes(weight, WeightFormat(4, 32, symmetric=False))
+    zeros = np.zeros_like(weight)
+    assert (np.abs(grid.dequantize(grid.quantize(zeros))) <= grid.expand(grid.scales, 64) / 2).all()
+    assert (sign * grid.dequantize(grid.quantize(weight))).min() > 0.9
+
+
 def test_scales_beyond_float32_are_refused():
     with pytest.raises(NumericsError, match="does not fit in float32"):
         snap(np.array([1e39]))

@@ -177,3 +177,9 @@ def test_a_gram_matrix_is_demanded():
     damaged.gram[1, 2] = np.nan
     with pytest.raises(NumericsError, match="NaN"):
         calibrated_gram(damaged, 4)
+
+
+def test_an_energy_is_never_negative():
+    """A gram matrix that was rounded may have lost its last eigenvalues' sign."""
+    rounded = np.diag([1.0, -1e-9])
+    np.testing.assert_array_equal(energy(np.array([[0.0, 1.0], [1.0, 0.0]]), rounded), [0, 1])
