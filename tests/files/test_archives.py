@@ -52,6 +52,34 @@ def test_a_header_that_claims_more_than_is_there_allocates_nothing(tmp_path, sha
     tracemalloc.stop()
 
 
+def test_a_directory_that_claims_more_than_the_file_has_allocates_nothing(tmp_path):
+    data, claimed = member((2**38,), bytes(16)), len(member((2**38,))) + 8 * 2**38
+    path = archive(tmp_path / "a.npz", {"x.npy": data})
+    with zipfile.ZipFile(path, "a") as file:
+        file.infolist()[0].file_size = file.infolist()[0].compress_size = claimed
+        file._didModify = True  # so that the directory is written again
+    for read in READERS:
+        with pytest.raises(ArtifactError, match="longer than the file"):
+            read(path, "again")
+
+
+@pytest.mark.parametrize("text", ["-" * 9000 + "1", "(" * 190, "[" * 190 + "]" * 190, "1+" * 4000 + "1j"])
+def test_a_header_that_is_no_header_is_one_error(tmp_path, text):
+    data = b"\x93NUMPY\x01\x00" + len(text + "\n").to_bytes(2, "little") + text.encode() + b"\n"
+    path = archive(tmp_path / "a.npz", {"x.npy": data})
+    for read in READERS:
+        with pytest.raises(ArtifactError, match="damaged one"):
+            read(path, "again")
+
+
+@pytest.mark.parametrize("dtype", ["|V0", "|S0", "<U0"])
+def test_values_of_no_bytes_are_not_counted_to_any_number(tmp_path, dtype):
+    path = archive(tmp_path / "a.npz", {"x.npy": member((10**18,), dtype=dtype)})
+    for read in READERS:
+        with pytest.raises(ArtifactError, match="values of no bytes"):
+            read(path, "again")
+
+
 def test_compressed_arrays_are_bounded_together(tmp_path, monkeypatch):
     monkeypatch.setattr(archives, "LARGEST", 2**20)
     zeros = member((2**16,), bytes(2**19))

@@ -3,7 +3,7 @@ terabytes.
 
 A member is as long as its header says, or the archive is refused; nothing is allocated by what a header claims alone.
 Members may be compressed up to ``LARGEST`` bytes in all. What is not compressed is on the disk already, however much
-that is.
+that is: the members together are no longer than the file.
 """
 
 from __future__ import annotations
@@ -91,10 +91,13 @@ def check_members(path: Path, again: str) -> None:
 
 @contextmanager
 def _opened(path: Path, again: str) -> Iterator[zipfile.ZipFile]:
-    """An npz whose compressed members are not too large; what is wrong with it, also later, is an ArtifactError."""
+    """An npz whose members are not too large; what is wrong with it, also later, is an ArtifactError."""
     try:
         with zipfile.ZipFile(path) as archive:
-            packed = sum(info.file_size for info in archive.infolist() if info.compress_type != zipfile.ZIP_STORED)
+            sizes = [(info.compress_type == zipfile.ZIP_STORED, info.file_size) for info in archive.infolist()]
+            if sum(size for stored, size in sizes if stored) > path.stat().st_size:
+                raise ValueError("its arrays would be longer than the file")
+            packed = sum(size for stored, size in sizes if not stored)
             if packed > LARGEST:
                 raise ArtifactError(
                     f"{path}: its compressed arrays would take {packed} bytes, at most {LARGEST} are read; write it"
@@ -112,7 +115,12 @@ def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Member:
     with archive.open(info) as file:
         version = np.lib.format.read_magic(file)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, _, dtype = read(file)
+        try:
+            shape, _, dtype = read(file)
+        except MemoryError as error:  # of Python's parser, by which NumPy reads a header
+            raise ValueError("the header is nested too deeply") from error
+        if not dtype.itemsize:
+            raise ValueError(f"{info.filename[:80]!r} has values of no bytes")  # however many it claims
         member = Member(info.filename, dtype, shape)
         if min(shape, default=0) < 0 or (not dtype.hasobject and info.file_size - file.tell() != member.nbytes):
             raise ValueError(f"{member.name[:80]!r} is not as long as its shape")
