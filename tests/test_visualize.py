@@ -163,6 +163,11 @@ def test_odd_tensors_are_drawn(tmp_path, values):
     assert [pixels(path).shape[2] for path in (histogram, *heat)] == [3, 3]
 
 
+@pytest.mark.parametrize("name", ["a$\\frac$", "x$_{$", "$", "a\nb", ""])
+def test_a_name_is_no_formula(tmp_path, name):
+    assert draw_tensor(Panel(name, "$_{$", samples=[("", np.ones(3))]), tmp_path / "h.png").exists()
+
+
 def test_codes_have_a_bar_each(tmp_path):
     many = draw_tensor(Panel("t", "n", samples=[("", np.array([-8, 7]))], levels=(-8, 7)), tmp_path / "h.png")
     blue = (pixels(many)[..., 2] - pixels(many)[..., 0] > 60).any(0).nonzero()[0]

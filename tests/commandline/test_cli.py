@@ -15,7 +15,7 @@ from PIL import Image
 
 import mlxquant
 from mlxquant.commandline import cli
-from mlxquant.errors import NumericsError
+from mlxquant.errors import LIMIT, NumericsError
 from mlxquant.files.checked import read_json
 from mlxquant.models.shapes import adapter as mmdit_shapes
 from mlxquant.models.shapes.adapter import MMDiTShapes
@@ -122,6 +122,13 @@ def test_demo_reports_what_later_checks_read(tmp_path):
 def test_bad_arguments_are_one_clear_error(tmp_path, change, message):
     assert message in fail(*QUANTIZE, "--out", tmp_path / "q", *change)
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("arguments", [["x" * 3000], [f"--{'x' * 3000}"], ["inspect", "a", "x" * 3000]])
+def test_what_is_not_understood_is_not_quoted_whole(arguments):
+    *_, said = fail(*arguments).splitlines()
+    assert said.startswith("Error: ")
+    assert len(said) <= len("Error: ") + LIMIT
 
 
 def test_empty_prompt_files_and_prompts_are_refused(tmp_path):

@@ -89,7 +89,7 @@ def test_the_lock_of_a_killed_run_is_taken_over_and_goes(tmp_path, hold, inside)
     assert not path.exists()
 
 
-@pytest.mark.parametrize("left", ["", "not JSON", "[]", '{"host": 1}', "\udcff"])
+@pytest.mark.parametrize("left", ["", "not JSON", "[]", '{"host": 1}', '{"host": "", "process": 1e999}', "\udcff"])
 def test_a_lock_that_says_nothing_blocks_nobody(tmp_path, left):
     """Its writer was killed between making and filling it."""
     (tmp_path / ".out.lock").write_bytes(left.encode(errors="surrogateescape"))

@@ -54,14 +54,19 @@ def test_a_mismatch_says_where_what_and_what_was_expected():
         message(schema.whole(0, 9), 10**5000)
         == "x is a whole number of 16610 bits, expected a whole number from 0 to 9"
     )
+    assert message(schema.shape, [1] * 9) == "x has 9 entries, expected 0 to 8"
     assert len(message(schema.whole(), "y" * 10**6)) < 200
     assert len(message(schema.table_of(schema.flag), {"y" * 10**6: 1}, "")) < 200
 
 
-@pytest.mark.parametrize("text", ["NaN", "Infinity", '{"a": [-Infinity]}', "[" * 10**5, "", "{", "1" * 5000])
+@pytest.mark.parametrize(
+    "text", ["NaN", "Infinity", '{"a": [-Infinity]}', "[" * 10**5, "", "{", "1" * 5000, r'["\uD83D"]']
+)
 def test_json_is_that_of_the_standard(text):
-    with pytest.raises(ValueError, match=r"\w"):
-        schema.json_value(text)
+    for data in (text, text.encode()):
+        with pytest.raises(ValueError, match=r"\w"):
+            schema.json_value(data)
+    assert schema.json_value(r'["\uD83D\uDE00"]') == ["😀"]
 
 
 def test_readers_hold_facts_against_a_schema_though_the_checksum_is_right(tmp_path):

@@ -51,6 +51,11 @@ def test_equal_numbers_give_equal_bytes(tmp_path):
     assert a == b
 
 
+def test_a_name_is_no_formula(tmp_path):
+    (curve,) = curves(1).values()
+    assert draw_ranges({"blocks.$_{$.$_{$.fc1": curve, "other.1.b": curve}, tmp_path / "r.png")[0].exists()
+
+
 def test_common_parts_are_named_once():
     assert _common(["m.0.image.mlp.fc1", "m.1.text.mlp.fc2"]) == "m"
     assert _common(["m.0.image.mlp.fc1"]) == "m.0.image"

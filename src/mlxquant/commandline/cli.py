@@ -10,6 +10,8 @@ from importlib import import_module
 
 import click
 
+from .usage import short_usage_errors
+
 GROUPS = {  # in the order of the help; what matters first comes first
     "Make and use a model": {
         "demo": "Quantize the embedded model twice and compare.",
@@ -49,6 +51,16 @@ MODULES = {"methods": "list_methods"}  # where the verb's own name is taken
 
 class Verbs(click.Group):
     """The verbs by group, each with its line."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        with short_usage_errors():
+            return super().parse_args(ctx, args)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        with short_usage_errors():
+            return super().resolve_command(ctx, args)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(VERBS)

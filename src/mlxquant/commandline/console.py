@@ -21,8 +21,9 @@ import mlx.core as mx
 from tqdm import tqdm
 
 from .._interrupt import INTERRUPTED, raise_when_interrupted
-from ..errors import LIMIT, MlxQuantError, shortened
+from ..errors import MlxQuantError
 from ..files.atomic import explain
+from .usage import short_usage_errors
 
 Entered = TypeVar("Entered")
 JSON = "mlxquant.json"  # in click's ``Context.meta``: whether --json was given
@@ -45,12 +46,8 @@ class Command(click.Command):
         )
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        try:
+        with short_usage_errors():
             return super().parse_args(ctx, args)
-        except click.UsageError as error:
-            if len(said := error.format_message()) <= LIMIT:
-                raise
-            raise click.UsageError(shortened(said), error.ctx) from error
 
     def invoke(self, ctx: click.Context) -> Any:
         raise_when_interrupted()

@@ -49,7 +49,7 @@ class Owner:
         try:
             data = json.loads(text)
             return cls(str(data["host"]), int(data["process"]), str(data["started"]))
-        except (ValueError, TypeError, KeyError, RecursionError):
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
             return None
 
     @property

@@ -116,9 +116,8 @@ def array_of(schema: Schema, least: int = 0, most: int = INT32) -> Schema:
         if not isinstance(value, list):
             raise _mismatch(where, value, "an array")
         if not least <= len(value) <= most:
-            raise MismatchError(
-                f"{where} has {len(value)} entries, expected {least if least == most else f'{least} or more'}"
-            )
+            many = f"{least} or more" if most == INT32 else f"{least} to {most}"
+            raise MismatchError(f"{where} has {len(value)} entries, expected {least if least == most else many}")
         for index, inner in enumerate(value):
             schema(inner, f"{where}[{index}]")
 
@@ -168,11 +167,18 @@ floating = one_of("float32", "float16", "bfloat16")  # a dtype of MLX
 
 
 def json_value(data: str | bytes) -> Any:
-    """What JSON text says, as the standard has it: raises ValueError on anything else, NaN and infinite numbers too."""
+    """What JSON text says, as the standard has it: raises ValueError on anything else, on NaN and infinite numbers and
+    halves of characters, too.
+    """
     try:
-        return json.loads(data, parse_constant=_refuse_constant)
+        said = json.loads(data, parse_constant=_refuse_constant)
+        if (b"\\u" if isinstance(data, bytes) else "\\u") in data:  # type: ignore[operator]
+            json.dumps(said, ensure_ascii=False).encode()  # nothing else can bring half of a character
+        return said
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
+    except UnicodeEncodeError as error:
+        raise ValueError("it has half of a character") from error
 
 
 def _refuse_constant(name: str) -> Any:

@@ -87,8 +87,8 @@ def _draw_panel(axis: Any, layer: str, curve: RangeCurves) -> None:
         axis.plot(curve.sigma, edge, color=EDGE, linewidth=1.1, marker=".", markersize=3)
     for extreme, label in ((curve.least, "extremes of all pictures"), (curve.most, None)):
         axis.plot(curve.sigma, extreme, color=EXTREME, linewidth=1.0, linestyle=(0, (3, 1.5)), label=label)
-    axis.set_title(f"{kind}.{name}".strip("."), fontsize=9, loc="left", pad=3)
-    axis.set_title(".".join(block).strip("."), fontsize=6.5, loc="right", pad=3, color=PALE)
+    axis.set_title(f"{kind}.{name}".strip("."), fontsize=9, loc="left", pad=3, parse_math=False)
+    axis.set_title(".".join(block).strip("."), fontsize=6.5, loc="right", pad=3, color=PALE, parse_math=False)
     axis.tick_params(labelsize=7, colors=PALE, length=2)
     axis.grid(color=GRID, linewidth=0.6)
     axis.set_axisbelow(True)

@@ -80,7 +80,8 @@ def _draw(figure: Any, axis: Any, panel: Panel, large: bool) -> None:
         _heat_map(figure, axis, panel, panel.matrix, large)
     title, length = panel.title, 84 if large else 44
     shown = title if len(title) <= length else f"…{title[1 - length :]}"
-    axis.set_title(f"{shown}\n{panel.note}" if large else shown, fontsize=9.5 if large else 7, loc="left", pad=4)
+    text = f"{shown}\n{panel.note}" if large else shown
+    axis.set_title(text, fontsize=9.5 if large else 7, loc="left", pad=4, parse_math=False)  # a name may have a $
     axis.tick_params(labelsize=8 if large else 6.5, colors=PALE, length=2)
     for side in axis.spines.values():
         side.set_color(PALE)
