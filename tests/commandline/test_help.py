@@ -48,5 +48,5 @@ print([name for name in {heavy} if name in sys.modules], [m for m in sys.modules
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     ours = ["mlxquant._interrupt", "mlxquant._blas"]
     if "cli" in code:
-        ours += [f"mlxquant.{name}" for name in ("commandline", "commandline.cli", "commandline.usage", "errors")]
+        ours += [f"mlxquant.{name}" for name in ("commandline", "errors", "commandline.usage", "commandline.cli")]
     assert done.stdout.splitlines()[-1] == f"[] {ours}"

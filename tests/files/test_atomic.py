@@ -5,8 +5,9 @@ import os
 import mlx.core as mx
 import pytest
 
+from mlxquant.errors import ArtifactError
 from mlxquant.files import checked, tensor_layout
-from mlxquant.files.atomic import atomic_file, atomic_folder
+from mlxquant.files.atomic import atomic_file, atomic_folder, claimed, partial_folder
 from mlxquant.files.checked import read_tensors, write_tensors
 
 
@@ -62,6 +63,30 @@ def test_tensors_that_cannot_be_written_leave_the_old_ones(tmp_path, monkeypatch
     assert path.read_bytes() == before
     assert read_tensors(path, "some")[0]["a"].tolist() == [1, 1, 1]
     assert os.listdir(tmp_path) == [path.name]
+
+
+def test_a_folder_is_written_where_a_link_leads(tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "model.json").write_text("old")
+    (tmp_path / "link").symlink_to(tmp_path / "there")
+    assert partial_folder(tmp_path / "link") == partial_folder(tmp_path / "there")
+    with claimed(tmp_path / "link", force=True, finishing=True):
+        partial_folder(tmp_path / "link").mkdir()
+        with atomic_folder(tmp_path / "link", force=True) as folder:
+            (folder / "model.json").write_text("new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "there" / "model.json").read_text() == "new"
+    assert sorted(os.listdir(tmp_path)) == ["link", "there"]
+
+
+def test_a_link_may_lead_to_what_is_not_there_yet_but_not_to_itself(tmp_path):
+    (tmp_path / "gone").symlink_to(tmp_path / "none")
+    with atomic_folder(tmp_path / "gone") as folder:
+        (folder / "model.json").write_text("new")
+    assert (tmp_path / "none" / "model.json").read_text() == "new"
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(ArtifactError, match="loop"), atomic_folder(tmp_path / "loop"):
+        pass
 
 
 def test_a_folder_that_fails_at_its_last_step_is_the_old_one_again(tmp_path, monkeypatch):

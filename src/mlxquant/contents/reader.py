@@ -144,12 +144,12 @@ def _is_ours(path: Path) -> bool:
 
 def _read_json(path: Path) -> Contents:
     data = json_object(path, AGAIN)
-    if "kind" not in data:
+    if not isinstance(data.get("kind"), str):
         raise ArtifactError(
             f"{path}: says no kind, so mlxquant did not write it; name a checkpoint or one of our files"
         )
-    data = read_json(path, str(data["kind"]), SCHEMAS.get(str(data["kind"]), anything))
-    kind = str(data["kind"])
+    kind = data["kind"]
+    data = read_json(path, kind, SCHEMAS.get(kind, anything))
     found = Contents(path, kind, _short(data), checks={path.name: "sha256"})
     with understood(path, "it is of another version, or damaged; run its step again"):
         if {"files", "complete", "made_from"} <= data.keys():

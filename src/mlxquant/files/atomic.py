@@ -55,7 +55,15 @@ def _umask() -> int:
 
 def partial_folder(out: Path) -> Path:
     """Where an unfinished job for ``out`` keeps its progress."""
+    out = _followed(out)
     return out.with_name(out.name + ".partial")
+
+
+def _followed(path: Path) -> Path:
+    """A folder's own place, where ``path`` is a link to it: the link stays what it is, and who writes through it meets
+    who does not.
+    """
+    return Path(os.path.realpath(path)) if path.is_symlink() else path.absolute()
 
 
 @dataclass(frozen=True)
@@ -100,7 +108,7 @@ def claimed(path: Path, force: bool = False, finishing: bool = False) -> Iterato
         ArtifactError: When the folder exists and may not be replaced, another run has claimed it, or nothing can be
             written there.
     """
-    path = path.absolute()
+    path = _followed(path)
     if not path.name:
         raise _no_folder(path)
     with locked(path):
@@ -135,7 +143,7 @@ def atomic_folder(path: Path, force: bool = False) -> Iterator[Path]:
     An existing folder is refused, or with ``force`` replaced in the last moment. A replacement that was killed half-way
     is undone by the next call. Raises ArtifactError also when another run is writing that folder.
     """
-    path = Path(path).absolute()
+    path = _followed(Path(path))
     with claimed(path, force):
         names = _Names(path)
         try:
