@@ -212,6 +212,27 @@ def test_a_damaged_file_is_named(sd3_folder, tmp_path, name, message):
     assert "again" in said
 
 
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("clip_l/config.json", {"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000, expected a whole"),
+        ("clip_l/config.json", {"architectures": []}, "architectures has 0 entries"),
+        ("clip_g/config.json", {"hidden_act": "x" * 10**6}, "hidden_act is 'xxx"),
+        ("tokenizer_l/vocab.json", {"<|endoftext|>": 10**9}, "is 1000000000, expected a whole number from 0 to"),
+        ("t5/config.json", {"num_layers": 10**9}, "num_layers is 1000000000, expected a whole"),
+        ("t5/config.json", {"vocab_size": 2}, "the number of its tokenizer's tokens is"),
+        ("t5/tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["code.T", None]}, "tokenizer_class": "T"}, "T5's"),
+    ],
+)
+def test_what_configs_say_is_bounded_before_anything_is_built(sd3_folder, tmp_path, name, changes, message):
+    shutil.copytree(sd3_folder, tmp_path / "sd3")
+    path = tmp_path / "sd3" / name
+    path.write_text(json.dumps({**(json.loads(path.read_text()) if path.exists() else {}), **changes}))
+    *_, said = fail(*drawing(tmp_path / "sd3", tmp_path)).splitlines()
+    assert message in said
+    assert len(said) < 510
+
+
 def test_a_hub_that_refuses_says_what_to_do(monkeypatch):
     """Gated, offline without the file, unknown: each has its own remedy."""
     hub, errors = import_module("huggingface_hub"), import_module("huggingface_hub.errors")

@@ -6,7 +6,6 @@ memory of one layer and some 10 MB a prompt; what DiffusionKit's ``encode_text``
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import mlx.core as mx
 
 from ...errors import AdapterError, ArtifactError, reason
+from ...files import schema
 from ...files.hub import lazy_tensors
 from .checkpoint import fill
 from .diffusionkit import host
@@ -27,6 +27,26 @@ FILES = (
     *(f"clip_{which}/{name}" for which in "lg" for name in ("config.json", "model.fp16.safetensors")),
     *(f"tokenizer_{which}/{name}" for which in "lg" for name in ("vocab.json", "merges.txt")),
     "t5/t5xxl.safetensors",
+)
+
+COUNT, SIZE = schema.whole(1, schema.DEPTH), schema.whole(1, schema.WIDTH)
+CLIP_CONFIG = schema.entries(
+    {
+        "architectures": schema.array_of(schema.text, 1),
+        "num_hidden_layers": COUNT,
+        "hidden_size": SIZE,
+        "num_attention_heads": SIZE,
+        "max_position_embeddings": SIZE,
+        "vocab_size": SIZE,
+    },
+    {"projection_dim": SIZE, "hidden_act": schema.one_of("quick_gelu", "gelu")},
+)
+T5_CONFIG = schema.entries(
+    {
+        "num_layers": COUNT,
+        **dict.fromkeys(("d_model", "d_kv", "d_ff", "num_heads", "vocab_size"), SIZE),
+        **dict.fromkeys(("relative_attention_num_buckets", "relative_attention_max_distance"), SIZE),
+    }
 )
 
 log = logging.getLogger("mlxquant")
@@ -80,7 +100,8 @@ class TextEncoders:
         kit, files = host(), self._files
         path = files.path(f"clip_{which}/config.json")
         try:
-            config = json.loads(path.read_text(encoding="utf-8"))
+            config = schema.json_value(path.read_text(encoding="utf-8"))
+            CLIP_CONFIG(config, "")
             projected = "WithProjection" in config["architectures"][0]
             model = kit.clip.CLIPTextModel(
                 kit.config.CLIPTextModelConfig(
@@ -103,7 +124,7 @@ class TextEncoders:
             pair for item in lazy_tensors(weights).items() for pair in kit.model_io.map_clip_text_encoder_weights(*item)
         )
         fill(model, renamed, dtype, str(weights))
-        tokenizer = self._clip_tokenizer(which)
+        tokenizer = self._clip_tokenizer(which, config["vocab_size"])
         pad = tokenizer.eos_token if tokenizer.pad_with_eos else 0
         ids = [self._padded(tokenizer.tokenize, text, pad, CLIP_TOKENS) for text in prompts]
         outputs = []
@@ -114,7 +135,8 @@ class TextEncoders:
             outputs += [(hidden[i], pooled[i]) for i in range(len(hidden))]
         return outputs
 
-    def _clip_tokenizer(self, which: str) -> Any:
+    def _clip_tokenizer(self, which: str, size: int) -> Any:
+        """DiffusionKit's tokenizer, whose ids are below ``size``: MLX does not look whether an embedding has a row."""
         vocabulary, merges = (
             self._files.path(f"tokenizer_{which}/vocab.json"),
             self._files.path(f"tokenizer_{which}/merges.txt"),
@@ -124,7 +146,8 @@ class TextEncoders:
                 tuple(line.split())
                 for line in merges.read_text(encoding="utf-8").strip().split("\n")[1 : 49152 - 256 - 2 + 1]
             ]
-            vocab = json.loads(vocabulary.read_text(encoding="utf-8"))
+            vocab = schema.json_value(vocabulary.read_text(encoding="utf-8"))
+            schema.table_of(schema.whole(0, size - 1))(vocab, "")
             tokenizer = host().tokenizer.Tokenizer({pair: rank for rank, pair in enumerate(pairs)}, vocab, which == "l")
             _ = tokenizer.bos_token, tokenizer.eos_token
             return tokenizer
@@ -154,12 +177,16 @@ class TextEncoders:
             from transformers import AutoTokenizer, T5Config
 
             config = T5Config.from_pretrained(place)
-            tokenizer = AutoTokenizer.from_pretrained(place, legacy=False, model_max_length=T5_TOKENS)
+            T5_CONFIG(config.to_dict(), "")
+            tokenizer = AutoTokenizer.from_pretrained(
+                place, legacy=False, model_max_length=T5_TOKENS, trust_remote_code=False
+            )
+            schema.whole(1, config.vocab_size)(len(tokenizer), "the number of its tokenizer's tokens")
             arrays = kit.model_io.t5_encoder_state_dict_adjustments(lazy_tensors(weights), prefix="")
-        except (OSError, ValueError, ImportError) as error:
-            said = str(error).splitlines()[0]
+        except (OSError, ValueError, TypeError, AttributeError, ImportError) as error:
             raise ArtifactError(
-                f"{place}: T5's config or tokenizer cannot be read ({said}); get them again with '{files.t5_command}'"
+                f"{place}: T5's config or tokenizer cannot be read ({reason(error)}); get them again with"
+                f" '{files.t5_command}'"
             ) from error
         except KeyError as error:
             raise ArtifactError(
