@@ -115,6 +115,13 @@ def test_quantizing_again_forgets_the_first_weight():
     assert (np.array(once(x)) == np.array(twice(x))).all()
 
 
+def test_a_bias_stays_until_another_is_given():
+    weight, bias = mx.random.normal((6, 16), key=mx.random.key(0)), mx.arange(6, dtype=mx.float32)
+    layer = W8A16Linear(16, 6).quantize(weight, bias)
+    assert mx.array_equal(layer.quantize(-weight).bias, bias)
+    assert "bias" not in W8A16Linear(16, 6, bias=False).quantize(weight)
+
+
 def test_the_format_decides_the_class():
     linear = nn.Linear(64, 8)
     assert type(quantized_linear(linear, W8)) is W8A16Linear
