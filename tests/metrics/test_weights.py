@@ -199,6 +199,19 @@ def test_a_tensor_outside_its_storage_is_refused(pickled, tmp_path, tensor):
         read_checkpoint(tmp_path / "w.pth")
 
 
+def test_a_checkpoint_allocates_no_more_than_it_has(pickled, tmp_path):
+    path = tmp_path / "w.pth"
+    write_zip(path, pickled({"a": Tensor(0, (2**20, 2**20), (0, 0))}))
+    with pytest.raises(ArtifactError, match="larger than its storage"):
+        read_checkpoint(path)
+    write_zip(path, pickled({"a": Tensor(0, (3, 4), (4, 1))}))
+    with zipfile.ZipFile(path) as stored, zipfile.ZipFile(tmp_path / "c.pth", "w", zipfile.ZIP_DEFLATED) as packed:
+        for name in stored.namelist():
+            packed.writestr(name, stored.read(name))
+    with pytest.raises(ArtifactError, match="members are compressed"):
+        read_checkpoint(tmp_path / "c.pth")
+
+
 def test_damaged_checkpoints(pickled, tmp_path):
     path = tmp_path / "w.pth"
     table = pickled({"a": Tensor(0, (3, 4), (4, 1))})

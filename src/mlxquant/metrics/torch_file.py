@@ -80,6 +80,8 @@ def read_checkpoint(path: Path) -> dict[str, Array]:
 
 def _from_zip(file: BinaryIO) -> dict[str, Any]:
     with zipfile.ZipFile(file) as archive:
+        if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
+            raise ValueError("its members are compressed, which PyTorch's are not")  # to whatever size
         (table,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
         folder = table.removesuffix("data.pkl")
         with archive.open(table) as pickled:
@@ -117,5 +119,7 @@ def _array(value: _Slice, storage: Array) -> Array:
     )
     if min((value.offset, *value.shape, *value.strides)) < 0 or last >= storage.size:
         raise ValueError(f"a tensor of shape {value.shape} lies outside its storage")
+    if size > storage.size:  # strides of 0 make any number of one
+        raise ValueError(f"a tensor of shape {value.shape} is larger than its storage")
     strides = [s * storage.itemsize for s in value.strides]
     return np.array(np.lib.stride_tricks.as_strided(storage[value.offset :], value.shape, strides, writeable=False))
