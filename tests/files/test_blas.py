@@ -117,3 +117,12 @@ def test_a_training_has_it_until_it_is_finished(tmp_path):
         assert threads() == {2}
     again.save(trees, finished=True)
     assert b"blas" not in (tmp_path / "training.safetensors").read_bytes()
+
+
+def test_what_a_file_says_of_a_library_is_told_in_short(tmp_path, caplog):
+    before = [{"library": "a\nb" * 10**5, "version": {"x": [1] * 10**5}, "architecture": None, "threads": 1}]
+    with same_blas(before, tmp_path):
+        pass
+    (record,) = caplog.records
+    assert len(record.getMessage().removeprefix(str(tmp_path))) < 400
+    assert "\n" not in record.getMessage()

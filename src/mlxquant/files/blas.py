@@ -14,6 +14,7 @@ from typing import Any
 
 from threadpoolctl import ThreadpoolController
 
+from ..errors import LIMIT, shortened
 from .checked import read_json, understood, write_json
 from .lock import INSIDE
 from .schema import anything, array_of, entries, whole
@@ -79,6 +80,5 @@ def blas_kept_in(folder: Path) -> Iterator[None]:
 
 
 def _words(libraries: Libraries) -> str:
-    return " and ".join(
-        "{library} {version} ({architecture}, threads: {threads})".format(**one) for one in libraries
-    ) or ("a BLAS that cannot be asked")
+    told = " and ".join("{library} {version} ({architecture}, threads: {threads})".format(**one) for one in libraries)
+    return shortened(told, LIMIT // 4) or "a BLAS that cannot be asked"
