@@ -10,6 +10,7 @@ from mlxquant.errors import ArtifactError
 from mlxquant.grids.tables import ActivationTable
 from mlxquant.grids.time import Clock
 from mlxquant.grids.weights import WeightFormat, fit_extremes
+from mlxquant.layers.attention import QuantizedAttention
 from mlxquant.layers.linear import QuantizedLinear
 from mlxquant.models.adapter import Stage
 from mlxquant.sweep.store import FolderStore, StageResult, layer_arrays
@@ -53,6 +54,26 @@ def test_a_finished_stage_comes_back_as_it_was(tmp_path, dtype):
     assert found["block.a.bias"].dtype == dtype
     store.save(STAGE, again)
     assert (tmp_path / "block.safetensors").read_bytes() == first
+
+
+def test_quantized_attentions_come_back_with_their_stage(tmp_path):
+    q, k, v = mx.random.normal((3, 1, 2, 5, 4), key=mx.random.key(2))
+    table = ActivationTable(np.float32([0.5]), np.float32([1 / 15]), np.full((1, 1), 8 / 15, np.float32), np.uint8([4]))
+    made = {"block.sdpa": QuantizedAttention(table, CLOCK)}
+    store = FolderStore(tmp_path, "job")
+    store.save(STAGE, StageResult({}, {}, attentions=made))
+    again = store.load(STAGE, CLOCK).attentions
+    assert again.keys() == made.keys()
+    with CLOCK.at(0.5):
+        np.testing.assert_array_equal(np.array(again["block.sdpa"](q, k, v)), np.array(made["block.sdpa"](q, k, v)))
+
+
+def test_a_finished_stage_leaves_no_checkpoint(tmp_path):
+    store = FolderStore(tmp_path, "job")
+    store.checkpoint(STAGE).save({"alpha": mx.zeros(3)}, {"iteration": 25})
+    store.save(STAGE, StageResult(layers(mx.float16), {}))
+    assert [path.name for path in tmp_path.iterdir()] == ["block.safetensors"]
+    assert store.checkpoint(STAGE).load() is None
 
 
 def test_a_stage_of_another_job_is_not_taken_and_a_damaged_one_refused(tmp_path):
