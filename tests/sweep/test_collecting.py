@@ -48,7 +48,7 @@ def test_what_is_collected_is_that_of_the_inputs(dtype):
 
 def test_what_is_kept_outlives_the_inputs():
     x = inputs()
-    statistics, expected = InputStatistics(8), np.array(x)
+    statistics, expected = InputStatistics(8, range_batch=1), np.array(x)
     statistics.add(x, 0.5)
     del x
     mx.eval([mx.zeros((3, 20, 8)) for _ in range(50)])  # whoever gets that memory next
