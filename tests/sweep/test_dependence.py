@@ -51,6 +51,30 @@ def test_what_is_not_among_the_layers_passes_dependence_on():
     assert levels(module, lambda: module(x), leaders(module, ["a", "d"], x)) == [["a"], ["d"]]
 
 
+class Late(nn.Module):
+    """a and b read the input, only b goes on, into c; early runs after c, hangs on nothing, and goes into d, too."""
+
+    def __init__(self):
+        super().__init__()
+        for name in ("a", "b", "c", "early", "d"):
+            setattr(self, name, nn.Linear(4, 4))
+
+    def __call__(self, x):
+        first, third = self.a(x), self.c(nn.relu(self.b(x)))
+        return self.d(third + self.early(mx.ones_like(x))) + first
+
+
+def test_what_runs_late_and_hangs_on_nothing_brings_nobody_forward():
+    module, x = Late(), mx.ones((2, 4))
+    found = levels(module, lambda: module(x), leaders(module, ["b", "c", "early", "d"], x))
+    assert [set(group) for group in found] == [{"b", "early"}, {"c"}, {"d"}]
+
+
+def test_what_hangs_on_any_layer_of_a_group_comes_after_all_of_it():
+    module, x = Late(), mx.ones((2, 4))
+    assert levels(module, lambda: module(x), leaders(module, ["a", "b", "c"], x)) == [["a", "b"], ["c"]]
+
+
 def test_nothing_is_no_group():
     assert levels(Crossing(), lambda: None, {}) == []
 
