@@ -1,5 +1,7 @@
 """Folding: dividing any tensor that the adapter says can be divided leaves the model's output as it was."""
 
+from dataclasses import replace
+
 import mlxquant  # noqa: F401  (before mlx)
 
 # isort: split
@@ -9,7 +11,7 @@ import pytest
 
 from mlxquant.errors import NumericsError
 from mlxquant.layers.tree import get_module, parameters, tapped
-from mlxquant.numerics.hadamard import block_size
+from mlxquant.numerics.hadamard import block_size, rotated
 from mlxquant.numerics.transform import Transform
 from mlxquant.sweep.folding import divide, fold, foldable, remaining
 
@@ -143,6 +145,15 @@ def test_rotations_of_values_are_free_and_channels_change_places_through_gelu():
     order = np.arange(128)[::-1]
     assert foldable(by_name["fc2"], Transform(order=order)).order is order
     assert remaining(Transform(order=order, block=64), Transform(order=order)).block == 64
+
+
+@pytest.mark.parametrize("block", [4, 16, 64])
+@pytest.mark.parametrize("mixes", [1, 6, 16, 24, 32, 48, 64, 96])
+def test_a_rotation_is_folded_where_it_mixes_no_channels_of_two_heads(mixes, block):
+    edge = replace(next(edge for edge in EDGES if edge.mixes > 1), mixes=mixes)
+    head = np.arange(192) // mixes
+    across = np.abs(rotated(np.eye(192), block))[head[:, None] != head]
+    assert foldable(edge, Transform(block=block)).block == (1 if across.any() else block)
 
 
 def test_what_cannot_be_folded_is_refused(adapter):
