@@ -161,6 +161,16 @@ def test_mixed_tables_broadcast_shifts_and_refuse_unknown_tiers():
         mixed({4: narrow, 8: wide}, np.array([6, 6]))
 
 
+def test_logarithmic_entries_stay_logarithmic_among_others():
+    x = np.abs(normal(3, 40, 16))
+    ranges, (sigma, one, low) = ranges_of(*x), (np.float32([0.1, 0.5, 0.9]), np.ones(3, np.float32), np.zeros((3, 1)))
+    log = ActivationTable(sigma, 4 * one, low.astype(np.float32), np.full(3, 4, np.uint8), np.ones(3, bool))
+    choices, bits = {4: log, 8: extremes(ranges, None, 8)}, np.array([8, 4, 8])
+    table = mixed(choices, bits)
+    for t, tier in enumerate(bits):
+        np.testing.assert_array_equal(quantized(table, t, x[t]), quantized(choices[tier], t, x[t]))
+
+
 def test_small_helpers():
     np.testing.assert_array_equal(lowered(np.array([8, 6, 4], np.uint8)), [6, 4, 4])
     assert rms(np.array([3.0, 4.0])) == pytest.approx(np.sqrt(12.5))
