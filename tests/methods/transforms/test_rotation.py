@@ -22,6 +22,7 @@ def ranges(width, outliers=4, seed=0):
         (1536, Place(mixes=64), [64, 256]),
         (192, Place(mixes=32), [16, 64]),
         (64, Place(mixes=64), [64]),
+        (96, Place(mixes=64), [16]),  # the last run is shorter, and blocks fit into it, too
         (96, Place(mixes=6), [16]),  # nothing fits into heads of 6, so the layer rotates
         (96, Place("gelu", reorders=True), [16, 16]),
         (64, Place("gelu", reorders=True), [64]),  # one block: an order changes nothing
