@@ -119,8 +119,29 @@ def test_a_budget_and_a_shift_are_decided_for_the_exact_weight(pair):
     assert same(shifted, decide_input(seen, middle, Options(tiers=(4,))).table)
     plain = choose_table(seen, ActivationSpec(4, shift=True), "", never)
     assert same(plain, decide_input(seen, None, Options(tiers=(4,))).table)
-    assert may_shift("gelu")
-    assert not may_shift("")
+
+
+@pytest.mark.parametrize(("after", "shifted"), [("gelu", True), ("", False), ("silu", False), ("relu", False)])
+def test_only_what_a_gelu_wrote_is_offered_a_shift(after, shifted):
+    """Channels far apart, so that a shift pays wherever it is offered."""
+    x = np.random.default_rng(0).normal(size=(40, 2)).astype(np.float32) + np.float32([-100, 100])
+    seen = LayerInput(ranges_of(x), np.eye(2, dtype=np.float32))
+    table = choose_table(seen, ActivationSpec(4, shift=True), after, never)
+    assert may_shift(after) == shifted == (table.shift.shape == (2, 2))
+
+
+@pytest.mark.parametrize(
+    ("thresholds", "bits"),
+    [((6, 10), {4.9: 4, 5.1: 6, 7.9: 6, 8.1: 8}), ((12, 20), {9.9: 4, 10.1: 6, 15.9: 6, 16.1: 8})],
+)
+def test_a_shifted_input_gets_more_bits_at_five_and_eight(thresholds, bits):
+    """By default, and in proportion to other thresholds: what counts is how far it goes from its centre."""
+    options, centre = Options("threshold", thresholds=thresholds), np.float32([[-100, 100]] * 2)
+    for half, expected in bits.items():
+        x = np.linspace(-half, half, 50, dtype=np.float32)[:, None] + centre[0]
+        decided = decide_input(LayerInput(ranges_of(x), np.eye(2, dtype=np.float32)), centre, options)
+        assert decided.facts["shifted"]
+        np.testing.assert_array_equal(decided.table.bits, expected)
 
 
 def test_one_entry_for_all_noise_levels_sees_them_merged(pair):
