@@ -8,6 +8,7 @@ import pytest
 
 from mlxquant.errors import ArtifactError
 from mlxquant.files.checked import file_digest, write_json
+from mlxquant.files.schema import entries, whole
 from mlxquant.pipeline.ledger import Ledger, load_npz, read_npz, write_npz
 
 FACTS = {"model": "m", "steps": 3, "parents": {"manifest.json": "abc"}}
@@ -140,6 +141,19 @@ def test_missing_foreign_and_damaged_ledgers_are_refused(tmp_path):
     write_json(path, "test", {"made_from": []})
     with pytest.raises(ArtifactError, match="it has no 'files'"):
         Ledger.read(path, "test")
+
+
+def test_a_fact_is_no_note_and_a_note_no_fact(tmp_path):
+    """Whoever reads it asks each for its own names."""
+    facts = {"a": 1, "b": 2, "files": {}, "complete": True}
+    needs = {"of_facts": entries({"a": whole()}), "of_notes": entries({"b": whole()})}
+    path = tmp_path / "ledger.json"
+    for names, message in ([], "it has no 'a'"), (["a", "b"], "it has no 'b'"), (["x"], "'x' is missing"):
+        write_json(path, "test", {**facts, "made_from": names})
+        with pytest.raises(ArtifactError, match=message):
+            Ledger.read(path, "test", **needs)
+    write_json(path, "test", {**facts, "made_from": ["a"]})
+    assert Ledger.read(path, "test", **needs).facts == {"a": 1}
 
 
 @pytest.mark.parametrize("name", ["../precious.npz", "/precious.npz", "samples/../../precious.npz"])

@@ -20,7 +20,14 @@ from mlxquant.sweep.store import StageResult
 
 from support.tiny_pictures import tiny_adapter
 
-FACTS = {"model": "mmdit-shapes", "bits_w": 4, "recipe": {"name": "r"}}
+FACTS = {
+    "model": "mmdit-shapes",
+    "source": "abc",
+    "calibration": "def",
+    "quant_config": None,
+    "bits_w": 4,
+    "recipe": {"name": "r"},
+}
 STREAM = "multimodal_transformer_blocks.0.image_transformer_block"
 Q, FC2, ADALN = f"{STREAM}.attn.q_proj", f"{STREAM}.mlp.fc2", f"{STREAM}.adaLN_modulation.layers.1"
 SIGMAS = np.array([0.25, 0.5, 1.0], np.float32)
@@ -58,9 +65,8 @@ def learned(adapter, stage, linears):
         layers[path] = QuantizedLinear(codes.astype(np.uint8), grid, bias, divided)
         if adapter.role(path) != "modulation":
             layers[path].set_activations(table(weight.shape[1] if path.endswith("fc2") else 1), adapter.clock)
-    return StageResult(
-        layers, {"stage": stage.name, "kept": "learned", "error": 0.5, "errors": {"learned": 0.5, "rtn": 0.75}}
-    )
+    facts = {"stage": stage.name, "kept": "learned", "error": 0.5, "errors": {"learned": 0.5, "rtn": 0.75}}
+    return StageResult(layers, {**facts, "layers": {path: {} for path in layers}})
 
 
 @pytest.fixture(scope="module")
@@ -206,7 +212,7 @@ def put(name, change):
         (put(f"{Q}__weight_int", lambda v: v + np.int8(1)), "to 8 and .*codes of 4 bits"),
         (put(f"{Q}__weight_int", lambda v: v - np.int8(1)), "from -9 to"),
         (put(f"{Q}__scale", lambda v: v * np.float32(1.0001)), "more than the 11 bits of a float16"),
-        (put(f"{Q}__scale", lambda v: v * np.float32(np.nan)), "does not fit in float32"),
+        (put(f"{Q}__scale", lambda v: v * np.float32(np.nan)), "its scales are not positive"),
         (put(f"{Q}__a_scale", lambda v: -v), "every step must be positive"),
         (put(f"{FC2}__a_shift", lambda v: v[:, :5]), "shift of width 5 does not fit"),
         (put(f"{FC2}__divisor", lambda v: v[:5]), r"divisor of shape \(5,\) does not fit"),

@@ -32,16 +32,17 @@ AGAIN = f"run '{COMMAND} --force'"
 INDEX = schema.entries({"layers": schema.table_of(schema.table_of(schema.number()))})
 
 
-STRUCTURE = schema.entries(
+FACTS = schema.entries(
+    {"model": schema.text, "source": schema.text, "parents": schema.entries({MANIFEST: schema.text})}
+)
+NOTES = schema.entries(
     {
-        "model": schema.text,
-        "source": schema.text,
-        "parents": schema.entries({MANIFEST: schema.text}),
         "sigma_map": schema.table_of(schema.number(0), 1),
         "paths": schema.array_of(schema.text, 1),
         "layers": schema.table_of(schema.entries({"leader": schema.text, "after": schema.text})),
     }
 )
+STRUCTURE = schema.every(FACTS, NOTES)
 
 
 def array_name(step: str) -> str:
@@ -69,7 +70,7 @@ class ActivationStats:
         """The folder of a ``layer_statistics.json``; raises ArtifactError when that is missing, unfinished, damaged or
         foreign.
         """
-        return cls(Ledger.read(path, KIND, f"run '{COMMAND}' first", STRUCTURE).require_complete(COMMAND))
+        return cls(Ledger.read(path, KIND, f"run '{COMMAND}' first", FACTS, NOTES).require_complete(COMMAND))
 
     @property
     def model(self) -> str:

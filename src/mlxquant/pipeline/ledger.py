@@ -19,7 +19,7 @@ from ..files.archives import read_members
 from ..files.atomic import atomic_file, ensure_writable, explain
 from ..files.blas import Libraries, loaded_blas, same_blas
 from ..files.checked import file_digest, read_json, understood, write_json
-from ..files.schema import Schema, anything, array_of, entries, every, flag, inside, table_of, text
+from ..files.schema import Schema, anything, array_of, entries, flag, inside, table_of, text
 from ..numerics.arrays import Array
 
 BLAS = "blas"  # of an unfinished folder: what it is computed with
@@ -128,19 +128,26 @@ class Ledger:
 
     @classmethod
     def read(
-        cls, path: Path, kind: str, remedy: str = "run the step that writes it first", schema: Schema = anything
+        cls,
+        path: Path,
+        kind: str,
+        remedy: str = "run the step that writes it first",
+        of_facts: Schema = anything,
+        of_notes: Schema = anything,
     ) -> Ledger:
-        """An existing ledger; raises ArtifactError when it is missing, damaged or another step's, or its facts and
-        notes are not what the ``schema`` says.
+        """An existing ledger; raises ArtifactError when it is missing, damaged or another step's, or its facts and its
+        notes are not what the schemas ``of_facts`` and ``of_notes`` say.
         """
         if not path.exists():
             raise ArtifactError(f"{path}: no such file; {remedy}")
-        data = read_json(path, kind, every(STRUCTURE, schema), remedy)
+        data = read_json(path, kind, STRUCTURE, remedy)
         with understood(path, remedy):
             files, complete, names = (data.pop(key) for key in OWN)
             blas = data.pop(BLAS, None)
             facts = {name: data.pop(name) for name in names}
             notes = {name: value for name, value in data.items() if name not in ("kind", "version")}
+            of_facts(facts, "")
+            of_notes(notes, "")
             ledger = cls(path, kind, facts, files, notes, complete)
             ledger._blas = blas
             return ledger

@@ -34,13 +34,16 @@ KIND = "adaround-weights"
 CONFIG = "config.json"
 COMMAND = "mlxquant adaround-optimize"
 ANEW = f"run '{COMMAND}' again with --force --no-resume"
-STRUCTURE = schema.entries(
+FACTS = schema.entries(
     {
         "model": schema.text,
         "source": schema.text,
         "calibration": schema.text,
         "quant_config": schema.maybe(schema.text),
-    },
+    }
+)
+NOTES = schema.entries(
+    {},
     {
         "blocks": schema.table_of(
             schema.entries(
@@ -49,6 +52,7 @@ STRUCTURE = schema.entries(
         )
     },
 )
+STRUCTURE = schema.every(FACTS, NOTES)
 TABLE, LOG = ("a_sigma", "a_scale", "a_shift", "a_bits"), "a_log"
 
 
@@ -84,7 +88,7 @@ class WeightFiles:
         blocks.
         """
         remedy = f"run '{COMMAND} --output-dir {folder}' first"
-        files = cls(Ledger.read(folder / CONFIG, KIND, remedy, STRUCTURE).require_complete(COMMAND), stages, linears)
+        files = cls(Ledger.read(folder / CONFIG, KIND, remedy, FACTS, NOTES).require_complete(COMMAND), stages, linears)
         wanted = {f"weights/{block_name(i)}.npz" for i in range(len(stages))}
         if set(files.ledger.files) != wanted:
             raise ArtifactError(
@@ -95,7 +99,7 @@ class WeightFiles:
     @staticmethod
     def facts(folder: Path) -> dict[str, Any]:
         """What a folder was made from, before its model is loaded; raises ArtifactError where there is none."""
-        return Ledger.read(folder / CONFIG, KIND, f"run '{COMMAND} --output-dir {folder}' first", STRUCTURE).facts
+        return Ledger.read(folder / CONFIG, KIND, f"run '{COMMAND} --output-dir {folder}' first", FACTS, NOTES).facts
 
     def holds(self, stage: Stage) -> bool:
         """Whether this stage is one of the blocks that the folder is for."""
@@ -147,7 +151,6 @@ class WeightFiles:
         if (
             codes.shape != linear.weight.shape
             or scale.shape != codes.shape[:1]
-            or not (np.isfinite(scale) & (scale > 0)).all()
             or codes.min() < 0
             or codes.max() >= format.levels
         ):
@@ -156,6 +159,8 @@ class WeightFiles:
                 f" {scale.shape} scales found, {linear.weight.shape} codes of {format.bits} bits and"
                 f" {linear.weight.shape[:1]} scales expected"
             )
+        if not (np.isfinite(scale) & (scale > 0)).all():
+            raise ArtifactError("its scales are not positive")
         grid = Grid.symmetric(format, scale[:, None])
         if not np.array_equal(grid.scales[:, 0], scale):
             raise ArtifactError(
