@@ -184,6 +184,32 @@ def test_a_transform_that_overflows_is_not_kept_and_it_says_so(spiky, calib, mon
     assert {stage["kept"] for stage in stages} <= {"calibrated", "rtn"}
 
 
+@pytest.mark.parametrize(("hurts", "helps"), [("smoothquant", "rotation"), ("rotation", "smoothquant")])
+def test_what_hurts_goes_and_what_helps_stays_whichever_is_tried_first(monkeypatch, hurts, helps):
+    """One channel is far larger than the others, and its weights smaller: to divide it helps, to make another one as
+    large does not.
+    """
+    chain, channels = Chain(blocks=1, width=16, side=8), np.arange(16)
+    size = mx.where(mx.arange(16) == 3, 40.0, 1.0)
+    chain.module.embed.weight = chain.module.embed.weight * size[:, None]
+    chain.module.blocks[0].weight = chain.module.blocks[0].weight / size
+    divisors = {helps: np.where(channels == 3, 40, 1), hurts: np.where(channels == 7, 1e-3, 1)}
+
+    def proposed(method, readers, place, current):
+        return Proposal(current.then(Transform(divisors[method].astype(np.float32))), 1.0, 0.5)
+
+    monkeypatch.setattr(rounding, "propose", proposed)
+    model = mq.Model(chain)
+    done = mq.quantize(model, mq.calibrate(model, prompts=2, steps=2), "gptq+smoothquant+rotation-w4a4")
+    stage = next(stage for stage in done.facts["stages"] if stage["stage"] == "blocks.0")
+    tried, errors = stage["transforms"], stage["errors"]
+    assert stage["kept"] == f"calibrated+{helps}"
+    assert stage["error"] == tried[helps]["error"] < min(errors["calibrated"], tried[hurts]["error"])
+    assert tried[helps]["kept"]
+    assert not tried[hurts]["kept"]
+    np.testing.assert_array_equal(done.layers["blocks.0"].act_divisor, divisors[helps])
+
+
 def test_only_the_trial_that_is_learned_from_keeps_what_learning_takes(spiky, calib, monkeypatch):
     """Moments and float64 weights of a stage's layers are half a gigabyte in SD3-Medium's blocks."""
     losers, transform = [], Sweep._transform
