@@ -17,6 +17,7 @@ from mlxquant.layers.turned_norm import TurnedNorm
 
 ROOT = Path(mlxquant.__file__).parent
 MEASURING = {"Tap", "ShownAttention", "HalfLinear", "SoftLinear"}  # in a model only while something is measured
+TRAINED = {"Perceptron"}  # in no model: its weights become a table's
 PLAIN = {"SoftmaxAttention"}  # no parameters, and what MLX computes
 
 
@@ -36,7 +37,7 @@ def test_every_module_of_ours_says_so():
     ours = {kind for kind in found if issubclass(kind, nn.Module) and not kind.__name__.startswith("_")}
     assert TurnedNorm in ours
     assert Tap in ours
-    assert {kind.__name__ for kind in ours if not issubclass(kind, OwnModule)} == MEASURING | PLAIN
+    assert {kind.__name__ for kind in ours if not issubclass(kind, OwnModule)} == MEASURING | TRAINED | PLAIN
 
 
 def test_what_nobody_else_has_is_an_obstacle():

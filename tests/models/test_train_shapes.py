@@ -28,8 +28,8 @@ def test_killed_training_resumes_to_the_same_weights(tmp_path, monkeypatch):
     assert train(tmp_path / "whole").exit_code == 0
     save, saved = train_shapes.TrainingRun.save, []
 
-    def save_once(self, trees):
-        save(self, trees)
+    def save_once(self, trees, **more):
+        save(self, trees, **more)
         saved.append(self.step)
         raise KeyboardInterrupt
 

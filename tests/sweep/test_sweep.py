@@ -317,6 +317,15 @@ def test_weights_of_any_magnitude_have_the_same_codes(tiny):
     assert (usual.scales.dtype, large.scales.dtype) == (mx.float16, mx.float32)
 
 
+def test_a_stage_that_writes_no_numbers_is_named(tiny, monkeypatch):
+    calib = calibrate(tiny)
+    monkeypatch.setattr(
+        QuantizedLinear, "_multiply_quantized", lambda self, x: mx.full((*x.shape[:-1], self.shape[0]), mx.nan)
+    )
+    with pytest.raises(NumericsError, match=r"stage embed, quantized \(rtn\), writes NaN or infinite values; use more"):
+        mq.quantize(tiny, calib, "rtn-w4a16")
+
+
 def test_groups_that_do_not_fit_are_refused_at_once(tiny):
     with pytest.raises(RecipeError, match="groups of 128 do not divide an input width of 32"):
         mq.quantize(tiny, calibrate(tiny), "rtn-w4a16-g128")
