@@ -20,8 +20,12 @@ one JSON object; the exit code is 1 when anything went wrong.
 
 from __future__ import annotations
 
-import json
 import os
+
+os.environ |= {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}  # before NumPy: what has threads cannot be forked
+
+# isort: split
+import json
 import shutil
 import signal
 import sys
