@@ -12,7 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ...errors import AdapterError, ArtifactError, reason
+from ...errors import AdapterError, ArtifactError, reason, shortened
 from ...files import schema
 from ...files.hub import lazy_tensors
 from .checkpoint import fill
@@ -185,8 +185,8 @@ class TextEncoders:
             arrays = kit.model_io.t5_encoder_state_dict_adjustments(lazy_tensors(weights), prefix="")
         except (OSError, ValueError, TypeError, AttributeError, ImportError) as error:
             raise ArtifactError(
-                f"{place}: T5's config or tokenizer cannot be read ({reason(error)}); get them again with"
-                f" '{files.t5_command}'"
+                f"{place}: T5's config or tokenizer cannot be read ({shortened(reason(error), 100)}); get them again"
+                f" with '{files.t5_command}'"
             ) from error
         except KeyError as error:
             raise ArtifactError(
