@@ -42,10 +42,10 @@ FIRST, COUNT = 64, 64  # of the held-out prompts; those before FIRST are for cho
 DRAWS = 3
 EXACT = "full precision"
 ROWS = {
-    "w8a8": "rtn gptq gptq+average gptq+smoothquant+rotation",
+    "w8a8": "rtn gptq gptq+smoothquant+rotation",
     "w4a16": "rtn gptq qronos mixed gptq+smoothquant+rotation+mixed",
     "w4a16-g64": "rtn gptq",
-    "w4a8": """rtn gptq gptq+average qronos quarot gptq+smoothquant gptq+smoothquant+rotation mixed
+    "w4a8": """rtn gptq qronos quarot gptq+smoothquant gptq+smoothquant+rotation mixed
         gptq+smoothquant+rotation+mixed gptq+svd8 svdquant adaround@300 tcaqdm@300 taqdit@300""",
     "w4a4": "rtn gptq gptq+tdq gptq+logsnr gptq+smoothquant+rotation+mixed gptq+smoothquant+rotation+logsnr+mixed",
     "w3a8": "rtn gptq gptq+smoothquant+rotation+mixed",
