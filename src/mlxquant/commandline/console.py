@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from .._interrupt import INTERRUPTED, raise_when_interrupted
 from ..errors import MlxQuantError
-from ..files.atomic import explain
+from ..files.explain import explain
 from .usage import short_usage_errors
 
 Entered = TypeVar("Entered")

@@ -16,7 +16,7 @@ import numpy as np
 from ..errors import ArtifactError, reason
 from ..files import tensor_layout
 from ..files.archives import list_members, read_members
-from ..files.atomic import explain
+from ..files.explain import explain
 from ..numerics.arrays import Array
 
 AGAIN = "download or write it anew"

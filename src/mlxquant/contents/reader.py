@@ -12,8 +12,8 @@ from typing import Any
 from ..api.structure import STRUCTURE as MODEL
 from ..errors import ArtifactError
 from ..files.archives import check_members
-from ..files.atomic import explain
 from ..files.checked import KEY, json_object, read_json, understood, verify_tensors
+from ..files.explain import explain
 from ..files.pickles import refuse_pickle
 from ..files.schema import anything, inside, table_of
 from ..pipeline.activation_stats import KIND as STATISTICS_KIND

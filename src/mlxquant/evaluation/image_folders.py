@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from ..errors import ArtifactError
-from ..files.atomic import explain
+from ..files.explain import explain
 from ..numerics.arrays import Array
 
 SUFFIXES = (".png", ".jpg", ".jpeg")

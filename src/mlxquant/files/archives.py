@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import ArtifactError, reason
-from .atomic import explain
+from .explain import explain
 
 LARGEST = 2**31  # bytes of all compressed members once they are read
 PIECE = 2**20  # bytes that are decompressed at a time

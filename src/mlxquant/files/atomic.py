@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import ArtifactError
-from .explain import explain as explain
+from .explain import explain
 from .lock import Owner, left_by_a_kill, locked
 
 

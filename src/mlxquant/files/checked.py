@@ -21,7 +21,8 @@ import mlx.core as mx
 
 from ..errors import ArtifactError, reason
 from . import tensor_layout
-from .atomic import atomic_file, explain
+from .atomic import atomic_file
+from .explain import explain
 from .schema import MismatchError, Schema, anything, json_value
 from .tensor_layout import DTYPES
 

@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..errors import AdapterError, ArtifactError, reason
-from .atomic import explain
+from .explain import explain
 from .schema import json_value
 
 DESCRIPTIONS = ("model_index.json", "config.json")  # of diffusers' pipelines, of everything else

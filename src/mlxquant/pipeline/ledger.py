@@ -16,9 +16,10 @@ import numpy as np
 from ..errors import ArtifactError
 from ..files import checked
 from ..files.archives import read_members
-from ..files.atomic import atomic_file, ensure_writable, explain
+from ..files.atomic import atomic_file, ensure_writable
 from ..files.blas import Libraries, loaded_blas, same_blas
 from ..files.checked import file_digest, read_json, understood, write_json
+from ..files.explain import explain
 from ..files.schema import Schema, anything, array_of, entries, flag, inside, table_of, text
 from ..numerics.arrays import Array
 

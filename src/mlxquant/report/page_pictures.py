@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import ArtifactError
-from ..files.atomic import explain
+from ..files.explain import explain
 from .page_plots import INK, colour
 from .page_tables import decimals_of, dot, plain
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import CalibrationError
-from ..files.atomic import atomic_file, explain
+from ..files.atomic import atomic_file
+from ..files.explain import explain
 
 LARGEST_SEED = 10**19 - 1  # a key of MLX's random numbers is a uint64
 

@@ -15,8 +15,9 @@ import mlx.core as mx
 
 from ...errors import ArtifactError, reason
 from ...files import checked, tensor_layout
-from ...files.atomic import atomic_file, ensure_writable, explain
+from ...files.atomic import atomic_file, ensure_writable
 from ...files.checked import file_digest, json_object
+from ...files.explain import explain
 from ...files.parameters import load_parameters
 from ...layers.tree import parameters
 from .network import GPT, MODEL_TYPE, GPTConfig
