@@ -14,7 +14,6 @@ from mlxquant.layers.tree import get_module, tapped
 from mlxquant.methods import registry
 from mlxquant.methods.weights.adaround import Settings
 from mlxquant.recipes.grammar import parse_recipe
-from mlxquant.sweep import store
 from mlxquant.sweep.collecting import Collector
 from mlxquant.sweep.folding import divide
 from mlxquant.sweep.inputs import LayerInput, Options, decide_input
@@ -22,6 +21,7 @@ from mlxquant.sweep.sensitivity import measured
 from mlxquant.sweep.streams import ExactStream, Passes, stage_error
 from mlxquant.sweep.sweep import Sweep
 
+from support.killed_sweep import killed_after
 from support.tiny_pictures import tiny_adapter
 
 BLOCK = "multimodal_transformer_blocks.0"
@@ -232,19 +232,8 @@ def test_running_twice_gives_the_same_model(tiny):
 def test_interrupted_sweep_resumes_to_the_same_model(tiny, tmp_path, monkeypatch, stage):
     calib = calibrate(tiny)
     whole = mq.quantize(tiny, calib, "gptq-w4a8")
-    done = []
-    save = store.FolderStore.save
-
-    def stop(self, which, result):
-        if len(done) == stage:
-            raise KeyboardInterrupt
-        done.append(which.name)
-        save(self, which, result)
-
-    monkeypatch.setattr(store.FolderStore, "save", stop)
-    with pytest.raises(KeyboardInterrupt):
+    with killed_after(stage):
         mq.quantize(tiny, calib, "gptq-w4a8", work=tmp_path)
-    monkeypatch.setattr(store.FolderStore, "save", save)
     rebuilt = []
     original = Sweep.quantize
     monkeypatch.setattr(Sweep, "quantize", lambda self, s, *rest: rebuilt.append(s.name) or original(self, s, *rest))

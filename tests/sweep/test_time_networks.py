@@ -9,7 +9,8 @@ from mlxquant.exporters.mlx import structure
 from mlxquant.layers.linear import QuantizedLinear
 from mlxquant.layers.plain import obstacles
 from mlxquant.methods.inputs import time_networks
-from mlxquant.sweep import store
+
+from support.killed_sweep import killed_after
 
 OTHERS = np.linspace(1, 0.3, 7, dtype=np.float32)
 
@@ -45,21 +46,11 @@ def test_a_model_that_was_calibrated_at_few_steps_has_entries_for_others_from_it
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-def test_a_killed_sweep_ends_with_the_same_networks(tiny, tmp_path, monkeypatch, stage):
+def test_a_killed_sweep_ends_with_the_same_networks(tiny, tmp_path, stage):
     calib = mq.calibrate(tiny, prompts=1, steps=3)
     whole = mq.quantize(tiny, calib, "rtn+tdq-w8a8")
-    done, save = [], store.FolderStore.save
-
-    def stop(self, which, result):
-        if len(done) == stage:
-            raise KeyboardInterrupt
-        done.append(which.name)
-        save(self, which, result)
-
-    monkeypatch.setattr(store.FolderStore, "save", stop)
-    with pytest.raises(KeyboardInterrupt):
+    with killed_after(stage):
         mq.quantize(tiny, calib, "rtn+tdq-w8a8", work=tmp_path)
-    monkeypatch.setattr(store.FolderStore, "save", save)
     resumed = arrays(mq.quantize(tiny, calib, "rtn+tdq-w8a8", work=tmp_path))
     assert sum(name.endswith("act_network") for name in resumed) == len(tables(whole))
     assert resumed.keys() == arrays(whole).keys()
