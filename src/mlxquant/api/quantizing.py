@@ -70,7 +70,7 @@ def calibrate(
     samples = adapter.samples if samples is None else samples
     if work is None:
         return trajectories.collect(adapter, some, steps, cfg, progress, samples)
-    with _kept_work(Path(work)):
+    with kept_work(Path(work)):
         return trajectories.collect(adapter, some, steps, cfg, progress, samples, Path(work) / CALIBRATION)
 
 
@@ -131,12 +131,12 @@ def quantize(
     """
     if work is None:
         return _quantize(model, calib, recipe, None, progress, tracks)
-    with _kept_work(Path(work)):
+    with kept_work(Path(work)):
         return _quantize(model, calib, recipe, Path(work), progress, tracks)
 
 
 @contextmanager
-def _kept_work(folder: Path) -> Iterator[None]:
+def kept_work(folder: Path) -> Iterator[None]:
     """Be the only run that keeps its progress in ``folder``, and compute as the one before did."""
     with locked(folder, inside=True), blas_kept_in(folder):
         yield
@@ -152,25 +152,14 @@ def _quantize(
 ) -> QuantizedModel:
     """As ``quantize``, in a folder that is ours."""
     recipe = parse_recipe(recipe) if isinstance(recipe, str) else recipe
-    layers = allocated = plan(model, recipe)
+    layers = plan(model, recipe)
     model.adapter.check_finite()
     if (calib.model, calib.source) != (model.name, model.adapter.fingerprint):
         raise CalibrationError(
             f"the calibration data is of other weights ({calib.model}) than the model's ({model.name}); calibrate this"
             " model"
         )
-    facts: dict[str, Any] = {}
-    if recipe.allocates:
-        weights = {path: linear.weight for path, linear in model.adapter.linears().items()}
-        limit = (
-            planned_bits_per_weight(layers, weights)
-            if recipe.mixed and recipe.bits_per_weight is None
-            else recipe.bits_per_weight
-        )
-        given = allocate(
-            model.adapter, calib, recipe, limit, recipe.bits_per_activation, progress=progress, work=work, plan=layers
-        )
-        recipe, allocated, facts["allocation"] = given.recipe, given.plan, given.facts
+    recipe, allocated, facts = with_bits(model, calib, recipe, layers, work, progress)
     drawn: CalibrationData = calib
     done: QuantizedModel | None = None
     for turn in range(recipe.rounds):
@@ -180,6 +169,31 @@ def _quantize(
         done = _quantize_once(model, drawn, recipe, layers, allocated, facts, folder, progress, tracks)
     assert done is not None
     return done
+
+
+def with_bits(
+    model: Model,
+    calib: CalibrationData,
+    recipe: Recipe,
+    layers: Mapping[str, LayerSpec],
+    work: Path | None,
+    progress: Progress,
+) -> tuple[Recipe, Mapping[str, LayerSpec], dict[str, Any]]:
+    """A recipe, what it means for each layer, and facts on that, once each layer has bits of its own where the recipe
+    wants it.
+    """
+    if not recipe.allocates:
+        return recipe, layers, {}
+    weights = {path: linear.weight for path, linear in model.adapter.linears().items()}
+    limit = (
+        planned_bits_per_weight(layers, weights)
+        if recipe.mixed and recipe.bits_per_weight is None
+        else recipe.bits_per_weight
+    )
+    given = allocate(
+        model.adapter, calib, recipe, limit, recipe.bits_per_activation, progress=progress, work=work, plan=layers
+    )
+    return given.recipe, given.plan, {"allocation": given.facts}
 
 
 def _quantize_once(

@@ -23,8 +23,8 @@ An adapter refuses what its host cannot do with an AdapterError, before anything
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -50,8 +50,14 @@ _digest = ArrayMemory(array_digest)
 
 
 def written(outputs: State, inputs: State) -> list[str]:
-    """What a stage wrote: the keys of its outputs whose array is not the very object that came in."""
-    return [key for key, value in outputs.items() if inputs.get(key) is not value]
+    """What a stage wrote: the keys of its outputs whose array is not the very object that came in. Whole numbers and
+    masks are none of it, for no error can be measured in them.
+    """
+    return [
+        key
+        for key, value in outputs.items()
+        if inputs.get(key) is not value and mx.issubdtype(value.dtype, mx.floating)
+    ]
 
 
 @dataclass(frozen=True)
@@ -136,6 +142,8 @@ class Adapter(ABC):
         rows: How many samples one backward pass through a block may have: what memory allows.
         draws: Whether it draws from noise, by the velocity that it predicts at each noise level; False where it writes
             text.
+        timed: Whether its inputs differ by noise level.
+        weighs: Whether errors inside of it can be weighed by what they change in its prediction.
         place: Where weights that ``module`` does not hold come from: a folder, a hub id, or "" for the usual one.
     """
 
@@ -146,6 +154,8 @@ class Adapter(ABC):
     samples: int | None = None
     rows: int = 16
     draws: bool = True
+    timed: bool = True
+    weighs: bool = True
     place: str = ""
     STRUCTURE: ClassVar[Schema] = anything  # what ``describe`` gives, before ``blank`` builds from it
     _hooks: Mapping[str, StageHook] = MappingProxyType({})  # by stage, set by ``hooked``
@@ -255,6 +265,24 @@ class Adapter(ABC):
                     f"{self.name}: parameter {name} holds {bad} NaN or infinite values of {value.size}; repair the"
                     " checkpoint"
                 )
+
+    def rows_in(self, state: State) -> int:
+        """How many samples a state is of."""
+        return next(iter(state.values())).shape[0]
+
+    def take(self, state: State, rows: slice) -> State:
+        """Some of a state's samples."""
+        return {key: value[rows] for key, value in state.items()}
+
+    def joined(self, states: Sequence[State]) -> State:
+        """The samples of several states in one."""
+        return {key: mx.concatenate([state[key] for state in states]) for key in states[0]}
+
+    def exactly(self) -> AbstractContextManager[object]:
+        """Around a forward pass of the full-precision stream while earlier stages are quantized already: for hosts
+        whose stages run anything of those again.
+        """
+        return nullcontext()
 
     def run(self, state: State, sigma: float | Array) -> State:
         """Send a state through the whole chain.

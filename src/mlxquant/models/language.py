@@ -96,7 +96,7 @@ class LanguageAdapter(Adapter):
         longest: Tokens of a window that the model has positions for; None for one without a table of positions.
     """
 
-    draws = False
+    draws = timed = weighs = False
     batch = 4
     samples = 64
     rows = 4

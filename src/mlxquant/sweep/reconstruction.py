@@ -80,9 +80,8 @@ def _float32(value: mx.array) -> mx.array:
     return value.astype(mx.float32) if mx.issubdtype(value.dtype, mx.floating) else value
 
 
-def _joined(rows: Sequence[tuple[State, int]]) -> State:
-    """Single rows of states as one state in float32."""
-    return {key: mx.concatenate([_float32(state[key][row : row + 1]) for state, row in rows]) for key in rows[0][0]}
+def _float32_state(state: State) -> State:
+    return {key: _float32(value) for key, value in state.items()}
 
 
 class Reconstruction:
@@ -127,7 +126,7 @@ class Reconstruction:
         self.grids = {path: rounded.layer.grid() for path, rounded in goals.items()}
         self._goals = goals
         mx.eval([layer.weight for layer in self._soft.values()])
-        rows = [next(iter(state.values())).shape[0] for state in wanted]
+        rows = [self._adapter.rows_in(state) for state in wanted]
         self._level = mx.array(np.repeat(np.searchsorted(levels, sigmas), rows))
         self._inputs, self._wanted = inputs, wanted
         self._places = [(batch, row) for batch, count in enumerate(rows) for row in range(count)]
@@ -179,8 +178,12 @@ class Reconstruction:
     def samples(self, rows: Iterable[int]) -> tuple[State, State]:
         """Inputs and targets of some samples, counted over all batches, in float32."""
         places = [self._places[row] for row in rows]
-        inputs, wanted = ([(states[batch], row) for batch, row in places] for states in (self._inputs, self._wanted))
-        return _joined(inputs), _joined(wanted)
+        return self._joined(self._inputs, places), self._joined(self._wanted, places)
+
+    def _joined(self, states: Sequence[State], places: Sequence[tuple[int, int]]) -> State:
+        """Single rows of states as one state in float32."""
+        rows = [self._adapter.take(states[batch], slice(row, row + 1)) for batch, row in places]
+        return self._adapter.joined([_float32_state(row) for row in rows])
 
     def loss(
         self, weights: dict[str, mx.array], inputs: State, wanted: State, rows: mx.array, key: mx.array

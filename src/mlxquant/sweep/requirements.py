@@ -17,22 +17,22 @@ def check_model(adapter: Adapter, recipe: Recipe) -> None:
             f"recipe {recipe.name}: the attention of {adapter.name} cannot be opened, so its probabilities stay as they"
             " are; leave 'softmax' out, and 'tcaqdm', which has it"
         )
-    if adapter.draws:
-        return
-    if recipe.sensitivity or recipe.allocates:
+    if not adapter.weighs and (recipe.sensitivity or recipe.allocates):
         raise RecipeError(
             f"recipe {recipe.name} weighs errors by what they change in a velocity, and {adapter.name} writes text;"
             " leave out 'mixed', 'sensitivity', 'tiers', 'taqdit' and average bits, or give layers their bits by"
             " overrides"
         )
     ranges = {spec.activation.range for _, spec in recipe.rules if spec is not None and spec.activation is not None}
-    if timed := sorted(name for name in ranges if registry.get("range", name).over_time):
+    timed = sorted(name for name in ranges if registry.get("range", name).over_time)
+    if timed and not adapter.timed:
         raise RecipeError(
             f"recipe {recipe.name}: {timed[0]!r} is about how inputs change with the noise level, and {adapter.name}"
-            " writes text, without noise; leave it out, or use 'error' or '-token'"
+            " has none that anybody could read; leave it out, use 'error' or '-token', or say how to read it: of a"
+            " recorded module with time="
         )
-    if recipe.rounds > 1:
+    if recipe.rounds > 1 and not adapter.draws:
         raise RecipeError(
             f"recipe {recipe.name} calibrates again on pictures that the quantized model draws, and {adapter.name}"
-            " writes text; leave out 'progressive' and 'tcaqdm'"
+            " draws none by itself; leave out 'progressive' and 'tcaqdm'"
         )

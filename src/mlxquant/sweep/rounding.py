@@ -167,7 +167,7 @@ class Rounding:
         """
         if not self._job.recipe.sequential:
             return [list(self._specs)]
-        job, row = self._job, {key: value[:1] for key, value in self._inputs[0].items()}
+        job, row = self._job, self._job.adapter.take(self._inputs[0], slice(1))
         with job.passes.at(0):
             return levels(job.adapter.module, lambda: self._stage.run(row), self._leader)
 
@@ -205,7 +205,7 @@ class Rounding:
             collector.sigma, collector.exact = job.passes.sigmas[index], {}
             with job.passes.at(index):
                 if cross:
-                    with tapped(job.adapter.module, paths, collector.exact.__setitem__):
+                    with job.adapter.exactly(), tapped(job.adapter.module, paths, collector.exact.__setitem__):
                         mx.eval(self._stage.run(exact[index]))
                 with swapped(job.adapter.module, done), tapped(job.adapter.module, paths, collector):
                     mx.eval(self._stage.run(self._inputs[index]))

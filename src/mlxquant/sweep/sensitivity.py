@@ -31,25 +31,28 @@ from ..files.kept_arrays import Measurements
 from ..layers.tree import get_module, swapped
 from ..models.adapter import Adapter, Stage, State, written
 from ..numerics.arrays import Array
+from .block_errors import block_errors
 from .streams import Passes
 
-LEVELS = "/sigma"  # among tables
+LEVELS, BY_BLOCKS = "/sigma", "/by_blocks"  # among tables
 
 
 @mx.custom_function
 def _gauge(x: mx.array, dial: mx.array) -> Any:
-    """x [B,...,D] unchanged; ``dial`` [B,D] gets as its gradient the squared gradient of x, summed over tokens."""
+    """x [B,...,D] unchanged; ``dial`` [B,D] gets as its gradient the squared gradient of x, summed over tokens, and
+    ``dial`` [1,D] that of all of it.
+    """
     return x
 
 
 @_gauge.vjp
 def _gauge_vjp(primals: Any, cotangent: mx.array, output: mx.array) -> Any:
-    return cotangent, _energy(cotangent)
+    return cotangent, _energy(cotangent, primals[1].shape[0])
 
 
-def _energy(slope: mx.array) -> mx.array:
-    """Squares of a gradient [B,...,D], summed over tokens: [B,D] float32."""
-    return mx.square(slope.astype(mx.float32)).reshape(slope.shape[0], -1, slope.shape[-1]).sum(1)
+def _energy(slope: mx.array, rows: int) -> mx.array:
+    """Squares of a gradient [...,D] of some rows, summed over all but those: [rows,D] float32."""
+    return mx.square(slope.astype(mx.float32)).reshape(rows, -1, slope.shape[-1]).sum(1)
 
 
 class _Gauged(nn.Module):
@@ -60,8 +63,8 @@ class _Gauged(nn.Module):
         self._layer, self._path, self._dials = layer, path, dials
         self.width = layer.weight.shape[0]
 
-    def __call__(self, x: mx.array) -> mx.array:
-        return cast(mx.array, _gauge(self._layer(x), self._dials[self._path]))
+    def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+        return cast(mx.array, _gauge(self._layer(x, *args, **kwargs), self._dials[self._path]))
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,7 @@ class Sensitivity:
     sigma: Array
     stages: dict[str, dict[str, Array]]
     layers: dict[str, Array]
+    by_blocks: bool = False  # costs are relative errors of what blocks write, not errors of the prediction
 
     @classmethod
     def of(cls, tables: Mapping[str, Array]) -> Sensitivity:
@@ -89,6 +93,7 @@ class Sensitivity:
             tables[LEVELS].astype(np.float32),
             stages,
             {path: table for path, table in tables.items() if "/" not in path},
+            BY_BLOCKS in tables,
         )
 
     @property
@@ -97,7 +102,8 @@ class Sensitivity:
         float64.
         """
         wrote = {f"{stage}/{key}": table for stage, tables in self.stages.items() for key, table in tables.items()}
-        return {LEVELS: self.sigma.astype(np.float64), **wrote, **self.layers}
+        how = {BY_BLOCKS: np.ones(1)} if self.by_blocks else {}
+        return {LEVELS: self.sigma.astype(np.float64), **how, **wrote, **self.layers}
 
     def of_stage(self, name: str, sigmas: Iterable[float]) -> dict[str, Array] | None:
         """By written tensor [len(sigmas), D], at the measured levels nearest to ``sigmas``; None for a stage that was
@@ -149,15 +155,15 @@ def measure(
     with swapped(adapter.module, dict(probe.gauged)):
         for index in passes.indices("sensitivity"):
             state, sigma = states[index], float(np.float32(passes.sigmas[index]))
-            count, elements = state["latent"].shape[0], state["latent"][0].size
-            signs = (
-                mx.random.bernoulli(0.5, state["latent"].shape, mx.random.key(seed + index)).astype(mx.float32) * 2 - 1
-            )
+            count = adapter.rows_in(state)
+            with passes.at(index):
+                signs = _signs(probe.predicted(adapter.take(state, slice(1))), count, seed + index)
+            elements = sum(value.size for value in signs.values()) // count
             level = totals.setdefault(sigma, {})
             for start in range(0, count, adapter.rows):
                 some = slice(start, start + adapter.rows)
                 with passes.at(index):
-                    found = probe.costs({k: v[some] for k, v in state.items()}, signs[some])
+                    found = probe.costs(adapter.take(state, some), adapter.take(signs, some))
                 for name, costs in found.items():
                     level[name] = level.get(name, 0.0) + np.array(costs, np.float64).sum(0) / elements
             rows[sigma] = rows.get(sigma, 0) + count
@@ -172,14 +178,24 @@ def measure(
     return Sensitivity.of({LEVELS: np.array(order), **table})
 
 
+def _signs(predicted: State, rows: int, seed: int) -> State:
+    """Random signs in the shapes of what is predicted for one row, but for ``rows``, float32."""
+    key, found = mx.random.key(seed), State()
+    for name, value in predicted.items():
+        shape = (rows * value.shape[0], *value.shape[1:])
+        found[name] = mx.random.bernoulli(0.5, shape, key).astype(mx.float32) * 2 - 1
+        key = mx.random.split(key)[1]  # the first has that of the seed
+    return found
+
+
 class _Probe:
     """One backward pass for some rows. ``gauged`` are the layers to put in place for it, by path."""
 
     def __init__(self, adapter: Adapter, stages: Sequence[Stage], layers: Iterable[str]):
-        self._stages = stages
+        self._adapter, self._stages = adapter, stages
         self._dials: dict[str, mx.array] = {}
         self.gauged = {path: _Gauged(get_module(adapter.module, path), path, self._dials) for path in layers}
-        self.wrote: list[list[str]] = []  # by stage but the last, whose output is the velocity
+        self.wrote: list[list[str]] = []  # by stage but the last, whose output is the prediction
 
     @property
     def names(self) -> list[str]:
@@ -187,20 +203,29 @@ class _Probe:
         stages = [f"{stage.name}/{key}" for stage, keys in zip(self._stages, self.wrote, strict=True) for key in keys]
         return stages + list(self.gauged)
 
-    def costs(self, state: State, signs: mx.array) -> dict[str, mx.array]:
-        """By name the squared gradient of ``velocity * signs`` [rows,H,W,C], summed over tokens: [rows,D] float32.
+    def predicted(self, state: State) -> State:
+        """What the model predicts, not evaluated. The clock must be set."""
+        rows = self._adapter.rows_in(state)
+        self._dials.update({path: mx.zeros((rows, layer.width)) for path, layer in self.gauged.items()})
+        for stage in self._stages:
+            before, state = state, stage.run(state)
+        return {key: state[key] for key in written(state, before)}
+
+    def costs(self, state: State, signs: State) -> dict[str, mx.array]:
+        """By name the squared gradient of the prediction times ``signs``, summed over tokens: [rows,D] float32.
 
         The clock must be set.
         """
         costs: dict[str, mx.array] = {}
-        entered = self._forward(state, len(signs))
-        slopes = {"velocity": signs}
+        rows = self._adapter.rows_in(state)
+        entered = self._forward(state, rows)
+        slopes: dict[str, mx.array] = dict(signs)
         for index in reversed(range(len(self._stages))):
             slopes, inside = self._backward(index, entered.pop(), slopes)
             costs |= inside
             if index:
                 before = self._stages[index - 1].name
-                costs |= {f"{before}/{key}": _energy(slopes[key]) for key in self.wrote[index - 1]}
+                costs |= {f"{before}/{key}": _energy(slopes[key], rows) for key in self.wrote[index - 1]}
             mx.eval(slopes, costs)
         return costs
 
@@ -259,16 +284,24 @@ def measured(
         states: What enters the first of them, one state a batch.
         plan: Paths of the planned layers.
         kept: Where it is kept; what is there already is not measured again.
+
+    Returns:
+        What ``measure`` finds, or, where memory does not suffice for a backward pass or something in the model has no
+        gradient, ``block_errors``; ``by_blocks`` says so.
     """
     if kept is not None and (tables := kept.load(SENSITIVITY)) is not None:
         return Sensitivity.of(tables)
     count, seen, some = min(SENSITIVITY_ROWS, passes.adapter.rows), Counter[float](), list[int]()
     for index, sigma in enumerate(passes.sigmas):
         if seen[sigma] < SENSITIVITY_ROWS:
-            seen[sigma] += min(count, next(iter(states[index].values())).shape[0])
+            seen[sigma] += min(count, passes.adapter.rows_in(states[index]))
             some.append(index)
-    few = OnDemand(lambda index: {key: value[:count] for key, value in states[some[index]].items()}, range(len(some)))
-    found = measure(passes.some(some), stages, few, plan)
+    few = OnDemand(lambda index: passes.adapter.take(states[some[index]], slice(count)), range(len(some)))
+    try:
+        found = measure(passes.some(some), stages, few, plan)
+    except (MemoryError, RuntimeError, ValueError):  # MLX's own: no memory, or no gradient of something
+        levels, tables = block_errors(passes.some(some), stages, few, plan)
+        found = Sensitivity.of({LEVELS: levels, BY_BLOCKS: np.ones(1), **tables})
     if kept is not None:
         kept.save(SENSITIVITY, found.tables)
     return found

@@ -5,7 +5,7 @@ and how far another is from it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -28,6 +28,7 @@ class Passes:
     sigmas: Sequence[float]
     progress: Progress = silent
     sides: int = 1
+    exact: bool = False  # of the full-precision stream, beside a model that is quantized already
 
     def __len__(self) -> int:
         return len(self.sigmas)
@@ -40,9 +41,11 @@ class Passes:
         """The places of all batches, with a progress bar."""
         return self.progress(range(len(self)), label)
 
-    def at(self, index: int) -> AbstractContextManager[object]:
+    @contextmanager
+    def at(self, index: int) -> Iterator[None]:
         """The model's clock shows the noise level of this batch inside."""
-        return self.adapter.clock.at(self.sigmas[index])
+        with self.adapter.clock.at(self.sigmas[index]), self.adapter.exactly() if self.exact else nullcontext():
+            yield
 
     def one(self, stage: Stage, index: int, state: State) -> State:
         """What the stage writes for one batch, evaluated."""
@@ -84,7 +87,7 @@ class ExactStream:
     """
 
     def __init__(self, passes: Passes, states: Sequence[State], both: bool = True):
-        self._passes, self._both = passes, both
+        self._passes, self._both = replace(passes, exact=True), both
         self._states, self._inputs = states, states
 
     def targets(self, stage: Stage) -> list[State]:

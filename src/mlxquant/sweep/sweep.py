@@ -148,6 +148,8 @@ class Sweep:
             **report,
             "errors": {trial.name: trial.error for trial in tried},
         }
+        if self._job.sensitivity is not None and self._job.sensitivity.by_blocks:
+            facts["weighed"] = "block errors"  # there was no gradient
         return StageResult(best.layers, facts, best.outputs, best.attentions)
 
     def _transform(
