@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .api.loading import load
     from .api.model import Model, QuantizedModel
     from .api.quantizing import calibrate, calibrate_text, compare, quantize
+    from .api.recorded import quantize_module
     from .errors import MlxQuantError
     from .exporters.targets import export
     from .layers.convolutions import QuantizedConv1d, QuantizedConv2d
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from .layers.quantizer import Quantizer
     from .layers.weight_only import W8A16Linear, W8A16LinearLayer
     from .models.gpt.network import GPT
+    from .models.recorded.recording import recording
     from .recipes.citations import citation
     from .recipes.grammar import parse_recipe
     from .recipes.recipe import Recipe
@@ -72,7 +74,9 @@ HOMES = {  # what users import from here, and where it stands
     "parse_recipe": "recipes.grammar",
     "quantize": "api.quantizing",
     "quantize_linears": "layers.quantize_linears",
+    "quantize_module": "api.recorded",
     "read_prompts": "sampling.prompts",
+    "recording": "models.recorded.recording",
     "save_module": "layers.module_files",
 }
 __all__ = [
@@ -101,7 +105,9 @@ __all__ = [
     "parse_recipe",
     "quantize",
     "quantize_linears",
+    "quantize_module",
     "read_prompts",
+    "recording",
     "save_module",
 ]
 

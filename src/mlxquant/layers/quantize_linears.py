@@ -27,7 +27,7 @@ from ..recipes.patterns import Pattern, as_list, first, require_matches
 from .kinds import Kind, kind_of
 from .packed import QuantizedLayer
 from .sizes import KeptLayer, LayerSize, SizeReport, is_hidden, is_packed, stored_bytes, weight_count
-from .tree import module_of, parameters, set_module
+from .tree import get_module, module_of, parameters, set_module
 
 Predicate = Callable[[str, nn.Module], bool | Mapping[str, Any]]
 
@@ -299,6 +299,26 @@ def _share_codes(chosen: Sequence[Held], layers: Sequence[QuantizedLayer]) -> No
     for one, layer in zip(chosen, layers, strict=True):
         twin = twins.setdefault((id(one.module.weight), layer.format), layer)
         layer.share_integers(twin)
+
+
+def layer_sizes(model: nn.Module, originals: Mapping[str, nn.Module]) -> tuple[LayerSize, ...]:
+    """What became of layers that were replaced, by path the ones that there were."""
+    return tuple(
+        _size(Held(layer, (path,), kind_of(layer)), get_module(model, path)) for path, layer in originals.items()
+    )
+
+
+def kept_layers(model: nn.Module, reasons: Mapping[str, str]) -> tuple[KeptLayer, ...]:
+    """Modules with matrices of their own that are not quantized, and why, where ``reasons`` do not say it by path: the
+    recipe kept what it could have taken.
+    """
+    kept = []
+    for one in find_held(model):
+        if is_packed(one.module) or not (nbytes := _matrix_bytes(one.module)):
+            continue
+        reason = "the recipe keeps it" if one.kind else f"no quantized form of {type(one.module).__name__} here"
+        kept.append(KeptLayer(one.path, type(one.module).__name__, nbytes, reasons.get(one.path, reason)))
+    return tuple(kept)
 
 
 def _size(one: Held, layer: nn.Module) -> LayerSize:

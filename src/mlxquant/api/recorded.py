@@ -1,0 +1,165 @@
+"""Quantize any module in place, from what it was seen to do: ``quantize_module``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.nn as nn
+
+from ..calibration.recorded import RecordedCalibration
+from ..errors import CalibrationError
+from ..files import checked
+from ..layers.quantize_linears import kept_layers, layer_sizes
+from ..layers.sizes import SizeReport, stored_bytes, weight_count
+from ..layers.timed import Time, keep_time
+from ..layers.tree import get_module, module_of, set_module
+from ..models.recorded.adapter import RecordedAdapter
+from ..models.recorded.recording import Recording
+from ..progress import Progress, silent
+from ..recipes.grammar import parse_recipe
+from ..recipes.recipe import Recipe
+from ..sweep.store import FolderStore
+from ..sweep.sweep import sweep
+from .model import Model
+from .plan import plan
+from .quantizing import kept_work, with_bits
+
+
+@dataclass(frozen=True)
+class ModuleReport:
+    """What ``quantize_module`` did; prints as a table.
+
+    Attributes:
+        recipe: Its name.
+        sizes: Bytes before and after, the error of each weight, and why other layers stayed.
+        blocks: The blocks between which the module was cut, in the order in which they run.
+        whole: Why it was run whole and not block by block; "" where it was cut.
+        calls: How many recorded calls it was calibrated on.
+        stages: What was tried and kept, a dictionary of plain data for each stage.
+        weighed: How errors were weighed, where the recipe wants that: "gradient" of what the module returns, or "block
+            errors" where no gradient could be had; "" where they were not.
+        facts: What else there is to say of how it came about, as plain data.
+    """
+
+    recipe: str
+    sizes: SizeReport
+    blocks: tuple[str, ...]
+    whole: str
+    calls: int
+    stages: list[dict[str, Any]]
+    weighed: str
+    facts: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain data."""
+        return {**asdict(self), "sizes": self.sizes.facts, "blocks": list(self.blocks)}
+
+    def __str__(self) -> str:
+        cut = f"run whole, since {self.whole}" if self.whole else f"cut into {len(self.blocks)} blocks"
+        weighed = f", errors weighed by {self.weighed}" if self.weighed else ""
+        return f"{self.recipe} on {self.calls} calls, {cut}{weighed}\n{self.sizes}"
+
+
+def quantize_module(
+    module: nn.Module,
+    seen: Recording,
+    recipe: str | Recipe,
+    *,
+    blocks: Iterable[str] | None = None,
+    time: Time | None = None,
+    roles: Mapping[str, str] | None = None,
+    work: str | Path | None = None,
+    progress: Progress = silent,
+) -> ModuleReport:
+    """Quantize a module in place by any recipe, calibrated on recorded calls.
+
+    The module is cut between its blocks and goes through the same sweep as every model here: two streams of hidden
+    states side by side, gates that keep nothing which judges worse than rounding to nearest. Afterwards it runs in the
+    pipeline that it came from; ``save_module`` writes it, ``load_module`` puts what was written into a fresh one. After
+    an error, or Ctrl-C, it is as it was.
+
+    Args:
+        module: The module in full precision; it is changed.
+        seen: What ``recording`` kept of its calls.
+        recipe: A recipe or its name, such as ``"gptq-w4a16-g64"``.
+        blocks: Paths of the modules between which it is cut; None for those in the module's own lists, () for none: it
+            then runs whole for each step of the sweep, which is slow.
+        time: Called with the arguments of a call, returns its noise level in [0,1], such as ``lambda x, t: t / 1000``.
+            With it static tables have an entry a noise level, and the module sets its clock by it from now on.
+        roles: What layers are for ("attention", "mlp", "modulation", "embedder" or "output"), by path, where the guess
+            is not wanted; recipes treat the last three with care.
+        work: A folder that keeps finished stages; a killed run goes on from there and ends with the same bytes.
+        progress: Wraps stages and batches, and shows how far the run is.
+
+    Returns:
+        What was done.
+
+    Raises:
+        AdapterError: There are no blocks, or the calls are not computed again as they were recorded.
+        CalibrationError: Nothing was recorded, or of another module; ``time`` gives no noise level.
+        RecipeError: The recipe is unknown, does not fit the module, or wants a clock without ``time``.
+        NumericsError: Weights or inputs hold NaN or infinite values.
+        ArtifactError: ``work`` cannot be written, is another run's, or what it holds is damaged.
+
+    Examples:
+        >>> import mlx.core as mx, mlx.nn as nn
+        >>> import mlxquant as mq
+        >>> class Net(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.blocks = [nn.Sequential(nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 64)) for _ in range(2)]
+        ...     def __call__(self, x):
+        ...         for block in self.blocks:
+        ...             x = x + block(x)
+        ...         return x
+        >>> net = Net()
+        >>> with mq.recording(net) as seen:
+        ...     y = net(mx.random.normal((2, 5, 64)))
+        >>> report = mq.quantize_module(net, seen, "gptq-w4a16-g64")
+        >>> report.blocks
+        ('blocks.0', 'blocks.1')
+    """
+    module = module_of(module)
+    if seen.module is not module:
+        raise CalibrationError(
+            f"the recording is of another module (a {type(seen.module).__name__}) than the one to quantize (a"
+            f" {type(module).__name__}); pass the very module that was recorded"
+        )
+    recipe = parse_recipe(recipe) if isinstance(recipe, str) else recipe
+    adapter = RecordedAdapter(seen, blocks, time, roles)
+    folder = None if work is None else Path(work)
+    with nullcontext() if folder is None else kept_work(folder):
+        return _quantize(adapter, recipe, folder, progress)
+
+
+def _quantize(adapter: RecordedAdapter, recipe: Recipe, work: Path | None, progress: Progress) -> ModuleReport:
+    model, calib = Model(adapter), RecordedCalibration(adapter)
+    layers = plan(model, recipe)
+    adapter.check_finite()
+    module, before = adapter.module, stored_bytes(adapter.module)
+    weights, reasons = weight_count(module), dict.fromkeys(adapter.unreached, "no recorded call reached it")
+    given, allocated, facts = with_bits(model, calib, recipe, layers, work, progress)
+    made = {**facts, "recipe": given.to_dict(), "calibration": calib.record, "blocks": [s.name for s in adapter.stages]}
+    store = None if work is None else FolderStore(work, checked.digest(made | checked.versions()))
+    originals = {path: get_module(module, path) for path in allocated}
+    try:
+        stages = sweep(adapter, calib, given, store, progress, work, allocated)
+    except BaseException:
+        for path, layer in originals.items():
+            set_module(module, path, layer)
+        raise
+    if adapter.time is not None:
+        keep_time(module, adapter.clock, adapter.time)
+    weighed = ""
+    if given.sensitivity:
+        by_blocks = any(stage.get("weighed") for stage in stages)
+        weighed = "block errors" if by_blocks else "gradient"
+    sizes = SizeReport(
+        layer_sizes(module, originals), kept_layers(module, reasons), before, stored_bytes(module), weights
+    )
+    names = tuple(stage.name for stage in adapter.blocks)
+    return ModuleReport(recipe.name, sizes, names, adapter.broken, len(adapter.seen), stages, weighed, made)

@@ -1,0 +1,59 @@
+"""A module's own blocks: between what it is cut."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import mlx.nn as nn
+
+from ...errors import AdapterError
+
+
+def find_blocks(module: nn.Module, is_layer: Callable[[nn.Module], bool]) -> dict[str, nn.Module]:
+    """A module's own blocks by path: what stands in the outermost lists of modules with layers inside.
+
+    Args:
+        module: The module.
+        is_layer: Whether a module is a layer, which is no block.
+    """
+    found: dict[str, nn.Module] = {}
+
+    def holds_layers(part: Any) -> bool:
+        return isinstance(part, nn.Module) and not is_layer(part) and any(is_layer(m) for m in part.modules())
+
+    def walk(part: Any, path: str) -> None:
+        if isinstance(part, list) and any(holds_layers(one) for one in part):
+            for index, one in enumerate(part):
+                if isinstance(one, nn.Module) and not is_layer(one):
+                    found[f"{path}.{index}"] = one
+                elif isinstance(one, (list, dict)):
+                    walk(one, f"{path}.{index}")
+            return
+        items = (
+            part.children().items()
+            if isinstance(part, nn.Module)
+            else part.items()
+            if isinstance(part, dict)
+            else enumerate(part)
+            if isinstance(part, list)
+            else ()
+        )
+        for key, value in items:
+            if isinstance(value, (nn.Module, list, dict)) and not (isinstance(value, nn.Module) and is_layer(value)):
+                walk(value, f"{path}.{key}" if path else str(key))
+
+    walk(module, "")
+    return found
+
+
+def require_blocks(module: nn.Module, paths: Iterable[str], modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """The modules at these paths; raises AdapterError where one is none, or stands inside of another."""
+    paths = list(paths)
+    if unknown := [path for path in paths if path not in modules]:
+        raise AdapterError(
+            f"blocks: {type(module).__name__} has no module {unknown[0]!r}; it has {', '.join(list(modules)[:8])} …"
+        )
+    if inner := [path for path in paths if any(path.startswith(f"{other}.") for other in paths)]:
+        raise AdapterError(f"blocks: {inner[0]!r} stands inside of another block; name outer or inner ones")
+    return {path: modules[path] for path in paths}
