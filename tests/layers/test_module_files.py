@@ -12,6 +12,7 @@ from mlxquant.errors import ArtifactError
 from mlxquant.files.checked import read_tensors, write_tensors
 from mlxquant.grids.tables import ActivationTable
 from mlxquant.grids.time import Clock
+from mlxquant.layers.attention import QuantizedAttention
 from mlxquant.layers.linear import QuantizedLinear
 from mlxquant.layers.module_files import load_module, save_module
 from mlxquant.layers.weight_only import W8A16Linear
@@ -197,12 +198,22 @@ def test_an_unknown_class_is_refused(tmp_path):
         load_module(vision(), tmp_path / "later.safetensors")
 
 
-def test_activation_tables_are_not_saved_without_their_clock(tmp_path):
-    model = vision()
+def test_a_table_of_one_entry_comes_back_without_a_clock(tmp_path):
+    model, fresh = vision(), vision()
     mq.quantize_linears(model)
-    table = ActivationTable(np.array([0.5]), np.array([0.1]), np.zeros((1, 1)), np.array([8]))
+    table = ActivationTable(np.array([0.0]), np.array([0.1]), np.zeros((1, 1)), np.array([8]))
     assert isinstance(model.layers[0], QuantizedLinear)
-    model.layers[0].set_activations(table, Clock())
-    with pytest.raises(ArtifactError, match=r"layer layers\.0 quantizes its input at each timestep"):
+    model.layers[0].set_activations(table, Clock(0.0))
+    load_module(fresh, save_module(model, tmp_path / "model.safetensors"))
+    x = mx.random.normal((2, model.layers[0].width))
+    assert fresh.layers[0].table.step == model.layers[0].table.step
+    np.testing.assert_array_equal(np.array(fresh.layers[0](x)), np.array(model.layers[0](x)))
+
+
+def test_quantized_attention_is_not_saved(tmp_path):
+    model = vision()
+    table = ActivationTable(np.array([0.5]), np.array([0.1]), np.zeros((1, 1)), np.array([8]))
+    model.attention = QuantizedAttention(table, Clock())
+    with pytest.raises(ArtifactError, match="attention is a QuantizedAttention, which this file cannot hold"):
         save_module(model, tmp_path / "model.safetensors")
     assert not list(tmp_path.iterdir())

@@ -19,6 +19,7 @@ from ..layers.timed import Time, keep_time
 from ..layers.tree import get_module, module_of, set_module
 from ..models.recorded.adapter import RecordedAdapter
 from ..models.recorded.recording import Recording
+from ..models.recorded.watching import uncompiled
 from ..progress import Progress, silent
 from ..recipes.grammar import parse_recipe
 from ..recipes.recipe import Recipe
@@ -130,10 +131,9 @@ def quantize_module(
             f" {type(module).__name__}); pass the very module that was recorded"
         )
     recipe = parse_recipe(recipe) if isinstance(recipe, str) else recipe
-    adapter = RecordedAdapter(seen, blocks, time, roles)
     folder = None if work is None else Path(work)
-    with nullcontext() if folder is None else kept_work(folder):
-        return _quantize(adapter, recipe, folder, progress)
+    with uncompiled(), nullcontext() if folder is None else kept_work(folder):
+        return _quantize(RecordedAdapter(seen, blocks, time, roles), recipe, folder, progress)
 
 
 def _quantize(adapter: RecordedAdapter, recipe: Recipe, work: Path | None, progress: Progress) -> ModuleReport:
@@ -141,7 +141,7 @@ def _quantize(adapter: RecordedAdapter, recipe: Recipe, work: Path | None, progr
     layers = plan(model, recipe)
     adapter.check_finite()
     module, before = adapter.module, stored_bytes(adapter.module)
-    weights, reasons = weight_count(module), dict.fromkeys(adapter.unreached, "no recorded call reached it")
+    weights, reasons = weight_count(module), adapter.left_out
     given, allocated, facts = with_bits(model, calib, recipe, layers, work, progress)
     made = {**facts, "recipe": given.to_dict(), "calibration": calib.record, "blocks": [s.name for s in adapter.stages]}
     store = None if work is None else FolderStore(work, checked.digest(made | checked.versions()))
@@ -155,8 +155,8 @@ def _quantize(adapter: RecordedAdapter, recipe: Recipe, work: Path | None, progr
     if adapter.time is not None:
         keep_time(module, adapter.clock, adapter.time)
     weighed = ""
-    if given.sensitivity:
-        by_blocks = any(stage.get("weighed") for stage in stages)
+    if given.sensitivity or recipe.allocates:
+        by_blocks = any(one.get("weighed") for one in (facts.get("allocation", {}), *stages))
         weighed = "block errors" if by_blocks else "gradient"
     sizes = SizeReport(
         layer_sizes(module, originals), kept_layers(module, reasons), before, stored_bytes(module), weights

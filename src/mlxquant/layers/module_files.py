@@ -17,14 +17,17 @@ import mlx.nn as nn
 from ..errors import AdapterError, ArtifactError
 from ..files import schema
 from ..files.checked import read_tensors, understood, write_tensors
+from ..grids.time import Clock
 from .kinds import find_layers, rebuilt, refresh, structure
-from .linear import QuantizedLinear
 from .names import WEIGHT
+from .own import QuantizedModule
 from .packed import QuantizedLayer
 from .sizes import is_hidden
+from .timed import Time, keep_time
 from .tree import get_module, parameters, set_module
 
 KIND = "quantized-module"
+STILL = 0.0  # what the clock of a module shows whose tables have one entry
 HEADER = schema.entries(
     {
         **dict.fromkeys(("layers", "layers_that_share"), schema.table_of(structure)),
@@ -34,7 +37,8 @@ HEADER = schema.entries(
 
 
 def save_module(model: nn.Module, path: str | Path) -> Path:
-    """Write a module that ``quantize_linears`` quantized as one safetensors file; equal modules give equal bytes.
+    """Write a module that ``quantize_linears`` or ``quantize_module`` quantized as one safetensors file; equal modules
+    give equal bytes.
 
     An array or a layer that is used at several places is written once.
 
@@ -46,10 +50,15 @@ def save_module(model: nn.Module, path: str | Path) -> Path:
         The file.
 
     Raises:
-        ArtifactError: When the module holds what the file cannot: activation tables, whose clock belongs to a sampler,
-            or dtypes that are not stored.
+        ArtifactError: When the module holds what the file cannot: quantized attention, or dtypes that are not stored.
     """
     path = Path(path)
+    for place, module in model.named_modules():
+        if isinstance(module, QuantizedModule) and not isinstance(module, QuantizedLayer):
+            raise ArtifactError(
+                f"{path}: {place} is a {type(module).__name__}, which this file cannot hold; save the model that"
+                " mlxquant.quantize returned, or quantize without 'softmax'"
+            )
     arrays: dict[str, mx.array] = {}
     same_arrays: dict[str, str] = {}
     names: dict[int, str] = {}
@@ -62,10 +71,6 @@ def save_module(model: nn.Module, path: str | Path) -> Path:
     same_layers: dict[str, str] = {}
     places: dict[int, str] = {}
     for place, module in sorted(find_layers(model).items(), key=lambda found: (is_hidden(found[0]), found[0])):
-        if isinstance(module, QuantizedLinear) and module.table is not None:
-            raise ArtifactError(
-                f"{path}: layer {place} quantizes its input at each timestep; save the model that mq.quantize returned"
-            )
         if (at := places.setdefault(id(module), place)) == place:
             kind = "layers" if f"{place}.{WEIGHT}" in arrays else "layers_that_share"
             facts[kind][place] = {"class": type(module).__name__, **module.facts}
@@ -75,26 +80,36 @@ def save_module(model: nn.Module, path: str | Path) -> Path:
     return path
 
 
-def load_module(model: nn.Module, path: str | Path) -> nn.Module:
+def load_module(model: nn.Module, path: str | Path, time: Time | None = None) -> nn.Module:
     """Make a freshly built model, in full precision, the one that ``save_module`` wrote.
 
     Args:
         model: The module, built as it was before it was quantized; it is changed.
         path: The file.
+        time: Called with the arguments of a call of the model, returns its noise level in [0,1], as ``quantize_module``
+            was given it; needed where layers have a table for each noise level.
 
     Returns:
         The model.
 
     Raises:
-        ArtifactError: On a missing, damaged or foreign file, and on another model; then the model is as it was.
+        ArtifactError: On a missing, damaged or foreign file, on another model, and on tables that want a ``time`` that
+            is not given; then the model is as it was.
     """
     path = Path(path)
     arrays, header = read_tensors(path, KIND, schema=HEADER)
     with understood(path, "write it anew"):
         facts = header["layers"] | header["layers_that_share"]
-        layers = {place: rebuilt(some, None) for place, some in facts.items()}
+        levels = max((some["table"][0] for some in facts.values() if some.get("table")), default=0)
+        clock = Clock(None if time is not None else STILL)
+        layers = {place: rebuilt(some, clock if some.get("table") else None) for place, some in facts.items()}
         layers.update({place: layers[at] for place, at in header["same_layers"].items()})
         arrays.update({name: arrays[at] for name, at in header["same_arrays"].items()})
+    if levels > 1 and time is None:
+        raise ArtifactError(
+            f"{path}: its layers have tables of {levels} noise levels; pass time=, which reads the level of a call from"
+            " its arguments, as mlxquant.quantize_module was given it"
+        )
     for place, layer in layers.items():
         _require_fit(path, model, place, layer)
     _require_parameters(path, model, layers, arrays)
@@ -102,6 +117,8 @@ def load_module(model: nn.Module, path: str | Path) -> nn.Module:
         set_module(model, place, layer)
     model.load_weights(list(arrays.items()))
     refresh(model)
+    if levels and time is not None:
+        keep_time(model, clock, time)
     return model
 
 

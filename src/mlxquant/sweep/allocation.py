@@ -68,17 +68,19 @@ class Survey:
     weight: Array
     input: Array | None
     work: float
+    by_blocks: bool = False  # errors are of what blocks write, since there was no gradient
 
     @classmethod
     def of(cls, path: str, tables: Mapping[str, Array]) -> Survey:
         """A layer's, from what ``tables`` gave."""
-        return cls(tables[f"{path}/weight"], tables.get(f"{path}/input"), float(tables[f"{path}/work"][0]))
+        work, by_blocks = float(tables[f"{path}/work"][0]), f"{path}/by_blocks" in tables
+        return cls(tables[f"{path}/weight"], tables.get(f"{path}/input"), work, by_blocks)
 
     def tables(self, path: str) -> dict[str, Array]:
         """Named as those of the layer at ``path``."""
-        own = {"weight": self.weight, "work": np.array([self.work])} | (
-            {} if self.input is None else {"input": self.input}
-        )
+        own = {"weight": self.weight, "work": np.array([self.work])}
+        own |= {} if self.input is None else {"input": self.input}
+        own |= {"by_blocks": np.ones(1)} if self.by_blocks else {}
         return {f"{path}/{name}": table for name, table in own.items()}
 
 
@@ -144,6 +146,8 @@ def allocate(
         "bits_per_weight": 8 * sum(row["bytes"] for row in report.values()) / count,
         "layers": report,
     }
+    if any(one.by_blocks for one in surveys.values()):
+        facts["weighed"] = "block errors"
     if bits_per_activation is not None:
         specs, inputs = limit_inputs(specs, surveys, bits_per_activation)
         for path, row in inputs.items():
@@ -264,7 +268,7 @@ def survey(
                 by_output = costs.of_outputs(path, seen.ranges.sigma)
                 layer = LayerInput.of(spec.activation, seen.ranges, weight, by_output)
                 on_input = errors_by_tier(layer, spec.activation, after.get(path, ""))
-            found[path] = Survey(on_weight, on_input, float(seen.moments.count * weight.size))
+            found[path] = Survey(on_weight, on_input, float(seen.moments.count * weight.size), costs.by_blocks)
         kept.save(stage.name, {name: table for path in paths for name, table in found[path].tables(path).items()})
     return {path: found[path] for path in plan}
 

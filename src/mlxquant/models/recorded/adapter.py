@@ -79,6 +79,7 @@ class RecordedAdapter(Adapter):
         self._roles_given = dict(roles or {})
         self._widens = True
         self.broken = ""  # why the module is not cut, if it is not
+        self.left_out: dict[str, str] = {}  # layers that cannot be quantized, by path, and why
         self.chain: Chain | None = None
         self._skeletons: list[Skeleton] = []
         self._reached = self._find_reached()
@@ -105,9 +106,22 @@ class RecordedAdapter(Adapter):
         return id(module) in self._layer_ids
 
     def _find_reached(self) -> dict[str, tuple[int, ...]]:
-        """The layers that a call reaches, with the shape of their first input, from the first recorded call."""
+        """The layers that calls reach, with the shape of their first input; fills ``left_out``."""
         every = super().linears()
         self._layer_ids = {id(layer) for layer in every.values()}
+        places = dict[int, dict[tuple[int, str], str]]()
+        for path, layer in every.items():
+            parent, _, name = path.rpartition(".")
+            holder = get_module(self.module, parent) if parent else self.module
+            places.setdefault(id(layer), {}).setdefault((id(holder), name), path)
+        self.left_out = {
+            path: f"one layer at several places: {', '.join(found.values())}"
+            for found in places.values()
+            if len(found) > 1
+            for path in found.values()
+        }
+        once = {path for found in places.values() if len(found) == 1 for path in found.values()}
+        every = {path: layer for path, layer in every.items() if path in once}
         shapes: dict[str, tuple[int, ...]] = {}
 
         def note(path: str, args: tuple[Any, ...], kwargs: dict[str, Any], run: Callable[[], Any]) -> Any:
@@ -118,6 +132,7 @@ class RecordedAdapter(Adapter):
             call = self.seen[index]
             with uncompiled(), watched(every, note):
                 self.module(*call.args, **call.kwargs)  # never evaluated
+        self.left_out |= {path: "no recorded call reached it" for path in every if path not in shapes}
         return shapes
 
     def _cut(self, found: dict[str, nn.Module]) -> None:
@@ -137,13 +152,8 @@ class RecordedAdapter(Adapter):
             self.chain = chain
 
     def linears(self) -> dict[str, nn.Linear]:
-        """Layers that recorded calls reach; ``unreached`` are the others."""
+        """Layers that recorded calls reach, each at one place."""
         return {path: layer for path, layer in super().linears().items() if path in self._reached}
-
-    @property
-    def unreached(self) -> list[str]:
-        """Layers that no call reached: their inputs are unknown."""
-        return [path for path in super().linears() if path not in self._reached]
 
     @property
     def stages(self) -> tuple[Stage, ...]:

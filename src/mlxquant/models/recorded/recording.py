@@ -9,7 +9,9 @@ limit of memory lie in a folder of safetensors files.
 from __future__ import annotations
 
 import copy
+import shutil
 import tempfile
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -75,7 +77,6 @@ class Recording:
         self.module, self.seen = module, 0
         self._samples, self._limit = samples, int(memory * 1e9)
         self._folder = folder
-        self._temporary: tempfile.TemporaryDirectory[str] | None = None
         self._kept: list[_Kept] = []
         self._random = np.random.default_rng(0)
         self._in_memory = 0
@@ -147,8 +148,8 @@ class Recording:
             mx.eval(values)
         except (ValueError, RuntimeError) as error:
             raise CalibrationError(
-                f"{where}: its arrays have no values ({error}); record outside of mx.grad, mx.vmap and functions that"
-                " are being compiled"
+                f"{where}: its arrays have no values ({error}); record outside of mx.vmap and of functions that are"
+                " being compiled"
             ) from error
         wrote = [value for value in arrays(result).values() if mx.issubdtype(value.dtype, mx.floating)]
         if not wrote:
@@ -160,8 +161,8 @@ class Recording:
 
     def _write(self, kept: _Kept) -> None:
         if self._folder is None:
-            self._temporary = tempfile.TemporaryDirectory(prefix="mlxquant-recording-")
-            self._folder = Path(self._temporary.name)
+            self._folder = Path(tempfile.mkdtemp(prefix="mlxquant-recording-"))
+            weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         self._folder.mkdir(parents=True, exist_ok=True)
         file = self._folder / f"{kept.number:06d}.safetensors"
         write_tensors(file, KIND, {f"{place:04d}": value for place, value in enumerate(kept.values)}, {})
