@@ -145,6 +145,39 @@ class WritesInto(nn.Module):
         return h
 
 
+class Louder(Block):
+    """Calls what it is derived from."""
+
+    def __call__(self, x, c=None):
+        return 1.5 * super().__call__(x, c)
+
+
+class PassesOn(nn.Module):
+    """Blocks of a class and of one derived from it; what they pass on unchanged is read at the end, and the module
+    returns what the last one wrote as well.
+    """
+
+    def __init__(self, width=16):
+        super().__init__()
+        self.embed, self.blocks = nn.Linear(6, width), [Both(width), Both(width, Louder)]
+        self.out = nn.Linear(width, 6)
+
+    def __call__(self, x):
+        h, beside = self.embed(x), 2 * self.embed(x)
+        for block in self.blocks:
+            h, beside = block(h, beside)
+        return self.out(h + beside), h
+
+
+class Both(nn.Module):
+    def __init__(self, width, kind=Block):
+        super().__init__()
+        self.inner = kind(width)
+
+    def __call__(self, h, beside):
+        return self.inner(h), beside
+
+
 class Compiled(nn.Module):
     """Calls its network from a compiled function, as hosts do."""
 

@@ -32,11 +32,7 @@ class RecordedCalibration:
     @property
     def record(self) -> dict[str, Any]:
         """All that it depends on, as plain data."""
-        return {"model": self.model, **self.adapter.seen.record, "levels": len(set(self._sigmas))}
-
-    @property
-    def _sigmas(self) -> list[float]:
-        return [self.adapter.sigma(index) for index in range(len(self.adapter.seen))]
+        return {"model": self.model, **self.adapter.seen.record, "levels": len(set(self.adapter.sigmas))}
 
     @property
     def sides(self) -> int:
@@ -46,11 +42,11 @@ class RecordedCalibration:
     @property
     def level_samples(self) -> int:
         """The most calls at one noise level."""
-        return max(Counter(self._sigmas).values())
+        return max(Counter(self.adapter.sigmas).values())
 
     def batches(self, adapter: Adapter, size: int | None = None) -> tuple[list[float], OnDemand]:
         """The noise level of each call, and what enters the chain for it."""
-        return self._sigmas, OnDemand(self.adapter.state, range(len(self.adapter.seen)))
+        return self.adapter.sigmas, OnDemand(self.adapter.state, range(len(self.adapter.seen)))
 
     def judged(self, count: int) -> range:
         """All calls."""

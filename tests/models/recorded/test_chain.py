@@ -27,7 +27,7 @@ def time(seed, rows=2):
 
 def inputs(kind):
     """Two calls of different shapes."""
-    if kind is anybody.Plain:
+    if kind in (anybody.Plain, anybody.PassesOn):
         return [((tokens(0, width=6),), {}), ((tokens(1, 1, 9, 6),), {})]
     if kind is anybody.Conditioned:
         return [((tokens(s, 2, 4 + s, 6), tokens(9 + s, 2, 3, 5)), {"t": time(s)}) for s in range(2)]
@@ -45,6 +45,8 @@ BLOCKS = {
     anybody.Conditioned: ["double.0", "double.1", "single.0", "single.1"],
     anybody.Skips: ["down.0.0", "down.0.1", "down.1.0", "down.1.1", "up.0", "up.1"],
     anybody.EncoderDecoder: ["encoder.0", "encoder.1", "decoder.0", "decoder.1"],
+    anybody.PassesOn: ["blocks.0", "blocks.1"],
+    anybody.Chooses: ["blocks.0", "blocks.1", "blocks.2"],
     anybody.WritesInto: ["blocks.0", "blocks.1", "blocks.2"],
     anybody.Autoencoder: ["blocks.0", "blocks.1"],
 }
@@ -177,3 +179,9 @@ def test_a_module_without_lists_says_what_to_do():
     layer = anybody.Narrow(8)
     with pytest.raises(AdapterError, match=r"Narrow has no list of modules.*blocks=\[\.\.\.\], or pass blocks=\(\)"):
         RecordedAdapter(recorded(layer, ((tokens(0, width=16),), {})))
+
+
+def test_a_block_whose_class_calls_that_of_another_is_called_once():
+    seen = recorded(seeded(anybody.PassesOn), *inputs(anybody.PassesOn))
+    adapter = RecordedAdapter(seen, blocks=["blocks.0.inner", "blocks.1.inner"])
+    assert [stage.name for stage in adapter.blocks] == ["blocks.0.inner", "blocks.1.inner"]

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any, Self
 
 import mlx.core as mx
@@ -209,12 +210,16 @@ class RecordedAdapter(Adapter):
         with swapped(self.module, replaced):
             yield
 
-    def sigma(self, index: int) -> float:
-        """The noise level of a call.
+    @cached_property
+    def sigmas(self) -> list[float]:
+        """The noise level of each call.
 
         Raises:
             CalibrationError: ``time`` does not give one number in [0,1].
         """
+        return [self._sigma(index) for index in range(len(self.seen))]
+
+    def _sigma(self, index: int) -> float:
         if self.time is None:
             return NO_TIME
         call = self.seen[index]
@@ -309,7 +314,7 @@ class RecordedAdapter(Adapter):
             recorded = self._results(self.seen[index].result)
             self._widens = False  # to the last bit, as it was recorded
             try:
-                got = self.run(self.state(index), self.sigma(index))
+                got = self.run(self.state(index), self.sigmas[index])
             finally:
                 self._widens = True
             for key, wanted in recorded.items():

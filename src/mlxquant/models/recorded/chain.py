@@ -166,13 +166,12 @@ class Chain:
         """A tree with arrays in its slots, new objects all of them, which anybody may write into. Variables that are
         gone are zeros, which nobody asks for.
         """
-        given = arrays((call.args, call.kwargs))
 
         def fill(path: Path, leaf: Any) -> Any:
             if not isinstance(leaf, Slot):
                 return leaf
             if leaf.variable is None:
-                return copy.copy(given[leaf.given])
+                return copy.copy(arrays((call.args, call.kwargs))[leaf.given])
             if leaf.variable in values:
                 return copy.copy(values[leaf.variable])
             shape, dtype = skeleton.shapes[leaf.variable]

@@ -12,9 +12,10 @@ import copy
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +35,34 @@ MEMORY = 2.0  # GB of arrays, before they go to disk
 KIND = "recorded-call"
 
 
-@dataclass(frozen=True)
 class Call:
-    """One call of a module: its ``args`` and ``kwargs``, and what it returned."""
+    """One call of a module. Arrays that lie on disk are read when they are asked for.
 
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    result: Any
+    Args:
+        make: Gives the arguments, those by name, and the result.
+    """
+
+    def __init__(self, make: Callable[[], tuple[tuple[Any, ...], dict[str, Any], Any]]):
+        self._make = make
+
+    @cached_property
+    def _made(self) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
+        return self._make()
+
+    @property
+    def args(self) -> tuple[Any, ...]:
+        """What the module was called with."""
+        return self._made[0]
+
+    @property
+    def kwargs(self) -> dict[str, Any]:
+        """What it was called with by name."""
+        return self._made[1]
+
+    @property
+    def result(self) -> Any:
+        """What it returned."""
+        return self._made[2]
 
 
 @dataclass
@@ -88,14 +110,17 @@ class Recording:
     def __getitem__(self, index: int) -> Call:
         """A kept call. Its arrays are objects of its own, and read again where they are on disk."""
         kept = self._kept[index]
-        values = kept.values
-        if kept.file is not None:
-            found, _ = read_tensors(kept.file, KIND)
-            values = [found[f"{place:04d}"] for place in range(len(found))]
-        args, kwargs, result = mapped(
-            kept.tree, lambda path, leaf: copy.copy(values[leaf.index]) if isinstance(leaf, _Slot) else leaf
-        )
-        return Call(args, kwargs, result)
+
+        def make() -> Any:
+            values = kept.values
+            if kept.file is not None:
+                found, _ = read_tensors(kept.file, KIND)
+                values = [found[f"{place:04d}"] for place in range(len(found))]
+            return mapped(
+                kept.tree, lambda path, leaf: copy.copy(values[leaf.index]) if isinstance(leaf, _Slot) else leaf
+            )
+
+        return Call(make)
 
     @property
     def record(self) -> dict[str, Any]:
