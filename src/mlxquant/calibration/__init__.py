@@ -1,1 +1,1 @@
-"""What the model saw: trajectories of pictures, windows of text."""
+"""What the model saw: trajectories of pictures, windows of text, recorded calls."""
