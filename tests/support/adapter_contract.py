@@ -99,7 +99,10 @@ class AdapterContract(ABC):
         exact, shown = np.array(adapter.velocity(*inputs, 0.5)), {path: [] for path in adapter.attentions()}
         for path in shown:
             assert sum(stage.owns(path) for stage in adapter.stages) == 1, path
-        with swapped(adapter.module, {path: ShownAttention(seen.append) for path, seen in shown.items()}):
+        with swapped(
+            adapter.module,
+            {path: ShownAttention(lambda p, opened, seen=seen: seen.append(p)) for path, seen in shown.items()},
+        ):
             np.testing.assert_allclose(np.array(adapter.velocity(*inputs, 0.5)), exact, atol=2e-3 * np.abs(exact).max())
         for path, seen in shown.items():
             assert len(seen) == 1, path

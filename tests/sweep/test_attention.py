@@ -10,7 +10,7 @@ import mlxquant as mq
 from mlxquant.errors import NumericsError, RecipeError
 from mlxquant.layers.attention import QuantizedAttention, ShownAttention, SoftmaxAttention
 from mlxquant.layers.tree import set_module, swapped
-from mlxquant.sweep.attention import quantize_probabilities
+from mlxquant.sweep.attention import VALUES, SeenProbabilities, quantize_probabilities
 from mlxquant.sweep.streams import Passes, stage_error
 
 from support.tiny_pictures import tiny_adapter
@@ -34,7 +34,8 @@ def test_a_table_spans_what_was_seen_at_each_noise_level(block):
     largest = {}
     for sigma, state in zip(sigmas, inputs, strict=True):
         seen = []
-        with adapter.clock.at(sigma), swapped(adapter.module, {PATH: ShownAttention(seen.append)}):
+        shown = ShownAttention(lambda p, opened, seen=seen: seen.append(p))
+        with adapter.clock.at(sigma), swapped(adapter.module, {PATH: shown}):
             mx.eval(stage.run(state))
         largest[np.float32(sigma)] = max(largest.get(np.float32(sigma), 0), seen[0].max().item())
     found = quantize_probabilities(Passes(adapter, sigmas), stage, inputs, 8, method="extremes")
@@ -85,7 +86,7 @@ def test_a_model_whose_attention_cannot_be_opened_is_refused(block):
     _, _, inputs, sigmas = block
     closed = tiny_adapter()
     for path in list(closed.attentions()):
-        set_module(closed.module, path, ShownAttention(lambda p: None))
+        set_module(closed.module, path, ShownAttention(lambda *shown: None))
     with pytest.raises(RecipeError, match="attention cannot be opened"):
         quantize_probabilities(Passes(closed, sigmas), closed.stages[1], inputs, 8)
 
@@ -111,3 +112,27 @@ def test_the_embedded_models_probabilities_follow_power_laws(embedded):
     assert isinstance(found[PATH], QuantizedAttention)
     assert found[PATH].table.log.all()
     assert errors["dynamic"] < errors["extremes"] / 4
+
+
+def test_only_open_places_are_looked_at():
+    """Every open place is as likely as any other, however the mask is broadcast."""
+    shape = (2, 3, 4, 8)
+    p = mx.broadcast_to(mx.arange(4 * 8).reshape(4, 8).astype(mx.float32), shape)
+    for mask in (
+        np.arange(8) < 5,
+        np.array([[[[True] * 5 + [False] * 3]], [[[True] + [False] * 7]]]),
+        np.broadcast_to((np.arange(4) < 2)[:, None] & (np.arange(8) < 5), (2, 1, 4, 8)),
+    ):
+        _, values = SeenProbabilities(1).pick(p, mx.array(mask))
+        expected = np.array(p)[np.broadcast_to(mask, shape)]
+        found, counts = np.unique(np.array(values), return_counts=True)
+        open_, weights = np.unique(expected, return_counts=True)
+        np.testing.assert_array_equal(found, open_)
+        np.testing.assert_allclose(counts / VALUES, weights / weights.sum(), atol=0.03)
+
+
+def test_a_mask_that_closes_everything_shows_zeros():
+    largest, values = SeenProbabilities(1).pick(mx.zeros((2, 1, 4, 8)), mx.zeros((2, 1, 1, 8), mx.bool_))
+    assert not np.array(largest).any()
+    assert values.shape == (VALUES,)
+    assert not np.array(values).any()

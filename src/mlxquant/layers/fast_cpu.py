@@ -131,18 +131,51 @@ def softmax(x: mx.array) -> mx.array:
     return cast(mx.array, _softmax(x)) if mx.default_device() == mx.cpu else mx.softmax(x, axis=-1)
 
 
-def probabilities(q: mx.array, k: mx.array) -> mx.array:
-    """Softmax(q k^T / sqrt(d)) [B,heads,N,N] float32, of q and k [B,heads,N,d]; on the CPU exact to about 1e-5
-    relative.
+CLOSED = -1000.0  # an additive mask closes what it puts as low, for e^-1000 is 0; hosts write -10000, -65504 or -inf
+LEAST = -3e38  # what a closed score becomes: finite, so that a row without an open one is no NaN
+
+
+def opened(mask: mx.array) -> mx.array:
+    """Which places a mask leaves open, boolean: those that are true, or above -1000 in a mask that is added to
+    scores.
     """
-    scores = (q.astype(mx.float32) * q.shape[-1] ** -0.5) @ k.astype(mx.float32).swapaxes(-1, -2)
-    return softmax(scores)
+    return mask if mask.dtype == mx.bool_ else mask > CLOSED
 
 
-def attention(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
-    """Softmax(q k^T / sqrt(d)) v; q, k, v [B,heads,N,d]. Float32 on the CPU is exact to about 1e-5 relative, elsewhere
-    MLX's own.
+def probabilities(q: mx.array, k: mx.array, scale: float | None = None, mask: mx.array | None = None) -> mx.array:
+    """Softmax(scale q k^T + mask) [B,heads,N,M] float32; on the CPU exact to about 1e-5 relative.
+
+    Args:
+        q: [B,heads,N,d].
+        k: [B,heads,M,d].
+        scale: None for 1/sqrt(d).
+        mask: Boolean, true where a query sees a key, or added to the scores; its shape broadcasts to [B,heads,N,M].
+            Where it is closed (see ``opened``) the probability is exactly 0; so it is in a row without an open place.
+    """
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    scores = (q.astype(mx.float32) * factor) @ k.astype(mx.float32).swapaxes(-1, -2)
+    if mask is None:
+        return softmax(scores)
+    seen = opened(mask)
+    if mask.dtype != mx.bool_:
+        scores = scores + mask.astype(mx.float32)
+    return mx.where(seen, softmax(mx.where(seen, scores, LEAST)), 0)
+
+
+def attention(
+    q: mx.array, k: mx.array, v: mx.array, scale: float | None = None, mask: mx.array | None = None
+) -> mx.array:
+    """``probabilities(q, k, scale, mask) v``; v [B,heads,M,d]. Float32 on the CPU is exact to about 1e-5 relative,
+    elsewhere MLX's own.
     """
     if _is_fast(q):
-        return probabilities(q, k) @ v
-    return mx.fast.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5)
+        return probabilities(q, k, scale, mask) @ v
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    if mask is None:
+        return mx.fast.scaled_dot_product_attention(q, k, v, scale=factor)
+    seen = opened(mask)
+    alive = seen.any(axis=-1, keepdims=True)  # a row without an open place is 0, and NaN in MLX's own
+    shown = seen | ~alive
+    if mask.dtype != mx.bool_:
+        shown = mx.where(seen, mask, mx.where(alive, -mx.inf, 0)).astype(q.dtype)
+    return mx.where(alive, mx.fast.scaled_dot_product_attention(q, k, v, scale=factor, mask=shown), 0)

@@ -34,12 +34,13 @@ class SeenProbabilities:
         self._levels: dict[float, RunningRanges] = {}
         self._batches = 0
 
-    def pick(self, p: mx.array) -> tuple[mx.array, mx.array]:
+    def pick(self, p: mx.array, opened: mx.array | None = None) -> tuple[mx.array, mx.array]:
         """The largest probability of each sample [B] and VALUES of them, drawn with a seed of their own; p
-        [B,heads,N,N].
+        [B,heads,N,M]. With a mask only where it is ``opened``: padded tokens are not looked at.
         """
-        places = np.random.default_rng(self._batches).integers(p.size, size=VALUES)
+        rng = np.random.default_rng(self._batches)
         self._batches += 1
+        places = rng.integers(p.size, size=VALUES) if opened is None else _among(rng, np.array(opened), p.shape)
         return p.reshape(p.shape[0], -1).max(1), p.reshape(-1)[mx.array(places)]
 
     def add(self, sigma: float, largest: Array, values: Array) -> None:
@@ -51,6 +52,21 @@ class SeenProbabilities:
     @property
     def ranges(self) -> InputRanges:
         return InputRanges.of(self._levels)
+
+
+def _among(rng: np.random.Generator, opened: Array, shape: tuple[int, ...]) -> Array:
+    """VALUES places of an array of ``shape``, all equally likely among those where a mask that broadcasts to it is
+    true, or of all where it is true nowhere; as flat indices int [VALUES].
+    """
+    mask = opened.reshape((1,) * (len(shape) - opened.ndim) + opened.shape)
+    true = np.argwhere(mask)
+    if not len(true):
+        return rng.integers(np.prod(shape), size=VALUES)
+    picked = true[rng.integers(len(true), size=VALUES)]
+    for axis, (have, size) in enumerate(zip(mask.shape, shape, strict=True)):
+        if have < size:
+            picked[:, axis] = rng.integers(size, size=VALUES)
+    return np.ravel_multi_index(tuple(picked.T), shape)
 
 
 def quantize_probabilities(
@@ -83,7 +99,7 @@ def quantize_probabilities(
     picked: dict[str, tuple[mx.array, mx.array]] = {}
 
     def shown(path: str) -> ShownAttention:
-        return ShownAttention(lambda p: picked.__setitem__(path, seen[path].pick(p)))
+        return ShownAttention(lambda *shown: picked.__setitem__(path, seen[path].pick(*shown)))
 
     for index in passes.indices(f"{stage.name}: probabilities") if seen else ():
         with passes.at(index), swapped(adapter.module, {path: shown(path) for path in seen}):
