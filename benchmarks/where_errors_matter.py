@@ -39,11 +39,11 @@ def coherence(model: Model, other: Model, prompts: list[Prompt]) -> dict[str, fl
     """Mean squared error of the latent in dB, from velocity errors weighed by the step length."""
     adapter, texts, steps = model.adapter, [p.text for p in prompts], list[SamplerStep]()
     adapter.generate(texts, [p.seed for p in prompts], callback=steps.append)
-    text, empty = adapter.encode(texts), adapter.encode([""] * len(texts))
+    text, empty, guidance = adapter.encode(texts), adapter.unconditional(len(texts)), adapter.guiding()
     lengths = -np.diff(adapter.sigmas(adapter.steps))
     errors = [
         length
-        * np.array(guided(other.adapter.velocity, step.latent, step.sigma, text, empty, adapter.cfg) - step.velocity)
+        * np.array(guided(other.adapter.velocity, step.latent, step.sigma, text, empty, guidance) - step.velocity)
         for step, length in zip(progress(steps, "coherence"), lengths, strict=True)
     ]
     stacked = np.array(errors)
@@ -59,14 +59,19 @@ def windows(model: Model, other: Model, prompts: list[Prompt]) -> dict[str, floa
     adapter = model.adapter
     sigmas = adapter.sigmas(adapter.steps)
     noise = seeded_noise([p.seed for p in prompts], adapter.latent_shape)
-    text, empty = adapter.encode([p.text for p in prompts]), adapter.encode([""] * len(prompts))
+    text, empty, guidance = (
+        adapter.encode([p.text for p in prompts]),
+        adapter.unconditional(len(prompts)),
+        adapter.guiding(),
+    )
 
     def draw(first: int, last: int) -> np.ndarray:
-        def velocity(latent: mx.array, tokens: mx.array, pooled: mx.array, sigma: float) -> mx.array:
+        def velocity(latent: mx.array, sigma: float) -> mx.array:
             inside = first <= int(np.abs(sigmas - sigma).argmin()) < last
-            return (other if inside else model).adapter.velocity(latent, tokens, pooled, sigma)
+            predict = (other if inside else model).adapter.velocity
+            return guided(predict, latent, sigma, text, empty, guidance)
 
-        return adapter.decode(sample(velocity, noise, sigmas, text, empty, adapter.cfg))
+        return adapter.decode(sample(velocity, noise, sigmas))
 
     reference = draw(0, 0)
     starts = range(0, adapter.steps, WINDOW)

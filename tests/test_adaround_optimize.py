@@ -279,7 +279,7 @@ def test_options_reach_the_optimiser(calib, whole, tmp_path):
 def velocity(adapter):
     latent = mx.random.normal((2, *adapter.latent_shape), key=mx.random.key(1))
     text = adapter.encode(["a large red circle at left on white background", ""])
-    return np.array(adapter.velocity(latent, text.tokens, text.pooled, 0.5))
+    return np.array(adapter.velocity(latent, text, 0.5))
 
 
 def test_folds_are_rounded_with_and_computed_with(calib, tmp_path):

@@ -56,7 +56,7 @@ def direct(adapter, folder, cfg=2.0):
             sides = {0: [empty], 1: [text.take(slice(image, image + 1))]}.get(
                 cfg, [text.take(slice(image, image + 1)), empty]
             )
-            states = [adapter.state(x, side.tokens, side.pooled, sigma) for side in sides]
+            states = [adapter.state(x, side, sigma) for side in sides]
             state, chain = {key: mx.concatenate([s[key] for s in states]) for key in states[0]}, []
             for stage in adapter.stages:
                 state = stage.run(state)
@@ -334,8 +334,8 @@ def test_a_model_that_runs_past_its_hooks_is_refused(calib):
     """Nothing may be skipped silently."""
 
     class Bypassing(MMDiTShapes):
-        def velocity(self, latent, tokens, pooled, sigma):
-            return self.module(latent, tokens, pooled, mx.full((len(latent),), 1000 * sigma))
+        def run(self, state, sigma):
+            return {"velocity": self.module(**state)}
 
     adapter = Bypassing(tiny_adapter().module)
     with pytest.raises(AdapterError, match=r"multimodal_transformer_blocks\.0.*were not reached"):

@@ -21,6 +21,7 @@ from .commandline.options import (
     PATH,
     iters_option,
     models_option,
+    negative_option,
     option,
     prompts_options,
     run_options,
@@ -49,6 +50,7 @@ drawing_options = together(
     prompts_options("Prompts to draw, held out from calibration", 64),
     option("--steps", type=COUNT, help="Sampler steps, of the calibration too.  [default: the model's]"),
     option("--cfg-weight", type=click.FloatRange(0), help="Guidance, of the calibration too.  [default: the model's]"),
+    negative_option,
     seed_option("Shifts the noise seeds of the model's own prompts."),
     metric_option,
     weights_option,
@@ -83,6 +85,7 @@ def command(
     num_prompts: int | None,
     steps: int | None,
     cfg_weight: float | None,
+    negative: str | None,
     seed: int,
     asked: tuple[str, ...],
     weights: tuple[str, ...],
@@ -109,7 +112,9 @@ def command(
     adapter = models[0].diffusion
     for recipe in recipes:
         plan(models[0], recipe)
-    steps, cfg = adapter.steps if steps is None else steps, adapter.cfg if cfg_weight is None else cfg_weight
+    steps, guidance = adapter.steps if steps is None else steps, adapter.guiding(cfg_weight, negative)
+    for model in models[1:]:
+        model.diffusion.guiding(guidance.weight, guidance.negative)  # refused now, if at all
     prompts = chosen(adapter, prompt_file, num_prompts, PROMPTS, "evaluation", seed)
     examples = []
     if recipes:
@@ -126,21 +131,30 @@ def command(
             Contender(*own, model, model.adapter.fingerprint) for own, model in zip(labels, models, strict=False)
         ]
         if recipes:
-            calib = calibrate(models[0], examples, steps, cfg, progress=progress, samples=samples, work=work)
+            calib = calibrate(
+                models[0],
+                examples,
+                steps,
+                guidance.weight,
+                progress=progress,
+                samples=samples,
+                work=work,
+                negative=negative,
+            )
         for recipe, own in zip(recipes, labels[len(models) :], strict=True):
             contenders.append(quantized_contender(models[0], calib, recipe, own, work, progress))
         most = peak_bytes()  # now, for measuring the models' own peaks starts MLX's count over
-        drawings = Drawings(work / "drawings", contenders[0], tuple(prompts), steps, cfg)
+        drawings = Drawings(work / "drawings", contenders[0], tuple(prompts), steps, guidance)
+        how: dict[str, Any] = {"steps": steps, "cfg_weight": guidance.weight}
+        if guidance.negative is not None:
+            how["negative_prompt"] = guidance.negative
         settings: dict[str, Any] = {
             "model": adapter.name,
-            "steps": steps,
-            "cfg_weight": cfg,
+            **how,
             "size": adapter.size,
             "seed": seed,
             "batch": adapter.batch,
-            "calibration": (
-                {"prompts": len(examples), "steps": steps, "cfg_weight": cfg, "seed": seed} if recipes else None
-            ),
+            "calibration": {"prompts": len(examples), **how, "seed": seed} if recipes else None,
         }
         report, pictures = Evaluation(drawings, contenders[1:], judge, work, progress).report(settings, floor)
         with atomic_folder(out, force) as temporary:

@@ -12,7 +12,16 @@ import click
 from .api.loading import load
 from .api.quantizing import compare
 from .commandline.console import Command, during_command, peak_bytes, progress, result, say
-from .commandline.options import COUNT, MODEL_HELP, PATH, option, seed_option, size_option, verbose_option
+from .commandline.options import (
+    COUNT,
+    MODEL_HELP,
+    PATH,
+    negative_option,
+    option,
+    seed_option,
+    size_option,
+    verbose_option,
+)
 from .errors import AdapterError
 from .files.lock import locked
 from .report.comparison import save_png, to_pil
@@ -25,6 +34,7 @@ from .sampling.prompts import Prompt
 @seed_option()
 @option("--steps", type=COUNT, help="[default: the model's]")
 @option("--cfg-weight", type=click.FloatRange(0), help="[default: the model's]")
+@negative_option
 @size_option
 @option("--compare", "reference", help="Another model: draw both and their difference side by side.")
 @option("--output", type=PATH, default="image.png")
@@ -35,6 +45,7 @@ def command(
     seed: int,
     steps: int | None,
     cfg_weight: float | None,
+    negative: str | None,
     size: int | None,
     reference: str | None,
     output: Path,
@@ -50,13 +61,13 @@ def command(
     label = Path(name).name
     start = time.perf_counter()
     if reference is None:
-        image = model.images([Prompt(seed, text)], steps, cfg_weight, progress=progress)[0]
+        image = model.images([Prompt(seed, text)], steps, cfg_weight, progress=progress, negative=negative)[0]
         save_png(to_pil(image), output)
     else:
         other = load(reference, size)
         if size is None and other.diffusion.latent_shape != model.diffusion.latent_shape:
             other.diffusion.resize(model.diffusion.size)
-        comparison = compare(other, {label: model}, text, seed, steps, cfg_weight, progress)
+        comparison = compare(other, {label: model}, text, seed, steps, cfg_weight, progress, negative)
         comparison.save(output)
         facts = {"psnr_db": float(comparison.psnr_db[label].mean())}
         say(f"{name} against {reference}: {comparison.figures(label)}")

@@ -8,14 +8,16 @@ import time
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
 from .api.loading import load
 from .api.model import QuantizedModel
 from .commandline.console import Command, during_command, peak_bytes, progress, result, say
-from .commandline.options import COUNT, MODEL_HELP, PATH, option, size_option, verbose_option
+from .commandline.options import COUNT, MODEL_HELP, PATH, negative_option, option, size_option, verbose_option
 from .errors import CalibrationError
 from .files.lock import locked
 from .pipeline import samples
+from .sampling.guidance import CLASSIFIER_FREE
 from .sampling.prompts import read_prompts
 
 
@@ -24,7 +26,8 @@ from .sampling.prompts import read_prompts
 @size_option
 @option("--num-images", default=50, type=COUNT)
 @option("--num-steps", default=50, type=COUNT, help="Sampler steps.")
-@option("--cfg-weight", default=7.5, type=click.FloatRange(0), help="Classifier-free guidance.")
+@option("--cfg-weight", default=7.5, type=click.FloatRange(0), help="Weight of classifier-free guidance.")
+@negative_option
 @option("--calib-dir", type=PATH, required=True, help="Folder for samples, latents, images and manifest.json.")
 @option(
     "--prompts",
@@ -42,6 +45,7 @@ def command(
     num_images: int,
     num_steps: int,
     cfg_weight: float,
+    negative: str | None,
     calib_dir: Path,
     prompt_file: Path | None,
     seed: int,
@@ -64,7 +68,10 @@ def command(
             f"{where} holds {len(prompts)} prompts, --num-images is {num_images}; add prompts or ask for fewer images"
         )
     during_command(locked(calib_dir, inside=True))
-    ledger = samples.open_folder(adapter, prompts[:num_images], num_steps, cfg_weight, seed, calib_dir, force, resume)
+    asked_for = click.get_current_context().get_parameter_source("cfg_weight") is ParameterSource.COMMANDLINE
+    cfg = cfg_weight if asked_for or adapter.guidance == CLASSIFIER_FREE else adapter.cfg
+    some = prompts[:num_images]
+    ledger = samples.open_folder(adapter, some, num_steps, cfg, seed, calib_dir, force, resume, negative)
     during_command(ledger.same_blas())
     if ledger.complete:
         say(f"{calib_dir} is finished already, with these settings; --force would draw it again")

@@ -14,7 +14,7 @@ import numpy as np
 from .api.loading import load
 from .api.model import Model, QuantizedModel
 from .commandline.console import Command, during_command, peak_bytes, progress, result, say
-from .commandline.options import COUNT, PATH, SEED, option, size_option, verbose_option
+from .commandline.options import COUNT, PATH, SEED, negative_option, option, size_option, verbose_option
 from .errors import AdapterError
 from .files.atomic import claimed
 from .files.checked import write_json
@@ -38,6 +38,7 @@ from .sweep.rounding import round_to_nearest
 @option("--seed", default=42, type=SEED, help="Of the first prompt; the next ones count up.")
 @option("--num-steps", type=COUNT, help="[default: the model's]")
 @option("--cfg-weight", type=click.FloatRange(0), help="[default: the model's]")
+@negative_option
 @option("--output-image", type=PATH, default="quant_test.png")
 @option("--compare", is_flag=True, help="Draw full precision, round-to-nearest, V1 and V2 side by side.")
 @option(
@@ -59,6 +60,7 @@ def command(
     seed: int,
     num_steps: int | None,
     cfg_weight: float | None,
+    negative: str | None,
     output_image: Path,
     compare: bool,
     diff_stats: bool,
@@ -96,7 +98,10 @@ def command(
         models["V2"] = assemble(exact, files, active=True)
     final = next(reversed(models.values()))
     drawn = {**references(exact, final), **models} if compare or diff_stats else {"": final}
-    images = {key: model.images(prompts, num_steps, cfg_weight, progress=progress) for key, model in drawn.items()}
+    images = {
+        key: model.images(prompts, num_steps, cfg_weight, progress=progress, negative=negative)
+        for key, model in drawn.items()
+    }
     comparison = Comparison.of(prompts, images, final.diffusion.attributes)
     report = differences(comparison)
     if compare:

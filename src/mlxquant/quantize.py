@@ -20,6 +20,7 @@ from .commandline.options import (
     MODEL_HELP,
     PATH,
     iters_option,
+    negative_option,
     option,
     prompts_options,
     run_options,
@@ -36,6 +37,7 @@ calibration_options = together(
     prompts_options("Calibration prompts", 16),
     option("--steps", type=COUNT, help="Sampler steps of the calibration.  [default: the model's]"),
     option("--cfg-weight", type=click.FloatRange(0), help="Guidance of the calibration.  [default: the model's]"),
+    negative_option,
     option(
         "--samples",
         type=COUNT,
@@ -150,6 +152,7 @@ def calibrated(
     num_prompts: int | None,
     steps: int | None,
     cfg_weight: float | None,
+    negative: str | None,
     samples: int | None,
     seed: int,
     data: Path | None,
@@ -164,6 +167,7 @@ def calibrated(
             "--num-prompts": num_prompts,
             "--steps": steps,
             "--cfg-weight": cfg_weight,
+            "--negative-prompt": negative,
         }
         if given := [name for name, value in pictures.items() if value is not None]:
             raise AdapterError(
@@ -181,7 +185,9 @@ def calibrated(
         if prompt_file
         else adapter.prompts("calibration", num_prompts or 16, seed)
     )
-    return calibrate(model, prompts, steps, cfg_weight, progress=progress, samples=samples, work=work)
+    return calibrate(
+        model, prompts, steps, cfg_weight, progress=progress, samples=samples, work=work, negative=negative
+    )
 
 
 def limited(recipe: Recipe, bits_per_weight: float | None, bits_per_activation: float | None) -> Recipe:

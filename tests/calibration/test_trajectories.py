@@ -84,8 +84,8 @@ def test_a_batch_is_what_the_sampler_sees(cfg, samples):
                     p for p in calib.pictures[step] if mx.array_equal(calib.latents[step, p], state["latent"][row])
                 )
                 text = texts[picture] if guided[row] else ""
-                assert mx.array_equal(state["tokens"][row], adapter.encode([text]).tokens[0])
-                assert mx.array_equal(state["pooled"][row], adapter.encode([text]).pooled[0])
+                assert mx.array_equal(state["tokens"][row], adapter.encode([text])["tokens"][0])
+                assert mx.array_equal(state["pooled"][row], adapter.encode([text])["pooled"][0])
                 found.append((step, picture, guided[row]))
         sides = (True, False) if cfg == 2 else (True,)
         assert sorted(found) == sorted(

@@ -20,6 +20,7 @@ from mlxquant.metrics.psnr import psnr
 from mlxquant.progress import silent
 from mlxquant.recipes.citations import cited
 from mlxquant.recipes.grammar import parse_recipe
+from mlxquant.sampling.guidance import Guidance
 
 PROMPT = mq.Prompt(7, "a large red circle at left on white background")
 
@@ -61,7 +62,7 @@ def test_costs_are_medians_in_turns(tiny, monkeypatch):
 
     monkeypatch.setattr(cost, "step_seconds", seconds)
     monkeypatch.setattr(cost, "peak", lambda model, prompt, cfg: 7)
-    first, second = measure_costs([tiny, slow], PROMPT, 2.0, silent)
+    first, second = measure_costs([tiny, slow], PROMPT, Guidance(2.0), silent)
     assert first == {"latency_s": 2, "latency_p95_s": 3, "latency_ratio": 1, "peak_bytes": 7}
     assert (second["latency_s"], second["latency_ratio"]) == (4, 2)
     assert set(zip(order[::2], order[1::2], strict=True)) == {(False, True), (True, False)}
@@ -70,11 +71,11 @@ def test_costs_are_medians_in_turns(tiny, monkeypatch):
 def test_peak_counts_the_models_own_weights_and_nothing_of_others(tiny):
     gc.collect()  # arrays that earlier tests left in cycles would be freed while the model draws, and hide its peak
     own = sum(value.nbytes for value in parameters(tiny.adapter.module).values())
-    alone = peak(tiny, PROMPT, 2.0)
+    alone = peak(tiny, PROMPT, Guidance(2.0))
     ballast = mx.zeros((1 << 22,))
     mx.eval(ballast)
     assert own < alone < own + 4 * ballast.nbytes
-    assert peak(tiny, PROMPT, 2.0) == pytest.approx(alone, rel=0.2)
+    assert peak(tiny, PROMPT, Guidance(2.0)) == pytest.approx(alone, rel=0.2)
     del ballast
 
 

@@ -54,15 +54,15 @@ class TestContract(AdapterContract):
     def make_adapter(cls):
         raise AssertionError("the fixture above makes it")
 
-    def whole(self, adapter, latent, tokens, pooled, t):
-        adapter.module.cache_modulation_params(pooled, t[:1])
-        return adapter.module(latent, tokens[:, :, None], t)
+    def whole(self, adapter, latent, conditioning, t):
+        adapter.module.cache_modulation_params(conditioning["pooled"], t[:1])
+        return adapter.module(latent, conditioning["tokens"][:, :, None], t)
 
 
 def test_texts_are_encoded_as_by_diffusionkit(model, their_pipeline):
     theirs = their_pipeline.encode_text(PROMPTS[0], 5.0, PROMPTS[1])
     ours = model.adapter.encode(PROMPTS)
-    for mine, other in zip((ours.tokens, ours.pooled), theirs, strict=True):
+    for mine, other in zip((ours["tokens"], ours["pooled"]), theirs, strict=True):
         assert mine.shape == other.shape
         np.testing.assert_allclose(np.array(mine), np.array(other.astype(mx.float32)), atol=2e-4)
 
@@ -130,9 +130,9 @@ def test_its_transformer_is_whole_after_sampling(adapter):
 
 def test_its_own_call_refuses_a_batch_of_mixed_timesteps(adapter):
     latent, text = mx.zeros((2, 8, 8, 16)), adapter.encode(PROMPTS)
-    adapter.module.cache_modulation_params(text.pooled, mx.array([500.0, 300.0]))
+    adapter.module.cache_modulation_params(text["pooled"], mx.array([500.0, 300.0]))
     with pytest.raises(AdapterError, match=r"one timestep at a time, found \[300.0, 500.0\]"):
-        adapter.module(latent, text.tokens[:, :, None], mx.array([500.0, 300.0]))
+        adapter.module(latent, text["tokens"][:, :, None], mx.array([500.0, 300.0]))
 
 
 def test_a_failing_block_leaves_no_modulations_behind(adapter):
@@ -140,7 +140,7 @@ def test_a_failing_block_leaves_no_modulations_behind(adapter):
     block.sdpa = None
     text = adapter.encode(PROMPTS)
     with pytest.raises(TypeError):
-        adapter.velocity(mx.zeros((2, 8, 8, 16)), text.tokens, text.pooled, 0.5)
+        adapter.velocity(mx.zeros((2, 8, 8, 16)), text, 0.5)
     assert not any(hasattr(m, "_modulation_params") for _, m in adapter.module.named_modules())
 
 

@@ -142,7 +142,7 @@ def test_the_hub_ids_are_the_folder(hub_cache, sd3_folder):
     by_name, by_id, by_folder = (mq.load(where).adapter for where in ("sd3-medium", HUB, sd3_folder))
     assert by_name.fingerprint == by_id.fingerprint == by_folder.fingerprint
     text = [adapter.encode([PROMPT]) for adapter in (by_name, by_folder)]
-    np.testing.assert_array_equal(np.array(text[0].tokens), np.array(text[1].tokens))
+    np.testing.assert_array_equal(np.array(text[0]["tokens"]), np.array(text[1]["tokens"]))
 
 
 def test_a_saved_model_finds_its_text_encoders(made, sd3_folder, tmp_path):

@@ -76,13 +76,13 @@ def differences(ours, host, clock, trajectory):
     """
     steps, text = trajectory
     timesteps = mx.array(np.array([1000 * np.float32(step.sigma) for step in steps]))
-    host.cache_modulation_params(text.pooled, timesteps)
+    host.cache_modulation_params(text["pooled"], timesteps)
     found = []
     for index, step in enumerate(steps):
         latent = mx.concatenate([step.latent, step.latent])
         with clock.at(step.sigma):
-            there = np.array(host(latent, text.tokens[:, :, None], mx.broadcast_to(timesteps[index], [2])))
-        here = np.array(ours.velocity(latent, text.tokens, text.pooled, step.sigma))
+            there = np.array(host(latent, text["tokens"][:, :, None], mx.broadcast_to(timesteps[index], [2])))
+        here = np.array(ours.velocity(latent, text, step.sigma))
         found.append(np.linalg.norm(there - here) / np.linalg.norm(here))
     assert len(found) == 28
     return np.array(found)

@@ -22,7 +22,7 @@ def adapter():
 @pytest.fixture
 def inputs(adapter):
     text = adapter.encode([p.text for p in adapter.prompts("calibration", 2)])
-    return mx.random.normal((2, *adapter.latent_shape), key=mx.random.key(0)), text.tokens, text.pooled, 0.5
+    return mx.random.normal((2, *adapter.latent_shape), key=mx.random.key(0)), text, 0.5
 
 
 def names(adapter):

@@ -73,7 +73,7 @@ def inputs(calib, cfg):
             for text in {1.0: [prompt.text], 0.0: [""]}.get(cfg, [prompt.text, ""]):
                 side = adapter.encode([text])
                 with tapped(adapter.module, adapter.linears(), observe):
-                    adapter.velocity(latent, side.tokens, side.pooled, sigma)
+                    adapter.velocity(latent, side, sigma)
         yield sigma, seen
 
 

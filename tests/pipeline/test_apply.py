@@ -51,7 +51,7 @@ def ranges(adapter):
     with tapped(adapter.module, layers, collector):
         for sigma, state in zip(*calibration.batches(adapter), strict=True):
             collector.sigma = sigma
-            adapter.velocity(state["latent"], state["tokens"], state["pooled"], sigma)
+            adapter.run(state, sigma)
     return {path: collector[path].ranges for path in layers}
 
 
@@ -82,7 +82,7 @@ def config():
 def velocity(adapter):
     latent = mx.random.normal((2, *adapter.latent_shape), key=mx.random.key(1))
     text = adapter.encode(["a large red circle at left on white background", ""])
-    return np.array(adapter.velocity(latent, text.tokens, text.pooled, 0.5))
+    return np.array(adapter.velocity(latent, text, 0.5))
 
 
 def error(found, exact):

@@ -144,7 +144,7 @@ def test_a_nan_latent_names_image_and_step_and_writes_nothing_of_its_batch(tmp_p
     def poisoned(self, prompts):
         text = encode(self, prompts)
         rows = mx.array([[float("nan") if p == bad else 0.0] for p in prompts])
-        return Conditioning(text.tokens, text.pooled + rows)
+        return Conditioning(tokens=text["tokens"], pooled=text["pooled"] + rows)
 
     monkeypatch.setattr(MMDiTShapes, "encode", poisoned)
     message = fail(tmp_path / "c")
@@ -200,9 +200,7 @@ def test_calibration_is_a_selection_whose_text_is_encoded_again(tmp_path):
     sigmas, states = calibration.batches(adapter)
     assert sigmas == [seen[0].sigma, seen[2].sigma]
     for step, state in zip((seen[0], seen[2]), states, strict=True):
-        conditional, unconditional = mx.split(
-            adapter.velocity(state["latent"], state["tokens"], state["pooled"], step.sigma), 2
-        )
+        conditional, unconditional = mx.split(adapter.run(state, step.sigma), 2)
         guided = unconditional + 2.0 * (conditional - unconditional)
         np.testing.assert_allclose(np.array(guided), np.array(step.velocity), atol=1e-5)
 

@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 
 from mlxquant.sampling.batches import drawn_batches
-from mlxquant.sampling.guidance import guided_rows, sides
 from mlxquant.sampling.prompts import Prompt
 
 from support.tiny_pictures import tiny_adapter
@@ -47,14 +46,3 @@ def test_kept_latents_are_what_the_callback_sees(adapter):
 def test_nothing_to_draw_encodes_nothing(adapter, monkeypatch):
     monkeypatch.setattr(adapter, "encode", lambda prompts: pytest.fail("encoded"))
     assert list(drawn_batches(adapter, PROMPTS, 2, 1.0, starts=[])) == []
-
-
-@pytest.mark.parametrize(("cfg", "expected"), [(0, (False,)), (1, (True,)), (0.5, (True, False)), (7, (True, False))])
-def test_guidance_asks_for_what_counts(cfg, expected):
-    assert sides(cfg) == expected
-
-
-def test_rows_come_side_after_side_or_picture_by_picture():
-    assert guided_rows([4, 7], 2) == [(4, True), (7, True), (4, False), (7, False)]
-    assert guided_rows([4, 7], 2, side_by_side=True) == [(4, True), (4, False), (7, True), (7, False)]
-    assert guided_rows([4, 7], 1) == guided_rows([4, 7], 1, side_by_side=True) == [(4, True), (7, True)]

@@ -73,11 +73,11 @@ class Chain(DiffusionAdapter):
         self.encoded.update(prompts)
         numbers = np.array([[[float(len(p) + i) for i in range(TEXT)]] for p in prompts], np.float32)
         tokens = mx.cos(mx.array(numbers))
-        return Conditioning(tokens, tokens[:, 0])
+        return Conditioning(tokens=tokens, pooled=tokens[:, 0])
 
-    def generate(self, prompts, seeds, *rest):
+    def generate(self, prompts, seeds, *rest, **more):
         self.drawn.append(list(prompts))
-        return super().generate(prompts, seeds, *rest)
+        return super().generate(prompts, seeds, *rest, **more)
 
     def decode(self, latent):
         return np.clip(np.array(latent[..., :3]), 0, 1)

@@ -30,7 +30,7 @@ def velocity(adapter):
     rng = np.random.default_rng(0)
     latent = mx.array(rng.normal(size=(2, *adapter.latent_shape)).astype(np.float32))
     text = adapter.encode(["a large red circle at left on white background", ""])
-    return np.array(adapter.velocity(latent, text.tokens, text.pooled, 0.6))
+    return np.array(adapter.velocity(latent, text, 0.6))
 
 
 def snapshot(adapter):

@@ -54,7 +54,7 @@ def arrays(model):
 def velocity(model):
     latent = mx.random.normal((2, *model.adapter.latent_shape), key=mx.random.key(0))
     text = model.adapter.encode(["a large red circle at left on white background", ""])
-    return np.array(model.adapter.velocity(latent, text.tokens, text.pooled, 1.0))
+    return np.array(model.adapter.velocity(latent, text, 1.0))
 
 
 @pytest.mark.parametrize("name", [method.name for method in registry.members("transform")])

@@ -35,8 +35,8 @@ def states_of(adapter, rows=1, copies=1, sigma=SIGMA):
     """``copies`` of a chain input with ``rows`` different rows, as one state."""
     text = adapter.encode([p.text for p in adapter.prompts("calibration", rows)])
     noise = mx.random.normal((rows, *adapter.latent_shape), key=mx.random.key(5))
-    many = [mx.concatenate([part] * copies) for part in (noise, text.tokens, text.pooled)]
-    return adapter.state(*many, sigma)
+    many = mx.tile(mx.arange(rows), (copies,))
+    return adapter.state(noise[many], text.take(many), sigma)
 
 
 def velocity(adapter, state, sigma=SIGMA):
@@ -201,7 +201,7 @@ def test_only_what_enters_the_stages_is_held_for_all_of_them():
     for blocks in (2, 12):
         chain = Chain(blocks)
         text = chain.encode(["x"] * 8)
-        state = chain.state(mx.zeros((8, *chain.latent_shape)), text.tokens, text.pooled, SIGMA)
+        state = chain.state(mx.zeros((8, *chain.latent_shape)), text, SIGMA)
         mx.eval(state, chain.module.parameters())
         gc.collect()  # what other tests left would be freed in between, and lower the peak
         before = mx.get_active_memory()

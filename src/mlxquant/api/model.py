@@ -109,6 +109,7 @@ class Model:
         callback: Callable[[SamplerStep], None] | None = None,
         progress: Progress = silent,
         at_once: int | None = None,
+        negative: str | None = None,
     ) -> npt.NDArray[np.float32]:
         """Draw pictures, each from its prompt and its seed.
 
@@ -119,18 +120,23 @@ class Model:
             callback: Called before each sampler step of each batch, with the latents there and their velocity.
             progress: Wraps the batches.
             at_once: How many are drawn together; None for the model's own number.
+            negative: The negative prompt, which guidance leads away from; None for none.
 
         Returns:
             Pictures [B,H,W,3] float32 in [0,1], in the order of the prompts.
 
         Raises:
-            AdapterError: When the model writes text, does not know a prompt, or ``steps`` or ``cfg`` is impossible.
+            AdapterError: When the model writes text, does not know a prompt, or ``steps``, ``cfg`` or ``negative`` is
+                impossible.
             CalibrationError: Without prompts.
             NumericsError: When a picture is not finite.
         """
         if not prompts:
             raise CalibrationError("there are no prompts to draw")
-        batches = drawn_batches(self.diffusion, prompts, steps, cfg, progress, size=at_once, callback=callback)
+        self.diffusion.guiding(cfg, negative)  # refused now, if at all, and not after text encoders have run
+        batches = drawn_batches(
+            self.diffusion, prompts, steps, cfg, progress, size=at_once, callback=callback, negative=negative
+        )
         return np.concatenate([self.decoded(batch.final) for batch in batches])
 
     def decoded(self, latents: mx.array) -> npt.NDArray[np.float32]:
@@ -152,23 +158,32 @@ class Model:
             )
         return images
 
-    def generate(self, prompt: str, seed: int = 0, steps: int | None = None, cfg: float | None = None) -> Image.Image:
+    def generate(
+        self,
+        prompt: str,
+        seed: int = 0,
+        steps: int | None = None,
+        cfg: float | None = None,
+        negative: str | None = None,
+    ) -> Image.Image:
         """Draw one picture for one prompt.
 
         Args:
             prompt: What to draw.
             seed: Of the noise that the picture starts from.
             steps: Sampler steps; None for the model's own number.
-            cfg: Weight of classifier-free guidance; None for the model's own.
+            cfg: Weight of guidance; None for the model's own.
+            negative: The negative prompt, which guidance leads away from; None for none.
 
         Returns:
             The picture, as Pillow has it.
 
         Raises:
-            AdapterError: When the model writes text, does not know the prompt, or ``steps`` or ``cfg`` is impossible.
+            AdapterError: When the model writes text, does not know the prompt, or ``steps``, ``cfg`` or ``negative`` is
+                impossible.
             NumericsError: When the picture is not finite.
         """
-        return to_pil(self.images([Prompt(seed, prompt)], steps, cfg)[0])
+        return to_pil(self.images([Prompt(seed, prompt)], steps, cfg, negative=negative)[0])
 
     def clone(self) -> Adapter:
         """An adapter that can be rewritten without touching this model.

@@ -41,6 +41,7 @@ def calibrate(
     progress: Progress = silent,
     samples: int | None = None,
     work: str | Path | None = None,
+    negative: str | None = None,
 ) -> Calibration:
     """Let a model draw, and keep the latents of every sampler step: what ``quantize`` runs its layers on.
 
@@ -54,6 +55,7 @@ def calibrate(
         samples: At most so many pairs of a picture and a step go through the layers when they are quantized, all steps
             alike and the pictures in turn; None for the model's own limit (mmdit-shapes has none).
         work: A folder that keeps finished batches; a killed run goes on from there and ends with the same bytes.
+        negative: The negative prompt; None for the model's own other side, mostly the empty prompt.
 
     Returns:
         The trajectories: latents [steps, prompts, H, W, C] float32, their noise levels, and what they were drawn from.
@@ -69,9 +71,9 @@ def calibrate(
     steps, cfg = adapter.steps if steps is None else steps, adapter.cfg if cfg is None else cfg
     samples = adapter.samples if samples is None else samples
     if work is None:
-        return trajectories.collect(adapter, some, steps, cfg, progress, samples)
+        return trajectories.collect(adapter, some, steps, cfg, progress, samples, negative=negative)
     with kept_work(Path(work)):
-        return trajectories.collect(adapter, some, steps, cfg, progress, samples, Path(work) / CALIBRATION)
+        return trajectories.collect(adapter, some, steps, cfg, progress, samples, Path(work) / CALIBRATION, negative)
 
 
 def calibrate_text(
@@ -232,6 +234,7 @@ def compare(
     steps: int | None = None,
     cfg: float | None = None,
     progress: Progress = silent,
+    negative: str | None = None,
 ) -> Comparison:
     """Draw the same prompts with several models, side by side, and measure the differences.
 
@@ -243,6 +246,7 @@ def compare(
         steps: Sampler steps; None for each model's own number.
         cfg: Weight of classifier-free guidance; None for each model's own.
         progress: Wraps the batches of each model.
+        negative: The negative prompt; None for none.
 
     Returns:
         Pictures and figures of all models; ``save`` writes them as one image.
@@ -261,5 +265,10 @@ def compare(
                 f" {reference.diffusion.latent_shape}; load both with the same size"
             )
     first = "reference" if isinstance(reference, QuantizedModel) or "FP" in named else "FP"
-    images = {name: m.images(some, steps, cfg, progress=progress) for name, m in {first: reference, **named}.items()}
+    everyone = {first: reference, **named}
+    for model in everyone.values():
+        model.diffusion.guiding(cfg, negative)  # refused now, if at all, and not after others have drawn
+    images = {
+        name: model.images(some, steps, cfg, progress=progress, negative=negative) for name, model in everyone.items()
+    }
     return Comparison.of(some, images, reference.diffusion.attributes)

@@ -1,7 +1,7 @@
 """Calibration data: what the model sees on its own trajectories, real prompts and real noise, at every sampler step.
 
 Only latents are kept; text is encoded again when it is needed. Everything is a function of (model, prompts, steps,
-cfg).
+guidance).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ..models.adapter import Adapter, State
 from ..models.diffusion import DiffusionAdapter, diffusion
 from ..progress import Progress, silent
 from ..sampling.batches import drawn_batches
-from ..sampling.guidance import check_weight, guided_rows, sides
+from ..sampling.guidance import OPTIONAL, REQUIRED, Guidance, asked, sides
 from ..sampling.prompts import LARGEST_SEED, Prompt
 from .data import OnDemand
 
@@ -44,10 +44,10 @@ HEADER = schema.entries(
         "source": schema.text,
         "prompts": schema.array_of(_prompt),
         "steps": schema.whole(1),
-        "cfg": schema.number(0),
         "sigmas": schema.array_of(schema.number(0), 1),
+        **REQUIRED,
     },
-    {"samples": schema.maybe(schema.whole(1))},
+    {"samples": schema.maybe(schema.whole(1)), **OPTIONAL},
 )
 
 
@@ -61,8 +61,13 @@ class Origin:
     source: str
     prompts: tuple[Prompt, ...]
     steps: int
-    cfg: float
+    guidance: Guidance
     sigmas: npt.NDArray[np.float64]
+
+    @property
+    def cfg(self) -> float:
+        """The weight of guidance."""
+        return self.guidance.weight
 
 
 @dataclass(frozen=True)
@@ -89,8 +94,8 @@ class Calibration(Origin):
 
     @property
     def sides(self) -> int:
-        """Two where guidance reads each picture with its prompt and without."""
-        return len(sides(self.cfg))
+        """Two where guidance reads each picture with its prompt and without, and both are in one forward pass."""
+        return 1 if self.guidance.alone else len(sides(self.guidance))
 
     @property
     def level_samples(self) -> int:
@@ -105,7 +110,7 @@ class Calibration(Origin):
             "source": self.source,
             "prompts": [[p.seed, p.text] for p in self.prompts],
             "steps": self.steps,
-            "cfg": self.cfg,
+            **self.guidance.facts,
             "latent_shape": list(self.latents.shape[2:]),
         }
 
@@ -125,14 +130,16 @@ class Calibration(Origin):
 
     def renewed(self, adapter: Adapter, progress: Progress = silent, folder: Path | None = None) -> Calibration:
         """What another model draws from the same prompts; see ``collect``."""
-        return collect(diffusion(adapter), self.prompts, self.steps, self.cfg, progress, self.samples, folder)
+        more = (progress, self.samples, folder, self.guidance.negative)
+        return collect(diffusion(adapter), self.prompts, self.steps, self.cfg, *more)
 
     def batches(self, adapter: Adapter, size: int | None = None) -> tuple[list[float], OnDemand]:
         """Noise levels and chain inputs, each batch at one noise level with at most ``size`` pictures, by default as
         many as the adapter samples at once.
 
         Guided models see every latent with its prompt and with the empty prompt, as their sampler does: first all
-        guided rows, then all others. Inputs are put together when they are asked for; each distinct prompt is encoded
+        guided rows, then all others. Where rows cannot share a forward pass each is a batch by itself, a picture's
+        sides one after the other. Inputs are put together when they are asked for; each distinct prompt is encoded
         once.
         """
         return self._states(diffusion(adapter), adapter.batch if size is None else size, False)
@@ -144,29 +151,28 @@ class Calibration(Origin):
         return self._states(diffusion(adapter), len(self.prompts) if size is None else size, True)
 
     def _states(self, adapter: DiffusionAdapter, size: int, side_by_side: bool) -> tuple[list[float], OnDemand]:
+        guidance = self.guidance
+        size, passes = (1, len(sides(guidance))) if guidance.alone else (size, 1)
         parts = [
             (step, some[start : start + size])
             for step, some in enumerate(self.pictures)
             for start in range(0, len(some), size)
         ]
-
-        def read_by(row: tuple[int, bool]) -> str:
-            picture, prompted = row
-            return self.prompts[picture].text if prompted else ""
-
         used = sorted({picture for _, some in parts for picture in some})
-        texts = list(dict.fromkeys(map(read_by, guided_rows(used, self.cfg))))
+        texts = list(dict.fromkeys(self.prompts[picture].text for picture in used))
         places = {text: place for place, text in enumerate(texts)}
-        text = adapter.encode(texts)
+        text, other = adapter.both_sides(texts, guidance)
 
         def make(index: int) -> State:
-            step, some = parts[index]
-            rows = guided_rows(some, self.cfg, side_by_side)
-            latent = self.latents[step][mx.array([picture for picture, _ in rows])]
-            read = mx.array([places[read_by(row)] for row in rows])
-            return adapter.state(latent, text.tokens[read], text.pooled[read], float(self.sigmas[step]))
+            part, turn = divmod(index, passes)
+            step, some = parts[part]
+            read = mx.array([places[self.prompts[picture].text] for picture in some])
+            latents = self.latents[step][mx.array(some)]
+            latent, conditioning = asked(latents, text.take(read), other.take(read), guidance, side_by_side)[turn]
+            return adapter.state(latent, conditioning, float(self.sigmas[step]))
 
-        return [float(self.sigmas[step]) for step, _ in parts], OnDemand(make, range(len(parts)))
+        sigmas = [float(self.sigmas[step]) for step, _ in parts for _ in range(passes)]
+        return sigmas, OnDemand(make, range(len(sigmas)))
 
     def save(self, path: Path) -> None:
         write_tensors(path, "calibration", {"latents": self.latents}, {**self.facts, "sigmas": self.sigmas.tolist()})
@@ -179,7 +185,7 @@ class Calibration(Origin):
             raise ArtifactError(f"{path}: holds no latents for its prompts at its noise levels; write it anew")
         prompts = tuple(Prompt(seed, text) for seed, text in header["prompts"])
         made, sigmas = (
-            (header["model"], header["source"], prompts, header["steps"], header["cfg"]),
+            (header["model"], header["source"], prompts, header["steps"], Guidance.of(header)),
             np.array(header["sigmas"]),
         )
         return cls(
@@ -206,6 +212,7 @@ def collect(
     progress: Progress = silent,
     samples: int | None = None,
     folder: Path | None = None,
+    negative: str | None = None,
 ) -> Calibration:
     """Run the full-precision sampler over prompts, ``adapter.batch`` at a time, and keep every latent.
 
@@ -218,16 +225,17 @@ def collect(
         raise CalibrationError("calibration needs at least one prompt")
     if samples is not None and samples < 1:
         raise CalibrationError(f"calibration needs at least one sample, found a limit of {samples}; None takes all")
-    check_weight(cfg)
+    guidance = adapter.guiding(cfg, negative)
     sigmas, nothing = adapter.sigmas(steps)[:-1], mx.zeros((steps, 0, *adapter.latent_shape))
-    whole = Calibration(adapter.name, adapter.fingerprint, tuple(prompts), steps, cfg, sigmas, nothing, samples)
+    whole = Calibration(adapter.name, adapter.fingerprint, tuple(prompts), steps, guidance, sigmas, nothing, samples)
     starts = range(0, len(prompts), adapter.batch)
     kept = {start: _kept(whole, start, adapter.batch, folder) for start in starts}
     drawn = {start: _drawn(file, whole, start) for start, file in kept.items() if file is not None}
     latents = {start: found for start, found in drawn.items() if found is not None}
     if missing := [start for start in starts if start not in latents]:
         adapter.check_finite()
-    for batch in drawn_batches(adapter, prompts, steps, cfg, progress, "calibration", starts=missing, latents=True):
+    wanted = (adapter, prompts, steps, guidance.weight, progress, "calibration")
+    for batch in drawn_batches(*wanted, starts=missing, latents=True, negative=guidance.negative):
         start = batch.places.start
         latents[start] = mx.stack(batch.latents)
         mx.eval(latents[start])

@@ -69,6 +69,12 @@ def _speak(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
 
 
 size_option = option("--size", type=COUNT, help="Pixels of a picture's side.  [default: the model's]")
+negative_option = option(
+    "--negative-prompt",
+    "negative",
+    metavar="TEXT",
+    help="What guidance leads away from.  [default: the model's, mostly the empty prompt]",
+)
 iters_option = option("--iters", type=COUNT, help="Adam steps a block, for recipes that learn.  [default: 1000]")
 force_option = option("--force", is_flag=True, help="Replace an existing folder.")
 resume_option = option("--resume/--no-resume", default=True, help="Go on where a killed run of the same job was.")

@@ -22,6 +22,7 @@ from ..metrics.trajectory import trajectory_error
 from ..numerics.arrays import Array
 from ..progress import Progress
 from ..sampling.batches import drawn_batches
+from ..sampling.guidance import Guidance
 from ..sampling.prompts import Prompt
 from .contender import Contender
 
@@ -36,7 +37,7 @@ class Drawings:
     reference: Contender
     prompts: tuple[Prompt, ...]
     steps: int
-    cfg: float
+    guidance: Guidance
 
     @property
     def starts(self) -> range:
@@ -59,13 +60,16 @@ class Drawings:
             if self._kept(one, start).load() is None
         ]
         for one in {one.folder: one for _, one in missing}.values():
-            one.model.diffusion.prepare(self.prompts)
+            one.model.diffusion.prepare(self.prompts, self.guidance.negative)
         for start, one in progress(missing, "pictures"):
             self._draw(one, start)
 
     def _draw(self, one: Contender, start: int) -> None:
         some = self._batch(start)
-        (batch,) = drawn_batches(one.model.diffusion, some, self.steps, self.cfg, size=len(some), latents=True)
+        weight, negative = self.guidance.weight, self.guidance.negative
+        (batch,) = drawn_batches(
+            one.model.diffusion, some, self.steps, weight, size=len(some), latents=True, negative=negative
+        )
         latents = [*batch.latents, batch.final]
         arrays = {"images": mx.array(one.model.decoded(batch.final))}
         if one is self.reference:
@@ -108,7 +112,7 @@ class Drawings:
             "reference": self.reference.source,
             "prompts": [[p.seed, p.text] for p in self._batch(start)],
             "steps": self.steps,
-            "cfg": self.cfg,
+            **self.guidance.facts,
             "latent_shape": one.model.diffusion.latent_shape,
         }
         return checked.digest(facts | checked.versions())

@@ -83,11 +83,13 @@ class Evaluation:
         """What each model costs, by name; measured once."""
         everyone, first = [self.reference, *self.contenders], self.drawings.prompts[0]
         job = checked.digest(
-            {"models": [one.source for one in everyone], "cfg": self.drawings.cfg, "machine": machine()}
+            {"models": [one.source for one in everyone], **self.drawings.guidance.facts, "machine": machine()}
         )
         kept = KeptFacts(self.work / "cost.json", "cost", job)
         if (found := kept.load(COSTS)) is None:
-            found = {"costs": measure_costs([one.model for one in everyone], first, self.drawings.cfg, self.progress)}
+            found = {
+                "costs": measure_costs([one.model for one in everyone], first, self.drawings.guidance, self.progress)
+            }
             kept.save(found)
         return {one.name: {**sizes(one.model), **cost} for one, cost in zip(everyone, found["costs"], strict=True)}
 
@@ -138,7 +140,7 @@ class Evaluation:
         some, latents = self.drawings.prompts[:count], self.drawings.latents(count)
         sigmas = self.drawings.sigmas[:-1]
         calib = Calibration(
-            adapter.name, self.reference.source, some, self.drawings.steps, self.drawings.cfg, sigmas, latents
+            adapter.name, self.reference.source, some, self.drawings.steps, self.drawings.guidance, sigmas, latents
         )
         facts = layer_report(self.reference.model, quantized, calib, self.progress)
         kept.save({"model": one.name, **facts})

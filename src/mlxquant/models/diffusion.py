@@ -1,5 +1,5 @@
-"""Diffusion transformers as adapters: a chain from a noisy latent and its conditioning to a velocity, and a sampler
-around it.
+"""Diffusion models as adapters: a chain from a noisy latent and its conditioning to a velocity, and a sampler around
+it.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import numpy.typing as npt
 from ..errors import AdapterError
 from ..numerics.arrays import Array
 from ..sampling.conditioning import Conditioning
+from ..sampling.guidance import CLASSIFIER_FREE, Guidance, guided, sides
 from ..sampling.prompts import Prompt
 from ..sampling.sampler import SamplerStep, sample, seeded_noise
 from ..sampling.schedules import Sigmas, flow_sigmas
@@ -21,19 +22,24 @@ from .adapter import Adapter, State
 
 
 class DiffusionAdapter(Adapter):
-    """A model that draws pictures. Its chain leads from {latent [B,H,W,C], tokens [B,T,E], pooled [B,P], t [B]} to
-    {velocity [B,H,W,C]}.
+    """A model that draws pictures. Its chain leads from what ``state`` gives, which is {latent [B,H,W,C], t [B]} and
+    what the model is conditioned on, to one array {velocity [B,H,W,C]}.
 
     Attributes:
         shift: Of the noise schedule.
         steps: Sampler steps where nobody says.
-        cfg: Guidance where nobody says.
+        cfg: The weight of guidance where nobody says.
+        guidance: What kind of guidance it takes: "classifier-free", "embedded" (its conditioning then has a row
+            ``guidance`` [B]) or "none"; see ``sampling.guidance``.
+        alone: Whether rows cannot share a forward pass. Then each runs by itself, and no state has two.
         latent_shape: H, W, C.
     """
 
     shift: float = 1.0
     steps: int = 28
     cfg: float = 1.0
+    guidance: str = CLASSIFIER_FREE
+    alone: bool = False
     latent_shape: tuple[int, int, int]
 
     @property
@@ -46,20 +52,78 @@ class DiffusionAdapter(Adapter):
         """Text conditioning.
 
         Args:
-            prompts: B of them; the empty prompt is the unconditional one.
+            prompts: B of them.
 
         Returns:
-            Tokens float32 [B,T,E] and pooled float32 [B,P].
+            All that the model reads of them, B rows under names of the model's own, such as tokens [B,T,E], pooled
+            [B,P] and mask [B,T].
         """
 
-    def prepare(self, prompts: Iterable[Prompt]) -> None:
-        """Encode prompts, and the empty one, all at once: an adapter that remembers them reads heavy text encoders only
-        here.
+    def unconditional(self, count: int, negative: str | None = None) -> Conditioning:
+        """The other side of classifier-free guidance. Here it is the empty prompt; a model that has zeros or learned
+        tokens in its place says so.
+
+        Args:
+            count: How many rows.
+            negative: A negative prompt, which takes the place of the empty one; None for none.
+
+        Returns:
+            ``count`` equal rows, under the names that ``encode`` uses.
+        """
+        return self.encode([negative or ""] * count)
+
+    def both_sides(self, prompts: Sequence[str], guidance: Guidance) -> tuple[Conditioning, Conditioning]:
+        """What guidance reads of prompts, encoded at once and each text once.
+
+        Args:
+            prompts: B of them.
+            guidance: How the model is guided.
+
+        Returns:
+            The conditioning of the prompts and that of the other side, B rows each; where guidance asks for one side
+            only, twice that.
+        """
+        asked, count = sides(guidance), len(prompts)
+        other: Conditioning | None = None
+        texts = dict.fromkeys(prompts if True in asked else ())
+        if False in asked:
+            if type(self).unconditional is DiffusionAdapter.unconditional:  # it is a text as others are
+                texts[guidance.negative or ""] = None
+            else:
+                other = self.unconditional(count, guidance.negative)
+        places = {text: place for place, text in enumerate(texts)}
+        if places:
+            read = self.encode(list(places))
+            if False in asked and other is None:
+                other = read.take(mx.full((count,), places[guidance.negative or ""], mx.int32))
+            if True in asked:
+                text = read.take(mx.array([places[prompt] for prompt in prompts]))
+                return text, text if other is None else other
+        assert other is not None
+        return other, other
+
+    def guiding(self, cfg: float | None = None, negative: str | None = None) -> Guidance:
+        """How this model is guided.
+
+        Args:
+            cfg: The weight; None for the model's own.
+            negative: The negative prompt; None or blank for none.
+
+        Raises:
+            AdapterError: The model cannot be guided so.
+        """
+        told = negative if negative is not None and negative.strip() else None
+        return Guidance(self.cfg if cfg is None else cfg, told, self.guidance, self.alone)
+
+    def prepare(self, prompts: Iterable[Prompt], negative: str | None = None) -> None:
+        """Encode prompts, and that of the other side, all at once: an adapter that remembers them reads heavy text
+        encoders only here.
 
         Args:
             prompts: All that will be drawn; equal texts are encoded once.
+            negative: The negative prompt; None for the empty one.
         """
-        self.encode([*dict.fromkeys(prompt.text for prompt in prompts), ""])
+        self.encode(list(dict.fromkeys([*(prompt.text for prompt in prompts), negative or ""])))
 
     @abstractmethod
     def decode(self, latent: mx.array) -> npt.NDArray[np.float32]:
@@ -112,21 +176,27 @@ class DiffusionAdapter(Adapter):
         """The ``steps + 1`` noise levels of a sampler, from 1 down to 0; see ``flow_sigmas``."""
         return flow_sigmas(steps, self.shift)
 
-    def state(self, latent: mx.array, tokens: mx.array, pooled: mx.array, sigma: float | Array) -> State:
+    def state(self, latent: mx.array, conditioning: Conditioning, sigma: float | Array) -> State:
         """The chain's input.
 
         Args:
             latent: [B,H,W,C].
-            tokens: [B,T,E].
-            pooled: [B,P].
+            conditioning: What ``encode`` or ``unconditional`` gave, B rows, and with embedded guidance its weight.
             sigma: The noise level in [0,1], or one for each sample [B]; the model is told t = 1000 sigma.
-        """
-        t = mx.broadcast_to(mx.array(np.float32(1000) * np.asarray(sigma, np.float32)), (latent.shape[0],))
-        return {"latent": latent, "tokens": tokens, "pooled": pooled, "t": t}
 
-    def velocity(self, latent: mx.array, tokens: mx.array, pooled: mx.array, sigma: float | Array) -> mx.array:
+        Returns:
+            The latent, the arrays of the conditioning under their names, and t [B] float32.
+        """
+        read = {**conditioning}
+        if taken := [name for name in ("latent", "t") if name in read]:
+            raise AdapterError(f"{self.name}: a conditioning cannot have arrays named {taken}; choose other names")
+        t = mx.broadcast_to(mx.array(np.float32(1000) * np.asarray(sigma, np.float32)), (latent.shape[0],))
+        return {"latent": latent, **read, "t": t}
+
+    def velocity(self, latent: mx.array, conditioning: Conditioning, sigma: float | Array) -> mx.array:
         """The model's prediction of ``noise - image`` [B,H,W,C], evaluated; arguments as for ``state``."""
-        return self.run(self.state(latent, tokens, pooled, sigma), sigma)["velocity"]
+        (predicted,) = self.run(self.state(latent, conditioning, sigma), sigma).values()
+        return predicted
 
     def generate(
         self,
@@ -135,6 +205,7 @@ class DiffusionAdapter(Adapter):
         steps: int | None = None,
         cfg: float | None = None,
         callback: Callable[[SamplerStep], None] | None = None,
+        negative: str | None = None,
     ) -> mx.array:
         """Sample latents.
 
@@ -142,24 +213,31 @@ class DiffusionAdapter(Adapter):
             prompts: B texts, at least one.
             seeds: Of the noise, one a prompt.
             steps: Of the sampler; None takes the model's default.
-            cfg: Guidance; None takes the model's default.
+            cfg: The weight of guidance; None takes the model's default.
             callback: Shown each step, see ``sampling.sampler.sample``.
+            negative: What guidance leads away from; None for the model's own, mostly the empty prompt.
 
         Returns:
             Latents [B,H,W,C].
 
         Raises:
-            AdapterError: Not one seed a prompt, or none.
+            AdapterError: Not one seed a prompt, or none; or guidance that the model does not have.
         """
         if len(prompts) != len(seeds) or not prompts:
             raise AdapterError(
                 f"expected one seed for each of at least one prompt, found {len(prompts)} prompts and {len(seeds)}"
                 " seeds"
             )
+        guidance = self.guiding(cfg, negative)
         noise = seeded_noise(seeds, self.latent_shape)
-        text, empty = self.encode(prompts), self.encode([""] * len(prompts))
+        text = self.encode(prompts)
+        other = self.unconditional(len(prompts), guidance.negative) if False in sides(guidance) else text
         sigmas = self.sigmas(self.steps if steps is None else steps)
-        return sample(self.velocity, noise, sigmas, text, empty, self.cfg if cfg is None else cfg, callback)
+
+        def velocity(latent: mx.array, sigma: float) -> mx.array:
+            return guided(self.velocity, latent, sigma, text, other, guidance)
+
+        return sample(velocity, noise, sigmas, callback)
 
 
 def diffusion(adapter: Adapter) -> DiffusionAdapter:

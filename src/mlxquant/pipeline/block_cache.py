@@ -22,7 +22,7 @@ from ..files.checked import understood
 from ..models.adapter import Stage, State
 from ..models.diffusion import DiffusionAdapter
 from ..numerics.arrays import Array
-from ..sampling.guidance import sides
+from ..sampling.guidance import OPTIONAL, REQUIRED, Guidance, sides
 from ..sampling.prompts import LARGEST_SEED
 from ..sweep.streams import ExactStream, Passes
 from .ledger import Ledger
@@ -43,8 +43,9 @@ STRUCTURE = schema.entries(
         "num_images": schema.whole(1),
         "stride": schema.whole(1),
         "seed": schema.whole(0, LARGEST_SEED),
-        "cfg": schema.number(0),
-    }
+        **REQUIRED,
+    },
+    OPTIONAL,
 )
 TOKENS = "tokens/"  # before a stream's name: which of its tokens are kept
 
@@ -105,7 +106,7 @@ class BlockCache:
         images, stride = self.ledger.facts["num_images"], self.ledger.facts["stride"]
         sigmas, states = samples.calibration(images, stride).in_order(adapter, size)
         first = Passes(adapter, sigmas).through(adapter.stages[0], states)
-        rows = len(sides(self.ledger.facts["cfg"]))
+        rows = len(sides(Guidance.of(self.ledger.facts)))
         for state, (index, some) in zip(first, self._batches(size), strict=True):
             for stream, tokens in chosen(self.tokens, self.ledger.facts["seed"], some, index * stride).items():
                 state[TOKENS + stream] = mx.repeat(tokens, rows, axis=0)

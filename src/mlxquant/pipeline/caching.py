@@ -65,7 +65,7 @@ def plan(
         "num_images": num_images,
         "stride": stride,
         "sigmas": trajectories.sigmas.tolist(),
-        "cfg": samples.cfg,
+        **samples.guidance.facts,
         "batch": adapter.batch,
         "blocks": list(traced),
         "tokens": {stream: [kept_tokens(length, tokens), length] for stream, length in sorted(lengths.items())},
@@ -77,7 +77,9 @@ def plan(
     count = num_images * len(trajectories.sigmas)
     own = sum(2 * value.size for value in kept.values()) + ARRAY_ALLOWANCE * len(kept) + FILE_ALLOWANCE
     streams = [side[key] for pair in traced.values() for side in pair for key in lengths if key in side]
-    theirs = sum(2 * value.size for value in streams) + 4 * (state["tokens"].size + state["pooled"].size)
+    theirs = sum(2 * value.size for value in streams) + 4 * sum(
+        value.size for name, value in state.items() if name not in ("latent", "t")
+    )
     return Plan(facts, trajectories, count * own, count * theirs)
 
 
@@ -93,12 +95,12 @@ def trace(adapter: DiffusionAdapter, sigma: float, state: State) -> Trace:
         seen[name] = (inputs, outputs)
 
     with hooked(adapter, names, observe):
-        adapter.velocity(state["latent"], state["tokens"], state["pooled"], sigma)
+        adapter.run(state, sigma)
     if list(seen) != names:
         missed = [name for name in names if name not in seen]
         raise AdapterError(
-            f"{adapter.name}: blocks {missed} were not reached in a forward pass; its velocity must run every stage's"
-            " hook"
+            f"{adapter.name}: blocks {missed} were not reached in a forward pass; its forward pass must run every"
+            " stage's hook"
         )
     return seen
 
@@ -131,7 +133,7 @@ def write(
     ensure_space(folder, plan.disk_bytes)
     ledger = Ledger.open(folder / METADATA, KIND, plan.facts, COMMAND, force, resume)
     if not ledger.complete:
-        adapter.prepare(plan.trajectories.prompts)
+        adapter.prepare(plan.trajectories.prompts, plan.trajectories.guidance.negative)
         with ledger.same_blas():
             for start in range(0, len(plan.trajectories.prompts), adapter.batch):
                 _write_images(plan, adapter, ledger, start, progress)
@@ -173,7 +175,7 @@ def _write_images(plan: Plan, adapter: DiffusionAdapter, ledger: Ledger, start: 
             plan.facts["blocks"],
             f"{step[0]} to {step[-1]}",
         )
-        pictures = np.array([picture for picture, _ in guided_rows(images, part.cfg)])
+        pictures = np.array([picture for picture, _ in guided_rows(images, part.guidance)])
         for image, name in zip(images, step, strict=True):
             ledger.add_npz(name, {key: value[pictures == image] for key, value in arrays.items()})
         ledger.save()

@@ -100,7 +100,7 @@ def _fill(
     settings = ("num_images", "stride", "rows", "range_batch", "seed")
     num_images, stride, rows, range_batch, seed = (int(ledger.facts[name]) for name in settings)
     if not ledger.complete:
-        adapter.prepare(calibration.prompts)
+        adapter.prepare(calibration.prompts, calibration.guidance.negative)
     after = {path: edge.after for edge in adapter.edges() for path in edge.consumers}
     sigma_map = {str(index * stride): float(sigma) for index, sigma in enumerate(calibration.sigmas)}
     for index, step in progress(list(enumerate(sigma_map)), "timesteps"):

@@ -25,7 +25,7 @@ from ..numerics.arrays import Array
 from ..progress import Progress, silent
 from ..report.comparison import save_png, to_pil
 from ..sampling.batches import DrawnBatch, drawn_batches
-from ..sampling.guidance import check_weight
+from ..sampling.guidance import OPTIONAL, REQUIRED, Guidance
 from ..sampling.prompts import LARGEST_SEED, Prompt
 from .ledger import Ledger
 
@@ -40,9 +40,10 @@ STRUCTURE = schema.entries(
         "prompts": schema.array_of(schema.text, 1),
         "seeds": schema.array_of(SEED, 1),
         "num_steps": schema.whole(1),
-        "cfg": schema.number(0),
         "sigmas": schema.array_of(schema.number(0), 1),
-    }
+        **REQUIRED,
+    },
+    OPTIONAL,
 )
 
 
@@ -77,7 +78,7 @@ class Samples(Origin):
             if len(facts["sigmas"]) != facts["num_steps"]:
                 raise schema.MismatchError(f"sigmas has {len(facts['sigmas'])} entries for {facts['num_steps']} steps")
         sigmas = np.array(facts["sigmas"], np.float64)
-        drawn = (facts["model"], facts["source"], prompts, facts["num_steps"], facts["cfg"], sigmas)
+        drawn = (facts["model"], facts["source"], prompts, facts["num_steps"], Guidance.of(facts), sigmas)
         return cls(*drawn, ledger, ledger.sha256)
 
     def check(self, adapter: DiffusionAdapter) -> None:
@@ -110,7 +111,7 @@ class Samples(Origin):
             self.source,
             self.prompts[:images],
             self.steps,
-            self.cfg,
+            self.guidance,
             self.sigmas[::stride],
             mx.array(latents),
         )
@@ -145,6 +146,7 @@ def open_folder(
     folder: Path,
     force: bool = False,
     resume: bool = True,
+    negative: str | None = None,
 ) -> Ledger:
     """The ledger of a folder for these trajectories, new or to go on with; ``draw`` fills it.
 
@@ -154,7 +156,7 @@ def open_folder(
     """
     if not prompts:
         raise CalibrationError("calibration needs at least one prompt")
-    check_weight(cfg)
+    guidance = adapter.guiding(cfg, negative)
     adapter.check_finite()
     facts = {
         "model": adapter.name,
@@ -162,7 +164,7 @@ def open_folder(
         "prompts": [p.text for p in prompts],
         "seeds": [p.seed for p in prompts],
         "num_steps": steps,
-        "cfg": cfg,
+        **guidance.facts,
         "seed": seed,
         "batch": adapter.batch,
         "latent_shape": list(adapter.latent_shape),
@@ -178,7 +180,7 @@ def draw(adapter: DiffusionAdapter, ledger: Ledger, progress: Progress = silent)
     A killed run goes on after its last finished batch and ends with the same bytes. Raises NumericsError, naming image
     and step, on a latent that is not finite.
     """
-    prompts, steps, cfg = prompts_of(ledger.facts), ledger.facts["num_steps"], ledger.facts["cfg"]
+    prompts, steps, guidance = prompts_of(ledger.facts), ledger.facts["num_steps"], Guidance.of(ledger.facts)
     if not ledger.complete:
         missing = [
             start
@@ -186,9 +188,8 @@ def draw(adapter: DiffusionAdapter, ledger: Ledger, progress: Progress = silent)
             for images in [range(start, min(start + adapter.batch, len(prompts)))]
             if not all(name in ledger.files for image in images for name in _names(image, steps))
         ]
-        for batch in drawn_batches(
-            adapter, prompts, steps, cfg, progress, "trajectories", starts=missing, latents=True
-        ):
+        wanted = (adapter, prompts, steps, guidance.weight, progress, "trajectories")
+        for batch in drawn_batches(*wanted, starts=missing, latents=True, negative=guidance.negative):
             _write_batch(adapter, ledger, batch)
             ledger.save()
         ledger.save(complete=True)

@@ -105,8 +105,9 @@ def lead(report: Json) -> str:
     text = f"{names} against {report['reference']['name']} on {len(report['prompts'])} pictures"
     if "steps" in settings:
         text += (
-            f" of {settings['size']} pixels, {settings['steps']} steps, guidance {settings['cfg_weight']:g}, the same"
-            " prompts and seeds"
+            f" of {settings['size']} pixels, {settings['steps']} steps, guidance {settings['cfg_weight']:g}"
+            + (f" away from {settings['negative_prompt']!r}" if "negative_prompt" in settings else "")
+            + ", the same prompts and seeds"
         )
     return text + "."
 

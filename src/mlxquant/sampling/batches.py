@@ -25,8 +25,8 @@ class Sampled(Protocol):
         """How many pictures it samples at once."""
         ...
 
-    def prepare(self, prompts: Iterable[Prompt]) -> None:
-        """Encode prompts, and the empty one."""
+    def prepare(self, prompts: Iterable[Prompt], negative: str | None = None) -> None:
+        """Encode prompts, and the negative one or the empty one."""
         ...
 
     def generate(
@@ -36,6 +36,7 @@ class Sampled(Protocol):
         steps: int | None = None,
         cfg: float | None = None,
         callback: Callable[[SamplerStep], None] | None = None,
+        negative: str | None = None,
     ) -> mx.array:
         """Latents [B,H,W,C] for prompts, one seed each."""
         ...
@@ -65,6 +66,7 @@ def drawn_batches(
     starts: Iterable[int] | None = None,
     latents: bool = False,
     callback: Callable[[SamplerStep], None] | None = None,
+    negative: str | None = None,
 ) -> Iterator[DrawnBatch]:
     """Draw ``prompts``, each with its own seed, ``size`` at a time (None: as many as the model samples at once).
 
@@ -72,18 +74,19 @@ def drawn_batches(
         model: What draws; it encodes all prompts before the first batch.
         prompts: All of them, also those that are not drawn this time.
         steps: Of the sampler; None for the model's own.
-        cfg: Guidance; None for the model's own.
+        cfg: The weight of guidance; None for the model's own.
         progress: Wraps the batches.
         label: What to call them there.
         size: Pictures of a batch.
         starts: The batches to draw, by the place of their first prompt; None for all.
         latents: Whether to keep the latents that enter each step.
         callback: Called before each step of each batch.
+        negative: The negative prompt; None for none.
     """
     size = model.batch if size is None else size
     places = list(range(0, len(prompts), size) if starts is None else starts)
     if places:
-        model.prepare(prompts)
+        model.prepare(prompts, negative)
     for start in progress(places, label):
         some, seen = tuple(prompts[start : start + size]), list[mx.array]()
 
@@ -93,5 +96,5 @@ def drawn_batches(
             if callback is not None:
                 callback(step)
 
-        final = model.generate([p.text for p in some], [p.seed for p in some], steps, cfg, follow)
+        final = model.generate([p.text for p in some], [p.seed for p in some], steps, cfg, follow, negative)
         yield DrawnBatch(range(start, start + len(some)), some, final, seen)

@@ -1,4 +1,5 @@
-"""The one sampler: Euler steps along the rectified flow, with classifier-free guidance and a callback.
+"""The one sampler: Euler steps along the rectified flow, with a callback. What it follows is guided already, see
+``guidance``.
 
 Calibration, generation, evaluation and training-time previews all go through ``sample``; whoever needs the trajectory
 passes a callback instead of copying the loop.
@@ -13,8 +14,6 @@ from itertools import pairwise
 import mlx.core as mx
 import numpy as np
 
-from .conditioning import Conditioning
-from .guidance import Velocity, check_weight, guided
 from .schedules import Sigmas
 
 
@@ -38,23 +37,18 @@ def seeded_noise(seeds: Sequence[int], shape: tuple[int, int, int]) -> mx.array:
 
 
 def sample(
-    velocity: Velocity,
+    velocity: Callable[[mx.array, float], mx.array],
     noise: mx.array,
     sigmas: Sigmas,
-    text: Conditioning,
-    empty: Conditioning,
-    cfg: float,
     callback: Callable[[SamplerStep], None] | None = None,
 ) -> mx.array:
     """Integrate from noise [B,H,W,C] at sigmas[0] to sigmas[-1] and return the latent.
 
-    ``velocity(latent, tokens, pooled, sigma)`` is the model's prediction of ``noise - image``. ``empty`` is the
-    conditioning of the empty prompt, one row for each sample. Raises AdapterError on a negative or non-finite cfg.
+    ``velocity(latent, sigma)`` is the guided prediction of ``noise - image``.
     """
-    check_weight(cfg)
     latent = noise
     for index, (sigma, following) in enumerate(pairwise(sigmas)):
-        v = guided(velocity, latent, float(sigma), text, empty, cfg)
+        v = velocity(latent, float(sigma))
         if callback is not None:
             callback(SamplerStep(index, float(sigma), latent, v))
         latent = latent + v * float(following - sigma)

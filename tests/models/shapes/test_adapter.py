@@ -24,8 +24,8 @@ class TestMMDiTShapes(AdapterContract):
     def make_adapter(cls):
         return MMDiTShapes.pretrained()
 
-    def whole(self, adapter, latent, tokens, pooled, t):
-        return adapter.module(latent, tokens, pooled, t)
+    def whole(self, adapter, latent, conditioning, t):
+        return adapter.module(latent, **conditioning, t=t)
 
 
 def test_unshuffle_is_undone():

@@ -70,7 +70,7 @@ class Components:
         for text in list(self._encoded)[: -self._kept]:
             del self._encoded[text]
         tokens, pooled = (mx.stack([pair[side] for pair in pairs]).astype(mx.float32) for side in (0, 1))
-        return Conditioning(tokens, pooled)
+        return Conditioning(tokens=tokens, pooled=pooled)
 
     @property
     def decoder(self) -> Any:

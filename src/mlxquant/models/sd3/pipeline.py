@@ -86,7 +86,7 @@ def _pipeline_class() -> Any:
         def encode_text(self, text: str, cfg_weight: float = 7.5, negative_text: str = "") -> tuple[mx.array, mx.array]:
             """Token embeddings [B,T,E] and pooled embeddings [B,P]: the prompt and, with guidance, the negative one."""
             found = self.adapter.encode([text, negative_text] if cfg_weight > 0 else [text])
-            return found.tokens, found.pooled
+            return found["tokens"], found["pooled"]
 
         def generate_image(
             self,

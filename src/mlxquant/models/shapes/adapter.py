@@ -98,7 +98,8 @@ class MMDiTShapes(DiffusionAdapter):
         return self._stages
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        return Conditioning(*self.module.text_encoder(mx.array([tokenize(p) for p in prompts])))
+        tokens, pooled = self.module.text_encoder(mx.array([tokenize(p) for p in prompts]))
+        return Conditioning(tokens=tokens, pooled=pooled)
 
     def decode(self, latent: mx.array) -> npt.NDArray[np.float32]:
         return np.array(to_images(latent), np.float32)
