@@ -40,6 +40,7 @@ from .evaluation.report_folder import put, say_report, summarise, write_report
 from .files.atomic import atomic_folder
 from .recipes.grammar import parse_recipe
 from .recipes.recipe import Recipe
+from .sampling.picture_size import PictureSize, plain
 from .sampling.prompts import Prompt, read_prompts
 
 PROMPTS, CALIBRATION_PROMPTS = 64, 16
@@ -80,7 +81,7 @@ drawing_options = together(
 def command(
     names: tuple[str, ...],
     recipe_names: tuple[str, ...],
-    size: int | None,
+    size: PictureSize | None,
     prompt_file: Path | None,
     num_prompts: int | None,
     steps: int | None,
@@ -151,7 +152,7 @@ def command(
         settings: dict[str, Any] = {
             "model": adapter.name,
             **how,
-            "size": adapter.size,
+            "size": plain(adapter.size),
             "seed": seed,
             "batch": adapter.batch,
             "calibration": {"prompts": len(examples), **how, "seed": seed} if recipes else None,
@@ -176,7 +177,7 @@ def command(
     )
 
 
-def load(names: tuple[str, ...], size: int | None) -> list[Model]:
+def load(names: tuple[str, ...], size: PictureSize | None) -> list[Model]:
     """The models, all drawing pictures of one size: that of the first, where none is asked for."""
     models = [load_model(name, size) for name in names]
     for name, model in zip(names, models, strict=True):

@@ -25,6 +25,7 @@ from .commandline.options import (
 from .errors import AdapterError
 from .files.lock import locked
 from .report.comparison import save_png, to_pil
+from .sampling.picture_size import PictureSize
 from .sampling.prompts import Prompt
 
 
@@ -46,7 +47,7 @@ def command(
     steps: int | None,
     cfg_weight: float | None,
     negative: str | None,
-    size: int | None,
+    size: PictureSize | None,
     reference: str | None,
     output: Path,
 ) -> None:

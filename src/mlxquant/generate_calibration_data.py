@@ -18,6 +18,7 @@ from .errors import CalibrationError
 from .files.lock import locked
 from .pipeline import samples
 from .sampling.guidance import CLASSIFIER_FREE
+from .sampling.picture_size import PictureSize
 from .sampling.prompts import read_prompts
 
 
@@ -41,7 +42,7 @@ from .sampling.prompts import read_prompts
 @verbose_option
 def command(
     name: str,
-    size: int | None,
+    size: PictureSize | None,
     num_images: int,
     num_steps: int,
     cfg_weight: float,

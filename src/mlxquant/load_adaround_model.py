@@ -25,6 +25,7 @@ from .pipeline.apply import TrackFiles, install
 from .pipeline.weight_files import WeightFiles
 from .recipes.recipe import LayerSpec
 from .report.comparison import Comparison, save_png, to_pil
+from .sampling.picture_size import PictureSize
 from .sampling.prompts import Prompt, read_prompts
 from .sweep.rounding import round_to_nearest
 
@@ -66,7 +67,7 @@ def command(
     diff_stats: bool,
     folder: Path | None,
     name: str | None,
-    size: int | None,
+    size: PictureSize | None,
     force: bool,
 ) -> None:
     """Draw with what the other steps have made.

@@ -31,6 +31,7 @@ from .errors import AdapterError, RecipeError
 from .pipeline.apply import TrackFiles
 from .recipes.grammar import parse_recipe
 from .recipes.recipe import Recipe
+from .sampling.picture_size import PictureSize
 from .sampling.prompts import read_prompts
 
 calibration_options = together(
@@ -89,7 +90,7 @@ calibration_options = together(
 @run_options
 def command(
     name: str,
-    size: int | None,
+    size: PictureSize | None,
     recipe_name: str,
     override: tuple[str, ...],
     blocks: int | None,

@@ -9,6 +9,7 @@ from ..errors import ArtifactError
 from ..files.checked import kind_of
 from ..files.pickles import refuse_pickle
 from ..models.catalog import pretrained
+from ..sampling.picture_size import PictureSize
 from ..spin_quant import files as spun
 from ..spin_quant.adapter import SpunGPT
 from .model import KIND, Model, QuantizedModel
@@ -30,13 +31,13 @@ NO_MODELS = {  # what else mlxquant writes, by kind: what it is, and what to do 
 SPEAKERS = ("report.json", "manifest.json", "metadata.json", "config.json", "layer_statistics.json")
 
 
-def load(reference: str | Path, size: int | None = None) -> Model:
+def load(reference: str | Path, size: int | PictureSize | None = None) -> Model:
     """Load a model: with its full-precision weights, or from a folder that mlxquant wrote, whatever wrote it.
 
     Args:
         reference: A name (``"mmdit-shapes"``), a hub id, a folder with a checkpoint, or a folder of
             ``QuantizedModel.save``, ``mlxquant train-gpt``, ``mlxquant export`` or SpinQuant.
-        size: Side of the pictures in pixels, for models that draw several sizes.
+        size: Width and height of the pictures in pixels, or one number for squares, for models that draw several sizes.
 
     Returns:
         The model; a ``QuantizedModel`` where it is one that ``quantize`` made.

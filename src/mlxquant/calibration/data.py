@@ -62,7 +62,8 @@ class CalibrationData(Protocol):
     @property
     def sides(self) -> int:
         """How many rows of a batch belong to one sample: what a guided model reads of a picture with its prompt, and
-        without. A batch has first one row of each sample, then the next of each in the same order.
+        without. A batch has first one row of each sample, then the next of each in the same order. Where rows cannot
+        share a batch it is 1: each row is a sample.
         """
         ...
 

@@ -24,11 +24,14 @@ from ..models.adapter import Adapter, State
 from ..models.diffusion import DiffusionAdapter, diffusion
 from ..progress import Progress, silent
 from ..sampling.batches import drawn_batches
-from ..sampling.guidance import OPTIONAL, REQUIRED, Guidance, asked, sides
+from ..sampling.guidance import OPTIONAL, REQUIRED, Guidance, asked, guided_rows, sides
 from ..sampling.prompts import LARGEST_SEED, Prompt
 from .data import OnDemand
 
 KIND, LATENTS = "calibration-batch", "latents"
+# Pictures whose rows follow each other where each is alone, first all with their prompt: an even share of them is held
+# out with both sides, and both are in one batch of averaged min-max, which is of 32 rows.
+TOGETHER = 16
 
 
 def _prompt(value: Any, where: str) -> None:
@@ -99,8 +102,8 @@ class Calibration(Origin):
 
     @property
     def level_samples(self) -> int:
-        """The most pictures that go through the model at one step."""
-        return max(map(len, self.pictures))
+        """The most pictures that go through the model at one step; where rows are alone, the most rows."""
+        return max(map(len, self.pictures)) * (len(sides(self.guidance)) if self.guidance.alone else 1)
 
     @property
     def trajectories(self) -> dict[str, Any]:
@@ -138,11 +141,12 @@ class Calibration(Origin):
         many as the adapter samples at once.
 
         Guided models see every latent with its prompt and with the empty prompt, as their sampler does: first all
-        guided rows, then all others. Where rows cannot share a forward pass each is a batch by itself, a picture's
-        sides one after the other. Inputs are put together when they are asked for; each distinct prompt is encoded
-        once.
+        guided rows, then all others. Where rows cannot share a forward pass each is a batch by itself: those of
+        ``TOGETHER`` pictures in the same order, then those of the next. Inputs are put together when they are asked
+        for; each distinct prompt is encoded once.
         """
-        return self._states(diffusion(adapter), adapter.batch if size is None else size, False)
+        usual = TOGETHER if self.guidance.alone else adapter.batch
+        return self._states(diffusion(adapter), usual if size is None else size, False)
 
     def in_order(self, adapter: Adapter, size: int | None = None) -> tuple[list[float], OnDemand]:
         """As ``batches``, by default all pictures at once, with the rows picture by picture: a picture's guided and
@@ -152,27 +156,28 @@ class Calibration(Origin):
 
     def _states(self, adapter: DiffusionAdapter, size: int, side_by_side: bool) -> tuple[list[float], OnDemand]:
         guidance = self.guidance
-        size, passes = (1, len(sides(guidance))) if guidance.alone else (size, 1)
-        parts = [
-            (step, some[start : start + size])
-            for step, some in enumerate(self.pictures)
-            for start in range(0, len(some), size)
-        ]
-        used = sorted({picture for _, some in parts for picture in some})
+        parts = list[tuple[int, list[int], int]]()  # step, pictures, and which of the passes that guidance asks for
+        for step, pictures in enumerate(self.pictures):
+            for start in range(0, len(pictures), size):
+                some = pictures[start : start + size]
+                if guidance.alone:
+                    rows = guided_rows(some, guidance, side_by_side)
+                    parts += [(step, [picture], sides(guidance).index(prompted)) for picture, prompted in rows]
+                else:
+                    parts.append((step, some, 0))
+        used = sorted({picture for _, some, _ in parts for picture in some})
         texts = list(dict.fromkeys(self.prompts[picture].text for picture in used))
         places = {text: place for place, text in enumerate(texts)}
         text, other = adapter.both_sides(texts, guidance)
 
         def make(index: int) -> State:
-            part, turn = divmod(index, passes)
-            step, some = parts[part]
+            step, some, which = parts[index]
             read = mx.array([places[self.prompts[picture].text] for picture in some])
             latents = self.latents[step][mx.array(some)]
-            latent, conditioning = asked(latents, text.take(read), other.take(read), guidance, side_by_side)[turn]
+            latent, conditioning = asked(latents, text.take(read), other.take(read), guidance, side_by_side)[which]
             return adapter.state(latent, conditioning, float(self.sigmas[step]))
 
-        sigmas = [float(self.sigmas[step]) for step, _ in parts for _ in range(passes)]
-        return sigmas, OnDemand(make, range(len(sigmas)))
+        return [float(self.sigmas[step]) for step, _, _ in parts], OnDemand(make, range(len(parts)))
 
     def save(self, path: Path) -> None:
         write_tensors(path, "calibration", {"latents": self.latents}, {**self.facts, "sigmas": self.sigmas.tolist()})

@@ -11,6 +11,8 @@ from typing import Any
 import click
 
 from .._blas import prefer_fast_blas
+from ..errors import AdapterError
+from ..sampling.picture_size import PictureSize, picture_size
 from ..sampling.prompts import LARGEST_SEED
 
 Decorator = Callable[[Any], Any]
@@ -68,7 +70,24 @@ def _speak(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
         log.debug("MLX's CPU matmul runs on %s", prefer_fast_blas() or "its own BLAS")
 
 
-size_option = option("--size", type=COUNT, help="Pixels of a picture's side.  [default: the model's]")
+class Pixels(click.ParamType):  # type: ignore[type-arg]  # generic in some releases of click only
+    """``768x512``, or ``512`` for a square."""
+
+    name = "WIDTHxHEIGHT"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> PictureSize:
+        try:
+            return picture_size(value)
+        except AdapterError as error:
+            self.fail(str(error), param, ctx)
+
+
+size_option = option(
+    "--size",
+    type=Pixels(),
+    metavar="WIDTHxHEIGHT",
+    help="Pixels of a picture, such as 768x512, or 512 for a square.  [default: the model's]",
+)
 negative_option = option(
     "--negative-prompt",
     "negative",

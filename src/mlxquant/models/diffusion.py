@@ -15,6 +15,7 @@ from ..errors import AdapterError
 from ..numerics.arrays import Array
 from ..sampling.conditioning import Conditioning
 from ..sampling.guidance import CLASSIFIER_FREE, Guidance, guided, sides
+from ..sampling.picture_size import PictureSize, picture_size, told
 from ..sampling.prompts import Prompt
 from ..sampling.sampler import SamplerStep, sample, seeded_noise
 from ..sampling.schedules import Sigmas, flow_sigmas
@@ -31,8 +32,9 @@ class DiffusionAdapter(Adapter):
         cfg: The weight of guidance where nobody says.
         guidance: What kind of guidance it takes: "classifier-free", "embedded" (its conditioning then has a row
             ``guidance`` [B]) or "none"; see ``sampling.guidance``.
-        alone: Whether rows cannot share a forward pass. Then each runs by itself, and no state has two.
-        latent_shape: H, W, C.
+        alone: Whether rows cannot share a forward pass. Then each runs by itself, and no state has two; ``batch`` and
+            ``rows`` have to be 1.
+        latent_shape: H, W, C, as the sampler has them.
     """
 
     shift: float = 1.0
@@ -43,9 +45,9 @@ class DiffusionAdapter(Adapter):
     latent_shape: tuple[int, int, int]
 
     @property
-    def size(self) -> int:
-        """Pixels of a picture's side; here for models whose latents are pixels."""
-        return self.latent_shape[0]
+    def size(self) -> PictureSize:
+        """Width and height of a picture in pixels; here for models whose latents are pixels."""
+        return self.latent_shape[1], self.latent_shape[0]
 
     @abstractmethod
     def encode(self, prompts: Sequence[str]) -> Conditioning:
@@ -136,16 +138,58 @@ class DiffusionAdapter(Adapter):
             float32 [B,height,width,3] in [0,1].
         """
 
-    def resize(self, size: int) -> None:
+    def resize(self, size: int | PictureSize) -> None:
         """Draw pictures of another size from now on.
 
         Args:
-            size: Pixels of a side.
+            size: Width and height in pixels, or one number for a square.
 
         Raises:
-            AdapterError: The model cannot.
+            AdapterError: The model cannot, or it is no size.
         """
-        raise AdapterError(f"{self.name} draws pictures of one size only; leave --size out")
+        if (wanted := picture_size(size)) != self.size:
+            self.latent_shape = self.latent_of(*wanted)
+
+    def latent_of(self, width: int, height: int) -> tuple[int, int, int]:
+        """The shape of the latents of another size; a model that draws more than one says which.
+
+        Args:
+            width: Of the picture, in pixels.
+            height: Of the picture, in pixels.
+
+        Returns:
+            H, W, C.
+
+        Raises:
+            AdapterError: The model draws no such pictures.
+        """
+        raise AdapterError(
+            f"{self.name} draws pictures of one size only, {told(self.size)} pixels, found"
+            f" {told((width, height))}; leave --size out"
+        )
+
+    def pack(self, latent: mx.array) -> mx.array:
+        """What the chain reads of latents, for models that read tokens; here the latents themselves.
+
+        Args:
+            latent: [B,H,W,C], as the sampler has them.
+
+        Returns:
+            Any array of B rows, such as [B,N,D].
+        """
+        return latent
+
+    def unpack(self, predicted: mx.array, shape: tuple[int, int, int]) -> mx.array:
+        """What the chain predicts, as the sampler has it: the inverse of ``pack``.
+
+        Args:
+            predicted: B rows, such as [B,N,D].
+            shape: H, W, C of the latents.
+
+        Returns:
+            [B,H,W,C].
+        """
+        return predicted
 
     @abstractmethod
     def prompts(self, purpose: str, count: int, seed: int = 0) -> list[Prompt]:
@@ -185,18 +229,19 @@ class DiffusionAdapter(Adapter):
             sigma: The noise level in [0,1], or one for each sample [B]; the model is told t = 1000 sigma.
 
         Returns:
-            The latent, the arrays of the conditioning under their names, and t [B] float32.
+            The latent as ``pack`` gives it, the arrays of the conditioning under their names, and t [B] float32.
         """
         read = {**conditioning}
         if taken := [name for name in ("latent", "t") if name in read]:
             raise AdapterError(f"{self.name}: a conditioning cannot have arrays named {taken}; choose other names")
         t = mx.broadcast_to(mx.array(np.float32(1000) * np.asarray(sigma, np.float32)), (latent.shape[0],))
-        return {"latent": latent, **read, "t": t}
+        return {"latent": self.pack(latent), **read, "t": t}
 
     def velocity(self, latent: mx.array, conditioning: Conditioning, sigma: float | Array) -> mx.array:
         """The model's prediction of ``noise - image`` [B,H,W,C], evaluated; arguments as for ``state``."""
         (predicted,) = self.run(self.state(latent, conditioning, sigma), sigma).values()
-        return predicted
+        _, height, width, channels = latent.shape
+        return self.unpack(predicted, (height, width, channels))
 
     def generate(
         self,

@@ -16,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..calibration.trajectories import Calibration, Origin
-from ..errors import CalibrationError, NumericsError
+from ..errors import AdapterError, CalibrationError, NumericsError
 from ..files import checked, schema
 from ..files.checked import understood
 from ..models.adapter import Adapter
@@ -156,6 +156,10 @@ def open_folder(
     """
     if not prompts:
         raise CalibrationError("calibration needs at least one prompt")
+    if adapter.alone:
+        raise AdapterError(
+            f"rows of {adapter.name} cannot share a forward pass, which these steps need; use 'mlxquant quantize'"
+        )
     guidance = adapter.guiding(cfg, negative)
     adapter.check_finite()
     facts = {

@@ -16,6 +16,7 @@ from typing import Any
 from ..files import schema
 from ..files.atomic import atomic_file
 from ..files.checked import read_json, understood
+from ..sampling.picture_size import told
 from ..sweep.store import STAGES
 from . import page_layers, page_pictures, page_plots, page_tables
 
@@ -105,7 +106,7 @@ def lead(report: Json) -> str:
     text = f"{names} against {report['reference']['name']} on {len(report['prompts'])} pictures"
     if "steps" in settings:
         text += (
-            f" of {settings['size']} pixels, {settings['steps']} steps, guidance {settings['cfg_weight']:g}"
+            f" of {told(settings['size'])} pixels, {settings['steps']} steps, guidance {settings['cfg_weight']:g}"
             + (f" away from {settings['negative_prompt']!r}" if "negative_prompt" in settings else "")
             + ", the same prompts and seeds"
         )

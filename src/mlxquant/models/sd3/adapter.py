@@ -20,6 +20,7 @@ from ...errors import AdapterError
 from ...files import schema
 from ...grids.time import Clock
 from ...sampling.conditioning import Conditioning
+from ...sampling.picture_size import LARGEST, PictureSize, picture_size, plain
 from ...sampling.prompts import Prompt, parse_prompts
 from ..adapter import Edge, Stage, State
 from ..diffusion import DiffusionAdapter
@@ -81,19 +82,24 @@ class Components:
 
 class SD3Medium(DiffusionAdapter):
     name = "sd3-medium"
-    STRUCTURE = schema.entries({"config": CONFIG, "size": schema.whole(1, 2**14)})
+    STRUCTURE = schema.entries(
+        {
+            "config": CONFIG,
+            "size": schema.either(schema.array_of(schema.whole(1, LARGEST), 2, 2), schema.whole(1, LARGEST)),
+        }
+    )
     shift = 3.0
     cfg = 5.0
     batch = 2
     samples = 64
     rows = 2
 
-    def __init__(self, module: Any, config: MMDiTConfig, clock: Clock, components: Components, size: int):
+    def __init__(self, module: Any, config: MMDiTConfig, clock: Clock, components: Components, size: int | PictureSize):
         self.module = module
         self.clock = clock
         self.config = config
         self.components = components
-        self.resize(size)
+        self.latent_shape = self.latent_of(*picture_size(size))
         self._stages = _stages(module, config.depth_multimodal)
 
     @classmethod
@@ -114,7 +120,7 @@ class SD3Medium(DiffusionAdapter):
         return adapter
 
     @classmethod
-    def _built(cls, config: MMDiTConfig, components: Components, size: int) -> SD3Medium:
+    def _built(cls, config: MMDiTConfig, components: Components, size: int | PictureSize) -> SD3Medium:
         clock = Clock()
         return cls(build_mmdit(config, clock, mx.float16), config, clock, components, size)
 
@@ -126,7 +132,7 @@ class SD3Medium(DiffusionAdapter):
         return self._built(self.config, self.components, self.size)
 
     def describe(self) -> dict[str, Any]:
-        return {"config": asdict(self.config), "size": self.size}
+        return {"config": asdict(self.config), "size": plain(self.size)}
 
     @property
     def place(self) -> str:
@@ -137,12 +143,13 @@ class SD3Medium(DiffusionAdapter):
         self.components = Components(place)
 
     @property
-    def size(self) -> int:
-        return self.latent_shape[0] * PIXELS
+    def size(self) -> PictureSize:
+        return self.latent_shape[1] * PIXELS, self.latent_shape[0] * PIXELS
 
-    def resize(self, size: int) -> None:
-        self.check_size(size)
-        self.latent_shape = (size // PIXELS, size // PIXELS, self.config.vae_latent_dim)
+    def latent_of(self, width: int, height: int) -> tuple[int, int, int]:
+        for side in (width, height):
+            self.check_size(side)
+        return height // PIXELS, width // PIXELS, self.config.vae_latent_dim
 
     def check_size(self, size: int) -> None:
         """Refuse a size that the transformer has no positions for.

@@ -20,6 +20,7 @@ from ...files.parameters import load_parameters
 from ...grids.time import Clock
 from ...numerics.arrays import Array
 from ...sampling.conditioning import Conditioning
+from ...sampling.picture_size import PictureSize
 from ...sampling.prompts import Prompt
 from ..adapter import Edge, Stage
 from ..diffusion import DiffusionAdapter
@@ -90,8 +91,8 @@ class MMDiTShapes(DiffusionAdapter):
         return {"config": self.module.config.to_dict()}
 
     @property
-    def size(self) -> int:
-        return scenes.SIDE
+    def size(self) -> PictureSize:
+        return scenes.SIDE, scenes.SIDE
 
     @property
     def stages(self) -> tuple[Stage, ...]:
