@@ -141,10 +141,8 @@ def test_the_disk_it_announces_is_enough_and_not_far_off(calib):
 def test_one_forward_pass_serves_all_blocks(calib, monkeypatch):
     """Passes are images times steps in batches, not multiplied by the blocks; one evaluation collects all arrays."""
     calls, evaluations = [], []
-    velocity, evaluate = MMDiTShapes.velocity, mx.eval
-    monkeypatch.setattr(
-        MMDiTShapes, "velocity", lambda self, x, *rest: calls.append(len(x)) or velocity(self, x, *rest)
-    )
+    run, evaluate = MMDiTShapes.run, mx.eval
+    monkeypatch.setattr(MMDiTShapes, "run", lambda self, x, sigma: calls.append(len(x["t"])) or run(self, x, sigma))
     monkeypatch.setattr(caching.mx, "eval", lambda *some: evaluations.append(some) or evaluate(*some))
     succeed(calib)
     assert calls == [2, 4, 4, 2, 2]  # one to measure, then two steps of two images and two of one, guided and unguided
@@ -197,10 +195,8 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(calib, monkeypatch, writes
         with pytest.raises(ArtifactError, match="not finished"):
             BlockCache.read(folder)
         assert len(BlockCache.read(folder, complete=False).ledger.files) == (2 if writes == 3 else 5)
-    calls, velocity = [], MMDiTShapes.velocity
-    monkeypatch.setattr(
-        MMDiTShapes, "velocity", lambda self, x, *rest: calls.append(len(x)) or velocity(self, x, *rest)
-    )
+    calls, run_chain = [], MMDiTShapes.run
+    monkeypatch.setattr(MMDiTShapes, "run", lambda *given: calls.append(given) or run_chain(*given))
     succeed(calib)
     assert len(calls) == 1 + {0: 4, 1: 4, 3: 3, 5: 1}[writes]
     assert files(folder) == files(whole)

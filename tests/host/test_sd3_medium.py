@@ -277,3 +277,25 @@ def test_other_checkpoints_are_refused(sd3_folder, random_sd3, tmp_path):
     (tmp_path / "sd3_medium.safetensors").write_bytes((sd3_folder / "sd3_medium.safetensors").read_bytes()[:5000])
     with pytest.raises(ArtifactError, match="not a safetensors file, or a damaged one"):
         mq.load(tmp_path)
+
+
+def test_pictures_need_not_be_squares(model):
+    """A wide picture and its calibration; in DiffusionKit's own pipeline it is the same."""
+    wide = mq.Model(model.clone())
+    wide.adapter.resize((96, 64))
+    assert (wide.adapter.size, wide.adapter.latent_shape[:2]) == ((96, 64), (8, 12))
+    ours = wide.generate(PROMPTS[0], seed=5, steps=2, cfg=4.0, negative=PROMPTS[1])
+    theirs, _ = wide.adapter.pipeline().generate_image(
+        PROMPTS[0], num_steps=2, cfg_weight=4.0, negative_text=PROMPTS[1], latent_size=(8, 12), seed=5
+    )
+    assert ours.size == theirs.size == (96, 64)
+    assert close(ours, theirs)
+    assert not close(ours, wide.generate(PROMPTS[0], seed=5, steps=2, cfg=4.0))
+    calib = mq.calibrate(wide, 2, steps=2, negative=PROMPTS[1])
+    quantized = mq.quantize(wide, calib, "rtn-w4a8")
+    assert quantized.adapter.describe()["size"] == [96, 64]
+    again = type(wide.adapter).described(quantized.adapter.describe())
+    assert again.size == (96, 64)
+    assert model.adapter.twin().describe()["size"] == SIZE
+    with pytest.raises(AdapterError, match="multiple of 16 pixels, at most 256; 40 is none"):
+        wide.adapter.resize((96, 40))

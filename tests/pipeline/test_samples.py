@@ -200,7 +200,7 @@ def test_calibration_is_a_selection_whose_text_is_encoded_again(tmp_path):
     sigmas, states = calibration.batches(adapter)
     assert sigmas == [seen[0].sigma, seen[2].sigma]
     for step, state in zip((seen[0], seen[2]), states, strict=True):
-        conditional, unconditional = mx.split(adapter.run(state, step.sigma), 2)
+        conditional, unconditional = mx.split(adapter.run(state, step.sigma)["velocity"], 2)
         guided = unconditional + 2.0 * (conditional - unconditional)
         np.testing.assert_allclose(np.array(guided), np.array(step.velocity), atol=1e-5)
 
