@@ -12,8 +12,8 @@ import pytest
 
 from mlxquant.layers import names
 from mlxquant.layers.own import OwnModule
+from mlxquant.layers.rotated import TurnedNorm
 from mlxquant.layers.tree import Tap
-from mlxquant.layers.turned_norm import TurnedNorm
 
 ROOT = Path(mlxquant.__file__).parent
 MEASURING = {"Tap", "ShownAttention", "HalfLinear", "SoftLinear"}  # in a model only while something is measured

@@ -7,8 +7,8 @@ import pytest
 
 from mlxquant.errors import AdapterError, CalibrationError, NumericsError, RecipeError
 from mlxquant.grids.weights import WeightFormat, fit_extremes
-from mlxquant.layers.held_heads import HeldHeads
 from mlxquant.layers.linear import QuantizedLinear, find_quantized
+from mlxquant.layers.rotated import HeldHeads
 from mlxquant.layers.tree import get_module, parameters
 from mlxquant.models.gpt.network import GPTConfig
 from mlxquant.numerics import cayley

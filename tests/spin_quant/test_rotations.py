@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 
 from mlxquant.errors import AdapterError
-from mlxquant.layers.held_heads import key_rotation
+from mlxquant.layers.rotated import TurnedNorm, key_rotation
 from mlxquant.layers.tree import get_module, parameters, swapped, tapped
-from mlxquant.layers.turned_norm import TurnedNorm
 from mlxquant.models.gpt.adapter import GPTAdapter
 from mlxquant.models.gpt.tokenizers import CharTokenizer
 from mlxquant.numerics import cayley

@@ -16,11 +16,10 @@ from ..files.atomic import ensure_writable
 from ..files.checked import read_tensors, understood, write_tensors
 from ..files.parameters import load_parameters
 from ..files.pickles import refuse_pickle
-from ..layers.held_heads import HeldHeads
 from ..layers.kinds import rebuilt, structure
 from ..layers.linear import find_quantized
+from ..layers.rotated import HeldHeads, TurnedNorm
 from ..layers.tree import get_module, parameters, set_module
-from ..layers.turned_norm import TurnedNorm
 from ..models.gpt.network import CONFIG, GPT, GPTConfig
 from ..models.gpt.tokenizers import FACTS, ByteTokenizer, CharTokenizer, tokenizer_from_facts
 from ..qat.convert import put_points, quantizing_points

@@ -11,8 +11,8 @@ from typing import Any
 import mlx.core as mx
 
 from ...files import schema
+from ...layers.rotated import TurnedNorm
 from ...layers.tree import set_module
-from ...layers.turned_norm import TurnedNorm
 from ..language import LanguageAdapter
 from .files import load_gpt
 from .network import CONFIG, GPT, GPTConfig
