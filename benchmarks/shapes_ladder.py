@@ -50,7 +50,7 @@ class QuantizedInput(nn.Module):
 def activations_alone(model: Model, quantized: QuantizedModel) -> Model:
     """The full-precision model with the activation tables of a quantized one."""
     adapter = model.clone()
-    linears = adapter.linears()
+    linears = adapter.layers()
     for path, layer in quantized.layers.items():
         if layer.table is not None:
             set_module(adapter.module, path, QuantizedInput(linears[path], TableReader(layer.table, adapter.clock)))

@@ -156,7 +156,7 @@ class Bench:
             model = self.pictures.model
             config = decide(stats, model.adapter, options, progress)
             adapter = model.clone()
-            linears = adapter.linears()
+            linears = adapter.layers()
             for path, table in config.plain.items():
                 set_module(adapter.module, path, QuantizedInput(linears[path], TableReader(table, adapter.clock)))
             return {"setting": setting, "bits": config.mean_bits, **self.measured(Model(adapter))}

@@ -301,7 +301,7 @@ def test_folds_are_rounded_with_and_computed_with(calib, tmp_path):
         q, fc2 = (arrays[f"{path}__scale"][:, None] * arrays[f"{path}__weight_int"] for path in (Q, FC2))
         table = decided.tables(smoothed=True, migrated=True)[Q]
         np.testing.assert_array_equal(arrays[f"{Q}__a_scale"], table.step)
-    plain = spiky_adapter().linears()
+    plain = spiky_adapter().layers()
     for found, path, divisor in ((q, Q, decided.divisors[Q]), (fc2, FC2, decided.migrations[FC2])):
         folded = np.array(plain[path].weight) * divisor
         assert np.linalg.norm(found - folded) < 0.02 * np.linalg.norm(folded)

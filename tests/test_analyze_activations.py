@@ -182,5 +182,5 @@ def test_the_activation_track_from_its_first_step(tmp_path, monkeypatch):
     }
     assert config.step_keys == ("2", "0")
     adapter = tiny_adapter()
-    assert set(config.plain) == {path for path in adapter.linears() if adapter.role(path) in ("attention", "mlp")}
+    assert set(config.plain) == {path for path in adapter.layers() if adapter.role(path) in ("attention", "mlp")}
     assert facts["layers"] == len(config.plain)

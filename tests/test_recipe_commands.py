@@ -64,10 +64,10 @@ def test_quantize_qronos_4blocks_leaves_all_but_the_first_blocks_as_it_is(tmp_pa
     assert facts["recipe"] == "qronos+damped-w4a8,blocks=1"
     layers, whole = mq.load(tmp_path / "q").layers, tiny_adapter()
     first = whole.blocks[0]
-    assert set(layers) == {path for path in whole.linears() if first.owns(path)}
+    assert set(layers) == {path for path in whole.layers() if first.owns(path)}
     assert {layer.format.bits for path, layer in layers.items() if "adaLN" not in path} == {4}
     kept = parameters_of(mq.load(tmp_path / "q").adapter.module)
-    for path, linear in whole.linears().items():
+    for path, linear in whole.layers().items():
         if not first.owns(path):
             np.testing.assert_array_equal(np.array(kept[f"{path}.weight"]), np.array(linear.weight))
 

@@ -151,7 +151,7 @@ def references(exact: Model, like: QuantizedModel) -> dict[str, Model]:
     exact inputs.
     """
     adapter = exact.clone()
-    linears = adapter.linears()
+    linears = adapter.layers()
     for path, layer in like.layers.items():
         set_module(adapter.module, path, round_to_nearest(linears[path], LayerSpec(layer.format)))
     return {"FP": exact, "RTN": Model(adapter)}

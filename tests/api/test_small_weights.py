@@ -23,7 +23,7 @@ RECIPES = ("rtn-w4a8", "gptq+refit-w8a8", "gptq+whitened4-w4a16", "rtn-w4a8-g32"
 def model():
     """Some rows of one layer, and all of another, are a millionth of what they were."""
     adapter = tiny_adapter()
-    small, large = (adapter.linears()[path] for path in (SMALL, LARGE))
+    small, large = (adapter.layers()[path] for path in (SMALL, LARGE))
     small.weight = small.weight * 1e-6
     large.weight = large.weight * mx.where(mx.arange(large.weight.shape[0]) < 4, 1e-6, 1.0)[:, None]
     return mq.Model(adapter)
@@ -56,7 +56,7 @@ def test_small_rows_come_through(model, calib, tmp_path, recipe):
             layer.dequantized() if layer.branch is None else layer.dequantized() + mx.array(layer.branch.weight)
         )
         if "rotation" not in recipe:  # which is folded into other layers
-            exact, found = np.array(model.adapter.linears()[path].weight), np.array(stands_for)
+            exact, found = np.array(model.adapter.layers()[path].weight), np.array(stands_for)
             errors = np.linalg.norm(found - exact, axis=1) / np.linalg.norm(exact, axis=1)
             assert errors.max() < (0.02 if "w8" in recipe else 0.2)
     assert any(layer.scales.dtype == mx.float16 for layer in quantized.layers.values())

@@ -64,7 +64,7 @@ def test_errors_and_ranges_are_what_the_models_do(models, report):
     x = np.array(inputs["own"])
     assert row["range"]["low"][place] == pytest.approx(x.min())
     assert row["range"]["high"][place] == pytest.approx(x.max())
-    linear = model.adapter.linears()[row["path"]]
+    linear = model.adapter.layers()[row["path"]]
     exact = np.array(inputs["exact"], np.float64) @ np.array(linear.weight, np.float64).T + np.array(linear.bias)
     with quantized.adapter.clock.at(sigmas[index]):
         own = np.array(quantized.layers[row["path"]](inputs["own"]))

@@ -11,7 +11,7 @@ from mlxquant.grids.time import Clock
 from mlxquant.grids.weights import WeightFormat, fit_extremes
 from mlxquant.layers.linear import QuantizedLinear
 from mlxquant.methods.inputs.tiers import quantized
-from mlxquant.sweep.reconstruction import Minibatch, SoftLinear
+from mlxquant.sweep.reconstruction import Minibatch, SoftLayer
 
 CLOCK = Clock()
 SIGMA = np.float32([0.1, 0.5, 1.0])
@@ -92,7 +92,7 @@ def test_another_table_replaces_it_and_dropping_leaves_nothing():
 def test_soft_layers_see_the_same_inputs_and_their_gradients_reach_what_wrote_them():
     made, x = layer(activations=table()), inputs()
     minibatch = Minibatch(level=mx.array([0, 1, 2]))
-    soft = SoftLinear(made, SIGMA, minibatch, 0.0, 0)
+    soft = SoftLayer(made, SIGMA, minibatch, 0.0, 0)
     np.testing.assert_allclose(np.array(soft(x)), at(SIGMA, made, x), rtol=2e-5, atol=2e-5)
     slope = np.array(mx.grad(lambda v: soft(v).sum())(x))
     straight = np.array(made.dequantized()).sum(0)

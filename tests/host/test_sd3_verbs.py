@@ -132,7 +132,7 @@ def test_the_six_steps(sd3_folder, tmp_path):
     assert all(np.isfinite(row["psnr_db"]) for row in facts["models"].values())
     loaded = mq.load(tmp_path / "model")
     blocks = [
-        path for path in mq.load(sd3_folder).adapter.linears() if loaded.adapter.role(path) in ("attention", "mlp")
+        path for path in mq.load(sd3_folder).adapter.layers() if loaded.adapter.role(path) in ("attention", "mlp")
     ]
     assert set(blocks) <= loaded.layers.keys()
     assert loaded.generate(PROMPT, steps=1).size[0] > 0

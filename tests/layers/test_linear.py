@@ -8,11 +8,12 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlxquant.errors import AdapterError, RecipeError
+from mlxquant.grids.integer_matmul import integer_matmul
 from mlxquant.grids.tables import ActivationTable
 from mlxquant.grids.time import Clock
 from mlxquant.grids.weights import WeightFormat, fit_extremes
-from mlxquant.layers import linear as layers_module
-from mlxquant.layers.linear import QuantizedLinear, integer_matmul
+from mlxquant.layers import product as layers_module
+from mlxquant.layers.linear import QuantizedLinear
 from mlxquant.layers.packed import QuantizedLayer
 from mlxquant.numerics.low_rank import LowRank
 from mlxquant.numerics.transform import Transform
@@ -283,7 +284,7 @@ def test_a_shift_costs_no_dequantized_weight(format, shift_width, monkeypatch):
     before = structure(made)
     with CLOCK.at(0.5):
         expected = np.array(made(x))
-        monkeypatch.delattr(QuantizedLayer, "dequantized")
+        monkeypatch.delattr(QuantizedLayer, "matrix")
         np.testing.assert_array_equal(np.array(made(x)), expected)
     assert structure(made) == before
 

@@ -16,9 +16,15 @@ from mlxquant.layers.rotated import TurnedNorm
 from mlxquant.layers.tree import Tap
 
 ROOT = Path(mlxquant.__file__).parent
-MEASURING = {"Tap", "ShownAttention", "HalfLinear", "SoftLinear"}  # in a model only while something is measured
+MEASURING = {
+    "StandIn",
+    "Tap",
+    "ShownAttention",
+    "HalfLinear",
+    "SoftLayer",
+}  # in a model only while something is measured
 TRAINED = {"Perceptron"}  # in no model: its weights become a table's
-PLAIN = {"SoftmaxAttention"}  # no parameters, and what MLX computes
+PLAIN = {"SoftmaxAttention", "SwitchLinear"}  # what MLX computes
 
 
 def sources(skip=()):

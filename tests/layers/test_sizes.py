@@ -20,6 +20,7 @@ from mlxquant.layers.sizes import (
     numbers_in,
     planned_bits_per_weight,
     planned_bytes,
+    planned_layer_bytes,
     scale_bytes,
     stored_bytes,
     weight_count,
@@ -76,7 +77,7 @@ def test_a_plan_has_the_bytes_of_every_kind(kind, format):
     """Kernels of convolutions have ragged rows of 9, 27 and 81 codes."""
     exact, form = MADE[kind.replaces](), WeightFormat.parse(format)
     made = kind.quantized(exact, form, "extremes")
-    assert planned_bytes(form, exact.weight.shape) == made.nbytes
+    assert planned_layer_bytes(LayerSpec(form), exact) == made.nbytes
     held = parameters(made)
     bias = held["bias"].nbytes if "bias" in held else 0
     assert made.nbytes + bias == stored_bytes(made) == sum(value.nbytes for value in held.values())
@@ -88,9 +89,10 @@ def test_bits_per_weight_count_scales_and_whole_words():
     assert 8 * planned_bytes(WeightFormat.parse("w4"), (128, 512)) / (128 * 512) == 4 + 16 / 512
     assert 8 * planned_bytes(WeightFormat.parse("w3"), (1, 37)) == 4 * 32 + 16  # 111 bits of codes fill four words
     plan = {"a": LayerSpec(WeightFormat(8)), "b": LayerSpec(WeightFormat(4))}
-    weights = {"a": mx.ones((2, 64)), "b": mx.ones((6, 64)), "c": mx.ones((9, 9))}
-    assert planned_bits_per_weight(plan, weights) == 5 + 16 / 64
-    assert planned_bits_per_weight(plan, {**weights, "b": 1e-6 * weights["b"]}) == 5 + 16 / 64 + 16 / 64 * 6 / 8
+    layers = {"a": nn.Linear(64, 2), "b": nn.Linear(64, 6), "c": nn.Linear(9, 9)}
+    assert planned_bits_per_weight(plan, layers) == 5 + 16 / 64
+    layers["b"].weight = 1e-6 * layers["b"].weight
+    assert planned_bits_per_weight(plan, layers) == 5 + 16 / 64 + 16 / 64 * 6 / 8
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=str)

@@ -84,13 +84,13 @@ def test_hooks_nest_and_the_outer_ones_stay(adapter, inputs):
 
 
 def test_the_module_tree_does_not_see_them(adapter, inputs):
-    before = ([path for path, _ in adapter.module.named_modules()], adapter.fingerprint, list(adapter.linears()))
+    before = ([path for path, _ in adapter.module.named_modules()], adapter.fingerprint, list(adapter.layers()))
     with hooked(adapter, names(adapter), lambda *_: None):
         adapter.velocity(*inputs)
         assert (
             [path for path, _ in adapter.module.named_modules()],
             adapter.fingerprint,
-            list(adapter.linears()),
+            list(adapter.layers()),
         ) == before
 
 

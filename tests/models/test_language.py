@@ -14,7 +14,8 @@ import pytest
 
 from mlxquant.api.plan import plan
 from mlxquant.errors import AdapterError, ArtifactError, CalibrationError, RecipeError
-from mlxquant.layers.tree import find_linears, tapped
+from mlxquant.layers.kinds import find_exact_layers
+from mlxquant.layers.tree import tapped
 from mlxquant.models.catalog import find_model
 from mlxquant.models.diffusion import diffusion
 from mlxquant.models.gpt.adapter import GPTAdapter
@@ -49,20 +50,23 @@ class TestContract:
         np.testing.assert_array_equal(np.array(state["logits"]), np.array(model.language.logits(TOKENS)))
         model.language.check_chain(TOKENS)
 
-    def test_every_linear_belongs_to_exactly_one_stage_and_is_reached_by_it(self, model):
+    def test_every_layer_belongs_to_exactly_one_stage_and_is_reached_by_it(self, model):
         adapter, seen = model.adapter, set()
         state = {"tokens": TOKENS}
         for stage in adapter.stages:
-            own = [path for path in adapter.linears() if stage.owns(path)]
-            with tapped(adapter.module, own, lambda path, x: seen.add(path)):
+            own = [path for path in adapter.layers() if stage.owns(path)]
+            with tapped(adapter.module, own, lambda path, *call: seen.add(path)):
                 state = stage.run(state)
                 mx.eval(state)
             assert seen >= set(own)
-        assert seen == set(find_linears(adapter.module))
+        assert seen == set(find_exact_layers(adapter.module))
 
     def test_roles(self, model):
-        roles = {path: model.adapter.role(path) for path in model.adapter.linears()}
-        assert set(roles.values()) <= {"attention", "mlp", "output"}
+        roles = model.adapter.roles()
+        assert set(roles.values()) <= {"attention", "mlp", "output", "embedding"}
+        assert {path for path, role in roles.items() if role == "embedding"} == {
+            path for path, layer in model.adapter.layers().items() if isinstance(layer, nn.Embedding)
+        }
         assert all(role == "attention" for path, role in roles.items() if "attn" in path)
         assert roles.get("lm_head", "output") == "output"
 

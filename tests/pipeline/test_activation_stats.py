@@ -53,7 +53,7 @@ def collect(calib, out=None, adapter=None, images=IMAGES, stride=STRIDE, rows=RO
 
 
 def expected_layers():
-    linears = tiny_adapter().linears()
+    linears = tiny_adapter().layers()
     return [path for path in linears if "_blocks." in path and (".attn." in path or ".mlp." in path)]
 
 
@@ -72,7 +72,7 @@ def inputs(calib, cfg):
             latent = mx.array(np.load(calib / f"samples/{image:04d}_{step:03d}.npz")["x"])[None]
             for text in {1.0: [prompt.text], 0.0: [""]}.get(cfg, [prompt.text, ""]):
                 side = adapter.encode([text])
-                with tapped(adapter.module, adapter.linears(), observe):
+                with tapped(adapter.module, adapter.layers(), observe):
                     adapter.velocity(latent, side, sigma)
         yield sigma, seen
 
@@ -167,7 +167,7 @@ def test_every_layer_has_the_sensitivity_of_its_own_outputs(tmp_path, images, cf
     """Of the first eight rows at most, as many at once as the model's batch has pictures."""
     make_samples(tmp_path / "c", cfg=cfg)
     stats, adapter, drawn = collect(tmp_path / "c", seed=7), tiny_adapter(), Samples.read(tmp_path / "c")
-    linears = adapter.linears()
+    linears = adapter.layers()
     for t, step in enumerate(stats.step_keys):
         index = int(step) // STRIDE
         calibration = drawn.calibration(images, STRIDE)
@@ -317,11 +317,11 @@ def test_nan_is_refused_with_layer_and_timestep(calib, monkeypatch):
 
 def test_the_model_is_as_before(calib):
     adapter = tiny_adapter()
-    before, linears = adapter.fingerprint, adapter.linears()
+    before, linears = adapter.fingerprint, adapter.layers()
     collect(calib, adapter=adapter)
     assert taps(adapter) == []
     assert adapter.fingerprint == before
-    assert all(layer is linears[path] for path, layer in adapter.linears().items())
+    assert all(layer is linears[path] for path, layer in adapter.layers().items())
 
 
 @pytest.mark.parametrize("written", [1, 2])

@@ -157,7 +157,7 @@ def test_weights_rounded_after_a_division_are_used_after_it(files, config):
     exact = velocity(tiny_adapter())
     assert error(velocity(assembled(files, active=False)), exact) < 0.02
     adapter = tiny_adapter()  # the division left out
-    weights = WeightFiles.read(files.weights, adapter.blocks, adapter.linears())
+    weights = WeightFiles.read(files.weights, adapter.blocks, adapter.layers())
     install(adapter, Tracks(weights, None, divided=True), adapter.blocks)
     assert error(velocity(adapter), exact) > 0.3
 
@@ -190,9 +190,9 @@ def test_only_v2_quantizes_activations(files):
 
 def test_layers_outside_the_blocks_stay_as_they_are(files):
     adapter, plain = assembled(files, active=True), tiny_adapter()
-    for path, layer in plain.linears().items():
+    for path, layer in plain.layers().items():
         if "blocks" not in path:
-            np.testing.assert_array_equal(np.array(adapter.linears()[path].weight), np.array(layer.weight))
+            np.testing.assert_array_equal(np.array(adapter.layers()[path].weight), np.array(layer.weight))
     store = files.store(tiny_adapter())
     assert store.load(plain.stages[0], plain.clock) is None
     assert store.checkpoint(plain.stages[1]) is None
@@ -245,7 +245,7 @@ def test_a_refused_config_leaves_the_model_as_it_was(undivided, config, tmp_path
 
 def test_formats_must_be_those_of_the_recipe(undivided):
     adapter = tiny_adapter()
-    roles = {path: adapter.role(path) for path in adapter.linears()}
+    roles = {path: adapter.role(path) for path in adapter.layers()}
     undivided.store(adapter, parse_recipe("taqdit-w8a8").plan(roles))
     with pytest.raises(RecipeError, match="is in format w8, the recipe wants w4; choose its recipe"):
         undivided.store(adapter, parse_recipe("taqdit-w4a8").plan(roles))

@@ -55,7 +55,7 @@ def skewed():
 
 
 def weight(adapter, path):
-    return np.array(adapter.linears()[path].weight)
+    return np.array(adapter.layers()[path].weight)
 
 
 @pytest.mark.parametrize("rule", ["error", "threshold"])
@@ -63,7 +63,7 @@ def test_no_layer_is_skipped(plain, rule):
     """A change of names must not skip layers in silence."""
     adapter, stats = plain
     config = decide(stats, adapter, Options(rule=rule))
-    expected = {path for path in adapter.linears() if adapter.role(path) in ("attention", "mlp")}
+    expected = {path for path in adapter.layers() if adapter.role(path) in ("attention", "mlp")}
     assert set(config.plain) == set(config.layers) == expected
     for path, table in config.plain.items():
         np.testing.assert_array_equal(table.sigma, stats.sigmas)

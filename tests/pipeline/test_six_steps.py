@@ -192,10 +192,10 @@ def test_folders_can_be_moved(made, tmp_path):
 def test_no_step_leaves_a_layer_out(made):
     """A change of names could skip every layer, and nobody would notice."""
     adapter = tiny_adapter()
-    blocks = {path for path in adapter.linears() if path.startswith("multimodal_transformer_blocks.")}
+    blocks = {path for path in adapter.layers() if path.startswith("multimodal_transformer_blocks.")}
     main = {path for path in blocks if adapter.role(path) in ("attention", "mlp")}
     assert len(main) > 20
-    learned = WeightFiles.read(made / "weights", adapter.blocks, {p: adapter.linears()[p] for p in blocks})
+    learned = WeightFiles.read(made / "weights", adapter.blocks, {p: adapter.layers()[p] for p in blocks})
     assert set(learned.formats()) == blocks
     assert {path for path, format in learned.formats().items() if format.bits == 4} == main
     assert set(QuantConfig.read(made / "calib" / "activations" / "quant_config.json").plain) == main
@@ -231,7 +231,7 @@ def test_the_optimiser_runs_the_real_block(made, tmp_path):
     passes = Passes(adapter, sigmas)
     inputs = passes.through(embed, states)
     exact = passes.through(block, inputs)
-    files = WeightFiles.read(out, adapter.blocks, adapter.linears())
+    files = WeightFiles.read(out, adapter.blocks, adapter.layers())
     for path, layer in files.load(block, adapter.clock).layers.items():
         set_module(adapter.module, path, layer)
     quantized = passes.through(block, inputs)

@@ -14,7 +14,7 @@ from mlxquant.layers.tree import find_linears, swapped, tapped
 from mlxquant.models.adapter import Adapter, written
 from mlxquant.sweep.folding import divide
 
-ROLES = {"attention", "mlp", "modulation", "embedder", "output"}
+ROLES = {"attention", "mlp", "modulation", "embedder", "output", "embedding"}
 
 
 class AdapterContract(ABC):
@@ -53,10 +53,10 @@ class AdapterContract(ABC):
             alone = np.array(adapter.velocity(inputs[0][row], inputs[1].take(row), sigma))
             np.testing.assert_allclose(mixed[i : i + 1], alone, atol=2e-4)
 
-    def test_every_linear_belongs_to_exactly_one_stage_and_has_a_role(self, adapter):
-        for path in adapter.linears():
+    def test_every_layer_belongs_to_exactly_one_stage_and_has_a_role(self, adapter):
+        for path in adapter.layers():
             assert sum(stage.owns(path) for stage in adapter.stages) == 1, path
-            assert adapter.role(path) in ROLES
+            assert adapter.roles()[path] in ROLES
 
     def test_blocks_hand_on_what_they_do_not_change(self, adapter, inputs):
         extra = mx.zeros((2, 1))
@@ -69,7 +69,7 @@ class AdapterContract(ABC):
                 state = after
 
     def test_layers_read_one_tensor_each(self, adapter):
-        linears, read = adapter.linears(), [path for edge in adapter.edges() for path in edge.consumers]
+        linears, read = adapter.layers(), [path for edge in adapter.edges() for path in edge.consumers]
         assert len(read) == len(set(read))
         assert set(read) <= set(linears)
         for edge in adapter.edges():
@@ -83,18 +83,18 @@ class AdapterContract(ABC):
         exact = np.array(adapter.velocity(*inputs, 0.5))
         for edge in adapter.edges():
             if edge.folds:
-                width = adapter.linears()[edge.consumers[0]].weight.shape[1]
+                width = adapter.layers()[edge.consumers[0]].weight.shape[1]
                 divisor = np.random.default_rng(0).uniform(0.5, 2, width).astype(np.float32)
                 undo = divide(adapter.module, edge, divisor)
                 folded = np.array(adapter.velocity(*inputs, 0.5))
                 undo()
                 np.testing.assert_allclose(folded, exact, atol=5e-3 * np.abs(exact).max(), err_msg=str(edge.consumers))
 
-    def test_every_linear_is_reached_by_its_stage(self, adapter, inputs):
+    def test_every_layer_is_reached_by_its_stage(self, adapter, inputs):
         seen = set()
-        with tapped(adapter.module, adapter.linears(), lambda path, x: seen.add(path)):
+        with tapped(adapter.module, adapter.layers(), lambda path, *call: seen.add(path)):
             adapter.velocity(*inputs, 0.5)
-        assert seen == set(adapter.linears())
+        assert seen == set(adapter.layers())
 
     def test_an_attention_that_can_be_opened_is_where_its_model_computes_it(self, adapter, inputs):
         exact, shown = np.array(adapter.velocity(*inputs, 0.5)), {path: [] for path in adapter.attentions()}

@@ -13,6 +13,7 @@ from mlxquant.layers.linear import QuantizedLinear
 from mlxquant.layers.tree import swapped
 from mlxquant.methods import registry
 from mlxquant.numerics.moments import Moments
+from mlxquant.numerics.part_moments import PartMoments
 from mlxquant.recipes.grammar import parse_recipe
 from mlxquant.sweep import allocation, sensitivity
 from mlxquant.sweep.allocation import allocate
@@ -42,7 +43,7 @@ def mixed(model, calib):
 
 
 def roles(model):
-    return {path: model.adapter.role(path) for path in model.adapter.linears()}
+    return {path: model.adapter.role(path) for path in model.adapter.layers()}
 
 
 def test_the_quantized_model_is_as_large_as_was_said(model, calib, mixed):
@@ -99,7 +100,7 @@ def test_the_predicted_error_is_that_of_the_velocity(model, calib):
     predicted = {path: row["error"] for path, row in facts.items() if row["weight"] == "w4" and row["error"] > 0}
     measured = {}
     for path in predicted:
-        with swapped(adapter.module, {path: rounded(adapter.linears()[path])}):
+        with swapped(adapter.module, {path: rounded(adapter.layers()[path])}):
             wrong = [velocity(adapter, sigma, state) - y for sigma, state, y in zip(sigmas, states, exact, strict=True)]
         measured[path] = np.mean([np.square(w).mean() for w in wrong])
     assert measured["final_layer.linear"] == pytest.approx(predicted["final_layer.linear"], rel=1e-3)
@@ -274,7 +275,7 @@ def test_a_weights_error_counts_each_output_at_its_own_cost_averaged_over_levels
     formats = [WeightFormat(2), WeightFormat(3)]
     moments = Moments.of(inputs)
     table = sensitivity.Sensitivity(np.float32([0.2, 0.8]), {}, {"layer": costs})
-    found = allocation.weight_errors("layer", spec, formats, moments, weight, table)
+    found = allocation.weight_errors("layer", spec, formats, PartMoments.one(moments), weight, table)
     both = Moments(moments.gram, moments.count, moments.gram)
     for form, error in zip(formats, found, strict=True):
         grid = registry.get("steps", spec.steps).function(weight, form, both)

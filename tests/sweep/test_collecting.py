@@ -3,6 +3,7 @@
 import tracemalloc
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 
@@ -15,21 +16,21 @@ def inputs(samples=3, tokens=20, width=8, seed=0):
 
 
 def test_ranges_are_gathered_once_and_again_when_there_is_more():
-    statistics = InputStatistics(8)
-    statistics.add(inputs(), 0.5)
+    statistics = InputStatistics(nn.Linear(8, 1))
+    statistics.add((inputs(),), 0.5)
     ranges = statistics.ranges
     assert statistics.ranges is ranges
-    statistics.add(inputs(seed=1) * 10, 0.25)
+    statistics.add((inputs(seed=1) * 10,), 0.25)
     assert statistics.ranges is not ranges
     np.testing.assert_array_equal(statistics.ranges.sigma, np.array([0.25, 0.5], np.float32))
     assert statistics.ranges.most.max() > ranges.most.max()
 
 
 def test_no_ranges_are_an_error():
-    for statistics in (InputStatistics(8), InputStatistics(8, ranges=False)):
+    for statistics in (InputStatistics(nn.Linear(8, 1)), InputStatistics(nn.Linear(8, 1), ranges=False)):
         with pytest.raises(NumericsError, match="no activation ranges"):
             _ = statistics.ranges
-    statistics.add(inputs(), 0.5)
+    statistics.add((inputs(),), 0.5)
     with pytest.raises(NumericsError, match="no activation ranges"):
         _ = statistics.ranges
 
@@ -37,19 +38,19 @@ def test_no_ranges_are_an_error():
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
 def test_what_is_collected_is_that_of_the_inputs(dtype):
     x, exact = inputs().astype(dtype), inputs(seed=1).astype(dtype)
-    statistics = InputStatistics(8, rows=5)
-    statistics.add(x, 0.5, exact, weight=2.0)
+    statistics = InputStatistics(nn.Linear(8, 1), rows=5)
+    statistics.add((x,), 0.5, (exact,), weight=2.0)
     values, reference = (np.array(a.astype(mx.float32)).astype(np.float64).reshape(-1, 8) for a in (x, exact))
-    np.testing.assert_allclose(statistics.moments.gram, 2 * values.T @ values, rtol=1e-5, atol=1e-4)
-    np.testing.assert_allclose(statistics.moments.cross, 2 * values.T @ reference, rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(statistics.moments.parts[0].gram, 2 * values.T @ values, rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(statistics.moments.parts[0].cross, 2 * values.T @ reference, rtol=1e-5, atol=1e-4)
     np.testing.assert_array_equal(statistics.ranges.least[0], values.min(0))
     np.testing.assert_array_equal(statistics.ranges.rows[0], values[[0, 14, 29, 44, 59]])
 
 
 def test_what_is_kept_outlives_the_inputs():
     x = inputs()
-    statistics, expected = InputStatistics(8, range_batch=1), np.array(x)
-    statistics.add(x, 0.5)
+    statistics, expected = InputStatistics(nn.Linear(8, 1), range_batch=1), np.array(x)
+    statistics.add((x,), 0.5)
     del x
     mx.eval([mx.zeros((3, 20, 8)) for _ in range(50)])  # whoever gets that memory next
     np.testing.assert_allclose(statistics.ranges.low[0], expected.min(1).mean(0), rtol=1e-6)
@@ -58,9 +59,9 @@ def test_what_is_kept_outlives_the_inputs():
 
 def test_inputs_are_not_copied():
     x = inputs(4, 512, 2048)
-    statistics = InputStatistics(2048)
+    statistics = InputStatistics(nn.Linear(2048, 1))
     tracemalloc.start()
-    statistics.add(x, 0.5)
+    statistics.add((x,), 0.5)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 0.7 * x.nbytes
@@ -72,21 +73,21 @@ def test_every_fourth_sample_of_each_noise_level_is_held_out():
         0.4: (inputs(3, seed=2), inputs(5, seed=3)),
         0.1: (inputs(3, seed=4),),
     }
-    statistics = InputStatistics(8, hold_out=True)
+    statistics = InputStatistics(nn.Linear(8, 1), hold_out=True)
     for index in range(2):
         for sigma, some in batches.items():
             if index < len(some):
-                statistics.add(some[index], sigma, some[index] * 2)
+                statistics.add((some[index],), sigma, (some[index] * 2,))
     everything = np.concatenate([np.array(x).reshape(-1, 8) for some in batches.values() for x in some]).astype(
         np.float64
     )
     held = np.concatenate([np.array(batches[sigma][1])[[0, 4]].reshape(-1, 8) for sigma in (0.9, 0.4)]).astype(
         np.float64
     )
-    np.testing.assert_allclose(statistics.moments.gram, everything.T @ everything, rtol=1e-5, atol=1e-4)
-    np.testing.assert_allclose(statistics.moments.held_out.gram, held.T @ held, rtol=1e-5, atol=1e-4)
-    np.testing.assert_allclose(statistics.moments.held_out.cross, 2 * held.T @ held, rtol=1e-5, atol=1e-4)
-    assert statistics.moments.training.count == len(everything) - len(held)
-    plain = InputStatistics(8)
-    plain.add(inputs(8), 0.9)
-    assert plain.moments.held_out is None
+    np.testing.assert_allclose(statistics.moments.parts[0].gram, everything.T @ everything, rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(statistics.moments.parts[0].held_out.gram, held.T @ held, rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(statistics.moments.parts[0].held_out.cross, 2 * held.T @ held, rtol=1e-5, atol=1e-4)
+    assert statistics.moments.parts[0].training.count == len(everything) - len(held)
+    plain = InputStatistics(nn.Linear(8, 1))
+    plain.add((inputs(8),), 0.9)
+    assert plain.moments.parts[0].held_out is None

@@ -90,7 +90,7 @@ def test_all_edges_at_once(adapter):
 def test_edges_name_every_layer_of_attention_and_mlp_once(adapter):
     named = [path for edge in EDGES for path in edge.consumers]
     assert len(named) == len(set(named))
-    assert set(named) == {path for path in adapter.linears() if adapter.role(path) in ("attention", "mlp")}
+    assert set(named) == {path for path in adapter.layers() if adapter.role(path) in ("attention", "mlp")}
     assert all(edge.consumers[0].endswith("mlp.fc2") == (edge.after == "gelu") == (not edge.folds) for edge in EDGES)
 
 

@@ -12,6 +12,7 @@ from mlxquant.grids.weights import WeightFormat
 from mlxquant.methods import registry
 from mlxquant.methods.weights.damping import CANDIDATES
 from mlxquant.numerics.moments import Moments
+from mlxquant.numerics.part_moments import PartMoments
 from mlxquant.numerics.transform import Transform
 from mlxquant.recipes.recipe import LayerSpec
 from mlxquant.sweep.layer import quantize_layer
@@ -41,7 +42,9 @@ def weight():
 
 
 def quantized(weight, x, **spec):
-    return quantize_layer(linear(weight), LayerSpec(FORMAT, **spec), Moments.of(x), "layer", Transform())
+    return quantize_layer(
+        linear(weight), LayerSpec(FORMAT, **spec), PartMoments.one(Moments.of(x)), "layer", Transform()
+    )
 
 
 def stored(rounded):
@@ -68,8 +71,8 @@ def test_codes_are_rounded_with_the_damping_that_unseen_tokens_like_best(weight)
 
     best = min(CANDIDATES, key=judged)
     spec = LayerSpec(FORMAT, rounding="gptq", held_out=True)
-    rounded = quantize_layer(linear(weight), spec, moments, "layer", Transform())
-    assert rounded.dampings.rounding == best
+    rounded = quantize_layer(linear(weight), spec, PartMoments.one(moments), "layer", Transform())
+    assert rounded.dampings[0].rounding == best
     np.testing.assert_array_equal(rounded.codes, gptq(weight, grid, moments, damping=best))
     assert (rounded.codes != gptq(weight, grid, moments)).any()
 

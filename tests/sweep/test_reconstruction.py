@@ -21,7 +21,7 @@ from mlxquant.numerics.transform import Transform
 from mlxquant.recipes.grammar import parse_recipe
 from mlxquant.sweep import store
 from mlxquant.sweep import sweep as sweeping
-from mlxquant.sweep.reconstruction import Minibatch, Reconstruction, SoftLinear
+from mlxquant.sweep.reconstruction import Minibatch, Reconstruction, SoftLayer
 from mlxquant.sweep.rounding import Rounding
 from mlxquant.sweep.streams import ExactStream, Passes
 from mlxquant.sweep.sweep import Sweep
@@ -111,7 +111,7 @@ def transformed():
     )
     minibatch = Minibatch(level=mx.array([0, 0]))
     x = mx.array(rng.normal(size=(2, 5, 64)).astype(np.float32))
-    return layer, lambda: SoftLinear(layer, np.float32([0.5]), minibatch, 0.0, 0), x, clock
+    return layer, lambda: SoftLayer(layer, np.float32([0.5]), minibatch, 0.0, 0), x, clock
 
 
 def test_a_soft_layer_transforms_and_branches_as_the_layer_that_runs(transformed):

@@ -36,7 +36,7 @@ BLOCK = "multimodal_transformer_blocks.0"
 def spiky():
     """A tiny model that writes a few channels much larger than the others before every GELU and in every value."""
     adapter = tiny_adapter()
-    for path, layer in adapter.linears().items():
+    for path, layer in adapter.layers().items():
         if path.endswith(("v_proj", "mlp.fc1")):
             layer.weight = layer.weight * mx.where(mx.arange(layer.weight.shape[0]) % 16 == 3, 12.0, 1.0)[:, None]
     return mq.Model(adapter)

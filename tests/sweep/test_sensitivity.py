@@ -206,7 +206,7 @@ def test_only_what_enters_the_stages_is_held_for_all_of_them():
         gc.collect()  # what other tests left would be freed in between, and lower the peak
         before = mx.get_active_memory()
         mx.reset_peak_memory()
-        measure(Passes(chain, [SIGMA]), chain.stages, [state], chain.linears())
+        measure(Passes(chain, [SIGMA]), chain.stages, [state], chain.layers())
         peaks.append(mx.get_peak_memory() - before)
     entering = 8 * 256 * 64 * 4
     assert peaks[1] - peaks[0] < 10 * entering * 1.2
@@ -232,7 +232,7 @@ def test_costs_are_looked_up_at_the_nearest_level():
 
 
 def test_the_model_is_as_before_also_after_an_exception(adapter):
-    fingerprint, linears = adapter.fingerprint, adapter.linears()
+    fingerprint, linears = adapter.fingerprint, adapter.layers()
 
     def fails(state):
         raise RuntimeError("in the middle")
@@ -242,7 +242,7 @@ def test_the_model_is_as_before_also_after_an_exception(adapter):
         measure(Passes(adapter, [SIGMA]), broken, [states_of(adapter)], LAYERS)
     measure(Passes(adapter, [SIGMA]), adapter.stages, [states_of(adapter)], LAYERS)
     assert adapter.fingerprint == fingerprint
-    assert all(layer is linears[path] for path, layer in adapter.linears().items())
+    assert all(layer is linears[path] for path, layer in adapter.layers().items())
 
 
 def test_an_overflow_is_named(adapter):

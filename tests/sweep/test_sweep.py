@@ -47,7 +47,7 @@ def test_the_model_itself_is_left_alone(tiny):
     quantized = mq.quantize(tiny, calibrate(tiny), "rtn-w4a8")
     assert tiny.adapter.fingerprint == before
     assert not [m for _, m in tiny.adapter.module.named_modules() if isinstance(m, QuantizedLinear)]
-    assert set(quantized.layers) == set(tiny.adapter.linears())
+    assert set(quantized.layers) == set(tiny.adapter.layers())
     assert {stage["kept"] for stage in quantized.facts["stages"]} == {"rtn"}
 
 
@@ -126,7 +126,7 @@ def test_tiers_are_chosen_in_the_sweep_and_survive_the_disk(skewed, tmp_path):
     calib = calibrate(tiny, steps=3)
     quantized = mq.quantize(tiny, calib, tiered())
     found = tables(quantized)
-    assert set(found) == {path for path in tiny.adapter.linears() if tiny.adapter.role(path) in ("attention", "mlp")}
+    assert set(found) == {path for path in tiny.adapter.layers() if tiny.adapter.role(path) in ("attention", "mlp")}
     assert {4, 6, 8} == {int(b) for table in found.values() for b in table.bits}
     assert any(len(set(table.bits.tolist())) > 1 for table in found.values())
     assert (found[UNUSED].bits == 4).all()
@@ -187,7 +187,7 @@ def test_bits_are_those_that_the_measured_costs_allow(tiny):
                 for stage in tiny.adapter.stages:
                     state = stage.run(state)
                 mx.eval(state)
-    ranges, weight = collector[FC2].ranges, np.array(tiny.adapter.linears()[FC2].weight)
+    ranges, weight = collector[FC2].ranges, np.array(tiny.adapter.layers()[FC2].weight)
     expected = decide_input(
         LayerInput(ranges, weight, costs), (ranges.least + ranges.most) / 2, Options(budget=1e-5)
     ).table
@@ -258,7 +258,7 @@ def test_damaged_progress_is_refused(tiny, tmp_path):
 
 def test_nan_weights_are_named(tiny):
     calib = calibrate(tiny)
-    linear = tiny.adapter.linears()["final_layer.linear"]
+    linear = tiny.adapter.layers()["final_layer.linear"]
     linear.weight[3, 4] = float("nan")
     with pytest.raises(NumericsError, match=r"final_layer\.linear\.weight holds 1 NaN"):
         mq.quantize(tiny, calib, "rtn-w4a16")
@@ -300,7 +300,7 @@ def test_weights_of_any_magnitude_have_the_same_codes(tiny):
     """Scales past float16's range are float32: a layer is no worse for being large."""
     path = "final_layer.linear"
     usual = mq.quantize(tiny, calibrate(tiny), "rtn-w4a16").layers[path]
-    tiny.adapter.linears()[path].weight *= 2.0**30
+    tiny.adapter.layers()[path].weight *= 2.0**30
     large = mq.quantize(tiny, calibrate(tiny), "rtn-w4a16").layers[path]
     np.testing.assert_array_equal(large.codes(), usual.codes())
     assert (usual.scales.dtype, large.scales.dtype) == (mx.float16, mx.float32)

@@ -56,7 +56,7 @@ def test_what_is_folded_into_the_model_does_not_stay_there(block):
     before = {name: np.array(value) for name, value in parameters(passes.adapter.module).items()}
     work = rounding(block, "gptq+smoothquant-w8a16")
     work.first()
-    linears = passes.adapter.linears()
+    linears = passes.adapter.layers()
     names = [edge.consumers[0] for edge in passes.adapter.edges() if edge.folds and stage.owns(edge.consumers[0])]
     trial = work.transformed("divided", {name: Transform(divisor(linears[name])) for name in names})
     adaln = next(path for path in trial.layers if "adaLN" in path)
@@ -70,7 +70,7 @@ def test_layers_do_while_they_run_what_nothing_could_absorb(block):
     passes, stage, inputs = block
     work = rounding(block, "gptq+smoothquant+rotation-w8a16")
     work.first()
-    wanted = Transform(divisor(passes.adapter.linears()[FC2]), block=4)
+    wanted = Transform(divisor(passes.adapter.layers()[FC2]), block=4)
     trial = work.transformed("divided and rotated", {FC2: wanted})
     x = np.random.default_rng(1).standard_normal((5, len(wanted.divisor))).astype(np.float32)
     np.testing.assert_allclose(np.array(trial.layers[FC2].transformed(mx.array(x))), wanted.inputs(x), atol=1e-5)
@@ -83,7 +83,7 @@ def test_moments_are_of_the_noise_levels_where_errors_cost_something(block):
     """Costs at one noise level of three alone, relative to their mean: its inputs count three times, others not."""
     passes, stage, inputs = block
     levels = np.unique(np.float32(passes.sigmas))
-    costs = np.zeros((len(levels), passes.adapter.linears()[FC2].weight.shape[0]))
+    costs = np.zeros((len(levels), passes.adapter.layers()[FC2].weight.shape[0]))
     costs[1] = 5.0
     trial, *_ = rounding(block, "gptq+learned-w4a16", sensitivity=Sensitivity(levels, {}, {FC2: costs})).first()
     seen = []

@@ -25,9 +25,9 @@ from ..files.checked import (
 )
 from ..files.parameters import compact, load_parameters
 from ..layers.attention import QuantizedAttention, find_quantized_attentions
-from ..layers.kinds import blanks, rebuilt, refresh
-from ..layers.linear import QuantizedLinear, find_quantized
+from ..layers.kinds import blanks, find_layers, layer_facts, rebuilt, refresh
 from ..layers.plain import restored
+from ..layers.product import QuantizedProduct
 from ..layers.sizes import Size
 from ..layers.tree import parameters, set_module
 from ..metrics.prediction import Prediction, predict
@@ -238,9 +238,9 @@ class QuantizedModel(Model):
             return _load_folder(folder, facts)
 
     @property
-    def layers(self) -> dict[str, QuantizedLinear]:
-        """The quantized layers, by their paths in the module."""
-        return find_quantized(self.adapter.module)
+    def layers(self) -> dict[str, QuantizedProduct]:
+        """The quantized layers of every kind, by their paths in the module."""
+        return find_layers(self.adapter.module)
 
     @property
     def size(self) -> Size:
@@ -274,7 +274,7 @@ class QuantizedModel(Model):
             facts = {
                 **self.facts,
                 "model": {"name": self.name, **self.adapter.describe(), "place": self.adapter.save_beside(temporary)},
-                "layers": module_facts(self.layers),
+                "layers": layer_facts(self.layers),
                 "attentions": module_facts(find_quantized_attentions(self.adapter.module)),
                 "files": {weights.name: file_digest(weights)},
                 **versions(),

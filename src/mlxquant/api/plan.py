@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ..errors import RecipeError
+from ..layers.kinds import known_kind
+from ..layers.packed import check_parts
 from ..recipes.recipe import LayerSpec, Recipe
 from ..sweep.allocation import check_limits
+from ..sweep.planning import planned
 from ..sweep.requirements import check_model
 from .model import Model, QuantizedModel
 
@@ -24,7 +27,7 @@ def of_first_blocks(model: Model, recipe: Recipe, count: int) -> Recipe:
         )
     chosen = adapter.blocks[:count]
     others = [prefix for stage in adapter.stages if stage not in chosen for prefix in stage.prefixes]
-    layers = list(adapter.linears())
+    layers = list(adapter.layers())
     kept = [prefix for prefix in others if any(path == prefix or path.startswith(f"{prefix}.") for path in layers)]
     rules = (*((prefix, None) for prefix in kept), *recipe.rules)
     return replace(recipe, name=f"{recipe.name},blocks={count}", rules=rules)
@@ -37,11 +40,13 @@ def plan(model: Model, recipe: Recipe) -> dict[str, LayerSpec]:
             f"{model.name} is quantized already, by {model.facts['recipe']['name']}; quantize the full-precision model"
         )
     check_model(model.adapter, recipe)
-    linears = model.adapter.linears()
-    layers = recipe.plan(model.adapter.roles())
+    exact = model.adapter.layers()
+    layers = planned(model.adapter, recipe)
     for path, spec in layers.items():
+        kind = known_kind(exact[path])
         try:
-            spec.weight.columns(linears[path].weight.shape[1])
+            spec.weight.columns(kind.shape(exact[path])[1])
+            check_parts(spec.weight, kind.parts(exact[path]))
         except RecipeError as error:
             raise RecipeError(f"recipe {recipe.name}, layer {path}: {error}") from error
     check_limits(model.adapter, recipe, layers, recipe.bits_per_weight, recipe.bits_per_activation)

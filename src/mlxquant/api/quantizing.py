@@ -24,6 +24,7 @@ from ..recipes.recipe import LayerSpec, Recipe
 from ..report.comparison import Comparison
 from ..sampling.prompts import Prompt
 from ..sweep.allocation import allocate
+from ..sweep.planning import left_undone
 from ..sweep.store import FolderStore, Store
 from ..sweep.sweep import sweep
 from .model import Model, QuantizedModel
@@ -184,18 +185,19 @@ def with_bits(
     """A recipe, what it means for each layer, and facts on that, once each layer has bits of its own where the recipe
     wants it.
     """
+    undone = left_undone(model.adapter, recipe)
+    facts: dict[str, Any] = {"left_undone": undone} if undone else {}
     if not recipe.allocates:
-        return recipe, layers, {}
-    weights = {path: linear.weight for path, linear in model.adapter.linears().items()}
+        return recipe, layers, facts
     limit = (
-        planned_bits_per_weight(layers, weights)
+        planned_bits_per_weight(layers, model.adapter.layers())
         if recipe.mixed and recipe.bits_per_weight is None
         else recipe.bits_per_weight
     )
     given = allocate(
         model.adapter, calib, recipe, limit, recipe.bits_per_activation, progress=progress, work=work, plan=layers
     )
-    return given.recipe, given.plan, {"allocation": given.facts}
+    return given.recipe, given.plan, {**facts, "allocation": given.facts}
 
 
 def _quantize_once(

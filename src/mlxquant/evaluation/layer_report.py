@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -18,12 +19,13 @@ import numpy as np
 from ..api.model import Model, QuantizedModel
 from ..calibration.trajectories import Calibration
 from ..grids.tables import ActivationTable
-from ..layers.linear import QuantizedLinear
+from ..layers.product import QuantizedProduct
 from ..layers.tree import get_module, tapped
 from ..models.adapter import Adapter, Stage, State, written
 from ..numerics.arrays import Array
 from ..progress import Progress
 
+Call = tuple[Any, ...]  # what a layer is called with
 PICTURES, LEVELS = 2, 16  # that are looked at
 
 
@@ -95,12 +97,12 @@ def _run_pair(
     """One stage of both models, each on its own state, looking at the layers that are quantized in it; what
     they write.
     """
-    outputs, inputs = [], [dict[str, mx.array](), dict[str, mx.array]()]
+    outputs, inputs = [], [dict[str, Call](), dict[str, Call]()]
     paths = [path for path in seen if stages[0].owns(path)]
     for side, (which, stage, state) in enumerate(((adapter, stages[0], exact), (quantized.adapter, stages[1], own))):
-        with which.clock.at(sigma), tapped(which.module, paths, inputs[side].__setitem__):
+        with which.clock.at(sigma), tapped(which.module, paths, partial(_keep, inputs[side])):
             outputs.append(stage.run(state))
-            mx.eval(outputs[side], inputs[side])
+            mx.eval(outputs[side], {path: list(call) for path, call in inputs[side].items()})
     for path in inputs[1]:
         with quantized.adapter.clock.at(sigma):
             values = _look(
@@ -113,12 +115,14 @@ def _run_pair(
     return outputs[0], outputs[1]
 
 
-def _look(
-    exact: nn.Module, layer: QuantizedLinear, x_exact: mx.array, x: mx.array, sigma: float
-) -> dict[str, mx.array]:
+def _keep(calls: dict[str, Call], path: str, *call: Any) -> None:
+    calls[path] = call
+
+
+def _look(exact: nn.Module, layer: QuantizedProduct, exact_call: Call, call: Call, sigma: float) -> dict[str, mx.array]:
     """One layer at one noise level; its values are not evaluated."""
-    values = {"error": relative(layer(x), exact(x_exact))}
-    x = layer.transformed(x.astype(mx.float32))
+    values = {"error": relative(layer(*call), exact(*exact_call))}
+    x = layer.transformed(call[0].astype(mx.float32))
     values |= {"low": x.min(), "high": x.max()}
     if layer.table is not None:
         low, high, step = covered(layer.table, np.array([sigma], np.float32))
@@ -162,15 +166,14 @@ def comparable(adapter: Adapter, quantized: QuantizedModel) -> set[str]:
     return same
 
 
-def _facts(path: str, layer: QuantizedLinear, seen: Seen, same: bool, adapter: Adapter, stage: str) -> dict[str, Any]:
-    rows, width = layer.shape
+def _facts(path: str, layer: QuantizedProduct, seen: Seen, same: bool, adapter: Adapter, stage: str) -> dict[str, Any]:
     return {
         "path": path,
-        "role": adapter.role(path),
+        "role": adapter.roles()[path],
         "stage": stage,
         "weight": str(layer.format),
         "activation": layer.input_bits,
-        "shape": [rows, width],
+        "shape": [layer.rows, layer.width],
         "bits_per_weight": layer.bits_per_weight,
         "error": seen.error if same else None,
         "range": {"low": seen.low, "high": seen.high},
@@ -195,7 +198,7 @@ def _finite(values: Array) -> list[float | None]:
     return [float(value) if np.isfinite(value) else None for value in values]
 
 
-def _codes(layer: QuantizedLinear) -> dict[str, Any]:
+def _codes(layer: QuantizedProduct) -> dict[str, Any]:
     """How often each code occurs, counted from the smallest."""
     zero = int(layer.format.zero_code)
     return {"first": -zero, "count": np.bincount(layer.codes().ravel(), minlength=2**layer.format.bits).tolist()}

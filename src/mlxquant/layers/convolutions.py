@@ -2,8 +2,12 @@
 not.
 
 MLX keeps every kernel as [out, ...window, in / groups], so a row of the packed weight is what makes one output channel,
-flattened. MLX has no convolution on packed weights: the kernel is dequantized, then convolved in the input's dtype, in
-float32 on the CPU. This saves memory at rest and in files, not time.
+flattened; the groups are the parts of the weight. MLX has no convolution on packed weights: the kernel is dequantized,
+then convolved in the input's dtype, in float32 on the CPU. This saves memory at rest and in files, not time.
+
+With a quantized input the patches are written out and multiplied, for MLX may compute a convolution of integers by
+transforms that are not exact. The zeros that an input is padded with are zeros, whatever its shift: what the shift adds
+to an output is the convolution of a constant picture with the same padding.
 """
 
 from __future__ import annotations
@@ -14,16 +18,22 @@ from typing import Any, ClassVar, Self
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from ..errors import AdapterError
 from ..files import schema
 from ..grids.time import Clock
 from ..grids.weights import FORMAT, Grid, WeightFormat
 from ..numerics.arrays import Array
+from ..numerics.layer_inputs import LayerInputs
+from ..numerics.low_rank import LowRank
+from ..numerics.patches import Window, patches, spread_evenly
 from .names import BIAS
-from .packed import SCALE_DTYPE, QuantizedLayer, scale_dtype, stored_dtype
+from .packed import BRANCH_DTYPE, name_of, scale_dtype, stored_dtype
+from .product import PRODUCT, QuantizedProduct
 from .weight_only import rounded
 
+POSITIONS = 512  # of a sample's outputs whose patches count in moments, evenly spread; neighbours are nearly alike
 OPTIONS = ("stride", "padding", "dilation", "groups", "output_padding")
 
 
@@ -33,7 +43,7 @@ def _one_width(value: Any, where: str) -> None:
         raise schema.MismatchError(f"{where}.window {value['window']} is not of shape {value['shape']}")
 
 
-class QuantizedConvolution(QuantizedLayer):
+class QuantizedConvolution(QuantizedProduct):
     """A convolution of MLX with an integer kernel; ``convolve`` is the function of MLX that computes it.
 
     Args:
@@ -42,12 +52,18 @@ class QuantizedConvolution(QuantizedLayer):
         window: The kernel's shape without its first axis, (...places, in / groups).
         bias: What is added to each output channel [out], kept in its dtype; None for nothing.
         options: Those in ``OPTIONS`` that are not MLX's defaults, by name.
+        branch: What is added to the integer kernel, never quantized, ``down`` of all groups one below the other; None
+            for nothing.
 
     Raises:
-        AdapterError: When the window does not fit the codes.
+        AdapterError: When the window or the branch does not fit the codes.
     """
 
+    quantizes_inputs = True
+    mixes_tokens = True
+
     convolve: ClassVar[Callable[..., mx.array]]
+    _picture: tuple[tuple[int, ...], mx.array] | None
     STRUCTURE = schema.every(
         schema.entries(
             {
@@ -59,7 +75,7 @@ class QuantizedConvolution(QuantizedLayer):
                     schema.either(schema.whole(), schema.array_of(schema.whole(), most=3)), keys=schema.one_of(*OPTIONS)
                 ),
             },
-            {SCALE_DTYPE: schema.floating},
+            PRODUCT,
         ),
         _one_width,
     )
@@ -71,13 +87,17 @@ class QuantizedConvolution(QuantizedLayer):
         window: tuple[int, ...],
         bias: mx.array | None = None,
         options: Mapping[str, Any] | None = None,
+        branch: LowRank | None = None,
     ):
         if codes.shape[1] != prod(window):
             raise AdapterError(f"codes of shape {codes.shape} do not fit kernels of shape {window}")
         super().__init__()
         dtypes = (None if bias is None else bias.dtype, stored_dtype(grid))
         self._lay_out(grid.format, (len(codes), *window), *dtypes, options or {})
-        self._fill(codes, grid, **{BIAS: bias})
+        self._check_branch(branch)
+        told = {} if branch is None else {"rank": branch.rank, BRANCH_DTYPE: name_of(self._branch_dtype(branch))}
+        self._lay_out_product(told, None)
+        self._fill(codes, grid, **{BIAS: bias, **self._factors(branch)})
 
     def _lay_out(
         self,
@@ -89,7 +109,54 @@ class QuantizedConvolution(QuantizedLayer):
     ) -> None:
         self._options = dict(options)
         self._lay_out_weight(format, shape, bias, scales)
-        self.freeze()
+
+    @classmethod
+    def parts_of(cls, module: nn.Module) -> int:
+        return int(getattr(module, "groups", 1))
+
+    @classmethod
+    def window_of(cls, module: nn.Module) -> Window:
+        """Where a convolution of MLX puts its kernel."""
+        return _window(cls, module.weight.shape, convolution_options(module))
+
+    @classmethod
+    def reads(cls, module: nn.Module) -> Any:
+        return cls.window_of(module)
+
+    @classmethod
+    def read(cls, module: nn.Module, x: mx.array, *where: Any) -> LayerInputs:
+        """Patches of at most ``POSITIONS`` outputs of each sample, a sample at a time, so that memory is bounded;
+        extremes are those of the whole input, without the zeros of the padding.
+        """
+        window, x = cls.window_of(module), x.astype(mx.float32)
+        some = spread_evenly(prod(window.positions(x.shape[1:-1])), POSITIONS)
+        rows = np.stack([np.array(patches(sample[None], window, some)[0]) for sample in x])  # [N, S, groups, in]
+        flat = np.asarray(x).reshape(len(x), -1, window.groups, x.shape[-1] // window.groups)
+        taps = prod(window.size)
+        low, high = (np.tile(v, (1, taps)) for v in (flat.min((1, 2)), flat.max((1, 2))))
+        return LayerInputs([rows[:, :, part] for part in range(window.groups)], low, high)
+
+    @classmethod
+    def of(
+        cls,
+        module: nn.Module,
+        codes: Array,
+        grid: Grid,
+        divisor: mx.array | None = None,
+        rotation: int = 1,
+        branch: LowRank | None = None,
+    ) -> QuantizedConvolution:
+        bias = module.bias if BIAS in module else None
+        return cls(codes, grid, module.weight.shape[1:], bias, convolution_options(module), branch)
+
+    @property
+    def parts(self) -> int:
+        return int(self._options.get("groups", 1))
+
+    @property
+    def window(self) -> Window:
+        """Where it puts its kernel."""
+        return _window(type(self), self._shape, self._options)
 
     @classmethod
     def from_convolution(
@@ -133,14 +200,18 @@ class QuantizedConvolution(QuantizedLayer):
                 name: list(value) if isinstance(value, tuple) else value for name, value in self._options.items()
             },
             **self.scale_facts,
+            **self.product_facts,
+            **({} if BIAS not in self or self[BIAS].dtype == mx.float32 else {"bias_dtype": name_of(self[BIAS].dtype)}),
         }
 
     @classmethod
     def blank(cls, facts: Mapping[str, Any], clock: Clock | None = None) -> Self:
         layer = cls._bare()
         options = {name: tuple(value) if isinstance(value, list) else value for name, value in facts["options"].items()}
-        shape, bias = (facts["shape"][0], *facts["window"]), mx.float32 if facts["bias"] else None
+        shape = (facts["shape"][0], *facts["window"])
+        bias = getattr(mx, facts.get("bias_dtype", "float32")) if facts["bias"] else None
         layer._lay_out(WeightFormat(**facts["format"]), shape, bias, scale_dtype(facts), options)
+        layer._lay_out_product(facts, clock)
         return layer
 
     def differences(self, module: nn.Module) -> str | None:
@@ -150,13 +221,59 @@ class QuantizedConvolution(QuantizedLayer):
 
     def __call__(self, x: mx.array) -> mx.array:
         """x [N, ...places, in] to [N, ...places, out], in x's dtype."""
-        dtype = mx.float32 if mx.default_device() == mx.cpu else x.dtype
-        y = type(self).convolve(x.astype(dtype), self.dequantized().astype(dtype), **self._options)
-        return (y + self.bias.astype(dtype) if BIAS in self else y).astype(x.dtype)
+        return self.multiplied(x)
+
+    def unrolled(self, x: mx.array) -> mx.array:
+        return patches(x, self.window)  # [N, ...positions, groups, in]
+
+    def meet(self, rows: mx.array, weight: mx.array, *where: Any) -> mx.array:
+        groups = self.parts
+        if groups == 1:
+            return rows[..., 0, :] @ weight.T
+        flat = rows.reshape(-1, groups, rows.shape[-1]).swapaxes(0, 1)
+        y = flat @ weight.reshape(groups, -1, weight.shape[-1]).swapaxes(1, 2)
+        return y.swapaxes(0, 1).reshape(*rows.shape[:-2], weight.shape[0])
+
+    def product(self, x: mx.array, weight: mx.array, *where: Any) -> mx.array:
+        kernel = weight.reshape(weight.shape[0], *self._shape[1:])
+        return type(self).convolve(x, kernel.astype(x.dtype), **self._options)
+
+    def sums(self, rows: mx.array) -> mx.array:
+        sums = rows.sum(-1)
+        return sums if self.parts == 1 else mx.repeat(sums, self.rows // self.parts, axis=-1)
+
+    def raised(self, h: mx.array, up: mx.array, *where: Any) -> mx.array:
+        return self.meet(h.reshape(*h.shape[:-1], self.parts, -1), up)
+
+    def ones(self, x: mx.array, *where: Any) -> mx.array:
+        """The convolution of a constant picture, which is smaller where it is padded."""
+        if self._picture is None or self._picture[0] != x.shape[1:]:
+            picture = self.product(mx.ones((1, *x.shape[1:])), self.matrix())
+            mx.eval(picture)
+            self._picture = x.shape[1:], picture
+        return self._picture[1]
+
+    def refresh(self) -> None:
+        super().refresh()
+        self._picture = None
+
+    @property
+    def _runs_packed(self) -> bool:
+        return False
+
+    def _multiply(self, x: mx.array, *where: Any) -> mx.array:
+        half = mx.default_device() != mx.cpu and self.reader is None
+        return self.product(x if half else x.astype(mx.float32), self.matrix()).astype(mx.float32)
 
     def _extra_repr(self) -> str:
         options = "".join(f", {name}={value}" for name, value in self._options.items())
         return f"{self._shape}, {self._format}{options}, bias={BIAS in self}"
+
+
+def _window(kind: type[QuantizedConvolution], shape: Sequence[int], options: Mapping[str, Any]) -> Window:
+    """That of a kernel [out, ...window, in / groups]."""
+    place = Window.transposed if "Transpose" in kind.replaces.__name__ else Window.of
+    return place(tuple(shape[1:-1]), **options)
 
 
 def convolution_options(convolution: nn.Module) -> dict[str, Any]:

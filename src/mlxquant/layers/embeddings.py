@@ -11,13 +11,17 @@ from typing import Any, Self
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from ..files import schema
 from ..grids.packing import dequantized
 from ..grids.time import Clock
 from ..grids.weights import Grid, WeightFormat
 from ..numerics.arrays import Array
+from ..numerics.layer_inputs import LayerInputs
+from ..numerics.low_rank import LowRank
 from .linear import QuantizedLinear
+from .names import DOWN, UP
 from .packed import name_of
 from .weight_only import rounded
 
@@ -30,13 +34,44 @@ class QuantizedEmbedding(QuantizedLinear):
         codes: Codes of the table, uint8 [number, dims].
         grid: The levels that the codes stand for.
         dtype: In which rows come that are looked up.
+        branch: What is added to the integer table, never quantized; None for nothing.
     """
 
     replaces = nn.Embedding
+    quantizes_inputs = False
+    transforms_inputs = False
 
-    def __init__(self, codes: Array, grid: Grid, dtype: mx.Dtype = mx.float32):
-        super().__init__(codes, grid)
+    def __init__(self, codes: Array, grid: Grid, dtype: mx.Dtype = mx.float32, branch: LowRank | None = None):
+        super().__init__(codes, grid, branch=branch)
         self._dtype = dtype
+
+    @classmethod
+    def outputs(cls, module: nn.Module) -> int:
+        return int(module.weight.shape[1])
+
+    @classmethod
+    def reads(cls, module: nn.Module) -> Any:
+        return cls, module.weight.shape[0]
+
+    @classmethod
+    def read(cls, module: nn.Module, x: mx.array, *where: Any) -> LayerInputs:
+        """A row is looked up as it is: no input mixes its numbers with each other, and none with those of other
+        rows.
+        """
+        counts = np.bincount(np.asarray(x).ravel(), minlength=module.weight.shape[0])
+        return LayerInputs([], looked_up=counts.astype(np.float64))
+
+    @classmethod
+    def of(
+        cls,
+        module: nn.Module,
+        codes: Array,
+        grid: Grid,
+        divisor: mx.array | None = None,
+        rotation: int = 1,
+        branch: LowRank | None = None,
+    ) -> QuantizedEmbedding:
+        return cls(codes, grid, module.weight.dtype, branch)
 
     @classmethod
     def from_embedding(
@@ -72,7 +107,16 @@ class QuantizedEmbedding(QuantizedLinear):
         places = x.reshape(x.size)
         scales, biases = (v if v.shape[0] == 1 else v[places] for v in self.scales_and_biases())
         rows = dequantized(self.weight[places], scales, biases, self.format.bits, self.width)
+        if UP in self:
+            rows = rows + self[UP][places].astype(mx.float32) @ self[DOWN].astype(mx.float32)
         return rows.reshape(*x.shape, self.width).astype(self._dtype)
+
+    def looked_up(self, x: mx.array, weight: mx.array) -> mx.array:
+        """What ``__call__`` answers with another table float32 [number, dims] in the place of the codes."""
+        rows = weight[x]
+        if UP in self:
+            rows = rows + self[UP][x].astype(mx.float32) @ self[DOWN].astype(mx.float32)
+        return rows.astype(self._dtype)
 
     def as_linear(self, x: mx.array) -> mx.array:
         """The embedding as the output layer: an input times the whole table.

@@ -13,7 +13,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import prod
 from typing import Any
 
 import mlx.core as mx
@@ -24,6 +23,7 @@ from ..errors import MlxQuantError, RecipeError
 from ..grids.weights import WeightFormat
 from ..recipes.grammar import parse_spec
 from ..recipes.patterns import Pattern, as_list, first, require_matches
+from .convolutions import QuantizedConvolution
 from .kinds import Kind, kind_of
 from .packed import QuantizedLayer
 from .sizes import KeptLayer, LayerSize, SizeReport, is_hidden, is_packed, stored_bytes, weight_count
@@ -71,9 +71,9 @@ class Selection:
         base = one.kind.replaces
         if base is nn.Embedding and not self.embeddings:
             return "embeddings=True takes embeddings"
-        if base not in (nn.Linear, nn.Embedding) and not self.convolutions:
+        if issubclass(one.kind.form, QuantizedConvolution) and not self.convolutions:
             return "convolutions=True takes convolutions"
-        if not _is_plain(one.module, base):
+        if not one.kind.form.is_plain(one.module):
             return f"computes something else than nn.{base.__name__}"
         if one.module.weight.size == 0:
             return "its weight is empty"
@@ -99,7 +99,8 @@ def quantize_linears(
     steps: str = "extremes",
     fallback: str | None = None,
 ) -> SizeReport:
-    """Put quantized layers in the place of a model's ``nn.Linear``, its convolutions and, if wanted, its embeddings.
+    """Put quantized layers in the place of a model's ``nn.Linear``, its convolutions, the switch layers of its experts
+    and, if wanted, its embeddings.
 
     Layers keep running in the dtype of their input; embeddings answer in their own. The same layer at two places stays
     one layer, and layers that share a weight share its codes; one that shares its weight with something that stays as
@@ -237,12 +238,6 @@ def _matrix_bytes(module: nn.Module) -> int:
     return sum(value.nbytes for value in module.values() if isinstance(value, mx.array) and value.ndim > 1)
 
 
-def _is_plain(module: nn.Module, base: type[nn.Module]) -> bool:
-    """Whether a module computes what its base class does, from a weight and a bias alone."""
-    same = all(getattr(type(module), name, None) is getattr(base, name, None) for name in ("__call__", "as_linear"))
-    return same and set(parameters(module)) <= {"weight", "bias"} and "weight" in module
-
-
 def _tied_to_kept(model: nn.Module, chosen: list[Held]) -> dict[str, str]:
     """Those of the chosen layers whose very weight is also a parameter of something that is not chosen, and what that
     is.
@@ -261,7 +256,8 @@ def _fitting(chosen: Sequence[Held], main: WeightFormat, fallback: WeightFormat 
     """The format of each layer; raises RecipeError that names the layers whose width neither fits."""
     formats, misfits = [], []
     for one in chosen:
-        width = prod(one.module.weight.shape[1:])
+        assert one.kind is not None
+        width = one.kind.shape(one.module)[1]
         fits = next(
             (f for f in (main, fallback) if f is not None and not (isinstance(f.group, int) and width % f.group)), None
         )

@@ -19,6 +19,7 @@ import numpy as np
 
 from ..grids.weights import WeightFormat, fit_extremes
 from ..recipes.recipe import LayerSpec
+from .kinds import known_kind
 from .names import BIAS, DIVISOR, FOR_INPUT, SCALES, WEIGHT
 from .packed import QuantizedLayer
 from .tree import parameters, starred
@@ -31,24 +32,24 @@ class Sized(Protocol):
     def size(self) -> int: ...
 
 
-def planned_bytes(spec: LayerSpec | WeightFormat, shape: Sequence[int], scale_bytes: int = 2) -> int:
-    """Bytes that a layer will store for a weight [out, ...]: codes in whole words a row, scales of ``scale_bytes``,
-    biases, the branch.
+def planned_bytes(spec: LayerSpec | WeightFormat, shape: Sequence[int], scale_bytes: int = 2, parts: int = 1) -> int:
+    """Bytes that a layer will store for a weight of so many rows and columns, in ``parts``: codes in whole words a row,
+    scales of ``scale_bytes``, biases, the branch.
 
     What a transform may add, at most one number for each input, is not known beforehand, nor is a branch that float16
-    cannot hold. Raises RecipeError where
-    groups do not divide the width.
+    cannot hold. Raises RecipeError where groups do not divide the width.
     """
     rows, width = shape[0], prod(shape[1:])
     format = spec if isinstance(spec, WeightFormat) else spec.weight
-    rank = 0 if isinstance(spec, WeightFormat) or spec.branch is None else min(spec.rank, rows, width)
+    rank = 0 if isinstance(spec, WeightFormat) or spec.branch is None else min(spec.rank, rows // parts, width)
     words = rows * -(-width * format.bits // 32)
     scales = 1 if format.group == "tensor" else rows * (width // format.columns(width))
-    return 4 * words + scales * scale_bytes * (1 if format.symmetric else 2) + 2 * rank * (rows + width)
+    factors = rank * (rows + parts * width)
+    return 4 * words + scales * scale_bytes * (1 if format.symmetric else 2) + 2 * factors
 
 
 def scale_bytes(format: WeightFormat, weight: mx.array) -> int:
-    """Those of a scale, or a bias, of a weight [out, ...] in a format: 2, or 4 where float16 is too small for its
+    """Those of a scale, or a bias, of a weight [rows, in] in a format: 2, or 4 where float16 is too small for its
     extremes. A search for narrower steps, or a transform, may end on the other side of that border.
 
     Raises NumericsError on NaN or infinite weights, RecipeError where groups do not divide the width.
@@ -57,12 +58,17 @@ def scale_bytes(format: WeightFormat, weight: mx.array) -> int:
     return np.dtype(fit_extremes(values, format).dtype).itemsize
 
 
-def planned_bits_per_weight(plan: Mapping[str, LayerSpec], weights: Mapping[str, mx.array]) -> float:
-    """What a plan's own formats take by weight of the layers in it, which have these ``weights``."""
-    stored = sum(
-        planned_bytes(spec, weights[path].shape, scale_bytes(spec.weight, weights[path])) for path, spec in plan.items()
-    )
-    return 8 * stored / sum(weights[path].size for path in plan)
+def planned_layer_bytes(spec: LayerSpec, layer: nn.Module) -> int:
+    """``planned_bytes`` of a layer in full precision."""
+    kind = known_kind(layer)
+    each = scale_bytes(spec.weight, kind.form.matrix_of(layer))
+    return planned_bytes(spec, kind.shape(layer), each, kind.parts(layer))
+
+
+def planned_bits_per_weight(plan: Mapping[str, LayerSpec], layers: Mapping[str, nn.Module]) -> float:
+    """What a plan's own formats take by weight of the ``layers`` in it, which are in full precision."""
+    stored = sum(planned_layer_bytes(spec, layers[path]) for path, spec in plan.items())
+    return 8 * stored / sum(layers[path].weight.size for path in plan)
 
 
 def numbers_in(named: Iterable[tuple[str, Sized]], weights: Mapping[str, int]) -> int:

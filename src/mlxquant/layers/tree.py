@@ -38,10 +38,11 @@ def module_of(model: Any) -> nn.Module:
 def find_linears(module: nn.Module) -> dict[str, nn.Linear]:
     """Every ``nn.Linear`` by path, in path order with numbers compared as numbers."""
     found = {path: m for path, m in module.named_modules() if isinstance(m, nn.Linear)}
-    return {path: found[path] for path in sorted(found, key=_natural)}
+    return {path: found[path] for path in sorted(found, key=natural)}
 
 
-def _natural(path: str) -> list[tuple[int, int | str]]:
+def natural(path: str) -> list[tuple[int, int | str]]:
+    """A key by which paths are in order, with numbers compared as numbers."""
     return [(0, int(part)) if part.isdigit() else (1, part) for part in path.split(".")]
 
 
@@ -97,20 +98,39 @@ def evaluating(root: nn.Module) -> Iterator[None]:
             module.train(mode)
 
 
-class Tap(nn.Module):
-    """Shows a layer's input to an observer and passes the call on."""
+class StandIn(nn.Module):
+    """In the place of a layer, and asked about it (its weight, whether its attention slides) it answers for it."""
 
-    def __init__(self, path: str, layer: nn.Module, observe: Callable[[str, mx.array], object]):
+    def __init__(self, layer: nn.Module):
         super().__init__()
-        self._path, self._layer, self._observe = path, layer, observe
+        self._layer = layer
 
-    def __call__(self, x: mx.array) -> mx.array:
-        self._observe(self._path, x)
-        return self._layer(x)
+    def __getattr__(self, key: str) -> Any:
+        try:
+            return super().__getattr__(key)
+        except AttributeError:
+            if key.startswith("_"):
+                raise
+            return getattr(self._layer, key)
+
+
+class Tap(StandIn):
+    """Shows what a layer is called with to an observer and passes the call on."""
+
+    def __init__(self, path: str, layer: nn.Module, observe: Callable[..., object]):
+        super().__init__(layer)
+        self._path, self._observe = path, observe
+
+    def __call__(self, x: mx.array, *where: Any, **named: Any) -> mx.array:
+        self._observe(self._path, x, *where, *named.values())
+        answer: mx.array = self._layer(x, *where, **named)
+        return answer
 
 
 @contextmanager
-def tapped(root: nn.Module, paths: Iterable[str], observe: Callable[[str, mx.array], object]) -> Iterator[None]:
-    """Call ``observe(path, input)`` for each of these layers during the forward passes inside."""
+def tapped(root: nn.Module, paths: Iterable[str], observe: Callable[..., object]) -> Iterator[None]:
+    """Call ``observe(path, input)`` for each of these layers during the forward passes inside; with whatever else a
+    layer is called with behind the input.
+    """
     with swapped(root, {path: Tap(path, get_module(root, path), observe) for path in paths}):
         yield

@@ -10,7 +10,7 @@ conditioning, and text, with one.
 What an adapter promises; ``tests/support/adapter_contract`` holds every picture model to it:
 
 - The chain computes what the model computes, for a batch as for its rows one by one.
-- Stages name the modules that they use, and no Linear belongs to two. Modules are looked up when a stage runs, never
+- Stages name the modules that they use, and no layer belongs to two. Modules are looked up when a stage runs, never
   kept, so that whatever stands at their paths by then is what runs: taps, stand-ins and quantized layers are put
   there.
 - A stage hands on an array that it does not change as the very same object: that is how one tells what it ``written``.
@@ -42,8 +42,10 @@ from ..files.checked import array_digest
 from ..files.schema import Schema, anything
 from ..grids.time import Clock
 from ..layers.attention import SoftmaxAttention, find_attentions
-from ..layers.tree import find_linears, parameters
+from ..layers.kinds import find_exact_layers
+from ..layers.tree import parameters
 from ..numerics.arrays import Array
+from ..recipes.recipe import EMBEDDING
 
 State = dict[str, mx.array]
 _digest = ArrayMemory(array_digest)
@@ -58,6 +60,11 @@ def written(outputs: State, inputs: State) -> list[str]:
         for key, value in outputs.items()
         if inputs.get(key) is not value and mx.issubdtype(value.dtype, mx.floating)
     ]
+
+
+def is_at(path: str, prefix: str) -> bool:
+    """Whether a path is this one, or below it."""
+    return path == prefix or path.startswith(prefix + ".")
 
 
 @dataclass(frozen=True)
@@ -76,7 +83,7 @@ class Stage:
 
     def owns(self, path: str) -> bool:
         """Whether the module at ``path`` is one of this stage's."""
-        return any(path == prefix or path.startswith(prefix + ".") for prefix in self.prefixes)
+        return any(is_at(path, prefix) for prefix in self.prefixes)
 
 
 Observe = Callable[[str, State, State], None]
@@ -172,10 +179,10 @@ class Adapter(ABC):
 
     @abstractmethod
     def role(self, path: str) -> str:
-        """What a Linear is for, so that recipes can treat layers alike without naming them.
+        """What a layer is for, so that recipes can treat layers alike without naming them.
 
         Args:
-            path: One of ``linears``.
+            path: One of ``layers`` that is no embedding.
 
         Returns:
             "attention", "mlp", "modulation", "embedder" or "output".
@@ -232,18 +239,33 @@ class Adapter(ABC):
         """
         return ()
 
-    def linears(self) -> dict[str, nn.Linear]:
-        """The full-precision Linears that a recipe may quantize, by path, in the order of the module tree."""
-        return find_linears(self.module)
+    def left_out(self) -> dict[str, str]:
+        """What no recipe may quantize, though it has a quantized form: paths, of layers or of modules that hold them,
+        and for each the reason. Empty where there is nothing.
+        """
+        return {}
+
+    def layers(self) -> dict[str, nn.Module]:
+        """The full-precision layers that a recipe may quantize, of every kind, by path, in the order of the module
+        tree: Linears, convolutions, embeddings, the switch layers of experts. A recipe takes embeddings only where it
+        asks for them.
+        """
+        out = tuple(self.left_out())
+        found = find_exact_layers(self.module)
+        return {path: layer for path, layer in found.items() if not any(is_at(path, prefix) for prefix in out)}
 
     def block_linears(self) -> dict[str, nn.Linear]:
-        """Those of ``linears`` that belong to a block."""
+        """Those of ``layers`` that are Linears and belong to a block."""
         blocks = self.blocks
-        return {path: m for path, m in self.linears().items() if any(block.owns(path) for block in blocks)}
+        found = self.layers().items()
+        return {p: m for p, m in found if isinstance(m, nn.Linear) and any(block.owns(p) for block in blocks)}
 
     def roles(self) -> dict[str, str]:
-        """The role of each of ``linears``, by path: what a recipe plans from."""
-        return {path: self.role(path) for path in self.linears()}
+        """The role of each of ``layers``, by path: what a recipe plans from. An embedding's is "embedding"."""
+        return {
+            path: EMBEDDING if isinstance(layer, nn.Embedding) else self.role(path)
+            for path, layer in self.layers().items()
+        }
 
     def attentions(self) -> dict[str, SoftmaxAttention]:
         """The attentions that can be opened, by path: ``set_module`` may put a ``QuantizedAttention`` there. Empty

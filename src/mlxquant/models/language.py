@@ -30,7 +30,8 @@ import numpy.typing as npt
 
 from ..errors import AdapterError, CalibrationError
 from ..grids.time import Clock
-from ..layers.tree import find_linears, get_module, parameters, swapped, tapped
+from ..layers.kinds import find_exact_layers
+from ..layers.tree import StandIn, get_module, parameters, swapped, tapped
 from .adapter import Adapter, Stage, State
 
 NO_TIME = 0.0  # the noise level of a model that has none
@@ -46,22 +47,6 @@ class Tokenizer(Protocol):
     def encode(self, text: str) -> Tokens: ...
 
     def decode(self, ids: Iterable[int]) -> str: ...
-
-
-class StandIn(nn.Module):
-    """In the place of a layer, and asked about it (whether its attention slides, say) it answers for the layer."""
-
-    def __init__(self, layer: nn.Module):
-        super().__init__()
-        self._layer = layer
-
-    def __getattr__(self, key: str) -> Any:
-        try:
-            return super().__getattr__(key)
-        except AttributeError:
-            if key.startswith("_"):
-                raise
-            return getattr(self._layer, key)
 
 
 class PassedOn(StandIn):
@@ -131,7 +116,7 @@ class LanguageAdapter(Adapter):
     def _cut(self) -> tuple[Stage, ...]:
         outside = [
             path
-            for path in find_linears(self.module)
+            for path in find_exact_layers(self.module)
             if not any(path.startswith(f"{layer}.") for layer in self.layer_paths)
         ]
         before = self._reached_before_layers(outside) if outside else set()
@@ -140,7 +125,7 @@ class LanguageAdapter(Adapter):
         return (first, *blocks, Stage("head", tuple(path for path in outside if path not in before), self._head))
 
     def _reached_before_layers(self, paths: list[str]) -> set[str]:
-        """Which of these Linears run before the first layer; tokens of any kind show that."""
+        """Which of these layers run before the first block; tokens of any kind show that."""
         seen, reached = list[str](), set[str]()
 
         class Marker(PassedOn):
@@ -150,7 +135,7 @@ class LanguageAdapter(Adapter):
 
         first, *others = self.layer_paths
         stand_ins: dict[str, nn.Module] = {first: Marker(get_module(self.module, first)), **self._passing(others)}
-        with tapped(self.module, paths, lambda path, x: seen.append(path)), swapped(self.module, stand_ins):
+        with tapped(self.module, paths, lambda path, *call: seen.append(path)), swapped(self.module, stand_ins):
             self.module(mx.zeros((1, 2), mx.int32))
         return reached
 

@@ -19,6 +19,8 @@ import numpy as np
 from ..errors import AdapterError, ArtifactError, reason
 from ..files import schema
 from ..files.hub import hub_folder, read_description
+from ..layers.convolutions import QuantizedConvolution
+from ..layers.kinds import find_exact_layers, known_kind
 from .language import LanguageAdapter, Tokenizer, Tokens
 
 
@@ -145,6 +147,15 @@ class MLXLanguageModel(LanguageAdapter):
         other = super().twin()
         other.place, other._tokenizer = self.place, self._tokenizer
         return other
+
+    def left_out(self) -> dict[str, str]:
+        """Convolutions: mlx-lm has no quantized form of them, and a state-space model's have a few taps a channel."""
+        found = find_exact_layers(self.module).items()
+        return {
+            path: "mlx-lm has no quantized convolution"
+            for path, layer in found
+            if issubclass(known_kind(layer).form, QuantizedConvolution)
+        }
 
     @property
     def tokenizer(self) -> Tokenizer:

@@ -105,6 +105,12 @@ class Moments:
             self.held_out = self.held_out or Moments.empty(self.width, dtype)
             self.held_out.add(inputs, exact, weight)
 
+    def see_one_stream(self) -> None:
+        """From now on the full-precision model's inputs are taken to be these."""
+        self.cross = self.gram
+        if self.held_out is not None:
+            self.held_out.see_one_stream()
+
     def divided(self, divisor: Array) -> Moments:
         """The moments of inputs whose channels are divided by ``divisor`` [in]."""
         inverse = 1 / divisor.astype(self._gram.dtype)

@@ -84,7 +84,7 @@ def decide(stats: Statistics, adapter: Adapter, options: Options, progress: Prog
             f"the statistics were collected from weights {stats.source[:12]}…, this {adapter.name} has {found[:12]}…; "
             "collect them again from this model, or name theirs with --model"
         )
-    linears, paths = adapter.linears(), list(stats.layers)
+    linears, paths = adapter.layers(), list(stats.layers)
     if unknown := sorted(set(paths) - set(linears)):
         raise CalibrationError(
             f"the statistics are of {unknown[0]!r}, which this {adapter.name} does not have; collect them again"

@@ -25,6 +25,7 @@ from ..grids.tables import ActivationTable
 from ..grids.time import Clock
 from ..grids.weights import FORMAT, Grid, WeightFormat
 from ..layers.linear import QuantizedLinear
+from ..layers.product import QuantizedProduct
 from ..models.adapter import Stage
 from ..numerics.arrays import Array
 from ..sweep.store import StageCheckpoint, StageResult
@@ -60,8 +61,10 @@ def block_name(index: int) -> str:
     return f"mm{index}"
 
 
-def _beyond(layer: QuantizedLinear) -> str | None:
+def _beyond(layer: QuantizedProduct) -> str | None:
     """What of a layer these files have no place for; None for nothing."""
+    if not isinstance(layer, QuantizedLinear):
+        return f"the form of a {type(layer).__name__}"
     if isinstance(layer.format.group, int) or not layer.format.symmetric:
         return f"the format {layer.format}"
     if layer.rotation > 1:
@@ -124,7 +127,7 @@ class WeightFiles:
         if named != set(formats) or not named <= own:
             strange = sorted((named ^ set(formats)) | (named - own))
             raise ArtifactError(f"{self._where(stage)}: its layers are not the model's, such as {strange[:3]}; {ANEW}")
-        layers = {}
+        layers = dict[str, QuantizedProduct]()
         for path, format in formats.items():
             try:
                 layers[path] = self._layer(path, WeightFormat(**format), arrays, clock)
@@ -191,7 +194,7 @@ class WeightFiles:
                 )
             arrays[f"{path}__weight_int"] = (layer.codes().astype(np.int16) - layer.format.zero_code).astype(np.int8)
             arrays[f"{path}__scale"] = layer.grid().scales[:, 0]
-            if layer.divisor is not None:
+            if isinstance(layer, QuantizedLinear) and layer.divisor is not None:
                 arrays[f"{path}__divisor"] = np.array(layer.divisor)
             if (table := layer.table) is not None:
                 values = (table.sigma, table.step, table.shift, table.bits)

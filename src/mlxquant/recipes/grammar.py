@@ -141,6 +141,8 @@ def parse_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"unknown recipe {name!r}: {error}") from error
     rules: list[tuple[str, LayerSpec | None]] = [parse_override(text, template) for text in overrides]
     rules += [(role, main.careful) for role in ("@modulation", "@embedder", "@output")]
+    if template.embeddings:
+        rules.append(("@embedding", main.of_weights))
     rules.append(("*", main))
     quantized = [spec for _, spec in rules if spec is not None]
     refuse_idle(name, match[1].split("+")[1:], template, inputs=any(spec.activation is not None for spec in quantized))

@@ -59,6 +59,11 @@ def named(pattern: str, layers: Mapping[str, str]) -> list[str]:
     return whole or [path for path, role in layers.items() if names(pattern, path, role)]
 
 
+def is_open(pattern: str) -> bool:
+    """Whether a pattern is about whatever it happens to fit: it has wildcards, and is no role."""
+    return not pattern.startswith(ROLE) and any(sign in pattern for sign in WILDCARDS)
+
+
 def first(patterns: Iterable[Pattern], paths: Iterable[str]) -> str | None:
     """The first pattern that names one of these paths, as text; None when there is none."""
     seen = list(paths)

@@ -26,11 +26,13 @@ class Template:
         layer: What happens to each layer; ``layer.activation`` counts where inputs are quantized at all.
         recipe: What happens to the model.
         probabilities: Bits of attention probabilities, or ``LIKE_INPUTS``; None leaves them as they are.
+        embeddings: Whether tables of embeddings are quantized, too, in the recipe's own format.
     """
 
     layer: LayerSpec
     recipe: Recipe
     probabilities: int | str | None = None
+    embeddings: bool = False
 
     @property
     def activation(self) -> ActivationSpec:
@@ -99,5 +101,6 @@ INGREDIENTS: dict[str, dict[str, Any]] = {
     "tiers": {"budget": BUDGET, "sensitivity": True},
     "progressive": {"rounds": 2},
     "mixed": {"mixed": True},
+    "embeddings": {"embeddings": True},
     **{f"softmax{bits}": {"probabilities": bits} for bits in TIERS},
 }

@@ -18,10 +18,11 @@ from ..methods import registry
 from ..methods.inputs.tiers import TIERS
 from ..methods.weights.adaround import Settings
 from ..numerics.input_ranges import RANGE_BATCH
-from .patterns import ROLE, named, unmatched
+from .patterns import ROLE, is_open, named, unmatched
 
 Part = TypeVar("Part")
-ROLES = ("attention", "mlp", "modulation", "embedder", "output")
+EMBEDDING = "embedding"
+ROLES = ("attention", "mlp", "modulation", "embedder", "output", EMBEDDING)
 
 
 @dataclass(frozen=True)
@@ -144,6 +145,11 @@ class LayerSpec:
         return replace(self.start.without_branch(), weight=weight, activation=None, transforms=())
 
     @property
+    def of_weights(self) -> LayerSpec:
+        """The weight's part of it: for a table, whose rows are looked up as they are."""
+        return replace(self, activation=None, transforms=())
+
+    @property
     def cross(self) -> bool:
         """Whether the rounding looks at the full-precision model's inputs, too."""
         return self.corrected or registry.get("round", self.rounding).cross
@@ -210,7 +216,8 @@ class Recipe:
         """What happens to each layer of a model; the first rule that names it decides.
 
         Args:
-            layers: The model's linear layers, path to role, as ``Adapter.roles`` has them.
+            layers: The model's layers, path to role, as ``Adapter.roles`` has them. Embeddings are taken by rules
+                that name their role, or one of them by its path, or nothing else: "*" stands for all but them.
 
         Returns:
             The layers that are quantized, by path, in the same order.
@@ -220,22 +227,30 @@ class Recipe:
         """
         if not layers:
             raise RecipeError(
-                f"recipe {self.name}: the model has no linear layer in full precision; perhaps it is quantized already"
+                f"recipe {self.name}: the model has no layer in full precision that can be quantized; perhaps it is"
+                " quantized already"
             )
         decided: dict[str, LayerSpec | None] = {}
         for pattern, spec in self.rules:
-            found = named(pattern, layers)
-            if pattern.startswith(ROLE) and pattern.removeprefix(ROLE) not in ROLES:
-                known = ", ".join(ROLE + role for role in ROLES)
-                raise RecipeError(f"recipe {self.name}: unknown role {pattern!r}; roles are {known}")
-            if not found and not pattern.startswith(ROLE):  # a model may well have no layer of a role
-                raise unmatched(f"recipe {self.name}:", pattern, list(layers))
-            for path in found:
-                decided.setdefault(path, spec)
+            for path in self._named(pattern, spec, layers):
+                decided.setdefault(path, spec.of_weights if spec and layers[path] == EMBEDDING else spec)
         plan = {path: spec for path in layers if (spec := decided.get(path)) is not None}
         if not plan:
             raise RecipeError(f"recipe {self.name} quantizes no layer of this model")
         return plan
+
+    def _named(self, pattern: str, spec: LayerSpec | None, layers: Mapping[str, str]) -> list[str]:
+        """The layers that a rule is about. An open pattern does not ask for tables of embeddings that it fits, unless
+        it fits nothing else.
+        """
+        found = named(pattern, layers)
+        if pattern.startswith(ROLE) and pattern.removeprefix(ROLE) not in ROLES:
+            known = ", ".join(ROLE + role for role in ROLES)
+            raise RecipeError(f"recipe {self.name}: unknown role {pattern!r}; roles are {known}")
+        if not found and not pattern.startswith(ROLE):  # a model may well have no layer of a role
+            raise unmatched(f"recipe {self.name}:", pattern, list(layers))
+        others = [path for path in found if layers[path] != EMBEDDING]
+        return others if spec is not None and others and is_open(pattern) else found
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain data, as model.json keeps it."""

@@ -25,6 +25,7 @@ from ..methods import registry
 from ..numerics import cayley
 from ..numerics.arrays import Array
 from ..numerics.moments import Moments
+from ..numerics.part_moments import PartMoments
 from ..numerics.transform import Transform
 from ..progress import Progress, silent
 from ..recipes.recipe import LayerSpec
@@ -252,7 +253,7 @@ class SpinQuant:
         moments = self._moments(paths[0], width, arrays) if arrays else Moments.identity(width)
         seen = transform.moments(moments)
         for path, linear in linears.items():
-            rounded = quantize_layer(linear, spec, seen, path, transform)
+            rounded = quantize_layer(linear, spec, PartMoments.one(seen), path, transform)
             if self._precision.activation is not None:
                 rounded.layer.quantize_tokens(self._precision.activation)
             set_module(self._model, path, rounded.layer)

@@ -25,7 +25,8 @@ from ..calibration.data import CalibrationData
 from ..errors import NumericsError, RecipeError
 from ..files.kept_arrays import Measurements
 from ..grids.weights import WeightFormat
-from ..layers.sizes import planned_bytes, scale_bytes
+from ..layers.kinds import known_kind
+from ..layers.sizes import planned_layer_bytes
 from ..layers.tree import tapped
 from ..methods import registry
 from ..methods.inputs.tiers import TIERS
@@ -33,11 +34,13 @@ from ..models.adapter import Adapter, Stage, State
 from ..numerics import knapsack
 from ..numerics.arrays import Array
 from ..numerics.input_ranges import RANGE_BATCH
-from ..numerics.moments import Moments, energy
+from ..numerics.moments import Moments
+from ..numerics.part_moments import PartMoments
 from ..progress import Progress, silent
 from ..recipes.recipe import LayerSpec, Recipe
 from .collecting import Collector
 from .inputs import LayerInput, errors_by_tier, tiers_of
+from .planning import planned
 from .sensitivity import Sensitivity, measured, sensitivity_job
 from .streams import Passes
 
@@ -115,11 +118,11 @@ def allocate(
     ``input_error``, and what is reached of both limits. Deterministic; with ``work``, a folder, a killed run resumes
     there. Raises RecipeError, before anything long starts, where a limit cannot be met.
     """
-    linears = adapter.linears()
-    plan = recipe.plan(adapter.roles()) if plan is None else plan
+    layers = adapter.layers()
+    plan = planned(adapter, recipe) if plan is None else plan
     formats = {path: candidates(spec, widths) for path, spec in plan.items()}
     sizes = candidate_bytes(adapter, plan, widths)
-    count = sum(linears[path].weight.size for path in plan)
+    count = sum(layers[path].weight.size for path in plan)
     check_limits(adapter, recipe, plan, bits_per_weight, bits_per_activation, widths)
     by_input = bits_per_activation is not None
     surveys = survey(adapter, calibration, plan, formats, by_input, progress, work, recipe.range_batch)
@@ -169,13 +172,11 @@ def candidate_bytes(adapter: Adapter, plan: Mapping[str, LayerSpec], widths: Seq
     """Bytes of each layer in each of its ``candidates``, ascending; raises NumericsError, naming the layer, on weights
     that are not finite.
     """
-    linears, found = adapter.linears(), dict[str, Array]()
+    layers, found = adapter.layers(), dict[str, Array]()
     for path, spec in plan.items():
-        weight, forms = linears[path].weight, candidates(spec, widths)
+        layer, forms = layers[path], candidates(spec, widths)
         try:
-            sizes = [
-                planned_bytes(replace(spec, weight=form), weight.shape, scale_bytes(form, weight)) for form in forms
-            ]
+            sizes = [planned_layer_bytes(replace(spec, weight=form), layer) for form in forms]
         except NumericsError as error:
             raise NumericsError(f"layer {path}: {error}") from error
         found[path] = np.maximum.accumulate(
@@ -194,8 +195,8 @@ def check_limits(
 ) -> None:
     """Raise RecipeError where a limit is below the least possible."""
     if bits_per_weight is not None:
-        sizes, linears = list(candidate_bytes(adapter, plan, widths).values()), adapter.linears()
-        count = sum(linears[path].weight.size for path in plan)
+        sizes, layers = list(candidate_bytes(adapter, plan, widths).values()), adapter.layers()
+        count = sum(layers[path].weight.size for path in plan)
         least, most = (8 * sum(int(size[end]) for size in sizes) / count for end in (0, -1))
         if not bits_per_weight >= least:
             pinned = sum(spec.weight.bits >= PINNED for spec in plan.values())
@@ -244,7 +245,7 @@ def survey(
         None if work is None else work / "allocation",
         job | {"asked": asked, "inputs": inputs, "range_batch": range_batch},
     )
-    linears, found, skipped = adapter.linears(), dict[str, Survey](), list[Stage]()
+    layers, found, skipped = adapter.layers(), dict[str, Survey](), list[Stage]()
     after = {path: edge.after for edge in adapter.edges() for path in edge.consumers}
     for stage in adapter.stages:
         paths, left = [path for path in plan if stage.owns(path)], list[State]()
@@ -255,26 +256,34 @@ def survey(
         while skipped:
             states = passes.through(skipped.pop(0), states)
         ranges = inputs and any(plan[path].activation is not None for path in paths)
-        collector = Collector(ranges, costs.of_layer, sides=passes.sides, range_batch=range_batch)
+        collector = Collector(layers, ranges, costs.of_layer, sides=passes.sides, range_batch=range_batch)
         with tapped(adapter.module, paths, collector):
             for index in passes.indices(f"{stage.name}: inputs"):
                 collector.sigma = sigmas[index]
                 left.append(passes.one(stage, index, states[index]))
         states = left
         for path in progress(paths, f"{stage.name}: bits"):
-            weight, seen, spec = np.array(linears[path].weight.astype(mx.float32)), collector[path], plan[path]
+            form, seen, spec = known_kind(layers[path]).form, collector[path], plan[path]
+            weight = np.array(form.matrix_of(layers[path]).astype(mx.float32))
             on_weight, on_input = weight_errors(path, spec, formats[path], seen.moments, weight, costs), None
             if inputs and spec.activation is not None:
                 by_output = costs.of_outputs(path, seen.ranges.sigma)
+                if by_output is not None and form.meets_one_part:
+                    by_output = np.tile(by_output, (1, len(weight) // by_output.shape[1]))
                 layer = LayerInput.of(spec.activation, seen.ranges, weight, by_output)
                 on_input = errors_by_tier(layer, spec.activation, after.get(path, ""))
-            found[path] = Survey(on_weight, on_input, float(seen.moments.count * weight.size), costs.by_blocks)
+            found[path] = Survey(
+                on_weight,
+                on_input,
+                float(seen.moments.count * weight.size / (len(seen.moments.parts) if form.meets_one_part else 1)),
+                costs.by_blocks,
+            )
         kept.save(stage.name, {name: table for path in paths for name, table in found[path].tables(path).items()})
     return {path: found[path] for path in plan}
 
 
 def weight_errors(
-    path: str, spec: LayerSpec, formats: Sequence[WeightFormat], moments: Moments, weight: Array, costs: Sensitivity
+    path: str, spec: LayerSpec, formats: Sequence[WeightFormat], moments: PartMoments, weight: Array, costs: Sensitivity
 ) -> Array:
     """The velocity error [formats] that a layer's weight causes in each format, rounded as its specification says.
 
@@ -284,11 +293,18 @@ def weight_errors(
     differ.
     """
     find, rounding = registry.get("steps", spec.steps).function, registry.get("round", spec.rounding).function
-    alike, by_output, errors = Moments(moments.gram, moments.count, moments.gram), costs.layers[path].mean(0), []
+    by_output, errors = costs.layers[path].mean(0), []
+    alike = [Moments(part.gram, part.count, part.gram) for part in moments.parts]
+    slices = np.split(weight, len(alike))
     for form in formats:
-        grid = find(weight, form, alike)
-        wrong = weight - grid.dequantize(rounding(weight, grid, alike))
-        errors.append(float(energy(wrong, alike.gram) @ by_output) / alike.count)
+        wrong = []
+        for rows, seen in zip(slices, alike, strict=True):
+            if seen.count == 0:  # no token will tell
+                wrong.append(np.zeros_like(rows))
+                continue
+            grid = find(rows, form, seen)
+            wrong.append(rows - grid.dequantize(rounding(rows, grid, seen)))
+        errors.append(float(moments.errors(np.concatenate(wrong)) @ by_output) / moments.count)
     return np.array(errors)
 
 

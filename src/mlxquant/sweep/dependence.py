@@ -5,22 +5,24 @@ possible at once.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..layers.tree import get_module, swapped, tapped
+from ..layers.tree import StandIn, get_module, swapped, tapped
 
 
-class _Spoilt(nn.Module):
+class _Spoilt(StandIn):
     """A layer that writes NaN, which goes wherever its output goes."""
 
-    def __init__(self, layer: nn.Module):
-        super().__init__()
-        self._layer = layer
+    def __call__(self, x: mx.array, *where: Any, **named: Any) -> mx.array:
+        return mx.zeros_like(self._layer(x, *where, **named)) + mx.nan
 
-    def __call__(self, x: mx.array) -> mx.array:
-        return mx.zeros_like(self._layer(x)) + mx.nan
+
+def _watch(reached: dict[str, mx.array], path: str, x: mx.array, *where: Any) -> None:
+    reached[path] = mx.isnan(x).any()
 
 
 def levels(root: nn.Module, run: Callable[[], object], leaders: Mapping[str, str]) -> list[list[str]]:
@@ -38,10 +40,10 @@ def levels(root: nn.Module, run: Callable[[], object], leaders: Mapping[str, str
     for leader, paths in groups.items():
         reached: dict[str, mx.array] = {}
 
-        def watch(path: str, x: mx.array, reached: dict[str, mx.array] = reached) -> None:
-            reached[path] = mx.isnan(x).any()
-
-        with swapped(root, {path: _Spoilt(get_module(root, path)) for path in paths}), tapped(root, groups, watch):
+        with (
+            swapped(root, {path: _Spoilt(get_module(root, path)) for path in paths}),
+            tapped(root, groups, partial(_watch, reached)),
+        ):
             run()
         mx.eval(reached)
         for later, spoilt in reached.items():

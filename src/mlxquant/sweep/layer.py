@@ -4,7 +4,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -13,14 +15,17 @@ import numpy as np
 from ..errors import MlxQuantError
 from ..grids.tables import ActivationTable
 from ..grids.weights import Grid
-from ..layers.linear import QuantizedLinear
+from ..layers.kinds import known_kind
+from ..layers.packed import check_parts
+from ..layers.product import QuantizedProduct
 from ..methods import registry
 from ..methods.weights.correction import corrected_target
 from ..methods.weights.damping import CANDIDATES, TARGETS, ChosenDamping, choose_damping
 from ..methods.weights.lowrank import refitted
 from ..numerics.arrays import Array
 from ..numerics.low_rank import LowRank
-from ..numerics.moments import Moments, output_error
+from ..numerics.moments import Moments
+from ..numerics.part_moments import PartMoments
 from ..numerics.transform import Transform
 from ..recipes.recipe import LayerSpec
 
@@ -43,30 +48,41 @@ class Dampings:
 
 @dataclass(frozen=True)
 class Rounded:
-    """A quantized layer beside its codes uint8 [out,in], the weight [out,in] that it stands for, that which its codes
-    aimed at, and its inputs' moments.
+    """A quantized layer beside its codes uint8 [rows,in], the weight [rows,in] that it stands for, that which its codes
+    aimed at, its inputs' moments and, for each part of the weight, its dampings.
 
     The layer holds the codes as well, but packed: whoever compares them or learns from them takes them from here. The
     aim differs from the weight where it is corrected, or where a branch takes a part of it.
     """
 
-    layer: QuantizedLinear
+    layer: QuantizedProduct
     codes: Array
     weight: Array
     target: Array
-    moments: Moments
-    dampings: Dampings
+    moments: PartMoments
+    dampings: tuple[Dampings, ...]
 
     def with_codes(self, codes: Array) -> Rounded:
-        """The same layer with other codes uint8 [out,in]."""
+        """The same layer with other codes uint8 [rows,in]."""
         return replace(self, layer=self.layer.with_codes(codes), codes=codes)
 
     @property
     def error(self) -> float:
         """Relative output error on the calibration inputs."""
-        quantized = self.layer.grid().dequantize(self.codes)
-        branch = self.layer.branch
-        return output_error(self.weight, quantized if branch is None else quantized + branch.weight, self.moments)
+        return self.moments.relative_error(self.weight, self.layer.effective())
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Dampings that were chosen, a list where the weight is of several parts, and the parts that were rounded to
+        nearest because no token reached them.
+        """
+        each = [part.facts for part in self.dampings]
+        found: dict[str, Any] = each[0] if len(each) == 1 else {}
+        if len(each) > 1:
+            names = list(dict.fromkeys(name for part in each for name in part))
+            found = {name: [part.get(name) for part in each] for name in names}
+        missed = self.moments.without_data
+        return found | ({"without_data": missed} if missed and len(each) > 1 else {})
 
 
 @dataclass(frozen=True)
@@ -79,22 +95,74 @@ class Preset:
     divisor: Array | None = None
 
 
-def quantize_layer(linear: nn.Linear, spec: LayerSpec, moments: Moments, path: str, transform: Transform) -> Rounded:
-    """The weight of one layer by its specification; errors name the layer at ``path``.
+@dataclass(frozen=True)
+class _Part:
+    """A part of a weight, rounded: what its codes aimed at, codes uint8 [rows,in] and their grid."""
+
+    target: Array
+    grid: Grid
+    codes: Array
+    branch: LowRank | None
+    dampings: Dampings
+
+
+def quantize_layer(
+    module: nn.Module, spec: LayerSpec, moments: PartMoments, path: str, transform: Transform
+) -> Rounded:
+    """The weight of one layer by its specification, a part at a time; errors name the layer at ``path``.
 
     ``transform`` is what the layer does to its input while it runs, and ``moments`` are of inputs that went through it.
+    A part that no token reached, beside others that were, is rounded to nearest.
     """
-    weight = transform.weight(np.array(linear.weight.astype(mx.float32)).astype(np.float64))
+    kind = known_kind(module)
+    weight = transform.weight(np.array(kind.form.matrix_of(module).astype(mx.float32)).astype(np.float64))
     try:
-        dampings = _choose_dampings(weight, spec, moments)
-        target, branch, grid, codes = _quantized(weight, spec, moments, dampings)
+        check_parts(spec.weight, len(moments.parts))
+        slices = zip(np.split(weight, len(moments.parts)), moments.parts, strict=True)
+        alone = len(moments.parts) == 1
+        parts = [_part(rows, spec, seen) if alone or seen.count else _nearest(rows, spec) for rows, seen in slices]
     except MlxQuantError as error:
         raise type(error)(f"layer {path}: {error}") from error
-    dampings = dampings if branch is None else replace(dampings, branch=branch.damping)
-    bias = linear.bias if "bias" in linear else None
+    codes, target = (_stacked([getattr(part, name) for part in parts]) for name in ("codes", "target"))
+    grid = Grid(spec.weight, *(_stacked([getattr(p.grid, name) for p in parts]) for name in ("scales", "biases")))
     divisor = None if transform.divisor is None else mx.array(transform.divisor, mx.float32)
-    layer = QuantizedLinear(codes, grid, bias, divisor, transform.block, branch)
+    branch = _joined([part.branch for part in parts])
+    layer = kind.form.of(module, codes, grid, divisor, transform.block, branch)
+    dampings = tuple(part.dampings for part in parts)
     return Rounded(layer, np.ascontiguousarray(codes, np.uint8), weight, target, moments, dampings)
+
+
+def _part(weight: Array, spec: LayerSpec, moments: Moments) -> _Part:
+    """One part of a weight [rows,in] by a specification."""
+    dampings = _choose_dampings(weight, spec, moments)
+    target, branch, grid, codes = _quantized(weight, spec, moments, dampings)
+    dampings = dampings if branch is None else replace(dampings, branch=branch.damping)
+    return _Part(target, grid, codes, branch, dampings)
+
+
+def _nearest(weight: Array, spec: LayerSpec) -> _Part:
+    """A part rounded to nearest, without data, with an empty branch where the others have one."""
+    grid = registry.get("steps", "extremes").function(weight, spec.weight)
+    codes, branch = registry.get("round", "rtn").function(weight, grid), None
+    if spec.branch is not None:
+        rank = min(spec.rank, *weight.shape)
+        branch = LowRank(np.zeros((len(weight), rank), np.float16), np.zeros((rank, weight.shape[1]), np.float16))
+    return _Part(weight, grid, codes, branch, Dampings())
+
+
+def _stacked(parts: Sequence[Array]) -> Array:
+    """Arrays one below the other; the array itself where it is one."""
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def _joined(branches: Sequence[LowRank | None]) -> LowRank | None:
+    """The branches of all parts in one, in float32 where one of them is."""
+    found = [branch for branch in branches if branch is not None]
+    if len(found) < 2:
+        return found[0] if found else None
+    dtype = np.result_type(*(branch.up.dtype for branch in found))
+    up, down = (_stacked([getattr(branch, name) for branch in found]).astype(dtype) for name in ("up", "down"))
+    return LowRank(up, down)
 
 
 def _choose_dampings(weight: Array, spec: LayerSpec, moments: Moments) -> Dampings:

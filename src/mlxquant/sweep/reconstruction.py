@@ -11,15 +11,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 
+from ..errors import AdapterError
 from ..grids.reading import Entry, TokenReader, represented
-from ..layers.linear import QuantizedLinear
-from ..layers.tree import swapped
+from ..layers.embeddings import QuantizedEmbedding
+from ..layers.product import QuantizedProduct
+from ..layers.tree import StandIn, swapped
 from ..methods import registry
 from ..methods.weights.adaround import Checkpoint, Choice, Settings, choose
 from ..models.adapter import Stage, State
@@ -38,34 +39,34 @@ class Minibatch:
     key: mx.array | None = None
 
 
-class SoftLinear(nn.Module):
-    """A quantized layer with an integer weight that is set from outside, its activations quantized with a
+class SoftLayer(StandIn):
+    """A quantized layer with an integer weight [rows, in] that is set from outside, its activations quantized with a
     straight-through estimator.
 
     ``levels`` [T] are the noise levels of the calibration; ``minibatch.level`` [B] holds indices into them.
     """
 
-    def __init__(self, layer: QuantizedLinear, levels: Array, minibatch: Minibatch, drop: float, salt: int):
-        super().__init__()
-        self.weight = layer.dequantized()
-        self._bias = layer.bias if "bias" in layer else None
-        self._transformed, self._add_branch = layer.transformed, layer.add_branch
+    def __init__(self, layer: QuantizedProduct, levels: Array, minibatch: Minibatch, drop: float, salt: int):
+        super().__init__(layer)
+        self["weight"] = layer.matrix()  # not the one of the layer that it stands in for
         self._minibatch, self._drop, self._salt = minibatch, drop, salt
         self._entries = None if layer.table is None else Entry.of(layer.table, levels)
         self._tokens = layer.reader if isinstance(layer.reader, TokenReader) else None
 
-    def __call__(self, x: mx.array) -> mx.array:
-        x = self._transformed(x)
-        y = self._quantized(x) @ self.weight.T
-        y = self._add_branch(y, x)
-        return y if self._bias is None else y + self._bias
+    def __call__(self, x: mx.array, *where: Any, **named: Any) -> mx.array:
+        layer, call = self._layer, self._layer.arguments(*where, **named)
+        if isinstance(layer, QuantizedEmbedding):
+            return layer.looked_up(x, self.weight)
+        x = layer.transformed(x)
+        y = layer.product(self._quantized(x), self.weight, *call)
+        return cast(mx.array, layer.with_bias(layer.add_branch(y, x, *call), *call))
 
     def _quantized(self, x: mx.array) -> mx.array:
         if self._tokens is not None:
             entries = self._tokens.read(x)
         elif self._entries is not None:
             assert self._minibatch.level is not None
-            entries = self._entries.rows(self._minibatch.level).shaped(x.ndim)
+            entries = self._entries.rows(self._levels_of(x, self._minibatch.level)).shaped(x.ndim)
         else:
             return x
         q = represented(x, entries)
@@ -73,6 +74,17 @@ class SoftLinear(nn.Module):
             key = mx.random.split(self._minibatch.key, self._salt + 1)[self._salt]
             q = mx.where(mx.random.bernoulli(self._drop, x.shape, key), x, q)
         return q
+
+    def _levels_of(self, x: mx.array, level: mx.array) -> mx.array:
+        """The noise level of each of an input's rows, which are samples, or the tokens of all of them."""
+        if x.shape[0] == level.shape[0] or level.shape[0] == 1:
+            return level
+        if not mx.all(level == level[0]).item():
+            raise AdapterError(
+                "a layer sorts the tokens of samples at different noise levels, and none can be told from another any"
+                " more; learn its codes with --override '@mlp=...' and no 'adaround', or at one noise level"
+            )
+        return level[:1]
 
 
 def _float32(value: mx.array) -> mx.array:
@@ -120,7 +132,7 @@ class Reconstruction:
         sigmas = np.array(passes.sigmas, np.float32)
         levels = np.unique(sigmas)
         self._soft = {
-            path: SoftLinear(layer, levels, self._minibatch, settings.drop, salt)
+            path: SoftLayer(layer, levels, self._minibatch, settings.drop, salt)
             for salt, (path, layer) in enumerate(layers.items())
         }
         self.grids = {path: rounded.layer.grid() for path, rounded in goals.items()}

@@ -31,7 +31,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ..layers.linear import QuantizedLinear
+from ..layers.kinds import known_kind
+from ..layers.product import QuantizedProduct
 from ..layers.tree import swapped, tapped
 from ..methods import registry
 from ..models.adapter import Edge, Stage, State
@@ -58,7 +59,7 @@ class Rounding:
     ):
         self._job, self._stage, self._specs = job, stage, dict(specs)
         self._inputs, self._attentions = inputs, attentions
-        self._linears = {path: layer for path, layer in job.adapter.linears().items() if path in specs}
+        self._layers = {path: layer for path, layer in job.adapter.layers().items() if path in specs}
         self._after = {path: edge.after for edge in job.adapter.edges() for path in edge.consumers}
         self._ranges: dict[str, InputRanges] = {}  # of untransformed inputs, kept by ``first`` for ``propose``
 
@@ -70,7 +71,7 @@ class Rounding:
     @cached_property
     def _leader(self) -> dict[str, str]:
         """By layer, in the order in which they run, the first layer that reads the same tensor."""
-        sharing = Sharing()
+        sharing = Sharing(self._layers)
         with self._job.passes.at(0), tapped(self._job.adapter.module, self._specs, sharing.leads):
             self._stage.run(self._inputs[0])  # never evaluated
         leader = {path: sharing[path] for path in self._specs}
@@ -198,14 +199,14 @@ class Rounding:
         ranges = any(self._specs[path].activation is not None for path in paths) or bool(self.transforms)
         weight = (lambda path, sigma: 1.0) if job.sensitivity is None else job.sensitivity.of_layer
         hold_out = any(self._specs[path].held_out for path in paths)
-        collector = Collector(ranges, weight, change, hold_out, job.passes.sides, job.recipe.range_batch)
+        collector = Collector(self._layers, ranges, weight, change, hold_out, job.passes.sides, job.recipe.range_batch)
         cross = any(self._specs[path].cross for path in paths)
         exact = job.teacher.inputs() if cross else self._inputs
         for index in job.passes.indices(f"{self._stage.name}: statistics"):
             collector.sigma, collector.exact = job.passes.sigmas[index], {}
             with job.passes.at(index):
                 if cross:
-                    with job.adapter.exactly(), tapped(job.adapter.module, paths, collector.exact.__setitem__):
+                    with job.adapter.exactly(), tapped(job.adapter.module, paths, collector.see_exact):
                         mx.eval(self._stage.run(exact[index]))
                 with swapped(job.adapter.module, done), tapped(job.adapter.module, paths, collector):
                     mx.eval(self._stage.run(self._inputs[index]))
@@ -222,13 +223,16 @@ class Rounding:
         """A layer's input at every noise level, or merged where one entry serves all, and what errors of its outputs
         cost, also where something was ``folded`` into its rows.
         """
+        form = known_kind(self._layers[path]).form
         if weight is None:
-            weight = np.array(self._linears[path].weight.astype(mx.float32))
+            weight = np.array(form.matrix_of(self._layers[path]).astype(mx.float32))
         costs = None if self._job.sensitivity is None else self._job.sensitivity.of_outputs(path, ranges.sigma)
         for where, transform in folded or []:
             if costs is not None and where.path == path:
                 before, rows, after = np.split(costs, [where.start, where.stop], axis=1)
                 costs = np.concatenate([before, transform.costs(rows), after], axis=1)
+        if costs is not None and form.meets_one_part:  # every expert's outputs are the layer's
+            costs = np.tile(costs, (1, len(weight) // costs.shape[1]))
         return LayerInput.of(spec, ranges, weight.astype(np.float32), costs)
 
     def _rounded(
@@ -236,7 +240,7 @@ class Rounding:
     ) -> Rounded:
         """A layer by a specification, with its activation table."""
         preset = self._job.presets.get(path, Preset())
-        rounded = quantize_layer(self._linears[path], spec, statistics.moments, path, transform)
+        rounded = quantize_layer(self._layers[path], spec, statistics.moments, path, transform)
         if spec.activation is not None and spec.activation.per_token:
             rounded.layer.quantize_tokens(spec.activation.bits)
         elif spec.activation is not None:
@@ -245,15 +249,15 @@ class Rounding:
                 # Rotated channels are mixtures: what a GELU wrote cannot be told from them any more.
                 after = self._after.get(path, "") if transform.block == 1 else ""
                 read = self._input(path, spec.activation, statistics.ranges, rounded.weight, folded)
-                table = choose_table(read, spec.activation, after, lambda: np.array(rounded.layer.dequantized()))
+                table = choose_table(read, spec.activation, after, lambda: np.array(rounded.layer.matrix()))
             rounded.layer.set_activations(table, self._job.adapter.clock)
         return rounded
 
 
-def round_to_nearest(linear: nn.Linear, spec: LayerSpec) -> QuantizedLinear:
+def round_to_nearest(module: nn.Module, spec: LayerSpec) -> QuantizedProduct:
     """One layer in a specification's weight format, without calibration and with its inputs as they are."""
-    weight = np.array(linear.weight.astype(mx.float32)).astype(np.float64)
+    form = known_kind(module).form
+    weight = np.array(form.matrix_of(module).astype(mx.float32)).astype(np.float64)
     grid = registry.get("steps", "extremes").function(weight, spec.weight)
-    return QuantizedLinear(
-        registry.get("round", "rtn").function(weight, grid), grid, linear.bias if "bias" in linear else None
-    )
+    layer: QuantizedProduct = form.of(module, registry.get("round", "rtn").function(weight, grid), grid)
+    return layer

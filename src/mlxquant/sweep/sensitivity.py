@@ -28,7 +28,8 @@ import numpy as np
 from ..calibration.data import CalibrationData, OnDemand
 from ..errors import NumericsError
 from ..files.kept_arrays import Measurements
-from ..layers.tree import get_module, swapped
+from ..layers.kinds import known_kind
+from ..layers.tree import StandIn, get_module, swapped
 from ..models.adapter import Adapter, Stage, State, written
 from ..numerics.arrays import Array
 from .block_errors import block_errors
@@ -55,13 +56,13 @@ def _energy(slope: mx.array, rows: int) -> mx.array:
     return mx.square(slope.astype(mx.float32)).reshape(rows, -1, slope.shape[-1]).sum(1)
 
 
-class _Gauged(nn.Module):
+class _Gauged(StandIn):
     """A layer whose output is gauged."""
 
     def __init__(self, layer: nn.Module, path: str, dials: dict[str, mx.array]):
-        super().__init__()
-        self._layer, self._path, self._dials = layer, path, dials
-        self.width = layer.weight.shape[0]
+        super().__init__(layer)
+        self._path, self._dials = path, dials
+        self.width = known_kind(layer).form.outputs(layer)
 
     def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
         return cast(mx.array, _gauge(self._layer(x, *args, **kwargs), self._dials[self._path]))

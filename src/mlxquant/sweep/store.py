@@ -5,7 +5,7 @@ bytes.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -19,13 +19,15 @@ from ..files.kept_arrays import KeptArrays
 from ..files.parameters import load_parameters
 from ..grids.time import Clock
 from ..layers.attention import QuantizedAttention
-from ..layers.linear import QuantizedLinear
+from ..layers.kinds import layer_facts, rebuilt, structure
+from ..layers.own import QuantizedModule
+from ..layers.product import QuantizedProduct
 from ..layers.tree import parameters
 from ..models.adapter import Stage, State
 
-Layers = dict[str, QuantizedLinear]
+Layers = dict[str, QuantizedProduct]
 Attentions = dict[str, QuantizedAttention]
-QuantizedModule = TypeVar("QuantizedModule", QuantizedLinear, QuantizedAttention)
+Module = TypeVar("Module", bound=QuantizedModule)
 INTERVAL = 20.0  # seconds between two checkpoints of a stage
 
 
@@ -97,7 +99,7 @@ STAGES = schema.array_of(  # what a sweep says of its stages, in the facts of a 
 )
 HEADER = schema.entries(  # of a stage's file
     {
-        "layers": schema.table_of(QuantizedLinear.STRUCTURE),
+        "layers": schema.table_of(structure),
         "attentions": schema.table_of(QuantizedAttention.STRUCTURE),
         "facts": schema.table_of(schema.anything),
     }
@@ -119,12 +121,12 @@ class FolderStore:
         if (found := self._kept(stage).load(HEADER)) is None:
             return None
         arrays, header = found
-        attentions = restore_modules(QuantizedAttention, header["attentions"], arrays, clock)
+        attentions = restore_modules(QuantizedAttention.blank, header["attentions"], arrays, clock)
         return StageResult(restore_layers(header["layers"], arrays, clock), header["facts"], attentions=attentions)
 
     def save(self, stage: Stage, result: StageResult) -> None:
-        structure = {"layers": module_facts(result.layers), "attentions": module_facts(result.attentions)}
-        self._kept(stage).save(layer_arrays(result.modules), {"facts": result.facts, **structure})
+        structures = {"layers": layer_facts(result.layers), "attentions": module_facts(result.attentions)}
+        self._kept(stage).save(layer_arrays(result.modules), {"facts": result.facts, **structures})
         self.checkpoint(stage).clear()
 
     def checkpoint(self, stage: Stage) -> StageCheckpoint:
@@ -143,16 +145,19 @@ def layer_arrays(layers: Mapping[str, nn.Module]) -> dict[str, mx.array]:
 
 def restore_layers(facts: dict[str, Any], arrays: dict[str, mx.array], clock: Clock) -> Layers:
     """The inverse of ``layer_arrays``, with the structure from each layer's ``facts``."""
-    return restore_modules(QuantizedLinear, facts, arrays, clock)
+    return restore_modules(rebuilt, facts, arrays, clock)
 
 
 def restore_modules(
-    kind: type[QuantizedModule], facts: dict[str, Any], arrays: dict[str, mx.array], clock: Clock
-) -> dict[str, QuantizedModule]:
-    """Modules of one class with their structure from ``facts``, by path, and their parameters from ``arrays``."""
+    blank: Callable[[Mapping[str, Any], Clock], Module],
+    facts: dict[str, Any],
+    arrays: dict[str, mx.array],
+    clock: Clock,
+) -> dict[str, Module]:
+    """Modules that ``blank`` makes of their structure in ``facts``, by path, with their parameters from ``arrays``."""
     modules = {}
-    for path, structure in facts.items():
-        module = kind.blank(structure, clock)
+    for path, own_facts in facts.items():
+        module = blank(own_facts, clock)
         own = {name.removeprefix(path + "."): value for name, value in arrays.items() if name.startswith(path + ".")}
         load_parameters(module, own, path)
         module.refresh()

@@ -39,6 +39,7 @@ from ..models.adapter import Adapter, Stage, State
 from ..progress import Progress, silent
 from ..recipes.recipe import LayerSpec, Recipe
 from .attention import quantize_probabilities
+from .planning import planned
 from .reconstruction import Reconstruction, reconstruct_stage
 from .rounding import Rounding
 from .sensitivity import measured, sensitivity_job
@@ -284,7 +285,7 @@ def sweep(
         RecipeError: The recipe does not fit the model.
         NumericsError: The model, or what was tried, writes NaN.
     """
-    plan = recipe.plan(adapter.roles()) if plan is None else plan
+    plan = planned(adapter, recipe) if plan is None else plan
     sigmas, states = calibration.batches(adapter)
     passes = Passes(adapter, sigmas, progress, calibration.sides)
     both = any(spec.cross for spec in plan.values())

@@ -63,7 +63,7 @@ class Trial:
     def add(self, path: str, spec: LayerSpec, rounded: Rounded) -> None:
         self.layers[path] = rounded.layer
         facts = {"weight": str(spec.weight), "activation": rounded.layer.input_bits, "error": rounded.error}
-        self.report[path] = {**facts, **rounded.dampings.facts}
+        self.report[path] = {**facts, **rounded.facts}
         if spec.reconstruct is not None:
             self.goals[path] = rounded
 

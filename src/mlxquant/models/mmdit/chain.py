@@ -5,6 +5,11 @@ from __future__ import annotations
 from ..adapter import Edge, Fold, Stage, State
 from .network import MMDiT, MMDiTConfig
 
+PATCHES = {  # no recipe takes what makes tokens of a latent
+    "x_embedder": "makes the tokens that every block reads, and is a thousandth of the weights",
+    "x_pos_embedder": "holds positions, a row for each, and is not multiplied",
+}
+
 
 def mmdit_stages(model: MMDiT) -> tuple[Stage, ...]:
     """The chain of an MMDiT: ``embed``, one stage a block, ``head``.

@@ -108,7 +108,7 @@ class RecordedAdapter(Adapter):
 
     def _find_reached(self) -> dict[str, tuple[int, ...]]:
         """The layers that calls reach, with the shape of their first input; fills ``left_out``."""
-        every = super().linears()
+        every = super().layers()
         self._layer_ids = {id(layer) for layer in every.values()}
         places = dict[int, dict[tuple[int, str], str]]()
         for path, layer in every.items():
@@ -139,7 +139,7 @@ class RecordedAdapter(Adapter):
     def _cut(self, found: dict[str, nn.Module]) -> None:
         """Find the chain; where there is none, ``broken`` says why."""
         inside = [f"{path}." for path in found]
-        glue = {path: layer for path, layer in self.linears().items() if not path.startswith(tuple(inside))}
+        glue = {path: layer for path, layer in self.layers().items() if not path.startswith(tuple(inside))}
         try:
             chain = Chain.of(self.module, found, self.seen[0], glue)
             for index in range(len(self.seen)):
@@ -152,9 +152,9 @@ class RecordedAdapter(Adapter):
         else:
             self.chain = chain
 
-    def linears(self) -> dict[str, nn.Linear]:
+    def layers(self) -> dict[str, nn.Module]:
         """Layers that recorded calls reach, each at one place."""
-        return {path: layer for path, layer in super().linears().items() if path in self._reached}
+        return {path: layer for path, layer in super().layers().items() if path in self._reached}
 
     @property
     def stages(self) -> tuple[Stage, ...]:

@@ -24,7 +24,7 @@ from ...sampling.picture_size import LARGEST, PictureSize, picture_size, plain
 from ...sampling.prompts import Prompt, parse_prompts
 from ..adapter import Edge, Stage, State
 from ..diffusion import DiffusionAdapter
-from ..mmdit.chain import mmdit_edges, mmdit_role
+from ..mmdit.chain import PATCHES, mmdit_edges, mmdit_role
 from ..mmdit.network import CONFIG, MMDiTConfig
 from .checkpoint import fill, mmdit_weights, vae_decoder
 from .diffusionkit import build_mmdit, host, modulations
@@ -188,6 +188,9 @@ class SD3Medium(DiffusionAdapter):
 
     def role(self, path: str) -> str:
         return mmdit_role(path)
+
+    def left_out(self) -> dict[str, str]:
+        return dict(PATCHES)
 
     def edges(self) -> tuple[Edge, ...]:
         return mmdit_edges(self.config)

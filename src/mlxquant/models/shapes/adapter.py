@@ -9,7 +9,6 @@ from importlib.resources import as_file, files
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 import numpy.typing as npt
 
@@ -24,7 +23,7 @@ from ...sampling.picture_size import PictureSize
 from ...sampling.prompts import Prompt
 from ..adapter import Edge, Stage
 from ..diffusion import DiffusionAdapter
-from ..mmdit.chain import mmdit_edges, mmdit_role, mmdit_stages
+from ..mmdit.chain import PATCHES, mmdit_edges, mmdit_role, mmdit_stages
 from ..mmdit.network import CONFIG, MMDiT, MMDiTConfig
 from . import scenes
 from .captions import CaptionEncoder, tokenize
@@ -111,8 +110,8 @@ class MMDiTShapes(DiffusionAdapter):
     def edges(self) -> tuple[Edge, ...]:
         return mmdit_edges(self.module.config)
 
-    def linears(self) -> dict[str, nn.Linear]:
-        return {path: m for path, m in super().linears().items() if not path.startswith("text_encoder")}
+    def left_out(self) -> dict[str, str]:
+        return {**PATCHES, "text_encoder": "runs once a prompt"}
 
     def prompts(self, purpose: str, count: int, seed: int = 0) -> list[Prompt]:
         if purpose not in ("calibration", "evaluation"):
