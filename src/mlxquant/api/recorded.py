@@ -141,7 +141,7 @@ def _quantize(adapter: RecordedAdapter, recipe: Recipe, work: Path | None, progr
     layers = plan(model, recipe)
     adapter.check_finite()
     module, before = adapter.module, stored_bytes(adapter.module)
-    weights, reasons = weight_count(module), adapter.left_out
+    weights, reasons = weight_count(module), adapter.left_out()
     given, allocated, facts = with_bits(model, calib, recipe, layers, work, progress)
     made = {**facts, "recipe": given.to_dict(), "calibration": calib.record, "blocks": [s.name for s in adapter.stages]}
     store = None if work is None else FolderStore(work, checked.digest(made | checked.versions()))

@@ -80,7 +80,7 @@ class RecordedAdapter(Adapter):
         self._roles_given = dict(roles or {})
         self._widens = True
         self.broken = ""  # why the module is not cut, if it is not
-        self.left_out: dict[str, str] = {}  # layers that cannot be quantized, by path, and why
+        self._left_out: dict[str, str] = {}
         self.chain: Chain | None = None
         self._skeletons: list[Skeleton] = []
         self._reached = self._find_reached()
@@ -107,7 +107,7 @@ class RecordedAdapter(Adapter):
         return id(module) in self._layer_ids
 
     def _find_reached(self) -> dict[str, tuple[int, ...]]:
-        """The layers that calls reach, with the shape of their first input; fills ``left_out``."""
+        """The layers that calls reach, with the shape of their first input; and those left out."""
         every = super().layers()
         self._layer_ids = {id(layer) for layer in every.values()}
         places = dict[int, dict[tuple[int, str], str]]()
@@ -115,7 +115,7 @@ class RecordedAdapter(Adapter):
             parent, _, name = path.rpartition(".")
             holder = get_module(self.module, parent) if parent else self.module
             places.setdefault(id(layer), {}).setdefault((id(holder), name), path)
-        self.left_out = {
+        self._left_out = {
             path: f"one layer at several places: {', '.join(found.values())}"
             for found in places.values()
             if len(found) > 1
@@ -133,7 +133,7 @@ class RecordedAdapter(Adapter):
             call = self.seen[index]
             with uncompiled(), watched(every, note):
                 self.module(*call.args, **call.kwargs)  # never evaluated
-        self.left_out |= {path: "no recorded call reached it" for path in every if path not in shapes}
+        self._left_out |= {path: "no recorded call reached it" for path in every if path not in shapes}
         return shapes
 
     def _cut(self, found: dict[str, nn.Module]) -> None:
@@ -152,9 +152,9 @@ class RecordedAdapter(Adapter):
         else:
             self.chain = chain
 
-    def layers(self) -> dict[str, nn.Module]:
-        """Layers that recorded calls reach, each at one place."""
-        return {path: layer for path, layer in super().layers().items() if path in self._reached}
+    def left_out(self) -> dict[str, str]:
+        """Layers that no recorded call reaches, or that stand at several places."""
+        return self._left_out
 
     @property
     def stages(self) -> tuple[Stage, ...]:
