@@ -122,6 +122,8 @@ class RecordedAdapter(Adapter):
             for path in found.values()
         }
         once = {path for found in places.values() if len(found) == 1 for path in found.values()}
+        again = {path: "its parent stands at another place, too" for path in every if path not in once}
+        self._left_out = again | self._left_out
         every = {path: layer for path, layer in every.items() if path in once}
         shapes: dict[str, tuple[int, ...]] = {}
 
