@@ -13,9 +13,9 @@ import mlx.nn as nn
 from ..calibration.recorded import RecordedCalibration
 from ..errors import CalibrationError
 from ..files import checked
+from ..grids.keeping_time import Time, keep_time
 from ..layers.quantize_linears import kept_layers, layer_sizes
 from ..layers.sizes import SizeReport, stored_bytes, weight_count
-from ..layers.timed import Time, keep_time
 from ..layers.tree import get_module, module_of, set_module
 from ..models.recorded.adapter import RecordedAdapter
 from ..models.recorded.recording import Recording

@@ -17,13 +17,13 @@ import mlx.nn as nn
 from ..errors import AdapterError, ArtifactError
 from ..files import schema
 from ..files.checked import read_tensors, understood, write_tensors
+from ..grids.keeping_time import Time, keep_time
 from ..grids.time import Clock
 from .kinds import find_layers, rebuilt, refresh, structure
 from .names import WEIGHT
 from .own import QuantizedModule
 from .packed import QuantizedLayer
 from .sizes import is_hidden
-from .timed import Time, keep_time
 from .tree import get_module, parameters, set_module
 
 KIND = "quantized-module"

@@ -8,7 +8,7 @@ from typing import Any
 import mlx.nn as nn
 import numpy as np
 
-from ..grids.time import Clock
+from .time import Clock
 
 Time = Callable[..., Any]
 
