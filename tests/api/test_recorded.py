@@ -89,7 +89,15 @@ def assert_same(wanted, found):
             np.testing.assert_array_equal(np.array(value), np.array(parameters(found[path])[name]), err_msg=path)
 
 
-KINDS = [anybody.Plain, anybody.Conditioned, anybody.Skips, anybody.EncoderDecoder, anybody.WritesInto, anybody.Twice]
+KINDS = [
+    anybody.Autoencoder,
+    anybody.Plain,
+    anybody.Conditioned,
+    anybody.Skips,
+    anybody.EncoderDecoder,
+    anybody.WritesInto,
+    anybody.Twice,
+]
 
 
 @pytest.mark.parametrize("kind", KINDS)
