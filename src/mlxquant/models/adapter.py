@@ -45,7 +45,7 @@ from ..layers.attention import SoftmaxAttention, find_attentions
 from ..layers.kinds import find_exact_layers
 from ..layers.tree import parameters
 from ..numerics.arrays import Array
-from ..recipes.recipe import EMBEDDING
+from ..recipes.roles import EMBEDDING, Role
 
 State = dict[str, mx.array]
 _digest = ArrayMemory(array_digest)
@@ -185,7 +185,8 @@ class Adapter(ABC):
             path: One of ``layers`` that is no embedding.
 
         Returns:
-            "attention", "mlp", "modulation", "embedder" or "output".
+            "attention", "mlp", "modulation", "embedder", "output", which recipes know, or any other word; a ``Role``
+            where its layers want care.
         """
 
     @abstractmethod
@@ -260,12 +261,22 @@ class Adapter(ABC):
         found = self.layers().items()
         return {p: m for p, m in found if isinstance(m, nn.Linear) and any(block.owns(p) for block in blocks)}
 
-    def roles(self) -> dict[str, str]:
-        """The role of each of ``layers``, by path: what a recipe plans from. An embedding's is "embedding"."""
-        return {
-            path: EMBEDDING if isinstance(layer, nn.Embedding) else self.role(path)
-            for path, layer in self.layers().items()
-        }
+    def roles(self) -> dict[str, Role]:
+        """The role of each of ``layers``, by path: what a recipe plans from. An embedding's is "embedding".
+
+        Raises:
+            AdapterError: One of them is no word, or another layer's is "embedding"; it names the layer.
+        """
+        found = {}
+        for path, layer in self.layers().items():
+            table = isinstance(layer, nn.Embedding)
+            try:
+                found[path] = Role(EMBEDDING if table else self.role(path))
+            except AdapterError as error:
+                raise AdapterError(f"{self.name}, layer {path}: {error}") from error
+            if found[path] == EMBEDDING and not table:
+                raise AdapterError(f"{self.name}, layer {path}: {EMBEDDING!r} is the role of embeddings alone")
+        return found
 
     def attentions(self) -> dict[str, SoftmaxAttention]:
         """The attentions that can be opened, by path: ``set_module`` may put a ``QuantizedAttention`` there. Empty

@@ -16,8 +16,10 @@ from ..errors import RecipeError
 from ..grids.tables import BITS
 from ..grids.weights import WeightFormat
 from ..methods import registry
+from .patterns import ROLE
 from .presets import INGREDIENTS, PRESETS, RANK, USUAL, Template
-from .recipe import LayerSpec, Recipe
+from .recipe import REST, LayerSpec, Recipe
+from .roles import CAREFUL, EMBEDDING
 
 NAMED = ("transform", "branch", "range", "steps", "refine", "reconstruct")  # of two with one name the first is meant
 _AVERAGE = re.compile(r"average([1-9]\d*)")  # with a batch size of its own
@@ -111,7 +113,7 @@ def parse_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     """A recipe by its name.
 
     Modulation, embedders and the output layer keep at least 8 bits and unquantized inputs: their error enters every
-    block at every step.
+    block at every step. So do layers of other roles that their adapter calls careful.
 
     Args:
         name: ``METHOD[+INGREDIENT...]-SPEC``, such as "gptq-w4a8" or "qronos+rotation-w4a4-g64"; ``mlxquant methods``
@@ -140,10 +142,10 @@ def parse_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     except RecipeError as error:
         raise RecipeError(f"unknown recipe {name!r}: {error}") from error
     rules: list[tuple[str, LayerSpec | None]] = [parse_override(text, template) for text in overrides]
-    rules += [(role, main.careful) for role in ("@modulation", "@embedder", "@output")]
+    rules += [(ROLE + role, main.careful) for role in CAREFUL]
     if template.embeddings:
-        rules.append(("@embedding", main.of_weights))
-    rules.append(("*", main))
+        rules.append((ROLE + EMBEDDING, main.of_weights))
+    rules.append((REST, main))
     quantized = [spec for _, spec in rules if spec is not None]
     refuse_idle(name, match[1].split("+")[1:], template, inputs=any(spec.activation is not None for spec in quantized))
     own = None if main.activation is None else main.activation.bits

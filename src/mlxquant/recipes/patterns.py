@@ -5,7 +5,8 @@ A pattern is one of these:
 - A glob over a layer's dotted path, or over that of a module that holds it: "*.mlp.fc2" is a layer of every block,
   "*.attn" all of every attention, "backbone" all in the backbone. "*" also stands for dots.
 - A name without dots and wildcards, which is also the last part of a path: "lm_head" is "model.lm_head".
-- A role that the model's adapter gives to layers: "@attention". Any module that has no adapter has no roles.
+- A role that the model's adapter gives to layers: "@attention", or any other word of the adapter's (``roles``). Any
+  module that has no adapter has no roles.
 - In Python, a compiled regular expression, which is searched for in the path.
 
 In a recipe a pattern that fits whole paths of layers names those alone, whatever else it fits: a rule for the layer

@@ -19,10 +19,10 @@ from ..methods.inputs.tiers import TIERS
 from ..methods.weights.adaround import Settings
 from ..numerics.input_ranges import RANGE_BATCH
 from .patterns import ROLE, is_open, named, unmatched
+from .roles import EMBEDDING, ROLES, Role
 
 Part = TypeVar("Part")
-EMBEDDING = "embedding"
-ROLES = ("attention", "mlp", "modulation", "embedder", "output", EMBEDDING)
+REST = "*"  # as the last rule of a recipe: all that no other rule names
 
 
 @dataclass(frozen=True)
@@ -215,6 +215,9 @@ class Recipe:
     def plan(self, layers: Mapping[str, str]) -> dict[str, LayerSpec]:
         """What happens to each layer of a model; the first rule that names it decides.
 
+        Where that is a last rule ``*``, layers of a ``careful`` role of the model's own get its ``careful`` form; of
+        the usual ones a recipe says it rule by rule.
+
         Args:
             layers: The model's layers, path to role, as ``Adapter.roles`` has them. Embeddings are taken by rules
                 that name their role, or one of them by its path, or nothing else: "*" stands for all but them.
@@ -223,17 +226,24 @@ class Recipe:
             The layers that are quantized, by path, in the same order.
 
         Raises:
-            RecipeError: When a pattern names no layer, or nothing is quantized.
+            RecipeError: When a pattern names no layer, or a role that the model does not have, or nothing is quantized.
         """
         if not layers:
             raise RecipeError(
                 f"recipe {self.name}: the model has no layer in full precision that can be quantized; perhaps it is"
                 " quantized already"
             )
+        roles = {path: Role(role) for path, role in layers.items()}
         decided: dict[str, LayerSpec | None] = {}
-        for pattern, spec in self.rules:
-            for path in self._named(pattern, spec, layers):
-                decided.setdefault(path, spec.of_weights if spec and layers[path] == EMBEDDING else spec)
+        for index, (pattern, spec) in enumerate(self.rules, 1):
+            rest = pattern == REST and index == len(self.rules)
+            for path in self._named(pattern, spec, roles):
+                role, own = roles[path], spec
+                if spec is not None and role == EMBEDDING:
+                    own = spec.of_weights
+                elif spec is not None and rest and role.careful and role not in ROLES:
+                    own = spec.careful
+                decided.setdefault(path, own)
         plan = {path: spec for path in layers if (spec := decided.get(path)) is not None}
         if not plan:
             raise RecipeError(f"recipe {self.name} quantizes no layer of this model")
@@ -244,10 +254,10 @@ class Recipe:
         it fits nothing else.
         """
         found = named(pattern, layers)
-        if pattern.startswith(ROLE) and pattern.removeprefix(ROLE) not in ROLES:
-            known = ", ".join(ROLE + role for role in ROLES)
-            raise RecipeError(f"recipe {self.name}: unknown role {pattern!r}; roles are {known}")
-        if not found and not pattern.startswith(ROLE):  # a model may well have no layer of a role
+        if pattern.startswith(ROLE) and pattern.removeprefix(ROLE) not in (*ROLES, *layers.values()):
+            known = ", ".join(dict.fromkeys(ROLE + role for role in layers.values()))
+            raise RecipeError(f"recipe {self.name}: unknown role {pattern!r}; the model's roles are {known}")
+        if not found and not pattern.startswith(ROLE):  # a model may well have no layer of one of the usual roles
             raise unmatched(f"recipe {self.name}:", pattern, list(layers))
         others = [path for path in found if layers[path] != EMBEDDING]
         return others if spec is not None and others and is_open(pattern) else found
