@@ -17,7 +17,8 @@ import numpy as np
 
 from ..errors import CalibrationError
 from ..files.checked import plain, versions
-from ..models.adapter import Adapter, Edge
+from ..models.adapter import Adapter
+from ..models.edges import Edge
 from ..numerics.arrays import Array
 from ..numerics.input_ranges import InputRanges
 from ..progress import Progress, silent

@@ -16,7 +16,7 @@ import numpy as np
 
 from ..errors import NumericsError
 from ..layers.tree import get_module
-from ..models.adapter import Edge, Fold
+from ..models.edges import Edge, Fold
 from ..numerics.arrays import Array
 from ..numerics.transform import Transform
 

@@ -35,7 +35,8 @@ from ..layers.kinds import known_kind
 from ..layers.product import QuantizedProduct
 from ..layers.tree import swapped, tapped
 from ..methods import registry
-from ..models.adapter import Edge, Stage, State
+from ..models.adapter import Stage, State
+from ..models.edges import Edge
 from ..numerics.input_ranges import InputRanges
 from ..numerics.transform import Transform
 from ..recipes.recipe import ActivationSpec, LayerSpec

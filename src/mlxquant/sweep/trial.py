@@ -11,7 +11,8 @@ from typing import Any
 
 import mlx.nn as nn
 
-from ..models.adapter import Adapter, Edge, Fold, State
+from ..models.adapter import Adapter, State
+from ..models.edges import Edge, Fold
 from ..numerics.transform import Place, Transform
 from ..recipes.recipe import LayerSpec, Recipe
 from .layer import Preset, Rounded

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from ..adapter import Edge, Fold, Stage, State
+from ..adapter import Stage, State
+from ..edges import Edge, Fold
 from .network import MMDiT, MMDiTConfig
 
 PATCHES = {  # no recipe takes what makes tokens of a latent

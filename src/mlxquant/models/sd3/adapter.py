@@ -22,8 +22,9 @@ from ...grids.time import Clock
 from ...sampling.conditioning import Conditioning
 from ...sampling.picture_size import LARGEST, PictureSize, picture_size, plain
 from ...sampling.prompts import Prompt, parse_prompts
-from ..adapter import Edge, Stage, State
+from ..adapter import Stage, State
 from ..diffusion import DiffusionAdapter
+from ..edges import Edge
 from ..mmdit.chain import PATCHES, mmdit_edges, mmdit_role
 from ..mmdit.network import CONFIG, MMDiTConfig
 from .checkpoint import fill, mmdit_weights, vae_decoder
