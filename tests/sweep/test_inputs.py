@@ -23,6 +23,7 @@ from mlxquant.sweep.inputs import (
 )
 
 SIGMA = np.float32([0.3, 0.8])
+GELU = [(None, "gelu")]
 
 
 def ranges_of(x):
@@ -107,17 +108,17 @@ def test_a_specification_of_bits_alone_is_the_range_method_on_the_rounded_weight
     ranges, weight, _ = pair
     spec, rounded = ActivationSpec(6, range="error"), 2 * weight
     expected = registry.get("range", "error").function(ranges, rounded, 6)
-    assert same(choose_table(LayerInput(ranges, weight), spec, "gelu", lambda: rounded), expected)
+    assert same(choose_table(LayerInput(ranges, weight), spec, GELU, lambda: rounded), expected)
 
 
 def test_a_budget_and_a_shift_are_decided_for_the_exact_weight(pair):
     ranges, weight, _ = pair
     seen, middle = LayerInput(ranges, weight), (ranges.least + ranges.most) / 2
-    budget = choose_table(seen, ActivationSpec(8, budget=1e-3), "gelu", never)
+    budget = choose_table(seen, ActivationSpec(8, budget=1e-3), GELU, never)
     assert same(budget, decide_input(seen, None, Options(budget=1e-3)).table)
-    shifted = choose_table(seen, ActivationSpec(4, shift=True), "gelu", never)
+    shifted = choose_table(seen, ActivationSpec(4, shift=True), GELU, never)
     assert same(shifted, decide_input(seen, middle, Options(tiers=(4,))).table)
-    plain = choose_table(seen, ActivationSpec(4, shift=True), "", never)
+    plain = choose_table(seen, ActivationSpec(4, shift=True), (), never)
     assert same(plain, decide_input(seen, None, Options(tiers=(4,))).table)
 
 
@@ -126,7 +127,7 @@ def test_only_what_a_gelu_wrote_is_offered_a_shift(after, shifted):
     """Channels far apart, so that a shift pays wherever it is offered."""
     x = np.random.default_rng(0).normal(size=(40, 2)).astype(np.float32) + np.float32([-100, 100])
     seen = LayerInput(ranges_of(x), np.eye(2, dtype=np.float32))
-    table = choose_table(seen, ActivationSpec(4, shift=True), after, never)
+    table = choose_table(seen, ActivationSpec(4, shift=True), [(None, after)], never)
     assert may_shift(after) == shifted == (table.shift.shape == (2, 2))
 
 
@@ -157,7 +158,7 @@ def test_one_entry_for_all_noise_levels_sees_them_merged(pair):
 def test_errors_fall_from_tier_to_tier_and_a_shift_never_raises_them(pair):
     ranges, weight, _ = pair
     seen = LayerInput(ranges, weight, np.ones((2, 2)))
-    plain, offered = (errors_by_tier(seen, ActivationSpec(8, shift=shift), "gelu") for shift in (False, True))
+    plain, offered = (errors_by_tier(seen, ActivationSpec(8, shift=shift), GELU) for shift in (False, True))
     assert plain.shape == (len(tiers_of(ActivationSpec(8))), 2)
     assert (np.diff(plain, axis=0) <= 0).all()
     assert (offered.mean(1) <= plain.mean(1)).all()

@@ -169,7 +169,7 @@ def test_a_layer_that_never_runs_is_named_with_the_remedy(recipe):
 
 
 def test_a_transform_that_overflows_is_not_kept_and_it_says_so(spiky, calib, monkeypatch):
-    def huge(method, readers, place, current):
+    def huge(method, readers, place, current, allowed):
         return Proposal(Transform(np.full(readers[0].seen.weight.shape[1], 1e-25, np.float32)), 1.0, 0.5)
 
     monkeypatch.setattr(rounding, "propose", huge)
@@ -195,7 +195,7 @@ def test_what_hurts_goes_and_what_helps_stays_whichever_is_tried_first(monkeypat
     chain.module.blocks[0].weight = chain.module.blocks[0].weight / size
     divisors = {helps: np.where(channels == 3, 40, 1), hurts: np.where(channels == 7, 1e-3, 1)}
 
-    def proposed(method, readers, place, current):
+    def proposed(method, readers, place, current, allowed):
         return Proposal(current.then(Transform(divisors[method].astype(np.float32))), 1.0, 0.5)
 
     monkeypatch.setattr(rounding, "propose", proposed)
@@ -256,7 +256,7 @@ def test_a_shift_that_hurts_is_left_out(spiky, calib, monkeypatch):
 
     def spoilt(seen, spec, after, rounded):
         found = table(seen, spec, after, rounded)
-        return replace(found, step=found.step * 9) if spec.shift and after == "gelu" else found
+        return replace(found, step=found.step * 9) if spec.shift and after == [(None, "gelu")] else found
 
     monkeypatch.setattr(rounding, "choose_table", spoilt)
     done, plain = (mq.quantize(spiky, calib, f"gptq{shift}-w8a8") for shift in ("+shift", ""))

@@ -21,7 +21,7 @@ from ..calibration.trajectories import Calibration
 from ..grids.tables import ActivationTable
 from ..layers.product import QuantizedProduct
 from ..layers.tree import get_module, tapped
-from ..models.adapter import Adapter, Stage, State, written
+from ..models.adapter import Adapter, Stage, State, tensors
 from ..numerics.arrays import Array
 from ..progress import Progress
 
@@ -110,7 +110,7 @@ def _run_pair(
             )
             mx.eval(values)
         seen[path].add(values)
-    new = written(outputs[0], exact)
+    new = tensors(outputs[0], exact)
     errors.append(float(np.mean([np.array(relative(outputs[1][key], outputs[0][key])) for key in new])))
     return outputs[0], outputs[1]
 

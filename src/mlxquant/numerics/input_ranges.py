@@ -20,6 +20,7 @@ from .arrays import Array
 # batches of 32; QDrop (arXiv 2203.05740) and TaQ-DiT (arXiv 2411.14172) have the same observer and batches of 32 in
 # their reconstruction, and observe the first 256 samples in one forward pass.
 RANGE_BATCH = 32
+_BY_CHANNEL = ("low", "high", "least", "most", "rows")
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,19 @@ class InputRanges:
             np.stack([level.most for level in at]),
             np.stack([level.rows[:count] for level in at]),
         )
+
+    def part(self, channels: slice) -> InputRanges:
+        """Those of some channels."""
+        return InputRanges(self.sigma, *(getattr(self, name)[..., channels] for name in _BY_CHANNEL))
+
+    def with_part(self, channels: slice, other: InputRanges) -> InputRanges:
+        """These, but for some channels those of ``other``, which has no others."""
+        found = []
+        for name in _BY_CHANNEL:
+            values = getattr(self, name).copy()
+            values[..., channels] = getattr(other, name)
+            found.append(values)
+        return InputRanges(self.sigma, *found)
 
     def merged(self) -> InputRanges:
         """One row for all noise levels: means of the means, extremes of the extremes, all sampled rows."""

@@ -108,3 +108,50 @@ class Transform:
             name: self.inputs(getattr(ranges, name)).astype(np.float32) for name in ("low", "high", "least", "most")
         }
         return replace(ranges, rows=rows, **moved)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Transforms of parts of what a layer reads, one after the other; channels that none of them is about stay as they
+    are. ``slice(None)`` is all of it.
+    """
+
+    parts: tuple[tuple[slice, Transform], ...] = ()
+
+    def then(self, part: slice, transform: Transform) -> Parts:
+        """These, and then that."""
+        return Parts((*self.parts, (part, transform)))
+
+    def weight(self, weight: Array) -> Array:
+        """A weight [out,in] to match."""
+        for part, transform in self.parts:
+            if part == slice(None):
+                weight = transform.weight(weight)
+            else:
+                weight = weight.copy()
+                weight[:, part] = transform.weight(weight[:, part])
+        return weight
+
+    def ranges(self, ranges: InputRanges) -> InputRanges:
+        """The ranges of transformed inputs."""
+        for part, transform in self.parts:
+            if part == slice(None):
+                ranges = transform.ranges(ranges)
+            else:
+                ranges = ranges.with_part(part, transform.ranges(ranges.part(part)))
+        return ranges
+
+    def online(self, width: int) -> Transform:
+        """As one transform of all ``width`` channels, for a layer that does it while it runs. Raises ValueError where a
+        part is put in order or rotated by itself: no layer does that.
+        """
+        whole = Transform()
+        for part, transform in self.parts:
+            if part != slice(None) and not transform.nothing:
+                if transform.order is not None or transform.block > 1 or transform.divisor is None:
+                    raise ValueError("no layer rotates or reorders a part of its input while it runs")
+                divisor = np.ones(width, transform.divisor.dtype)
+                divisor[part] = transform.divisor
+                transform = Transform(divisor)
+            whole = whole.then(transform)
+        return whole

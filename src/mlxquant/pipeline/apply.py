@@ -13,6 +13,7 @@ from ..files.checked import file_digest
 from ..grids.time import Clock
 from ..layers.tree import set_module
 from ..models.adapter import Adapter, Stage
+from ..models.edges import whole
 from ..recipes.recipe import LayerSpec
 from ..sweep.folding import divide
 from ..sweep.layer import Preset
@@ -29,7 +30,7 @@ def prepare(adapter: Adapter, config: QuantConfig) -> dict[str, Preset]:
     SmoothQuant's go into the layers that write the tensors; a migration has nothing to go into and is left to the
     quantized layer. The model computes what it computed before. ``check`` first that the config is the adapter's.
     """
-    by_consumer = {edge.consumers[0]: edge for edge in adapter.edges()}
+    by_consumer = {edge.consumers[0]: edge for edge in whole(adapter.edges())}
     for path, divisor in config.divisors.items():
         divide(adapter.module, by_consumer[path], divisor)
     tables = config.tables(smoothed=True, migrated=True)

@@ -18,7 +18,7 @@ import numpy as np
 from ..errors import CalibrationError
 from ..files.checked import plain, versions
 from ..models.adapter import Adapter
-from ..models.edges import Edge
+from ..models.edges import Edge, whole
 from ..numerics.arrays import Array
 from ..numerics.input_ranges import InputRanges
 from ..progress import Progress, silent
@@ -93,7 +93,7 @@ def decide(stats: Statistics, adapter: Adapter, options: Options, progress: Prog
     if not paths:
         raise CalibrationError("the statistics are of no layers; collect them again")
     tables, facts, smooth, migrations = {}, {}, {}, {}
-    for edge in progress(list(read_together(paths, adapter.edges())), "layers"):
+    for edge in progress(list(read_together(paths, whole(adapter.edges()))), "layers"):
         layers = {}
         for path in edge.consumers:
             weight = np.array(linears[path].weight.astype(mx.float32))

@@ -16,6 +16,7 @@ from ..files import checked
 from ..files.checked import write_json
 from ..layers.tree import tapped
 from ..models.diffusion import DiffusionAdapter
+from ..models.edges import whole
 from ..numerics.arrays import Array
 from ..numerics.input_ranges import RANGE_BATCH
 from ..progress import Progress, silent
@@ -101,7 +102,7 @@ def _fill(
     num_images, stride, rows, range_batch, seed = (int(ledger.facts[name]) for name in settings)
     if not ledger.complete:
         adapter.prepare(calibration.prompts, calibration.guidance.negative)
-    after = {path: edge.after for edge in adapter.edges() for path in edge.consumers}
+    after = {path: edge.after for edge in whole(adapter.edges()) for path in edge.consumers}
     sigma_map = {str(index * stride): float(sigma) for index, sigma in enumerate(calibration.sigmas)}
     for index, step in progress(list(enumerate(sigma_map)), "timesteps"):
         if array_name(step) in ledger.files and index_name(step) in ledger.files:

@@ -31,6 +31,7 @@ from ..layers.tree import tapped
 from ..methods import registry
 from ..methods.inputs.tiers import TIERS
 from ..models.adapter import Adapter, Stage, State
+from ..models.edges import written_by
 from ..numerics import knapsack
 from ..numerics.arrays import Array
 from ..numerics.input_ranges import RANGE_BATCH
@@ -246,7 +247,7 @@ def survey(
         job | {"asked": asked, "inputs": inputs, "range_batch": range_batch},
     )
     layers, found, skipped = adapter.layers(), dict[str, Survey](), list[Stage]()
-    after = {path: edge.after for edge in adapter.edges() for path in edge.consumers}
+    after = written_by(adapter.edges())
     for stage in adapter.stages:
         paths, left = [path for path in plan if stage.owns(path)], list[State]()
         if (tables := kept.load(stage.name)) is not None:
@@ -271,7 +272,7 @@ def survey(
                 if by_output is not None and form.meets_one_part:
                     by_output = np.tile(by_output, (1, len(weight) // by_output.shape[1]))
                 layer = LayerInput.of(spec.activation, seen.ranges, weight, by_output)
-                on_input = errors_by_tier(layer, spec.activation, after.get(path, ""))
+                on_input = errors_by_tier(layer, spec.activation, after.get(path, ()))
             found[path] = Survey(
                 on_weight,
                 on_input,

@@ -21,6 +21,7 @@ from ..grids.tables import ActivationTable
 from ..methods import registry
 from ..methods.inputs.shift import centred, shifted
 from ..methods.inputs.tiers import BUDGET, TIERS, OutputErrors, mixed, relative_errors, rms
+from ..models.edges import After
 from ..numerics.arrays import Array
 from ..numerics.input_ranges import InputRanges
 from ..numerics.transform import Transform
@@ -170,7 +171,7 @@ def decide_input(layer: LayerInput, shift: Array | None, options: Options) -> De
     return DecidedInput(layer, shift, table, facts)
 
 
-def choose_table(seen: LayerInput, spec: ActivationSpec, after: str, rounded: Callable[[], Array]) -> ActivationTable:
+def choose_table(seen: LayerInput, spec: ActivationSpec, after: After, rounded: Callable[[], Array]) -> ActivationTable:
     """The static table of a layer's input by its specification: the one place where a recipe's words become entries.
 
     Where bits or a shift have to be chosen, that is done for the exact weight, so that no choice hangs on how the
@@ -180,7 +181,7 @@ def choose_table(seen: LayerInput, spec: ActivationSpec, after: str, rounded: Ca
         seen: The input as the specification looks at it, see ``LayerInput.of``, with the exact weight.
         spec: Static, not ``per_token``. With a ``budget`` it takes the fewest bits that stay within it, at most its
             own.
-        after: The nonlinearity that wrote the input, "" where there is none; see ``may_shift``.
+        after: The nonlinearities that wrote the input, by columns; see ``may_shift``.
         rounded: Gives the quantized weight [out,in] float32; asked only where it is needed.
 
     Returns:
@@ -195,7 +196,7 @@ def choose_table(seen: LayerInput, spec: ActivationSpec, after: str, rounded: Ca
     return decide_input(seen, centre_of(seen, spec, after), options).table
 
 
-def errors_by_tier(seen: LayerInput, spec: ActivationSpec, after: str) -> Array:
+def errors_by_tier(seen: LayerInput, spec: ActivationSpec, after: After) -> Array:
     """The weighed error [tiers,T] of an input at each of its ``tiers_of``; where it may be shifted, with the better of
     the two at each tier.
     """
@@ -217,11 +218,22 @@ def may_shift(after: str) -> bool:
     return after == "gelu"
 
 
-def centre_of(seen: LayerInput, spec: ActivationSpec, after: str) -> Array | None:
-    """The shift [T,in] that a specification offers to an input: the middle of each channel; None where it offers
-    none.
+def shifts(after: After) -> list[slice]:
+    """The columns of a layer's input that ``may_shift``."""
+    return [slice(None) if columns is None else slice(*columns) for columns, name in after if may_shift(name)]
+
+
+def centre_of(seen: LayerInput, spec: ActivationSpec, after: After) -> Array | None:
+    """The shift [T,in] that a specification offers to an input: the middle of each channel, and 0 for columns that
+    nothing skewed wrote; None where it offers none.
     """
-    return (seen.ranges.least + seen.ranges.most) / 2 if spec.shift and may_shift(after) else None
+    if not spec.shift or not (skewed := shifts(after)):
+        return None
+    middle = (seen.ranges.least + seen.ranges.most) / 2
+    centre = np.zeros_like(middle)
+    for columns in skewed:
+        centre[:, columns] = middle[:, columns]
+    return centre
 
 
 def mean_error(layer: LayerInput, table: ActivationTable, rounded: Array | None = None) -> float:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import inf
 from typing import Any, cast
 
 import mlx.core as mx
@@ -160,12 +161,15 @@ class Reconstruction:
     def normalise(self, errors: Mapping[str, float]) -> None:
         """Measure the loss in units of the error that the start of the search has, ``Deviation.by_tensor``.
 
-        Without costs each written tensor counts the same; with them, each counts as far as it changes the velocity.
+        Without costs each written tensor counts as its adapter says; with them, as far as it changes the velocity.
         """
         if self._costs is not None:
-            errors = dict.fromkeys(errors, sum(errors.values()))
+            self._scale = dict.fromkeys(errors, max(sum(errors.values()), 1e-30))
+            return
+        weights = self._adapter.weights(self._stage, errors)
+        whole = sum(weights.values())
         self._scale = {
-            key: max(error, 1e-30) * (len(errors) if self._costs is None else 1) for key, error in errors.items()
+            key: max(error, 1e-30) * (whole / weights[key] if weights[key] else inf) for key, error in errors.items()
         }
 
     def _error(self, key: str, output: mx.array, wanted: mx.array, rows: mx.array) -> mx.array:

@@ -5,13 +5,15 @@ from __future__ import annotations
 from ..errors import RecipeError
 from ..methods import registry
 from ..models.adapter import Adapter
+from ..models.edges import check_edges
 from ..recipes.recipe import Recipe
 
 
 def check_model(adapter: Adapter, recipe: Recipe) -> None:
     """Raise RecipeError where a recipe asks for what the model does not have: attention that can be opened, velocities,
-    pictures.
+    pictures; and AdapterError where its edges cannot be as they say.
     """
+    check_edges(adapter.name, adapter.module, adapter.edges())
     if recipe.probabilities is not None and not adapter.attentions():
         raise RecipeError(
             f"recipe {recipe.name}: the attention of {adapter.name} cannot be opened, so its probabilities stay as they"

@@ -36,14 +36,14 @@ from ..layers.product import QuantizedProduct
 from ..layers.tree import swapped, tapped
 from ..methods import registry
 from ..models.adapter import Stage, State
-from ..models.edges import Edge
+from ..models.edges import Edge, Fold, written_by
 from ..numerics.input_ranges import InputRanges
-from ..numerics.transform import Transform
+from ..numerics.transform import Parts, Transform
 from ..recipes.recipe import ActivationSpec, LayerSpec
 from .collecting import Collector, InputStatistics, Sharing
 from .dependence import levels
-from .folding import fold, foldable, producers, remaining
-from .inputs import LayerInput, choose_table, may_shift
+from .folding import Gains, fold, foldable, gains_of, is_norm, producers, remaining
+from .inputs import LayerInput, choose_table, shifts
 from .layer import Preset, Rounded, quantize_layer
 from .store import Attentions
 from .transform_choice import Consumer, Proposal, propose
@@ -61,7 +61,7 @@ class Rounding:
         self._job, self._stage, self._specs = job, stage, dict(specs)
         self._inputs, self._attentions = inputs, attentions
         self._layers = {path: layer for path, layer in job.adapter.layers().items() if path in specs}
-        self._after = {path: edge.after for edge in job.adapter.edges() for path in edge.consumers}
+        self._after = written_by(job.adapter.edges())
         self._ranges: dict[str, InputRanges] = {}  # of untransformed inputs, kept by ``first`` for ``propose``
 
     @property
@@ -86,15 +86,21 @@ class Rounding:
         edges = [edge for edge in self._job.adapter.edges() if any(path in self._specs for path in edge.consumers)]
         for edge in edges:
             mine = tuple(path for path in edge.consumers if path in self._specs)
-            whole = len(mine) == len(edge.consumers)
-            writers = (*edge.folds, *edge.reorders)
-            yield SharedInput(
-                edge if whole and all(w.path in self._specs for w in writers) else Edge(mine, after=edge.after)
-            )
+            complete = len(mine) == len(edge.consumers) and all(self._changes(where) for where in edge.producers)
+            yield SharedInput(edge if complete else Edge(mine, after=edge.after, columns=edge.columns))
         known = {path for edge in edges for path in edge.consumers}
+        parted = {path for edge in edges if edge.columns is not None for path in edge.consumers}
         for leader in dict.fromkeys(self._leader.values()):
-            if alone := tuple(path for path, first in self._leader.items() if first == leader and path not in known):
+            readers = [path for path, first in self._leader.items() if first == leader]
+            if alone := tuple(path for path in readers if path not in known):
                 yield SharedInput(Edge(alone))
+            if parts := tuple(path for path in readers if path in parted):
+                yield SharedInput(Edge(parts), of_parts=True)
+
+    def _changes(self, where: Fold) -> bool:
+        """Whether the quantized stage can have other weights there: those of its quantized layers and of its norms."""
+        norm = self._stage.owns(where.path) and is_norm(self._job.adapter.module, where)
+        return norm or where.path in self._specs
 
     def first(self) -> list[Trial]:
         """The layers as their specifications have them before anything is transformed or learned; for the gate, rounded
@@ -113,7 +119,7 @@ class Rounding:
         """Specifications less something that layers have, by name: branches, and shifts of what a GELU wrote."""
         open_to = [path for path in self._specs if path not in self._job.presets]
         integers = {path: self._specs[path].without_branch() for path in open_to}
-        centred = {path: self._specs[path].without_shift() for path in open_to if may_shift(self._after.get(path, ""))}
+        centred = {path: self._specs[path].without_shift() for path in open_to if shifts(self._after.get(path, ()))}
         ways = {"without branch": self._specs | integers, "without shift": self._specs | centred}
         return {name: specs for name, specs in ways.items() if specs != self._specs}
 
@@ -126,17 +132,41 @@ class Rounding:
         have run.
         """
         found = {}
+        now = dict(current)
         for tensor in self._tensors:
             specs = {path: self._specs[path] for path in tensor.edge.consumers}
-            if all(method in spec.transforms and path not in self._job.presets for path, spec in specs.items()):
+            open_to = all(method in spec.transforms and path not in self._job.presets for path, spec in specs.items())
+            if open_to and not self._rotated_after(tensor, now):
+                others = {name: transform for name, transform in now.items() if name != tensor.name}
                 given = [
-                    Consumer(self._input(path, spec.activation, self._ranges[path]), spec)
+                    Consumer(
+                        self._input(path, spec.activation, self._ranges[path]),
+                        spec,
+                        tensor.edge.part,
+                        self._parts(path, others),
+                    )
                     for path, spec in specs.items()
                 ]
-                proposal = propose(method, given, tensor.place, current.get(tensor.name, Transform()))
+                proposal = propose(method, given, tensor.place, now.get(tensor.name, Transform()), tensor.can)
                 if proposal.after < proposal.before:
                     found[tensor.name] = proposal
+                    now[tensor.name] = proposal.transform  # what parts cannot do is asked for on top of what they can
         return found
+
+    def _parts(self, path: str, transforms: Transforms) -> Parts:
+        """What becomes of the parts of what a layer reads, or of all of it."""
+        mine = [tensor for tensor in self._tensors if path in tensor.edge.consumers and tensor.name in transforms]
+        return Parts(tuple((tensor.edge.part, transforms[tensor.name]) for tensor in mine))
+
+    def _rotated_after(self, tensor: SharedInput, transforms: Transforms) -> bool:
+        """Whether a tensor is a part of one that is rotated already."""
+        rotated = {
+            path
+            for other in self._tensors
+            if other.of_parts and other.name in transforms
+            for path in other.edge.consumers
+        }
+        return tensor.edge.columns is not None and not rotated.isdisjoint(tensor.edge.consumers)
 
     def transformed(self, name: str, transforms: Transforms) -> Trial:
         """The layers as their specifications have them, their inputs transformed."""
@@ -145,7 +175,9 @@ class Rounding:
     def _trials(self, ways: Mapping[str, Specs], transforms: Transforms, keep_ranges: bool = False) -> list[Trial]:
         """One trial for each way, in their order, with these transforms; what comes before what is told above."""
         trials = [Trial(name, attentions=self._attentions) for name in ways]
-        with self._applied(transforms) as (online, folded):
+        with self._applied(transforms) as (online, folded, gains):
+            for trial in trials:
+                trial.gains = gains
             for group in self._groups:
                 statistics = self._statistics(group, online, trials[0].modules)
                 if keep_ranges:
@@ -174,21 +206,25 @@ class Rounding:
             return levels(job.adapter.module, lambda: self._stage.run(row), self._leader)
 
     @contextmanager
-    def _applied(self, transforms: Transforms) -> Iterator[tuple[dict[str, Transform], Folded]]:
+    def _applied(self, transforms: Transforms) -> Iterator[tuple[dict[str, Transform], Folded, Gains]]:
         """With tensors transformed as far as what writes them can absorb that; by path, what the layers have to do
-        themselves, and whose rows have changed.
+        themselves, whose rows have changed, and what norms have taken in.
         """
-        presets, rows = self._job.presets, Folded()
+        presets, rows, gains, left = self._job.presets, Folded(), Gains(), Transforms()
         online = {path: Transform(presets[path].divisor) if path in presets else Transform() for path in self._specs}
+        module = self._job.adapter.module
         with ExitStack() as undo:
             for tensor in self._tensors if transforms else ():
                 if (transform := transforms.get(tensor.name)) is not None:
                     folded = foldable(tensor.edge, transform)
                     if not folded.nothing:
-                        undo.callback(fold(self._job.adapter.module, tensor.edge, folded))
+                        undo.callback(fold(module, tensor.edge, folded))
                         rows += [(where, folded) for where in producers(tensor.edge, folded)]
-                    online |= dict.fromkeys(tensor.edge.consumers, remaining(transform, folded))
-            yield online, rows
+                        gains |= gains_of(module, tensor.edge)
+                    left[tensor.name] = remaining(transform, folded)
+            for path in [path for tensor in self._tensors if tensor.name in left for path in tensor.edge.consumers]:
+                online[path] = self._parts(path, left).online(known_kind(self._layers[path]).shape(self._layers[path])[1])
+            yield online, rows, gains
 
     def _statistics(
         self, paths: Sequence[str], online: Mapping[str, Transform], done: dict[str, nn.Module]
@@ -248,7 +284,7 @@ class Rounding:
             table = preset.table
             if table is None:
                 # Rotated channels are mixtures: what a GELU wrote cannot be told from them any more.
-                after = self._after.get(path, "") if transform.block == 1 else ""
+                after = self._after.get(path, ()) if transform.block == 1 else ()
                 read = self._input(path, spec.activation, statistics.ranges, rounded.weight, folded)
                 table = choose_table(read, spec.activation, after, lambda: np.array(rounded.layer.matrix()))
             rounded.layer.set_activations(table, self._job.adapter.clock)

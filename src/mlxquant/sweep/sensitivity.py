@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any, cast
 
 import mlx.core as mx
@@ -30,7 +31,7 @@ from ..errors import NumericsError
 from ..files.kept_arrays import Measurements
 from ..layers.kinds import known_kind
 from ..layers.tree import StandIn, get_module, swapped
-from ..models.adapter import Adapter, Stage, State, written
+from ..models.adapter import Adapter, Stage, State, tensors, written
 from ..numerics.arrays import Array
 from .block_errors import block_errors
 from .streams import Passes
@@ -54,6 +55,11 @@ def _gauge_vjp(primals: Any, cotangent: mx.array, output: mx.array) -> Any:
 def _energy(slope: mx.array, rows: int) -> mx.array:
     """Squares of a gradient [...,D] of some rows, summed over all but those: [rows,D] float32."""
     return mx.square(slope.astype(mx.float32)).reshape(rows, -1, slope.shape[-1]).sum(1)
+
+
+def _sum(slopes: Mapping[str, mx.array], keys: Iterable[str]) -> mx.array:
+    """The gradient of a tensor that is handed on under several keys."""
+    return reduce(mx.add, [slopes[key] for key in keys])
 
 
 class _Gauged(StandIn):
@@ -196,7 +202,9 @@ class _Probe:
         self._adapter, self._stages = adapter, stages
         self._dials: dict[str, mx.array] = {}
         self.gauged = {path: _Gauged(get_module(adapter.module, path), path, self._dials) for path in layers}
-        self.wrote: list[list[str]] = []  # by stage but the last, whose output is the prediction
+        self.wrote: list[dict[str, list[str]]] = []  # tensors, by stage but the last, whose output is the prediction
+        self._changed: list[list[str]] = []  # likewise, keys under which something else goes on than came in
+        self._alike: list[dict[str, str]] = []  # likewise, by key of all that goes on the first key of the same array
 
     @property
     def names(self) -> list[str]:
@@ -226,20 +234,23 @@ class _Probe:
             costs |= inside
             if index:
                 before = self._stages[index - 1].name
-                costs |= {f"{before}/{key}": _energy(slopes[key], rows) for key in self.wrote[index - 1]}
+                wrote = self.wrote[index - 1].items()
+                costs |= {f"{before}/{key}": _energy(_sum(slopes, keys), rows) for key, keys in wrote}
             mx.eval(slopes, costs)
         return costs
 
     def _forward(self, state: State, rows: int) -> list[State]:
         """What enters each stage."""
         self._dials.update({path: mx.zeros((rows, layer.width)) for path, layer in self.gauged.items()})
-        entered, self.wrote = [state], []
+        entered, self.wrote, self._changed, self._alike = [state], [], [], []
         for stage in self._stages[:-1]:
             after = stage.run(entered[-1])
             mx.eval(after)
-            self.wrote.append(written(after, entered[-1]))
+            self.wrote.append(tensors(after, entered[-1]))
+            self._changed.append(written(after, entered[-1]))
+            self._alike.append({key: first for first, keys in tensors(after, {}).items() for key in keys})
             entered.append(after)
-        self.wrote.append([])
+        self.wrote.append({})
         return entered
 
     def _backward(
@@ -249,7 +260,12 @@ class _Probe:
         of its layers.
         """
         stage = self._stages[index]
-        keys = [key for key in state if any(key in earlier for earlier in self.wrote[:index])]
+        if index < len(self._alike):  # of an array that is returned twice MLX takes one gradient for both
+            first, slopes_of = self._alike[index], slopes
+            slopes = {}
+            for key, slope in slopes_of.items():
+                slopes[first[key]] = slopes[first[key]] + slope if first[key] in slopes else slope
+        keys = [key for key in state if any(key in earlier for earlier in self._changed[:index])]
         paths = [path for path in self.gauged if stage.owns(path)]
         if not keys and not paths:
             return {}, {}

@@ -24,6 +24,7 @@ from ..layers.own import QuantizedModule
 from ..layers.product import QuantizedProduct
 from ..layers.tree import parameters
 from ..models.adapter import Stage, State
+from .folding import Gains
 
 Layers = dict[str, QuantizedProduct]
 Attentions = dict[str, QuantizedAttention]
@@ -36,13 +37,15 @@ class StageResult:
     """What became of a stage: its quantized layers, facts for the report, and, fresh from quantizing, what the stage
     now writes.
 
-    ``attentions`` are those whose probabilities are quantized.
+    ``attentions`` are those whose probabilities are quantized, ``gains`` parameters of norms into which transforms of
+    the layers' inputs were folded.
     """
 
     layers: Layers
     facts: dict[str, Any]
     outputs: list[State] | None = None
     attentions: Attentions = field(default_factory=dict)
+    gains: Gains = field(default_factory=dict)
 
     @property
     def modules(self) -> dict[str, nn.Module]:
@@ -102,7 +105,8 @@ HEADER = schema.entries(  # of a stage's file
         "layers": schema.table_of(structure),
         "attentions": schema.table_of(QuantizedAttention.STRUCTURE),
         "facts": schema.table_of(schema.anything),
-    }
+    },
+    {"gains": schema.array_of(schema.text)},
 )
 
 
@@ -122,11 +126,17 @@ class FolderStore:
             return None
         arrays, header = found
         attentions = restore_modules(QuantizedAttention.blank, header["attentions"], arrays, clock)
-        return StageResult(restore_layers(header["layers"], arrays, clock), header["facts"], attentions=attentions)
+        layers, gains = restore_layers(header["layers"], arrays, clock), header.get("gains", ())
+        return StageResult(layers, header["facts"], None, attentions, {name: arrays[name] for name in gains})
 
     def save(self, stage: Stage, result: StageResult) -> None:
-        structures = {"layers": layer_facts(result.layers), "attentions": module_facts(result.attentions)}
-        self._kept(stage).save(layer_arrays(result.modules), {"facts": result.facts, **structures})
+        structures: dict[str, Any] = {
+            "layers": layer_facts(result.layers),
+            "attentions": module_facts(result.attentions),
+        }
+        if result.gains:
+            structures["gains"] = list(result.gains)
+        self._kept(stage).save(layer_arrays(result.modules) | result.gains, {"facts": result.facts, **structures})
         self.checkpoint(stage).clear()
 
     def checkpoint(self, stage: Stage) -> StageCheckpoint:

@@ -4,15 +4,16 @@ and how far another is from it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Protocol
 
 import mlx.core as mx
 import numpy as np
 
-from ..models.adapter import Adapter, Stage, State, written
+from ..models.adapter import Adapter, Stage, State, tensors
 from ..numerics.arrays import Array
 from ..progress import Progress, silent
 
@@ -95,7 +96,7 @@ class ExactStream:
         self._inputs = inputs if self._both else []
         for state, wrote in self._passes.each(stage, inputs):
             outputs.append(wrote)
-            targets.append({key: wrote[key] for key in written(wrote, state)})
+            targets.append({key: wrote[key] for key in tensors(wrote, state)})
         self._states = outputs
         return targets
 
@@ -114,8 +115,9 @@ class Deviation:
     it.
     """
 
-    def __init__(self, costs: ChannelCosts | None = None):
-        self._costs, self._batches = costs, 0
+    def __init__(self, costs: ChannelCosts | None = None, weights: Mapping[str, float] = MappingProxyType({})):
+        """``weights`` say how much a tensor counts without costs, 1 where they do not say."""
+        self._costs, self._weights, self._batches = costs, weights, 0
         self._noise, self._signal, self._size = dict[str, float](), dict[str, float](), dict[str, int]()
 
     def add(self, outputs: State, targets: State) -> None:
@@ -140,14 +142,14 @@ class Deviation:
 
     @property
     def error(self) -> float:
-        """Without costs the relative squared error, averaged over the tensors; with them the squared error that this
-        causes in the velocity, to first order: the weighted squared error averaged over tokens and samples and summed
-        over channels and tensors.
+        """Without costs the relative squared error, averaged over the tensors by their weights; with them the squared
+        error that this causes in the velocity, to first order: the weighted squared error averaged over tokens and
+        samples and summed over channels and tensors.
         """
         if self._costs is not None:
             return float(np.sum(list(self.by_tensor.values())))
         relative = [noise / self._signal[key] if self._signal[key] > 0 else 0.0 for key, noise in self._noise.items()]
-        return float(np.mean(relative))
+        return float(np.average(relative, weights=[self._weights.get(key, 1.0) for key in self._noise]))
 
 
 def stage_error(outputs: Sequence[State], targets: Sequence[State], costs: ChannelCosts | None = None) -> float:

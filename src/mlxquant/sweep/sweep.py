@@ -39,6 +39,7 @@ from ..models.adapter import Adapter, Stage, State
 from ..progress import Progress, silent
 from ..recipes.recipe import LayerSpec, Recipe
 from .attention import quantize_probabilities
+from .folding import gained, set_gains
 from .planning import planned
 from .reconstruction import Reconstruction, reconstruct_stage
 from .rounding import Rounding
@@ -82,6 +83,7 @@ class Sweep:
                     store.save(stage, result)
             for path, module in result.modules.items():  # from here on the stage is quantized, and stays so
                 set_module(self._job.adapter.module, path, module)
+            set_gains(self._job.adapter.module, result.gains)
             left = states
             if goes_on:
                 states = result.outputs or self._job.passes.through(stage, states)
@@ -151,7 +153,7 @@ class Sweep:
         }
         if self._job.sensitivity is not None and self._job.sensitivity.by_blocks:
             facts["weighed"] = "block errors"  # there was no gradient
-        return StageResult(best.layers, facts, best.outputs, best.attentions)
+        return StageResult(best.layers, facts, best.outputs, best.attentions, best.gains)
 
     def _transform(
         self, stage: Stage, rounding: Rounding, start: Trial, inputs: Sequence[State], targets: Sequence[State]
@@ -209,10 +211,13 @@ class Sweep:
             self._costs(stage, self._job.passes.sigmas),
         )
         label = f"{stage.name}: {method}"
-        codes, facts = reconstruct_stage(
-            method, work, start.errors, nearest, checkpoint, settings, self._job.passes.progress, label
+        with gained(self._job.adapter.module, start.gains):
+            codes, facts = reconstruct_stage(
+                method, work, start.errors, nearest, checkpoint, settings, self._job.passes.progress, label
+            )
+        learned = Trial(
+            "learned", dict(start.layers), dict(start.report), attentions=start.attentions, gains=start.gains
         )
-        learned = Trial("learned", dict(start.layers), dict(start.report), attentions=start.attentions)
         for path, values in codes.items():
             learned.add(path, specs[path], goals[path].with_codes(values))
         changed = sum(int((values != goals[path].codes).sum()) for path, values in codes.items())
@@ -229,9 +234,11 @@ class Sweep:
         """
         judged = range(len(self._job.passes)) if self._job.judged is None else self._job.judged
         wanted, kept = dict(zip(judged, targets, strict=True)), list[State]()
-        deviation = Deviation(self._costs(stage, self._job.passes.some(judged).sigmas))
+        weights = self._job.adapter.weights(stage, targets[0]) if targets else {}
+        deviation = Deviation(self._costs(stage, self._job.passes.some(judged).sigmas), weights)
         ran = range(len(self._job.passes)) if keep else judged
-        with swapped(self._job.adapter.module, trial.modules):
+        module = self._job.adapter.module
+        with swapped(module, trial.modules), gained(module, trial.gains):
             for index in self._job.passes.progress(ran, f"{stage.name}: {trial.name}"):
                 outputs = self._job.passes.one(stage, index, inputs[index])
                 if index in wanted:

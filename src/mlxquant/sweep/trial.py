@@ -15,6 +15,7 @@ from ..models.adapter import Adapter, State
 from ..models.edges import Edge, Fold
 from ..numerics.transform import Place, Transform
 from ..recipes.recipe import LayerSpec, Recipe
+from .folding import Gains, foldable, remaining
 from .layer import Preset, Rounded
 from .sensitivity import Sensitivity
 from .store import Attentions, Layers
@@ -44,7 +45,8 @@ class Job:
 class Trial:
     """Layers that a stage was tried with, what there is to report of each, and, once it was run with them, how far what
     it then wrote was from the targets: ``error``, as ``Deviation`` has it, and ``errors`` by tensor. ``goals`` are the
-    layers whose codes may be learned; ``attentions`` have quantized probabilities.
+    layers whose codes may be learned; ``attentions`` have quantized probabilities; ``gains`` are parameters of norms
+    that took in transforms of the layers' inputs.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Trial:
     report: dict[str, dict[str, Any]] = field(default_factory=dict)
     goals: dict[str, Rounded] = field(default_factory=dict)
     attentions: Attentions = field(default_factory=dict)
+    gains: Gains = field(default_factory=dict)
     error: float = inf
     errors: dict[str, float] = field(default_factory=dict)
     outputs: list[State] | None = None
@@ -72,18 +75,29 @@ class Trial:
 @dataclass(frozen=True)
 class SharedInput:
     """What ``edge.consumers`` read, all of them layers that are quantized; ``edge`` has only producers that are
-    quantized with them.
+    quantized with them, and norms of their stage.
+
+    Where ``edge`` has columns, it is a part of what they read. All that layers read of which there are parts is a
+    tensor ``of_parts``, with an edge that says nothing more: what no part can do by itself, a rotation while the layers
+    run, is for it to do after them.
     """
 
     edge: Edge
+    of_parts: bool = False
 
     @property
     def name(self) -> str:
-        return self.edge.consumers[0]
+        return self.edge.name
 
     @property
     def place(self) -> Place:
         return Place(self.edge.after, self.edge.mixes if self.edge.folds else 1, bool(self.edge.reorders))
+
+    def can(self, transform: Transform) -> bool:
+        """Whether producers and quantized layers can do it together."""
+        if self.of_parts:
+            return transform.divisor is None and transform.order is None
+        return self.edge.columns is None or remaining(transform, foldable(self.edge, transform)).block == 1
 
 
 CALIBRATED, NEAREST = "calibrated", "rtn"  # trials
