@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from .layers.quantize_linears import quantize_linears
     from .layers.quantizer import Quantizer
     from .layers.weight_only import W8A16Linear, W8A16LinearLayer
+    from .models.catalog import register_model
     from .models.gpt.network import GPT
     from .models.recorded.recording import recording
     from .recipes.citations import citation
@@ -77,6 +78,7 @@ HOMES = {  # what users import from here, and where it stands
     "quantize_module": "api.recorded",
     "read_prompts": "sampling.prompts",
     "recording": "models.recorded.recording",
+    "register_model": "models.catalog",
     "save_module": "layers.module_files",
 }
 __all__ = [
@@ -108,6 +110,7 @@ __all__ = [
     "quantize_module",
     "read_prompts",
     "recording",
+    "register_model",
     "save_module",
 ]
 

@@ -19,7 +19,7 @@ def files(folder):
 
 def use_tiny_model(patch, make=tiny_adapter, batch=None):
     """Until ``patch`` ends ``mmdit-shapes`` is what ``make()`` returns, drawn ``batch`` pictures at a time."""
-    patch.setattr(MMDiTShapes, "pretrained", classmethod(lambda cls: make()))
+    patch.setattr(MMDiTShapes, "pretrained", classmethod(lambda cls, place="": make()))
     if batch is not None:
         patch.setattr(MMDiTShapes, "batch", batch)
 

@@ -14,6 +14,7 @@ What an adapter promises; ``tests/support/adapter_contract`` holds every picture
   kept, so that whatever stands at their paths by then is what runs: taps, stand-ins and quantized layers are put
   there.
 - A stage hands on an array that it does not change as the very same object: that is how one tells what it ``written``.
+  Likewise, one tensor under two keys is one object, and counts once.
 - The clock is set around every forward pass, because quantized layers look their tables up at the time that it shows.
 - An edge (who reads the same tensor, and who writes it) never lies: folding by it leaves the function the same.
 
@@ -68,6 +69,18 @@ def is_at(path: str, prefix: str) -> bool:
     return path == prefix or path.startswith(prefix + ".")
 
 
+def tensors(outputs: State, inputs: State) -> dict[str, list[str]]:
+    """What a stage wrote, each tensor once: by the first of its keys all of them. A UNet's block hands one and the same
+    array to the next block and, as a skip, to a later one; what came in and goes on under another key is not its own.
+    """
+    found: dict[str, list[str]] = {}
+    first, came = dict[int, str](), {id(value) for value in inputs.values()}
+    for key in written(outputs, inputs):
+        if id(outputs[key]) not in came:
+            found.setdefault(first.setdefault(id(outputs[key]), key), []).append(key)
+    return found
+
+
 @dataclass(frozen=True)
 class Stage:
     """One link of the chain. Blocks, the links between the first and the last, pass on what they do not know.
@@ -119,6 +132,7 @@ class Adapter(ABC):
         timed: Whether its inputs differ by noise level.
         weighs: Whether errors inside of it can be weighed by what they change in its prediction.
         place: Where weights that ``module`` does not hold come from: a folder, a hub id, or "" for the usual one.
+        hub_ids: Hub ids that stand for the model, for ``pretrained``.
     """
 
     name: str
@@ -131,6 +145,7 @@ class Adapter(ABC):
     timed: bool = True
     weighs: bool = True
     place: str = ""
+    hub_ids: ClassVar[tuple[str, ...]] = ()
     STRUCTURE: ClassVar[Schema] = anything  # what ``describe`` gives, before ``blank`` builds from it
     _hooks: Mapping[str, StageHook] = MappingProxyType({})  # by stage, set by ``hooked``
 
@@ -155,6 +170,28 @@ class Adapter(ABC):
             "attention", "mlp", "modulation", "embedder", "output", which recipes know, or any other word; a ``Role``
             where its layers want care.
         """
+
+    @classmethod
+    @abstractmethod
+    def pretrained(cls, place: str = "") -> Self:
+        """The model with its full-precision weights.
+
+        Args:
+            place: A folder or a hub id; "" for the usual one.
+
+        Raises:
+            AdapterError: The model has no such place, or cannot be run here.
+            ArtifactError: The weights are missing or damaged.
+        """
+
+    @classmethod
+    def holds(cls, folder: Path) -> bool:
+        """Whether a folder has weights that ``pretrained`` loads, so that its path stands for the model.
+
+        Args:
+            folder: Any folder, of any program's.
+        """
+        return False
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
@@ -243,6 +280,38 @@ class Adapter(ABC):
                 raise AdapterError(f"{self.name}, layer {path}: {error}") from error
             if found[path] == EMBEDDING and not table:
                 raise AdapterError(f"{self.name}, layer {path}: {EMBEDDING!r} is the role of embeddings alone")
+        return found
+
+    def counts(self, stage: Stage, key: str) -> float:
+        """How much a tensor counts in the error of the stage that writes it, beside the others that it writes: all
+        alike where an adapter does not say. Errors that are weighed by what they change in the prediction
+        (``sensitivity``) need no such weights.
+
+        Args:
+            stage: One of ``stages``.
+            key: What it writes; of a tensor under several keys the first.
+
+        Returns:
+            At least 0, and for one tensor of each stage more.
+        """
+        return 1.0
+
+    def weights(self, stage: Stage, keys: Iterable[str]) -> dict[str, float]:
+        """``counts`` of some tensors that a stage writes.
+
+        Args:
+            stage: One of ``stages``.
+            keys: The tensors.
+
+        Raises:
+            AdapterError: One of them is no weight, or all are 0.
+        """
+        found = {key: float(self.counts(stage, key)) for key in keys}
+        if any(not 0 <= weight < np.inf for weight in found.values()) or (found and not any(found.values())):
+            raise AdapterError(
+                f"{self.name}: what stage {stage.name} writes counts {found}; expected numbers of at least 0, one of"
+                " them above"
+            )
         return found
 
     def attentions(self) -> dict[str, SoftmaxAttention]:

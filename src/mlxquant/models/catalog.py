@@ -1,14 +1,18 @@
-"""Model references to adapters. A new model is one file and one line here."""
+"""Model references to adapters. A new model of mlxquant's own is one file and one line here; any package brings its own
+by an entry point of the group ``mlxquant.models``, and a program by ``register_model``.
+"""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
+from inspect import isabstract
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from ..errors import AdapterError, ArtifactError
+from ..errors import AdapterError, ArtifactError, reason
 from ..files.hub import DESCRIPTIONS, hub_description, read_description
 from .adapter import Adapter
 from .sd3.files import CHECKPOINT, HUB
@@ -41,7 +45,104 @@ MODELS = {  # by address: an adapter is imported when it is asked for, also one 
     "gpt": KnownModel("mlxquant.qat.adapter", "TrainedGPT", ("gpt-python",), checkpoint="config.json", key="mlxquant"),
     LANGUAGE: KnownModel("mlxquant.models.mlx_lm", "MLXLanguageModel", checkpoint="config.json", key="model_type"),
 }
+GROUP = "mlxquant.models"  # of entry points: a model's name, and where its adapter is
+Kind = TypeVar("Kind", bound=type[Adapter])
+_registered: dict[str, type[Adapter]] = {}
 HUB_ID = r"[A-Za-z0-9][\w.-]*/[\w.-]+|gpt2(-medium|-large|-xl)?"  # those of OpenAI's go without an owner, too
+
+
+def register_model(kind: Kind) -> Kind:
+    """Make a model known by the ``name`` of its adapter, as if it were one of mlxquant's own: ``mq.load(name)`` loads
+    it, and saved models of it are found again.
+
+    This holds for the running program. A package that is installed names its adapters instead, and the command line
+    knows them, too: ``[project.entry-points."mlxquant.models"]``, ``my-host = "my_package.host:MyHost"``.
+
+    Args:
+        kind: A subclass of ``Adapter`` or ``DiffusionAdapter``; this is a decorator.
+
+    Returns:
+        The same class.
+
+    Raises:
+        AdapterError: It is no such class, or lacks something that an adapter has; or its name is another model's.
+
+    Examples:
+        >>> import mlxquant as mq
+        >>> from mlxquant.models.shapes.adapter import MMDiTShapes
+        >>> @mq.register_model
+        ... class Mine(MMDiTShapes):
+        ...     name = "mine"
+        >>> mq.load("mine").name
+        'mine'
+    """
+    name = _checked(kind, "register_model").name
+    before = _registered.get(name)
+    if name in MODELS or (before is not None and _address(before) != _address(kind)):
+        owner = "mlxquant" if before is None else _address(before)
+        raise AdapterError(f"{_address(kind)}: {name!r} is the name of a model of {owner}; give yours another")
+    _registered[name] = kind
+    return kind
+
+
+def _address(kind: type) -> str:
+    return f"{kind.__module__}:{kind.__qualname__}"
+
+
+def _checked(kind: Any, where: str, name: str | None = None) -> type[Adapter]:
+    """An adapter that somebody else wrote, known as ``name``; raises AdapterError about what ``where`` gave when it is
+    none.
+    """
+    if not (isinstance(kind, type) and issubclass(kind, Adapter)):
+        raise AdapterError(f"{where}: expected a subclass of mlxquant.models.adapter.Adapter, found {kind!r:.80}")
+    if isabstract(kind):
+        missing = ", ".join(sorted(kind.__abstractmethods__))
+        raise AdapterError(f"{where}: {_address(kind)} is no whole adapter; define {missing}")
+    own = getattr(kind, "name", None)
+    if not isinstance(own, str) or not re.fullmatch(r"[\w.-]+", own):
+        raise AdapterError(f"{where}: {_address(kind)} needs a name of letters, digits and '.-_', found {own!r:.80}")
+    if name not in (None, own):
+        raise AdapterError(
+            f"{where}: {_address(kind)} calls itself {own!r} and not {name!r}; saved models go by the one, and"
+            " references by the other: give both one name"
+        )
+    return kind
+
+
+def _installed() -> dict[str, EntryPoint]:
+    """What other packages say that they have, by name; nothing is imported. Raises AdapterError where two packages mean
+    different models by one name.
+    """
+    found: dict[str, EntryPoint] = {}
+    for entry in entry_points(group=GROUP):
+        if found.setdefault(entry.name, entry).value != entry.value:
+            raise AdapterError(
+                f"two installed packages have a model {entry.name!r}: {found[entry.name].value} and {entry.value};"
+                " uninstall one of them"
+            )
+    return {name: entry for name, entry in found.items() if name not in MODELS and name not in _registered}
+
+
+def _others() -> dict[str, type[Adapter]]:
+    """All adapters that are not mlxquant's own, imported."""
+    return {**_registered, **{name: _loaded(entry) for name, entry in _installed().items()}}
+
+
+def _loaded(entry: EntryPoint) -> type[Adapter]:
+    """The adapter of an installed package; raises AdapterError when it cannot be imported, or is none."""
+    where = f"entry point {GROUP}:{entry.name} of {entry.dist.name if entry.dist else 'an installed package'}"
+    try:
+        kind = entry.load()
+    except Exception as error:  # whatever somebody else's module raises
+        raise AdapterError(
+            f"{where}: {entry.value} cannot be imported ({reason(error)}); reinstall the package"
+        ) from error
+    return _checked(kind, where, entry.name)
+
+
+def known_models() -> list[str]:
+    """Names of all models that there are."""
+    return [*MODELS, *_registered, *_installed()]
 
 
 def find_model(reference: str) -> tuple[str, str]:
@@ -55,24 +156,30 @@ def find_model(reference: str) -> tuple[str, str]:
         ArtifactError: On a folder without a checkpoint, and a repository that cannot be asked.
         AdapterError: On anything else; it says what there is.
     """
-    if reference in MODELS:
+    if reference in known_models():
         return reference, ""
     for name, entry in MODELS.items():
         if reference in entry.hub_ids:
             return name, reference
     folder = Path(reference)
     if not folder.is_dir() and re.fullmatch(HUB_ID, reference):
+        for name, kind in _others().items():
+            if reference in kind.hub_ids:
+                return name, reference
         said = hub_description(reference, "evaluate", "pass a local folder with --model")
         if "_class_name" not in said and "model_type" in said:
             return LANGUAGE, reference
         raise _not_run(reference, said)
     if not folder.is_dir():
-        known = [*MODELS, *(hub_id for entry in MODELS.values() for hub_id in entry.hub_ids)]
+        known = [*known_models(), *(hub_id for entry in MODELS.values() for hub_id in entry.hub_ids)]
         raise AdapterError(
             f"unknown model {reference!r}: neither a folder, nor a hub id of a language model, nor one of {known}"
         )
     for name, entry in MODELS.items():
         if entry.is_in(folder):
+            return name, str(folder.absolute())
+    for name, kind in _others().items():
+        if kind.holds(folder):
             return name, str(folder.absolute())
     if (folder / "model.json").exists():
         raise ArtifactError(
@@ -92,11 +199,14 @@ def _not_run(place: str, said: dict[str, Any]) -> AdapterError:
     """The error about a repository or a folder that holds something else, with what can be done."""
     if "_class_name" in said:
         found = f"diffusers' {said['_class_name']}"
-        then = "once its modules are in MLX, mq.quantize_linears quantizes their weights (docs/any-module.md)"
+        then = (
+            "once its modules are in MLX, mq.quantize_linears quantizes their weights (docs/any-module.md), and an"
+            " adapter makes it a model (docs/new-model.md)"
+        )
     else:
         found = f"no model that tells its kind: no model_type in {' or '.join(DESCRIPTIONS)}"
         then = "check the hub id"
-    pictures = ", ".join(name for name in MODELS if name not in (LANGUAGE, "gpt"))
+    pictures = ", ".join(name for name in known_models() if name not in (LANGUAGE, "gpt"))
     return AdapterError(
         f"{place} holds {found}. This release runs {pictures}, gpt-python and language models of mlx-lm; {then}"
     )
@@ -109,8 +219,15 @@ def model_name(reference: str | None) -> str | None:
 
 def adapter_class(name: str) -> Any:
     """The adapter of a model by its name; raises AdapterError, listing the known names, on an unknown one."""
+    if name in _registered:
+        return _registered[name]
     if name not in MODELS:
-        raise AdapterError(f"unknown model {name!r}; this release has {sorted(MODELS)}")
+        if (found := _installed().get(name)) is not None:
+            return _loaded(found)
+        raise AdapterError(
+            f"unknown model {name!r}; there are {sorted(known_models())}; where it is another package's, install that,"
+            " or import it first"
+        )
     entry = MODELS[name]
     return getattr(import_module(entry.module), entry.adapter)
 
@@ -118,6 +235,5 @@ def adapter_class(name: str) -> Any:
 def pretrained(reference: str) -> Adapter:
     """A model with its full-precision weights; see ``find_model``."""
     name, place = find_model(reference)
-    kind = adapter_class(name)
-    adapter: Adapter = kind.pretrained(place) if place else kind.pretrained()
+    adapter: Adapter = adapter_class(name).pretrained(place)
     return adapter

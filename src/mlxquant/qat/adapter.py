@@ -18,8 +18,8 @@ class TrainedGPT(GPTAdapter):
     """
 
     @classmethod
-    def pretrained(cls, place: str = EMBEDDED) -> TrainedGPT:
-        if place == EMBEDDED:
+    def pretrained(cls, place: str = "") -> TrainedGPT:
+        if place in ("", EMBEDDED):
             return cls(*embedded())
         module, tokenizer, facts = quantized_gpt(Path(place))
         return cls(to_integer_layers(module), tokenizer, facts)

@@ -52,9 +52,11 @@ class GPTAdapter(LanguageAdapter):
         self.longest = module.config.n_positions
 
     @classmethod
-    def pretrained(cls, place: str = EMBEDDED) -> GPTAdapter:
-        """The embedded weights, or those of a folder; raises ArtifactError when they are damaged."""
-        return cls(*(embedded() if place == EMBEDDED else load_gpt(Path(place))))
+    def pretrained(cls, place: str = "") -> GPTAdapter:
+        """The embedded weights, which "" and their own name stand for, or those of a folder; raises ArtifactError when
+        they are damaged.
+        """
+        return cls(*(embedded() if place in ("", EMBEDDED) else load_gpt(Path(place))))
 
     @classmethod
     def blank(cls, description: dict[str, Any]) -> GPTAdapter:

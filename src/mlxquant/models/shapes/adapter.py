@@ -71,12 +71,18 @@ class MMDiTShapes(DiffusionAdapter):
         self._stages = mmdit_stages(module)
 
     @classmethod
-    def pretrained(cls) -> MMDiTShapes:
+    def pretrained(cls, place: str = "") -> MMDiTShapes:
         """The model with its shipped weights, float32.
 
+        Args:
+            place: "", for there is no other.
+
         Raises:
+            AdapterError: Another place.
             ArtifactError: The file is damaged.
         """
+        if place:
+            raise AdapterError(f"{cls.name} has no weights but those that ship with mlxquant; {place!r} is none of it")
         with as_file(files("mlxquant.assets") / WEIGHTS) as path:
             arrays, header = read_tensors(path, kind="mmdit-shapes", schema=cls.STRUCTURE)
         adapter = cls.blank({"config": header["config"]})
