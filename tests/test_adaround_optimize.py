@@ -329,7 +329,7 @@ def test_stale_and_damaged_caches_are_refused(calib, tmp_path, monkeypatch):
     ledger.save(complete=False)
     assert "run 'mlxquant cache-adaround-data' again, it resumes" in fail(*verb(tmp_path / "c", tmp_path / "out"))
     assert "run 'mlxquant cache-adaround-data' first" in fail(*verb(tmp_path / "none", tmp_path / "out"))
-    monkeypatch.setattr(MMDiTShapes, "pretrained", classmethod(lambda cls: tiny_adapter()))
+    monkeypatch.setattr(MMDiTShapes, "pretrained", classmethod(lambda cls, place="": tiny_adapter()))
     assert "are of mmdit-shapes with other weights" in fail(*verb(calib, tmp_path / "out"))
     assert "is of model 'mmdit-shapes', not of 'sd3-medium'" in fail(
         *verb(calib, tmp_path / "out", "--model", "sd3-medium")

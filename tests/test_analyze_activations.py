@@ -34,7 +34,7 @@ def stats():
 @pytest.fixture
 def stats_file(tmp_path, monkeypatch, stats):
     """A command that finds the tiny model and its statistics."""
-    monkeypatch.setattr(MMDiTShapes, "pretrained", classmethod(lambda cls: tiny_adapter()))
+    monkeypatch.setattr(MMDiTShapes, "pretrained", classmethod(lambda cls, place="": tiny_adapter()))
 
     class Reader:
         @staticmethod
@@ -155,7 +155,7 @@ def test_the_statistics_are_not_overwritten(stats_file):
 
 
 def test_another_models_statistics_are_one_clear_error(stats_file, monkeypatch):
-    def other(cls):
+    def other(cls, place=""):
         adapter = tiny_adapter()
         adapter.module.final_layer.linear.weight = adapter.module.final_layer.linear.weight + 1
         return adapter
@@ -167,7 +167,7 @@ def test_another_models_statistics_are_one_clear_error(stats_file, monkeypatch):
 
 def test_the_activation_track_from_its_first_step(tmp_path, monkeypatch):
     """Trajectories, statistics, decisions: each command on what the one before wrote."""
-    monkeypatch.setattr(MMDiTShapes, "pretrained", classmethod(lambda cls: tiny_adapter()))
+    monkeypatch.setattr(MMDiTShapes, "pretrained", classmethod(lambda cls, place="": tiny_adapter()))
     calib = ["--calib-dir", str(tmp_path)]
     for verb, *options in (
         ("generate-calibration-data", *calib, "--model", "mmdit-shapes", "--num-images", "1", "--num-steps", "4"),

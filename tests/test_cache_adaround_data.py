@@ -278,7 +278,7 @@ def test_other_models_and_other_weights_are_refused(calib, monkeypatch):
     adapter.module.final_layer.linear.bias = adapter.module.final_layer.linear.bias + 1e-3
     with pytest.raises(CalibrationError, match="other weights"):
         cache.check(adapter)
-    monkeypatch.setattr(MMDiTShapes, "pretrained", classmethod(lambda cls: adapter))
+    monkeypatch.setattr(MMDiTShapes, "pretrained", classmethod(lambda cls, place="": adapter))
     assert "other weights" in fail(calib)
 
 

@@ -33,7 +33,7 @@ import sys
 sys.path.insert(0, {tests!r})
 from support.tiny_pictures import tiny_adapter
 from mlxquant.models.shapes.adapter import MMDiTShapes
-MMDiTShapes.pretrained = classmethod(lambda cls: tiny_adapter())
+MMDiTShapes.pretrained = classmethod(lambda cls, place="": tiny_adapter())
 MMDiTShapes.batch = 2
 from mlxquant.commandline.cli import main
 main(sys.argv[1:])
@@ -46,7 +46,7 @@ def small_model():
     out.
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(MMDiTShapes, "pretrained", classmethod(lambda cls: tiny_adapter()))
+        patch.setattr(MMDiTShapes, "pretrained", classmethod(lambda cls, place="": tiny_adapter()))
         patch.setattr(MMDiTShapes, "batch", 2)
         patch.setattr(cost, "ROUNDS", 2)
         patch.setattr(cost, "STEPS", 2)

@@ -249,7 +249,7 @@ def test_other_models_and_other_weights_are_refused(made, tmp_path, monkeypatch)
         *verb(made, tmp_path / "a.png"), "--model", "sd3-medium"
     )
 
-    def other(cls):
+    def other(cls, place=""):
         adapter = tiny_adapter()
         adapter.module.final_layer.linear.weight = adapter.module.final_layer.linear.weight + 1
         return adapter

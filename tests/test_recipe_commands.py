@@ -24,7 +24,7 @@ QUICK = ["--num-prompts", "1", "--steps", "2"]
 
 @pytest.fixture(autouse=True)
 def small_model(monkeypatch):
-    monkeypatch.setattr(MMDiTShapes, "pretrained", classmethod(lambda cls: tiny_adapter()))
+    monkeypatch.setattr(MMDiTShapes, "pretrained", classmethod(lambda cls, place="": tiny_adapter()))
     monkeypatch.setattr(time_networks, "ITERATIONS", 1)  # of each layer's network over the log-SNR
 
 

@@ -32,7 +32,7 @@ sys.path.insert(0, {tests!r})
 from support.tiny_pictures import tiny_adapter
 from mlxquant.models.shapes.adapter import MMDiTShapes
 from mlxquant.sweep.store import FolderStore
-MMDiTShapes.pretrained = classmethod(lambda cls: tiny_adapter())
+MMDiTShapes.pretrained = classmethod(lambda cls, place="": tiny_adapter())
 from mlxquant.commandline.cli import main
 main(sys.argv[1:])
 """
@@ -41,7 +41,7 @@ main(sys.argv[1:])
 @pytest.fixture(autouse=True)
 def small_model(monkeypatch):
     """Commands run on the tiny model: they are the same, only faster."""
-    monkeypatch.setattr(MMDiTShapes, "pretrained", classmethod(lambda cls: tiny_adapter()))
+    monkeypatch.setattr(MMDiTShapes, "pretrained", classmethod(lambda cls, place="": tiny_adapter()))
 
 
 def test_quantize_then_generate(tmp_path):
@@ -167,7 +167,7 @@ def test_existing_output_is_kept_without_force(tmp_path):
 
 
 def test_nan_weights_are_one_clear_error(tmp_path, monkeypatch):
-    def poisoned(cls):
+    def poisoned(cls, place=""):
         adapter = tiny_adapter()
         adapter.module.final_layer.linear.weight[0, 0] = float("nan")
         return adapter

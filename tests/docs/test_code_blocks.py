@@ -134,7 +134,7 @@ def small_models(monkeypatch):
     def few(model, purpose, count, seed=0):
         return prompts(model, purpose, min(count, 2), seed)
 
-    monkeypatch.setattr(MMDiTShapes, "pretrained", classmethod(lambda cls: tiny_adapter()))
+    monkeypatch.setattr(MMDiTShapes, "pretrained", classmethod(lambda cls, place="": tiny_adapter()))
     monkeypatch.setattr(MMDiTShapes, "prompts", few)
     monkeypatch.setattr(MMDiTShapes, "steps", 2)
     monkeypatch.setattr(GPTAdapter, "samples", 4)

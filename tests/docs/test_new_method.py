@@ -18,7 +18,7 @@ import sys
 sys.path.insert(0, {str(TESTS)!r})
 from support.tiny_pictures import tiny_adapter
 from mlxquant.models.shapes.adapter import MMDiTShapes
-MMDiTShapes.pretrained = classmethod(lambda cls: tiny_adapter())
+MMDiTShapes.pretrained = classmethod(lambda cls, place="": tiny_adapter())
 """
 
 

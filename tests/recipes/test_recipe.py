@@ -99,7 +99,7 @@ def test_a_rule_may_name_a_module_or_a_last_part():
 
 
 def test_unknown_role_is_refused():
-    with pytest.raises(RecipeError, match="unknown role .@attn.; the model.s roles are @mlp, @modulation, @output"):
+    with pytest.raises(RecipeError, match="unknown role '@attn'; the model's roles are @mlp, @modulation, @output"):
         parse_recipe("gptq-w4a8", ["@attn=keep"]).plan(LAYERS)
 
 
