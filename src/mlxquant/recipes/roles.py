@@ -33,8 +33,8 @@ class Role(str):
             careful: Whether its layers want care; None for what the name says, which is no for one of an adapter's own.
 
         Raises:
-            AdapterError: ``name`` is no text, or not one word; or it is one of ``ROLES``, and ``careful`` says something
-                else of it than all recipes do.
+            AdapterError: ``name`` is no text, or not one word; or it is one of ``ROLES``, and ``careful`` says
+                something else of it than all recipes do.
         """
         if not isinstance(name, str) or not _NAME.fullmatch(name):
             raise AdapterError(

@@ -223,7 +223,8 @@ class Rounding:
                         gains |= gains_of(module, tensor.edge)
                     left[tensor.name] = remaining(transform, folded)
             for path in [path for tensor in self._tensors if tensor.name in left for path in tensor.edge.consumers]:
-                online[path] = self._parts(path, left).online(known_kind(self._layers[path]).shape(self._layers[path])[1])
+                layer = self._layers[path]
+                online[path] = self._parts(path, left).online(known_kind(layer).shape(layer)[1])
             yield online, rows, gains
 
     def _statistics(

@@ -100,6 +100,10 @@ class RecordedAdapter(Adapter):
         self._stages = self._make_stages()
         self.verify()
 
+    @classmethod
+    def pretrained(cls, place: str = "") -> RecordedAdapter:
+        raise AdapterError("a recorded model is whatever module was recorded; load that, and record its calls")
+
     def _named(self, blocks: Iterable[str]) -> dict[str, nn.Module]:
         return require_blocks(self.module, blocks, dict(self.module.named_modules()))
 
