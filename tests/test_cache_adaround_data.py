@@ -12,8 +12,8 @@ from mlx.utils import tree_map
 
 from mlxquant.commandline import cli
 from mlxquant.errors import AdapterError, ArtifactError, CalibrationError, NumericsError
-from mlxquant.models.adapter import Stage
 from mlxquant.models.shapes.adapter import MMDiTShapes
+from mlxquant.models.stages import Stage
 from mlxquant.pipeline import block_cache, caching, samples
 from mlxquant.pipeline.block_cache import BlockCache, draw_tokens
 from mlxquant.pipeline.samples import Samples

@@ -11,8 +11,8 @@ import pytest
 
 from mlxquant.errors import AdapterError
 from mlxquant.layers.tree import parameters
-from mlxquant.models.adapter import tensors
 from mlxquant.models.catalog import register_model
+from mlxquant.models.stages import tensors
 from mlxquant.sweep.sensitivity import measure
 from mlxquant.sweep.streams import ExactStream, Passes, stage_error
 

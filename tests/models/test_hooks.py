@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from mlxquant.errors import AdapterError
-from mlxquant.models.adapter import hooked, written
+from mlxquant.models.adapter import hooked
+from mlxquant.models.stages import written
 
 from support.tiny_pictures import tiny_adapter
 

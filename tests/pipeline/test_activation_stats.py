@@ -13,8 +13,8 @@ from mlx.utils import tree_map
 
 from mlxquant.errors import AdapterError, ArtifactError, CalibrationError, NumericsError
 from mlxquant.layers.tree import Tap, tapped
-from mlxquant.models.adapter import Stage
 from mlxquant.models.shapes.adapter import MMDiTShapes
+from mlxquant.models.stages import Stage
 from mlxquant.pipeline import activation_stats, replay, samples
 from mlxquant.pipeline import ledger as ledgers
 from mlxquant.pipeline.activation_stats import ActivationStats

@@ -12,8 +12,9 @@ import pytest
 from mlxquant.errors import AdapterError
 from mlxquant.layers.attention import ShownAttention
 from mlxquant.layers.tree import find_linears, parameters, swapped, tapped
-from mlxquant.models.adapter import Adapter, tensors, written
+from mlxquant.models.adapter import Adapter
 from mlxquant.models.edges import check_edges
+from mlxquant.models.stages import tensors, written
 from mlxquant.recipes.roles import Role
 from mlxquant.sweep.folding import check_folds
 

@@ -14,9 +14,9 @@ from mlx.utils import tree_map
 
 from mlxquant.grids.time import Clock
 from mlxquant.layers.attention import SoftmaxAttention
-from mlxquant.models.adapter import Stage
 from mlxquant.models.diffusion import DiffusionAdapter
 from mlxquant.models.edges import Edge, Fold
+from mlxquant.models.stages import Stage
 from mlxquant.recipes.roles import Role
 from mlxquant.sampling.conditioning import Conditioning
 from mlxquant.sampling.prompts import Prompt

@@ -14,8 +14,8 @@ import numpy as np
 from mlxquant.errors import AdapterError
 from mlxquant.grids.time import Clock
 from mlxquant.layers.attention import SoftmaxAttention
-from mlxquant.models.adapter import Stage
 from mlxquant.models.diffusion import DiffusionAdapter
+from mlxquant.models.stages import Stage
 from mlxquant.sampling.conditioning import Conditioning
 from mlxquant.sampling.prompts import Prompt
 

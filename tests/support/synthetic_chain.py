@@ -14,8 +14,8 @@ import mlx.nn as nn
 import numpy as np
 
 from mlxquant.grids.time import Clock
-from mlxquant.models.adapter import Stage
 from mlxquant.models.diffusion import DiffusionAdapter
+from mlxquant.models.stages import Stage
 from mlxquant.sampling.conditioning import Conditioning
 from mlxquant.sampling.prompts import Prompt
 

@@ -13,7 +13,7 @@ import pytest
 
 from mlxquant.errors import NumericsError
 from mlxquant.layers.tree import get_module, swapped
-from mlxquant.models.adapter import Stage
+from mlxquant.models.stages import Stage
 from mlxquant.sweep.sensitivity import Sensitivity, measure
 from mlxquant.sweep.streams import Passes
 

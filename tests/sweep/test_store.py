@@ -12,7 +12,7 @@ from mlxquant.grids.time import Clock
 from mlxquant.grids.weights import WeightFormat, fit_extremes
 from mlxquant.layers.attention import QuantizedAttention
 from mlxquant.layers.linear import QuantizedLinear
-from mlxquant.models.adapter import Stage
+from mlxquant.models.stages import Stage
 from mlxquant.sweep.store import FolderStore, StageResult, layer_arrays
 
 STAGE = Stage("block", ("block",), lambda state: state)

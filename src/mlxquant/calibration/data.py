@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, overload
 
-from ..models.adapter import Adapter, State
+from ..models.adapter import Adapter
+from ..models.stages import State
 from ..progress import Progress, silent
 
 

@@ -11,8 +11,9 @@ import numpy as np
 
 from ..errors import CalibrationError
 from ..files.checked import array_digest
-from ..models.adapter import Adapter, State
+from ..models.adapter import Adapter
 from ..models.language import NO_TIME, LanguageAdapter, Tokens
+from ..models.stages import State
 from ..progress import Progress, silent
 from .corpus import Corpus
 from .data import OnDemand

@@ -20,8 +20,9 @@ from ..errors import ArtifactError, CalibrationError
 from ..files import checked, schema
 from ..files.checked import array_digest, read_tensors, write_tensors
 from ..files.kept_arrays import KeptArrays
-from ..models.adapter import Adapter, State
+from ..models.adapter import Adapter
 from ..models.diffusion import DiffusionAdapter, diffusion
+from ..models.stages import State
 from ..progress import Progress, silent
 from ..sampling.batches import drawn_batches
 from ..sampling.guidance import OPTIONAL, REQUIRED, Guidance, asked, guided_rows, sides

@@ -21,7 +21,8 @@ from ..calibration.trajectories import Calibration
 from ..grids.tables import ActivationTable
 from ..layers.product import QuantizedProduct
 from ..layers.tree import get_module, tapped
-from ..models.adapter import Adapter, Stage, State, tensors
+from ..models.adapter import Adapter
+from ..models.stages import Stage, State, tensors
 from ..numerics.arrays import Array
 from ..progress import Progress
 

@@ -19,7 +19,8 @@ from ..sampling.picture_size import PictureSize, picture_size, told
 from ..sampling.prompts import Prompt
 from ..sampling.sampler import SamplerStep, sample, seeded_noise
 from ..sampling.schedules import Sigmas, flow_sigmas
-from .adapter import Adapter, State
+from .adapter import Adapter
+from .stages import State
 
 
 class DiffusionAdapter(Adapter):

@@ -32,7 +32,8 @@ from ..errors import AdapterError, CalibrationError
 from ..grids.time import Clock
 from ..layers.kinds import find_exact_layers
 from ..layers.tree import StandIn, get_module, parameters, swapped, tapped
-from .adapter import Adapter, Stage, State
+from .adapter import Adapter
+from .stages import Stage, State
 
 NO_TIME = 0.0  # the noise level of a model that has none
 JUDGED = 2**22  # logits of a window that the last stage writes; of larger vocabularies it judges every n-th token

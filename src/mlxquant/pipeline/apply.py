@@ -12,8 +12,9 @@ from ..errors import ArtifactError, CalibrationError, RecipeError
 from ..files.checked import file_digest
 from ..grids.time import Clock
 from ..layers.tree import set_module
-from ..models.adapter import Adapter, Stage
+from ..models.adapter import Adapter
 from ..models.edges import whole
+from ..models.stages import Stage
 from ..recipes.recipe import LayerSpec
 from ..sweep.folding import divide
 from ..sweep.layer import Preset

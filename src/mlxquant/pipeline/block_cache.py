@@ -19,8 +19,8 @@ import numpy as np
 from ..errors import ArtifactError
 from ..files import schema
 from ..files.checked import understood
-from ..models.adapter import Stage, State
 from ..models.diffusion import DiffusionAdapter
+from ..models.stages import Stage, State
 from ..numerics.arrays import Array
 from ..sampling.guidance import OPTIONAL, REQUIRED, Guidance, sides
 from ..sampling.prompts import LARGEST_SEED

@@ -17,8 +17,9 @@ import numpy as np
 from ..calibration.trajectories import Calibration
 from ..errors import AdapterError, ArtifactError, NumericsError
 from ..files import checked
-from ..models.adapter import State, hooked, written
+from ..models.adapter import hooked
 from ..models.diffusion import DiffusionAdapter
+from ..models.stages import State, written
 from ..numerics.arrays import Array
 from ..progress import Progress, silent
 from ..sampling.guidance import guided_rows

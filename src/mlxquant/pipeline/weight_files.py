@@ -26,7 +26,7 @@ from ..grids.time import Clock
 from ..grids.weights import FORMAT, Grid, WeightFormat
 from ..layers.linear import QuantizedLinear
 from ..layers.product import QuantizedProduct
-from ..models.adapter import Stage
+from ..models.stages import Stage
 from ..numerics.arrays import Array
 from ..sweep.store import StageCheckpoint, StageResult
 from .ledger import Ledger

@@ -30,8 +30,9 @@ from ..layers.sizes import planned_layer_bytes
 from ..layers.tree import tapped
 from ..methods import registry
 from ..methods.inputs.tiers import TIERS
-from ..models.adapter import Adapter, Stage, State
+from ..models.adapter import Adapter
 from ..models.edges import written_by
+from ..models.stages import Stage, State
 from ..numerics import knapsack
 from ..numerics.arrays import Array
 from ..numerics.input_ranges import RANGE_BATCH

@@ -16,7 +16,7 @@ from ..errors import NumericsError, RecipeError
 from ..layers.attention import QuantizedAttention, ShownAttention, find_quantized_attentions
 from ..layers.tree import swapped
 from ..methods import registry
-from ..models.adapter import Stage, State
+from ..models.stages import Stage, State
 from ..numerics.arrays import Array
 from ..numerics.input_ranges import InputRanges, RunningRanges
 from .streams import Passes

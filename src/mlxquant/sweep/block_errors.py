@@ -17,7 +17,7 @@ import numpy as np
 
 from ..errors import NumericsError
 from ..layers.tree import get_module, swapped
-from ..models.adapter import Stage, State, written
+from ..models.stages import Stage, State, written
 from ..numerics.arrays import Array
 from .streams import Passes, channel_errors, energy
 

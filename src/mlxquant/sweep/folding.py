@@ -18,8 +18,9 @@ import numpy as np
 
 from ..errors import AdapterError, NumericsError
 from ..layers.tree import get_module
-from ..models.adapter import Adapter, State
+from ..models.adapter import Adapter
 from ..models.edges import Edge, Fold, check_edges
+from ..models.stages import State
 from ..numerics.arrays import Array
 from ..numerics.hadamard import block_size
 from ..numerics.transform import Transform

@@ -24,7 +24,7 @@ from ..layers.product import QuantizedProduct
 from ..layers.tree import StandIn, swapped
 from ..methods import registry
 from ..methods.weights.adaround import Checkpoint, Choice, Settings, choose
-from ..models.adapter import Stage, State
+from ..models.stages import Stage, State
 from ..numerics.arrays import Array
 from ..progress import Progress, silent
 from .layer import Rounded

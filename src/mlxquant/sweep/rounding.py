@@ -35,8 +35,8 @@ from ..layers.kinds import known_kind
 from ..layers.product import QuantizedProduct
 from ..layers.tree import swapped, tapped
 from ..methods import registry
-from ..models.adapter import Stage, State
 from ..models.edges import Edge, Fold, written_by
+from ..models.stages import Stage, State
 from ..numerics.input_ranges import InputRanges
 from ..numerics.transform import Parts, Transform
 from ..recipes.recipe import ActivationSpec, LayerSpec

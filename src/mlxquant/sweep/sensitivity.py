@@ -31,7 +31,8 @@ from ..errors import NumericsError
 from ..files.kept_arrays import Measurements
 from ..layers.kinds import known_kind
 from ..layers.tree import StandIn, get_module, swapped
-from ..models.adapter import Adapter, Stage, State, tensors, written
+from ..models.adapter import Adapter
+from ..models.stages import Stage, State, tensors, written
 from ..numerics.arrays import Array
 from .block_errors import block_errors
 from .streams import Passes

@@ -23,7 +23,7 @@ from ..layers.kinds import layer_facts, rebuilt, structure
 from ..layers.own import QuantizedModule
 from ..layers.product import QuantizedProduct
 from ..layers.tree import parameters
-from ..models.adapter import Stage, State
+from ..models.stages import Stage, State
 from .folding import Gains
 
 Layers = dict[str, QuantizedProduct]

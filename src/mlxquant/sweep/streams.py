@@ -13,7 +13,8 @@ from typing import Protocol
 import mlx.core as mx
 import numpy as np
 
-from ..models.adapter import Adapter, Stage, State, tensors
+from ..models.adapter import Adapter
+from ..models.stages import Stage, State, tensors
 from ..numerics.arrays import Array
 from ..progress import Progress, silent
 

@@ -35,7 +35,8 @@ from ..calibration.data import CalibrationData, OnDemand
 from ..errors import NumericsError, RecipeError
 from ..files.kept_arrays import Measurements
 from ..layers.tree import set_module, swapped
-from ..models.adapter import Adapter, Stage, State
+from ..models.adapter import Adapter
+from ..models.stages import Stage, State
 from ..progress import Progress, silent
 from ..recipes.recipe import LayerSpec, Recipe
 from .attention import quantize_probabilities

@@ -11,8 +11,9 @@ from typing import Any
 
 import mlx.nn as nn
 
-from ..models.adapter import Adapter, State
+from ..models.adapter import Adapter
 from ..models.edges import Edge, Fold
+from ..models.stages import State
 from ..numerics.transform import Place, Transform
 from ..recipes.recipe import LayerSpec, Recipe
 from .folding import Gains, foldable, remaining

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ..adapter import Stage, State
 from ..edges import Edge, Fold
+from ..stages import Stage, State
 from .network import MMDiT, MMDiTConfig
 
 PATCHES = {  # no recipe takes what makes tokens of a latent

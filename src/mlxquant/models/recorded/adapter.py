@@ -28,7 +28,8 @@ import numpy as np
 from ...errors import AdapterError, CalibrationError
 from ...grids.time import Clock
 from ...layers.tree import get_module, swapped
-from ..adapter import Adapter, Stage, State
+from ..adapter import Adapter
+from ..stages import Stage, State
 from .blocks import find_blocks, require_blocks
 from .chain import Chain
 from .naming import BrokenChainError, Skeleton

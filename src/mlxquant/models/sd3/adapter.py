@@ -22,11 +22,11 @@ from ...grids.time import Clock
 from ...sampling.conditioning import Conditioning
 from ...sampling.picture_size import LARGEST, PictureSize, picture_size, plain
 from ...sampling.prompts import Prompt, parse_prompts
-from ..adapter import Stage, State
 from ..diffusion import DiffusionAdapter
 from ..edges import Edge
 from ..mmdit.chain import PATCHES, mmdit_edges, mmdit_role
 from ..mmdit.network import CONFIG, MMDiTConfig
+from ..stages import Stage, State
 from .checkpoint import fill, mmdit_weights, vae_decoder
 from .diffusionkit import build_mmdit, host, modulations
 from .files import CHECKPOINT, PIXELS, Files

@@ -21,11 +21,11 @@ from ...numerics.arrays import Array
 from ...sampling.conditioning import Conditioning
 from ...sampling.picture_size import PictureSize
 from ...sampling.prompts import Prompt
-from ..adapter import Stage
 from ..diffusion import DiffusionAdapter
 from ..edges import Edge
 from ..mmdit.chain import PATCHES, mmdit_edges, mmdit_role, mmdit_stages
 from ..mmdit.network import CONFIG, MMDiT, MMDiTConfig
+from ..stages import Stage
 from . import scenes
 from .captions import CaptionEncoder, tokenize
 
