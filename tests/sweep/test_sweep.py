@@ -179,7 +179,7 @@ def test_bits_are_those_that_the_measured_costs_allow(tiny):
     sigmas, states = calib.batches(tiny.adapter)
     plan = recipe.plan(tiny.adapter.roles())
     costs = measured(Passes(tiny.adapter, sigmas), tiny.adapter.stages, states, plan).of_outputs(FC2, table.sigma)
-    collector = Collector()
+    collector = Collector({FC2: tiny.adapter.layers()[FC2]})
     with tapped(tiny.adapter.module, [FC2], collector):
         for sigma, state in zip(sigmas, states, strict=True):
             collector.sigma = sigma

@@ -47,7 +47,7 @@ from ..layers.tree import parameters
 from ..numerics.arrays import Array
 from ..recipes.roles import EMBEDDING, Role
 from .edges import Edge
-from .stages import Observe, Stage, StageHook, State
+from .stages import Observe, Stage, StageHook, State, is_at
 
 _digest = ArrayMemory(array_digest)
 
