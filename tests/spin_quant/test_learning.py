@@ -8,11 +8,11 @@ import pytest
 from mlxquant.errors import AdapterError, CalibrationError, NumericsError, RecipeError
 from mlxquant.grids.weights import WeightFormat, fit_extremes
 from mlxquant.layers.linear import QuantizedLinear, find_quantized
-from mlxquant.layers.rotated import HeldHeads
 from mlxquant.layers.tree import get_module, parameters
 from mlxquant.models.gpt.network import GPTConfig
 from mlxquant.numerics import cayley
 from mlxquant.spin_quant import SpinQuant
+from mlxquant.spin_quant.held_heads import HeldHeads
 from mlxquant.spin_quant.network import rounded_weight
 
 from support.language_models import own_text, tiny_gpt, tiny_mlx_lm, tokens

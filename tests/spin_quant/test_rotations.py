@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 from mlxquant.errors import AdapterError
-from mlxquant.layers.rotated import TurnedNorm, key_rotation
 from mlxquant.layers.tree import get_module, parameters, swapped, tapped
 from mlxquant.models.gpt.adapter import GPTAdapter
 from mlxquant.models.gpt.tokenizers import CharTokenizer
+from mlxquant.models.turned_norm import TurnedNorm
 from mlxquant.numerics import cayley
+from mlxquant.spin_quant.held_heads import key_rotation
 from mlxquant.spin_quant.residual_stream import residual_stream, untie
 from mlxquant.spin_quant.rotations import folded, hold_heads, rotate, start
 

@@ -18,13 +18,14 @@ from ..files.parameters import load_parameters
 from ..files.pickles import refuse_pickle
 from ..layers.kinds import rebuilt, structure
 from ..layers.linear import find_quantized
-from ..layers.rotated import HeldHeads, TurnedNorm
 from ..layers.tree import get_module, parameters, set_module
 from ..models.gpt.network import CONFIG, GPT, GPTConfig
 from ..models.gpt.tokenizers import FACTS, ByteTokenizer, CharTokenizer, tokenizer_from_facts
+from ..models.turned_norm import TurnedNorm
 from ..qat.convert import put_points, quantizing_points
 from ..qat.folders import QUANTIZATION
 from ..qat.options import QuantizationOptions
+from .held_heads import HeldHeads
 
 FILE, KIND = "spinquant.safetensors", "spinquant-gpt"
 FINAL = "model.ln_f"

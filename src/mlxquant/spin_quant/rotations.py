@@ -16,9 +16,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ..layers.rotated import HeldHeads, TurnedNorm
 from ..layers.tree import get_module, set_module
+from ..models.turned_norm import TurnedNorm
 from ..numerics import cayley
+from .held_heads import HeldHeads
 from .plain_layers import plain
 from .residual_stream import ResidualStream, Values, residual_stream, untie
 

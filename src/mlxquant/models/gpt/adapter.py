@@ -11,9 +11,9 @@ from typing import Any
 import mlx.core as mx
 
 from ...files import schema
-from ...layers.rotated import TurnedNorm
 from ...layers.tree import set_module
 from ..language import LanguageAdapter
+from ..turned_norm import TurnedNorm
 from .files import load_gpt
 from .network import CONFIG, GPT, GPTConfig
 from .tokenizers import FACTS, ByteTokenizer, CharTokenizer, tokenizer_from_facts

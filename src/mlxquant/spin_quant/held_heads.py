@@ -1,6 +1,4 @@
-"""What a rotated model has in other modules' places: keys held in few bits, head by head, and the last norm where one
-matrix is its first and its last layer.
-"""
+"""Attention whose keys are held in few bits, rotated head by head."""
 
 from __future__ import annotations
 
@@ -14,8 +12,8 @@ import numpy as np
 from ..files import schema
 from ..files.schema import Schema
 from ..grids.reading import TokenReader, represented
+from ..layers.own import OwnModule
 from ..numerics import cayley
-from .own import OwnModule
 
 FIXED = 0  # the seed of rotations that are part of a format and not of a run
 
@@ -55,22 +53,3 @@ class HeldHeads(OwnModule):
 def key_rotation(size: int) -> mx.array:
     """R3, the same for all heads of this size: float32 [size,size]."""
     return mx.array(cayley.start("hadamard", size, False, np.random.default_rng(FIXED)), mx.float32)
-
-
-class TurnedNorm(OwnModule):
-    """The last norm of a model whose output is its token embedding: it turns the stream back, norms it, and turns it
-    again.
-
-    One matrix serves as the first and the last layer, and what stands between the norm's gain and the vocabulary can
-    only be a rotation if all gains are equal. So this norm keeps its gain, and ``rotation`` [D,D] costs as much as one
-    attention projection.
-    """
-
-    def __init__(self, norm: nn.Module, rotation: mx.array):
-        super().__init__()
-        self.norm, self.rotation = norm, rotation
-        self.freeze(recurse=False)
-
-    def __call__(self, x: mx.array) -> mx.array:
-        y = self.norm((x.astype(mx.float32) @ self.rotation.T).astype(x.dtype))
-        return (y.astype(mx.float32) @ self.rotation).astype(x.dtype)
