@@ -16,13 +16,16 @@ from support.tiny_pictures import tiny_adapter
 
 NEEDED = {  # by marker: whether it is here, and what is said where it is not
     "mlxlm": (find_spec("mlx_lm") is not None, "mlx-lm is not installed"),
+    "mflux": (find_spec("mflux") is not None, "mflux is not installed: pip install --no-deps mflux==0.24.0"),
     "metal": (mx.metal.is_available(), "Metal is not available"),
     "browser": (CHROMIUM is not None, "Chromium is not installed"),
 }
 
 
 def pytest_runtest_setup(item):
-    """Without what a test needs it is skipped, and where MLXQUANT_REQUIRE_MLXLM, _METAL or _BROWSER is set it fails."""
+    """Without what a test needs it is skipped; where MLXQUANT_REQUIRE_MLXLM, _MFLUX, _METAL or _BROWSER is set, it
+    fails.
+    """
     for marker, (here, why) in NEEDED.items():
         if item.get_closest_marker(marker) and not here:
             refuse = pytest.fail if os.environ.get(f"MLXQUANT_REQUIRE_{marker.upper()}") else pytest.skip
