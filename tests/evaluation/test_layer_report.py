@@ -52,9 +52,7 @@ def test_errors_and_ranges_are_what_the_models_do(models, report):
     state, inputs = states[index], {}
     for name, one in (("exact", model), ("own", quantized)):
         with tapped(one.adapter.module, [row["path"]], lambda path, x, name=name: inputs.__setitem__(name, x)):
-            inputs[f"{name} out"] = one.adapter.velocity(
-                state["latent"], state["tokens"], state["pooled"], sigmas[index]
-            )
+            inputs[f"{name} out"] = one.adapter.run(state, sigmas[index])["velocity"]
             mx.eval(inputs)
     place = report["sigma"].index(float(np.float32(sigmas[index])))
     velocity = [np.array(inputs[f"{name} out"], np.float64) for name in ("exact", "own")]

@@ -14,8 +14,10 @@ import pytest
 
 from mlxquant.calibration.trajectories import Calibration
 from mlxquant.errors import AdapterError
+from mlxquant.evaluation.layer_report import layer_report
 from mlxquant.layers.attention import QuantizedAttention
 from mlxquant.pipeline.samples import open_folder
+from mlxquant.progress import silent
 from mlxquant.recipes.grammar import parse_recipe
 from mlxquant.sampling.guidance import Guidance, guided
 
@@ -246,3 +248,13 @@ def test_the_explicit_pipeline_needs_rows_that_can_be_joined(tmp_path):
     with pytest.raises(AdapterError, match=r"cannot share a forward pass.*mlxquant quantize"):
         open_folder(host, host.prompts("calibration", 1), 2, 2.0, 0, tmp_path / "calib")
     assert not (tmp_path / "calib").exists()
+
+
+def test_layers_are_reported_once_a_noise_level(host):
+    model, calib = mq.Model(host), mq.calibrate(mq.Model(host), 2, steps=3)
+    quantized = mq.quantize(model, calib, "rtn-w4a8")
+    report = layer_report(model, quantized, calib, silent)
+    assert report["sigma"] == sorted({float(np.float32(sigma)) for sigma in calib.sigmas})
+    assert {len(errors) for errors in report["stages"]["error"]} == {3}
+    for row in report["layers"]:
+        assert len(row["error"]) == len(row["range"]["low"]) == 3

@@ -45,6 +45,12 @@ class Seen:
         for name, value in values.items():
             getattr(self, name).append(float(np.array(value)))
 
+    def together(self, passes: int) -> None:
+        """Take the last ``passes`` for one: they were at the same noise level."""
+        for values, of in ((self.error, np.mean), (self.low, np.min), (self.high, np.max), (self.clipped, np.mean)):
+            if values:
+                values[-passes:] = [float(of(values[-passes:]))]
+
 
 def layer_report(
     reference: Model, quantized: QuantizedModel, latents: Calibration, progress: Progress
@@ -52,23 +58,33 @@ def layer_report(
     """The facts of ``layers/<model>.json`` on ``latents``, a few pictures of the reference's: what it holds, its keys
     say.
 
-    Noise levels ascend; errors are |y - y_ref| / |y_ref|, over tokens and pictures, guided and not.
+    Noise levels ascend; errors are |y - y_ref| / |y_ref|, over tokens and pictures, guided and not; where rows cannot
+    share a forward pass, averaged over the passes at a level.
     """
     stages = list(zip(reference.adapter.stages, quantized.adapter.stages, strict=True))
     found = quantized.layers
     layers = {path: found[path] for stage, _ in stages for path in sorted(found) if stage.owns(path)}
     sigmas, states = latents.batches(reference.adapter, len(latents.prompts))
-    order = np.unique(np.linspace(0, len(sigmas) - 1, min(LEVELS, len(sigmas))).astype(int))[::-1]
+    levels = list(dict.fromkeys(sigmas))
+    order = [
+        levels[at] for at in np.unique(np.linspace(0, len(levels) - 1, min(LEVELS, len(levels))).astype(int))[::-1]
+    ]
     seen, errors = {path: Seen() for path in layers}, {stage.name: list[float]() for stage, _ in stages}
-    for index in progress(list(order), "layers"):
-        exact = own = states[int(index)]
-        for stage, twin in stages:
-            exact, own = _run_pair(
-                reference.adapter, quantized, (stage, twin), sigmas[index], exact, own, seen, errors[stage.name]
-            )
+    for sigma in progress(order, "layers"):
+        passes = [index for index, at in enumerate(sigmas) if at == sigma]
+        for index in passes:
+            exact = own = states[index]
+            for stage, twin in stages:
+                exact, own = _run_pair(
+                    reference.adapter, quantized, (stage, twin), sigma, exact, own, seen, errors[stage.name]
+                )
+        for one in seen.values():
+            one.together(len(passes))
+        for of_stage in errors.values():
+            of_stage[-len(passes) :] = [float(np.mean(of_stage[-len(passes) :]))]
     same = comparable(reference.adapter, quantized)
     return {
-        "sigma": [float(np.float32(sigmas[index])) for index in order],
+        "sigma": [float(np.float32(sigma)) for sigma in order],
         "stages": {"name": list(errors), "error": list(errors.values())},
         "layers": [
             _facts(
