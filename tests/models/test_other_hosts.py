@@ -4,6 +4,7 @@ cannot be joined, pictures that are no squares; from calibration to a picture.
 
 from dataclasses import replace
 from itertools import pairwise
+from typing import ClassVar
 
 import mlxquant as mq  # before mlx
 
@@ -13,14 +14,16 @@ import numpy as np
 import pytest
 
 from mlxquant.calibration.trajectories import Calibration
-from mlxquant.errors import AdapterError
+from mlxquant.errors import AdapterError, ArtifactError, CalibrationError
 from mlxquant.evaluation.layer_report import layer_report
+from mlxquant.files.checked import read_tensors, write_tensors
 from mlxquant.layers.attention import QuantizedAttention
 from mlxquant.pipeline.samples import open_folder
 from mlxquant.progress import silent
 from mlxquant.recipes.grammar import parse_recipe
 from mlxquant.sampling.guidance import Guidance, guided
 
+from support.adapter_contract import AdapterContract
 from support.other_host import LONGEST, Host
 
 HOSTS = {
@@ -31,6 +34,30 @@ HOSTS = {
     "unguided": {"guidance": "none", "packed": True},
     "alone-embedded": {"alone": True, "guidance": "embedded"},
 }
+
+
+class OtherHost(AdapterContract):
+    """What every adapter must keep; where rows are alone no batch is run."""
+
+    OPTIONS: ClassVar[dict] = {}
+
+    @classmethod
+    def make_adapter(cls):
+        return Host(**cls.OPTIONS)
+
+    def whole(self, adapter, latent, conditioning, t):
+        state = {"latent": adapter.pack(latent), **conditioning, "t": t}
+        for stage in adapter.stages:
+            state = stage.run(state)
+        return adapter.unpack(state["velocity"], adapter.latent_shape)
+
+
+class TestMasked(OtherHost):
+    pass
+
+
+class TestPackedAndEmbedded(OtherHost):
+    OPTIONS: ClassVar[dict] = {"packed": True, "guidance": "embedded"}
 
 
 @pytest.fixture(params=HOSTS, scope="module")
@@ -86,6 +113,13 @@ def test_rows_that_cannot_be_joined_never_are():
         mq.quantize(model, calib, recipe)
     assert {rows for rows, _ in host.passes} == {1}
     assert len({tokens for _, tokens in host.passes}) > 1
+
+
+def test_rows_that_are_alone_are_differentiated_alone():
+    host = Host(alone=True)
+    host.rows = 2
+    with pytest.raises(AdapterError, match="found rows = 2; set it to 1"):
+        host.guiding()
 
 
 def test_padding_does_not_matter():
@@ -215,6 +249,26 @@ def test_a_conditioning_may_not_take_the_names_of_the_state():
     latent, text = mx.zeros((1, *host.latent_shape)), host.encode(["a"])
     with pytest.raises(AdapterError, match=r"cannot have arrays named \['t'\]"):
         host.state(latent, text.beside(t=mx.zeros(1)), 0.5)
+
+
+def test_trajectories_of_another_kind_of_guidance_are_refused():
+    """The weights may be the same; what the model reads is not."""
+    calib = mq.calibrate(mq.Model(Host()), 1, steps=1)
+    for options, told in (({"guidance": "embedded"}, "has embedded"), ({"alone": True}, "has classifier-free, alone")):
+        with pytest.raises(CalibrationError, match=f"of a model with guidance classifier-free; other-host {told}"):
+            calib.batches(Host(**options))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"guidance": "half"}, {"guidance": 3}, {"negative": 3}, {"alone": 1}, {"cfg": -1}, {"cfg": 1, "negative": "fog"}],
+)
+def test_guidance_that_cannot_be_is_an_error_about_the_file(change, tmp_path):
+    mq.calibrate(mq.Model(Host()), 1, steps=1).save(tmp_path / "calib")
+    arrays, header = read_tensors(tmp_path / "calib", "calibration")
+    write_tensors(tmp_path / "calib", "calibration", arrays, {**header, **change})
+    with pytest.raises(ArtifactError, match="calib"):
+        Calibration.load(tmp_path / "calib")
 
 
 def test_noise_levels_are_walked_downwards_with_any_guidance(host):

@@ -25,7 +25,7 @@ from ..models.diffusion import DiffusionAdapter, diffusion
 from ..models.stages import State
 from ..progress import Progress, silent
 from ..sampling.batches import drawn_batches
-from ..sampling.guidance import OPTIONAL, REQUIRED, Guidance, asked, guided_rows, sides
+from ..sampling.guidance import FACTS, Guidance, asked, guided_rows, sides
 from ..sampling.prompts import LARGEST_SEED, Prompt
 from .data import OnDemand
 
@@ -42,16 +42,18 @@ def _prompt(value: Any, where: str) -> None:
     schema.text(value[1], f"{where}[1]")
 
 
-HEADER = schema.entries(
-    {
-        "model": schema.text,
-        "source": schema.text,
-        "prompts": schema.array_of(_prompt),
-        "steps": schema.whole(1),
-        "sigmas": schema.array_of(schema.number(0), 1),
-        **REQUIRED,
-    },
-    {"samples": schema.maybe(schema.whole(1)), **OPTIONAL},
+HEADER = schema.every(
+    schema.entries(
+        {
+            "model": schema.text,
+            "source": schema.text,
+            "prompts": schema.array_of(_prompt),
+            "steps": schema.whole(1),
+            "sigmas": schema.array_of(schema.number(0), 1),
+        },
+        {"samples": schema.maybe(schema.whole(1))},
+    ),
+    FACTS,
 )
 
 
@@ -157,6 +159,11 @@ class Calibration(Origin):
 
     def _states(self, adapter: DiffusionAdapter, size: int, side_by_side: bool) -> tuple[list[float], OnDemand]:
         guidance = self.guidance
+        if (guidance.kind, guidance.alone) != (adapter.guidance, adapter.alone):
+            raise CalibrationError(
+                f"these trajectories are of a model with guidance {guidance.kind}{', alone' * guidance.alone};"
+                f" {adapter.name} has {adapter.guidance}{', alone' * adapter.alone}: calibrate anew"
+            )
         parts = list[tuple[int, list[int], int]]()  # step, pictures, and which of the passes that guidance asks for
         for step, pictures in enumerate(self.pictures):
             for start in range(0, len(pictures), size):

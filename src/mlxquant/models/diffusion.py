@@ -33,8 +33,8 @@ class DiffusionAdapter(Adapter):
         cfg: The weight of guidance where nobody says.
         guidance: What kind of guidance it takes: "classifier-free", "embedded" (its conditioning then has a row
             ``guidance`` [B]) or "none"; see ``sampling.guidance``.
-        alone: Whether rows cannot share a forward pass. Then each runs by itself, and no state has two; ``batch`` and
-            ``rows`` have to be 1.
+        alone: Whether rows cannot share a forward pass. Then each runs by itself, and no state has two; ``rows`` has
+            to be 1.
         latent_shape: H, W, C, as the sampler has them.
     """
 
@@ -86,24 +86,18 @@ class DiffusionAdapter(Adapter):
             The conditioning of the prompts and that of the other side, B rows each; where guidance asks for one side
             only, twice that.
         """
-        asked, count = sides(guidance), len(prompts)
-        other: Conditioning | None = None
-        texts = dict.fromkeys(prompts if True in asked else ())
+        asked, found = sides(guidance), list[Conditioning]()
+        wanted = [list(prompts)] if True in asked else []
         if False in asked:
-            if type(self).unconditional is DiffusionAdapter.unconditional:  # it is a text as others are
-                texts[guidance.negative or ""] = None
+            if type(self).unconditional is DiffusionAdapter.unconditional:  # a text like others
+                wanted.append([guidance.negative or ""] * len(prompts))
             else:
-                other = self.unconditional(count, guidance.negative)
-        places = {text: place for place, text in enumerate(texts)}
-        if places:
-            read = self.encode(list(places))
-            if False in asked and other is None:
-                other = read.take(mx.full((count,), places[guidance.negative or ""], mx.int32))
-            if True in asked:
-                text = read.take(mx.array([places[prompt] for prompt in prompts]))
-                return text, text if other is None else other
-        assert other is not None
-        return other, other
+                found.append(self.unconditional(len(prompts), guidance.negative))
+        texts = list(dict.fromkeys(text for side in wanted for text in side))
+        if texts:
+            read = self.encode(texts)
+            found[:0] = [read.take(mx.array([texts.index(text) for text in side])) for side in wanted]
+        return found[0], found[-1]
 
     def guiding(self, cfg: float | None = None, negative: str | None = None) -> Guidance:
         """How this model is guided.
@@ -113,8 +107,13 @@ class DiffusionAdapter(Adapter):
             negative: The negative prompt; None or blank for none.
 
         Raises:
-            AdapterError: The model cannot be guided so.
+            AdapterError: The model cannot be guided so, or its rows cannot be joined and ``rows`` is not 1.
         """
+        if self.alone and self.rows != 1:
+            raise AdapterError(
+                f"{self.name}: rows that cannot share a forward pass are differentiated one by one, too, found rows ="
+                f" {self.rows}; set it to 1"
+            )
         told = negative if negative is not None and negative.strip() else None
         return Guidance(self.cfg if cfg is None else cfg, told, self.guidance, self.alone)
 

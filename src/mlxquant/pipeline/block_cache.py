@@ -22,7 +22,7 @@ from ..files.checked import understood
 from ..models.diffusion import DiffusionAdapter
 from ..models.stages import Stage, State
 from ..numerics.arrays import Array
-from ..sampling.guidance import OPTIONAL, REQUIRED, Guidance, sides
+from ..sampling.guidance import FACTS, Guidance, sides
 from ..sampling.prompts import LARGEST_SEED
 from ..sweep.streams import ExactStream, Passes
 from .ledger import Ledger
@@ -32,20 +32,21 @@ KIND = "adaround-cache"
 METADATA = "metadata.json"
 COMMAND = "mlxquant cache-adaround-data"
 
-STRUCTURE = schema.entries(
-    {
-        "model": schema.text,
-        "source": schema.text,
-        "parents": schema.entries({MANIFEST: schema.text}),
-        "blocks": schema.array_of(schema.text, 1),
-        "sigmas": schema.array_of(schema.number(0), 1),
-        "tokens": schema.table_of(schema.array_of(schema.whole(1, schema.WIDTH), 2, 2), 1),
-        "num_images": schema.whole(1),
-        "stride": schema.whole(1),
-        "seed": schema.whole(0, LARGEST_SEED),
-        **REQUIRED,
-    },
-    OPTIONAL,
+STRUCTURE = schema.every(
+    schema.entries(
+        {
+            "model": schema.text,
+            "source": schema.text,
+            "parents": schema.entries({MANIFEST: schema.text}),
+            "blocks": schema.array_of(schema.text, 1),
+            "sigmas": schema.array_of(schema.number(0), 1),
+            "tokens": schema.table_of(schema.array_of(schema.whole(1, schema.WIDTH), 2, 2), 1),
+            "num_images": schema.whole(1),
+            "stride": schema.whole(1),
+            "seed": schema.whole(0, LARGEST_SEED),
+        }
+    ),
+    FACTS,
 )
 TOKENS = "tokens/"  # before a stream's name: which of its tokens are kept
 

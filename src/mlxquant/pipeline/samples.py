@@ -25,7 +25,7 @@ from ..numerics.arrays import Array
 from ..progress import Progress, silent
 from ..report.comparison import save_png, to_pil
 from ..sampling.batches import DrawnBatch, drawn_batches
-from ..sampling.guidance import OPTIONAL, REQUIRED, Guidance
+from ..sampling.guidance import FACTS, Guidance
 from ..sampling.prompts import LARGEST_SEED, Prompt
 from .ledger import Ledger
 
@@ -33,17 +33,18 @@ KIND = "calibration-samples"
 MANIFEST = "manifest.json"
 COMMAND = "mlxquant generate-calibration-data"
 SEED = schema.whole(0, LARGEST_SEED)
-STRUCTURE = schema.entries(
-    {
-        "model": schema.text,
-        "source": schema.text,
-        "prompts": schema.array_of(schema.text, 1),
-        "seeds": schema.array_of(SEED, 1),
-        "num_steps": schema.whole(1),
-        "sigmas": schema.array_of(schema.number(0), 1),
-        **REQUIRED,
-    },
-    OPTIONAL,
+STRUCTURE = schema.every(
+    schema.entries(
+        {
+            "model": schema.text,
+            "source": schema.text,
+            "prompts": schema.array_of(schema.text, 1),
+            "seeds": schema.array_of(SEED, 1),
+            "num_steps": schema.whole(1),
+            "sigmas": schema.array_of(schema.number(0), 1),
+        }
+    ),
+    FACTS,
 )
 
 

@@ -26,12 +26,6 @@ Predict = Callable[[mx.array, Conditioning, float], mx.array]
 
 KINDS = NONE, CLASSIFIER_FREE, EMBEDDED = ("none", "classifier-free", "embedded")
 WEIGHT = "guidance"  # the row [B] float32 of a conditioning that has an embedded weight
-REQUIRED: Mapping[str, schema.Schema] = {"cfg": schema.number(0)}  # of the facts of a file with ``Guidance.facts``
-OPTIONAL: Mapping[str, schema.Schema] = {
-    "negative": schema.text,
-    "guidance": schema.one_of(*KINDS),
-    "alone": schema.flag,
-}
 
 
 @dataclass(frozen=True)
@@ -81,6 +75,22 @@ class Guidance:
         """What ``facts`` were of; they may have other entries."""
         kind, alone = facts.get("guidance", CLASSIFIER_FREE), facts.get("alone", False)
         return cls(facts["cfg"], facts.get("negative"), kind, alone)
+
+
+def _can_be(value: Any, where: str) -> None:
+    try:
+        Guidance.of(value)
+    except AdapterError as error:
+        raise schema.MismatchError(f"{where}: {error}") from error
+
+
+FACTS = schema.every(  # of what a file says about guidance, among other things
+    schema.entries(
+        {"cfg": schema.number(0)},
+        {"negative": schema.text, "guidance": schema.one_of(*KINDS), "alone": schema.flag},
+    ),
+    _can_be,
+)
 
 
 def sides(guidance: Guidance) -> tuple[bool, ...]:
