@@ -17,13 +17,17 @@ from support.tiny_pictures import tiny_adapter
 NEEDED = {  # by marker: whether it is here, and what is said where it is not
     "mlxlm": (find_spec("mlx_lm") is not None, "mlx-lm is not installed"),
     "mflux": (find_spec("mflux") is not None, "mflux is not installed: pip install --no-deps mflux==0.24.0"),
+    "onnx": (
+        all(map(find_spec, ("onnx", "onnxruntime", "terrain_diffusion"))),
+        "adaptive-terrain-diffusion or onnx is not installed",
+    ),
     "metal": (mx.metal.is_available(), "Metal is not available"),
     "browser": (CHROMIUM is not None, "Chromium is not installed"),
 }
 
 
 def pytest_runtest_setup(item):
-    """Without what a test needs it is skipped; where MLXQUANT_REQUIRE_MLXLM, _MFLUX, _METAL or _BROWSER is set, it
+    """Without what a test needs it is skipped, and where MLXQUANT_REQUIRE_MLXLM is set, or one of another marker, it
     fails.
     """
     for marker, (here, why) in NEEDED.items():
