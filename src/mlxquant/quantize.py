@@ -33,6 +33,7 @@ from .recipes.grammar import parse_recipe
 from .recipes.recipe import Recipe
 from .sampling.picture_size import PictureSize
 from .sampling.prompts import read_prompts
+from .sweep.share import planned_share
 
 calibration_options = together(
     prompts_options("Calibration prompts", 16),
@@ -83,6 +84,12 @@ calibration_options = together(
     type=click.FloatRange(4, 8),
     help="The same for inputs, by the arithmetic they take part in.",
 )
+@option(
+    "--require-share",
+    type=click.FloatRange(0, 1),
+    metavar="SHARE",
+    help="Refuse a recipe that quantizes less than this share of the parameters, such as 0.95.",
+)
 @iters_option
 @option("--adaround-output", type=PATH, help="Take the blocks' weights from this folder of adaround-optimize.")
 @option("--quant-config", type=PATH, help="And their activation scales from this file of analyze-activations.")
@@ -96,6 +103,7 @@ def command(
     blocks: int | None,
     bits_per_weight: float | None,
     bits_per_activation: float | None,
+    require_share: float | None,
     iters: int | None,
     adaround_output: Path | None,
     quant_config: Path | None,
@@ -118,6 +126,10 @@ def command(
     if blocks is not None:
         recipe = of_first_blocks(model, recipe, blocks)
     layers = plan(model, recipe)
+    share = planned_share(model.adapter, layers)
+    say(f"{recipe.name}: {share}")
+    if require_share is not None:
+        share.require(require_share, recipe.name)
     if tracks is not None:
         tracks.store(model.clone(), layers)  # refused now, if at all, and not after the calibration
         if quant_config is None:
@@ -129,6 +141,8 @@ def command(
     stored = done.model.size
     stages = done.model.facts["stages"]
     say(f"{out}: {stored.model_bytes / 1e6:.2f} MB, {stored.bits_per_weight:.2f} bits per weight, {done.seconds:.0f} s")
+    for what, paths in done.model.facts.get("left_undone", {}).items():
+        say(f"  {what} is for Linears alone: not done to {len(paths)} other layers, such as {paths[0]}")
     for stage in stages:
         if stage["kept"] == "rtn" and len(stage["errors"]) > 1:
             say(f"  {stage['stage']}: round-to-nearest was better and was kept")
@@ -139,6 +153,7 @@ def command(
             "model_bytes": stored.model_bytes,
             "bits_per_weight": stored.bits_per_weight,
             "bits_per_quantized_weight": stored.bits_per_quantized_weight,
+            "share": share.facts,
             "seconds_quantize": done.seconds,
             "peak_bytes": peak_bytes(),
             "kept": {stage["stage"]: stage["kept"] for stage in stages},

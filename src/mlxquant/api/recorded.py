@@ -23,6 +23,7 @@ from ..models.recorded.watching import uncompiled
 from ..progress import Progress, silent
 from ..recipes.grammar import parse_recipe
 from ..recipes.recipe import Recipe
+from ..sweep.share import Share, planned_share
 from ..sweep.store import FolderStore
 from ..sweep.sweep import sweep
 from .model import Model
@@ -44,6 +45,7 @@ class ModuleReport:
         weighed: How errors were weighed, where the recipe wants that: "gradient" of what the module returns, or "block
             errors" where no gradient could be had; "" where they were not.
         facts: What else there is to say of how it came about, as plain data.
+        share: How much of the module was to be quantized, and what stays in float, by reason.
     """
 
     recipe: str
@@ -54,15 +56,16 @@ class ModuleReport:
     stages: list[dict[str, Any]]
     weighed: str
     facts: dict[str, Any]
+    share: Share
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data."""
-        return {**asdict(self), "sizes": self.sizes.facts, "blocks": list(self.blocks)}
+        return {**asdict(self), "sizes": self.sizes.facts, "blocks": list(self.blocks), "share": self.share.facts}
 
     def __str__(self) -> str:
         cut = f"run whole, since {self.whole}" if self.whole else f"cut into {len(self.blocks)} blocks"
         weighed = f", errors weighed by {self.weighed}" if self.weighed else ""
-        return f"{self.recipe} on {self.calls} calls, {cut}{weighed}\n{self.sizes}"
+        return f"{self.recipe} on {self.calls} calls, {cut}{weighed}\n{self.sizes}\n{self.share}"
 
 
 def quantize_module(
@@ -139,6 +142,7 @@ def quantize_module(
 def _quantize(adapter: RecordedAdapter, recipe: Recipe, work: Path | None, progress: Progress) -> ModuleReport:
     model, calib = Model(adapter), RecordedCalibration(adapter)
     layers = plan(model, recipe)
+    share = planned_share(adapter, layers)
     adapter.check_finite()
     module, before = adapter.module, stored_bytes(adapter.module)
     weights, reasons = weight_count(module), adapter.left_out()
@@ -162,4 +166,4 @@ def _quantize(adapter: RecordedAdapter, recipe: Recipe, work: Path | None, progr
         layer_sizes(module, originals), kept_layers(module, reasons), before, stored_bytes(module), weights
     )
     names = tuple(stage.name for stage in adapter.blocks)
-    return ModuleReport(recipe.name, sizes, names, adapter.broken, len(adapter.seen), stages, weighed, made)
+    return ModuleReport(recipe.name, sizes, names, adapter.broken, len(adapter.seen), stages, weighed, made, share)
