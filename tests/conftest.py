@@ -21,6 +21,7 @@ NEEDED = {  # by marker: whether it is here, and what is said where it is not
         all(map(find_spec, ("onnx", "onnxruntime", "terrain_diffusion"))),
         "adaptive-terrain-diffusion or onnx is not installed",
     ),
+    "diffusers": (find_spec("diffusers") and find_spec("torch"), "diffusers or torch is not installed"),
     "metal": (mx.metal.is_available(), "Metal is not available"),
     "browser": (CHROMIUM is not None, "Chromium is not installed"),
 }
