@@ -71,7 +71,7 @@ def windows(model: Model, other: Model, prompts: list[Prompt]) -> dict[str, floa
             predict = (other if inside else model).adapter.velocity
             return guided(predict, latent, sigma, text, empty, guidance)
 
-        return adapter.decode(sample(velocity, noise, sigmas))
+        return adapter.decode(sample(velocity, noise, adapter.walk(adapter.steps)))
 
     reference = draw(0, 0)
     starts = range(0, adapter.steps, WINDOW)

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from mlxquant.sampling.sampler import sample, seeded_noise
+from mlxquant.sampling.schedulers import FlowEuler
 from mlxquant.sampling.schedules import flow_sigmas
 
 SHAPE = (4, 4, 2)
@@ -19,14 +20,14 @@ def flow_to(target):
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_straight_flow_is_integrated_exactly(steps, shift):
     target = mx.full((2, *SHAPE), 0.25)
-    latent = sample(flow_to(target), seeded_noise([1, 2], SHAPE), flow_sigmas(steps, shift))
+    latent = sample(flow_to(target), seeded_noise([1, 2], SHAPE), FlowEuler(shift).walk(steps))
     np.testing.assert_allclose(np.array(latent), 0.25, atol=1e-5)
 
 
 def test_callback_sees_every_step_before_it_is_taken():
     seen = []
     noise = seeded_noise([0, 1], SHAPE)
-    sample(flow_to(mx.zeros((2, *SHAPE))), noise, flow_sigmas(5), seen.append)
+    sample(flow_to(mx.zeros((2, *SHAPE))), noise, FlowEuler().walk(5), callback=seen.append)
     assert [s.index for s in seen] == [0, 1, 2, 3, 4]
     np.testing.assert_array_equal(np.array(seen[0].latent), np.array(noise))
     np.testing.assert_allclose([s.sigma for s in seen], flow_sigmas(5)[:-1])

@@ -51,7 +51,7 @@ HEADER = schema.every(
             "steps": schema.whole(1),
             "sigmas": schema.array_of(schema.number(0), 1),
         },
-        {"samples": schema.maybe(schema.whole(1))},
+        {"samples": schema.maybe(schema.whole(1)), "sampler": schema.text},
     ),
     FACTS,
 )
@@ -78,7 +78,8 @@ class Origin:
 
 @dataclass(frozen=True)
 class Calibration(Origin):
-    """``latents`` [steps, prompts, H, W, C] float32 before each Euler step, at ``sigmas``.
+    """``latents`` [steps, prompts, H, W, C] float32, what the model read before each step, at ``sigmas``; ``sampler``
+    says how it samples where that is not a flow's usual way.
 
     ``samples`` limits how many (step, picture) pairs go through the model again when it is quantized (None: all of
     them); see ``take_turns``.
@@ -86,6 +87,7 @@ class Calibration(Origin):
 
     latents: mx.array
     samples: int | None = None
+    sampler: str | None = None
 
     @property
     def pictures(self) -> list[list[int]]:
@@ -118,6 +120,7 @@ class Calibration(Origin):
             "steps": self.steps,
             **self.guidance.facts,
             "latent_shape": list(self.latents.shape[2:]),
+            **({} if self.sampler is None else {"sampler": self.sampler}),
         }
 
     @property
@@ -201,9 +204,8 @@ class Calibration(Origin):
             (header["model"], header["source"], prompts, header["steps"], Guidance.of(header)),
             np.array(header["sigmas"]),
         )
-        return cls(
-            *made, sigmas, arrays["latents"], header.get("samples")
-        )  # what was saved before there was a limit has none
+        # what was saved before there was a limit, or another sampler, has none
+        return cls(*made, sigmas, arrays["latents"], header.get("samples"), header.get("sampler"))
 
 
 def take_turns(steps: int, pictures: int, samples: int | None = None) -> list[list[int]]:
@@ -240,7 +242,8 @@ def collect(
         raise CalibrationError(f"calibration needs at least one sample, found a limit of {samples}; None takes all")
     guidance = adapter.guiding(cfg, negative)
     sigmas, nothing = adapter.sigmas(steps)[:-1], mx.zeros((steps, 0, *adapter.latent_shape))
-    whole = Calibration(adapter.name, adapter.fingerprint, tuple(prompts), steps, guidance, sigmas, nothing, samples)
+    made = (adapter.name, adapter.fingerprint, tuple(prompts), steps, guidance)
+    whole = Calibration(*made, sigmas, nothing, samples, adapter.sampler)
     starts = range(0, len(prompts), adapter.batch)
     kept = {start: _kept(whole, start, adapter.batch, folder) for start in starts}
     drawn = {start: _drawn(file, whole, start) for start, file in kept.items() if file is not None}

@@ -114,6 +114,7 @@ class Drawings:
             "steps": self.steps,
             **self.guidance.facts,
             "latent_shape": one.model.diffusion.latent_shape,
+            **({} if (sampler := one.model.diffusion.sampler) is None else {"sampler": sampler}),
         }
         return checked.digest(facts | checked.versions())
 

@@ -282,6 +282,21 @@ class Adapter(ABC):
         """The samples of several states in one."""
         return {key: mx.concatenate([state[key] for state in states]) for key in states[0]}
 
+    def level_weights(self, sigmas: Sequence[float] | Array) -> Array:
+        """What a unit of squared error of a prediction costs at noise levels.
+
+        Args:
+            sigmas: [T] in [0,1].
+
+        Returns:
+            Factors [T], relative to the mean over all levels.
+        """
+        return np.ones(len(sigmas))
+
+    def judged(self, signs: State) -> State:
+        """Signs [..] in the shapes of what the model predicts, with 0 for what of a prediction nobody uses."""
+        return signs
+
     def exactly(self) -> AbstractContextManager[object]:
         """Around a forward pass of the full-precision stream while earlier stages are quantized already: for hosts
         whose stages run anything of those again.

@@ -18,18 +18,16 @@ from ..sampling.guidance import CLASSIFIER_FREE, Guidance, guided, sides
 from ..sampling.picture_size import PictureSize, picture_size, told
 from ..sampling.prompts import Prompt
 from ..sampling.sampler import SamplerStep, sample, seeded_noise
-from ..sampling.schedules import Sigmas, flow_sigmas
 from .adapter import Adapter
+from .scheduled import ScheduledAdapter
 from .stages import State
 
 
-class DiffusionAdapter(Adapter):
+class DiffusionAdapter(ScheduledAdapter):
     """A model that draws pictures. Its chain leads from what ``state`` gives, which is {latent [B,H,W,C], t [B]} and
-    what the model is conditioned on, to one array {velocity [B,H,W,C]}.
+    what the model is conditioned on, to one array {velocity [B,H,W,C]}, which is whatever it predicts.
 
     Attributes:
-        shift: Of the noise schedule.
-        steps: Sampler steps where nobody says.
         cfg: The weight of guidance where nobody says.
         guidance: What kind of guidance it takes: "classifier-free", "embedded" (its conditioning then has a row
             ``guidance`` [B]) or "none"; see ``sampling.guidance``.
@@ -38,8 +36,6 @@ class DiffusionAdapter(Adapter):
         latent_shape: H, W, C, as the sampler has them.
     """
 
-    shift: float = 1.0
-    steps: int = 28
     cfg: float = 1.0
     guidance: str = CLASSIFIER_FREE
     alone: bool = False
@@ -216,9 +212,16 @@ class DiffusionAdapter(Adapter):
         """
         return None
 
-    def sigmas(self, steps: int) -> Sigmas:
-        """The ``steps + 1`` noise levels of a sampler, from 1 down to 0; see ``flow_sigmas``."""
-        return flow_sigmas(steps, self.shift)
+    def judged(self, signs: State) -> State:
+        """See ``Adapter.judged``: without a learned variance."""
+        if not self.parameterization.learned_variance:
+            return signs
+
+        def counted(predicted: mx.array) -> list[mx.array]:
+            return [self.parameterization.prediction(self.unpack(predicted, self.latent_shape))]
+
+        kept = {key: mx.vjp(counted, [value], [mx.ones_like(counted(value)[0])])[1][0] for key, value in signs.items()}
+        return {key: value * kept[key] for key, value in signs.items()}
 
     def state(self, latent: mx.array, conditioning: Conditioning, sigma: float | Array) -> State:
         """The chain's input.
@@ -226,7 +229,8 @@ class DiffusionAdapter(Adapter):
         Args:
             latent: [B,H,W,C].
             conditioning: What ``encode`` or ``unconditional`` gave, B rows, and with embedded guidance its weight.
-            sigma: The noise level in [0,1], or one for each sample [B]; the model is told t = 1000 sigma.
+            sigma: The noise level in [0,1], or one for each sample [B]; what the model is told of it is the
+                scheduler's ``time``, for flows t = 1000 sigma.
 
         Returns:
             The latent as ``pack`` gives it, the arrays of the conditioning under their names, and t [B] float32.
@@ -234,14 +238,16 @@ class DiffusionAdapter(Adapter):
         read = {**conditioning}
         if taken := [name for name in ("latent", "t") if name in read]:
             raise AdapterError(f"{self.name}: a conditioning cannot have arrays named {taken}; choose other names")
-        t = mx.broadcast_to(mx.array(np.float32(1000) * np.asarray(sigma, np.float32)), (latent.shape[0],))
+        t = mx.broadcast_to(mx.array(self.scheduler.time(sigma)), (latent.shape[0],))
         return {"latent": self.pack(latent), **read, "t": t}
 
     def velocity(self, latent: mx.array, conditioning: Conditioning, sigma: float | Array) -> mx.array:
-        """The model's prediction of ``noise - image`` [B,H,W,C], evaluated; arguments as for ``state``."""
+        """The model's prediction [B,H,W,C], of a flow ``noise - image``, without a learned variance; evaluated.
+        Arguments as for ``state``.
+        """
         (predicted,) = self.run(self.state(latent, conditioning, sigma), sigma).values()
         _, height, width, channels = latent.shape
-        return self.unpack(predicted, (height, width, channels))
+        return self.parameterization.prediction(self.unpack(predicted, (height, width, channels)))
 
     def generate(
         self,
@@ -277,12 +283,12 @@ class DiffusionAdapter(Adapter):
         noise = seeded_noise(seeds, self.latent_shape)
         text = self.encode(prompts)
         other = self.unconditional(len(prompts), guidance.negative) if False in sides(guidance) else text
-        sigmas = self.sigmas(self.steps if steps is None else steps)
+        walk = self.walk(self.steps if steps is None else steps)
 
         def velocity(latent: mx.array, sigma: float) -> mx.array:
             return guided(self.velocity, latent, sigma, text, other, guidance)
 
-        return sample(velocity, noise, sigmas, callback)
+        return sample(velocity, noise, walk, self.parameterization, callback, seeds)
 
 
 def diffusion(adapter: Adapter) -> DiffusionAdapter:

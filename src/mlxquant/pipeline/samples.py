@@ -174,6 +174,7 @@ def open_folder(
         "batch": adapter.batch,
         "latent_shape": list(adapter.latent_shape),
         "sigmas": adapter.sigmas(steps)[:-1].tolist(),
+        **({} if adapter.sampler is None else {"sampler": adapter.sampler}),
         "versions": checked.versions(),
     }
     return Ledger.open(folder / MANIFEST, KIND, facts, COMMAND, force, resume)
@@ -211,6 +212,7 @@ def _write_batch(adapter: DiffusionAdapter, ledger: Ledger, batch: DrawnBatch) -
     finite.
     """
     sigmas, images = ledger.facts["sigmas"], batch.places
+    times = _times(adapter, np.array(sigmas))
     trajectory = [
         _finite(latent, images, f"before step {step} (sigma {sigma:.4g})")
         for step, (sigma, latent) in enumerate(zip(sigmas, batch.latents, strict=True))
@@ -219,12 +221,19 @@ def _write_batch(adapter: DiffusionAdapter, ledger: Ledger, batch: DrawnBatch) -
     pictures = _finite(mx.array(adapter.decode(batch.final)), images, "decoded")
     for row, image in enumerate(images):
         for step, sigma in enumerate(sigmas):
-            arrays = {"x": trajectory[step][row], "timestep": np.float32(1000 * sigma), "sigma": np.float32(sigma)}
+            arrays = {"x": trajectory[step][row], "timestep": times[step], "sigma": np.float32(sigma)}
             ledger.add_npz(sample_name(image, step), {name: np.asarray(value) for name, value in arrays.items()})
         ledger.add_npz(f"latents/{image:04d}.npz", {"latent": latents[row]})
         picture = f"images/{image:04d}.png"
         save_png(to_pil(pictures[row]), ledger.path_of(picture))
         ledger.add([picture])
+
+
+def _times(adapter: DiffusionAdapter, sigmas: Array) -> Array:
+    """What the model is told at noise levels, float32; of a flow rounded once, as these files always had it, while the
+    model's own product is one of float32 numbers.
+    """
+    return (1000 * sigmas).astype(np.float32) if adapter.sampler is None else adapter.scheduler.time(sigmas)
 
 
 def _finite(values: mx.array, images: range, when: str) -> Array:

@@ -1,5 +1,4 @@
-"""The one sampler: Euler steps along the rectified flow, with a callback. What it follows is guided already, see
-``guidance``.
+"""The one sampler: a scheduler's steps, with a callback. What it follows is guided already, see ``guidance``.
 
 Calibration, generation, evaluation and training-time previews all go through ``sample``; whoever needs the trajectory
 passes a callback instead of copying the loop.
@@ -9,17 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import mlx.core as mx
 import numpy as np
 
-from .schedules import Sigmas
+from .parameterizations import Parameterization
+from .walk import Walk
 
 
 @dataclass(frozen=True)
 class SamplerStep:
-    """What a callback sees before each Euler step: the latent [B,H,W,C] at ``sigma`` and the guided velocity there."""
+    """What a callback sees before each step.
+
+    Attributes:
+        index: Of the step, from 0.
+        sigma: The noise level in [0,1], see ``schedules``.
+        latent: What the model reads there [B,H,W,C], about unit variance.
+        velocity: The guided prediction, whatever the model predicts: a flow's velocity, or noise, v or the image.
+    """
 
     index: int
     sigma: float
@@ -37,20 +43,47 @@ def seeded_noise(seeds: Sequence[int], shape: tuple[int, int, int]) -> mx.array:
 
 
 def sample(
-    velocity: Callable[[mx.array, float], mx.array],
+    predict: Callable[[mx.array, float], mx.array],
     noise: mx.array,
-    sigmas: Sigmas,
+    walk: Walk,
+    parameterization: Parameterization = Parameterization(),  # noqa: B008  # frozen
     callback: Callable[[SamplerStep], None] | None = None,
+    seeds: Sequence[int] | None = None,
 ) -> mx.array:
-    """Integrate from noise [B,H,W,C] at sigmas[0] to sigmas[-1] and return the latent.
+    """Walk from noise to an image.
 
-    ``velocity(latent, sigma)`` is the guided prediction of ``noise - image``.
+    Args:
+        predict: Called with what the model reads [B,H,W,C] and the noise level; returns the guided prediction, without
+            a learned variance.
+        noise: Standard normal [B,H,W,C].
+        walk: A scheduler's steps.
+        parameterization: What is predicted.
+        callback: Shown each step before it is taken.
+        seeds: Of what steps add, one a sample, and so each sample's own whatever it is drawn with; None where they add
+            nothing.
+
+    Returns:
+        The latent [B,H,W,C] at the end of the walk.
+
+    Raises:
+        AdapterError: Steps add noise and there are no seeds, or a prediction says nothing at a level of the walk.
     """
-    latent = noise
-    for index, (sigma, following) in enumerate(pairwise(sigmas)):
-        v = velocity(latent, float(sigma))
+    latent = noise if walk.start == 1 else noise * walk.start
+    keys = [mx.random.key(seed % 2**64) for seed in seeds or ()]
+    before: mx.array | None = None
+    for index, level in enumerate(walk.levels[:-1].tolist()):
+        shown = walk.read(index, latent)
+        prediction = predict(shown, level)
         if callback is not None:
-            callback(SamplerStep(index, float(sigma), latent, v))
-        latent = latent + v * float(following - sigma)
+            callback(SamplerStep(index, level, shown, prediction))
+        alpha, sigma = float(walk.alphas[index]), float(walk.sigmas[index])
+        now = parameterization.convert(prediction, shown, alpha, sigma, walk.kind)
+        fresh: mx.array | None = None
+        if walk.fresh[index] and keys:
+            pairs = [mx.random.split(key) for key in keys]
+            keys = [pair[0] for pair in pairs]
+            fresh = mx.stack([mx.random.normal(latent.shape[1:], key=pair[1]) for pair in pairs])
+        latent = walk.step(index, latent, [now] if before is None else [now, before], fresh)
+        before = now
         mx.eval(latent)
     return latent

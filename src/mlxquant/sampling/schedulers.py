@@ -40,7 +40,7 @@ class Scheduler(Protocol):
         """The numbers of all steps.
 
         Args:
-            steps: How many; timesteps with "trailing" spacing may be one more or less.
+            steps: How many. A walk has fewer where it begins later.
 
         Raises:
             AdapterError: No steps, or more than the model was trained at.

@@ -88,8 +88,7 @@ def spaced(trained: int, count: int, spacing: str, offset: int = 0, last: int | 
         trained: How many there are, from 0.
         count: How many to take.
         spacing: "linspace", both ends and fractions between them; "leading", multiples from 0; "trailing", multiples
-            from the end, which may be one more or less where ``count`` does not divide ``trained``. See table 2 of
-            arXiv 2305.08891.
+            from the end, fewer where ``last`` cuts some off. See table 2 of arXiv 2305.08891.
         offset: Added to those of "leading".
         last: Only timesteps below this; None for all.
 
@@ -103,7 +102,7 @@ def spaced(trained: int, count: int, spacing: str, offset: int = 0, last: int | 
         return np.linspace(0, last - 1, count)[::-1]
     if spacing == LEADING:
         return np.arange(count, dtype=np.float64)[::-1] * (last // count) + offset
-    return np.arange(last, 0, -trained / count).round() - 1
+    return np.arange(last, 0, -trained / count)[:count].round() - 1
 
 
 @dataclass(frozen=True)

@@ -90,6 +90,7 @@ def block_errors(
                 keep(path, sigma, np.full(disturbed.width, cost))
             left.append(exact)
         states = left
+    weights = adapter.level_weights(order)[:, None]
     return np.array(order), {
-        name: np.stack([np.mean(by[sigma], axis=0) for sigma in order]) for name, by in totals.items()
+        name: np.stack([np.mean(by[sigma], axis=0) for sigma in order]) * weights for name, by in totals.items()
     }

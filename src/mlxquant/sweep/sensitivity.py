@@ -7,8 +7,12 @@ block errors, arXiv 2102.05426, with the network's output in place of its loss).
 each stage is computed again for it (arXiv 1604.06174), so what is held is what enters the stages and the inside of one
 of them.
 
-Errors of a sampler's steps add up with nearly the same sign, so a unit of velocity error costs about the same at any
-noise level; what differs between levels is how the model amplifies what happens inside it.
+What differs between noise levels is how the model amplifies what happens inside it, and what its sampler makes of an
+error. A flow's latent moves by the velocity times a step of sigma, errors of the steps add up with nearly the same
+sign, and on an even grid a unit of velocity error costs the same anywhere: flows weigh all levels alike. Other
+predictions do not: a unit of noise moves the latent far where there is hardly an image in it, and not at all near the
+end. There each level is weighed by the square of its step's gain, relative to the mean over the steps
+(``sampling.walk``).
 
 Squared velocity error is averaged over the elements of a latent: velocities have about unit variance, so it is relative
 to them.
@@ -165,8 +169,8 @@ def measure(
             state, sigma = states[index], float(np.float32(passes.sigmas[index]))
             count = adapter.rows_in(state)
             with passes.at(index):
-                signs = _signs(probe.predicted(adapter.take(state, slice(1))), count, seed + index)
-            elements = sum(value.size for value in signs.values()) // count
+                signs = adapter.judged(_signs(probe.predicted(adapter.take(state, slice(1))), count, seed + index))
+            elements = sum(int(np.count_nonzero(np.array(value))) for value in signs.values()) // count
             level = totals.setdefault(sigma, {})
             for start in range(0, count, adapter.rows):
                 some = slice(start, start + adapter.rows)
@@ -176,7 +180,8 @@ def measure(
                     level[name] = level.get(name, 0.0) + np.array(costs, np.float64).sum(0) / elements
             rows[sigma] = rows.get(sigma, 0) + count
     order = sorted(totals)
-    table = {name: np.stack([totals[sigma][name] / rows[sigma] for sigma in order]) for name in probe.names}
+    weights = adapter.level_weights(order)[:, None]
+    table = {name: np.stack([totals[sigma][name] / rows[sigma] for sigma in order]) * weights for name in probe.names}
     for name, at in table.items():
         if bad := [sigma for sigma, costs in zip(order, at, strict=True) if not np.isfinite(costs).all()]:
             raise NumericsError(
