@@ -175,7 +175,6 @@ def attention(
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=factor)
     seen = opened(mask)
     alive = seen.any(axis=-1, keepdims=True)  # a row without an open place is 0, and NaN in MLX's own
-    shown = seen | ~alive
-    if mask.dtype != mx.bool_:
-        shown = mx.where(seen, mask, mx.where(alive, -mx.inf, 0)).astype(q.dtype)
+    added = mx.array(0.0) if mask.dtype == mx.bool_ else mask
+    shown = mx.where(seen, added, mx.where(alive, -mx.inf, 0.0)).astype(q.dtype)
     return mx.where(alive, mx.fast.scaled_dot_product_attention(q, k, v, scale=factor, mask=shown), 0)
