@@ -31,11 +31,12 @@ import numpy as np
 import mlxquant as mq  # before mlx, so that MLX gets a fast BLAS
 
 # isort: split
-import draws
+import recipe_tables
 from mlxquant.commandline.console import progress, result, say
 from mlxquant.metrics.attributes import shares
 from pictures import Pictures
-from rows import Rows, read
+from recipe_tables import Figures, bits, by_recipe, compared, format_of, gain, quality
+from rows import Rows
 
 CALIBRATION = 16  # prompts a draw
 FIRST, COUNT = 64, 64  # of the held-out prompts; those before FIRST are for choices
@@ -54,8 +55,7 @@ ROWS = {
 
 
 MEANS = ("bits_per_weight", "activation_bits", "seconds_quantize")
-TITLES = "| FORMAT | bits a weight | PSNR dB (95 %) | against gptq (95 %) | accuracy | input bits |"
-RULE = "|---|---|---|---|---|---|"
+TITLES = ("bits a weight", "PSNR dB (95 %)", "against gptq (95 %)", "accuracy", "input bits")
 
 
 def rows() -> list[str]:
@@ -128,30 +128,15 @@ def measured(file: Path) -> tuple[dict[str, list[dict[str, Any]]], float]:
     Raises:
         click.ClickException: Rows of several models or prompts, or no row in full precision.
     """
-    found: dict[str, list[dict[str, Any]]] = {}
-    kinds = set[str]()
-    for row in sorted(read(file), key=lambda row: row["of"]["draw"]):
-        kinds.add(str({key: value for key, value in row["of"].items() if key != "draw"}))
-        found.setdefault(row["name"], []).append(row)
-    if len(kinds) != 1:
-        of = " and ".join(sorted(kinds)) or "nothing"
-        raise click.ClickException(f"{file}: rows of {of}; expected them to be of one model and its prompts")
+    found = by_recipe(file, "prompts")
     if EXACT not in found:
         raise click.ClickException(f"{file}: no row {EXACT!r}; measure any recipe into it")
     return found, accuracy(found.pop(EXACT))
 
 
-def summary(rows: list[dict[str, Any]], base: list[dict[str, Any]] | None) -> dict[str, Any]:
+def summary(rows: list[dict[str, Any]], base: list[dict[str, Any]] | None) -> Figures:
     """The figures of a recipe, a row a draw, with the difference to ``base`` on the draws that both have."""
-    each = draws.table(rows, "psnr_each")
-    figures: dict[str, Any] = {key: float(np.mean([row[key] for row in rows])) for key in MEANS}
-    figures |= {"draws": len(rows), "accuracy": accuracy(rows)}
-    figures |= {"psnr_db": float(each.mean()), "psnr_95": draws.interval(each)}
-    if base is not None:
-        both = min(len(rows), len(base))
-        gain = each[:both] - draws.table(base[:both], "psnr_each")
-        figures |= {"gain_db": float(gain.mean()), "gain_95": draws.interval(gain)}
-    return figures
+    return compared(rows, base, MEANS) | {"accuracy": accuracy(rows)}
 
 
 def accuracy(rows: Iterable[dict[str, Any]]) -> float:
@@ -160,13 +145,8 @@ def accuracy(rows: Iterable[dict[str, Any]]) -> float:
     return float(counts[0] / counts[1])
 
 
-def summaries(found: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+def summaries(found: dict[str, list[dict[str, Any]]]) -> dict[str, Figures]:
     return {name: summary(rows, found.get(f"gptq-{format_of(name)}")) for name, rows in found.items()}
-
-
-def format_of(name: str) -> str:
-    """``w4a16-g64`` of ``gptq-w4a16-g64``, ``w4a8`` of ``taqdit-w4a8@300``."""
-    return name.partition("@")[0].partition("-")[2]
 
 
 def simulated(name: str) -> bool:
@@ -180,36 +160,18 @@ def simulated(name: str) -> bool:
     return recipe.probabilities is not None or grouped or any(table.range == "dynamic" for _, table in inputs)
 
 
-def tables(figures: dict[str, dict[str, Any]]) -> str:
-    """A table a format, the smallest model first; within a hundredth of a bit by name, so that nothing is ranked."""
-    parts = []
-    for form in dict.fromkeys([*ROWS, *sorted(map(format_of, figures))]):
-        found = [(name, row) for name, row in figures.items() if format_of(name) == form]
-        lines = [line(name, row) for name, row in sorted(found, key=lambda item: (bits(item[1]), item[0]))]
-        if lines:
-            parts.append("\n".join([TITLES.replace("FORMAT", form.upper()), RULE, *lines]))
-    return "\n\n".join(parts)
+def tables(figures: dict[str, Figures]) -> str:
+    """Of all recipes, a table a format."""
+    return recipe_tables.tables(figures, ROWS, TITLES, line)
 
 
-def bits(figures: dict[str, Any]) -> float:
-    return round(figures["bits_per_weight"], 2)
-
-
-def line(name: str, figures: dict[str, Any]) -> str:
-    gain = ""
-    if "gain_db" in figures and not is_base(name):
-        tie = ", a tie" if draws.tied(figures["gain_95"]) else ""
-        gain = f"{figures['gain_db']:+.2f} ({span(figures['gain_95'], '+.2f')}){tie}"
+def line(name: str, figures: Figures) -> str:
+    against = gain(figures) if "gain_db" in figures and not is_base(name) else ""
     notes = ("†" if simulated(name) else "") + ("¹" if figures["draws"] == 1 else "")
-    quality = f"{figures['psnr_db']:.2f} ({span(figures['psnr_95'], '.1f')})"
     return (
-        f"| `{name}`{notes} | {bits(figures):.2f} | {quality} | {gain} | {figures['accuracy']:.1%} "
+        f"| `{name}`{notes} | {bits(figures):.2f} | {quality(figures)} | {against} | {figures['accuracy']:.1%} "
         f"| {figures['activation_bits']:.1f} |"
     )
-
-
-def span(interval: list[float], form: str) -> str:
-    return f"{interval[0]:{form}} to {interval[1]:{form}}"
 
 
 @click.command(help=__doc__)
