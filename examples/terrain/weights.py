@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 
 from terrain.network import Denoiser, UNet
 
@@ -70,3 +71,20 @@ def pretrained(file=None):
     model.load_weights(list(read(file or installed_file()).items()))
     mx.eval(model.parameters())
     return model
+
+
+def write(model, file):
+    """An ONNX file like the package's with the weights that a model has whose weights alone are quantized, in float32:
+    for those who want to draw with the package's own generator.
+    """
+    import onnx
+    from onnx.numpy_helper import from_array
+
+    proto = onnx.load(installed_file())
+    tensors = {in_mlx(tensor.name): tensor for tensor in proto.graph.initializer}
+    for path, module in model.named_modules():
+        if hasattr(module, "dequantized"):
+            tensor, weight = tensors[f"{path}.weight"], np.array(module.dequantized())
+            in_onnx = weight.transpose(0, 3, 1, 2) if weight.ndim == 4 else weight
+            tensor.CopyFrom(from_array(np.ascontiguousarray(in_onnx), tensor.name))
+    onnx.save(proto, file)

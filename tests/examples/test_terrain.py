@@ -159,6 +159,19 @@ def test_it_draws_the_heights_of_the_packages_own_generator(terrain, pretrained)
 
 
 @pytest.mark.onnx
+def test_quantized_weights_go_back_into_the_packages_file(terrain, tmp_path):
+    from terrain_diffusion import TerrainGenerator
+
+    heights, weights = terrain("heights"), terrain("weights")
+    model = weights.pretrained()
+    mq.quantize_linears(model, "w4a16")
+    weights.write(model, tmp_path / "w4.onnx")
+    wanted = TerrainGenerator(tmp_path / "w4.onnx", device="cpu").generate(1, difficulty=60, seed=7)[0]
+    got = heights.metres(heights.drawn(model, 7, 60))
+    np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-4 * np.ptp(wanted))
+
+
+@pytest.mark.onnx
 def test_weights_are_found_without_importing_the_package(terrain):
     code = (
         f"import sys; sys.path.insert(0, {str(EXAMPLES)!r}); from terrain.weights import installed_file;"
