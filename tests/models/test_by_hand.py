@@ -28,8 +28,8 @@ class TestByHand(AdapterContract):
     def make_adapter(cls):
         return ByHand.pretrained()
 
-    def whole(self, adapter, latent, tokens, pooled, t):
-        return adapter.module(latent, pooled, t)
+    def whole(self, adapter, latent, conditioning, t):
+        return adapter.module(latent, conditioning["pooled"], t)
 
 
 def spiky(norm="layer"):

@@ -77,7 +77,7 @@ def test_from_calibration_to_a_picture(host, recipe, tmp_path, monkeypatch):
     assert calib.latents.shape == (3, 4, *host.latent_shape)
     assert calib.guidance == host.guiding()
     quantized = mq.quantize(model, calib, recipe)
-    assert len(quantized.layers) == len(host.linears())
+    assert len(quantized.layers) == len(host.layers())
     exact, images = model.images(prompts), quantized.images(prompts)
     assert images.shape == (3, 32, 48, 3)
     assert 15 < psnr(images, exact) < 60

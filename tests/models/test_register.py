@@ -78,23 +78,12 @@ def test_an_installed_package_is_found_and_imported_when_it_is_asked_for(install
 def test_the_command_line_knows_it(tmp_path):
     paths = [package(tmp_path / "site"), TESTS, TESTS.parent / "src"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths)), "OPENBLAS_NUM_THREADS": "1"}
-    command = [
-        "quantize",
-        "--model",
-        "by-hand",
-        "--recipe",
-        "rtn-w4a16",
-        "--out",
-        tmp_path / "out",
-        "--num-prompts",
-        "1",
-    ]
-    for words in (command, ["inspect", tmp_path / "out"]):
-        done = subprocess.run(
-            [sys.executable, "-m", "mlxquant", *words], env=environment, capture_output=True, text=True
-        )
+    quantize = ["quantize", "--model", "by-hand", "--recipe", "rtn-w4a16", "--num-prompts", "1", "--out"]
+    for words in (quantize, ["inspect"]):
+        run = [sys.executable, "-m", "mlxquant", *words, tmp_path / "out"]
+        done = subprocess.run(run, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        assert "by-hand" in done.stdout
+    assert "by-hand" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -137,7 +137,7 @@ class ByHand(DiffusionAdapter):
 
     def encode(self, prompts):
         pooled = np.array([[np.cos(len(p) + 3 * i + p.count("e")) for i in range(TEXT)] for p in prompts], np.float32)
-        return Conditioning(mx.array(pooled[:, None]), mx.array(pooled))
+        return Conditioning(pooled=mx.array(pooled))
 
     def decode(self, latent):
         return np.clip(np.array(latent, np.float32) / 2 + 0.5, 0, 1)

@@ -30,9 +30,9 @@ def adapter(request):
 
 
 def given(adapter, rows=2):
-    text = adapter.encode(["a house", "trees"][:rows])
+    conditioning = adapter.encode(["a house", "trees"][:rows])
     noise = mx.random.normal((rows, *adapter.latent_shape), key=mx.random.key(5))
-    return adapter.state(noise, text.tokens, text.pooled, 0.6)
+    return adapter.state(noise, conditioning, 0.6)
 
 
 def velocity(adapter):
@@ -50,7 +50,7 @@ def snapshot(adapter):
 
 def inputs(adapter, path):
     seen = {}
-    with tapped(adapter.module, [path], lambda path, x: seen.update({path: np.array(x)})):
+    with tapped(adapter.module, [path], lambda path, x, *more: seen.update({path: np.array(x)})):
         velocity(adapter)
     return seen[path]
 
