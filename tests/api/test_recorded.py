@@ -16,6 +16,7 @@ from models.recorded.test_chain import inputs, recorded
 from support import anybody
 from support.anybody import seeded, tokens
 from support.killed_sweep import killed_after
+from support.same_layers import assert_same
 
 PICTURES = [
     "rtn-w4a8",
@@ -78,15 +79,6 @@ def test_text_gets_the_codes_of_the_hand_written_adapter(recipe):
     seen = recorded(other.module, *(((states[index]["tokens"],), {}) for index in range(len(states))))
     mq.quantize_module(other.module, seen, recipe)
     assert_same(wanted, find_layers(other.module))
-
-
-def assert_same(wanted, found):
-    assert wanted.keys() == found.keys()
-    for path, layer in wanted.items():
-        np.testing.assert_array_equal(layer.codes(), found[path].codes(), err_msg=path)
-        assert layer.facts == found[path].facts
-        for name, value in parameters(layer).items():
-            np.testing.assert_array_equal(np.array(value), np.array(parameters(found[path])[name]), err_msg=path)
 
 
 KINDS = [
