@@ -266,6 +266,25 @@ class Chooses(nn.Module):
         return x
 
 
+class Guided(nn.Module):
+    """Embeds a strength of guidance only where one is given, and computes what nobody reads."""
+
+    def __init__(self, width=16):
+        super().__init__()
+        self.blocks = [Block(width) for _ in range(2)]
+        self.into, self.out, self.idle = (nn.Linear(width, width) for _ in range(3))
+        self.guidance_in = nn.Linear(1, width)
+
+    def __call__(self, x, guidance=None):
+        self.idle(x)
+        h = self.into(x)
+        if guidance is not None:
+            h = h + self.guidance_in(guidance)[:, None]
+        for block in self.blocks:
+            h = block(h)
+        return self.out(h)
+
+
 class Autoencoder(nn.Module):
     """Convolutions down and up, a list of blocks at the bottom."""
 

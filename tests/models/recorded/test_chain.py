@@ -104,6 +104,16 @@ def test_layers_outside_of_blocks_belong_where_they_first_matter():
     assert adapter.role("double.0.x.fc1") == "mlp"
 
 
+def test_layers_of_some_calls_alone_have_a_place_and_those_without_effect_are_named():
+    """A strength of guidance is embedded in the last of six calls, of which four would be looked at."""
+    calls = [((tokens(seed),), {}) for seed in range(6)]
+    calls[5] = ((tokens(5),), {"guidance": mx.ones((2, 1))})
+    adapter = RecordedAdapter(recorded(seeded(anybody.Guided), *calls))
+    assert adapter.chain.glue == {"into": 0, "guidance_in": 0, "out": 2}
+    assert adapter.left_out() == {"idle": "what it wrote changed nothing that the module returned"}
+    assert "idle" not in adapter.layers()
+
+
 def test_the_exact_stream_sees_no_quantized_glue():
     """A layer of the glue that was replaced already runs as it was inside of ``exactly``."""
     module = seeded(anybody.Conditioned)

@@ -82,6 +82,7 @@ class RecordedAdapter(Adapter):
         self._widens = True
         self.broken = ""  # why the module is not cut, if it is not
         self._left_out: dict[str, str] = {}
+        self._first: dict[str, int] = {}  # the first call that reached a layer
         self.chain: Chain | None = None
         self._skeletons: list[Skeleton] = []
         self._reached = self._find_reached()
@@ -133,10 +134,11 @@ class RecordedAdapter(Adapter):
         shapes: dict[str, tuple[int, ...]] = {}
 
         def note(path: str, args: tuple[Any, ...], kwargs: dict[str, Any], run: Callable[[], Any]) -> Any:
-            shapes.setdefault(path, tuple(args[0].shape) if args else ())
+            if path not in shapes:
+                shapes[path], self._first[path] = tuple(args[0].shape) if args else (), index
             return run()
 
-        for index in range(min(len(self.seen), VERIFIED)):
+        for index in range(len(self.seen)):
             call = self.seen[index]
             with uncompiled(), watched(every, note):
                 self.module(*call.args, **call.kwargs)  # never evaluated
@@ -156,11 +158,16 @@ class RecordedAdapter(Adapter):
                     raise BrokenChainError(f"call {index} differs from call 0: {reason}") from None
         except BrokenChainError as reason:
             self.broken, self._skeletons = str(reason), []
-        else:
-            self.chain = chain
+            return
+        self.chain = chain
+        unplaced = glue.keys() - chain.glue.keys()
+        for index in sorted({self._first[path] for path in unplaced} - {0}):  # of some calls alone
+            chain.place(self.seen[index], {path: glue[path] for path in unplaced - chain.glue.keys()})
+        idle = "what it wrote changed nothing that the module returned"
+        self._left_out |= dict.fromkeys(unplaced - chain.glue.keys(), idle)
 
     def left_out(self) -> dict[str, str]:
-        """Layers that no recorded call reaches, or that stand at several places."""
+        """Layers that no recorded call reaches, or to no effect, or that stand at several places."""
         return self._left_out
 
     @property

@@ -74,8 +74,19 @@ class Chain:
         chain = cls(module, blocks, first)
         mx.eval(list(first.values.values()))
         chain._find_needs(call, first.skeleton, first.values)
-        chain._place_glue(call, first.skeleton, first.values, layers)
+        chain._place(call, first, layers)
         return chain
+
+    def place(self, call: Call, layers: Mapping[str, nn.Module]) -> None:
+        """Find where layers outside of the blocks matter that do so in this call, but not in the first.
+
+        Args:
+            call: A recorded call that runs as the first does.
+            layers: The layers, by path.
+        """
+        shown = watch(self.module, self.blocks, call)
+        mx.eval(list(shown.values.values()))
+        self._place(call, shown, layers)
 
     def skeleton(self, call: Call) -> Skeleton:
         """The trees of another call; nothing is computed.
@@ -208,10 +219,11 @@ class Chain:
         mx.eval(made)
         return made
 
-    def _place_glue(self, call: Call, skeleton: Skeleton, values: Values, layers: Mapping[str, nn.Module]) -> None:
+    def _place(self, call: Call, shown: WatchedCall, layers: Mapping[str, nn.Module]) -> None:
         """The cut at which each layer outside of the blocks first matters; layers that matter nowhere have none."""
         if not layers or not self.cuts:
             return
+        skeleton, values = shown.skeleton, shown.values
         exact = self._all_glue(call, skeleton, values, self.cuts)
         called = dict[str, int]()
 
