@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from ..errors import ArtifactError, RecipeError
 from ..files.schema import either, entries
 from ..grids.packing import unpack
 from ..grids.weights import FORMAT, Grid, WeightFormat
-from ..layers.names import BIASES, BITS, DIVISOR, DOWN, INTEGERS, LOG, SCALES, SIGMA, STEP, TOKEN, WEIGHT
+from ..layers.names import BIASES, BITS, DIVISOR, INTEGERS, LOG, SCALES, SIGMA, STEP, TOKEN, UP, WEIGHT
 from ..layers.packed import weight_bytes
 from ..layers.sizes import numbers_in, planned_bytes
 from ..numerics.arrays import Array
@@ -53,7 +54,7 @@ class StoredLayer:
     @property
     def extras(self) -> str:
         """What happens to the input before it is rounded, and beside the integer weight, in words."""
-        rank = self.parts[DOWN].shape[0] if DOWN in self.parts else 0
+        rank = self.parts[UP].shape[1] if UP in self.parts else 0
         found = {
             "divided": DIVISOR in self.parts or DIVIDES in self.parts,
             f"rotated by {self.rotation}": self.rotation > 1,
@@ -80,10 +81,9 @@ class StoredLayer:
         """
         if SIGNED in self.parts:
             return self.parts[SIGNED].read(stride).astype(np.int16)
-        return (
-            unpack(self.parts[WEIGHT].read(stride), self.format.bits, self.shape[1]).astype(np.int16)
-            - self.format.zero_code
-        )
+        words = self.parts[WEIGHT].read(stride)  # of experts side by side: of every stride-th expert
+        codes = unpack(words.reshape(-1, words.shape[-1]), self.format.bits, self.shape[1])
+        return codes.astype(np.int16) - self.format.zero_code
 
     def weight(self, stride: int = 1) -> Array:
         """The weight float32 [rows, in] of every ``stride``-th output, as the layer multiplies its transformed input by
@@ -99,7 +99,7 @@ class StoredLayer:
         """Scales or biases float32 [rows or 1, groups]."""
         part = self.parts[name]
         values = part.read(stride if part.shape[0] > 1 else 1).astype(np.float32)
-        return values.reshape(len(values), -1)
+        return values.reshape(-1, values.shape[-1]) if values.ndim > 1 else values[:, None]
 
 
 def stored_layers(
@@ -123,7 +123,7 @@ def stored_layers(
         format = WeightFormat(**facts.get("format", facts))
         rows, width = facts.get("shape", main.shape)
         expected = (rows, -(-width * format.bits // 32) if WEIGHT in parts else width)
-        if main.shape != expected:
+        if (prod(main.shape[:-1]), main.shape[-1]) != expected:
             raise ArtifactError(
                 f"layer {path}: codes of shape {main.shape} in {main.file}, expected {expected}; write it anew"
             )
@@ -143,7 +143,13 @@ def foreign_layers(quantization: Mapping[str, Any], arrays: Sequence[StoredArray
         path = name.removesuffix(f".{SCALES}")
         packed = named.get(f"{path}.{WEIGHT}")
         own = quantization.get(path, {})
-        if path == name or packed is None or packed.dtype != "uint32" or len(packed.shape) != 2 or own is False:
+        if (
+            path == name
+            or packed is None
+            or packed.dtype != "uint32"
+            or len(packed.shape) not in (2, 3)
+            or own is False
+        ):
             continue
         facts = {**quantization, **(own if isinstance(own, Mapping) else {})}
         parts = {part: named[f"{path}.{part}"] for part in INTEGERS if f"{path}.{part}" in named}
@@ -152,8 +158,12 @@ def foreign_layers(quantization: Mapping[str, Any], arrays: Sequence[StoredArray
             format = WeightFormat(bits, group, symmetric=False)
         except (KeyError, TypeError, ValueError, RecipeError):
             continue
-        rows, width = packed.shape[0], packed.shape[1] * 32 // bits
-        if facts.get("mode", "affine") == "affine" and BIASES in parts and scales.shape == (rows, width // group):
+        rows, width = prod(packed.shape[:-1]), packed.shape[-1] * 32 // bits
+        if (
+            facts.get("mode", "affine") == "affine"
+            and BIASES in parts
+            and scales.shape == (*packed.shape[:-1], width // group)
+        ):
             found.append(StoredLayer(path, (rows, width), format, parts))
     return found
 

@@ -21,6 +21,7 @@ from ..errors import ExportError
 from ..files.hub import lazy_tensors
 from ..layers.attention import QuantizedAttention
 from ..layers.linear import QuantizedLinear
+from ..layers.product import QuantizedProduct
 from ..layers.tree import parameters
 from ..models.sd3.checkpoint import MMDIT_PREFIX
 from ..models.sd3.files import CHECKPOINT, Files
@@ -61,10 +62,10 @@ def float_module(module: nn.Module, target: str, drop_activations: bool = False)
     for path, part in sorted(module.named_modules()):
         if here := [o for o in part_obstacles(part) if o.activations and not drop_activations]:
             found[path] = here
-        if isinstance(part, QuantizedLinear | QuantizedAttention):
+        if isinstance(part, QuantizedProduct | QuantizedAttention):
             for name in [name for name in arrays if name.startswith(f"{path}.") and name != f"{path}.bias"]:
                 del arrays[name]
-        if isinstance(part, QuantizedLinear) and not found:
+        if isinstance(part, QuantizedProduct) and not found:
             exact = effective_weight(part)
             arrays[f"{path}.weight"] = exact.astype(mx.float16)
             error = mx.abs(arrays[f"{path}.weight"].astype(mx.float32) - exact).max() / mx.abs(exact).max()
@@ -95,18 +96,20 @@ def float_module(module: nn.Module, target: str, drop_activations: bool = False)
 
 def row_changes(before: mx.array, after: mx.array) -> Array:
     """By how much a weight [out, in] changes at most in each row, as a share of the row's largest [out]."""
-    exact, found = (np.array(value.astype(mx.float32)) for value in (before, after))
+    exact, found = (np.array(value.astype(mx.float32)).reshape(len(value), -1) for value in (before, after))
     largest = np.abs(exact).max(1)
     changes: Array = np.abs(found - exact).max(1) / np.where(largest > 0, largest, 1)
     return changes
 
 
-def effective_weight(layer: QuantizedLinear) -> mx.array:
-    """What a layer multiplies its input with, activations aside: float32 [out, in].
+def effective_weight(layer: QuantizedProduct) -> mx.array:
+    """What a layer multiplies its input with, activations aside: float32 in the shape of its weight.
 
     The layer computes ``T(x) (W + up down)^T`` with T dividing and rotating, so this is ``(W + up down) R^T
     diag(1/divisor)``.
     """
+    if not isinstance(layer, QuantizedLinear):
+        return mx.array(layer.effective()).reshape(layer.shape)
     weight = layer.dequantized()
     if (branch := layer.branch) is not None:
         weight = weight + mx.array(branch.up.astype(np.float32)) @ mx.array(branch.down.astype(np.float32))

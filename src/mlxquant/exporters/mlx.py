@@ -21,9 +21,10 @@ from ..files import checked
 from ..files.checked import file_digest, write_json, write_tensors
 from ..files.parameters import compact
 from ..layers.attention import find_quantized_attentions
-from ..layers.linear import QuantizedLinear, find_quantized
+from ..layers.kinds import find_layers, layer_facts
 from ..layers.names import FOR_INPUT
 from ..layers.plain import plain_bits, plain_layer
+from ..layers.product import QuantizedProduct
 from ..layers.sizes import numbers_in
 from ..layers.tree import parameters
 from ..sweep.store import module_facts
@@ -35,7 +36,7 @@ WEIGHTS, SIDECAR = "model.safetensors", "mlxquant.safetensors"
 def split_module(model: QuantizedModel, drop_activations: bool) -> tuple[PlainModule, dict[str, mx.array]]:
     """What is plain, and the sidecar's arrays."""
     module = model.adapter.module
-    layers, attentions = find_quantized(module), find_quantized_attentions(module)
+    layers, attentions = find_layers(module), find_quantized_attentions(module)
     reasons = {path: own_reasons(layer) for path, layer in layers.items()}
     own = [path for path in layers if reasons[path]]
     plain = {path: plain_layer(layer) for path, layer in layers.items() if not reasons[path]}
@@ -62,7 +63,7 @@ def split_module(model: QuantizedModel, drop_activations: bool) -> tuple[PlainMo
     ), sidecar
 
 
-def own_reasons(layer: QuantizedLinear) -> list[str]:
+def own_reasons(layer: QuantizedProduct) -> list[str]:
     """Why a layer has to stay one of ours; empty where a plain one stands for it, activation scales aside."""
     bits = [] if plain_bits(layer.format) == layer.format.bits else [f"{layer.format.bits} bits"]
     return [o.what for o in layer.obstacles() if not o.activations] + bits
@@ -80,7 +81,7 @@ def write_mlx(folder: Path, model: QuantizedModel, drop_activations: bool) -> Pl
         {"model": model.name, **description, **({"quantization": setting} if plain.layers else {})}
     )
     (folder / "config.json").write_text(config, encoding="utf-8")
-    layers = {path: structure(layer.facts, drop_activations) for path, layer in model.layers.items()}
+    layers = {path: structure(facts, drop_activations) for path, facts in layer_facts(model.layers).items()}
     facts = {
         **model.facts,
         "model": {"name": model.name, **description, "place": model.adapter.save_beside(folder)},
@@ -98,8 +99,8 @@ def structure(facts: dict[str, Any], drop_activations: bool) -> dict[str, Any]:
     """A layer's facts, perhaps without activation scales."""
     if not drop_activations:
         return facts
-    return {name: value for name, value in facts.items() if name != "network"} | {
-        "table": None,
-        "log": False,
-        "token": False,
-    }
+    kept = {name: value for name, value in facts.items() if name != "network"}
+    without = {"table": None, "log": False, "token": False}
+    if "class" in facts:  # what there is nothing of, other kinds than Linears do not tell
+        return {name: value for name, value in kept.items() if name not in without}
+    return kept | without

@@ -19,10 +19,10 @@ import numpy as np
 from ..errors import ExportError
 from ..grids.weights import SMALLEST_HALF
 from ..layers.attention import QuantizedAttention
-from ..layers.linear import QuantizedLinear
 from ..layers.names import BIASES, FOR_INPUT, SCALES, WEIGHT
 from ..layers.own import Obstacle, OwnModule
 from ..layers.plain import PlainLayer, plain_layer
+from ..layers.product import QuantizedProduct
 from ..layers.sizes import numbers_in, numbers_in_words
 from ..layers.tree import parameters
 
@@ -120,12 +120,12 @@ def plain_module(module: nn.Module, target: str, drop_activations: bool = False)
         if here := [o for o in part_obstacles(part) if not (drop_activations and o.activations)]:
             found[path] = here
             continue
-        if isinstance(part, QuantizedLinear | QuantizedAttention):
+        if isinstance(part, QuantizedProduct | QuantizedAttention):
             own = [name for name in arrays if name.startswith(f"{path}.")]
             dropped += any(name in part for name in FOR_INPUT)
             for name in own:
                 del arrays[name]
-        if isinstance(part, QuantizedLinear):
+        if isinstance(part, QuantizedProduct):
             plain = plain_layer(part)
             widened += plain.bits != part.format.bits
             wide += [plain.arrays[SCALES]] if plain.arrays[SCALES].dtype == mx.float32 else []

@@ -29,6 +29,7 @@ from ..numerics.layer_inputs import LayerInputs
 from ..numerics.low_rank import LowRank
 from ..numerics.patches import Window, patches, spread_evenly
 from .names import BIAS
+from .own import Obstacle, OwnModule
 from .packed import BRANCH_DTYPE, name_of, scale_dtype, stored_dtype
 from .product import PRODUCT, QuantizedProduct
 from .weight_only import rounded
@@ -264,6 +265,9 @@ class QuantizedConvolution(QuantizedProduct):
     def _multiply(self, x: mx.array, *where: Any) -> mx.array:
         half = mx.default_device() != mx.cpu and self.reader is None
         return self.product(x if half else x.astype(mx.float32), self.matrix()).astype(mx.float32)
+
+    def obstacles(self) -> list[Obstacle]:
+        return [*OwnModule.obstacles(self), *(one for one in super().obstacles() if one.activations)]
 
     def _extra_repr(self) -> str:
         options = "".join(f", {name}={value}" for name, value in self._options.items())

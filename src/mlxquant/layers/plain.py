@@ -29,6 +29,7 @@ PLAIN = (
     "dtype",
     SCALE_DTYPE,
     BRANCH_DTYPE,
+    "experts",
 )  # facts of a layer that a plain one shares
 ANOTHER_RECIPE = "quantize by a recipe without it"
 
@@ -50,15 +51,15 @@ class PlainLayer:
 
 
 def obstacles(facts: Mapping[str, Any]) -> list[Obstacle]:
-    """Everything that keeps a linear layer of these facts from being a plain one; empty where ``plain_layer`` stands
-    for it.
+    """Everything that keeps a linear layer, or a switch layer, of these facts from being a plain one; empty where
+    ``plain_layer`` stands for it.
     """
     known = {
         "table": ("static activation scales", "quantize with 16-bit activations"),
         "token": ("activations quantized a token", "quantize with 16-bit activations"),
         "divisor": ("a division of its input's channels", ANOTHER_RECIPE),
-        "rotation": (f"a rotation of its input in blocks of {facts['rotation']}", ANOTHER_RECIPE),
-        "rank": (f"a low-rank branch of rank {facts['rank']}", ANOTHER_RECIPE),
+        "rotation": (f"a rotation of its input in blocks of {facts.get('rotation')}", ANOTHER_RECIPE),
+        "rank": (f"a low-rank branch of rank {facts.get('rank')}", ANOTHER_RECIPE),
     }
     found = (
         []
@@ -105,6 +106,8 @@ def plain_layer(layer: QuantizedLayer) -> PlainLayer:
         mx.array(np.repeat(v.astype(dtype), width // size // v.shape[1], axis=1)) for v in (grid.scales, grid.biases)
     )  # a row's scale, over its groups
     arrays = {WEIGHT: weight, SCALES: scales, BIASES: biases}
+    if layer.meets_one_part:  # experts stand side by side there
+        arrays = {name: value.reshape(layer.parts, -1, value.shape[-1]) for name, value in arrays.items()}
     return PlainLayer(bits, size, arrays | ({BIAS: layer[BIAS]} if BIAS in layer else {}))
 
 
@@ -124,6 +127,9 @@ def restored(arrays: Mapping[str, mx.array], layers: Mapping[str, Any], plain: I
     for path in plain:
         format, (rows, width) = WeightFormat(**layers[path]["format"]), layers[path]["shape"]
         groups, kept = width // format.columns(width), 1 if format.group == "tensor" else rows
+        if "experts" in layers[path]:
+            for name in (f"{path}.{part}" for part in (WEIGHT, SCALES, BIASES)):
+                own[name] = own[name].reshape(rows, -1)
         for name in (f"{path}.{SCALES}", f"{path}.{BIASES}"):
             own[name] = own[name][:kept, :: own[name].shape[1] // groups].astype(scale_dtype(layers[path]))
         if format.symmetric:
