@@ -27,15 +27,17 @@ import numpy as np
 
 from ...errors import AdapterError, CalibrationError
 from ...grids.time import Clock
+from ...layers.kinds import find_exact_layers
 from ...layers.tree import get_module, swapped
 from ..adapter import Adapter
 from ..stages import Stage, State
 from .blocks import find_blocks, require_blocks
 from .chain import Chain
 from .naming import BrokenChainError, Skeleton
+from .reach import find_reach
 from .recording import Call, Recording
 from .trees import arrays
-from .watching import uncompiled, watched
+from .watching import uncompiled
 
 CALL = "call"
 NO_TIME = 0.0  # the noise level of all calls where nobody says how to read it
@@ -81,12 +83,12 @@ class RecordedAdapter(Adapter):
         self._roles_given = dict(roles or {})
         self._widens = True
         self.broken = ""  # why the module is not cut, if it is not
-        self._left_out: dict[str, str] = {}
-        self._first: dict[str, int] = {}  # the first call that reached a layer
         self.chain: Chain | None = None
         self._skeletons: list[Skeleton] = []
-        self._reached = self._find_reached()
-        found = find_blocks(self.module, self._is_layer) if blocks is None else self._named(blocks)
+        every = find_exact_layers(self.module)
+        self._reach = find_reach(self.module, every, seen)
+        self._left_out, self._reached = dict(self._reach.left_out), self._reach.shapes
+        found = find_blocks(self.module, every) if blocks is None else self._named(blocks)
         if blocks is None and not found:
             raise AdapterError(
                 f"{self.name} has no list of modules with layers inside, so there is nothing to cut it between; name"
@@ -109,42 +111,6 @@ class RecordedAdapter(Adapter):
     def _named(self, blocks: Iterable[str]) -> dict[str, nn.Module]:
         return require_blocks(self.module, blocks, dict(self.module.named_modules()))
 
-    def _is_layer(self, module: nn.Module) -> bool:
-        return id(module) in self._layer_ids
-
-    def _find_reached(self) -> dict[str, tuple[int, ...]]:
-        """The layers that calls reach, with the shape of their first input; and those left out."""
-        every = super().layers()
-        self._layer_ids = {id(layer) for layer in every.values()}
-        places = dict[int, dict[tuple[int, str], str]]()
-        for path, layer in every.items():
-            parent, _, name = path.rpartition(".")
-            holder = get_module(self.module, parent) if parent else self.module
-            places.setdefault(id(layer), {}).setdefault((id(holder), name), path)
-        self._left_out = {
-            path: f"one layer at several places: {', '.join(found.values())}"
-            for found in places.values()
-            if len(found) > 1
-            for path in found.values()
-        }
-        once = {path for found in places.values() if len(found) == 1 for path in found.values()}
-        again = {path: "its parent stands at another place, too" for path in every if path not in once}
-        self._left_out = again | self._left_out
-        every = {path: layer for path, layer in every.items() if path in once}
-        shapes: dict[str, tuple[int, ...]] = {}
-
-        def note(path: str, args: tuple[Any, ...], kwargs: dict[str, Any], run: Callable[[], Any]) -> Any:
-            if path not in shapes:
-                shapes[path], self._first[path] = tuple(args[0].shape) if args else (), index
-            return run()
-
-        for index in range(len(self.seen)):
-            call = self.seen[index]
-            with uncompiled(), watched(every, note):
-                self.module(*call.args, **call.kwargs)  # never evaluated
-        self._left_out |= {path: "no recorded call reached it" for path in every if path not in shapes}
-        return shapes
-
     def _cut(self, found: dict[str, nn.Module]) -> None:
         """Find the chain; where there is none, ``broken`` says why."""
         inside = [f"{path}." for path in found]
@@ -161,7 +127,7 @@ class RecordedAdapter(Adapter):
             return
         self.chain = chain
         unplaced = glue.keys() - chain.glue.keys()
-        for index in sorted({self._first[path] for path in unplaced} - {0}):  # of some calls alone
+        for index in sorted({self._reach.first[path] for path in unplaced} - {0}):  # of some calls alone
             chain.place(self.seen[index], {path: glue[path] for path in unplaced - chain.glue.keys()})
         idle = "what it wrote changed nothing that the module returned"
         self._left_out |= dict.fromkeys(unplaced - chain.glue.keys(), idle)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import mlx.nn as nn
@@ -10,14 +10,18 @@ import mlx.nn as nn
 from ...errors import AdapterError
 
 
-def find_blocks(module: nn.Module, is_layer: Callable[[nn.Module], bool]) -> dict[str, nn.Module]:
+def find_blocks(module: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     """A module's own blocks by path: what stands in the outermost lists of modules with layers inside.
 
     Args:
         module: The module.
-        is_layer: Whether a module is a layer, which is no block.
+        layers: Its layers, which are no blocks.
     """
     found: dict[str, nn.Module] = {}
+    known = {id(layer) for layer in layers.values()}
+
+    def is_layer(part: nn.Module) -> bool:
+        return id(part) in known
 
     def holds_layers(part: Any) -> bool:
         return isinstance(part, nn.Module) and not is_layer(part) and any(is_layer(m) for m in part.modules())

@@ -1,0 +1,65 @@
+"""Which layers of a module recorded calls reach, and why others are left out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.nn as nn
+
+from ...layers.tree import get_module
+from .recording import Recording
+from .watching import uncompiled, watched
+
+
+@dataclass(frozen=True)
+class Reach:
+    """What calls reach.
+
+    Attributes:
+        shapes: Of the first input of each layer that a call reaches, by path.
+        first: The first call that reached it.
+        left_out: Why other layers are not, by path.
+    """
+
+    shapes: dict[str, tuple[int, ...]]
+    first: dict[str, int]
+    left_out: dict[str, str]
+
+
+def find_reach(module: nn.Module, layers: Mapping[str, nn.Module], seen: Recording) -> Reach:
+    """See which layers recorded calls reach; nothing is computed.
+
+    Args:
+        module: What was called.
+        layers: Its layers, by path; one at two places has two.
+        seen: The recording.
+    """
+    places = dict[int, dict[tuple[int, str], str]]()
+    for path, layer in layers.items():
+        parent, _, name = path.rpartition(".")
+        holder = get_module(module, parent) if parent else module
+        places.setdefault(id(layer), {}).setdefault((id(holder), name), path)
+    shared = {
+        path: f"one layer at several places: {', '.join(found.values())}"
+        for found in places.values()
+        if len(found) > 1
+        for path in found.values()
+    }
+    once = {path for found in places.values() if len(found) == 1 for path in found.values()}
+    again = {path: "its parent stands at another place, too" for path in layers if path not in once}
+    watch = {path: layer for path, layer in layers.items() if path in once}
+    shapes, first = dict[str, tuple[int, ...]](), dict[str, int]()
+
+    def note(path: str, args: tuple[Any, ...], kwargs: dict[str, Any], run: Callable[[], Any]) -> Any:
+        if path not in shapes:
+            shapes[path], first[path] = tuple(args[0].shape) if args else (), index
+        return run()
+
+    for index in range(len(seen)):
+        call = seen[index]
+        with uncompiled(), watched(watch, note):
+            module(*call.args, **call.kwargs)  # never evaluated
+    unreached = {path: "no recorded call reached it" for path in watch if path not in shapes}
+    return Reach(shapes, first, again | shared | unreached)
