@@ -24,6 +24,7 @@ from mlxquant.models.gpt.tokenizers import ByteTokenizer
 from mlxquant.models.language import language
 from mlxquant.recipes.grammar import parse_recipe
 
+from support.adapter_contract import HostContract
 from support.tiny_language import TEXT, gpt_folder, llama_folder, tiny_gpt
 
 TOKENS = mx.array(np.frombuffer(TEXT[:64].encode(), np.uint8).astype(np.int32).reshape(2, 32))
@@ -41,7 +42,19 @@ def model(request, tmp_path_factory):
     return mq.load(llama_folder(folder, dtype=dtype, tie_word_embeddings="tied" in request.param))
 
 
-class TestContract:
+class TestContract(HostContract):
+    @classmethod
+    def make_adapter(cls):
+        raise NotImplementedError  # there are several: ``adapter`` gives them
+
+    @pytest.fixture
+    def adapter(self, model):
+        return model.adapter
+
+    @pytest.fixture
+    def entered(self):
+        return {"tokens": TOKENS}, 0.0
+
     def test_stages_compose_to_the_model(self, model):
         state = model.adapter.run({"tokens": TOKENS}, 0.0)
         whole = np.array(model.adapter.module(TOKENS).astype(mx.float32))

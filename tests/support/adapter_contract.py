@@ -1,7 +1,8 @@
-"""What every adapter must keep. A new adapter subclasses ``AdapterContract`` and gives ``make_adapter`` and
-``whole``.
+"""What every adapter must keep. A new one that draws subclasses ``AdapterContract`` and gives ``make_adapter`` and
+``whole``; any other ``HostContract``, with ``entered``.
 """
 
+import json
 from abc import ABC, abstractmethod
 from inspect import signature
 
@@ -11,7 +12,7 @@ import pytest
 
 from mlxquant.errors import AdapterError
 from mlxquant.layers.attention import ShownAttention
-from mlxquant.layers.tree import find_linears, parameters, swapped, tapped
+from mlxquant.layers.tree import parameters, swapped, tapped
 from mlxquant.models.adapter import Adapter
 from mlxquant.models.edges import check_edges
 from mlxquant.models.stages import tensors, written
@@ -19,11 +20,75 @@ from mlxquant.recipes.roles import Role
 from mlxquant.sweep.folding import check_folds
 
 
-class AdapterContract(ABC):
+class HostContract(ABC):
+    """Of any host."""
+
     @classmethod
     @abstractmethod
     def make_adapter(cls) -> Adapter:
         """The model under test."""
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def adapter(cls):
+        return cls.make_adapter()
+
+    @abstractmethod
+    def entered(self, adapter):
+        """A fixture: what enters the first stage, two samples, and the noise level."""
+
+    def test_blocks_are_what_is_between_the_first_stage_and_the_last(self, adapter):
+        assert len(adapter.stages) >= 2
+        assert adapter.stages == (adapter.stages[0], *adapter.blocks, adapter.stages[-1])
+        assert adapter.stages is adapter.stages
+        assert len({stage.name for stage in adapter.stages}) == len(adapter.stages)
+
+    def test_every_layer_belongs_to_exactly_one_stage_and_has_a_role(self, adapter):
+        for path in adapter.layers():
+            assert sum(stage.owns(path) for stage in adapter.stages) == 1, path
+            assert isinstance(adapter.roles()[path], Role)
+
+    def test_blocks_hand_on_what_they_do_not_change(self, adapter, entered):
+        state, sigma = entered
+        extra = mx.zeros((2, 1))
+        with adapter.clock.at(sigma):
+            state = adapter.stages[0].run(state) | {"extra": extra}
+            for block in adapter.blocks:
+                after = block.run(state)
+                assert after["extra"] is extra
+                assert set(written(after, state)) < set(after)
+                assert {key for keys in tensors(after, state).values() for key in keys} <= set(written(after, state))
+                assert sum(adapter.weights(block, tensors(after, state)).values()) > 0
+                state = after
+
+    def test_edges_are_about_layers_and_name_no_channel_twice(self, adapter):
+        check_edges(adapter.name, adapter.module, adapter.edges())
+        assert {path for edge in adapter.edges() for path in edge.consumers} <= set(adapter.layers())
+
+    def test_edges_tell_the_truth(self, adapter, entered):
+        before = dict(parameters(adapter.module))
+        check_folds(adapter, *entered)
+        assert all(value is before[name] for name, value in parameters(adapter.module).items())  # undone exactly
+
+    def test_weights_come_from_a_place(self, adapter):
+        place = signature(type(adapter).pretrained).parameters["place"]
+        assert (place.default, place.kind) == ("", place.POSITIONAL_OR_KEYWORD)
+
+    def test_every_layer_is_reached_by_its_stage(self, adapter, entered):
+        seen = set()
+        with tapped(adapter.module, adapter.layers(), lambda path, *call: seen.add(path)):
+            adapter.run(*entered)
+        assert seen == set(adapter.layers())
+
+    def test_structure_is_rebuilt_from_its_description(self, adapter):
+        blank = type(adapter).described(json.loads(json.dumps(adapter.describe())))
+        shapes = [{path: layer.weight.shape for path, layer in one.layers().items()} for one in (blank, adapter)]
+        assert shapes[0] == shapes[1]
+        assert blank.roles() == adapter.roles()
+
+
+class AdapterContract(HostContract):
+    """Of a host that draws."""
 
     @abstractmethod
     def whole(self, adapter, latent, conditioning, t):
@@ -31,8 +96,8 @@ class AdapterContract(ABC):
 
     @pytest.fixture(scope="class")
     @classmethod
-    def adapter(cls):
-        return cls.make_adapter()
+    def entered(cls, adapter, inputs):
+        return adapter.state(*inputs, 0.5), 0.5
 
     @pytest.fixture(scope="class")
     @classmethod
@@ -55,42 +120,6 @@ class AdapterContract(ABC):
             alone = np.array(adapter.velocity(inputs[0][row], inputs[1].take(row), sigma))
             np.testing.assert_allclose(mixed[i : i + 1], alone, atol=2e-4)
 
-    def test_every_layer_belongs_to_exactly_one_stage_and_has_a_role(self, adapter):
-        for path in adapter.layers():
-            assert sum(stage.owns(path) for stage in adapter.stages) == 1, path
-            assert isinstance(adapter.roles()[path], Role)
-
-    def test_blocks_hand_on_what_they_do_not_change(self, adapter, inputs):
-        extra = mx.zeros((2, 1))
-        with adapter.clock.at(0.5):
-            state = adapter.stages[0].run(adapter.state(*inputs, 0.5)) | {"extra": extra}
-            for block in adapter.blocks:
-                after = block.run(state)
-                assert after["extra"] is extra
-                assert set(written(after, state)) < set(after)
-                assert {key for keys in tensors(after, state).values() for key in keys} <= set(written(after, state))
-                assert sum(adapter.weights(block, tensors(after, state)).values()) > 0
-                state = after
-
-    def test_edges_are_about_layers_and_name_no_channel_twice(self, adapter):
-        check_edges(adapter.name, adapter.module, adapter.edges())
-        assert {path for edge in adapter.edges() for path in edge.consumers} <= set(adapter.layers())
-
-    def test_edges_tell_the_truth(self, adapter, inputs):
-        before = dict(parameters(adapter.module))
-        check_folds(adapter, adapter.state(*inputs, 0.5), 0.5)
-        assert all(value is before[name] for name, value in parameters(adapter.module).items())  # undone exactly
-
-    def test_weights_come_from_a_place(self, adapter):
-        place = signature(type(adapter).pretrained).parameters["place"]
-        assert (place.default, place.kind) == ("", place.POSITIONAL_OR_KEYWORD)
-
-    def test_every_layer_is_reached_by_its_stage(self, adapter, inputs):
-        seen = set()
-        with tapped(adapter.module, adapter.layers(), lambda path, *call: seen.add(path)):
-            adapter.velocity(*inputs, 0.5)
-        assert seen == set(adapter.layers())
-
     def test_an_attention_that_can_be_opened_is_where_its_model_computes_it(self, adapter, inputs):
         exact, shown = np.array(adapter.velocity(*inputs, 0.5)), {path: [] for path in adapter.attentions()}
         for path in shown:
@@ -108,12 +137,6 @@ class AdapterContract(ABC):
         adapter.velocity(*inputs, 0.5)
         with pytest.raises(AdapterError, match="no timestep"):
             _ = adapter.clock.sigma
-
-    def test_structure_is_rebuilt_from_its_description(self, adapter):
-        blank = type(adapter).blank(adapter.describe())
-        assert {p: m.weight.shape for p, m in find_linears(blank.module).items()} == {
-            p: m.weight.shape for p, m in find_linears(adapter.module).items()
-        }
 
     def test_sampling_is_reproducible_and_independent_of_the_batch(self, adapter):
         prompts = adapter.prompts("evaluation", 2)
