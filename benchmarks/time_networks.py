@@ -49,7 +49,7 @@ def seen(model: mq.Model, corpus: str, prompts: int, steps: int, paths: Sequence
     sigmas, states = trajectories.batches(adapter)
     roles = adapter.roles()
     wanted = [path for path, role in roles.items() if role not in ("modulation", "embedder", "output")]
-    collector = Collector()
+    collector = Collector(adapter.layers())
     with tapped(adapter.module, wanted, collector):
         for index in progress(range(len(sigmas)), f"{corpus}, {steps} steps"):
             collector.sigma, state = sigmas[index], states[index]

@@ -13,7 +13,7 @@ from PIL import Image
 import mlxquant as mq
 from mlxquant.files.checked import file_digest, read_json, write_json
 from mlxquant.grids.tables import ActivationTable
-from mlxquant.layers import linear
+from mlxquant.layers import product
 from mlxquant.layers.linear import QuantizedLinear
 from mlxquant.load_adaround_model import assemble
 from mlxquant.models.shapes.adapter import MMDiTShapes
@@ -165,9 +165,9 @@ def test_calibrated_weights_beat_rounding_and_eight_bits_cost_little(made, tmp_p
 
 
 def test_v2_runs_on_integer_codes_of_every_tier(made, monkeypatch):
-    multiply, seen = linear.integer_matmul, set()
+    multiply, seen = product.integer_matmul, set()
 
-    def spy(x, weight, x_limit, weight_limit):
+    def spy(x, weight, x_limit, weight_limit, meet):
         codes, whole = np.array(x), np.array(weight)
         np.testing.assert_array_equal(codes, np.rint(codes))
         np.testing.assert_array_equal(whole, np.rint(whole))
@@ -175,9 +175,9 @@ def test_v2_runs_on_integer_codes_of_every_tier(made, monkeypatch):
         assert codes.max() <= x_limit - 1
         assert np.abs(whole).max() <= weight_limit == 8
         seen.add(x_limit)
-        return multiply(x, weight, x_limit, weight_limit)
+        return multiply(x, weight, x_limit, weight_limit, meet)
 
-    monkeypatch.setattr(linear, "integer_matmul", spy)
+    monkeypatch.setattr(product, "integer_matmul", spy)
     model = assemble(mq.Model(tiny_adapter()), TrackFiles(made / "w4", made / "tiers.json"), active=True)
     config = QuantConfig.read(made / "tiers.json")
     found = {path: m for path, m in model.adapter.module.named_modules() if isinstance(m, QuantizedLinear)}

@@ -1,6 +1,7 @@
 """Laws that every range method keeps, over the whole registry."""
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 
@@ -12,10 +13,10 @@ METHODS = members("range")
 
 def collect(levels=(0.2, 0.9), width=16, samples=6, seed=0):
     rng = np.random.default_rng(seed)
-    statistics = InputStatistics(width, rows=64)
+    statistics = InputStatistics(nn.Linear(width, 1), rows=64)
     for i, sigma in enumerate(levels):
         x = rng.standard_t(4, (samples, 20, width)) * (i + 1) + 0.5
-        statistics.add(mx.array(x.astype(np.float32)), sigma)
+        statistics.add((mx.array(x.astype(np.float32)),), sigma)
     return statistics.ranges
 
 
@@ -55,8 +56,8 @@ def test_tables_are_complete_and_scale_with_their_input(method, bits):
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
 def test_constant_and_zero_inputs_are_survived(method):
     for value in (0.0, 3.0):
-        statistics = InputStatistics(4)
-        statistics.add(mx.full((2, 3, 4), value), 0.5)
+        statistics = InputStatistics(nn.Linear(4, 1))
+        statistics.add((mx.full((2, 3, 4), value),), 0.5)
         table = method.function(statistics.ranges, WEIGHT[:, :4], 8)
         assert np.isfinite(table.step).all()
         code = np.clip(np.rint((value - table.shift[0, 0]) / table.step[0]), -128, 127)
@@ -88,8 +89,8 @@ def test_error_search_knows_that_rows_miss_the_extremes():
     rng = np.random.default_rng(1)
     x = rng.normal(size=(1, 4000, 16)).astype(np.float32)
     x[0, 30:46] += 9 * np.eye(16, dtype=np.float32)  # between the first two rows that are kept, 0 and 63
-    statistics = InputStatistics(16, rows=64)
-    statistics.add(mx.array(x), 0.5)
+    statistics = InputStatistics(nn.Linear(16, 1), rows=64)
+    statistics.add((mx.array(x),), 0.5)
     assert np.abs(statistics.ranges.rows).max() < 5 < 8 < x.max()
     searched, plain = (get("range", name).function(statistics.ranges, WEIGHT, 8) for name in ("error", "extremes"))
     assert output_error(searched, x) < 1.05 * output_error(plain, x)
@@ -116,13 +117,13 @@ def test_extremes_and_their_envelope_clip_nothing_that_was_seen(name):
 
 def test_moments_and_ranges_are_the_same_however_samples_are_batched():
     x = mx.array(np.random.default_rng(0).normal(size=(6, 5, 4)).astype(np.float32))
-    whole, parts = (InputStatistics(4, range_batch=4) for _ in range(2))
-    whole.add(x, 0.5)
+    whole, parts = (InputStatistics(nn.Linear(4, 1), range_batch=4) for _ in range(2))
+    whole.add((x,), 0.5)
     for rows in (slice(0, 1), slice(1, 6)):
-        parts.add(x[rows], 0.5)
+        parts.add((x[rows],), 0.5)
     np.testing.assert_array_equal(whole.ranges.low, parts.ranges.low)
     np.testing.assert_array_equal(whole.ranges.high, parts.ranges.high)
-    np.testing.assert_allclose(whole.moments.gram, parts.moments.gram, rtol=1e-6)
+    np.testing.assert_allclose(whole.moments.parts[0].gram, parts.moments.parts[0].gram, rtol=1e-6)
 
 
 def test_averages_clip_the_more_the_fewer_samples_a_batch_has():
@@ -130,8 +131,8 @@ def test_averages_clip_the_more_the_fewer_samples_a_batch_has():
     x = mx.array(np.random.default_rng(0).standard_t(4, size=(16, 5, 16)).astype(np.float32))
     steps = []
     for batch in (1, 2, 4, 8, 16):
-        statistics = InputStatistics(16, range_batch=batch)
-        statistics.add(x, 0.5)
+        statistics = InputStatistics(nn.Linear(16, 1), range_batch=batch)
+        statistics.add((x,), 0.5)
         steps.append(get("range", "average").function(statistics.ranges, WEIGHT, 8).step[0])
     assert steps == sorted(steps)
     assert steps[0] < 0.8 * steps[-1]

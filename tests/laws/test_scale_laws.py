@@ -20,6 +20,7 @@ from mlxquant.layers.tree import parameters
 from mlxquant.methods import registry
 from mlxquant.methods.weights.rtn import rtn
 from mlxquant.numerics.moments import Moments
+from mlxquant.numerics.part_moments import PartMoments
 from mlxquant.numerics.transform import Transform
 from mlxquant.recipes.recipe import LayerSpec
 from mlxquant.sweep.layer import quantize_layer
@@ -148,7 +149,9 @@ def test_a_calibrated_layer_follows_its_weight(spec, weight, moments):
     for power in (0, -40, -14, 20):
         linear = nn.Linear(128, 12, bias=False)
         linear.weight = mx.array(np.ldexp(weight, power))
-        made = quantize_layer(linear, spec, seen, "it", Transform(np.linspace(0.5, 2, 128), None, 16)).layer
+        made = quantize_layer(
+            linear, spec, PartMoments.one(seen), "it", Transform(np.linspace(0.5, 2, 128), None, 16)
+        ).layer
         again = rebuilt(made.facts, None)
         load_parameters(again, parameters(made), "it")
         assert mx.array_equal(again(inputs), made(inputs)).item()

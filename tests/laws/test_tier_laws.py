@@ -3,6 +3,7 @@
 import inspect
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 
@@ -17,10 +18,10 @@ WEIGHT = np.random.default_rng(9).normal(size=(8, 16)).astype(np.float32)
 
 def collect(levels=(0.2, 0.5, 0.9), width=16, seed=0, scale=1.0):
     rng = np.random.default_rng(seed)
-    statistics = InputStatistics(width, rows=64)
+    statistics = InputStatistics(nn.Linear(width, 1), rows=64)
     for i, sigma in enumerate(levels):
         x = rng.standard_t(4, (4, 20, width)) * scale * (i + 1) + 0.5
-        statistics.add(mx.array(x.astype(np.float32)), sigma)
+        statistics.add((mx.array(x.astype(np.float32)),), sigma)
     return statistics.ranges
 
 
@@ -106,8 +107,8 @@ def test_a_mirrored_input_gets_the_same_bits(rule):
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda m: m.name)
 def test_dead_inputs_get_the_fewest_bits(rule):
-    statistics = InputStatistics(16)
-    statistics.add(mx.zeros((2, 3, 16)), 0.5)
+    statistics = InputStatistics(nn.Linear(16, 1))
+    statistics.add((mx.zeros((2, 3, 16)),), 0.5)
     ranges = statistics.ranges
     assert rule.function(ranges, WEIGHT, tables(ranges)) == min(TIERS)
 

@@ -1,6 +1,7 @@
 """Averaged min-max is over batches of samples, which are cut at the same places however many samples come at a time."""
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 
@@ -63,8 +64,8 @@ def test_a_batch_that_is_not_full_counts_by_its_samples():
 def test_what_a_guided_model_reads_of_a_picture_is_one_sample():
     """Three pictures, first all with their prompt and then all without."""
     peaks = np.array([1.0, 2.0, 3.0, 30.0, 20.0, 10.0], np.float32)
-    statistics = InputStatistics(1, sides=2, range_batch=1)
-    statistics.add(mx.array(np.stack([-peaks, peaks], axis=1)[..., None]), 0.5)
+    statistics = InputStatistics(nn.Linear(1, 1), sides=2, range_batch=1)
+    statistics.add((mx.array(np.stack([-peaks, peaks], axis=1)[..., None]),), 0.5)
     np.testing.assert_allclose(statistics.ranges.high, [[(30 + 20 + 10) / 3]])
     np.testing.assert_allclose(statistics.ranges.low, [[-(30 + 20 + 10) / 3]])
 
@@ -109,7 +110,7 @@ def seen(adapter, calibration, size):
 
 
 def watched(adapter, calibration, size, batch):
-    collector = Collector(sides=calibration.sides, range_batch=batch)
+    collector = Collector(adapter.layers(), sides=calibration.sides, range_batch=batch)
 
     def observe(sigma):
         collector.sigma = sigma

@@ -47,7 +47,7 @@ def ranges(adapter):
     """Extremes of every block layer's input on real trajectories, by path: sigma [T], least and most [T,in]."""
     calibration = mq.calibrate(mq.Model(adapter), prompts=2, steps=3)
     layers = [path for edge in adapter.edges() for path in edge.consumers]
-    collector = Collector()
+    collector = Collector(adapter.layers())
     with tapped(adapter.module, layers, collector):
         for sigma, state in zip(*calibration.batches(adapter), strict=True):
             collector.sigma = sigma

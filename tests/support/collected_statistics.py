@@ -50,7 +50,7 @@ def collect(adapter, steps=3, range_batch=RANGE_BATCH):
     calibration = mq.calibrate(mq.Model(adapter), prompts=2, steps=steps)
     edges = adapter.edges()
     layers = [path for edge in edges for path in edge.consumers]
-    collector = Collector(sides=calibration.sides, range_batch=range_batch)
+    collector = Collector(adapter.layers(), sides=calibration.sides, range_batch=range_batch)
     sigmas, states = calibration.batches(adapter)
     costs = measure(Passes(adapter, sigmas), adapter.stages, states, layers)
     with tapped(adapter.module, layers, collector):

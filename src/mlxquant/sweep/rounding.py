@@ -222,7 +222,8 @@ class Rounding:
                         rows += [(where, folded) for where in producers(tensor.edge, folded)]
                         gains |= gains_of(module, tensor.edge)
                     left[tensor.name] = remaining(transform, folded)
-            for path in [path for tensor in self._tensors if tensor.name in left for path in tensor.edge.consumers]:
+            changed = [tensor for tensor in self._tensors if tensor.name in left] if left else []
+            for path in [path for tensor in changed for path in tensor.edge.consumers]:
                 layer = self._layers[path]
                 online[path] = self._parts(path, left).online(known_kind(layer).shape(layer)[1])
             yield online, rows, gains

@@ -3,6 +3,7 @@ runs it.
 """
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 
 from mlxquant.grids.time import Clock
@@ -20,10 +21,10 @@ WEIGHT = np.random.default_rng(9).normal(size=(8, 128)).astype(np.float32)
 def collect(offset, stretch=1.0, levels=(0.2, 0.9)):
     """Inputs whose channels lie around ``offset`` [in] and reach ``stretch`` [in] from there."""
     rng = np.random.default_rng(0)
-    statistics = InputStatistics(128, rows=64)
+    statistics = InputStatistics(nn.Linear(128, 1), rows=64)
     for i, sigma in enumerate(levels):
         x = rng.uniform(-1, 1, (4, 40, 128)) * stretch * (i + 1) + offset * (i + 1)
-        statistics.add(mx.array(x.astype(np.float32)), sigma)
+        statistics.add((mx.array(x.astype(np.float32)),), sigma)
     return statistics.ranges
 
 
