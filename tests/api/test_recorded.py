@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import mlxquant as mq
-from mlxquant.errors import ArtifactError, CalibrationError, RecipeError
+from mlxquant.errors import AdapterError, ArtifactError, CalibrationError, RecipeError
 from mlxquant.layers.kinds import find_layers
 from mlxquant.layers.tree import parameters
 from models.recorded.test_chain import inputs, recorded
@@ -212,6 +212,21 @@ def test_time_has_to_be_one_level_of_a_call():
         mq.quantize_module(module, seen, "gptq-w4a8", time=lambda x, t: t)
     with pytest.raises(CalibrationError, match=r"time= gives \[100\.0, 200\.0\]"):
         mq.quantize_module(module, seen, "gptq-w4a8", time=lambda x, t: t * 1000)
+    with pytest.raises(
+        CalibrationError, match=r"call 0: time= reads no noise level from it \(TypeError: .*1 positional"
+    ):
+        mq.quantize_module(module, seen, "gptq-w4a8", time=lambda x: 0.5)
+
+
+def test_time_may_be_bfloat16_and_needs_values():
+    """Pipelines in bfloat16 have times in it, which NumPy does not know."""
+    module = seeded(anybody.Skips)
+    calls = [((tokens(seed, 2, 4, 6), mx.full((2,), 0.25 * (1 + seed), mx.bfloat16)), {}) for seed in range(2)]
+    mq.quantize_module(module, recorded(module, *calls), "rtn-w4a8", time=lambda x, t: t)
+    (args, kwargs), _ = calls
+    assert module(*args, **kwargs).shape == (2, 4, 6)
+    with pytest.raises(CalibrationError, match=r"a call of Skips: time= reads no noise level.*mx\.disable_compile"):
+        mx.compile(module)(*args)
 
 
 def test_bad_input_is_one_clear_error():
@@ -229,7 +244,12 @@ def test_bad_input_is_one_clear_error():
         mq.quantize_module(module, seen, "gptq+progressive-w4a8")
     with pytest.raises(RecipeError, match="unknown recipe"):
         mq.quantize_module(module, seen, "best")
+    with pytest.raises(AdapterError, match=r"roles: Plain has no layer 'blocks\.9\.fc1'; it has "):
+        mq.quantize_module(module, seen, "gptq-w4a8", roles={"blocks.9.fc1": "output"})
     assert not find_layers(module)
+    mq.quantize_module(module, seen, "rtn-w8a16")
+    with pytest.raises(AdapterError, match=r"Plain is quantized already \(.*\); build it anew, in full precision"):
+        mq.quantize_module(module, seen, "rtn-w8a16")
 
 
 def test_unreached_layers_stay_and_the_report_says_so():

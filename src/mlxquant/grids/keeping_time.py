@@ -2,15 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from ..errors import CalibrationError, reason
+from ..numerics.arrays import Array
 from .time import Clock
 
 Time = Callable[..., Any]
+
+
+def noise_levels(time: Time, args: Sequence[Any], kwargs: Mapping[str, Any], where: str) -> Array:
+    """What ``time`` says of a call, float64, whatever it returns: numbers, or arrays of any dtype.
+
+    Args:
+        time: See ``keep_time``.
+        args: What the module is called with.
+        kwargs: What it is called with by name.
+        where: What to call the call in an error.
+
+    Raises:
+        CalibrationError: It cannot say; what it raised is in the message.
+    """
+    try:
+        given = time(*args, **kwargs)
+        return np.asarray(given.astype(mx.float32) if isinstance(given, mx.array) else given, np.float64)
+    except Exception as error:  # anybody's function
+        raise CalibrationError(
+            f"{where}: time= reads no noise level from it ({reason(error)}); it is called with what the module is"
+            " called with, which has to have values: outside of mx.vmap, and under mx.disable_compile()"
+        ) from error
 
 
 def keep_time(module: nn.Module, clock: Clock, time: Time) -> None:
@@ -27,7 +52,7 @@ def keep_time(module: nn.Module, clock: Clock, time: Time) -> None:
     kind: Any = getattr(type(module), "_keeps_time_for", type(module))
 
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        with clock.at(np.asarray(time(*args, **kwargs), np.float32)):
+        with clock.at(noise_levels(time, args, kwargs, f"a call of {kind.__name__}").astype(np.float32)):
             return kind.__call__(self, *args, **kwargs)
 
     module.__class__ = type(

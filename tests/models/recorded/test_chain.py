@@ -179,10 +179,15 @@ def test_blocks_can_be_named():
     adapter = RecordedAdapter(seen, blocks=["middle", "up.1"])
     assert [stage.name for stage in adapter.blocks] == ["middle", "up.1"]
     assert RecordedAdapter(seen, blocks=()).broken == "no blocks were wanted"
-    with pytest.raises(AdapterError, match="blocks: Skips has no module 'side'; it has"):
+    with pytest.raises(AdapterError, match=r"blocks: Skips has no module 'side'; it has \w+"):
         RecordedAdapter(seen, blocks=["side"])
+    with pytest.raises(AdapterError, match=r"expected a list of paths, found the text 'middle'; pass \['middle'\]"):
+        RecordedAdapter(seen, blocks="middle")
     with pytest.raises(AdapterError, match=r"'down\.0\.0\.fc1' stands inside of another block"):
         RecordedAdapter(seen, blocks=["down.0.0", "down.0.0.fc1"])
+    seen = recorded(seeded(anybody.Chooses), ((tokens(0),), {"skip": True}))
+    with pytest.raises(AdapterError, match=r"blocks: a call of Chooses does not run blocks\.0; leave that out"):
+        RecordedAdapter(seen, blocks=["blocks.0", "blocks.1"])
 
 
 def test_a_module_without_lists_says_what_to_do():

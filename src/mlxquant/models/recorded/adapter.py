@@ -26,12 +26,13 @@ import mlx.nn as nn
 import numpy as np
 
 from ...errors import AdapterError, CalibrationError
+from ...grids.keeping_time import Time, noise_levels
 from ...grids.time import Clock
-from ...layers.kinds import find_exact_layers
+from ...layers.kinds import find_exact_layers, find_layers
 from ...layers.tree import get_module, swapped
 from ..adapter import Adapter
 from ..stages import Stage, State
-from .blocks import find_blocks, require_blocks
+from .blocks import find_blocks, require_blocks, require_called, some_of
 from .chain import Chain
 from .naming import BrokenChainError, Skeleton
 from .reach import find_reach
@@ -43,7 +44,6 @@ CALL = "call"
 NO_TIME = 0.0  # the noise level of all calls where nobody says how to read it
 VERIFIED = 4  # calls that are compared with what was recorded before anything is quantized
 TOLERANCES = {mx.float32: 1e-4}  # of the largest value; of results in 16 bits 0.02
-Time = Callable[..., Any]
 
 
 class RecordedAdapter(Adapter):
@@ -85,10 +85,21 @@ class RecordedAdapter(Adapter):
         self.broken = ""  # why the module is not cut, if it is not
         self.chain: Chain | None = None
         self._skeletons: list[Skeleton] = []
+        self.sigmas  # noqa: B018  # before anything that takes time
         every = find_exact_layers(self.module)
         self._reach = find_reach(self.module, every, seen)
         self._left_out, self._reached = dict(self._reach.left_out), self._reach.shapes
-        found = find_blocks(self.module, every) if blocks is None else self._named(blocks)
+        if unknown := [path for path in self._roles_given if path not in every]:
+            raise AdapterError(f"roles: {self.name} has no layer {unknown[0]!r}; it has {some_of(every)}")
+        if blocks is None:
+            found = find_blocks(self.module, every)
+        else:
+            found = require_blocks(self.module, blocks)
+            require_called(self.module, found, seen[0])
+        if blocks is None and not found and (done := find_layers(self.module)):
+            raise AdapterError(
+                f"{self.name} is quantized already ({some_of(done)}); build it anew, in full precision, and record that"
+            )
         if blocks is None and not found:
             raise AdapterError(
                 f"{self.name} has no list of modules with layers inside, so there is nothing to cut it between; name"
@@ -107,9 +118,6 @@ class RecordedAdapter(Adapter):
     @classmethod
     def pretrained(cls, place: str = "") -> RecordedAdapter:
         raise AdapterError("a recorded model is whatever module was recorded; load that, and record its calls")
-
-    def _named(self, blocks: Iterable[str]) -> dict[str, nn.Module]:
-        return require_blocks(self.module, blocks, dict(self.module.named_modules()))
 
     def _cut(self, found: dict[str, nn.Module]) -> None:
         """Find the chain; where there is none, ``broken`` says why."""
@@ -203,7 +211,7 @@ class RecordedAdapter(Adapter):
         if self.time is None:
             return NO_TIME
         call = self.seen[index]
-        values = np.unique(np.asarray(self.time(*call.args, **call.kwargs), np.float64))
+        values = np.unique(noise_levels(self.time, call.args, call.kwargs, f"call {index}"))
         if len(values) != 1 or not 0 <= values[0] <= 1:
             raise CalibrationError(
                 f"call {index}: time= gives {values.tolist()[:4]}; expected one noise level in [0,1] for a call"
@@ -298,7 +306,7 @@ class RecordedAdapter(Adapter):
             finally:
                 self._widens = True
             for key, wanted in recorded.items():
-                if not mx.issubdtype(wanted.dtype, mx.floating):
+                if not (mx.issubdtype(wanted.dtype, mx.floating) and wanted.size):
                     continue
                 largest = float(mx.abs(wanted.astype(mx.float32)).max())
                 off = float(mx.abs(got[key].astype(mx.float32) - wanted.astype(mx.float32)).max())
