@@ -13,6 +13,7 @@ from mlxquant.errors import AdapterError
 from mlxquant.layers.tree import parameters
 from mlxquant.models.catalog import register_model
 from mlxquant.models.stages import tensors
+from mlxquant.sweep import rounding, sweep
 from mlxquant.sweep.sensitivity import measure
 from mlxquant.sweep.streams import ExactStream, Passes, stage_error
 
@@ -90,13 +91,37 @@ def test_norms_and_columns_take_in_what_recipes_find(model, calib):
     assert {name: found[name] for name in told} == pytest.approx(told, rel=1e-4)
 
 
-def test_codes_are_learned_behind_the_norms_that_they_get(model, calib):
-    """Where they would be learned behind others, they would be far from what they were."""
+def test_codes_are_learned_behind_the_norms_that_they_get(model, calib, monkeypatch):
     kept = ["blocks.[01].*=keep", "join=keep", "head=keep", "embed=keep", "text=keep"]
     recipe = mq.parse_recipe("gptq+smoothquant+learned-w3a16", kept)
-    done = mq.quantize(model, calib, replace(recipe, learning=replace(recipe.learning, iterations=4)))
-    found = stages(done)["blocks.2"]["errors"]
-    assert found["learned"] <= 1.5 * found["calibrated+smoothquant"] < found["calibrated"]
+    learn, seen = sweep.reconstruct_stage, []
+
+    def watched(method, work, *rest):
+        seen.append(np.array(work._adapter.module.blocks[2].norm.weight))
+        return learn(method, work, *rest)
+
+    monkeypatch.setattr(sweep, "reconstruct_stage", watched)
+    done = mq.quantize(model, calib, replace(recipe, learning=replace(recipe.learning, iterations=1)))
+    assert stages(done)["blocks.2"]["kept"] == "calibrated+smoothquant"
+    np.testing.assert_array_equal(seen[0], gains(done)["blocks.2.norm.weight"])
+    assert not np.array_equal(seen[0], gains(model)["blocks.2.norm.weight"])
+
+
+def test_a_part_is_chosen_beside_the_others_and_a_rotation_of_all_on_top_of_them(model, calib, monkeypatch):
+    given, choose = [], rounding.propose
+
+    def watched(method, consumers, *rest):
+        given.append((method, consumers[0].part, consumers[0].others.parts))
+        return choose(method, consumers, *rest)
+
+    monkeypatch.setattr(rounding, "propose", watched)
+    kept = ["blocks.[12].*=keep", "join=keep", "head=keep", "embed=keep", "text=keep"]
+    mq.quantize(model, calib, mq.parse_recipe("gptq+smoothquant+rotation-w4a4", kept))
+    asked = {(method, str(part)): [other for other, _ in others] for method, part, others in given}
+    attention, mlp = slice(0, D), slice(D, D + WIDE)
+    assert asked["smoothquant", str(attention)] == []
+    assert asked["smoothquant", str(mlp)] == [attention]
+    assert asked["rotation", str(slice(None))][:1] == [attention]
 
 
 def test_a_killed_run_finds_the_norms_again_and_a_saved_model_has_them(model, calib, tmp_path):

@@ -136,7 +136,7 @@ class Rounding:
         for tensor in self._tensors:
             specs = {path: self._specs[path] for path in tensor.edge.consumers}
             open_to = all(method in spec.transforms and path not in self._job.presets for path, spec in specs.items())
-            if open_to and not self._rotated_after(tensor, now):
+            if open_to:
                 others = {name: transform for name, transform in now.items() if name != tensor.name}
                 given = [
                     Consumer(
@@ -157,16 +157,6 @@ class Rounding:
         """What becomes of the parts of what a layer reads, or of all of it."""
         mine = [tensor for tensor in self._tensors if path in tensor.edge.consumers and tensor.name in transforms]
         return Parts(tuple((tensor.edge.part, transforms[tensor.name]) for tensor in mine))
-
-    def _rotated_after(self, tensor: SharedInput, transforms: Transforms) -> bool:
-        """Whether a tensor is a part of one that is rotated already."""
-        rotated = {
-            path
-            for other in self._tensors
-            if other.of_parts and other.name in transforms
-            for path in other.edge.consumers
-        }
-        return tensor.edge.columns is not None and not rotated.isdisjoint(tensor.edge.consumers)
 
     def transformed(self, name: str, transforms: Transforms) -> Trial:
         """The layers as their specifications have them, their inputs transformed."""
