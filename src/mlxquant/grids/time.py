@@ -1,6 +1,7 @@
-"""Time in rectified flow: noise levels, the grid a sampler walks, and the clock that quantized layers read.
+"""Noise levels as quantized layers see them: their log-SNR, and the clock that shows which one is running.
 
-``x_sigma = (1 - sigma) image + sigma noise``, t = 1000 sigma, log-SNR = 2 ln((1 - sigma) / sigma) in nats.
+A level is ``sigma / (alpha + sigma)`` of a latent ``alpha image + sigma noise``, in [0,1]; of a rectified flow that is
+sigma itself. ``sampling.schedules`` defines it, and no layer has to know of which family its model is.
 """
 
 from __future__ import annotations
@@ -17,14 +18,16 @@ from ..sampling.schedules import Sigmas
 
 
 def log_snr(sigma: npt.ArrayLike, limit: float = 10.0) -> Sigmas:
-    """Log signal-to-noise ratio in nats, clamped to +-limit; odd around sigma = 1/2."""
+    """Log signal-to-noise ratio of noise levels, ``2 ln(alpha / sigma) = 2 ln((1 - level) / level)`` in nats, clamped
+    to +-limit; odd around 1/2.
+    """
     s = np.asarray(sigma, np.float64)
     with np.errstate(divide="ignore"):
         return np.clip(2 * (np.log1p(-s) - np.log(s)), -limit, limit)
 
 
 class Clock:
-    """Tells quantized layers which noise level is running: one sigma, or one for each sample of the batch.
+    """Tells quantized layers which noise level in [0,1] is running: one, or one for each sample of the batch.
 
     The sampler (or a sweep) sets it around a forward pass; reading it unset raises, so no layer can run on a stale or
     default time. A model that knows no time has a clock that stands still.

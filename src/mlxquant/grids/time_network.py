@@ -35,7 +35,7 @@ Layer = tuple[Array, Array]  # weight [in,out], bias [out]
 
 
 def timestep(sigma: Array) -> Array:
-    """t = 1000 sigma, moved from [0, 1000] to [-1, 1]."""
+    """The noise level, moved from [0, 1] to [-1, 1]: of a flow t = 1000 sigma, of other models what rises with t."""
     return 2 * sigma.astype(np.float64) - 1
 
 

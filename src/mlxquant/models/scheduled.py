@@ -45,7 +45,7 @@ class ScheduledAdapter(Adapter):
     def twin(self) -> Self:
         """See ``Adapter.twin``; it samples alike."""
         twin = super().twin()
-        twin._scheduler, twin.parameterization = self._scheduler, self.parameterization
+        twin.scheduler, twin.parameterization = self.scheduler, self.parameterization
         return twin
 
     @property

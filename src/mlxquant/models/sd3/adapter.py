@@ -130,7 +130,9 @@ class SD3Medium(DiffusionAdapter):
         return cls._built(MMDiTConfig.from_dict(description["config"]), Components(""), description["size"])
 
     def twin(self) -> SD3Medium:
-        return self._built(self.config, self.components, self.size)
+        twin = self._built(self.config, self.components, self.size)
+        twin.scheduler = self.scheduler
+        return twin
 
     def describe(self) -> dict[str, Any]:
         return {"config": asdict(self.config), "size": plain(self.size)}
