@@ -145,6 +145,28 @@ class WritesInto(nn.Module):
         return h
 
 
+class Only(nn.Module):
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.only = nn.Linear(inputs, outputs)
+
+    def __call__(self, x):
+        return self.only(x)
+
+
+class Ends(nn.Module):
+    """What embeds and what projects stand in the list of blocks."""
+
+    def __init__(self, width=16):
+        super().__init__()
+        self.blocks = [Only(6, width), Block(width), Block(width), Only(width, 6)]
+
+    def __call__(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
 class Louder(Block):
     """Calls what it is derived from."""
 

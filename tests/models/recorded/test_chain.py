@@ -114,6 +114,15 @@ def test_layers_of_some_calls_alone_have_a_place_and_those_without_effect_are_na
     assert "idle" not in adapter.layers()
 
 
+def test_a_layer_that_is_the_first_or_the_last_block_alone_embeds_or_is_output():
+    """As the convolutions at both ends of a UNet, which stand in its lists."""
+    adapter = RecordedAdapter(recorded(seeded(anybody.Ends), *inputs(anybody.Plain)))
+    roles = {path: adapter.role(path) for path in adapter.layers()}
+    assert roles.pop("blocks.0.only") == "embedder"
+    assert roles.pop("blocks.3.only") == "output"
+    assert set(roles.values()) == {"mlp"}
+
+
 def test_the_exact_stream_sees_no_quantized_glue():
     """A layer of the glue that was replaced already runs as it was inside of ``exactly``."""
     module = seeded(anybody.Conditioned)

@@ -31,7 +31,7 @@ from ...grids.time import Clock
 from ...layers.kinds import find_exact_layers, find_layers
 from ...layers.tree import get_module, swapped
 from ..adapter import Adapter
-from ..stages import Stage, State
+from ..stages import Stage, State, is_at
 from .blocks import find_blocks, require_blocks, require_called, some_of
 from .chain import Chain
 from .naming import BrokenChainError, Skeleton
@@ -162,10 +162,23 @@ class RecordedAdapter(Adapter):
             beside = [self._reached[other] for other, cut in self.chain.glue.items() if cut == len(self.chain.steps)]
             conditions = len(self._reached[path]) == 2 and any(len(shape) > 2 for shape in beside)
             return "modulation" if conditions else "output"
+        if self.chain is not None and (end := self._end(path)):
+            return end
         name = path.rpartition(".")[2]
         if name in ("gate", "router") or (len(self._reached.get(path, ())) == 2 and self._has_tokens(path)):
             return "modulation"
         return "attention" if "attn" in path or "attention" in path else "mlp"
+
+    def _end(self, path: str) -> str:
+        """What a layer is for that makes up the first or the last block alone, as the convolutions at both ends of a
+        UNet do, which stand in its lists; "" for any other.
+        """
+        assert self.chain is not None
+        for step, role in ((self.chain.steps[0], "embedder"), (self.chain.steps[-1], "output")):
+            inside = [other for other in self._reached if is_at(other, step.path)]
+            if len(self.chain.steps) > 2 and inside == [path]:
+                return role
+        return ""
 
     def _has_tokens(self, path: str) -> bool:
         """Whether other layers of the same block read tokens [...,T,D], beside which [B,D] is a conditioning."""
