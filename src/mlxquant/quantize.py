@@ -142,7 +142,7 @@ def command(
     stages = done.model.facts["stages"]
     say(f"{out}: {stored.model_bytes / 1e6:.2f} MB, {stored.bits_per_weight:.2f} bits per weight, {done.seconds:.0f} s")
     for what, paths in done.model.facts.get("left_undone", {}).items():
-        say(f"  {what} is for Linears alone: not done to {len(paths)} other layers, such as {paths[0]}")
+        say(f"  {what}: not for {len(paths)} layers that are no Linears, such as {paths[0]}")
     for stage in stages:
         if stage["kept"] == "rtn" and len(stage["errors"]) > 1:
             say(f"  {stage['stage']}: round-to-nearest was better and was kept")

@@ -11,6 +11,7 @@ import numpy as np
 
 from mlxquant.grids.time import Clock
 from mlxquant.layers.switch import SwitchLinear
+from mlxquant.models.catalog import register_model
 from mlxquant.models.diffusion import DiffusionAdapter
 from mlxquant.models.stages import Stage
 from mlxquant.sampling.conditioning import Conditioning
@@ -19,10 +20,11 @@ from mlxquant.sampling.prompts import Prompt
 WIDTH, EXPERTS, TEXT = 16, 3, 8
 
 
+@register_model
 class Kinds(DiffusionAdapter):
     """Latents [B,side,side,4], of an even side."""
 
-    name = "kinds"
+    name = "kinds-of-layers"
     cfg = 1.0
     batch = 2
 
@@ -77,7 +79,7 @@ class Kinds(DiffusionAdapter):
     def encode(self, prompts):
         numbers = np.array([[[float(len(p) + i) for i in range(TEXT)]] for p in prompts], np.float32)
         tokens = mx.cos(mx.array(numbers))
-        return Conditioning(tokens, tokens[:, 0])
+        return Conditioning(tokens=tokens, pooled=tokens[:, 0])
 
     def decode(self, latent):
         return np.clip(np.array(latent[..., :3]), 0, 1)
