@@ -235,6 +235,12 @@ def test_bad_input_is_one_clear_error():
         pass
     with pytest.raises(CalibrationError, match="nothing was recorded: Plain was not called inside of"):
         mq.quantize_module(module, nothing, "gptq-w4a8")
+    with (
+        mq.recording(module) as going_on,
+        pytest.raises(CalibrationError, match="calls of Plain are still being recorded; quantize it after"),
+    ):
+        module(tokens(0, width=6))
+        mq.quantize_module(module, going_on, "gptq-w4a8")
     seen = recorded(module, *inputs(anybody.Plain))
     with pytest.raises(CalibrationError, match="the recording is of another module"):
         mq.quantize_module(other, seen, "gptq-w4a8")

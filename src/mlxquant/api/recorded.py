@@ -104,7 +104,8 @@ def quantize_module(
 
     Raises:
         AdapterError: There are no blocks, or the calls are not computed again as they were recorded.
-        CalibrationError: Nothing was recorded, or of another module; ``time`` gives no noise level.
+        CalibrationError: Nothing was recorded, or of another module, or it is still going on; ``time`` gives no noise
+            level.
         RecipeError: The recipe is unknown, does not fit the module, or wants a clock without ``time``.
         NumericsError: Weights or inputs hold NaN or infinite values.
         ArtifactError: ``work`` cannot be written, is another run's, or what it holds is damaged.
@@ -132,6 +133,10 @@ def quantize_module(
         raise CalibrationError(
             f"the recording is of another module (a {type(seen.module).__name__}) than the one to quantize (a"
             f" {type(module).__name__}); pass the very module that was recorded"
+        )
+    if seen.going_on:
+        raise CalibrationError(
+            f"calls of {type(module).__name__} are still being recorded; quantize it after the 'with' of its recording"
         )
     recipe = parse_recipe(recipe) if isinstance(recipe, str) else recipe
     folder = None if work is None else Path(work)

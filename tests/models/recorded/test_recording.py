@@ -40,6 +40,19 @@ def test_arrays_are_kept_as_they_were():
     np.testing.assert_array_equal(np.array(seen[0].args[0]), before)
 
 
+def test_arguments_are_kept_as_the_module_was_given_them():
+    """It may write into them, and so may whoever fills the same buffer before each call."""
+    module, noise = seeded(anybody.WritesIntoItsInput), np.zeros((2, 5, 16), np.float32)
+    with mq.recording(module) as seen:
+        module(tokens(0), noise)
+        noise[:] = 7
+        module(tokens(1), noise)
+    for index, given in enumerate([0, 7]):
+        np.testing.assert_array_equal(np.array(seen[index].args[0]), np.array(tokens(index)))
+        assert (seen[index].args[1] == given).all()
+    assert mq.quantize_module(module, seen, "rtn-w8a16").blocks == ("blocks.0", "blocks.1")
+
+
 @pytest.mark.parametrize("named", [True, False])
 def test_past_a_limit_arrays_lie_on_disk(tmp_path, named):
     module = seeded(anybody.Plain, 1)
@@ -101,6 +114,8 @@ def test_calls_without_values_are_refused():
         mx.vmap(lambda x: module(x))(tokens(0, width=6))
     with mq.recording(module), pytest.raises(CalibrationError, match="returned NaN or infinite values"):
         module(tokens(0, width=6) * mx.nan)
+    with mq.recording(module), pytest.raises(CalibrationError, match="returned a array without numbers in arrays of"):
+        module(mx.zeros((0, 5, 6)))
     assert anybody.Plain.__call__ is type(module).__call__
 
 

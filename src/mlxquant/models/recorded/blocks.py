@@ -80,6 +80,6 @@ def require_called(module: nn.Module, blocks: Mapping[str, nn.Module], call: Cal
         return run()
 
     with uncompiled(), watched(blocks, note):
-        module(*call.args, **call.kwargs)
+        call.again(module)
     if idle := [path for path in blocks if path not in called]:
         raise AdapterError(f"blocks: a call of {type(module).__name__} does not run {some_of(idle)}; leave that out")

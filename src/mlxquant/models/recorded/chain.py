@@ -168,7 +168,7 @@ class Chain:
 
         with uncompiled(), watched(self.blocks, answer):
             try:
-                return self.module(*call.args, **call.kwargs)
+                return call.again(self.module)
             except _Reached:
                 return None
 

@@ -104,7 +104,8 @@ def watch(
     values, shapes = Values(), dict[int, tuple[tuple[int, ...], mx.Dtype]]()
     given_trees, wrote_trees = list[Any](), list[Any]()
     inside, sightings = list[str](), list[bool]()
-    for path, value in arrays((call.args, call.kwargs)).items():
+    args, kwargs = call.given()
+    for path, value in arrays((args, kwargs)).items():
         known[id(value)], objects[id(value)] = Slot(given=path), (value, copy.copy(value))
 
     def unchanged(value: mx.array) -> bool:
@@ -151,7 +152,7 @@ def watch(
         return result
 
     with uncompiled(), watched(blocks, answer):
-        result = module(*call.args, **call.kwargs)
+        result = module(*args, **kwargs)
     new, result_reads = dict[Path, int](), set[int]()
     tree = slots(result, new, result_reads)
     if not steps:

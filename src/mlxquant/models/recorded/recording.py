@@ -1,9 +1,9 @@
 """Keep what a module was called with, in anybody's pipeline: ``recording``.
 
-Of each call the arguments and the result are kept: arrays as they were (whatever the caller does to them afterwards),
-anything else by reference. Where there are more calls than wanted, a sample of them stays in which every call has the
-same chance, so that all steps and prompts of a pipeline are in it; which ones is decided by a fixed seed. Arrays past a
-limit of memory lie in a folder of safetensors files.
+Of each call the arguments and the result are kept: arrays as they were (whatever the module or its caller does to them
+afterwards), anything else by reference. Where there are more calls than wanted, a sample of them stays in which every
+call has the same chance, so that all steps and prompts of a pipeline are in it; which ones is decided by a fixed seed.
+Arrays past a limit of memory lie in a folder of safetensors files.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ...errors import CalibrationError
 from ...files import checked
 from ...files.checked import array_digest, read_tensors, write_tensors
 from ...layers.tree import module_of
-from .trees import Leaf, arrays, held_arrays, leaves, mapped, told
+from .trees import Leaf, arrays, as_it_is, held_arrays, leaves, mapped, told
 from .watching import uncompiled, watched
 
 SAMPLES = 128  # calls, where nobody says
@@ -58,6 +58,16 @@ class Call:
     def kwargs(self) -> dict[str, Any]:
         """What it was called with by name."""
         return self._made[1]
+
+    def given(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What it was called with, in arrays of its own every time, which whoever is given them may write into."""
+        args, kwargs = mapped((self.args, self.kwargs), lambda path, leaf: as_it_is(leaf))
+        return args, kwargs
+
+    def again(self, module: nn.Module) -> Any:
+        """Call a module in the same way."""
+        args, kwargs = self.given()
+        return module(*args, **kwargs)
 
     @property
     def result(self) -> Any:
@@ -93,10 +103,11 @@ class Recording:
     Attributes:
         module: The module that was called.
         seen: How many calls there were, kept or not.
+        going_on: Whether calls are still being recorded.
     """
 
     def __init__(self, module: nn.Module, samples: int, memory: float, folder: Path | None):
-        self.module, self.seen = module, 0
+        self.module, self.seen, self.going_on = module, 0, False
         self._samples, self._limit = samples, int(memory * 1e9)
         self._folder = folder
         self._kept: list[_Kept] = []
@@ -176,9 +187,12 @@ class Recording:
                 f"{where}: its arrays have no values ({error}); record outside of mx.vmap and of functions that are"
                 " being compiled"
             ) from error
-        wrote = [value for value in arrays(result).values() if mx.issubdtype(value.dtype, mx.floating)]
+        wrote = [value for value in arrays(result).values() if mx.issubdtype(value.dtype, mx.floating) and value.size]
         if not wrote:
-            raise CalibrationError(f"{where}: it returned no array of floats, so there is nothing to compare with")
+            raise CalibrationError(
+                f"{where}: it returned a {type(result).__name__} without numbers in arrays of floats, so there is"
+                " nothing to compare with"
+            )
         if not all(bool(mx.isfinite(value).all().item()) for value in wrote):
             raise CalibrationError(f"{where}: it returned NaN or infinite values; mend the model or its inputs")
         digest = checked.digest([array_digest(value) for value in values])
@@ -245,11 +259,12 @@ def recording(
     seen = Recording(module, samples, memory, None if folder is None else Path(folder))
 
     def answer(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], run: Any) -> Any:
-        given = {
+        before_it = Call(lambda: (args, kwargs, None)).given()  # for the module may write into its arguments
+        others = {
             path: (leaf, held_arrays(leaf)) for path, leaf in leaves((args, kwargs)) if not isinstance(leaf, mx.array)
         }
         result = run()
-        for path, (leaf, before) in given.items():
+        for path, (leaf, before) in others.items():
             after = held_arrays(leaf)
             if len(before) != len(after) or any(a is not b for a, b in zip(before, after, strict=True)):
                 raise CalibrationError(
@@ -257,8 +272,12 @@ def recording(
                     " is changed by the call (a cache of keys and values, say), so the call cannot be made again;"
                     " record calls without it"
                 )
-        seen.keep(args, kwargs, result)
+        seen.keep(*before_it, result)
         return result
 
     with uncompiled(), watched({"module": module}, answer):
-        yield seen
+        seen.going_on = True
+        try:
+            yield seen
+        finally:
+            seen.going_on = False

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 Path = tuple[Any, ...]
 
@@ -62,6 +63,13 @@ def mapped(tree: Any, change: Callable[[Path, Any], Any], path: Path = ()) -> An
     for name, value in found.items():
         object.__setattr__(other, name, value)  # frozen ones, too
     return other
+
+
+def as_it_is(leaf: Any) -> Any:
+    """An array, also one of NumPy, as an object of its own, for somebody may write into the other; any other leaf itself."""
+    if isinstance(leaf, np.ndarray):
+        return leaf.copy()
+    return copy.copy(leaf) if isinstance(leaf, mx.array) else leaf
 
 
 def told(path: Path) -> str:
