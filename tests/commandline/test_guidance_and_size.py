@@ -2,12 +2,16 @@
 
 import json
 
+import mlxquant as mq  # before mlx
+
+# isort: split
 import mlx.core as mx
 import numpy as np
 import pytest
 from PIL import Image
 
 from mlxquant.calibration.trajectories import Calibration
+from mlxquant.errors import AdapterError
 from mlxquant.evaluation import cost
 from mlxquant.files.checked import read_json
 from mlxquant.models import catalog
@@ -152,3 +156,13 @@ def test_calibrations_of_earlier_releases_have_the_empty_prompt(tmp_path):
     assert calib.facts.keys() == {"model", "source", "prompts", "steps", "cfg", "latent_shape", "samples", "pictures"}
     calib.save(tmp_path / "c")
     assert Calibration.load(tmp_path / "c").guidance.facts == {"cfg": 2.0}
+
+
+def test_python_takes_width_and_height_or_a_side():
+    assert mq.load("other-host", size=(80, 32)).diffusion.latent_shape == (4, 10, 4)
+    assert mq.load("other-host", 64).diffusion.size == (64, 64)
+    assert mq.load("other-host").diffusion.size == (48, 32)
+    with pytest.raises(AdapterError, match="is no size of a picture"):
+        mq.load("other-host", (80, 0))
+    with pytest.raises(AdapterError, match="draws no pictures"):
+        mq.load("gpt-python", (80, 32))
