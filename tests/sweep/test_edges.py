@@ -119,6 +119,24 @@ def test_columns_are_folded_and_the_others_stay(adapter, what):
         np.testing.assert_array_equal(value, before[name])
 
 
+def test_a_convolution_of_one_pixel_reads_channels_and_a_larger_one_patches():
+    """As between a UNet's GroupNorm and the projection into its transformer."""
+    model = nn.Module()
+    model.norm, model.proj, model.conv = nn.GroupNorm(2, 8), nn.Conv2d(8, 4, 1), nn.Conv2d(8, 4, 3)
+    model.norm.weight, x = mx.random.normal((8,)), mx.random.normal((2, 5, 5, 8))
+    run = lambda: np.array(model.proj(model.norm(x)))  # noqa: E731
+    exact, edge = run(), Edge(("proj",), (Fold("norm", 0, 8),))
+    check_edges("unet", model, [edge])
+    undo = divide(model, edge, np.linspace(0.5, 2, 8).astype(np.float32))
+    np.testing.assert_allclose(run(), exact, rtol=1e-4, atol=1e-5)
+    undo()
+    np.testing.assert_array_equal(run(), exact)
+    with pytest.raises(
+        AdapterError, match=r"conv is no layer that reads channels one by one \(a convolution reads pat"
+    ):
+        check_edges("unet", model, [replace(edge, consumers=("conv",))])
+
+
 def test_a_divisor_has_the_width_of_the_columns(adapter):
     with pytest.raises(NumericsError, match=rf"{BLOCK}.out\[0:{D}\]: a divisor of shape .* for {D} channels"):
         divide(adapter.module, edges(adapter)[1], np.ones(D + WIDE, np.float32))

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import mlx.nn as nn
 
 from ..errors import AdapterError
+from ..layers.kinds import kind_of
 from ..layers.tree import get_module
 
 Span = tuple[int, int]  # from here up to there
@@ -126,6 +127,12 @@ def _check(module: nn.Module, edge: Edge, taken: dict[str, list[tuple[Span, str]
         shape = _shape(module, path)
         if len(shape) < 2:
             raise AdapterError(f"{path} is read as a consumer, but its weight is a vector {list(shape)}")
+        kind = kind_of(get_module(module, path))
+        grouped = getattr(get_module(module, path), "groups", 1) > 1
+        if kind is None or grouped or kind.form.width_of(shape) != shape[-1]:
+            raise AdapterError(
+                f"{path} is no layer that reads channels one by one (a convolution reads patches of them)"
+            )
         start, stop = edge.columns or (0, shape[-1])
         if not 0 <= start < stop <= shape[-1]:
             raise AdapterError(f"columns {start} to {stop} are not among the {shape[-1]} that {path} reads")
@@ -145,6 +152,9 @@ def _check(module: nn.Module, edge: Edge, taken: dict[str, list[tuple[Span, str]
             raise AdapterError(f"rows {fold.start} to {fold.stop} are not among the {shape[0]} of {fold.path}")
         if fold.stop - fold.start != width:
             raise AdapterError(f"{fold.path} writes {fold.stop - fold.start} channels of it, and it has {width}")
+        kind = kind_of(get_module(module, fold.path))
+        if kind is not None and kind.parts(get_module(module, fold.path)) > 1:
+            raise AdapterError(f"{fold.path} has several matrices, and an edge is about one")
         if len(shape) == 1 and (edge.mixes > 1 or fold in edge.reorders):
             raise AdapterError(f"{fold.path} is a norm, which can absorb a division and neither a mixing nor an order")
         if len(shape) > 1 and fold.plus_one and "bias" not in get_module(module, fold.path):

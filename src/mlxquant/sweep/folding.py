@@ -103,7 +103,8 @@ def fold(module: nn.Module, edge: Edge, transform: Transform) -> Undo:
     try:
         for path in edge.consumers:
             weight = np.array(layers[path].weight.astype(mx.float32))
-            weight[:, edge.part] = transform.weight(weight[:, edge.part])
+            rows = weight.reshape(-1, weight.shape[-1])  # a view; also of experts, and of convolutions of one pixel
+            rows[:, edge.part] = transform.weight(rows[:, edge.part])
             layers[path].weight = mx.array(weight).astype(layers[path].weight.dtype)
         for where in changed:
             _change_rows(layers[where.path], where, transform)
