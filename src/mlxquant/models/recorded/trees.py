@@ -66,7 +66,9 @@ def mapped(tree: Any, change: Callable[[Path, Any], Any], path: Path = ()) -> An
 
 
 def as_it_is(leaf: Any) -> Any:
-    """An array, also one of NumPy, as an object of its own, for somebody may write into the other; any other leaf itself."""
+    """An array, also one of NumPy, as an object of its own, for somebody may write into the other; any other leaf
+    itself.
+    """
     if isinstance(leaf, np.ndarray):
         return leaf.copy()
     return copy.copy(leaf) if isinstance(leaf, mx.array) else leaf
