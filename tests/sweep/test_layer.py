@@ -3,6 +3,8 @@
 import mlxquant  # noqa: F401  # before mlx
 
 # isort: split
+from dataclasses import replace
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -100,3 +102,34 @@ def test_the_error_is_that_of_what_the_layer_writes(weight, branch):
     rounded, exact = quantized(weight, x, **branch), x @ weight.T
     wrote = np.array(rounded.layer(mx.array(x, mx.float32)), np.float64)
     assert rounded.error == pytest.approx(np.linalg.norm(wrote - exact) / np.linalg.norm(exact), rel=0.02)
+
+
+def test_a_centred_layer_writes_no_error_on_average_and_less_around_it(weight):
+    """Inputs with a large mean, as a SiLU writes them: the bias makes up for the mean of the error, exactly, and codes
+    are those that GPTQ finds for the covariance.
+    """
+    x = tokens(400) + 6
+    layer = linear(weight)
+    layer.bias = mx.arange(OUT, dtype=mx.float32)
+    spec = LayerSpec(FORMAT, rounding="gptq", centred=True)
+    rounded = quantize_layer(layer, spec, PartMoments.one(Moments.of(x)), "layer", Transform())
+    wanted = x @ weight.T + np.arange(OUT)
+    wrong = x @ stored(rounded).T + np.array(rounded.layer.bias, np.float64) - wanted
+    assert np.abs(wrong.mean(0)).max() < 1e-5 * np.abs(wanted).max()
+    around = x - x.mean(0)
+    gptq, steps = registry.get("round", "gptq").function, registry.get("steps", "extremes").function
+    seen = Moments.of(around)
+    np.testing.assert_array_equal(rounded.codes, gptq(weight, steps(weight, FORMAT, seen), seen))
+    plain = quantize_layer(layer, replace(spec, centred=False), PartMoments.one(Moments.of(x)), "layer", Transform())
+    assert np.square(wrong).mean() < np.square(x @ (stored(plain) - weight).T).mean()
+    np.testing.assert_array_equal(np.array(layer.bias), np.arange(OUT))
+
+
+def test_a_layer_without_a_bias_is_not_centred(weight):
+    moments = PartMoments.one(Moments.of(tokens(400) + 6))
+    spec = LayerSpec(FORMAT, rounding="gptq")
+    one, other = (
+        quantize_layer(linear(weight), replace(spec, centred=centred), moments, "layer", Transform())
+        for centred in (False, True)
+    )
+    np.testing.assert_array_equal(one.codes, other.codes)

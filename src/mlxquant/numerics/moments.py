@@ -24,6 +24,8 @@ class Moments:
     ``held_out`` are the moments of those tokens among them that were added with ``held_out=True``: a method may be
     tried on ``training``, the rest, and judged on them (``damping``). None where no token was.
 
+    ``total`` [in] is the sum of x~, and ``exact_total`` that of x; they count as tokens count, ``mass`` times in all.
+
     The precision of the gram matrix, float32 or float64, is that of what is computed from it: products with it are most
     of a rounding method's work. An entry H_ij is only known to a few float32 roundings of √(H_ii H_jj), which is far
     below what damping adds.
@@ -31,6 +33,7 @@ class Moments:
 
     def __init__(self, gram: Array, count: int, cross: Array | None = None, held_out: Moments | None = None):
         self._gram, self.count, self.cross, self.held_out = gram, count, cross, held_out
+        self.total, self.exact_total, self.mass = np.zeros(len(gram)), np.zeros(len(gram)), 0.0
         self._mirrored = True
 
     @classmethod
@@ -101,9 +104,32 @@ class Moments:
                 self.cross[here] += panel @ reference
         self._mirrored = False
         self.count += len(tokens)
+        self.mass += weight * len(tokens)
+        self.total += weight * tokens.sum(0, dtype=np.float64)
+        if reference is not None:
+            self.exact_total += weight * reference.sum(0, dtype=np.float64)
         if held_out:
             self.held_out = self.held_out or Moments.empty(self.width, dtype)
             self.held_out.add(inputs, exact, weight)
+
+    @property
+    def mean(self) -> Array:
+        """Of the tokens, float64 [in]; zeros where none was added."""
+        return self.total / self.mass if self.mass else self.total
+
+    @property
+    def centred(self) -> Moments:
+        """Those of the tokens less their mean: what is left to minimise where a bias makes up for the mean of the
+        error, see ``sweep.layer``.
+        """
+        if not self.mass:
+            return self
+        cross = None
+        if self.cross is not None:
+            exact = self.total if self.cross is self._gram else self.exact_total
+            cross = self.cross - np.outer(self.total, exact / self.mass).astype(self._gram.dtype)
+        gram = self.gram - np.outer(self.total, self.mean).astype(self._gram.dtype)
+        return Moments(gram, self.count, cross, None if self.held_out is None else self.held_out.centred)
 
     def see_one_stream(self) -> None:
         """From now on the full-precision model's inputs are taken to be these."""

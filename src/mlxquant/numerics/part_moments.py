@@ -38,6 +38,11 @@ class PartMoments:
         return cls([Moments(gram, max(1, int(looked_up.sum())), gram)], looked_up=looked_up)
 
     @property
+    def centred(self) -> PartMoments:
+        """Those of each part's tokens less their mean."""
+        return PartMoments([part.centred for part in self.parts], self.alone, self.looked_up)
+
+    @property
     def without_data(self) -> list[int]:
         """Parts that no token reached."""
         return [index for index, part in enumerate(self.parts) if part.count == 0]

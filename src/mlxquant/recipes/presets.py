@@ -96,6 +96,7 @@ INGREDIENTS: dict[str, dict[str, Any]] = {
     "sequential": {"sequential": True},
     "sensitivity": {"sensitivity": True},
     "damped": {"held_out": True},
+    "centred": {"centred": True},
     "learned": {"reconstruct": "adaround"},
     "unclipped": {"steps": "extremes"},
     "tiers": {"budget": BUDGET, "sensitivity": True},

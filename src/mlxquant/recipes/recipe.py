@@ -81,6 +81,8 @@ class LayerSpec:
         rank: Of the branch.
         held_out: Choose the damping of the rounding on tokens that it has not seen.
         refine: The method that improves steps and codes by turns, after the rounding.
+        centred: Round for inputs less their mean, and let the layer's bias make up for the mean of the error; a layer
+            without a bias is rounded as ever.
 
     Raises:
         RecipeError: ``corrected`` or ``refine`` meets a rounding that makes up for the layers before by itself.
@@ -97,6 +99,7 @@ class LayerSpec:
     rank: int = 0
     held_out: bool = False
     refine: str | None = None
+    centred: bool = False
 
     def __post_init__(self) -> None:
         if (self.corrected or self.refine) and registry.get("round", self.rounding).cross:

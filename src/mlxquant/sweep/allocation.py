@@ -26,6 +26,7 @@ from ..errors import NumericsError, RecipeError
 from ..files.kept_arrays import Measurements
 from ..grids.weights import WeightFormat
 from ..layers.kinds import known_kind
+from ..layers.names import BIAS
 from ..layers.sizes import planned_layer_bytes
 from ..layers.tree import tapped
 from ..methods import registry
@@ -267,7 +268,8 @@ def survey(
         for path in progress(paths, f"{stage.name}: bits"):
             form, seen, spec = known_kind(layers[path]).form, collector[path], plan[path]
             weight = np.array(form.matrix_of(layers[path]).astype(mx.float32))
-            on_weight, on_input = weight_errors(path, spec, formats[path], seen.moments, weight, costs), None
+            moments = seen.moments.centred if spec.centred and BIAS in layers[path] else seen.moments
+            on_weight, on_input = weight_errors(path, spec, formats[path], moments, weight, costs), None
             if inputs and spec.activation is not None:
                 by_output = costs.of_outputs(path, seen.ranges.sigma)
                 if by_output is not None and form.meets_one_part:
@@ -277,7 +279,7 @@ def survey(
             found[path] = Survey(
                 on_weight,
                 on_input,
-                float(seen.moments.count * weight.size / (len(seen.moments.parts) if form.meets_one_part else 1)),
+                float(moments.count * weight.size / (len(moments.parts) if form.meets_one_part else 1)),
                 costs.by_blocks,
             )
         kept.save(stage.name, {name: table for path in paths for name, table in found[path].tables(path).items()})

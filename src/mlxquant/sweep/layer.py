@@ -1,5 +1,11 @@
 """One layer's weight by its specification: branch, steps, codes and dampings. What becomes of its input is
 ``inputs``'.
+
+With a bias, only a part of a weight's error has to be rounded away. An error D = W − Q writes D x̄ on average, with x̄
+the mean input, and that is added to the bias (bias correction, arXiv 1906.04721 section 4.2). What is left is
+D (x − x̄), so a *centred* specification rounds for the covariance of the inputs in place of their second moments. That
+matters where the mean is large: behind a SiLU most of the second moments is the mean's, and GPTQ spends the freedom of
+a row on it.
 """
 
 from __future__ import annotations
@@ -16,6 +22,7 @@ from ..errors import MlxQuantError
 from ..grids.tables import ActivationTable
 from ..grids.weights import Grid
 from ..layers.kinds import known_kind
+from ..layers.names import BIAS
 from ..layers.packed import check_parts
 from ..layers.product import QuantizedProduct
 from ..methods import registry
@@ -118,6 +125,8 @@ def quantize_layer(
     weight = transform.weight(np.array(kind.form.matrix_of(module).astype(mx.float32)).astype(np.float64))
     try:
         check_parts(spec.weight, len(moments.parts))
+        bias, mean_inputs = BIAS in module and spec.centred, [part.mean for part in moments.parts]
+        moments = moments.centred if bias else moments
         slices = zip(np.split(weight, len(moments.parts)), moments.parts, strict=True)
         alone = len(moments.parts) == 1
         parts = [_part(rows, spec, seen) if alone or seen.count else _nearest(rows, spec) for rows, seen in slices]
@@ -128,8 +137,19 @@ def quantize_layer(
     divisor = None if transform.divisor is None else mx.array(transform.divisor, mx.float32)
     branch = _joined([part.branch for part in parts])
     layer = kind.form.of(module, codes, grid, divisor, transform.block, branch)
+    if bias:
+        _add_to_bias(layer, weight - layer.effective(), mean_inputs)
     dampings = tuple(part.dampings for part in parts)
     return Rounded(layer, np.ascontiguousarray(codes, np.uint8), weight, target, moments, dampings)
+
+
+def _add_to_bias(layer: QuantizedProduct, missing: Array, means: Sequence[Array]) -> None:
+    """Let a layer's bias write what is ``missing`` [rows,in] of its weight on the mean input [in] of each part."""
+    slices = zip(np.split(missing, len(means)), means, strict=True)
+    change = mx.array(np.concatenate([some @ mean for some, mean in slices]).astype(np.float32))
+    bias = layer[BIAS]
+    new = (bias.astype(mx.float32) + change.reshape(bias.shape)).astype(bias.dtype)
+    layer.load_weights([(BIAS, new)], strict=False)
 
 
 def _part(weight: Array, spec: LayerSpec, moments: Moments) -> _Part:
