@@ -107,6 +107,18 @@ def test_any_module_runs_quantized_and_near(kind, recipe):
         assert 0 < float(mx.abs(got - exact).max()) < 0.5 * float(mx.abs(exact).max())
 
 
+@pytest.mark.parametrize("recipe", ["gptq-w4a16", "qronos-w4a8-token", "rtn-w4a8-static"])
+def test_layers_that_one_call_alone_reaches_are_quantized(recipe):
+    module = seeded(anybody.Guided)
+    calls = [((tokens(seed),), {}) for seed in range(5)]
+    seen = recorded(module, *calls, ((tokens(5),), {"guidance": mx.ones((2, 1))}))
+    report = mq.quantize_module(module, seen, recipe)
+    assert "guidance_in" in find_layers(module)
+    assert [(one.path, one.reason) for one in report.sizes.kept] == [
+        ("idle", "what it wrote changed nothing that the module returned")
+    ]
+
+
 def only(result):
     return result["velocity"] if isinstance(result, dict) else result
 

@@ -71,10 +71,15 @@ class Rounding:
 
     @cached_property
     def _leader(self) -> dict[str, str]:
-        """By layer, in the order in which they run, the first layer that reads the same tensor."""
+        """By layer, in the order in which they run, the first layer that reads the same tensor. The first batch shows
+        it, and more where that does not reach all layers, as a recorded call may.
+        """
         sharing = Sharing(self._layers)
-        with self._job.passes.at(0), tapped(self._job.adapter.module, self._specs, sharing.leads):
-            self._stage.run(self._inputs[0])  # never evaluated
+        for index in range(len(self._job.passes)):
+            if self._specs.keys() <= sharing.leader.keys():
+                break
+            with self._job.passes.at(index), tapped(self._job.adapter.module, self._specs, sharing.leads):
+                self._stage.run(self._inputs[index])  # never evaluated
         leader = {path: sharing[path] for path in self._specs}
         return {path: leader[path] for path in sharing.leader}
 
