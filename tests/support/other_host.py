@@ -145,10 +145,6 @@ class Host(DiffusionAdapter):
         kinds = {"q": "attention", "k": "attention", "v": "attention", "o": "attention", "head": "output"}
         return kinds.get(path.rsplit(".", 1)[-1], "mlp" if path.startswith("blocks") else "embedder")
 
-    @classmethod
-    def pretrained(cls, place=""):
-        return cls()
-
     def describe(self):
         return {"size": list(self.latent_shape[:2]), "options": self.options}
 
