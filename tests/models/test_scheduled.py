@@ -39,10 +39,6 @@ class Variance(Host):
         super().__init__(packed=packed)
         self.parameterization, self.loud = Parameterization("epsilon", learned_variance=True), loud
 
-    @classmethod
-    def pretrained(cls, place=""):
-        return cls()
-
     def _head(self, state):
         (written,) = super()._head(state).values()
         wide = (

@@ -1,11 +1,15 @@
 """The one sampler: exact on straight flows, seeded sample by sample."""
 
+from itertools import pairwise
+
 import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlxquant.errors import AdapterError
+from mlxquant.sampling.parameterizations import Parameterization
 from mlxquant.sampling.sampler import sample, seeded_noise
-from mlxquant.sampling.schedulers import FlowEuler
+from mlxquant.sampling.schedulers import DDIM, DPMSolver, Euler, EulerAncestral, FlowEuler
 from mlxquant.sampling.schedules import flow_sigmas
 
 SHAPE = (4, 4, 2)
@@ -42,3 +46,33 @@ def test_noise_belongs_to_the_seed_not_to_the_batch():
 def test_noise_is_diffusionkits():
     expected = np.random.RandomState(7).randn(1, 2, 4, 4).transpose(0, 2, 3, 1)
     np.testing.assert_allclose(np.array(seeded_noise([7], SHAPE)), expected, rtol=1e-6)
+
+
+def test_every_step_adds_noise_of_its_own():
+    """Where the model sees no noise at all, what changes from step to step is what was added."""
+    walk, seen = EulerAncestral().walk(5), []
+    noise = seeded_noise([4], (40, 40, 3))
+    last = sample(lambda x, level: mx.zeros_like(x), noise, walk, Parameterization("epsilon"), seen.append, [4])
+    latents = [np.array(step.latent) / walk.scales[step.index] for step in seen] + [np.array(last)]
+    added = [
+        np.diff(pair, axis=0)[0].ravel() / up for pair, up in zip(pairwise(latents), walk.fresh, strict=True) if up
+    ]
+    assert len(added) == 4  # and the last step none
+    np.testing.assert_allclose(latents[-1], latents[-2], rtol=1e-5)
+    np.testing.assert_allclose(np.cov([np.array(noise).ravel(), *added]), np.eye(5), atol=0.06)
+    with pytest.raises(AdapterError, match="adds noise, and was given none"):
+        sample(lambda x, level: x, noise, walk, Parameterization("epsilon"))
+
+
+@pytest.mark.parametrize("scheduler", [Euler(), EulerAncestral(), DDIM(eta=0.5), DPMSolver(), DPMSolver(random=True)])
+@pytest.mark.parametrize("kind", ["epsilon", "v", "sample"])
+def test_a_perfect_model_draws_its_picture_with_any_scheduler(scheduler, kind):
+    walk, one, image = scheduler.walk(12), Parameterization(kind), mx.full((2, *SHAPE), 0.25)
+    mixed = {float(level): pair for level, *pair in zip(walk.levels, walk.alphas, walk.sigmas, strict=True)}
+
+    def predict(x, level):
+        alpha, sigma = map(float, mixed[level])
+        return one.target(image, (x - alpha * image) / sigma, alpha, sigma)
+
+    latent = sample(predict, seeded_noise([1, 2], SHAPE), walk, one, seeds=[1, 2])
+    np.testing.assert_allclose(np.array(latent), 0.25, atol=1e-3)

@@ -142,6 +142,16 @@ def test_a_level_tells_the_timestep_that_it_was_taken_at(name, steps):
         )
 
 
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_timestep_tells_its_level(name):
+    """Those of a walk, but for timesteps that are rounded."""
+    scheduler = SCHEDULERS[name]
+    levels = scheduler.walk(20).levels[:-1]
+    rounded = name in ("dpm karras", "dpm flow")
+    np.testing.assert_allclose(scheduler.level(scheduler.time(levels)), levels, atol=2e-3 if rounded else 1e-6)
+    assert scheduler.level(float(scheduler.time(levels[3]))) == pytest.approx(levels[3], abs=2e-3)
+
+
 def test_flow_time_is_told_as_ever():
     levels = flow_sigmas(28, 3.0)
     np.testing.assert_array_equal(FlowEuler(3.0).time(levels), np.float32(1000) * levels.astype(np.float32))

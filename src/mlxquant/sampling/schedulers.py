@@ -26,6 +26,7 @@ from .schedules import (
     Training,
     check_steps,
     flow_sigmas,
+    noise_level,
     resampled,
     shifted,
     spaced,
@@ -49,6 +50,12 @@ class Scheduler(Protocol):
 
     def time(self, level: npt.ArrayLike) -> Array:
         """The timestep that a model is told at noise levels in [0,1], float32 in the shape of ``level``."""
+        ...
+
+    def level(self, time: npt.ArrayLike) -> Sigmas:
+        """The noise level in [0,1] of timesteps that a model is told, in the shape of ``time``: for whoever sees the
+        calls of a model alone, such as ``time=`` of ``mlxquant.quantize_module``.
+        """
         ...
 
 
@@ -82,6 +89,10 @@ class FlowEuler:
     def time(self, level: npt.ArrayLike) -> Array:
         """See ``Scheduler``."""
         return np.float32(self.trained) * np.asarray(level, np.float32)
+
+    def level(self, time: npt.ArrayLike) -> Sigmas:
+        """See ``Scheduler``."""
+        return np.asarray(time, np.float64) / self.trained
 
 
 def _rounded(sigmas: Sigmas) -> Sigmas:
@@ -140,6 +151,10 @@ class Euler:
     def time(self, level: npt.ArrayLike) -> Array:
         """See ``Scheduler``; with fractions."""
         return self.training.times(_ratio(level), logarithmic=self.grid is not None).astype(np.float32)
+
+    def level(self, time: npt.ArrayLike) -> Sigmas:
+        """See ``Scheduler``."""
+        return noise_level(1.0, self.training.at(time, logarithmic=self.grid is not None))
 
 
 @dataclass(frozen=True)
@@ -204,6 +219,10 @@ class DDIM:
     def time(self, level: npt.ArrayLike) -> Array:
         """See ``Scheduler``; whole."""
         return self.training.nearest(level).astype(np.float32)
+
+    def level(self, time: npt.ArrayLike) -> Sigmas:
+        """See ``Scheduler``."""
+        return np.interp(np.asarray(time, np.float64), np.arange(len(self.training)), self.training.levels)
 
 
 @dataclass(frozen=True)
@@ -299,6 +318,12 @@ class DPMSolver:
             times = self.training.times(_ratio(level), logarithmic=self.grid is not None)
             nearest = self.grid is None or (self.grid == KARRAS and self.training.schedule != COSINE)
         return (times.round() if nearest else np.floor(times + 1e-4)).astype(np.float32)
+
+    def level(self, time: npt.ArrayLike) -> Sigmas:
+        """See ``Scheduler``; where timesteps are rounded, of what is left of them."""
+        if self.flow_shift is not None:
+            return np.asarray(time, np.float64) / len(self.training)
+        return noise_level(1.0, self.training.at(time, logarithmic=self.grid is not None))
 
 
 def _check_times(times: npt.NDArray[np.int_], training: Training) -> None:

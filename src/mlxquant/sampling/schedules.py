@@ -173,9 +173,10 @@ class Training:
             bars[-1] = SMALLEST_SIGNAL
         return np.sqrt((1 - bars) / bars).astype(np.float64)
 
-    def at(self, times: npt.ArrayLike) -> Sigmas:
-        """Noise per image at timesteps, linear between them; any shape."""
-        return np.interp(np.asarray(times, np.float64), np.arange(len(self)), self.sigmas)
+    def at(self, times: npt.ArrayLike, logarithmic: bool = False) -> Sigmas:
+        """Noise per image at timesteps, linear between them, or with linear logarithms; any shape."""
+        t, places = np.asarray(times, np.float64), np.arange(len(self))
+        return np.exp(np.interp(t, places, np.log(self.sigmas))) if logarithmic else np.interp(t, places, self.sigmas)
 
     def times(self, sigmas: npt.ArrayLike, logarithmic: bool = False) -> Sigmas:
         """Timesteps, with fractions, of noise per image: the inverse of ``at``, or with linear logarithms between."""
@@ -184,9 +185,14 @@ class Training:
             return np.interp(np.log(np.maximum(s, 1e-10)), np.log(own), np.arange(len(self)))
         return np.interp(s, own, np.arange(len(self)))
 
+    @cached_property
+    def levels(self) -> Sigmas:
+        """The noise levels [T], ascending."""
+        return noise_level(np.sqrt(self.alpha_bars), np.sqrt(1 - self.alpha_bars))
+
     def nearest(self, levels: npt.ArrayLike) -> Sigmas:
         """The timesteps, without fractions, whose levels are nearest to some."""
-        own = noise_level(np.sqrt(self.alpha_bars), np.sqrt(1 - self.alpha_bars))
+        own = self.levels
         return np.rint(np.interp(np.asarray(levels, np.float64), own, np.arange(len(self))))
 
 
