@@ -11,6 +11,7 @@ import mlxquant as mq
 from mlxquant.errors import AdapterError, ArtifactError, CalibrationError, RecipeError
 from mlxquant.layers.kinds import find_layers
 from mlxquant.layers.tree import parameters
+from mlxquant.models.recorded.watching import uncompiled
 from models.recorded.test_chain import inputs, recorded
 
 from support import anybody
@@ -268,6 +269,23 @@ def test_bad_input_is_one_clear_error():
     mq.quantize_module(module, seen, "rtn-w8a16")
     with pytest.raises(AdapterError, match=r"Plain is quantized already \(.*\); build it anew, in full precision"):
         mq.quantize_module(module, seen, "rtn-w8a16")
+
+
+def test_a_module_that_compiles_runs_quantized_unless_it_was_traced_before():
+    """A trace has the weights of its time in it; nothing tells it that layers are others by now."""
+    module, x = seeded(anybody.Compiled), tokens(0, width=6)
+    seen = recorded(module, ((x,), {}))
+    exact = seen[0].result
+    mq.quantize_module(module, seen, "rtn-w4a16", blocks=["net.blocks.0", "net.blocks.1", "net.blocks.2"])
+    wrote = module(x)
+    with uncompiled():
+        assert bool(mx.allclose(wrote, module(x), atol=1e-5))
+    assert not bool(mx.allclose(wrote, exact, atol=1e-3))
+    traced = seeded(anybody.Compiled)
+    traced(x)
+    with pytest.raises(AdapterError, match=r"Compiled holds functions that mx\.compile has traced already, with the"):
+        mq.quantize_module(traced, recorded(traced, ((x,), {})), "rtn-w4a16")
+    assert not find_layers(traced)
 
 
 def test_unreached_layers_stay_and_the_report_says_so():

@@ -18,6 +18,7 @@ from ..layers.quantize_linears import kept_layers, layer_sizes
 from ..layers.sizes import SizeReport, stored_bytes, weight_count
 from ..layers.tree import get_module, module_of, set_module
 from ..models.recorded.adapter import RecordedAdapter
+from ..models.recorded.reach import require_traced_anew
 from ..models.recorded.recording import Recording
 from ..models.recorded.watching import uncompiled
 from ..progress import Progress, silent
@@ -103,7 +104,8 @@ def quantize_module(
         What was done.
 
     Raises:
-        AdapterError: There are no blocks, or the calls are not computed again as they were recorded.
+        AdapterError: There are no blocks, or the calls are not computed again as they were recorded; the module goes
+            by what ``mx.compile`` kept of earlier calls.
         CalibrationError: Nothing was recorded, or of another module, or it is still going on; ``time`` gives no noise
             level.
         RecipeError: The recipe is unknown, does not fit the module, or wants a clock without ``time``.
@@ -140,6 +142,8 @@ def quantize_module(
         )
     recipe = parse_recipe(recipe) if isinstance(recipe, str) else recipe
     folder = None if work is None else Path(work)
+    if len(seen):
+        require_traced_anew(module, seen[0])
     with uncompiled(), nullcontext() if folder is None else kept_work(folder):
         return _quantize(RecordedAdapter(seen, blocks, time, roles), recipe, folder, progress)
 

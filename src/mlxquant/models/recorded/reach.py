@@ -8,8 +8,10 @@ from typing import Any
 
 import mlx.nn as nn
 
+from ...errors import AdapterError
+from ...layers.kinds import find_exact_layers
 from ...layers.tree import get_module
-from .recording import Recording
+from .recording import Call, Recording
 from .watching import uncompiled, watched
 
 
@@ -62,3 +64,41 @@ def find_reach(module: nn.Module, layers: Mapping[str, nn.Module], seen: Recordi
             seen[index].again(module)  # never evaluated
     unreached = {path: "no recorded call reached it" for path in watch if path not in shapes}
     return Reach(shapes, first, again | shared | unreached)
+
+
+class _Reached(BaseException):
+    """A layer was called; no error, so that no ``except Exception`` of a module stops it."""
+
+
+def require_traced_anew(module: nn.Module, call: Call) -> None:
+    """Refuse a module that goes by what ``mx.compile`` kept of an earlier call: it would go on with the weights of
+    then, whatever its layers are by now. A trace is broken off at the first layer, so none is kept.
+
+    Args:
+        module: The module.
+        call: One of its calls.
+
+    Raises:
+        AdapterError: The call runs no layer, though it does where nothing is compiled.
+    """
+
+    def stop(path: str, args: tuple[Any, ...], kwargs: dict[str, Any], run: Callable[[], Any]) -> Any:
+        raise _Reached
+
+    def runs_layers() -> bool:
+        with watched(layers, stop):
+            try:
+                call.again(module)
+            except _Reached:
+                return True
+        return False
+
+    layers = find_exact_layers(module)
+    if runs_layers():
+        return
+    with uncompiled():
+        if runs_layers():
+            raise AdapterError(
+                f"{type(module).__name__} holds functions that mx.compile has traced already, with the weights of then:"
+                " quantized, it would go on with those; drop them (build it anew), and record it before it is called"
+            )
