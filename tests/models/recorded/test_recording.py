@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import mlxquant as mq
-from mlxquant.errors import AdapterError, CalibrationError
+from mlxquant.errors import AdapterError, ArtifactError, CalibrationError
 
 from support import anybody
 from support.anybody import seeded, tokens
@@ -71,6 +71,18 @@ def test_past_a_limit_arrays_lie_on_disk(tmp_path, named):
     for index in range(4):
         assert bool(mx.array_equal(seen[index].result, in_memory[index].result))
         assert seen[index].args[0].dtype == mx.bfloat16
+
+
+def test_a_folder_holds_one_recording(tmp_path):
+    module = seeded(anybody.Plain, 1)
+    with mq.recording(module, memory=0, folder=tmp_path) as first:
+        module(tokens(0, width=6))
+    with (
+        pytest.raises(ArtifactError, match=r"000000\.safetensors: another recording's; choose a folder for this"),
+        mq.recording(module, memory=0, folder=tmp_path),
+    ):
+        module(tokens(1, width=6))
+    assert bool(mx.array_equal(first[0].args[0], tokens(0, width=6)))
 
 
 def test_everything_but_arrays_is_kept_by_reference():

@@ -23,7 +23,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ...errors import CalibrationError
+from ...errors import ArtifactError, CalibrationError
 from ...files import checked
 from ...files.checked import array_digest, read_tensors, write_tensors
 from ...layers.tree import module_of
@@ -204,6 +204,8 @@ class Recording:
             weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         self._folder.mkdir(parents=True, exist_ok=True)
         file = self._folder / f"{kept.number:06d}.safetensors"
+        if file.exists():
+            raise ArtifactError(f"{file}: another recording's; choose a folder for this one alone, or empty that")
         write_tensors(file, KIND, {f"{place:04d}": value for place, value in enumerate(kept.values)}, {})
         self._in_memory -= kept.nbytes
         kept.values, kept.file = [], file
@@ -234,6 +236,7 @@ def recording(
     Raises:
         AdapterError: What is given is no module.
         CalibrationError: A limit is below 1 call or 0 GB; inside, a call that cannot be kept. It says which and why.
+        ArtifactError: ``folder`` cannot be written, or holds another recording's calls.
 
     Examples:
         >>> import mlx.core as mx, mlx.nn as nn
