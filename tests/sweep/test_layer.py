@@ -13,7 +13,7 @@ import pytest
 from mlxquant.grids.weights import WeightFormat
 from mlxquant.methods import registry
 from mlxquant.methods.weights.damping import CANDIDATES
-from mlxquant.numerics.moments import Moments
+from mlxquant.numerics.moments import KEPT_MEAN, Moments
 from mlxquant.numerics.part_moments import PartMoments
 from mlxquant.numerics.transform import Transform
 from mlxquant.recipes.recipe import LayerSpec
@@ -116,13 +116,22 @@ def test_a_centred_layer_writes_no_error_on_average_and_less_around_it(weight):
     wanted = x @ weight.T + np.arange(OUT)
     wrong = x @ stored(rounded).T + np.array(rounded.layer.bias, np.float64) - wanted
     assert np.abs(wrong.mean(0)).max() < 1e-5 * np.abs(wanted).max()
-    around = x - x.mean(0)
+    around = x - (1 - np.sqrt(KEPT_MEAN)) * x.mean(0)
     gptq, steps = registry.get("round", "gptq").function, registry.get("steps", "extremes").function
     seen = Moments.of(around)
     np.testing.assert_array_equal(rounded.codes, gptq(weight, steps(weight, FORMAT, seen), seen))
     plain = quantize_layer(layer, replace(spec, centred=False), PartMoments.one(Moments.of(x)), "layer", Transform())
     assert np.square(wrong).mean() < np.square(x @ (stored(plain) - weight).T).mean()
     np.testing.assert_array_equal(np.array(layer.bias), np.arange(OUT))
+
+
+def test_inputs_that_never_change_can_be_centred(weight):
+    layer = linear(weight)
+    layer.bias = mx.zeros(OUT)
+    x = np.repeat(tokens(1), 5, 0)
+    spec = LayerSpec(FORMAT, rounding="gptq", centred=True)
+    rounded = quantize_layer(layer, spec, PartMoments.one(Moments.of(x)), "layer", Transform())
+    np.testing.assert_allclose(x @ stored(rounded).T + np.array(rounded.layer.bias), x @ weight.T, rtol=1e-5)
 
 
 def test_a_layer_without_a_bias_is_not_centred(weight):

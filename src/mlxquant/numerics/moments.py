@@ -12,6 +12,7 @@ import numpy.typing as npt
 from ..errors import CalibrationError, NumericsError
 from .arrays import Array
 
+KEPT_MEAN = 1e-3  # of the second moments of a mean, in centred ones
 PANEL = 256  # columns of a gram matrix in a product; what is symmetric is computed once outside of them
 
 
@@ -120,15 +121,16 @@ class Moments:
     @property
     def centred(self) -> Moments:
         """Those of the tokens less their mean: what is left to minimise where a bias makes up for the mean of the
-        error, see ``sweep.layer``.
+        error, see ``sweep.layer``. A thousandth of the mean's own stays, so that inputs that never change still say
+        which channels there are.
         """
         if not self.mass:
             return self
-        cross = None
+        cross, share, dtype = None, (1 - KEPT_MEAN) / self.mass, self._gram.dtype
         if self.cross is not None:
             exact = self.total if self.cross is self._gram else self.exact_total
-            cross = self.cross - np.outer(self.total, exact / self.mass).astype(self._gram.dtype)
-        gram = self.gram - np.outer(self.total, self.mean).astype(self._gram.dtype)
+            cross = self.cross - np.outer(self.total, exact * share).astype(dtype)
+        gram = self.gram - np.outer(self.total, self.total * share).astype(dtype)
         return Moments(gram, self.count, cross, None if self.held_out is None else self.held_out.centred)
 
     def see_one_stream(self) -> None:
