@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from mlxquant.grids.weights import WeightFormat
+from mlxquant.layers.convolutions import POSITIONS
 from mlxquant.layers.kinds import KINDS, kind_of, layer_facts, rebuilt
 from mlxquant.layers.switch import SwitchLinear
 from mlxquant.layers.tree import parameters
@@ -166,3 +167,14 @@ def test_ranges_are_of_the_input_and_not_of_the_padding():
     assert ranges.least.min() >= 5
     assert ranges.least.shape == (1, 18)
     np.testing.assert_array_equal(ranges.least[0, :2], np.array(x).min((0, 1, 2)))
+
+
+def test_of_large_pictures_some_outputs_stand_for_all_and_it_says_so():
+    layer, x = nn.Conv2d(2, 3, 3, padding=1), mx.array(RNG(0).normal(size=(2, 40, 40, 2)).astype(np.float32))
+    moments = collected(layer, [(x,)]).moments
+    assert moments.count == 2 * POSITIONS
+    rounded = quantize_layer(layer, LayerSpec(WeightFormat(4), rounding="gptq"), moments, "x", Transform())
+    assert rounded.facts == {"share_of_outputs": POSITIONS / 1600}
+    wrong = np.square(np.array(rounded.layer(x) - layer(x))).sum()
+    signal = np.square(np.array(layer(x) - layer.bias)).sum()
+    assert rounded.error == pytest.approx(np.sqrt(wrong / signal), rel=0.1)

@@ -130,12 +130,13 @@ class QuantizedConvolution(QuantizedProduct):
         extremes are those of the whole input, without the zeros of the padding.
         """
         window, x = cls.window_of(module), x.astype(mx.float32)
-        some = spread_evenly(prod(window.positions(x.shape[1:-1])), POSITIONS)
+        outputs = prod(window.positions(x.shape[1:-1]))
+        some = spread_evenly(outputs, POSITIONS)
         rows = np.stack([np.array(patches(sample[None], window, some)[0]) for sample in x])  # [N, S, groups, in]
         flat = np.asarray(x).reshape(len(x), -1, window.groups, x.shape[-1] // window.groups)
-        taps = prod(window.size)
-        low, high = (np.tile(v, (1, taps)) for v in (flat.min((1, 2)), flat.max((1, 2))))
-        return LayerInputs([rows[:, :, part] for part in range(window.groups)], low, high)
+        low, high = (np.tile(v, (1, prod(window.size))) for v in (flat.min((1, 2)), flat.max((1, 2))))
+        parts = [rows[:, :, part] for part in range(window.groups)]
+        return LayerInputs(parts, low, high, share=len(some) / outputs)
 
     @classmethod
     def of(
@@ -228,8 +229,7 @@ class QuantizedConvolution(QuantizedProduct):
         return patches(x, self.window)  # [N, ...positions, groups, in]
 
     def meet(self, rows: mx.array, weight: mx.array, *where: Any) -> mx.array:
-        groups = self.parts
-        if groups == 1:
+        if (groups := self.parts) == 1:
             return rows[..., 0, :] @ weight.T
         flat = rows.reshape(-1, groups, rows.shape[-1]).swapaxes(0, 1)
         y = flat @ weight.reshape(groups, -1, weight.shape[-1]).swapaxes(1, 2)

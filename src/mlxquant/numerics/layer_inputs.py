@@ -21,6 +21,7 @@ class LayerInputs:
         low: Each sample's minimum float32 [samples, in] over all that was read, not over the rows alone; None where
             the input is no array of numbers.
         high: Its maximum.
+        share: That of the layer's outputs whose rows are here; below 1 where some stand for all.
         looked_up: How often each row of a table was asked for, float64 [rows]; None where the layer is no table.
     """
 
@@ -28,6 +29,7 @@ class LayerInputs:
     low: Array | None = None
     high: Array | None = None
     looked_up: Array | None = None
+    share: float = 1.0
 
     @classmethod
     def of_tokens(cls, values: Array) -> LayerInputs:

@@ -21,10 +21,12 @@ class PartMoments:
             part writes its share for every token.
         looked_up: Of a table, how often each of its rows was asked for [rows]; its moments are then those of inputs
             that are seen one number at a time, so that methods minimise the error of the weight itself.
+        share: That of the layer's outputs which the moments are of; below 1 where some stand for all.
     """
 
     def __init__(self, parts: Sequence[Moments], alone: bool = False, looked_up: Array | None = None):
         self.parts, self.alone, self.looked_up = tuple(parts), alone, looked_up
+        self.share = 1.0
 
     @classmethod
     def one(cls, moments: Moments) -> PartMoments:

@@ -27,7 +27,11 @@ HELD_OUT = 4  # one sample in so many
 
 
 class InputStatistics:
-    """Accumulates one layer's inputs; call ``add`` for each forward pass."""
+    """Accumulates one layer's inputs; call ``add`` for each forward pass.
+
+    There is one table for all parts of a weight. So ranges are those of any part: extremes over all of them, and sampled
+    rows of each.
+    """
 
     def __init__(
         self,
@@ -67,6 +71,7 @@ class InputStatistics:
             self._looked_up = seen if self._looked_up is None else self._looked_up + seen
             return
         reference = self._read(exact) if exact is not None and self._form.pairs_streams else None
+        self._moments.share = min(self._moments.share, inputs.share)
         for some, held_out in self._shares(sigma, len(inputs.parts[0])):
             for index, moments in enumerate(self._parts):
                 values = inputs.parts[index][some]

@@ -80,16 +80,18 @@ class Rounded:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """Dampings that were chosen, a list where the weight is of several parts, and the parts that were rounded to
-        nearest because no token reached them.
+        """Dampings that were chosen, a list where the weight is of several parts, the parts that were rounded to
+        nearest because no token reached them, and the share of a convolution's outputs whose patches count in the
+        moments, where that are not all.
         """
         each = [part.facts for part in self.dampings]
         found: dict[str, Any] = each[0] if len(each) == 1 else {}
         if len(each) > 1:
             names = list(dict.fromkeys(name for part in each for name in part))
             found = {name: [part.get(name) for part in each] for name in names}
-        missed = self.moments.without_data
-        return found | ({"without_data": missed} if missed and len(each) > 1 else {})
+        missed, share = self.moments.without_data, self.moments.share
+        found |= {"without_data": missed} if missed and len(each) > 1 else {}
+        return found | ({"share_of_outputs": share} if share < 1 else {})
 
 
 @dataclass(frozen=True)
