@@ -29,8 +29,8 @@ HELD_OUT = 4  # one sample in so many
 class InputStatistics:
     """Accumulates one layer's inputs; call ``add`` for each forward pass.
 
-    There is one table for all parts of a weight. So ranges are those of any part: extremes over all, and sampled rows of
-    each.
+    There is one table for all parts of a weight. So ranges are those of any part: extremes over all, and rows sampled
+    from each.
     """
 
     def __init__(
