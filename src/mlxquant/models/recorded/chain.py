@@ -50,7 +50,8 @@ class Chain:
     """
 
     def __init__(self, module: nn.Module, blocks: Mapping[str, nn.Module], first: WatchedCall):
-        self.module, self.blocks, self._first = module, dict(blocks), first
+        self.module, self.blocks = module, dict(blocks)
+        self._signature, self._written_into = first.signature, first.written_into  # of it all but its arrays
         self.steps, self.result, self.result_reads = first.steps, first.result, first.result_reads
         self.glue: dict[str, int] = {}
         self.needs: dict[int, frozenset[int]] = {}
@@ -94,8 +95,8 @@ class Chain:
         Raises:
             BrokenChainError: It does not run its blocks in the same way.
         """
-        other = watch(self.module, self.blocks, call, self._first.written_into)
-        if other.signature != self._first.signature:
+        other = watch(self.module, self.blocks, call, self._written_into)
+        if other.signature != self._signature:
             ran = [step.path for step in other.steps]
             same = ran == [step.path for step in self.steps]
             what = "it hands other arrays on" if same else f"it runs the blocks {ran[:4]}… ({len(ran)})"
