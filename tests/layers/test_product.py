@@ -154,6 +154,14 @@ def test_a_branch_is_added_for_the_input_as_it_is(name):
     np.testing.assert_allclose(change, expected, atol=1e-3 * np.abs(expected).max())
 
 
+@pytest.mark.parametrize("name", ["grouped", "experts"])
+def test_a_branch_of_fewer_parts_is_refused(name):
+    exact, layer, _ = built(name, "w4")
+    branch = LowRank(np.zeros((layer.rows, 2), np.float16), np.zeros((2, layer.width), np.float16))
+    with pytest.raises(AdapterError, match=rf"does not fit a weight of shape .* in {layer.parts} parts"):
+        kind_of(exact).form.of(exact, layer.codes(), layer.grid(), branch=branch)
+
+
 def test_shapes_of_pictures_may_change():
     """What a shift adds is kept for a picture's shape, and forgotten with the parameters."""
     _, layer, (x,) = built("Conv2d", "w4")
