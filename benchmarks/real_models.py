@@ -48,11 +48,11 @@ CALIBRATION, CALIBRATED = 16, 10_000  # maps a draw, and the seed of the first
 DRAWS = 3
 EXACT = "full precision"
 ROWS = {
-    "w8a16": "rtn gptq",
-    "w6a16": "rtn gptq",
-    "w4a16": "rtn gptq mixed",
-    "w3a16": "rtn gptq mixed",
-    "w4a8": "rtn gptq mixed",
+    "w8a16": "rtn gptq+unclipped",
+    "w6a16": "rtn gptq+unclipped",
+    "w4a16": "rtn gptq gptq+unclipped qronos+unclipped mixed+unclipped",
+    "w3a16": "rtn gptq+unclipped qronos+unclipped mixed+unclipped",
+    "w4a8": "rtn gptq+unclipped mixed+unclipped",
 }
 MEANS = ("bits_per_weight", "share_quantized", "seconds_quantize")
 TITLES = ("bits a weight", "PSNR dB (95 %)", "against rtn (95 %)", "quantized")
@@ -135,11 +135,10 @@ class Bench:
         report = mq.quantize_module(model.network, seen, name, progress=progress)
         seconds = time.process_time() - start
         sizes = report.sizes
-        quantized = sum(int(np.prod(layer.shape)) for layer in sizes.layers)
         return {
             "psnr_each": psnr(heights(self.drawing(model, name), self.seeds), self.exact).tolist(),
             "bits_per_weight": 8 * sizes.after / sizes.weights,
-            "share_quantized": quantized / sizes.weights,
+            "share_quantized": report.share.parameters,
             "seconds_quantize": seconds,
             "weighed": report.weighed,
             "kept": [stage["kept"] for stage in report.stages],
