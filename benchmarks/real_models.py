@@ -50,7 +50,7 @@ EXACT = "full precision"
 ROWS = {
     "w8a16": "rtn gptq+unclipped",
     "w6a16": "rtn gptq+unclipped",
-    "w4a16": "rtn gptq gptq+unclipped qronos+unclipped mixed+unclipped",
+    "w4a16": "rtn gptq gptq+unclipped gptq+centred+unclipped qronos+unclipped mixed+unclipped",
     "w3a16": "rtn gptq+unclipped qronos+unclipped mixed+unclipped",
     "w4a8": "rtn gptq+unclipped mixed+unclipped",
 }
