@@ -110,11 +110,13 @@ def test_layers_outside_of_blocks_belong_where_they_first_matter():
     assert names == ["before double.0", "double.0", "double.1", "before single.0", "single.0", "single.1", "result"]
     assert {path: adapter.role(path) for path in ("image_in", "single_mod", "out")} == {
         "image_in": "embedder",
-        "single_mod": "embedder",
+        "single_mod": "modulation",
         "out": "output",
     }
     assert adapter.role("double.0.x.mod") == "modulation"
     assert adapter.role("double.0.x.fc1") == "mlp"
+    skips = RecordedAdapter(recorded(seeded(anybody.Skips), *inputs(anybody.Skips)))
+    assert skips.role("middle.fc1") == "mlp"  # between blocks, in no list
 
 
 def test_layers_of_some_calls_alone_have_a_place_and_those_without_effect_are_named():

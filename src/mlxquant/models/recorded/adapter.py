@@ -156,17 +156,16 @@ class RecordedAdapter(Adapter):
     def role(self, path: str) -> str:
         if path in self._roles_given:
             return self._roles_given[path]
-        if self.chain is not None and path in self.chain.glue:
-            if self.chain.glue[path] < len(self.chain.steps):
-                return "embedder"
-            beside = [self._reached[other] for other, cut in self.chain.glue.items() if cut == len(self.chain.steps)]
-            conditions = len(self._reached[path]) == 2 and any(len(shape) > 2 for shape in beside)
-            return "modulation" if conditions else "output"
+        cut = None if self.chain is None else self.chain.glue.get(path)
+        if cut == 0:
+            return "embedder"
         if self.chain is not None and (end := self._end(path)):
             return end
         name = path.rpartition(".")[2]
         if name in ("gate", "router") or (len(self._reached.get(path, ())) == 2 and self._has_tokens(path)):
             return "modulation"
+        if self.chain is not None and cut == len(self.chain.steps):
+            return "output"
         return "attention" if "attn" in path or "attention" in path else "mlp"
 
     def _end(self, path: str) -> str:
@@ -181,10 +180,11 @@ class RecordedAdapter(Adapter):
         return ""
 
     def _has_tokens(self, path: str) -> bool:
-        """Whether other layers of the same block read tokens [...,T,D], beside which [B,D] is a conditioning."""
-        block = (
-            next((step.path for step in self.chain.steps if path.startswith(f"{step.path}.")), "") if self.chain else ""
-        )
+        """Whether other layers of the same block, or of any where it stands in none, read tokens [...,T,D], beside
+        which [B,D] is a conditioning.
+        """
+        steps = self.chain.steps if self.chain else []
+        block = next((step.path for step in steps if is_at(path, step.path)), "")
         return any(len(shape) > 2 for other, shape in self._reached.items() if other.startswith(block))
 
     def describe(self) -> dict[str, Any]:
