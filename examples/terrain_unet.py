@@ -22,7 +22,7 @@ from terrain.network import Denoiser, UNet
 from terrain.weights import pretrained
 
 CALIBRATED = 1000  # the first seed of calibration; the maps that are compared have other seeds
-METHODS = ("rtn", "gptq")
+METHODS = ("rtn", "gptq+unclipped")
 
 
 def asked(count):
