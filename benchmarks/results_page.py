@@ -5,7 +5,7 @@ Writes each table between its marks in the page and leaves everything else as it
     <!-- generated: methods (python benchmarks/results_page.py) -->
     <!-- end -->
 
-``methods`` has every row of which_method.jsonl, a table a format; ``language`` has the rows that this file names. With
+``methods`` has every row of which_method.jsonl, a table a format, ``real-models`` every row of real_models.jsonl; ``language`` has the rows that this file names. With
 ``--check`` nothing is written: where a table is not what the rows say, that is said in one line, and the exit code is
 1. The last line of stdout is one JSON object.
 """
@@ -20,6 +20,7 @@ from typing import Any
 import click
 
 import language
+import real_models
 import rows
 import which_method
 from mlxquant.commandline.console import result
@@ -106,9 +107,14 @@ def language_models(results: Path) -> str:
     return language.table_of({name: language.summary(found[name], found["full precision"]) for name in LANGUAGE})
 
 
+def others_models(results: Path) -> str:
+    return real_models.tables(real_models.summaries(real_models.measured(results / f"real_models{rows.SUFFIX}")))
+
+
 TABLES: dict[str, Callable[[Path], str]] = {
     "methods": methods,
     "language": language_models,
+    "real-models": others_models,
 }
 
 
