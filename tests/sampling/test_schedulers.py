@@ -13,7 +13,7 @@ from mlxquant.errors import AdapterError
 from mlxquant.grids.time import log_snr
 from mlxquant.sampling.parameterizations import KINDS, Parameterization
 from mlxquant.sampling.schedulers import DDIM, DPMSolver, Euler, EulerAncestral, FlowEuler
-from mlxquant.sampling.schedules import Training, flow_sigmas, noise_level
+from mlxquant.sampling.schedules import Training, flow_sigmas, noise_level, resampled
 
 SD = Training(first=0.00085, last=0.012, schedule="scaled_linear")
 SHAPE = (2, 4, 4, 3)
@@ -235,6 +235,7 @@ def test_an_image_is_clipped_and_the_noise_is_not():
 
 def test_a_schedule_may_end_in_noise_alone():
     training = replace(SD, zero_snr=True)
+    assert (training.alpha_bars[0], training.alpha_bars[-1]) == (pytest.approx(SD.alpha_bars[0], rel=1e-6), 0)
     walk = DDIM(training, "trailing").walk(10)
     assert walk.levels[0] == 1
     assert DDIM(training, "trailing").time(1.0) == 999
@@ -245,6 +246,23 @@ def test_a_schedule_may_end_in_noise_alone():
     with pytest.raises(AdapterError, match="predicts 'epsilon' says nothing new"):
         drawn(DDIM(training, "trailing"), 10, image, "epsilon", np.random.default_rng(8))
     assert DPMSolver(training, "trailing").walk(10).levels[0] == pytest.approx(1, abs=1e-3)
+
+
+def test_eulers_walks_begin_with_the_noise_of_their_first_level():
+    """As loud as an image beside it where they begin below the last timestep, as in diffusers."""
+    for spacing, image in (("linspace", 0), ("trailing", 0), ("leading", 1)):
+        scheduler = Euler(SD, spacing)
+        assert scheduler.walk(10).start == pytest.approx(np.hypot(scheduler.sigmas(10)[0], image))
+
+
+def test_karras_grid_is_even_in_seventh_roots_and_the_other_in_logarithms():
+    own = np.array([80.0, 3.0, 0.5])
+    for steps in (3, 8):
+        np.testing.assert_allclose(np.diff(resampled(own, "karras", steps) ** (1 / 7), n=2), 0, atol=1e-12)
+        np.testing.assert_allclose(np.diff(np.log(resampled(own, "exponential", steps)), n=2), 0, atol=1e-12)
+        for grid in ("karras", "exponential"):
+            assert resampled(own, grid, steps)[[0, -1]] == pytest.approx([80, 0.5])
+            assert resampled(own, grid, steps, 0.1, 9.0)[[0, -1]] == pytest.approx([9, 0.1])
 
 
 def test_no_noise_for_a_step_that_adds_some_is_an_error():

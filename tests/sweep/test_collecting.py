@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from mlxquant.errors import NumericsError
-from mlxquant.sweep.collecting import InputStatistics
+from mlxquant.layers.switch import SwitchLinear
+from mlxquant.sweep.collecting import Collector, InputStatistics
 
 
 def inputs(samples=3, tokens=20, width=8, seed=0):
@@ -91,3 +92,28 @@ def test_every_fourth_sample_of_each_noise_level_is_held_out():
     plain = InputStatistics(nn.Linear(8, 1))
     plain.add((inputs(8),), 0.9)
     assert plain.moments.parts[0].held_out is None
+
+
+def test_layers_share_an_array_only_where_they_read_it_alike():
+    """Of convolutions, those that put their kernels in the same places."""
+    layers = {
+        "one": nn.Conv1d(8, 2, 3),
+        "alike": nn.Conv1d(8, 5, 3),
+        "wider": nn.Conv1d(8, 2, 5),
+        "padded": nn.Conv1d(8, 2, 3, padding=1),
+    }
+    collector, x = Collector(layers), inputs()
+    for path in layers:
+        collector(path, x)
+    assert collector["alike"] is collector["one"]
+    assert len({id(collector[path]) for path in layers}) == 3
+    assert [collector[path].moments.count for path in layers] == [3 * 18, 3 * 18, 3 * 16, 3 * 20]
+
+
+def test_experts_of_two_streams_are_not_compared_for_routers_may_choose_others():
+    layer, (x, exact) = SwitchLinear(8, 2, 3), (inputs(seed=seed)[:, :, None] for seed in (0, 1))
+    chosen, other = (mx.array(np.random.default_rng(seed).integers(0, 3, (3, 20))) for seed in (2, 3))
+    statistics = InputStatistics(layer)
+    statistics.add((x, chosen), 0.5, (exact, other))
+    for part in statistics.moments.parts:
+        np.testing.assert_array_equal(part.cross, part.gram)

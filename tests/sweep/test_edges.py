@@ -70,12 +70,14 @@ def test_a_division_goes_into_a_norms_gains_and_biases_and_comes_out_again(adapt
         np.testing.assert_array_equal(value, before[name])
 
 
-def test_a_gain_that_is_used_as_one_plus_itself_is_divided_as_such():
-    """As in Gemma's norms."""
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_gain_that_is_used_as_one_plus_itself_is_divided_as_such(bias):
+    """As in Gemma's norms; a bias beside it is used as it is."""
     model = nn.Module()
-    model.norm, model.fc = nn.RMSNorm(8), nn.Linear(8, 4)
-    model.norm.weight, x = mx.random.normal((8,)) * 0.1, mx.random.normal((3, 8))
-    run = lambda: np.array(model.fc(mx.fast.rms_norm(x, 1 + model.norm.weight, 1e-5)))  # noqa: E731
+    model.norm, model.fc = nn.LayerNorm(8, bias=bias), nn.Linear(8, 4)
+    model.norm.update({k: mx.random.normal(v.shape) * 0.1 for k, v in model.norm.parameters().items()})
+    x = mx.random.normal((3, 8))
+    run = lambda: np.array(model.fc(mx.fast.layer_norm(x, 1 + model.norm.weight, model.norm.get("bias"), 1e-5)))  # noqa: E731
     exact = run()
     undo = divide(model, Edge(("fc",), (Fold("norm", 0, 8, plus_one=True),)), np.linspace(0.5, 2, 8).astype(np.float32))
     np.testing.assert_allclose(run(), exact, rtol=1e-4, atol=1e-5)

@@ -175,6 +175,24 @@ def test_both_streams_count(block):
         assert min(losses) > work.loss(weights, inputs, wanted, picked, key).item() + 0.1
 
 
+def test_learning_counts_tensors_as_the_adapter_says(block, monkeypatch):
+    work, start, adapter = block
+    weights = {path: start.layers[path].dequantized() for path in work.grids}
+    inputs, wanted, picked, key = work.minibatch(0)
+
+    def rises():
+        """What the loss gains when one target moves."""
+        work.normalise(start.errors)
+        loss = lambda goals: work.loss(weights, inputs, goals, picked, key).item()  # noqa: E731
+        return {name: loss({**wanted, name: wanted[name] + 1}) - loss(wanted) for name in wanted}
+
+    with work.installed():
+        alike = rises()
+        monkeypatch.setattr(type(adapter), "counts", lambda self, stage, key: {"image": 3.0}.get(key, 1.0))
+        told = rises()
+    assert told == pytest.approx({"image": 1.5 * alike["image"], "text": 0.5 * alike["text"]}, rel=1e-4)
+
+
 def test_a_minibatch_holds_the_rows_of_its_samples(block):
     """Of whatever batches they are in: each row's input beside its target and its noise level."""
     work, _, _ = block
