@@ -5,9 +5,9 @@ Writes each table between its marks in the page and leaves everything else as it
     <!-- generated: methods (python benchmarks/results_page.py) -->
     <!-- end -->
 
-``methods`` has every row of which_method.jsonl, a table a format, ``real-models`` every row of real_models.jsonl; ``language`` has the rows that this file names. With
-``--check`` nothing is written: where a table is not what the rows say, that is said in one line, and the exit code is
-1. The last line of stdout is one JSON object.
+``methods`` has every row of which_method.jsonl, a table a format, ``real-models`` every row of real_models.jsonl;
+``language`` has the rows that this file names. With ``--check`` nothing is written: where a table is not what the rows
+say, that is said in one line, and the exit code is 1. The last line of stdout is one JSON object.
 """
 
 from __future__ import annotations

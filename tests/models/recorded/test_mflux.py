@@ -55,7 +55,7 @@ def test_its_blocks_are_found_and_make_again_what_was_recorded(host):
     assert not adapter.broken
     assert tuple(stage.name for stage in adapter.blocks) == host.blocks
     for index, result in enumerate(host.run(module)):
-        state = adapter.run(adapter.state(index), adapter.sigma(index))
+        state = adapter.run(adapter.state(index), adapter.sigmas[index])
         np.testing.assert_allclose(np.array(state["result"]), np.array(result), rtol=0, atol=1e-5)
 
 
