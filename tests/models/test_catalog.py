@@ -25,6 +25,12 @@ def test_names_hub_ids_and_folders(tmp_path):
     assert catalog.model_name(None) is None
 
 
+@pytest.fixture(autouse=True)
+def nothing_registered(monkeypatch):
+    """Models that other tests have registered are none of this release's."""
+    monkeypatch.setattr(catalog, "_registered", {})
+
+
 FLUX, QWEN, ODD = "black-forest-labs/FLUX.1-dev", "mlx-community/Qwen3-0.6B-bf16", "someone/weights"
 HELD = {
     FLUX: {"model_index.json": {"_class_name": "FluxPipeline"}},
