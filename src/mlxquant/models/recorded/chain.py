@@ -136,11 +136,7 @@ class Chain:
             cut: Before which step; as many as there are steps for after the last.
         """
         found = Values()
-        if cut == len(self.steps):
-            collected = arrays(self._glued(call, skeleton, values, cut, found, ()))
-            found |= {number: collected[path] for path, number in self.result.items()}
-        else:
-            self._glued(call, skeleton, values, cut, found, (cut,))
+        self._glued(call, skeleton, values, cut, found, (cut,))
         return found
 
     def _glued(
@@ -151,9 +147,9 @@ class Chain:
         stop: int,
         found: Values,
         cuts: Iterable[int],
-    ) -> Any:
-        """Run the module with blocks that answer by ``values``, up to step ``stop``, and return its result where it is
-        not stopped; what is introduced at ``cuts`` goes into ``found``.
+    ) -> None:
+        """Run the module with blocks that answer by ``values``, up to step ``stop``; as many as there are steps stop
+        nothing. What is introduced at ``cuts`` goes into ``found``, and what the module's result has that is new.
         """
         places = {step.path: index for index, step in enumerate(self.steps)}
         wanted = set(cuts)
@@ -169,9 +165,10 @@ class Chain:
 
         with uncompiled(), watched(self.blocks, answer):
             try:
-                return call.again(self.module)
+                result = arrays(call.again(self.module))
             except _Reached:
-                return None
+                return
+        found.update({number: result[path] for path, number in self.result.items()})
 
     @staticmethod
     def filled(tree: Any, call: Call, skeleton: Skeleton, values: Mapping[int, mx.array]) -> Any:
@@ -183,7 +180,7 @@ class Chain:
             if not isinstance(leaf, Slot):
                 return leaf
             if leaf.variable is None:
-                return copy.copy(arrays((call.args, call.kwargs))[leaf.given])
+                return copy.copy(call.arrays[leaf.given])
             if leaf.variable in values:
                 return copy.copy(values[leaf.variable])
             shape, dtype = skeleton.shapes[leaf.variable]
@@ -212,10 +209,7 @@ class Chain:
         wrote = {number for tree in skeleton.wrote for number in variables(tree)}
         found = Values()
         outputs = {number: value for number, value in values.items() if number in wrote}
-        result = self._glued(call, skeleton, outputs, -1, found, range(len(self.steps)))
-        if self.result:
-            collected = arrays(result)
-            found |= {number: collected[path] for path, number in self.result.items()}
+        self._glued(call, skeleton, outputs, len(self.steps), found, range(len(self.steps)))
         made = {cut: [found[number] for number in self.introduced(cut).values()] for cut in cuts}
         mx.eval(made)
         return made
@@ -226,13 +220,14 @@ class Chain:
             return
         skeleton, values = shown.skeleton, shown.values
         exact = self._all_glue(call, skeleton, values, self.cuts)
-        called = dict[str, int]()
+        called = list[str]()
 
-        def count(path: str, args: tuple[Any, ...], kwargs: dict[str, Any], run: Callable[[], Any]) -> Any:
-            called[path] = called.get(path, 0) + 1
+        def note(path: str, args: tuple[Any, ...], kwargs: dict[str, Any], run: Callable[[], Any]) -> Any:
+            if path not in called:
+                called.append(path)
             return run()
 
-        with watched(layers, count):
+        with watched(layers, note):
             self._all_glue(call, skeleton, values, [])
         for path in called:
 

@@ -28,6 +28,7 @@ from ...files import checked
 from ...files.checked import array_digest, read_tensors, write_tensors
 from ...layers.tree import module_of
 from .trees import Leaf, arrays, as_it_is, held_arrays, leaves, mapped, told
+from .trees import Path as TreePath
 from .watching import uncompiled, watched
 
 SAMPLES = 128  # calls, where nobody says
@@ -58,6 +59,11 @@ class Call:
     def kwargs(self) -> dict[str, Any]:
         """What it was called with by name."""
         return self._made[1]
+
+    @cached_property
+    def arrays(self) -> dict[TreePath, mx.array]:
+        """The arrays in what it was called with, by their path in (args, kwargs)."""
+        return arrays((self.args, self.kwargs))
 
     def given(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """What it was called with, in arrays of its own every time, which whoever is given them may write into."""
