@@ -3,6 +3,9 @@
 The Linux CPU wheel of MLX bundles reference BLAS (about 3 GFLOP/s). Loading an OpenBLAS with global symbols beforehand
 makes libmlx bind its ``cblas_*`` calls to it, which is 25 to 30 times faster. macOS uses Accelerate and needs nothing.
 Without an OpenBLAS everything still works, slowly.
+
+The last OpenBLAS whose symbols MLX can bind to does not know later processors, and gives them the kernels of the oldest
+one, which are 3 to 5 times slower. Those are told which of its kernels they can run.
 """
 
 from __future__ import annotations
@@ -11,12 +14,20 @@ import ctypes
 import ctypes.util
 import importlib.util
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
 log = logging.getLogger(__name__)
+
+CHOICE = "OPENBLAS_CORETYPE"  # what OpenBLAS reads as it starts; who has set it knows better
+OLDEST = "Prescott"  # the kernels of a processor that OpenBLAS does not know
+KERNELS = {  # which others need what of a processor; the fastest first
+    "SkylakeX": {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "fma"},
+    "Haswell": {"avx2", "fma"},
+}
 
 
 def _candidates() -> Iterator[str]:
@@ -49,9 +60,38 @@ def prefer_fast_blas() -> str | None:
         if not hasattr(library, "cblas_sgemm"):
             log.debug("%s has no cblas_sgemm (prefixed symbols?)", name)
             continue
+        _use_known_kernels(library, _processor_flags())
         log.debug("MLX's CPU matmul runs on %s", Path(name).name)
         return name
     log.debug(
         "no OpenBLAS found: MLX's CPU matmul will be 25 to 30 times slower; pip install scipy-openblas32==0.3.23.293"
     )
     return None
+
+
+def _processor_flags() -> set[str]:
+    """What the first processor can do, in Linux' words; nothing where the system does not say."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return set()
+    return next((set(line.split()) for line in lines if line.startswith("flags")), set())
+
+
+def _use_known_kernels(library: ctypes.CDLL, flags: set[str]) -> None:
+    """Let an OpenBLAS that has found nothing but its oldest kernels start again with what a processor of these
+    ``flags`` can run.
+    """
+    parts = ("openblas_get_corename", "gotoblas_dynamic_quit", "gotoblas_dynamic_init")
+    if CHOICE in os.environ or not all(hasattr(library, part) for part in parts):
+        return
+    library.openblas_get_corename.restype = ctypes.c_char_p
+    wanted = next((kernels for kernels, needed in KERNELS.items() if needed <= flags), None)
+    if wanted is None or library.openblas_get_corename().decode() != OLDEST:
+        return
+    os.environ[CHOICE] = wanted
+    try:
+        library.gotoblas_dynamic_quit()
+        library.gotoblas_dynamic_init()
+    finally:
+        del os.environ[CHOICE]  # other libraries choose for themselves
