@@ -5,6 +5,7 @@ The matrix is halved until its pieces are small, and nearly all of the work beco
 
 from __future__ import annotations
 
+import mmap
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,14 +29,17 @@ class Factor:
     lower: Array
 
     @classmethod
-    def of(cls, hessian: Array) -> Factor:
-        """The factor of a ``hessian`` [n,n]; raises NumericsError when that is not positive definite."""
-        width = len(hessian)
-        order = np.argsort(np.diagonal(hessian), kind="stable")
-        lower = np.zeros((width, width))  # untouched, half of it takes no memory
+    def of(cls, hessian: Array, diagonal: Array | None = None) -> Factor:
+        """The factor of a ``hessian`` [n,n], or of one with this ``diagonal`` [n] in place of its own, which spares a
+        copy of it; raises NumericsError when that is not positive definite.
+        """
+        width, diagonal = len(hessian), np.diagonal(hessian) if diagonal is None else diagonal
+        order = np.argsort(diagonal, kind="stable")
+        lower = _half_used(width)
         for start in range(0, width, PANEL):
             stop = min(start + PANEL, width)
             lower[start:stop, :stop] = hessian.take(order[start:stop], 0).take(order[:stop], 1)
+        np.fill_diagonal(lower, diagonal[order])
         try:
             factorize(lower)
         except np.linalg.LinAlgError as error:
@@ -55,6 +59,17 @@ class Factor:
             solve_lower(self.lower, ordered)
             found[some][:, self.order] = ordered
         return found
+
+
+def _half_used(width: int) -> Array:
+    """Zeros float64 [width,width]. What is never written takes no memory; in huge pages, which NumPy asks Linux for,
+    both halves would.
+    """
+    if not width or not hasattr(mmap, "MADV_NOHUGEPAGE"):
+        return np.zeros((width, width))
+    pages = mmap.mmap(-1, 8 * width * width)
+    pages.madvise(mmap.MADV_NOHUGEPAGE)
+    return np.frombuffer(pages, np.float64).reshape(width, width)
 
 
 def factorize(matrix: Array) -> None:

@@ -15,16 +15,16 @@ from __future__ import annotations
 from ...numerics.arrays import Array
 from ...numerics.cholesky import Factor
 from ...numerics.moments import Moments, calibrated_gram, shortfall
-from .gptq import damped_problem
+from .gptq import damped_diagonal
 
 
 def corrected_target(weight: Array, moments: Moments, damping: float = 1e-3) -> Array:
     """W* [out,in] for ``weight`` [out,in], in the precision of the gram matrix; ``damping`` is λ relative to mean(diag
     H).
 
-    A dead column (H_jj = 0) keeps its weight. Takes the memory of two gram matrices more. Raises CalibrationError when
+    A dead column (H_jj = 0) keeps its weight. Takes the memory of one more gram matrix. Raises CalibrationError when
     the moments have no cross term, NumericsError when they are not finite or the damped H is singular.
     """
     gram = calibrated_gram(moments, weight.shape[1])
     missing = shortfall(weight, moments)
-    return weight.astype(gram.dtype, copy=False) + Factor.of(damped_problem(weight, gram, damping)[1]).solve(missing)
+    return weight.astype(gram.dtype, copy=False) + Factor.of(gram, damped_diagonal(gram, damping)).solve(missing)

@@ -38,24 +38,31 @@ def gptq(weight: Array, grid: Grid, moments: Moments | None, *, damping: float =
     finite or the damped H is not positive definite, RecipeError when the grid's groups do not divide the width.
     """
     gram = calibrated_gram(moments, weight.shape[1])
-    target, hessian = damped_problem(weight, gram, damping)
+    target, diagonal = without_dead_columns(weight, gram), damped_diagonal(gram, damping)
     nearest = rtn(target, grid)
-    columns = _Columns(target, grid, Factor.of(hessian))
+    columns = _Columns(target, grid, Factor.of(gram, diagonal))  # a damped copy would be the largest thing in memory
     columns.settle(0, target.shape[1], block)
-    ours = columns.losses(np.diagonal(hessian) - np.diagonal(gram))
+    ours = columns.losses(diagonal - np.diagonal(gram))
     theirs = energy(target - grid.dequantize(nearest), gram)
     return np.where((ours > theirs)[:, None], nearest, columns.rounded())
 
 
 def damped_problem(weight: Array, gram: Array, damping: float) -> tuple[Array, Array]:
-    """The weight [out,in] to approximate, with dead columns zero, and the damped Hessian [in,in], 1 where those cross.
-
-    Both in the precision of ``gram``.
-    """
-    power = np.diagonal(gram)
+    """The weight [out,in] to approximate and the damped Hessian [in,in], both in the precision of ``gram``."""
     hessian = gram.copy()
-    np.fill_diagonal(hessian, np.where(power > 0, power + damping * power.mean(), 1.0))
-    return np.where(power > 0, weight.astype(gram.dtype, copy=False), gram.dtype.type(0)), hessian
+    np.fill_diagonal(hessian, damped_diagonal(gram, damping))
+    return without_dead_columns(weight, gram), hessian
+
+
+def damped_diagonal(gram: Array, damping: float) -> Array:
+    """That of the damped Hessian [in], 1 where a column is dead."""
+    power = np.diagonal(gram)
+    return np.where(power > 0, power + damping * power.mean(), gram.dtype.type(1))
+
+
+def without_dead_columns(weight: Array, gram: Array) -> Array:
+    """The weight [out,in] to approximate: zero in dead columns, in the precision of ``gram``."""
+    return np.where(np.diagonal(gram) > 0, weight.astype(gram.dtype, copy=False), gram.dtype.type(0))
 
 
 def nearest_plane(target: Array, grid: Grid, factor: Factor, block: int = 32, first: Array | None = None) -> Array:
