@@ -89,3 +89,12 @@ def test_a_factor_solves_in_the_matrix_own_order(size, rows):
     np.testing.assert_allclose(lower @ lower.T, matrix[factor.order][:, factor.order], rtol=1e-9, atol=1e-9)
     wanted = np.random.default_rng(3).standard_normal((rows, size))
     np.testing.assert_allclose(factor.solve(wanted) @ matrix, wanted, atol=1e-8)
+
+
+def test_a_factor_of_another_diagonal_is_that_of_a_copy():
+    matrix, diagonal = positive_definite(300), np.random.default_rng(4).uniform(400, 900, 300)
+    copy = matrix.copy()
+    np.fill_diagonal(copy, diagonal)
+    one, other = Factor.of(matrix, diagonal), Factor.of(copy)
+    np.testing.assert_array_equal(one.order, other.order)
+    np.testing.assert_array_equal(np.tril(one.lower), np.tril(other.lower))
