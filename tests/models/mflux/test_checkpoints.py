@@ -1,0 +1,90 @@
+"""The small pipelines that tests of mflux stand on: built, saved and loaded by mflux itself, and drawn with."""
+
+import json
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+from support.mflux_checkpoints import CHECKPOINTS, draw, load, saved, small_models
+from support.mflux_hub import as_on_the_hub
+from support.mflux_models import mflux
+
+pytestmark = [pytest.mark.mflux, pytest.mark.slow]
+
+FAMILIES = (
+    "dev", "z-image-turbo", "flux2-klein-4b", "flux3-image-klein", "qwen-image", "ernie-image-turbo",
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def small():
+    with small_models():
+        yield
+
+
+def parts(name, pipeline):
+    """All arrays of a pipeline, by component and path."""
+    found = {}
+    for component in CHECKPOINTS[name].components():
+        module = getattr(pipeline, component.model_attr or component.name)
+        found |= {f"{component.name}.{path}": array for path, array in tree_flatten(module.parameters())}
+    return found
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_what_was_saved_is_loaded_and_draws_the_same_twice(name, tmp_path):
+    built = saved(name, tmp_path)
+    loaded = load(name, tmp_path)
+    mine, theirs = parts(name, built), parts(name, loaded)
+    assert mine.keys() == theirs.keys()
+    assert all(mx.array_equal(mine[path], theirs[path]) for path in mine)
+    picture = draw(built)
+    assert picture.shape == (64, 64, 3)
+    assert picture.std() > 10
+    np.testing.assert_array_equal(draw(loaded), picture)
+    np.testing.assert_array_equal(draw(loaded), picture)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_prompt_and_seed_decide_what_is_drawn(name, tmp_path):
+    pipeline = saved(name, tmp_path)
+    picture = draw(pipeline)
+    assert (draw(pipeline, prompt="a blue square") != picture).mean() > 0.1
+    assert (draw(pipeline, seed=4) != picture).mean() > 0.1
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, "flux3-image-klein-base"])
+def test_the_layout_of_the_hub_is_loaded_as_the_same_model(name, tmp_path):
+    built = as_on_the_hub(name, tmp_path)
+    loaded = load(name, tmp_path)
+    assert loaded.bits is None
+    np.testing.assert_array_equal(draw(loaded), draw(built))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_mflux_quantizes_them_itself(name, tmp_path):
+    saved(name, tmp_path / "dense")
+    quantized = saved(name, tmp_path / "packed", quantize=4)
+    loaded = load(name, tmp_path / "packed")
+    assert loaded.bits == 4
+    assert any(path.endswith(".scales") for path in parts(name, loaded))
+    np.testing.assert_array_equal(draw(loaded), draw(quantized))
+    assert (draw(load(name, tmp_path / "dense")) != draw(loaded)).any()
+
+
+def test_a_fine_tune_has_the_name_and_the_blocks_of_its_own_checkpoint(tmp_path):
+    pipeline = saved("lite", tmp_path)
+    assert len(pipeline.transformer.transformer_blocks) == 8
+    assert len(pipeline.transformer.single_transformer_blocks) == 38
+    info = json.loads((tmp_path / "mflux_model.json").read_text())
+    assert (info["model_name"], info["base_model"]) == ("Freepik/flux.1-lite-8B", "dev")
+
+
+def test_another_precision_may_be_asked_for(tmp_path):
+    with small_models(mx.bfloat16):
+        saved("z-image-turbo", tmp_path)
+        config = mflux("models.common.config.model_config.ModelConfig")
+        assert config.precision == mx.bfloat16
+    assert config.precision == mx.float32

@@ -1,0 +1,192 @@
+"""Whole pipelines of mflux, small and with random weights, and their folders, in its own layout and in the hub's.
+
+Text encoders, transformer, autoencoder, tokenizers and scheduler are mflux's classes, built by its constructors, saved
+by its ``save_model`` and loaded by its loader; only the numbers of tests/support/mflux_widths.py are others. All of it
+runs inside ``small_models``, drawing too: some of the numbers stand in the code that runs.
+"""
+
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_map_with_path
+
+from support.mflux_models import mflux
+from support.mflux_rewritten import rewritten
+from support.mflux_tokenizers import write_tokenizers
+from support.mflux_widths import CONFIGURATIONS, EDITS
+
+DRAW = {"prompt": "a red circle", "seed": 3, "num_inference_steps": 2, "width": 64, "height": 64}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model that mflux knows.
+
+    Attributes:
+        name: Its name in mflux's table of models.
+        pipeline: Where its class stands.
+        definition: Where the definition of its components and tokenizers stands.
+        source: The name of a fine-tune whose base ``name`` is, as ``--model`` with ``--base-model``.
+        blocks: What a checkpoint's transformer tells its builder: how many blocks each list has, or that it has a
+            part (0).
+    """
+
+    name: str
+    pipeline: str
+    definition: str
+    source: str | None = None
+    blocks: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def config(self):
+        models = mflux("models.common.config.model_config.ModelConfig")
+        if self.source is None:
+            return models.from_name(self.name)
+        return models.from_name(self.source, base_model=self.name)
+
+    def components(self):
+        """mflux's definitions of its components."""
+        return mflux(self.definition).get_components()
+
+
+def _flux1(name, double=2, single=2, source=None):
+    return Checkpoint(
+        name, "models.flux.variants.txt2img.flux.Flux1",
+        "models.flux.weights.flux_weight_definition.FluxWeightDefinition", source,
+        (("transformer_blocks", double), ("single_transformer_blocks", single)),
+    )  # fmt: skip
+
+
+def _z_image(name):
+    return Checkpoint(
+        name, "models.z_image.variants.z_image.ZImage",
+        "models.z_image.weights.z_image_weight_definition.ZImageWeightDefinition",
+    )  # fmt: skip
+
+
+def _flux2(name):
+    return Checkpoint(
+        name, "models.flux2.variants.txt2img.flux2_klein.Flux2Klein",
+        "models.flux2.weights.flux2_weight_definition.Flux2KleinWeightDefinition",
+    )  # fmt: skip
+
+
+def _flux3(name, kind, blocks):
+    return Checkpoint(
+        name, "models.flux3.variants.txt2img.flux3_klein.Flux3Klein",
+        f"models.flux3.weights.flux3_weight_definition.Flux3Klein{kind}WeightDefinition", blocks=blocks,
+    )  # fmt: skip
+
+
+def _ernie(name):
+    return Checkpoint(
+        name, "models.ernie_image.variants.txt2img.ernie_image.ErnieImage",
+        "models.ernie_image.weights.ernie_weight_definition.ErnieWeightDefinition",
+    )  # fmt: skip
+
+
+CHECKPOINTS = {
+    "dev": _flux1("dev"),
+    "schnell": _flux1("schnell"),
+    "lite": _flux1("dev", 8, 38, source="Freepik/flux.1-lite-8B"),
+    "z-image-turbo": _z_image("z-image-turbo"),
+    "z-image": _z_image("z-image"),
+    "flux2-klein-4b": _flux2("flux2-klein-4b"),
+    "flux2-klein-base-4b": _flux2("flux2-klein-base-4b"),
+    "flux3-image-klein": _flux3("flux3-image-klein", "", (("target_timestep_embedder", 0),)),
+    "flux3-image-klein-base": _flux3("flux3-image-klein-base", "Base", ()),
+    "qwen-image": Checkpoint(
+        "qwen-image",
+        "models.qwen.variants.txt2img.qwen_image.QwenImage",
+        "models.qwen.weights.qwen_weight_definition.QwenWeightDefinition",
+    ),
+    "ernie-image-turbo": _ernie("ernie-image-turbo"),
+    "ernie-image": _ernie("ernie-image"),
+}
+"""Six families, by the names of the tests: those of mflux, and ``lite`` for FLUX.1-lite, which has none there."""
+
+
+@contextmanager
+def small_models(precision=mx.float32):
+    """mflux with small models in place of its own, computing in float32 unless told otherwise."""
+    with ExitStack() as stack:
+        stack.enter_context(rewritten(EDITS))
+        models = mflux("models.common.config.model_config.AVAILABLE_MODELS")
+        for name, values in CONFIGURATIONS.items():
+            stack.enter_context(mock.patch.multiple(models[name], **values))
+        config = mflux("models.common.config.model_config.ModelConfig")
+        stack.enter_context(mock.patch.object(config, "precision", precision))
+        yield
+
+
+def build(name, folder, seed=0):
+    """A pipeline with random weights, made by mflux's constructor. Its tokenizers are written to the folder first.
+
+    Args:
+        name: One of ``CHECKPOINTS``.
+        folder: Where tokenizers go, and are read from.
+        seed: Of the weights.
+
+    Returns:
+        The pipeline.
+    """
+    checkpoint, folder = CHECKPOINTS[name], Path(folder)
+    write_tokenizers(mflux(checkpoint.definition).get_tokenizers(), folder)
+    loader = mflux("models.common.weights.loading.weight_loader.WeightLoader")
+    mx.random.seed(seed)
+    with mock.patch.object(loader, "load", staticmethod(lambda weight_definition, **_: _nothing(checkpoint))):
+        pipeline = load(name, folder)
+    for component in CHECKPOINTS[name].components():
+        module = getattr(pipeline, component.model_attr or component.name)
+        module.update(tree_map_with_path(_random, module.parameters()))
+        mx.eval(module.parameters())
+    if name in ("dev", "schnell", "lite"):  # one table of biases in a checkpoint, for all blocks
+        first, *others = [block.attention.SelfAttention for block in pipeline.t5_text_encoder.t5_blocks]
+        for block in others:
+            block.relative_attention_bias.weight = first.relative_attention_bias.weight
+    return pipeline
+
+
+def load(name, folder, **options):
+    """A pipeline from a folder, by mflux's own constructor; options are its ``quantize``, ``lora_paths`` and so on."""
+    checkpoint = CHECKPOINTS[name]
+    return mflux(checkpoint.pipeline)(model_config=checkpoint.config, model_path=str(folder), **options)
+
+
+def saved(name, folder, seed=0, quantize=None):
+    """A pipeline, and its folder as ``mflux-save`` leaves it, ``mflux_model.json`` included."""
+    checkpoint, folder = CHECKPOINTS[name], Path(folder)
+    pipeline = build(name, folder, seed)
+    pipeline.save_model(str(folder))
+    if quantize is not None:
+        pipeline = load(name, folder, quantize=quantize)
+        pipeline.save_model(str(folder))
+    mflux("models.common.weights.saving.saved_model_info.SavedModelInfo").write(
+        target=folder, key=checkpoint.name, model_path=checkpoint.source, quantize=quantize,
+        model_config_repo_id=checkpoint.config.model_name, lora_sources=[], lora_files=[], lora_scales=[],
+    )  # fmt: skip
+    return pipeline
+
+
+def draw(pipeline, **changes):
+    """The picture, as an array [64,64,3] of bytes."""
+    return np.array(pipeline.generate_image(**{**DRAW, **changes}).image)
+
+
+def _nothing(checkpoint):
+    """What a loader returns that has found the parts of a checkpoint, and no weights in them."""
+    places = "models.common.weights.loading.loaded_weights"
+    parts = {component.name: {} for component in checkpoint.components()}
+    parts["transformer"] = {name: [{} for _ in range(count)] if count else {} for name, count in checkpoint.blocks}
+    return mflux(f"{places}.LoadedWeights")(components=parts, meta_data=mflux(f"{places}.MetaData")())
+
+
+def _random(path, value):
+    """Gains, biases and tokens that MLX makes all the same get some noise; tables of angles and statistics stay."""
+    if path.rpartition(".")[2] in ("weight", "bias", "x_pad_token", "cap_pad_token"):
+        return value + 0.05 * mx.random.normal(value.shape)
+    return value

@@ -1,0 +1,70 @@
+"""Small pipelines of mflux, written as the hub has them: mflux's mappings of names and shapes, the other way round."""
+
+import json
+from pathlib import Path
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from support.mflux_checkpoints import CHECKPOINTS, build
+from support.mflux_models import mflux
+
+SHAPES = {
+    None: lambda weight: weight,
+    "transpose_conv2d_weight": lambda weight: weight.transpose(0, 3, 1, 2) if weight.ndim == 4 else weight,
+    "transpose_conv3d_weight": lambda weight: weight.transpose(0, 4, 1, 2, 3) if weight.ndim == 5 else weight,
+    "reshape_gamma_to_1d": lambda weight: weight,
+}
+"""What each transformation of mflux makes of a hub's weight, undone."""
+DERIVED = ("inv_freq", "pos_embed.", "_inv_freq")
+"""Parts of the names of arrays that constructors make and that no checkpoint has."""
+
+
+def as_on_the_hub(name, folder, seed=0):
+    """A pipeline, and a folder of its weights under the names and in the shapes of the hub's checkpoint.
+
+    The names are those that mflux's mapping reads, the first where it knows several. There are no configurations:
+    mflux reads none of these models'.
+    """
+    folder = Path(folder)
+    pipeline = build(name, folder, seed)
+    for component in CHECKPOINTS[name].components():
+        weights = dict(tree_flatten(getattr(pipeline, component.model_attr or component.name).parameters()))
+        target = folder / component.hf_subdir
+        target.mkdir(exist_ok=True)
+        _write(target, _hub_weights(component, weights))
+    return pipeline
+
+
+def _hub_weights(component, weights):
+    """The weights of a component under their names and in their shapes on the hub."""
+    if component.mapping_getter is None:
+        return weights
+    mapper = mflux("models.common.weights.mapping.weight_mapper.WeightMapper")
+    blocks = component.num_blocks or mapper._detect_num_blocks(weights)
+    layers = component.num_layers or mapper._detect_num_layers({f"model.{name}": None for name in weights})
+    written, named = set(), {}
+    for name, places in mapper._build_flat_mapping(component.mapping_getter(), blocks, layers).items():
+        inside = [(path, transform) for path, transform in places if path in weights and path not in written]
+        if inside:
+            path, transform = inside[0]
+            named[_with_prefix(component, name)] = SHAPES[transform and transform.__name__](weights[path])
+            written |= {path for path, _ in inside}
+    if lost := [path for path in weights if path not in written and not any(part in path for part in DERIVED)]:
+        raise AssertionError(f"{component.name}: no name on the hub for {lost[:5]}")
+    return named
+
+
+def _with_prefix(component, name):
+    """The name that the component's own renaming turns into this one."""
+    if component.key_transform is None:
+        return name
+    longer = name.replace("model.", "model.language_model.", 1)
+    assert component.key_transform(longer) == name
+    return longer
+
+
+def _write(folder, weights):
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "pt"})
+    index = {"metadata": {}, "weight_map": dict.fromkeys(weights, "model.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))

@@ -1,0 +1,44 @@
+"""Small tokenizers of the kinds that models of mflux have: every character, or byte, is a token."""
+
+from string import printable
+
+from transformers import CLIPTokenizer, Qwen2Tokenizer, T5Tokenizer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+BYTES = list(bytes_to_unicode().values())
+CHAT = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def clip():
+    """514 tokens; the last one, with the largest number, ends a text, as CLIP's encoder expects."""
+    tokens = [*BYTES, *(f"{byte}</w>" for byte in BYTES), "<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(vocab={token: index for index, token in enumerate(tokens)}, merges=[])
+
+
+def t5():
+    tokens = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
+    tokens += [(letter, -3.0) for letter in printable if not letter.isspace()]
+    return T5Tokenizer(vocab=tokens, extra_ids=0)
+
+
+def qwen():
+    """259 tokens, and the chat template of Qwen."""
+    tokens = [*BYTES, "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    tokenizer = Qwen2Tokenizer(
+        vocab={token: index for index, token in enumerate(tokens)}, merges=[],
+        additional_special_tokens=["<|im_start|>", "<|im_end|>"],
+    )  # fmt: skip
+    tokenizer.chat_template = CHAT
+    return tokenizer
+
+
+KINDS = {"CLIPTokenizer": clip, "T5Tokenizer": t5}
+
+
+def write_tokenizers(definitions, folder):
+    """Writes what a model's definitions of tokenizers name, each to its folder."""
+    for definition in definitions:
+        KINDS.get(definition.tokenizer_class, qwen)().save_pretrained(folder / definition.hf_subdir)

@@ -1,0 +1,126 @@
+"""The numbers that make models of mflux small, family by family.
+
+All widths that are quantized are multiples of 64, the groups of mflux, so that its own ``-q`` works on them too.
+Heads have 64 channels where mflux has 128, and rotary axes share them; T5 keeps its 64 heads, of two channels each.
+Texts are padded to 128 tokens where mflux pads to 256 or 512: a token is a letter here, and padding would take most of
+the time.
+
+What is patched besides widths and depths: the arrays that mflux makes bfloat16 whatever its precision (the text
+embeddings of Qwen-Image and FLUX.3) are float32, and the layers of text encoders that are read are ones that exist.
+"""
+
+MODELS = "mflux.models"
+VOCABULARY = "514"  # of tests/support/mflux_tokenizers.py
+TEXT = "128"
+
+_AUTOENCODER = {"128": "32", "256": "32", "512": "64"}
+_HEADS = {"3072": "128", "128": "64", "24": "2"}
+
+FLUX1 = {
+    f"{MODELS}.flux.model.flux_transformer": {
+        "3072": "128", "12288": "512", "18432": "768", "4096": "128", "768": "64",
+    },
+    f"{MODELS}.flux.model.flux_transformer.joint_attention": _HEADS,
+    f"{MODELS}.flux.model.flux_transformer.single_block_attention": _HEADS,
+    f"{MODELS}.flux.model.flux_transformer.embed_nd": {"56": "24"},
+    f"{MODELS}.flux.model.flux_text_encoder.t5_encoder": {"4096": "128", "10240": "256"},
+    f"{MODELS}.flux.model.flux_text_encoder.t5_encoder.t5_encoder": {
+        "4096": "128", "32128": VOCABULARY, "range(24)": "range(2)",
+    },
+    f"{MODELS}.flux.model.flux_text_encoder.t5_encoder.t5_self_attention": {
+        "4096": "128", "(1, -1, 64, 64)": "(1, -1, 64, 2)",
+    },
+    f"{MODELS}.flux.model.flux_text_encoder.clip_encoder": {
+        "768": "64", "3072": "128", "49408": VOCABULARY, "num_heads = 12": "num_heads = 1",
+        "num_encoder_layers=12": "num_encoder_layers=2",
+    },
+    f"{MODELS}.flux.model.flux_vae": _AUTOENCODER,
+    f"{MODELS}.flux.weights.flux_weight_definition": {"num_blocks=24": "num_blocks=2"},
+}  # fmt: skip
+
+Z_IMAGE = {
+    f"{MODELS}.z_image.model.z_image_transformer.transformer": {
+        "dim: int = 3840": "dim: int = 192", "n_layers: int = 30": "n_layers: int = 2",
+        "n_refiner_layers: int = 2": "n_refiner_layers: int = 1", "n_heads: int = 30": "n_heads: int = 3",
+        "2560": "128", "[32, 48, 48]": "[16, 24, 24]", "mid_size=1024": "mid_size=256",
+    },
+    f"{MODELS}.z_image.model.z_image_text_encoder.text_encoder": {
+        "151936": VOCABULARY, "2560": "128", "36": "3", "num_attention_heads: int = 32": "num_attention_heads: int = 2",
+        "num_key_value_heads: int = 8": "num_key_value_heads: int = 1", "9728": "256", "128": "64",
+    },
+    f"{MODELS}.z_image.model.z_image_vae": _AUTOENCODER,
+    f"{MODELS}.z_image.weights.z_image_weight_definition": {"30": "2", "36": "3", "512,": f"{TEXT},"},
+}  # fmt: skip
+
+FLUX2 = {
+    f"{MODELS}.flux2.model.flux2_vae": {"(128, 256, 512, 512)": "(32, 32, 64, 64)"},
+    f"{MODELS}.flux2.variants.txt2img.flux2_klein": {"(9, 18, 27)": "(1, 2, 3)", "512": TEXT},
+}
+
+FLUX3 = {
+    f"{MODELS}.flux3.model.flux3_text_encoder.prompt_encoder": {
+        "(4, 8, 12, 16, 20, 24, 28, 32)": "(1, 2)", "mx.bfloat16": "mx.float32",
+    },
+    f"{MODELS}.flux3.weights.flux3_weight_definition": {"32": "2"},
+}  # fmt: skip
+
+QWEN_IMAGE = {
+    f"{MODELS}.qwen.model.qwen_transformer.qwen_transformer": {
+        "60": "2", "128": "64", "24": "2", "3584": "128", "[16, 56, 56]": "[16, 24, 24]",
+    },
+    f"{MODELS}.qwen.model.qwen_text_encoder.qwen_encoder": {
+        "152064": VOCABULARY, "3584": "128", "num_hidden_layers: int = 28": "num_hidden_layers: int = 2",
+        "hidden_size // 28": "hidden_size // 1",
+    },
+    f"{MODELS}.qwen.model.qwen_text_encoder.qwen_encoder_layer": {
+        "3584": "128", "28": "1", "num_key_value_heads: int = 4": "num_key_value_heads: int = 1", "18944": "256",
+    },
+    f"{MODELS}.qwen.model.qwen_text_encoder.qwen_text_encoder": {"mx.bfloat16": "mx.float32"},
+    f"{MODELS}.qwen.model.qwen_vae": {"384": "64", "192": "32", "96": "16"},
+    f"{MODELS}.qwen.weights.qwen_weight_definition": {"mx.bfloat16": "mx.float32"},
+}  # fmt: skip
+
+ERNIE_IMAGE = {
+    f"{MODELS}.ernie_image.model.ernie_transformer.transformer": {
+        "4096": "128", "32": "2", "36": "2", "12288": "256", "3072": "128", "[32, 48, 48]": "[16, 24, 24]",
+    },
+    f"{MODELS}.ernie_image.model.ernie_text_encoder.text_encoder": {
+        "131072": VOCABULARY, "3072": "128", "26": "3", "num_attention_heads: int = 32": "num_attention_heads: int = 2",
+        "num_key_value_heads: int = 8": "num_key_value_heads: int = 1", "128": "64", "9216": "256",
+    },
+    f"{MODELS}.ernie_image.model.ernie_text_encoder.prompt_encoder": {"3072": "128"},
+    f"{MODELS}.ernie_image.weights.ernie_weight_definition": {"36": "2"},
+}  # fmt: skip
+
+EDITS = {**FLUX1, **Z_IMAGE, **FLUX2, **FLUX3, **QWEN_IMAGE, **ERNIE_IMAGE}
+"""What is written where in all of them together (``rewritten``)."""
+
+
+def _qwen3(layers):
+    return {
+        "vocab_size": int(VOCABULARY), "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": layers,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64,
+    }  # fmt: skip
+
+
+_FLUX2 = {
+    "num_layers": 2, "num_single_layers": 2, "num_attention_heads": 2, "attention_head_dim": 64,
+    "joint_attention_dim": 3 * 128, "axes_dims_rope": (16, 16, 16, 16),
+}  # fmt: skip
+_FLUX3 = {**_FLUX2, "joint_attention_dim": 2 * 128}
+
+_TEXT = {"max_sequence_length": int(TEXT)}
+
+CONFIGURATIONS = {
+    **dict.fromkeys(("dev", "schnell", "krea-dev"), _TEXT),
+    **{
+        f"flux2-klein-{size}": {"transformer_overrides": _FLUX2, "text_encoder_overrides": _qwen3(4)}
+        for size in ("4b", "9b", "9b-kv", "base-4b", "base-9b")
+    },
+    "flux3-image-klein": {"transformer_overrides": _FLUX3, "text_encoder_overrides": _qwen3(2)},
+    "flux3-image-klein-base": {
+        "transformer_overrides": {**_FLUX3, "flow_map": False}, "text_encoder_overrides": _qwen3(2),
+    },
+    **{f"ernie-image{kind}": {"transformer_overrides": {"rope_axes_dim": [16, 24, 24]}} for kind in ("", "-turbo")},
+}  # fmt: skip
+"""What stands elsewhere in mflux's own table of models (``ModelConfig``)."""
