@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from ..grids.keeping_time import Time, keep_time
 from ..layers.quantize_linears import kept_layers, layer_sizes
 from ..layers.sizes import SizeReport, stored_bytes, weight_count
 from ..layers.tree import get_module, module_of, set_module
+from ..models.edges import Edge
 from ..models.recorded.adapter import RecordedAdapter
 from ..models.recorded.reach import require_traced_anew
 from ..models.recorded.recording import Recording
@@ -77,6 +78,8 @@ def quantize_module(
     blocks: Iterable[str] | None = None,
     time: Time | None = None,
     roles: Mapping[str, str] | None = None,
+    edges: Sequence[Edge] = (),
+    keep: Mapping[str, str] | None = None,
     work: str | Path | None = None,
     progress: Progress = silent,
 ) -> ModuleReport:
@@ -97,6 +100,10 @@ def quantize_module(
             With it static tables have an entry a noise level, and the module sets its clock by it from now on.
         roles: What layers are for ("attention", "mlp", "modulation", "embedder" or "output"), by path, where the guess
             is not wanted; recipes treat the last three with care.
+        edges: Which layers read the same tensor, and what can be folded into what wrote it, as an adapter has it; with
+            them transforms cost nothing while the module runs.
+        keep: Layers that stay as they are whatever the recipe says, by path, each with the reason, which the report
+            repeats.
         work: A folder that keeps finished stages; a killed run goes on from there and ends with the same bytes.
         progress: Wraps stages and batches, and shows how far the run is.
 
@@ -105,7 +112,7 @@ def quantize_module(
 
     Raises:
         AdapterError: There are no blocks, or the calls are not computed again as they were recorded; the module goes
-            by what ``mx.compile`` kept of earlier calls.
+            by what ``mx.compile`` kept of earlier calls; an edge cannot be as it says.
         CalibrationError: Nothing was recorded, or of another module, or it is still going on; ``time`` gives no noise
             level.
         RecipeError: The recipe is unknown, does not fit the module, or wants a clock without ``time``.
@@ -145,7 +152,8 @@ def quantize_module(
     if len(seen):
         require_traced_anew(module, seen[0])
     with uncompiled(), nullcontext() if folder is None else kept_work(folder):
-        return _quantize(RecordedAdapter(seen, blocks, time, roles), recipe, folder, progress)
+        adapter = RecordedAdapter(seen, blocks, time, roles, edges, keep)
+        return _quantize(adapter, recipe, folder, progress)
 
 
 def _quantize(adapter: RecordedAdapter, recipe: Recipe, work: Path | None, progress: Progress) -> ModuleReport:

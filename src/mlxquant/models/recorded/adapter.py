@@ -31,6 +31,7 @@ from ...grids.time import Clock
 from ...layers.kinds import find_exact_layers, find_layers
 from ...layers.tree import get_module, swapped
 from ..adapter import Adapter
+from ..edges import Edge, check_edges
 from ..stages import Stage, State, is_at
 from .blocks import find_blocks, require_blocks, require_called, some_of
 from .chain import Chain
@@ -54,11 +55,13 @@ class RecordedAdapter(Adapter):
         blocks: Paths of the modules to cut between; None for those that stand in the module's own lists, () for none.
         time: Called with the arguments of a call, returns its noise level in [0,1]; None where there is none.
         roles: What a layer is for, by path, where the adapter's own guess is not wanted.
+        edges: Which layers read the same tensor, and what can be folded into what wrote it.
+        keep: Layers that stay as they are, by path, each with the reason.
 
     Raises:
         CalibrationError: Nothing was recorded.
         AdapterError: There are no blocks, or they are none of the module's; a call is not computed again as it was
-            recorded.
+            recorded; an edge cannot be as it says.
     """
 
     draws = False
@@ -71,8 +74,12 @@ class RecordedAdapter(Adapter):
         blocks: Iterable[str] | None = None,
         time: Time | None = None,
         roles: Mapping[str, str] | None = None,
+        edges: Sequence[Edge] = (),
+        keep: Mapping[str, str] | None = None,
     ):
         self.module, self.name, self.seen = seen.module, type(seen.module).__name__, seen
+        self._edges = tuple(edges)
+        check_edges(self.name, self.module, self._edges)
         if not len(seen):
             raise CalibrationError(
                 f"nothing was recorded: {self.name} was not called inside of mlxquant.recording; run the pipeline"
@@ -88,7 +95,7 @@ class RecordedAdapter(Adapter):
         self.sigmas  # noqa: B018  # before anything that takes time
         every = find_exact_layers(self.module)
         self._reach = find_reach(self.module, every, seen)
-        self._left_out, self._reached = dict(self._reach.left_out), self._reach.shapes
+        self._left_out, self._reached = {**self._reach.left_out, **(keep or {})}, self._reach.shapes
         if unknown := [path for path in self._roles_given if path not in every]:
             raise AdapterError(f"roles: {self.name} has no layer {unknown[0]!r}; it has {some_of(every)}")
         if blocks is None:
@@ -141,8 +148,12 @@ class RecordedAdapter(Adapter):
         self._left_out |= dict.fromkeys(unplaced - chain.glue.keys(), idle)
 
     def left_out(self) -> dict[str, str]:
-        """Layers that no recorded call reaches, or to no effect, or that stand at several places."""
+        """Layers that no recorded call reaches, or to no effect, or that stand at several places, or are to stay."""
         return self._left_out
+
+    def edges(self) -> tuple[Edge, ...]:
+        """Those that it was given; what a call does not reach has none."""
+        return self._edges
 
     @property
     def stages(self) -> tuple[Stage, ...]:
