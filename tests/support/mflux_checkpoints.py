@@ -106,8 +106,23 @@ CHECKPOINTS = {
     ),
     "ernie-image-turbo": _ernie("ernie-image-turbo"),
     "ernie-image": _ernie("ernie-image"),
+    "krea-2": Checkpoint(
+        "krea-2",
+        "models.krea2.variants.txt2img.krea2.Krea2",
+        "models.krea2.weights.krea2_weight_definition.Krea2WeightDefinition",
+    ),
+    "boogu-image-turbo": Checkpoint(
+        "boogu-image-turbo",
+        "models.boogu.variants.txt2img.boogu_image.BooguImage",
+        "models.boogu.weights.boogu_weight_definition.BooguWeightDefinition",
+    ),
+    "moss-image-sft": Checkpoint(
+        "moss-image-sft",
+        "models.moss_image.variants.txt2img.moss_image.MOSSImage",
+        "models.moss_image.weights.moss_image_weight_definition.MOSSImageWeightDefinition",
+    ),
 }
-"""Six families, by the names of the tests: those of mflux, and ``lite`` for FLUX.1-lite, which has none there."""
+"""Nine families, by the names of the tests: those of mflux, and ``lite`` for FLUX.1-lite, which has none there."""
 
 
 @contextmanager

@@ -32,14 +32,14 @@ def as_on_the_hub(name, folder, seed=0):
         weights = dict(tree_flatten(getattr(pipeline, component.model_attr or component.name).parameters()))
         target = folder / component.hf_subdir
         target.mkdir(exist_ok=True)
-        _write(target, _hub_weights(component, weights))
+        _write(target, _hub_weights(component, weights), component.weight_files)
     return pipeline
 
 
 def _hub_weights(component, weights):
     """The weights of a component under their names and in their shapes on the hub."""
     if component.mapping_getter is None:
-        return weights
+        return {_with_prefix(component, name): weight for name, weight in weights.items()}
     mapper = mflux("models.common.weights.mapping.weight_mapper.WeightMapper")
     blocks = component.num_blocks or mapper._detect_num_blocks(weights)
     layers = component.num_layers or mapper._detect_num_layers({f"model.{name}": None for name in weights})
@@ -59,12 +59,14 @@ def _with_prefix(component, name):
     """The name that the component's own renaming turns into this one."""
     if component.key_transform is None:
         return name
-    longer = name.replace("model.", "model.language_model.", 1)
-    assert component.key_transform(longer) == name
-    return longer
+    stem = name.removeprefix("model.")
+    return next(n for n in (f"model.language_model.{stem}", name) if component.key_transform(n) == name)
 
 
-def _write(folder, weights):
-    mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "pt"})
-    index = {"metadata": {}, "weight_map": dict.fromkeys(weights, "model.safetensors")}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+def _write(folder, weights, files):
+    """One file, under the name that the definition of the component gives, or with an index as larger ones have."""
+    file = files[0] if files else "model.safetensors"
+    mx.save_safetensors(str(folder / file), weights, {"format": "pt"})
+    if not files:
+        index = {"metadata": {}, "weight_map": dict.fromkeys(weights, file)}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))

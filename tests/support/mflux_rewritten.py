@@ -12,7 +12,7 @@ from importlib import import_module
 from inspect import getsource
 from types import FunctionType, ModuleType
 
-PLAIN = (int, float, str, tuple, list)
+PLAIN = (int, float, str, tuple, list, dict)
 
 
 @contextmanager
@@ -52,20 +52,21 @@ def _replace(module: ModuleType, source, undo):
     """Gives the functions and constants of a module those that another source of it makes."""
     fresh = {"__name__": module.__name__, "__file__": module.__file__, "__package__": module.__package__}
     exec(compile(source, module.__file__, "exec"), fresh)
-    for name, new in fresh.items():
-        old = getattr(module, name, None)
-        if getattr(new, "__module__", None) != module.__name__:
-            continue
-        if isinstance(new, type):
-            _replace_members(old, new, undo)
-        elif isinstance(new, FunctionType):
-            _replace_code(old, new, undo)
+    own = {name: new for name, new in fresh.items() if _is_made_in(module, new)}
+    _replace_members(module, own, undo)
+
+
+def _is_made_in(module, value):
+    return isinstance(value, PLAIN) or getattr(value, "__module__", None) == module.__name__
 
 
 def _replace_members(old, new, undo):
-    for name, member in vars(new).items():
-        before = vars(old)[name]
-        if isinstance(member, staticmethod | classmethod):
+    """Goes through what a module, or a class, has made anew."""
+    for name, member in new.items():
+        before = vars(old)[name] if not name.startswith("__") or callable(member) else None
+        if isinstance(member, type):
+            _replace_members(before, vars(member), undo)
+        elif isinstance(member, staticmethod | classmethod):
             _replace_code(before.__func__, member.__func__, undo)
         elif isinstance(member, FunctionType):
             _replace_code(before, member, undo)

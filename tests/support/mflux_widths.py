@@ -92,7 +92,42 @@ ERNIE_IMAGE = {
     f"{MODELS}.ernie_image.weights.ernie_weight_definition": {"36": "2"},
 }  # fmt: skip
 
-EDITS = {**FLUX1, **Z_IMAGE, **FLUX2, **FLUX3, **QWEN_IMAGE, **ERNIE_IMAGE}
+KREA2 = {
+    f"{MODELS}.krea2.model.krea2_transformer.transformer": {
+        "6144": "128", "2560": "128", "48": "2", "kvheads: int = 12": "kvheads: int = 1", "28": "2",
+        "txtlayers: int = 12": "txtlayers: int = 2", "20": "2",
+    },
+    f"{MODELS}.krea2.model.krea2_text_encoder.text_encoder": {
+        "(2, 5, 8, 11, 14, 17, 20, 23, 26, 29, 32, 35)": "(1, 2)", "151644": "257", "151936": VOCABULARY,
+        "2560": "128", "36": "2", "num_attention_heads: int = 32": "num_attention_heads: int = 2",
+        "num_key_value_heads: int = 8": "num_key_value_heads: int = 1", "9728": "256", "128": "64",
+    },
+    f"{MODELS}.krea2.weights.krea2_weight_definition": {"28": "2", "mx.bfloat16": "mx.float32"},
+}  # fmt: skip
+
+BOOGU = {
+    f"{MODELS}.boogu.model.boogu_transformer.boogu_transformer": {
+        "3360": "128", "num_layers: int = 40": "num_layers: int = 4",
+        "num_double_stream_layers: int = 8": "num_double_stream_layers: int = 2",
+        "num_refiner_layers: int = 2": "num_refiner_layers: int = 1", "28": "2", "num_kv_heads: int = 7":
+        "num_kv_heads: int = 1", "(40, 40, 40)": "(16, 24, 24)", "4096": "128",
+    },
+    f"{MODELS}.boogu.model.boogu_text_encoder": {
+        "151936": VOCABULARY, "4096": "128", "36": "2", "num_attention_heads=32": "num_attention_heads=2",
+        "num_key_value_heads=8": "num_key_value_heads=1", "12288": "256", "128": "64",
+    },
+}  # fmt: skip
+
+MOSS_IMAGE = {
+    f"{MODELS}.moss_image.moss_image_initializer": {"(96, 192, 384, 384)": "(32, 32, 64, 64)"},
+    f"{MODELS}.moss_image.variants.txt2img.moss_image": {"22": "1"},
+    f"{MODELS}.moss_image.weights.moss_image_weight_mapping": {
+        "NUM_TRANSFORMER_LAYERS = 42": "NUM_TRANSFORMER_LAYERS = 2",
+        'QWEN3_5_9B_TEXT_CONFIG["num_hidden_layers"]': "4", 'QWEN3_5_9B_TEXT_CONFIG["full_attention_interval"]': "2",
+    },
+}  # fmt: skip
+
+EDITS = {**FLUX1, **Z_IMAGE, **FLUX2, **FLUX3, **QWEN_IMAGE, **ERNIE_IMAGE, **KREA2, **BOOGU, **MOSS_IMAGE}
 """What is written where in all of them together (``rewritten``)."""
 
 
@@ -109,6 +144,13 @@ _FLUX2 = {
 }  # fmt: skip
 _FLUX3 = {**_FLUX2, "joint_attention_dim": 2 * 128}
 
+_MOSS_IMAGE = {
+    "transformer_overrides": {"dim": 128, "ffn_dim": 256, "num_heads": 2, "num_layers": 2, "text_dim": 128},
+    "text_encoder_overrides": {
+        **_qwen3(4), "full_attention_interval": 2, "linear_num_key_heads": 1, "linear_num_value_heads": 2,
+        "linear_key_head_dim": 64, "linear_value_head_dim": 64,
+    },
+}  # fmt: skip
 _TEXT = {"max_sequence_length": int(TEXT)}
 
 CONFIGURATIONS = {
@@ -121,6 +163,7 @@ CONFIGURATIONS = {
     "flux3-image-klein-base": {
         "transformer_overrides": {**_FLUX3, "flow_map": False}, "text_encoder_overrides": _qwen3(2),
     },
+    **dict.fromkeys(("moss-image-sft", "moss-image-base"), _MOSS_IMAGE),
     **{f"ernie-image{kind}": {"transformer_overrides": {"rope_axes_dim": [16, 24, 24]}} for kind in ("", "-turbo")},
 }  # fmt: skip
 """What stands elsewhere in mflux's own table of models (``ModelConfig``)."""

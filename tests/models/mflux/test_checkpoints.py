@@ -14,7 +14,8 @@ from support.mflux_models import mflux
 pytestmark = [pytest.mark.mflux, pytest.mark.slow]
 
 FAMILIES = (
-    "dev", "z-image-turbo", "flux2-klein-4b", "flux3-image-klein", "qwen-image", "ernie-image-turbo",
+    "dev", "z-image-turbo", "flux2-klein-4b", "flux3-image-klein", "qwen-image", "ernie-image-turbo", "krea-2",
+    "boogu-image-turbo", "moss-image-sft",
 )  # fmt: skip
 
 
@@ -33,17 +34,23 @@ def parts(name, pipeline):
     return found
 
 
+def assert_same(name, pipeline, other):
+    """All arrays are equal; gains of a convolution's kind may have lost axes of length one."""
+    mine, theirs = parts(name, pipeline), parts(name, other)
+    assert mine.keys() == theirs.keys()
+    for path, array in mine.items():
+        assert array.dtype == theirs[path].dtype, path
+        assert mx.array_equal(array.flatten(), theirs[path].flatten()), path
+
+
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_what_was_saved_is_loaded_and_draws_the_same_twice(name, tmp_path):
     built = saved(name, tmp_path)
     loaded = load(name, tmp_path)
-    mine, theirs = parts(name, built), parts(name, loaded)
-    assert mine.keys() == theirs.keys()
-    assert all(mx.array_equal(mine[path], theirs[path]) for path in mine)
+    assert_same(name, loaded, built)
     picture = draw(built)
     assert picture.shape == (64, 64, 3)
     assert picture.std() > 10
-    np.testing.assert_array_equal(draw(loaded), picture)
     np.testing.assert_array_equal(draw(loaded), picture)
 
 
@@ -60,18 +67,17 @@ def test_the_layout_of_the_hub_is_loaded_as_the_same_model(name, tmp_path):
     built = as_on_the_hub(name, tmp_path)
     loaded = load(name, tmp_path)
     assert loaded.bits is None
-    np.testing.assert_array_equal(draw(loaded), draw(built))
+    assert_same(name, loaded, built)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_mflux_quantizes_them_itself(name, tmp_path):
-    saved(name, tmp_path / "dense")
-    quantized = saved(name, tmp_path / "packed", quantize=4)
-    loaded = load(name, tmp_path / "packed")
+    quantized = saved(name, tmp_path, quantize=4)
+    loaded = load(name, tmp_path)
     assert loaded.bits == 4
     assert any(path.endswith(".scales") for path in parts(name, loaded))
-    np.testing.assert_array_equal(draw(loaded), draw(quantized))
-    assert (draw(load(name, tmp_path / "dense")) != draw(loaded)).any()
+    assert_same(name, loaded, quantized)
+    assert draw(loaded).std() > 10
 
 
 def test_a_fine_tune_has_the_name_and_the_blocks_of_its_own_checkpoint(tmp_path):
