@@ -126,9 +126,18 @@ CHECKPOINTS = {
 
 
 @contextmanager
-def small_models(precision=mx.float32):
-    """mflux with small models in place of its own, computing in float32 unless told otherwise."""
+def small_models(precision=mx.float32, compiled=False):
+    """mflux with small models in place of its own.
+
+    Args:
+        precision: What mflux computes in.
+        compiled: Whether ``mx.compile`` works inside. On the CPU it calls a C++ compiler for every new graph, which
+            takes a minute for the prediction of some families; without it a picture takes a second or two.
+    """
     with ExitStack() as stack:
+        if not compiled:
+            mx.disable_compile()
+            stack.callback(mx.enable_compile)
         stack.enter_context(rewritten(EDITS))
         models = mflux("models.common.config.model_config.AVAILABLE_MODELS")
         for name, values in CONFIGURATIONS.items():
