@@ -44,8 +44,7 @@ def _modules(name, edits):
 
 
 def _pattern(words):
-    longest_first = sorted(words, key=len, reverse=True)
-    return re.compile("|".join(rf"(?<![\w.]){re.escape(word)}(?![\w.])" for word in longest_first))
+    return re.compile("|".join(rf"(?<![\w.]){re.escape(word)}(?![\w.])" for word in words))
 
 
 def _replace(module: ModuleType, source, undo):
