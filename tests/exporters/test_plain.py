@@ -155,3 +155,39 @@ def test_files_are_split_at_a_limit(tmp_path, limit, files):
         found, metadata = mx.load(str(tmp_path / file), return_metadata=True)
         np.testing.assert_array_equal(np.array(found[name]), np.array(arrays[name]))
         assert metadata == {"format": "mlx"}
+
+
+@pytest.mark.parametrize("text", ["w4-g32", "w8", "w3-g64", "w4-asym"])
+def test_bfloat16_loses_nothing_of_formats_that_are_for_it(net, text):
+    """And it is said which dtype a bfloat16 model has to be written in for that."""
+    net.bias = mx.zeros((1,), mx.bfloat16)
+    for format, dtype in ((f"{text}-bf16", "bfloat16"), (text, "float16")):
+        net.head = rounded(nn.Linear(64, 40), format)
+        for block in net.blocks:
+            block.first = rounded(nn.Linear(64, 64), format)
+        plain = plain_module(net, "it")
+        assert plain.mixed_dtypes().endswith(f"but slower; --dtype {dtype} avoids that")
+        written = plain.as_dtype("bfloat16")
+        assert (plain.scale_change(mx.bfloat16) == 0) == (dtype == "bfloat16")
+        assert any("no longer the calibrated ones" in note for note in written.notes) == (dtype == "float16")
+        assert written.mixed_dtypes() == ""
+        same = [
+            mx.array_equal(value.astype(mx.float32), written.arrays[name].astype(mx.float32)).item()
+            for name, value in plain.arrays.items()
+            if name.endswith((".scales", ".biases"))
+        ]
+        assert all(same) == (dtype == "bfloat16")
+
+
+def test_small_scales_for_bfloat16_are_float32_here_and_exact_there(net):
+    net.head.weight = net.head.weight * 1e-7
+    net.head = rounded(net.head, "w8-bf16")
+    net.blocks, net.norm = [], mx.zeros((1,), mx.bfloat16)
+    plain = plain_module(net, "it")
+    assert plain.arrays["head.scales"].dtype == mx.float32
+    assert plain.mixed_dtypes().startswith("MLX promotes float32 scales times bfloat16 inputs")
+    assert plain.mixed_dtypes().endswith("; --dtype bfloat16 avoids that")
+    assert plain.scale_change(mx.bfloat16) == 0
+    net.head = rounded(nn.Linear(64, 40), "w8")
+    net.head.scales = net.head.scales.astype(mx.float32) * 1e-7
+    assert plain_module(net, "it").mixed_dtypes().endswith("exact, but slower")

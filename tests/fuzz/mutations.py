@@ -293,7 +293,7 @@ PIECES = (
     "rtn", "gptq", "taqdit", "tcaqdm", "svdquant", "qronos", "+", "+rotation", "+smoothquant", "+softmax8",
     "+mixed3.5", "+mixed", "+svd", "+svd16", "+svd99999999999999999999", "+whitened", "+tiers", "+dynamic",
     "+learned", "+", "-", "w", "-w4", "-w4a8", "-w8a16", "-w9a8", "-w4a7", "a8", "-g32", "-g128", "-g0",
-    "-g99999999999999999999", "-tensor", "-sym", "-asym", "-static", "-token", "=", "=keep", "=w8a16", "=w2a4",
+    "-g99999999999999999999", "-tensor", "-sym", "-asym", "-bf16", "-static", "-token", "=", "=keep", "=w8a16", "=w2a4",
     "@attention", "@", "@nothing", "*", "*.fc2", "[", "[!", "?", "**" * 30, ".", "..", ",", " ", "\n", "\t", "é", "²",
     "\x00", "9" * 400, "x" * 10**5, "mixed1e5", "+mixed0", "+mixed99999999999999999999999999999", "(", "\\",
     "*[" * 200, "+progressive", "+shift", "+damped", "+clipped",

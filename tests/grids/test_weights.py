@@ -1,12 +1,16 @@
 """Grids and packing: lossless, bounded, and bit for bit MLX's layout."""
 
+from dataclasses import replace
+from itertools import product
+
 import mlx.core as mx
 import numpy as np
 import pytest
 
 from mlxquant.errors import NumericsError, RecipeError
+from mlxquant.files import schema
 from mlxquant.grids.packing import pack, unpack
-from mlxquant.grids.weights import SMALLEST_HALF, Grid, WeightFormat, fit_extremes, snap, snap_biases
+from mlxquant.grids.weights import FORMAT, SMALLEST_HALF, Grid, WeightFormat, fit_extremes, snap, snap_biases
 
 FORMATS = [
     WeightFormat(bits, group, symmetric)
@@ -14,6 +18,7 @@ FORMATS = [
     for group in ("tensor", "channel", 32, 64, 128)
     for symmetric in (True, False)
 ]
+HALF, COARSE = WeightFormat(), WeightFormat().coarse
 
 
 @pytest.fixture
@@ -74,20 +79,33 @@ def test_a_zero_weight_stays_zero(format):
 def test_scales_have_the_digits_of_float16_in_any_magnitude_and_never_vanish():
     values = np.random.default_rng(0).uniform(SMALLEST_HALF, 65504, 1000) ** np.linspace(-1, 1, 1000)
     values = np.clip(values, SMALLEST_HALF, 65504)
-    np.testing.assert_array_equal(snap(values), values.astype(np.float16).astype(np.float32))
-    for power in (-100, -40, 0, 20, 90):
-        np.testing.assert_array_equal(snap(np.ldexp(values, power)), np.ldexp(snap(values), power))
-    assert (snap(np.array([1e-60, 0.0])) > 0).all()
+    np.testing.assert_array_equal(snap(values, HALF), values.astype(np.float16).astype(np.float32))
+    for power, format in product((-100, -40, 0, 20, 90), (HALF, COARSE)):
+        np.testing.assert_array_equal(snap(np.ldexp(values, power), format), np.ldexp(snap(values, format), power))
+    assert (snap(np.array([1e-60, 0.0]), HALF) > 0).all()
+    coarse = np.array(mx.array(values, mx.float32).astype(mx.bfloat16).astype(mx.float32))
+    np.testing.assert_array_equal(snap(values.astype(np.float32), COARSE), coarse)
 
 
 def test_biases_are_those_of_float16_beside_such_scales():
     values = np.concatenate([np.random.default_rng(0).normal(0, 1, 500) * np.geomspace(1e-9, 1e4, 500), [0.0, 65504]])
     halves = values.astype(np.float16).astype(np.float32)
-    np.testing.assert_array_equal(snap_biases(values, np.full(502, 0.01)), halves)
+    np.testing.assert_array_equal(snap_biases(values, np.full(502, 0.01), HALF), halves)
     small = np.ldexp(values, -40)
     np.testing.assert_array_equal(
-        snap_biases(small, np.full(502, 2.0**-50)), np.ldexp(snap_biases(small * 2.0**60, 1e-9), -60)
+        snap_biases(small, np.full(502, 2.0**-50), HALF), np.ldexp(snap_biases(small * 2.0**60, 1e-9, HALF), -60)
     )
+
+
+@pytest.mark.parametrize("scale", [0.01, 1e-9, 1e-37])
+def test_coarse_biases_are_those_of_bfloat16_and_of_float16_beside_such_scales(scale):
+    values = np.random.default_rng(0).normal(0, 1, 500) * np.geomspace(1e-3, 1e4, 500) * scale
+    found = snap_biases(np.append(values, 0), np.full(501, scale), COARSE)
+    np.testing.assert_array_equal(np.array(mx.array(found).astype(mx.bfloat16).astype(mx.float32)), found)
+    assert found[-1] == 0
+    if scale == 0.01:
+        np.testing.assert_array_equal(found.astype(np.float16), found)
+    np.testing.assert_allclose(found[:-1], values, rtol=2.0**-8, atol=2.0**-11 * scale)
 
 
 def test_a_grid_is_float16_where_that_loses_nothing():
@@ -113,9 +131,9 @@ def test_zero_is_in_every_range(sign):
 
 def test_scales_beyond_float32_are_refused():
     with pytest.raises(NumericsError, match="does not fit in float32"):
-        snap(np.array([1e39]))
+        snap(np.array([1e39]), HALF)
     with pytest.raises(NumericsError, match=r"a bias of .* leave this layer out"):
-        snap_biases(np.array([-1e39]), np.ones(1))
+        snap_biases(np.array([-1e39]), np.ones(1), HALF)
 
 
 def test_symmetric_step_is_absmax_over_seven():
@@ -125,11 +143,25 @@ def test_symmetric_step_is_absmax_over_seven():
 
 
 @pytest.mark.parametrize("text", ["w4", "w2", "w8-tensor", "w4-g128", "w3-g64-sym", "w4-asym", "w8-tensor-asym"])
-def test_names_are_read_back(text):
-    assert str(WeightFormat.parse(text)) == text
+@pytest.mark.parametrize("digits", [11, 8])
+def test_names_and_files_are_read_back(text, digits):
+    format = replace(WeightFormat.parse(text), digits=digits)
+    assert str(format) == text + ("" if digits == 11 else "-bf16")
+    assert WeightFormat.parse(str(format)) == format
+    saved = format.to_dict()
+    FORMAT(saved, "it")
+    assert WeightFormat(**saved) == format
+    assert ("digits" in saved) == (digits == 8)  # files with the usual scales are those of older releases
 
 
-@pytest.mark.parametrize("text", ["w9", "w1", "w4-g16", "4", "w4-g128-", "w44", ""])
+def test_digits_are_those_of_a_float():
+    with pytest.raises(RecipeError, match="11 significant bits, as a float16, or 8, as a bfloat16, found 10"):
+        WeightFormat(digits=10)
+    with pytest.raises(schema.MismatchError, match=r"digits.*one of 11, 8"):
+        FORMAT({**HALF.to_dict(), "digits": 9}, "it")
+
+
+@pytest.mark.parametrize("text", ["w9", "w1", "w4-g16", "4", "w4-g128-", "w44", "w4-bf16-g64", "w4-f16", ""])
 def test_unknown_names_are_refused(text):
     with pytest.raises(RecipeError, match="no weight format"):
         WeightFormat.parse(text)

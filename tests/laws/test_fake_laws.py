@@ -13,6 +13,7 @@ from mlxquant.methods.fake_quantizers import Quantizer, straight_through
 from mlxquant.methods.registry import get, members
 from mlxquant.methods.weights.rtn import rtn
 
+HALF = WeightFormat()
 METHODS = [method.name for method in members("fake")]
 every_method = pytest.mark.parametrize("method", METHODS)
 every_width = pytest.mark.parametrize("bits", range(2, 9))
@@ -104,15 +105,15 @@ def test_half_scales_have_the_digits_of_float16(method):
     for name in ("both signs", "tiny", "huge", "positive"):
         coded = code(method, SAMPLES[name], 8, (-1,), half=True)
         scale, bias = np.array(coded.scale), np.array(coded.bias)
-        assert np.array_equal(snap(scale), scale)
-        assert np.array_equal(snap(np.abs(bias)), np.abs(bias)) or (bias == 0).any()
+        assert np.array_equal(snap(scale, HALF), scale)
+        assert np.array_equal(snap(np.abs(bias), HALF), np.abs(bias)) or (bias == 0).any()
 
 
 def test_scales_halfway_are_rounded_as_stored():
     """To even, as NumPy rounds those of calibrated layers; two bits, so that the scale is the largest value."""
     x = np.float32([[1 + 2.0**-11], [1 + 3 * 2.0**-11], [1 + 2.0**-11 + 2.0**-20], [1 + 2.0**-11 - 2.0**-20]])
     scale = np.array(code("symmetric_quant", x, 2, (-1,), half=True).scale)
-    np.testing.assert_array_equal(scale, snap(x))
+    np.testing.assert_array_equal(scale, snap(x, HALF))
     np.testing.assert_array_equal(scale[:, 0], [1, 1 + 2.0**-9, 1 + 2.0**-10, 1])
 
 

@@ -28,8 +28,9 @@ from mlxquant.sweep.layer import quantize_layer
 from support.exact_layers import MADE
 
 POWERS = (-40, -23, -14, -9, -4, 3, 20)
-FORMATS = [WeightFormat(*some) for some in product(range(2, 9), ("tensor", "channel", *GROUPS), (True, False))]
+FORMATS = [WeightFormat(*some) for some in product(range(2, 9), ("tensor", "channel", *GROUPS), (True, False), (11, 8))]
 SOME = [WeightFormat.parse(text) for text in ("w2", "w8", "w4-asym", "w8-asym", "w4-g32", "w3-g64-sym", "w4-tensor")]
+SOME += [format.coarse for format in SOME]
 STEPS = [pytest.param(method.function, id=method.name) for method in registry.members("steps")]
 ROUND = [pytest.param(method.function, id=method.name) for method in registry.members("round")]
 REFINE = [pytest.param(method.function, id=method.name) for method in registry.members("refine")]

@@ -211,7 +211,10 @@ def put(name, change):
         (put(f"{Q}__scale", lambda v: v[:-1]), r"\(31,\) scales found.*\(32,\) scales expected"),
         (put(f"{Q}__weight_int", lambda v: v + np.int8(1)), "to 8 and .*codes of 4 bits"),
         (put(f"{Q}__weight_int", lambda v: v - np.int8(1)), "from -9 to"),
-        (put(f"{Q}__scale", lambda v: v * np.float32(1.0001)), "more than the 11 bits of a float16"),
+        (
+            put(f"{Q}__scale", lambda v: v * np.float32(1.0001)),
+            "more than the 11 significant bits of its format, w4, so",
+        ),
         (put(f"{Q}__scale", lambda v: v * np.float32(np.nan)), "its scales are not positive"),
         (put(f"{Q}__a_scale", lambda v: -v), "every step must be positive"),
         (put(f"{FC2}__a_shift", lambda v: v[:, :5]), "shift of width 5 does not fit"),

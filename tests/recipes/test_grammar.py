@@ -5,7 +5,7 @@ import pytest
 from mlxquant.errors import RecipeError
 from mlxquant.grids.weights import WeightFormat
 from mlxquant.methods import registry
-from mlxquant.recipes.grammar import ingredients, parse_recipe, parse_template
+from mlxquant.recipes.grammar import ingredients, parse_recipe, parse_template, with_bfloat16_scales
 from mlxquant.recipes.presets import INGREDIENTS
 from mlxquant.recipes.recipe import ActivationSpec, LayerSpec
 
@@ -132,3 +132,40 @@ def test_damping_is_chosen_for_whatever_has_one():
 def test_every_kind_of_a_layers_methods_can_be_named(ingredient, field, value):
     for method in ("gptq", "rtn"):
         assert getattr(parse_recipe(f"{method}+{ingredient}-w4a8").rules[-1][1], field) == value
+
+
+def test_scales_for_bfloat16_are_in_the_name():
+    layers = {**LAYERS, "blocks.0.attn.q": "attention"}
+    recipe = parse_recipe("gptq+mixed4.5-w4a8-g64-bf16-token", ["@attention=w8a16-g64-bf16", "*.fc1=w3a8-bf16"])
+    plan = recipe.plan(layers)
+    assert {path: str(spec.weight) for path, spec in plan.items()} == {
+        "blocks.0.mlp.fc1": "w3-bf16",
+        "blocks.0.ada": "w8-g64-bf16",
+        "out": "w8-g64-bf16",
+        "blocks.0.attn.q": "w8-g64-bf16",
+    }
+    assert recipe.rules[-1][1].activation.per_token
+    assert plan["blocks.0.mlp.fc1"].plain.weight.digits == 8
+    with pytest.raises(RecipeError, match="-sym/-asym, -bf16, and -static or -token"):
+        parse_recipe("gptq-w4a8-static-bf16")
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "other"),
+    [
+        ("gptq-w4a16-g64", [], "gptq-w4a16-g64-bf16"),
+        ("mixed-w4a8-static", [], "mixed-w4a8-bf16-static"),
+        ("rtn-w2a4-tensor-asym-token", [], "rtn-w2a4-tensor-asym-bf16-token"),
+        (
+            "qronos+svd8+embeddings-w4a8-g32-sym",
+            ["*.fc[12]=w8a16", "@attention=keep", "@mlp=w3a8-token"],
+            "qronos+svd8+embeddings-w4a8-g32-sym-bf16,*.fc[12]=w8a16-bf16,@attention=keep,@mlp=w3a8-bf16-token",
+        ),
+        ("gptq-w4a16-bf16", ["out=w8a16-bf16"], "gptq-w4a16-bf16,out=w8a16-bf16"),
+    ],
+)
+def test_a_whole_recipe_can_be_rewritten_for_bfloat16(name, overrides, other):
+    recipe = with_bfloat16_scales(parse_recipe(name, overrides))
+    assert recipe == parse_recipe(*((part := other.split(","))[0], part[1:]))
+    assert {spec.weight.digits for _, spec in recipe.rules if spec is not None} == {8}
+    assert with_bfloat16_scales(recipe) == recipe

@@ -71,7 +71,7 @@ class PlainModule:
 
     def as_dtype(self, name: str) -> PlainModule:
         """With every floating tensor in one dtype; raises ExportError where a value does not fit."""
-        dtype, arrays, changes = FLOATS[name], dict(self.arrays), [0.0]
+        dtype, arrays, change = FLOATS[name], dict(self.arrays), self.scale_change(FLOATS[name])
         for key, value in self.arrays.items():
             if not mx.issubdtype(value.dtype, mx.floating):
                 continue
@@ -83,15 +83,18 @@ class PlainModule:
                     f"{key}: holds scales of {least:.1e}, where {name} has fewer digits than its weights need; leave"
                     " --dtype out, or use bfloat16 or float32"
                 )
-            if leaf(key) == SCALES:
-                changes.append(relative_change(value, arrays[key]))
         cost = sum(v.nbytes for v in arrays.values()) - self.nbytes
         notes = [f"floating tensors as {name}: {cost / 1e6:+.3f} MB"]
-        if max(changes):
+        if change:
             notes.append(
-                f"scales are no longer the calibrated ones: up to {max(changes):.1e} of their value away; the codes are"
+                f"scales are no longer the calibrated ones: up to {change:.1e} of their value away; the codes are"
             )
         return replace(self, arrays=arrays, notes=[*self.notes, *notes])
+
+    def scale_change(self, dtype: mx.Dtype) -> float:
+        """By which share of it a scale would change at most in a dtype: 0 in bfloat16 where formats say ``-bf16``."""
+        scales = [value for name, value in self.arrays.items() if leaf(name) == SCALES]
+        return max([relative_change(value, value.astype(dtype)) for value in scales], default=0.0)
 
     def mixed_dtypes(self) -> str:
         """What a tool will do with float16 or float32 scales beside bfloat16 tensors, in words; empty where there are
@@ -99,14 +102,14 @@ class PlainModule:
         """
         scales = {value.dtype for name, value in self.arrays.items() if leaf(name) == SCALES}
         others = {value.dtype for name, value in self.arrays.items() if leaf(name) not in (SCALES, BIASES)}
-        if mx.float16 in scales and mx.bfloat16 in others:
-            return (
-                "MLX promotes float16 scales times bfloat16 inputs to float32: exact, but slower; --dtype float16"
-                " avoids that"
-            )
-        if mx.float32 in scales and mx.bfloat16 in others:
-            return "MLX promotes float32 scales times bfloat16 inputs to float32: exact, but slower"
-        return ""
+        finer = next((name for name in ("float16", "float32") if FLOATS[name] in scales), None)
+        if finer is None or mx.bfloat16 not in others:
+            return ""
+        exact = self.scale_change(mx.bfloat16) == 0
+        remedy = "bfloat16" if exact else "float16" if finer == "float16" else None
+        return f"MLX promotes {finer} scales times bfloat16 inputs to float32: exact, but slower" + (
+            f"; --dtype {remedy} avoids that" if remedy else ""
+        )
 
 
 def plain_module(module: nn.Module, target: str, drop_activations: bool = False) -> PlainModule:

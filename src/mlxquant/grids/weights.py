@@ -5,13 +5,15 @@ symmetric grid has ``bias = -2^(bits-1) * scale`` and does not store it. Scales 
 float16, whatever their magnitude, and are snapped before anything is rounded on them, so what is optimised is what is
 stored: a weight times a power of two has the same codes. They are stored as float16 where its range holds all of a
 layer's, from 2^-14 to 65504, and as float32 elsewhere: a step below 2^-14 would lose digits, and a row of small weights
-with it. Everything here is NumPy in, NumPy out; rounding methods live in ``methods``.
+with it. A format for tools that run bfloat16 (``-bf16``) gives scales and biases the 8 significant bits of that, which
+float16 and float32 hold just as well: such a tool then reads the very numbers that codes were rounded on. Everything
+here is NumPy in, NumPy out; rounding methods live in ``methods``.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -22,21 +24,27 @@ from ..numerics.arrays import Array
 
 GROUPS = (32, 64, 128)
 DIGITS = 11  # significant bits of a float16
+COARSE, COARSE_DIGITS = "-bf16", 8  # those of a bfloat16, and how a format is called that has them
 SMALLEST_HALF = float(np.finfo(np.float16).tiny)  # with all of them: 2^-14
 LEAST_EXPONENT = -24  # of what float16 tells apart
-SMALLEST_SCALE = float(np.finfo(np.float32).tiny)
+SMALLEST_SCALE = float(np.finfo(np.float32).tiny)  # 2^-126, and bfloat16's
+COARSE_EXPONENT = -133  # of what bfloat16 tells apart
 FORMAT = schema.entries(  # what ``WeightFormat.to_dict`` gives
-    {"bits": schema.whole(2, 8), "group": schema.one_of("tensor", "channel", *GROUPS), "symmetric": schema.flag}
+    {"bits": schema.whole(2, 8), "group": schema.one_of("tensor", "channel", *GROUPS), "symmetric": schema.flag},
+    {"digits": schema.one_of(DIGITS, COARSE_DIGITS)},
 )
 
 
 @dataclass(frozen=True)
 class WeightFormat:
-    """``bits`` 2 to 8; ``group`` is "tensor", "channel" (one scale an output row) or 32, 64, 128 input columns."""
+    """``bits`` 2 to 8; ``group`` is "tensor", "channel" (one scale an output row) or 32, 64, 128 input columns;
+    ``digits`` are the significant bits of scales and biases: 11 as a float16, or 8 as a bfloat16.
+    """
 
     bits: int = 4
     group: int | Literal["tensor", "channel"] = "channel"
     symmetric: bool = True
+    digits: int = DIGITS
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
@@ -44,6 +52,11 @@ class WeightFormat:
         if self.group not in ("tensor", "channel", *GROUPS):
             raise RecipeError(
                 f"weight format: group must be 'tensor', 'channel' or one of {GROUPS}, found {self.group!r}"
+            )
+        if self.digits not in (DIGITS, COARSE_DIGITS):
+            raise RecipeError(
+                f"weight format: scales have {DIGITS} significant bits, as a float16, or {COARSE_DIGITS}, as a"
+                f" bfloat16, found {self.digits!r}"
             )
 
     @property
@@ -65,29 +78,37 @@ class WeightFormat:
             )
         return self.group
 
+    @property
+    def coarse(self) -> WeightFormat:
+        """The same with scales and biases that bfloat16 holds."""
+        return replace(self, digits=COARSE_DIGITS)
+
     def to_dict(self) -> dict[str, Any]:
-        return {"bits": self.bits, "group": self.group, "symmetric": self.symmetric}
+        """Digits alone where they are not a float16's: older releases read the rest."""
+        digits = {} if self.digits == DIGITS else {"digits": self.digits}
+        return {"bits": self.bits, "group": self.group, "symmetric": self.symmetric, **digits}
 
     def __str__(self) -> str:
         suffix = {"tensor": "-tensor", "channel": ""}.get(str(self.group), f"-g{self.group}")
         usual = not isinstance(self.group, int)  # groups are asymmetric unless they say otherwise
         sign = "" if self.symmetric == usual else "-sym" if self.symmetric else "-asym"
-        return f"w{self.bits}{suffix}{sign}"
+        return f"w{self.bits}{suffix}{sign}{COARSE if self.digits == COARSE_DIGITS else ''}"
 
     @classmethod
     def parse(cls, text: str) -> WeightFormat:
-        """``w4`` (symmetric per channel), ``w4-g128`` (asymmetric groups), ``w4-g64-sym``, ``w4-asym``,
-        ``w8-tensor``.
+        """``w4`` (symmetric per channel), ``w4-g128`` (asymmetric groups), ``w4-g64-sym``, ``w4-asym``, ``w8-tensor``;
+        each with ``-bf16`` behind it where scales are to be a bfloat16's.
         """
-        match = re.fullmatch(r"w([2-8])(-tensor|-g(?:32|64|128))?(-sym|-asym)?", text)
+        match = re.fullmatch(rf"w([2-8])(-tensor|-g(?:32|64|128))?(-sym|-asym)?({COARSE})?", text)
         if match is None:
             raise RecipeError(
                 f"{text!r} is no weight format; expected w2 to w8, optionally -tensor or -g32/64/128, then -sym or"
-                " -asym"
+                f" -asym, then {COARSE}"
             )
         where, sign = match[2] or "", match[3] or ""
         group: Any = int(where[2:]) if where.startswith("-g") else "tensor" if where else "channel"
-        return cls(int(match[1]), group, symmetric=sign == "-sym" if sign else not isinstance(group, int))
+        symmetric = sign == "-sym" if sign else not isinstance(group, int)
+        return cls(int(match[1]), group, symmetric, COARSE_DIGITS if match[4] else DIGITS)
 
 
 @dataclass(frozen=True)
@@ -102,7 +123,7 @@ class Grid:
 
     @classmethod
     def symmetric(cls, format: WeightFormat, scales: Array) -> Grid:
-        scales = snap(scales)
+        scales = snap(scales, format)
         return cls(format, scales, -format.zero_code * scales)
 
     @property
@@ -130,23 +151,27 @@ class Grid:
         return (codes.astype(np.float32) * scales + biases).astype(np.float32)
 
 
-def snap(scales: Array) -> Array:
-    """Scales as they will be stored: of 11 significant bits, at least float32's smallest normal number, held as
-    float32; NumericsError when too large.
+def snap(scales: Array, format: WeightFormat) -> Array:
+    """Scales as they will be stored: of the format's significant bits, at least float32's smallest normal number, held
+    as float32; NumericsError when too large.
     """
     values = np.maximum(np.asarray(scales, np.float64), SMALLEST_SCALE)
-    return _held(values, np.frexp(values)[1] - DIGITS, "scale")
+    return _held(values, np.frexp(values)[1] - format.digits, "scale")
 
 
-def snap_biases(biases: Array, scales: Array) -> Array:
-    """Biases as they will be stored beside snapped ``scales``: of 11 significant bits, held as float32.
+def snap_biases(biases: Array, scales: Array, format: WeightFormat) -> Array:
+    """Biases as they will be stored beside snapped ``scales``: of the format's significant bits, held as float32. 0 is
+    0.
 
     Beside scales of float16's range they are float16 numbers, multiples of 2^-24 where they are small: to 2^-11 of a
-    step. NumericsError when too large.
+    step. With the digits of a bfloat16 they are bfloat16 numbers, multiples of 2^-133 where they are smaller than any
+    scale. NumericsError when too large.
     """
     values = np.asarray(biases, np.float64)
-    exponents = np.frexp(values)[1] - DIGITS
+    exponents = np.frexp(values)[1] - format.digits
     exponents = np.where(scales >= SMALLEST_HALF, np.maximum(exponents, LEAST_EXPONENT), exponents)
+    if format.digits == COARSE_DIGITS:
+        exponents = np.maximum(exponents, COARSE_EXPONENT)
     return _held(values, exponents, "bias")
 
 
@@ -190,6 +215,6 @@ def fit_extremes(weight: Array, format: WeightFormat) -> Grid:
         scales = np.where(peak > 0, peak / (format.zero_code - 1), 1.0)
         return Grid.symmetric(format, np.broadcast_to(scales, (rows, scales.shape[1])))
     low, high = np.minimum(groups.min(-1), 0), np.maximum(groups.max(-1), 0)
-    scales = snap(np.where(high > low, (high - low) / (format.levels - 1), 1.0))
-    biases = snap_biases(low, scales)
+    scales = snap(np.where(high > low, (high - low) / (format.levels - 1), 1.0), format)
+    biases = snap_biases(low, scales, format)
     return Grid(format, *(np.ascontiguousarray(np.broadcast_to(v, (rows, v.shape[1]))) for v in (scales, biases)))

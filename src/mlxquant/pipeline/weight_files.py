@@ -1,7 +1,7 @@
 """Learned weights as the weight track leaves them: ``config.json`` and one ``weights/mmI.npz`` a block.
 
 A block's file holds, for every Linear of the block under its full path: ``{path}__weight_int`` int8 [out,in], the codes
-around zero; ``{path}__scale`` float32 [out] (of 11 significant bits, as ``grids.weights`` makes it); and, where the
+around zero; ``{path}__scale`` float32 [out] (of the format's digits, as ``grids.weights`` makes it); and, where the
 block was reconstructed with quantized activations, ``{path}__a_scale`` float32 [T], the steps of its input, with
 ``__a_sigma`` [T], ``__a_shift`` [T, 1 or in] and ``__a_bits`` [T] and, if any entry is logarithmic, ``__a_log`` [T].
 ``{path}__divisor`` float32 [in] is there when the codes stand for ``W diag(divisor)``. The weight is ``scale *
@@ -167,7 +167,8 @@ class WeightFiles:
         grid = Grid.symmetric(format, scale[:, None])
         if not np.array_equal(grid.scales[:, 0], scale):
             raise ArtifactError(
-                "its scales have more than the 11 bits of a float16, so the codes were not rounded on them"
+                f"its scales have more than the {format.digits} significant bits of its format, {format}, so the codes"
+                " were not rounded on them"
             )
         divisor = mx.array(own["divisor"]) if "divisor" in own else None
         if divisor is not None and not (np.isfinite(own["divisor"]) & (own["divisor"] > 0)).all():

@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from ..errors import RecipeError
 from ..grids.tables import BITS
-from ..grids.weights import WeightFormat
+from ..grids.weights import COARSE, WeightFormat
 from ..methods import registry
 from .patterns import ROLE
 from .presets import INGREDIENTS, PRESETS, RANK, USUAL, Template
@@ -23,7 +23,9 @@ from .roles import CAREFUL, EMBEDDING
 
 NAMED = ("transform", "branch", "range", "steps", "refine", "reconstruct")  # of two with one name the first is meant
 _AVERAGE = re.compile(r"average([1-9]\d*)")  # with a batch size of its own
-_SPEC = re.compile(r"(w[2-8])a(4|6|8|16)((?:-tensor|-g\d+)?(?:-sym|-asym)?)(-static|-token)?")
+_BITS, _FORM, _TABLE = r"(w[2-8])a(4|6|8|16)", "(?:-tensor|-g\\d+)?(?:-sym|-asym)?", "-static|-token"
+_SPEC = re.compile(rf"{_BITS}({_FORM}(?:{COARSE})?)({_TABLE})?")
+_FINE = re.compile(rf"(?<=[-=])({_BITS}{_FORM})(?={_TABLE}|,|$)")  # in a recipe's name, and without COARSE
 
 
 def ingredients() -> list[str]:
@@ -90,7 +92,7 @@ def parse_spec(text: str, template: Template = USUAL) -> LayerSpec:
     if match is None:
         raise RecipeError(
             f"{text!r} is no specification; expected wBaB with weights of 2 to 8 bits and activations of {BITS}, "
-            "then optionally -g32/-g64/-g128/-tensor, -sym/-asym, and -static or -token"
+            f"then optionally -g32/-g64/-g128/-tensor, -sym/-asym, {COARSE}, and -static or -token"
         )
     activation = None
     if match[2] != "16":
@@ -151,6 +153,26 @@ def parse_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     own = None if main.activation is None else main.activation.bits
     probabilities = own if isinstance(template.probabilities, str) else template.probabilities
     return replace(template.recipe, name=",".join([name, *overrides]), rules=tuple(rules), probabilities=probabilities)
+
+
+def with_bfloat16_scales(recipe: Recipe) -> Recipe:
+    """A recipe whose every layer, whatever bits it gets, has scales that bfloat16 holds, chosen before codes are.
+
+    A tool that runs bfloat16, such as mflux, then has the very scales of the calibration, and at full speed.
+
+    Args:
+        recipe: Any recipe.
+
+    Returns:
+        The same with ``-bf16`` in all formats, and, where it has a name that ``parse_recipe`` reads, in that.
+
+    Examples:
+        >>> from mlxquant.recipes.grammar import parse_recipe, with_bfloat16_scales
+        >>> with_bfloat16_scales(parse_recipe("gptq-w4a16-g64", ["@attention=w8a8-token"])).name
+        'gptq-w4a16-g64-bf16,@attention=w8a8-bf16-token'
+    """
+    rules = tuple((pattern, None if spec is None else spec.coarse) for pattern, spec in recipe.rules)
+    return replace(recipe, name=_FINE.sub(rf"\1{COARSE}", recipe.name), rules=rules)
 
 
 def refuse_idle(name: str, ingredients: Sequence[str], template: Template, inputs: bool) -> None:

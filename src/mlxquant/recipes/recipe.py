@@ -121,6 +121,15 @@ class LayerSpec:
         }
         return _read(cls, {**saved, **parts})
 
+    def to_dict(self) -> dict[str, Any]:
+        """The layer as plain data."""
+        return {**asdict(self), "weight": self.weight.to_dict()}
+
+    @property
+    def coarse(self) -> LayerSpec:
+        """With scales and biases of the weight that bfloat16 holds."""
+        return replace(self, weight=self.weight.coarse)
+
     @property
     def plain(self) -> LayerSpec:
         """The same format by round-to-nearest: what every method has to beat."""
@@ -267,7 +276,8 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain data, as model.json keeps it."""
-        return asdict(self)
+        rules = tuple((pattern, None if spec is None else spec.to_dict()) for pattern, spec in self.rules)
+        return {**asdict(self), "rules": rules}
 
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> Recipe:

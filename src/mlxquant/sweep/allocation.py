@@ -14,7 +14,7 @@ cost, and the error of a layer's output in place of that of its weight.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -243,7 +243,7 @@ def survey(
     job = sensitivity_job(calibration, plan)
     passes = Passes(adapter, sigmas, progress, calibration.sides)
     costs = measured(passes, adapter.stages, states, plan, Measurements(work, job))
-    asked = {path: [asdict(spec), list(map(str, formats[path]))] for path, spec in plan.items()}
+    asked = {path: [spec.to_dict(), list(map(str, formats[path]))] for path, spec in plan.items()}
     kept = Measurements(
         None if work is None else work / "allocation",
         job | {"asked": asked, "inputs": inputs, "range_batch": range_batch},

@@ -73,8 +73,8 @@ def _fitted(target: Array, grid: Grid, codes: Array, hessian: Array) -> Grid:
     scales = np.where(scales > 0, scales, grid.scales)
     if format.symmetric:
         return Grid.symmetric(format, scales)
-    scales = snap(scales)
-    return Grid(format, scales, snap_biases(found[:, groups:], scales))
+    scales = snap(scales, format)
+    return Grid(format, scales, snap_biases(found[:, groups:], scales, format))
 
 
 def _normal_equations(target: Array, codes: Array, format: WeightFormat, hessian: Array) -> tuple[Array, Array]:

@@ -114,8 +114,8 @@ class _Best:
         Returns the least error [rows,groups] that comes from clipping: inside a grid no weight is further from it than
         half a step.
         """
-        scales = snap(scales)
-        biases = -self._format.zero_code * scales if self._format.symmetric else snap_biases(biases, scales)
+        scales, format = snap(scales, self._format), self._format
+        biases = -format.zero_code * scales if format.symmetric else snap_biases(biases, scales, format)
         errors = self._round(scales, biases)
         better = errors < self.errors
         self.errors = np.where(better, errors, self.errors)
