@@ -109,11 +109,27 @@ def test_recipe_that_quantizes_nothing_is_refused():
 
 
 @pytest.mark.parametrize(
-    "name", ["taqdit-w4a8", "tcaqdm+softmax4-w3a6-g64", "svdquant+refit+mixed4.5-w4a16", "rtn-w8a8-token"]
+    "name",
+    [
+        "taqdit-w4a8",
+        "tcaqdm+softmax4-w3a6-g64",
+        "svdquant+refit+mixed4.5-w4a16",
+        "rtn-w8a8-token",
+        "mixed-w4a8-g64-bf16-static",
+    ],
 )
 def test_a_recipe_is_what_it_saved(name):
     recipe = parse_recipe(name, ["*.fc2=w8a16", "@output=keep"])
     assert Recipe.from_dict(recipe.to_dict()) == Recipe.from_dict(checked.plain(recipe.to_dict())) == recipe
+
+
+def test_digits_are_saved_where_they_are_not_the_usual_ones():
+    """Older releases refuse what they do not know, and read the rest."""
+    saved = parse_recipe("gptq-w4a16-g64", ["*.fc2=w8a16-bf16"]).to_dict()
+    assert [spec["weight"] for _, spec in saved["rules"]][:2] == [
+        {"bits": 8, "group": "channel", "symmetric": True, "digits": 8},
+        {"bits": 8, "group": 64, "symmetric": False},
+    ]
 
 
 def test_a_recipe_of_an_older_version_is_read():
