@@ -9,7 +9,20 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parents[2]
-FOLDERS = {"methods", "sweep", "layers", "metrics", "files", "grids", "numerics", "sampling", "models", "api"}
+FOLDERS = {
+    "exporters",
+    "recipes",
+    "methods",
+    "sweep",
+    "layers",
+    "metrics",
+    "files",
+    "grids",
+    "numerics",
+    "sampling",
+    "models",
+    "api",
+}
 
 
 @pytest.fixture

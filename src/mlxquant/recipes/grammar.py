@@ -23,7 +23,7 @@ from .roles import CAREFUL, EMBEDDING
 
 NAMED = ("transform", "branch", "range", "steps", "refine", "reconstruct")  # of two with one name the first is meant
 _AVERAGE = re.compile(r"average([1-9]\d*)")  # with a batch size of its own
-_BITS, _FORM, _TABLE = r"(w[2-8])a(4|6|8|16)", "(?:-tensor|-g\\d+)?(?:-sym|-asym)?", "-static|-token"
+_BITS, _FORM, _TABLE = r"(w[2-8])a(4|6|8|16)", r"(?:-tensor|-g\d+)?(?:-sym|-asym)?", "-static|-token"
 _SPEC = re.compile(rf"{_BITS}({_FORM}(?:{COARSE})?)({_TABLE})?")
 _FINE = re.compile(rf"(?<=[-=])({_BITS}{_FORM})(?={_TABLE}|,|$)")  # in a recipe's name, and without COARSE
 
