@@ -47,7 +47,7 @@ def table(width):
     return ActivationTable(SIGMAS, np.array([0.01, 0.02, 0.03], np.float32), shift, np.array([4, 6, 8], np.uint8))
 
 
-def learned(adapter, stage, linears):
+def learned(adapter, stage, linears, digits=11):
     """A block's layers with codes that are not the nearest ones, as learning leaves them."""
     rng, layers = np.random.default_rng(0), {}
     for path, linear in linears.items():
@@ -56,7 +56,7 @@ def learned(adapter, stage, linears):
         weight = np.array(linear.weight)
         divisor = np.linspace(1, 4, weight.shape[1]).astype(np.float32) if path.endswith("fc2") else None
         weight = weight if divisor is None else weight * divisor
-        grid = fit_extremes(weight, WeightFormat(8 if adapter.role(path) == "modulation" else 4))
+        grid = fit_extremes(weight, WeightFormat(8 if adapter.role(path) == "modulation" else 4, digits=digits))
         codes = np.clip(
             grid.quantize(weight).astype(int) + rng.integers(-1, 2, weight.shape), 0, grid.format.levels - 1
         )
@@ -92,6 +92,23 @@ def folder(tmp_path, model, results):
 
 def read(folder, model):
     return WeightFiles.read(folder, model[1], model[2])
+
+
+def test_scales_for_bfloat16_are_read_as_such(tmp_path, model):
+    adapter, blocks, linears = model
+    files = opened(tmp_path, model)
+    kept = {block.name: learned(adapter, block, linears, 8) for block in blocks}
+    for block in blocks:
+        files.save(block, kept[block.name])
+    files.finish()
+    found = read(tmp_path, model)
+    assert {format.digits for format in found.formats().values()} == {8}
+    assert {layer.format.digits for layer in read_contents(tmp_path).layers} == {8}
+    for block in blocks:
+        again = found.load(block, adapter.clock).layers
+        for path, layer in kept[block.name].layers.items():
+            assert again[path].format == layer.format
+            np.testing.assert_array_equal(again[path].grid().scales, layer.grid().scales)
 
 
 def test_the_arrays_are_as_promised(folder, model, results):
