@@ -113,7 +113,7 @@ def main(recipes: tuple[str, ...], num_prompts: int, calibration_prompts: int) -
             row = rows[-1]
             say(
                 f"{recipe}, {way}: error of a layer {row['error']:.5f} (worst {row['worst_error']:.5f}),"
-                f" {row['ratio']} of that of 11 digits by bits (worst {row['worst_ratio']:.2f}), {row['psnr_db']:.2f} dB"
+                f" {row['ratio']} of 11 digits' by bits (worst {row['worst_ratio']:.2f}), {row['psnr_db']:.2f} dB"
             )
     result({"rows": rows, "machine": machine()})
 
