@@ -125,6 +125,36 @@ def test_mflux_itself_loads_it(tmp_path):
     assert all(mx.array_equal(found[name], value).item() for name, value in plain.items())
 
 
+def test_a_bfloat16_model_of_mflux_has_the_very_weights_that_were_chosen(tmp_path):
+    """No number of ours is rounded on the way, and nothing is promoted there."""
+    loader = pytest.importorskip("mflux.models.common.weights.loading.weight_loader").WeightLoader
+    applier = pytest.importorskip("mflux.models.common.weights.loading.weight_applier").WeightApplier
+    kind = import_module("mflux.models.qwen.model.qwen_transformer.qwen_transformer").QwenTransformer
+    definition = import_module("mflux.models.qwen.weights.qwen_weight_definition").QwenWeightDefinition
+    sizes = {
+        "in_channels": 64, "num_layers": 2, "attention_head_dim": 128, "num_attention_heads": 2,
+        "joint_attention_dim": 96,
+    }  # fmt: skip
+    module = kind(**sizes)
+    module.set_dtype(mx.bfloat16)
+    mq.quantize_linears(module, "w4a16-g64-bf16", include=["transformer_blocks.*.attn.*"])
+    mq.quantize_linears(module, "w8a16-bf16", include=["transformer_blocks.*.img_mod_linear"])
+    facts = mq.export(module, tmp_path / "out", "mflux", dtype="bfloat16")
+    assert facts["notes"] == ["floating tensors as bfloat16: +0.000 MB"]
+
+    (component,) = (c for c in definition.get_components() if c.name == "transformer")
+    theirs = kind(**sizes)
+    weights = loader.load_single_local(component, tmp_path / "out")
+    applier.apply_and_quantize_single(weights, theirs, component, None, definition.quantization_predicate)
+    for path, layer in find_quantized(module).items():
+        other = get_module(theirs, path)
+        assert other.scales.dtype == other.biases.dtype == mx.bfloat16
+        scales, biases = (value.astype(mx.float32) for value in (other.scales, other.biases))
+        weight = mx.dequantize(other.weight, scales, biases, group_size=other.group_size, bits=other.bits)
+        assert mx.array_equal(weight, layer.dequantized()).item()
+        assert other(mx.ones((1, layer.shape[1]), mx.bfloat16)).dtype == mx.bfloat16
+
+
 def test_another_component_goes_to_its_own_folder(tmp_path):
     class Encoder(Transformer):
         pass
