@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 
-from ..errors import CalibrationError
+from ..errors import AdapterError, CalibrationError
 from ..files.atomic import atomic_file
 from ..files.explain import explain
 
+PURPOSES = ("calibration", "evaluation")
 LARGEST_SEED = 10**19 - 1  # a key of MLX's random numbers is a uint64
 
 
@@ -65,6 +67,29 @@ def parse_prompts(text: str, source: str) -> list[Prompt]:
     if not prompts:
         raise CalibrationError(f"{source} holds no prompts; expected one 'seed<TAB>prompt' a line")
     return prompts
+
+
+def packaged_prompts(model: str, purpose: str, count: int, seed: int = 0) -> list[Prompt]:
+    """Prompts that come with the package, for models that draw anything.
+
+    Args:
+        model: Whose they are, for the errors.
+        purpose: "calibration" or "evaluation"; the two are disjoint.
+        count: How many.
+        seed: Shifts the seeds of their noise.
+
+    Raises:
+        AdapterError: Another purpose, or more than there are.
+    """
+    if purpose not in PURPOSES:
+        raise AdapterError(f"prompts are for {' or '.join(map(repr, PURPOSES))}, not {purpose!r}")
+    text = (files("mlxquant.assets") / f"{purpose}.txt").read_text(encoding="utf-8")
+    there = parse_prompts(text, f"{purpose}.txt")
+    if count > len(there):
+        raise AdapterError(
+            f"{model} has {len(there)} prompts of its own for {purpose}, {count} were asked for; pass a file of prompts"
+        )
+    return [Prompt(seed + prompt.seed, prompt.text) for prompt in there[:count]]
 
 
 def write_prompts(path: Path, prompts: Sequence[Prompt]) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from importlib.resources import files
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -21,7 +20,7 @@ from ...files import schema
 from ...grids.time import Clock
 from ...sampling.conditioning import Conditioning
 from ...sampling.picture_size import LARGEST, PictureSize, picture_size, plain
-from ...sampling.prompts import Prompt, parse_prompts
+from ...sampling.prompts import Prompt, packaged_prompts
 from ..diffusion import DiffusionAdapter
 from ..edges import Edge
 from ..mmdit.chain import PATCHES, mmdit_edges, mmdit_role
@@ -203,16 +202,7 @@ class SD3Medium(DiffusionAdapter):
         return pipeline(self)
 
     def prompts(self, purpose: str, count: int, seed: int = 0) -> list[Prompt]:
-        if purpose not in ("calibration", "evaluation"):
-            raise AdapterError(f"prompts are for 'calibration' or 'evaluation', not {purpose!r}")
-        text = (files("mlxquant.assets") / f"{purpose}.txt").read_text(encoding="utf-8")
-        there = parse_prompts(text, f"{purpose}.txt")
-        if count > len(there):
-            raise AdapterError(
-                f"{self.name} has {len(there)} prompts of its own for {purpose}, {count} were asked for; pass a file of"
-                " prompts"
-            )
-        return [Prompt(seed + prompt.seed, prompt.text) for prompt in there[:count]]
+        return packaged_prompts(self.name, purpose, count, seed)
 
 
 def _stages(model: Any, depth: int) -> tuple[Stage, ...]:
