@@ -28,6 +28,8 @@ prefer_fast_blas()  # before anything imports mlx.core
 if TYPE_CHECKING:
     from .api.loading import load
     from .api.model import Model, QuantizedModel
+    from .api.pipeline_files import load_pipeline, save_pipeline
+    from .api.pipelines import quantize_pipeline
     from .api.quantizing import calibrate, calibrate_text, compare, quantize
     from .api.recorded import quantize_module
     from .errors import MlxQuantError
@@ -72,14 +74,17 @@ HOMES = {  # what users import from here, and where it stands
     "export": "exporters.targets",
     "load": "api.loading",
     "load_module": "layers.module_files",
+    "load_pipeline": "api.pipeline_files",
     "parse_recipe": "recipes.grammar",
     "quantize": "api.quantizing",
     "quantize_linears": "layers.quantize_linears",
     "quantize_module": "api.recorded",
+    "quantize_pipeline": "api.pipelines",
     "read_prompts": "sampling.prompts",
     "recording": "models.recorded.recording",
     "register_model": "models.catalog",
     "save_module": "layers.module_files",
+    "save_pipeline": "api.pipeline_files",
 }
 __all__ = [
     "GPT",
@@ -104,14 +109,17 @@ __all__ = [
     "export",
     "load",
     "load_module",
+    "load_pipeline",
     "parse_recipe",
     "quantize",
     "quantize_linears",
     "quantize_module",
+    "quantize_pipeline",
     "read_prompts",
     "recording",
     "register_model",
     "save_module",
+    "save_pipeline",
 ]
 
 

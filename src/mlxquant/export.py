@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from .api.loading import load
+from .api.pipeline_files import is_pipeline, load_pipeline
 from .commandline.console import Command, during_command, result, say
 from .commandline.options import MODEL_HELP, PATH, force_option, option, verbose_option
 from .exporters.plain import FLOATS
@@ -31,12 +32,14 @@ def command(name: str, target: str, out: Path, drop_activations: bool, dtype: st
     The calibrated codes are written bit for bit; what the target has no place for is refused, by name.
     """
     during_command(claimed(out, force))
-    facts = export(load(name), out, target, drop_activations=drop_activations, dtype=dtype, force=force)
-    say(
-        f"{out}: {facts['bytes'] / 1e6:.2f} MB, {facts['bits_per_weight']:.2f} bits per weight, {facts['layers']}"
-        " packed layers"
-    )
-    for note in facts["notes"]:
+    model = load_pipeline(name) if is_pipeline(name) else load(name)
+    facts = export(model, out, target, drop_activations=drop_activations, dtype=dtype, force=force)
+    layers, notes = facts["layers"], facts["notes"]
+    if isinstance(layers, dict):  # of a pipeline, by component
+        layers, notes = sum(layers.values()), [f"{name}: {note}" for name, some in notes.items() for note in some]
+    size = f"{facts['bytes'] / 1e6:.2f} MB, {facts['bits_per_weight']:.2f} bits per weight"
+    say(f"{out}: {size}, {layers} packed layers")
+    for note in notes:
         say(f"  {note}")
     result(facts)
 

@@ -10,10 +10,12 @@ from pathlib import Path
 import click
 
 from .api.loading import load
+from .api.pipeline_files import is_pipeline, load_pipeline
 from .api.quantizing import compare
 from .commandline.console import Command, during_command, peak_bytes, progress, result, say
 from .commandline.options import (
     COUNT,
+    MFLUX_HELP,
     MODEL_HELP,
     PATH,
     negative_option,
@@ -24,13 +26,14 @@ from .commandline.options import (
 )
 from .errors import AdapterError
 from .files.lock import locked
-from .report.comparison import save_png, to_pil
+from .numerics.arrays import Array
+from .report.comparison import Comparison, save_png, to_pil
 from .sampling.picture_size import PictureSize
 from .sampling.prompts import Prompt
 
 
 @click.command("generate", cls=Command)
-@option("--model", "name", required=True, help=f"{MODEL_HELP} Or a folder that 'mlxquant quantize' wrote.")
+@option("--model", "name", required=True, help=f"{MODEL_HELP} {MFLUX_HELP} Or a folder that 'mlxquant quantize' wrote.")
 @option("--prompt", "text", required=True)
 @seed_option()
 @option("--steps", type=COUNT, help="[default: the model's]")
@@ -56,8 +59,13 @@ def command(
         raise AdapterError("--prompt is empty; describe the picture")
     if output.is_dir():
         raise AdapterError(f"--output {output} is a folder; name a PNG file")
-    model = load(name, size)
     during_command(locked(output))
+    if is_pipeline(name):
+        if reference is not None and not is_pipeline(reference):
+            raise AdapterError(f"--compare {reference}: {name} is a model of mflux, and so has to be what it is beside")
+        draw_mflux(name, text, seed, steps, cfg_weight, negative, size, reference, output)
+        return
+    model = load(name, size)
     facts: dict[str, object] = {}
     label = Path(name).name
     start = time.perf_counter()
@@ -71,6 +79,38 @@ def command(
         comparison = compare(other, {label: model}, text, seed, steps, cfg_weight, progress, negative)
         comparison.save(output)
         facts = {"psnr_db": float(comparison.psnr_db[label].mean())}
+        say(f"{name} against {reference}: {comparison.figures(label)}")
+    say(f"{output}")
+    result({"output": str(output), "seconds": time.perf_counter() - start, "peak_bytes": peak_bytes(), **facts})
+
+
+def draw_mflux(
+    name: str,
+    text: str,
+    seed: int,
+    steps: int | None,
+    cfg: float | None,
+    negative: str | None,
+    size: PictureSize | None,
+    reference: str | None,
+    output: Path,
+) -> None:
+    """The same with pipelines of mflux, one after the other: two of them may not fit into memory."""
+    prompts, start, facts = [Prompt(seed, text)], time.perf_counter(), dict[str, object]()
+
+    def drawn(place: str) -> Array:
+        return load_pipeline(place).draw(prompts, steps, cfg, size, negative, progress)
+
+    images = drawn(name)
+    if reference is None:
+        save_png(to_pil(images[0]), output)
+    else:
+        label, other = Path(name).name, drawn(reference)
+        if other.shape != images.shape:
+            raise AdapterError(f"{name} draws {images.shape[1:3]} pixels, {reference} {other.shape[1:3]}; pass --size")
+        comparison = Comparison.of(prompts, {"reference": other, label: images}, lambda pictures, texts: None)
+        comparison.save(output)
+        facts["psnr_db"] = float(comparison.psnr_db[label].mean())
         say(f"{name} against {reference}: {comparison.figures(label)}")
     say(f"{output}")
     result({"output": str(output), "seconds": time.perf_counter() - start, "peak_bytes": peak_bytes(), **facts})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,32 +13,44 @@ import click
 from .api import jobs
 from .api.loading import load
 from .api.model import Model
+from .api.pipeline_files import save_pipeline
+from .api.pipelines import TEXT_RECIPE, quantize_pipeline
 from .api.plan import of_first_blocks, plan
 from .api.quantizing import calibrate, calibrate_text
 from .calibration.data import CalibrationData
 from .commandline.console import Command, peak_bytes, progress, result, say
 from .commandline.options import (
     COUNT,
+    MFLUX_HELP,
     MODEL_HELP,
     PATH,
     iters_option,
     negative_option,
     option,
+    pipeline_options,
     prompts_options,
+    refuse,
     run_options,
     size_option,
     together,
 )
 from .errors import AdapterError, RecipeError
+from .exporters.pipelines import write_pipeline
+from .models.mflux.names import is_mflux
+from .models.mflux.pipeline import MfluxPipeline
+from .models.recorded.recording import SAMPLES
 from .pipeline.apply import TrackFiles
 from .recipes.grammar import parse_recipe
 from .recipes.recipe import Recipe
-from .sampling.picture_size import PictureSize
+from .sampling.picture_size import PictureSize, told
 from .sampling.prompts import read_prompts
 from .sweep.share import planned_share
 
+PROMPTS, KEEP = 16, "keep"
+CALIBRATION_SIZE = (512, 512)  # of pictures of mflux: what a step reads is a quarter of that at its own 1024
+SIZES = ("name", "recipe", "weights", "before", "after", "bits_per_weight")  # of a component
 calibration_options = together(
-    prompts_options("Calibration prompts", 16),
+    prompts_options("Calibration prompts", PROMPTS),
     option("--steps", type=COUNT, help="Sampler steps of the calibration.  [default: the model's]"),
     option("--cfg-weight", type=click.FloatRange(0), help="Guidance of the calibration.  [default: the model's]"),
     negative_option,
@@ -56,7 +70,7 @@ calibration_options = together(
 
 
 @click.command("quantize", cls=Command)
-@option("--model", "name", required=True, help=MODEL_HELP)
+@option("--model", "name", required=True, help=f"{MODEL_HELP} {MFLUX_HELP}")
 @size_option
 @option(
     "--recipe",
@@ -93,6 +107,7 @@ calibration_options = together(
 @iters_option
 @option("--adaround-output", type=PATH, help="Take the blocks' weights from this folder of adaround-optimize.")
 @option("--quant-config", type=PATH, help="And their activation scales from this file of analyze-activations.")
+@pipeline_options
 @option("--out", type=PATH, required=True, help="Folder for the quantized model.")
 @run_options
 def command(
@@ -110,15 +125,28 @@ def command(
     out: Path,
     force: bool,
     resume: bool,
+    text_recipe: str | None,
+    vae_recipe: str | None,
+    lora_paths: tuple[str, ...],
+    lora_scales: tuple[float, ...],
     **calibration: Any,
 ) -> None:
     """Quantize a model with calibration and write it.
 
-    Any recipe on any model; the result is a folder.
+    Any recipe on any model; the result is a folder. A model of mflux (mflux:z-image-turbo) becomes one that mflux runs.
     """
     recipe = limited(parse_recipe(recipe_name, override), bits_per_weight, bits_per_activation)
     if iters is not None:
         recipe = replace(recipe, learning=replace(recipe.learning, iterations=iters))
+    pipeline: dict[str, Any] = {"text_recipe": text_recipe, "vae_recipe": vae_recipe}
+    pipeline |= {"lora_paths": lora_paths, "lora_scales": lora_scales}
+    if is_mflux(name):
+        others = {"blocks": blocks, "require_share": require_share, "adaround_output": adaround_output}
+        others |= {"quant_config": quant_config, "data": calibration.pop("data"), "length": calibration.pop("length")}
+        refuse(others, f"mean nothing for {name}, a pipeline of mflux")
+        quantize_mflux(name, recipe, out, force, resume, size, **pipeline, **calibration)
+        return
+    refuse(pipeline, f"are for pipelines of mflux, and {name} is none")
     if quant_config is not None and adaround_output is None:
         raise RecipeError("--quant-config has the activation scales for the weights of --adaround-output; pass both")
     tracks = None if adaround_output is None else TrackFiles(adaround_output, quant_config)
@@ -199,10 +227,83 @@ def calibrated(
     prompts = (
         read_prompts(prompt_file)[:num_prompts]
         if prompt_file
-        else adapter.prompts("calibration", num_prompts or 16, seed)
+        else adapter.prompts("calibration", num_prompts or PROMPTS, seed)
     )
     return calibrate(
         model, prompts, steps, cfg_weight, progress=progress, samples=samples, work=work, negative=negative
+    )
+
+
+def quantize_mflux(
+    name: str,
+    recipe: Recipe,
+    out: Path,
+    force: bool,
+    resume: bool,
+    size: PictureSize | None,
+    text_recipe: str | None,
+    vae_recipe: str | None,
+    lora_paths: Sequence[str],
+    lora_scales: Sequence[float],
+    prompt_file: Path | None,
+    num_prompts: int | None,
+    steps: int | None,
+    cfg_weight: float | None,
+    negative: str | None,
+    samples: int | None,
+    seed: int,
+) -> None:
+    """Quantize a pipeline of mflux and write the folder that mflux runs, or one of ours where layers do more than mflux
+    has a place for.
+    """
+    if len(lora_scales) > len(lora_paths):
+        raise AdapterError(f"--lora-scales: {len(lora_scales)} scales for {len(lora_paths)} files of --lora-paths")
+    scales = [*lora_scales, *[1.0] * (len(lora_paths) - len(lora_scales))]
+    specs = [spec for _, spec in recipe.rules if spec is not None]
+    ours = any(spec.activation or spec.branch or spec.transforms for spec in specs) or recipe.probabilities is not None
+    pixels = size or CALIBRATION_SIZE
+    with jobs.work_folder(out, force, resume) as work:
+        pipeline = MfluxPipeline.load(name, list(zip(lora_paths, scales, strict=True)))
+        prompts = (
+            read_prompts(prompt_file)[:num_prompts]
+            if prompt_file
+            else pipeline.prompts("calibration", num_prompts or PROMPTS, seed)
+        )
+        start = time.perf_counter()
+        report = quantize_pipeline(
+            pipeline,
+            prompts,
+            recipe,
+            TEXT_RECIPE if text_recipe is None else None if text_recipe == KEEP else text_recipe,
+            None if vae_recipe in (None, KEEP) else vae_recipe,
+            steps=steps,
+            cfg=cfg_weight,
+            size=pixels,
+            negative=negative,
+            samples=samples or SAMPLES,
+            work=work,
+            progress=progress,
+        )
+        seconds = time.perf_counter() - start
+        drawn = {"prompts": len(prompts), "steps": steps or pipeline.steps, "size": told(pixels)}
+        if ours:
+            save_pipeline(pipeline, report, out, {"calibration": drawn, **report.facts}, force)
+        else:
+            write_pipeline(pipeline, out, {"calibration": drawn, **report.facts}, force)
+    nbytes = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    say(str(report))
+    runs = "'mlxquant generate'" if ours else "mflux"
+    say(f"{out}: {nbytes / 1e9:.3f} GB, {seconds:.0f} s; {runs} runs it with --model {out}")
+    result(
+        {
+            "out": str(out),
+            "target": "mlxquant" if ours else "mflux",
+            "recipe": recipe.name,
+            "bytes": nbytes,
+            "components": [{key: one.facts[key] for key in SIZES} for one in report.components],
+            "seconds_quantize": seconds,
+            "peak_bytes": peak_bytes(),
+        }
     )
 
 

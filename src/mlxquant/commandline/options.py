@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ Decorator = Callable[[Any], Any]
 PATH = click.Path(path_type=Path)
 COUNT, FROM_ZERO, SEED = click.IntRange(1), click.IntRange(0), click.IntRange(0, LARGEST_SEED)
 MODEL_HELP = "A model's name (mmdit-shapes, sd3-medium), a hub id, or a folder with its weights."
+MFLUX_HELP = "Or a model of mflux, as mflux:NAME[@HUB_ID_OR_FOLDER]."
 # of a command's context: --out_dir is --out-dir
 UNDERSCORES = {"token_normalize_func": lambda name: name.replace("_", "-")}
 
@@ -39,6 +40,13 @@ def together(*options: Decorator) -> Decorator:
         return function
 
     return add
+
+
+def refuse(given: Mapping[str, Any], why: str) -> None:
+    """Raise AdapterError where one of these parameters was given, saying ``why`` it means nothing."""
+    wrong = [f"--{name.replace('_', '-')}" for name, value in given.items() if value not in (None, ())]
+    if wrong:
+        raise AdapterError(f"{' and '.join(wrong)} {why}; leave {'it' if len(wrong) == 1 else 'them'} out")
 
 
 def models_option(what: str) -> Decorator:
@@ -93,6 +101,12 @@ negative_option = option(
     "negative",
     metavar="TEXT",
     help="What guidance leads away from.  [default: the model's, mostly the empty prompt]",
+)
+pipeline_options = together(  # of what quantizes a pipeline of mflux
+    option("--text-recipe", help="For the text encoders of an mflux model, or 'keep'.  [default: round to 8 bits]"),
+    option("--vae-recipe", help="For the decoder of an mflux model, or 'keep'.  [default: keep]"),
+    option("--lora-paths", multiple=True, help="A LoRA file, baked into an mflux model before it is calibrated."),
+    option("--lora-scales", type=float, multiple=True, help="Its scale, in the order of --lora-paths.  [default: 1]"),
 )
 iters_option = option("--iters", type=COUNT, help="Adam steps a block, for recipes that learn.  [default: 1000]")
 force_option = option("--force", is_flag=True, help="Replace an existing folder.")

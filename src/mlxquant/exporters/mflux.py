@@ -51,7 +51,7 @@ def write_mflux(folder: Path, plain: PlainModule, component: str) -> None:
     """Write a component, "transformer" or the folder of another, into an empty folder."""
     level = "None" if plain.usual is None else str(plain.usual["bits"])
     metadata = {"quantization_level": level, "mflux_version": VERSION}
-    (folder / component).mkdir()
+    (folder / component).mkdir(parents=True, exist_ok=True)  # its tokenizer may be there
     where = write_shards(folder / component, plain.arrays, metadata, "{index}.safetensors", FILE_LIMIT)
     index = checked.canonical({"metadata": metadata, "weight_map": where})
     (folder / component / "model.safetensors.index.json").write_text(index, encoding="utf-8")

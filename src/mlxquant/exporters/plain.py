@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import mlx.core as mx
@@ -69,12 +70,15 @@ class PlainModule:
         counts = Counter(tuple(setting.items()) for setting in self.layers.values())
         return dict(counts.most_common(1)[0][0]) if counts else None
 
-    def as_dtype(self, name: str) -> PlainModule:
-        """With every floating tensor in one dtype; raises ExportError where a value does not fit."""
-        dtype, arrays, change = FLOATS[name], dict(self.arrays), self.scale_change(FLOATS[name])
+    def as_dtype(self, name: str, others: Mapping[str, mx.Dtype] = MappingProxyType({})) -> PlainModule:
+        """With every floating tensor in one dtype, but for those that ``others`` say another of; raises ExportError
+        where a value does not fit.
+        """
+        arrays, change = dict(self.arrays), self.scale_change(FLOATS[name])
         for key, value in self.arrays.items():
             if not mx.issubdtype(value.dtype, mx.floating):
                 continue
+            dtype = others.get(key, FLOATS[name])
             arrays[key] = value.astype(dtype)
             if mx.isfinite(value).all().item() != mx.isfinite(arrays[key]).all().item():
                 raise ExportError(f"{key}: holds values that {name} cannot; leave --dtype out, or use float32")
@@ -173,6 +177,21 @@ def leaf(name: str) -> str:
 def placed(path: str, layer: PlainLayer) -> dict[str, mx.array]:
     """A layer's arrays under their full paths."""
     return {f"{path}.{name}": value for name, value in layer.arrays.items()}
+
+
+def prepared(
+    module: nn.Module,
+    target: str,
+    drop_activations: bool,
+    dtype: str | None,
+    others: Mapping[str, mx.Dtype] = MappingProxyType({}),
+) -> PlainModule:
+    """``plain_module`` in one dtype, or in those that it has, with a note where a tool computes more slowly for it."""
+    plain = plain_module(module, target, drop_activations)
+    if dtype is not None:
+        return plain.as_dtype(dtype, others)
+    warning = plain.mixed_dtypes()
+    return replace(plain, notes=[*plain.notes, warning]) if warning else plain
 
 
 def part_obstacles(part: nn.Module) -> list[Obstacle]:

@@ -7,7 +7,6 @@ known as ours.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +14,23 @@ import mlx.nn as nn
 
 from ..api.model import Model, QuantizedModel
 from ..errors import ExportError
-from ..files import checked
 from ..files.atomic import atomic_folder, refuse_existing
-from ..files.checked import file_digest, write_json
 from ..models.language import LanguageAdapter
+from ..models.mflux.pipeline import MfluxPipeline
 from .diffusionkit import MODEL, float_module, write_diffusionkit
 from .mflux import COMPONENT, check_component, write_mflux
 from .mlx import write_mlx
 from .mlx_lm import write_mlx_lm
-from .plain import FLOATS, PlainModule, plain_module
+from .pipelines import write_pipeline
+from .plain import FLOATS, prepared
+from .record import write_record
 
-KIND, FACTS = "export", "export.json"
 ORIGIN = ("recipe", "calibration")  # of a quantized model's facts, what goes with it
 TARGETS = ("mlx-lm", "mlx", "mflux", "diffusionkit")
 
 
 def export(
-    model: Model | nn.Module,
+    model: Model | nn.Module | MfluxPipeline,
     out: str | Path,
     target: str,
     *,
@@ -45,7 +44,7 @@ def export(
     """Write a model as a folder that another tool reads, the codes bit for bit: whole, or not at all.
 
     Args:
-        model: A model, or a bare module for "mlx-lm" and "mflux".
+        model: A model, or for "mlx-lm" and "mflux" a bare module, or for "mflux" a whole pipeline.
         out: The folder to write.
         target: Who reads it: "mlx-lm", "mlx", "mflux" or "diffusionkit".
         drop_activations: Whether to leave activation scales out where the target has no place for them; else they are
@@ -59,7 +58,7 @@ def export(
 
     Returns:
         ``out``, ``target``, ``bytes``, ``bits_per_weight``, how many ``layers`` are quantized, and ``notes`` for the
-        user.
+        user; of a pipeline layers and notes by component.
 
     Raises:
         ExportError: On what the target cannot hold, by the layer's name, and on arguments that it does not take.
@@ -71,6 +70,10 @@ def export(
         raise ExportError(f"no dtype {dtype!r}; expected one of {', '.join(FLOATS)}, or none to keep each tensor's own")
     if dtype is not None and target in ("mlx", "diffusionkit"):
         raise ExportError(f"--target {target} has its own dtypes; leave --dtype out")
+    if isinstance(model, MfluxPipeline):
+        if target != "mflux":
+            raise ExportError(f"{model.name} is a pipeline of mflux, which nothing else reads; use --target mflux")
+        return write_pipeline(model, out, force=force, drop_activations=drop_activations, dtype=dtype)
     module = model.adapter.module if isinstance(model, Model) else model
     out = Path(out)
     refuse_existing(out, force)
@@ -89,28 +92,15 @@ def export(
             config, tokenizer = language(model, config, tokenizer)
             plain = prepared(module, target, drop_activations, dtype)
             write_mlx_lm(folder, plain, config, tokenizer)
-        files = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
         facts: dict[str, Any] = {
             "target": target,
-            "bytes": sum(path.stat().st_size for path in files.values()),
             "bits_per_weight": plain.bits_per_weight,
             "notes": plain.notes,
         }
         known = model.facts if isinstance(model, QuantizedModel) else {}
         origin = {key: known[key] for key in ORIGIN if key in known}
-        digests = {name: file_digest(path) for name, path in files.items()}
-        write_json(
-            folder / FACTS, KIND, {**facts, **origin, "layers": plain.layers, "files": digests, **checked.versions()}
-        )
+        facts["bytes"] = write_record(folder, {**facts, **origin}, plain.layers)
     return {"out": str(out), **facts, "layers": len(plain.layers)}
-
-
-def prepared(module: nn.Module, target: str, drop_activations: bool, dtype: str | None) -> PlainModule:
-    plain = plain_module(module, target, drop_activations)
-    if dtype is not None:
-        return plain.as_dtype(dtype)
-    warning = plain.mixed_dtypes()
-    return replace(plain, notes=[*plain.notes, warning]) if warning else plain
 
 
 def quantized_model(model: Model | nn.Module) -> QuantizedModel:

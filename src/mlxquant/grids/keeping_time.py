@@ -60,3 +60,8 @@ def keep_time(module: nn.Module, clock: Clock, time: Time) -> None:
         (kind,),
         {"__call__": call, "_keeps_time_for": kind, "__doc__": kind.__doc__, "__module__": kind.__module__},
     )
+
+
+def keeps_time(module: nn.Module) -> bool:
+    """Whether a module sets a clock by its calls, for which those need values: compiled code has none."""
+    return hasattr(type(module), "_keeps_time_for")

@@ -29,6 +29,7 @@ from .packed import QuantizedLayer
 from .sizes import KeptLayer, LayerSize, SizeReport, is_hidden, is_packed, stored_bytes, weight_count
 from .tree import get_module, module_of, parameters, set_module
 
+KEPT = "the recipe keeps it"  # the reason for what a recipe could have taken
 Predicate = Callable[[str, nn.Module], bool | Mapping[str, Any]]
 
 
@@ -312,7 +313,7 @@ def kept_layers(model: nn.Module, reasons: Mapping[str, str]) -> tuple[KeptLayer
     for one in find_held(model):
         if is_packed(one.module) or not (nbytes := _matrix_bytes(one.module)):
             continue
-        reason = "the recipe keeps it" if one.kind else f"no quantized form of {type(one.module).__name__} here"
+        reason = KEPT if one.kind else f"no quantized form of {type(one.module).__name__} here"
         kept.append(KeptLayer(one.path, type(one.module).__name__, nbytes, reasons.get(one.path, reason)))
     return tuple(kept)
 

@@ -1,0 +1,1 @@
+"""The pipelines of mflux: its own loader, text encoders, schedulers and decoders; what is ours records its modules."""
