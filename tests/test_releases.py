@@ -21,7 +21,7 @@ from mlxquant.spin_quant.files import load_spun
 from releases.write import PROMPT, STEPS, TEXT, Parts, command, continued, inputs, normal, picture, tiny_assets
 
 RELEASES = sorted(path.parent for path in (Path(__file__).parent / "releases").glob("*/expected.json"))
-CLOSE = 1e-5
+CLOSE = 5e-5  # the kernels of another processor add up in another order
 
 
 @pytest.fixture(params=RELEASES, ids=lambda folder: folder.name)
