@@ -1,5 +1,6 @@
 """``quantize_module``: the codes that a hand-written adapter gives, on anybody's module, in place."""
 
+import weakref
 from dataclasses import replace
 
 import mlx.core as mx
@@ -187,6 +188,27 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path, recipe):
         mq.quantize_module(module, seen, recipe, work=work)
         files.append(mq.save_module(module, tmp_path / f"{killed}.safetensors").read_bytes())
     assert files[0] == files[1]
+
+
+@pytest.mark.parametrize("restores", [False, True])
+def test_layers_give_their_memory_back_as_they_go(restores):
+    module = seeded(anybody.Plain)
+    seen = recorded(module, *inputs(anybody.Plain))
+    weights = [weakref.ref(layer.weight) for _, layer in block_layers(module.blocks[0])]
+    alive = dict[str, int]()
+
+    def watch(items, label):
+        alive[label] = sum(weight() is not None for weight in weights)
+        return items
+
+    mq.quantize_module(module, seen, "gptq-w4a16", restores=restores, progress=watch)
+    assert weights
+    assert alive["blocks.0: calibrated"] == len(weights)
+    assert alive["blocks.1: calibrated"] == (len(weights) if restores else 0)
+
+
+def block_layers(block):
+    return [(path, layer) for path, layer in block.named_modules() if isinstance(layer, nn.Linear)]
 
 
 class Undifferentiable(anybody.Plain):

@@ -197,7 +197,15 @@ def _quantize(
     kept = {name.removeprefix(f"{path}."): why for name, why in kept.items() if not path or name.startswith(f"{path}.")}
     host = host_of(calls.module)
     report = quantize_module(
-        calls.module, calls, recipe, time=host.time, edges=host.edges, keep=kept, work=work, progress=progress
+        calls.module,
+        calls,
+        recipe,
+        time=host.time,
+        edges=host.edges,
+        keep=kept,
+        restores=False,
+        work=work,
+        progress=progress,
     )
     return path, replace(report, sizes=_with_unreached(calls.module, recipe, report.sizes, kept))
 

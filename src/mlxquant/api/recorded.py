@@ -14,9 +14,9 @@ from ..calibration.recorded import RecordedCalibration
 from ..errors import CalibrationError
 from ..files import checked
 from ..grids.keeping_time import Time, keep_time
-from ..layers.quantize_linears import kept_layers, layer_sizes
-from ..layers.sizes import SizeReport, stored_bytes, weight_count
-from ..layers.tree import get_module, module_of, set_module
+from ..layers.quantize_linears import kept_layers, layer_size
+from ..layers.sizes import LayerSize, SizeReport, stored_bytes, weight_count
+from ..layers.tree import module_of, set_module
 from ..models.edges import Edge
 from ..models.recorded.adapter import RecordedAdapter
 from ..models.recorded.reach import require_traced_anew
@@ -80,6 +80,7 @@ def quantize_module(
     roles: Mapping[str, str] | None = None,
     edges: Sequence[Edge] = (),
     keep: Mapping[str, str] | None = None,
+    restores: bool = True,
     work: str | Path | None = None,
     progress: Progress = silent,
 ) -> ModuleReport:
@@ -88,7 +89,7 @@ def quantize_module(
     The module is cut between its blocks and goes through the same sweep as every model here: two streams of hidden
     states side by side, gates that keep nothing which judges worse than rounding to nearest. Afterwards it runs in the
     pipeline that it came from; ``save_module`` writes it, ``load_module`` puts what was written into a fresh one. After
-    an error, or Ctrl-C, it is as it was.
+    an error, or Ctrl-C, it is as it was, unless ``restores`` says otherwise.
 
     Args:
         module: The module in full precision; it is changed.
@@ -104,6 +105,8 @@ def quantize_module(
             them transforms cost nothing while the module runs.
         keep: Layers that stay as they are whatever the recipe says, by path, each with the reason, which the report
             repeats.
+        restores: Whether the module is as it was after an error. Its layers in full precision are kept in memory for
+            that until the end; without it each goes as soon as another stands in its place.
         work: A folder that keeps finished stages; a killed run goes on from there and ends with the same bytes.
         progress: Wraps stages and batches, and shows how far the run is.
 
@@ -153,10 +156,12 @@ def quantize_module(
         require_traced_anew(module, seen[0])
     with uncompiled(), nullcontext() if folder is None else kept_work(folder):
         adapter = RecordedAdapter(seen, blocks, time, roles, edges, keep)
-        return _quantize(adapter, recipe, folder, progress)
+        return _quantize(adapter, recipe, folder, progress, restores)
 
 
-def _quantize(adapter: RecordedAdapter, recipe: Recipe, work: Path | None, progress: Progress) -> ModuleReport:
+def _quantize(
+    adapter: RecordedAdapter, recipe: Recipe, work: Path | None, progress: Progress, restores: bool
+) -> ModuleReport:
     model, calib = Model(adapter), RecordedCalibration(adapter)
     layers = plan(model, recipe)
     share = planned_share(adapter, layers)
@@ -166,9 +171,16 @@ def _quantize(adapter: RecordedAdapter, recipe: Recipe, work: Path | None, progr
     given, allocated, facts = with_bits(model, calib, recipe, layers, work, progress)
     made = {**facts, "recipe": given.to_dict(), "calibration": calib.record, "blocks": [s.name for s in adapter.stages]}
     store = None if work is None else FolderStore(work, checked.digest(made | checked.versions()))
-    originals = {path: get_module(module, path) for path in allocated}
+    originals, sizes = dict[str, nn.Module](), dict[str, LayerSize]()
+
+    def replaced(path: str, before: nn.Module, after: nn.Module) -> None:
+        if path in allocated:
+            sizes[path] = layer_size(path, before, after)
+        if restores:
+            originals[path] = before
+
     try:
-        stages = sweep(adapter, calib, given, store, progress, work, allocated)
+        stages = sweep(adapter, calib, given, store, progress, work, allocated, replaced)
     except BaseException:
         for path, layer in originals.items():
             set_module(module, path, layer)
@@ -179,8 +191,7 @@ def _quantize(adapter: RecordedAdapter, recipe: Recipe, work: Path | None, progr
     if given.sensitivity or recipe.allocates:
         by_blocks = any(one.get("weighed") for one in (facts.get("allocation", {}), *stages))
         weighed = "block errors" if by_blocks else "gradient"
-    sizes = SizeReport(
-        layer_sizes(module, originals), kept_layers(module, reasons), before, stored_bytes(module), weights
-    )
+    layers_made = tuple(sizes[path] for path in allocated)
+    report = SizeReport(layers_made, kept_layers(module, reasons), before, stored_bytes(module), weights)
     names = tuple(stage.name for stage in adapter.blocks)
-    return ModuleReport(recipe.name, sizes, names, adapter.broken, len(adapter.seen), stages, weighed, made, share)
+    return ModuleReport(recipe.name, report, names, adapter.broken, len(adapter.seen), stages, weighed, made, share)

@@ -27,7 +27,7 @@ from .convolutions import QuantizedConvolution
 from .kinds import Kind, kind_of
 from .packed import QuantizedLayer
 from .sizes import KeptLayer, LayerSize, SizeReport, is_hidden, is_packed, stored_bytes, weight_count
-from .tree import get_module, module_of, parameters, set_module
+from .tree import module_of, parameters, set_module
 
 KEPT = "the recipe keeps it"  # the reason for what a recipe could have taken
 Predicate = Callable[[str, nn.Module], bool | Mapping[str, Any]]
@@ -298,11 +298,9 @@ def _share_codes(chosen: Sequence[Held], layers: Sequence[QuantizedLayer]) -> No
         layer.share_integers(twin)
 
 
-def layer_sizes(model: nn.Module, originals: Mapping[str, nn.Module]) -> tuple[LayerSize, ...]:
-    """What became of layers that were replaced, by path the ones that there were."""
-    return tuple(
-        _size(Held(layer, (path,), kind_of(layer)), get_module(model, path)) for path, layer in originals.items()
-    )
+def layer_size(path: str, before: nn.Module, after: nn.Module) -> LayerSize:
+    """What became of a layer that was replaced."""
+    return _size(Held(before, (path,), kind_of(before)), after)
 
 
 def kept_layers(model: nn.Module, reasons: Mapping[str, str]) -> tuple[KeptLayer, ...]:

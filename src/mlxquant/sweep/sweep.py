@@ -25,10 +25,11 @@ what the exact one writes. Where rounding looks at both streams, what enters the
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import mlx.nn as nn
 import numpy as np
 
 from ..calibration.data import CalibrationData, OnDemand
@@ -49,12 +50,18 @@ from .store import Attentions, StageCheckpoint, StageResult, Store
 from .streams import ChannelCosts, Deviation, ExactStream, Passes
 from .trial import NEAREST, Job, Transforms, Trial
 
+Replaced = Callable[[str, nn.Module, nn.Module], None]
+
+
+def forget(path: str, before: nn.Module, after: nn.Module) -> None:
+    """What a sweep does with a layer that another one has replaced."""
+
 
 class Sweep:
     """Goes through the stages of a model and quantizes one after the other, as a job says."""
 
-    def __init__(self, job: Job):
-        self._job = job
+    def __init__(self, job: Job, replaced: Replaced = forget):
+        self._job, self._replaced = job, replaced
 
     def run(
         self, stages: Sequence[Stage], states: list[State] | OnDemand, store: Store | None = None
@@ -83,7 +90,7 @@ class Sweep:
                 if store is not None:
                     store.save(stage, result)
             for path, module in result.modules.items():  # from here on the stage is quantized, and stays so
-                set_module(self._job.adapter.module, path, module)
+                self._replaced(path, set_module(self._job.adapter.module, path, module), module)
             set_gains(self._job.adapter.module, result.gains)
             left = states
             if goes_on:
@@ -274,6 +281,7 @@ def sweep(
     progress: Progress = silent,
     work: Path | None = None,
     plan: Mapping[str, LayerSpec] | None = None,
+    replaced: Replaced = forget,
 ) -> list[dict[str, Any]]:
     """Quantize ``adapter.module`` in place, stage by stage.
 
@@ -285,6 +293,8 @@ def sweep(
         progress: A bar around each pass over the calibration data.
         work: A folder for what is measured before the first stage.
         plan: What the recipe means for each layer, by path; made from the recipe where nobody has made it.
+        replaced: Told of each layer as it goes, by its path, with what stands there now; what nobody keeps then gives
+            its memory back before the next stage begins.
 
     Returns:
         One dictionary of facts a stage, plain data.
@@ -305,4 +315,4 @@ def sweep(
         kept = Measurements(work, sensitivity_job(calibration, plan))
         sensitivity = measured(passes, adapter.stages, states, plan, kept)
     job = Job(passes, recipe, plan, teacher, sensitivity=sensitivity, judged=judged)
-    return Sweep(job).run(adapter.stages, states, store)
+    return Sweep(job, replaced).run(adapter.stages, states, store)
