@@ -12,7 +12,7 @@ from mlxquant.errors import ArtifactError
 from mlxquant.files.checked import read_tensors, write_tensors
 from mlxquant.grids.tables import ActivationTable
 from mlxquant.grids.time import Clock
-from mlxquant.layers.attention import QuantizedAttention
+from mlxquant.layers.attention import QuantizedAttention, SoftmaxAttention
 from mlxquant.layers.linear import QuantizedLinear
 from mlxquant.layers.module_files import load_module, save_module
 from mlxquant.layers.weight_only import W8A16Linear
@@ -210,10 +210,17 @@ def test_a_table_of_one_entry_comes_back_without_a_clock(tmp_path):
     np.testing.assert_array_equal(np.array(fresh.layers[0](x)), np.array(model.layers[0](x)))
 
 
-def test_quantized_attention_is_not_saved(tmp_path):
-    model = vision()
+def test_quantized_attention_is_saved_for_a_model_with_an_attention_to_open(tmp_path):
+    def with_attention(attention):
+        model = vision()
+        model.attention = attention
+        return model
+
     table = ActivationTable(np.array([0.5]), np.array([0.1]), np.zeros((1, 1)), np.array([8]))
-    model.attention = QuantizedAttention(table, Clock())
-    with pytest.raises(ArtifactError, match="attention is a QuantizedAttention, which this file cannot hold"):
-        save_module(model, tmp_path / "model.safetensors")
-    assert not list(tmp_path.iterdir())
+    file = mq.save_module(with_attention(QuantizedAttention(table, Clock(0.5))), tmp_path / "model.safetensors")
+    q, k, v = (mx.random.normal((1, 2, 5, 4), key=mx.random.key(seed)) for seed in range(3))
+    loaded = mq.load_module(with_attention(SoftmaxAttention()), file)
+    wrote = QuantizedAttention(table, Clock(0.5))(q, k, v)
+    np.testing.assert_array_equal(np.array(loaded.attention(q, k, v)), np.array(wrote))
+    with pytest.raises(ArtifactError, match="its attention at attention is quantized, and the model has none there"):
+        mq.load_module(vision(), file)

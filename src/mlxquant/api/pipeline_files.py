@@ -13,7 +13,8 @@ import mlx.nn as nn
 from ..errors import ArtifactError
 from ..files.atomic import absolute_place, atomic_folder, relative_place
 from ..files.checked import file_digest, read_json, versions, write_json
-from ..files.schema import anything, array_of, entries, inside, number, table_of, text
+from ..files.schema import anything, array_of, entries, flag, inside, number, table_of, text
+from ..layers.attention import find_quantized_attentions
 from ..layers.module_files import load_module, save_module
 from ..layers.tree import get_module
 from ..models.mflux.families import host_of
@@ -27,7 +28,7 @@ STRUCTURE = entries(
         "model": text,
         "place": text,
         "loras": array_of(entries({"path": text, "scale": number()})),
-        "components": table_of(entries({"file": inside, "module": text})),
+        "components": table_of(entries({"file": inside, "module": text, "opened": flag})),
         "files": table_of(text),
     },
     {"origin": anything},
@@ -64,12 +65,16 @@ def save_pipeline(
     modules = {component.name: component.module for component in pipeline.components}
     with atomic_folder(Path(out), force) as folder:
         written = {
-            one.name: {"file": f"{one.name}.safetensors", "module": one.module}
+            one.name: {
+                "file": f"{one.name}.safetensors",
+                "module": one.module,
+                "opened": bool(find_quantized_attentions(modules[one.name])),
+            }
             for one in report.components
             if one.report is not None
         }
         for name, one in written.items():
-            save_module(inside_of(modules[name], one["module"]), folder / one["file"])
+            save_module(inside_of(modules[name], str(one["module"])), folder / str(one["file"]))
         write_json(
             folder / FILE,
             KIND,
@@ -78,7 +83,7 @@ def save_pipeline(
                 "place": relative_place(pipeline.name.place, folder),
                 "loras": [{"path": path, "scale": scale} for path, scale in pipeline.loras],
                 "components": written,
-                "files": {one["file"]: file_digest(folder / one["file"]) for one in written.values()},
+                "files": {str(one["file"]): file_digest(folder / str(one["file"])) for one in written.values()},
                 "origin": dict(origin or {}),
                 **versions(),
             },
@@ -114,7 +119,10 @@ def load_pipeline(reference: str | Path) -> MfluxPipeline:
         if name not in modules:
             raise ArtifactError(f"{folder / FILE}: {pipeline.name} has no component {name!r:.80}; use mflux 0.24")
         module = inside_of(modules[name], one["module"])
-        load_module(module, file, host_of(module).time)
+        host = host_of(module)
+        if one["opened"]:
+            host.open(module)
+        load_module(module, file, host.time)
     return pipeline
 
 

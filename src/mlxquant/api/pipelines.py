@@ -4,7 +4,7 @@ same run.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,6 +30,7 @@ from ..sampling.prompts import Prompt
 from .recorded import ModuleReport, quantize_module
 
 EMBEDDINGS = "@embedding"
+Seen = dict[str, list[tuple[str, Recording]]]  # by component, recordings of its spine
 TEXT_RECIPE = "rtn+embeddings-w8a16-g64"  # what mflux's own 8 bits are
 
 
@@ -146,23 +147,36 @@ def quantize_pipeline(
     recipes = {component.name: wanted[component.purpose] for component in pipeline.components}
     pipeline.check_finite()
     before = {one.name: (weight_count(one.module), _half_bytes(one.module)) for one in pipeline.components}
-    seen: dict[str, list[tuple[str, Recording]]] = {}
-    pipeline.forget_texts()
-    with ExitStack() as recordings:
-        for component in pipeline.components:
-            if (one := recipes[component.name]) is not None and uniform(one, component) is None:
-                seen[component.name] = [
+    calibrated = [
+        component
+        for component in pipeline.components
+        if (one := recipes[component.name]) is not None and uniform(one, component) is None
+    ]
+    for component in calibrated:
+        if (one := recipes[component.name]) is not None and one.probabilities is not None:
+            host_of(component.module).open(component.module)
+
+    def drawn(components: Sequence[Component]) -> Seen:
+        """What is called in some components while the prompts are drawn."""
+        pipeline.forget_texts()
+        with ExitStack() as recordings:
+            seen = {
+                component.name: [
                     (path, recordings.enter_context(recording(module, samples)))
                     for path, module in spine(component.module)
                 ]
-        if seen:
-            pipeline.draw(prompts, steps, cfg, size, negative, progress)
-    rows = []
+                for component in components
+            }
+            if seen:
+                pipeline.draw(prompts, steps, cfg, size, negative, progress)
+        return seen
+
+    seen, rows = drawn(calibrated), []
     for component in pipeline.components:
         found, path, given = recipes[component.name], "", None
         if found is not None:
             folder = None if work is None else Path(work) / component.name
-            path, given = _quantize(component, found, seen.get(component.name, []), folder, progress)
+            path, given = _quantize(component, found, seen.get(component.name, []), drawn, folder, progress)
         weights, nbytes = before[component.name]
         name = "" if found is None else found.name
         rows.append(ComponentReport(component.name, name, weights, nbytes, _half_bytes(component.module), path, given))
@@ -174,6 +188,7 @@ def _quantize(
     component: Component,
     recipe: Recipe,
     seen: Sequence[tuple[str, Recording]],
+    drawn: Callable[[Sequence[Component]], Seen],
     work: Path | None,
     progress: Progress,
 ) -> tuple[str, ModuleReport | SizeReport]:
@@ -203,6 +218,7 @@ def _quantize(
         time=host.time,
         edges=host.edges,
         keep=kept,
+        again=lambda: dict(drawn([component])[component.name])[path],
         restores=False,
         work=work,
         progress=progress,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +14,8 @@ from ..calibration.recorded import RecordedCalibration
 from ..errors import CalibrationError
 from ..files import checked
 from ..grids.keeping_time import Time, keep_time
+from ..layers.attention import find_attentions
+from ..layers.kinds import find_exact_layers
 from ..layers.quantize_linears import kept_layers, layer_size
 from ..layers.sizes import LayerSize, SizeReport, stored_bytes, weight_count
 from ..layers.tree import module_of, set_module
@@ -80,6 +82,7 @@ def quantize_module(
     roles: Mapping[str, str] | None = None,
     edges: Sequence[Edge] = (),
     keep: Mapping[str, str] | None = None,
+    again: Callable[[], Recording] | None = None,
     restores: bool = True,
     work: str | Path | None = None,
     progress: Progress = silent,
@@ -105,6 +108,9 @@ def quantize_module(
             them transforms cost nothing while the module runs.
         keep: Layers that stay as they are whatever the recipe says, by path, each with the reason, which the report
             repeats.
+        again: For recipes of several rounds (``progressive``, ``tcaqdm``): called once the module is quantized, runs
+            the pipeline again and returns what that recorded. The module is then quantized anew, from full precision,
+            for what it was called with.
         restores: Whether the module is as it was after an error. Its layers in full precision are kept in memory for
             that until the end; without it each goes as soon as another stands in its place.
         work: A folder that keeps finished stages; a killed run goes on from there and ends with the same bytes.
@@ -156,7 +162,43 @@ def quantize_module(
         require_traced_anew(module, seen[0])
     with uncompiled(), nullcontext() if folder is None else kept_work(folder):
         adapter = RecordedAdapter(seen, blocks, time, roles, edges, keep)
-        return _quantize(adapter, recipe, folder, progress, restores)
+        adapter.renews = again is not None
+        if recipe.rounds == 1 or again is None:  # which a recipe of several is refused without
+            return _quantize(adapter, recipe, folder, progress, restores)
+        return _in_rounds(adapter, again, recipe, folder, progress, restores, blocks, time, roles, edges, keep)
+
+
+def _in_rounds(
+    adapter: RecordedAdapter,
+    again: Callable[[], Recording],
+    recipe: Recipe,
+    work: Path | None,
+    progress: Progress,
+    restores: bool,
+    *known: Any,
+) -> ModuleReport:
+    """Quantize several times, each after the first for what the module is called with by then; ``known`` is what else
+    an adapter is made of.
+    """
+    module = adapter.module
+    kind, originals = type(module), {**find_exact_layers(module), **find_attentions(module)}
+
+    def restore() -> None:
+        module.__class__ = kind  # a class that keeps time has the clock of its round
+        for path, layer in originals.items():
+            set_module(module, path, layer)
+
+    for turn in range(recipe.rounds):
+        if turn:
+            try:
+                drawn = again()
+            finally:
+                restore()
+            adapter = RecordedAdapter(drawn.answered_anew(), *known)
+            adapter.renews = True
+        folder = None if work is None else work / f"round-{turn + 1}"
+        report = _quantize(adapter, recipe, folder, progress, restores)
+    return report
 
 
 def _quantize(

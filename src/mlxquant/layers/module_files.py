@@ -19,6 +19,7 @@ from ..files import schema
 from ..files.checked import read_tensors, understood, write_tensors
 from ..grids.keeping_time import Time, keep_time
 from ..grids.time import Clock
+from .attention import QuantizedAttention, find_attentions, find_quantized_attentions
 from .kinds import find_layers, rebuilt, refresh, structure
 from .names import WEIGHT
 from .own import QuantizedModule
@@ -32,7 +33,8 @@ HEADER = schema.entries(
     {
         **dict.fromkeys(("layers", "layers_that_share"), schema.table_of(structure)),
         **dict.fromkeys(("same_layers", "same_arrays"), schema.table_of(schema.text)),
-    }
+    },
+    {"attentions": schema.table_of(QuantizedAttention.STRUCTURE)},
 )
 
 
@@ -50,14 +52,14 @@ def save_module(model: nn.Module, path: str | Path) -> Path:
         The file.
 
     Raises:
-        ArtifactError: When the module holds what the file cannot: quantized attention, or dtypes that are not stored.
+        ArtifactError: When the module holds what the file cannot, such as dtypes that are not stored.
     """
     path = Path(path)
     for place, module in model.named_modules():
-        if isinstance(module, QuantizedModule) and not isinstance(module, QuantizedLayer):
+        if isinstance(module, QuantizedModule) and not isinstance(module, QuantizedLayer | QuantizedAttention):
             raise ArtifactError(
                 f"{path}: {place} is a {type(module).__name__}, which this file cannot hold; save the model that"
-                " mlxquant.quantize returned, or quantize without 'softmax'"
+                " mlxquant.quantize returned"
             )
     arrays: dict[str, mx.array] = {}
     same_arrays: dict[str, str] = {}
@@ -76,6 +78,8 @@ def save_module(model: nn.Module, path: str | Path) -> Path:
             facts[kind][place] = {"class": type(module).__name__, **module.facts}
         else:
             same_layers[place] = at
+    if attentions := {place: module.facts for place, module in find_quantized_attentions(model).items()}:
+        facts["attentions"] = attentions
     write_tensors(path, KIND, arrays, {**facts, "same_layers": same_layers, "same_arrays": same_arrays})
     return path
 
@@ -100,7 +104,9 @@ def load_module(model: nn.Module, path: str | Path, time: Time | None = None) ->
     arrays, header = read_tensors(path, KIND, schema=HEADER)
     with understood(path, "write it anew"):
         facts = header["layers"] | header["layers_that_share"]
+        attentions = header.get("attentions", {})
         levels = max((some["table"][0] for some in facts.values() if some.get("table")), default=0)
+        levels = max([levels, *(some["table"] for some in attentions.values())])
         clock = Clock(None if time is not None else STILL)
         layers = {place: rebuilt(some, clock if some.get("table") else None) for place, some in facts.items()}
         layers.update({place: layers[at] for place, at in header["same_layers"].items()})
@@ -110,11 +116,19 @@ def load_module(model: nn.Module, path: str | Path, time: Time | None = None) ->
             f"{path}: its layers have tables of {levels} noise levels; pass time=, which reads the level of a call from"
             " its arguments, as mlxquant.quantize_module was given it"
         )
+    for place in attentions:
+        if place not in find_attentions(model):
+            raise ArtifactError(
+                f"{path}: does not fit the model: its attention at {place} is quantized, and the model has none there"
+                " that can be opened; build the model that was quantized"
+            )
+    opened = {place: QuantizedAttention.blank(some, clock) for place, some in attentions.items()}
     for place, layer in layers.items():
         _require_fit(path, model, place, layer)
-    _require_parameters(path, model, layers, arrays)
-    for place, layer in layers.items():
-        set_module(model, place, layer)
+    replaced: dict[str, nn.Module] = {**layers, **opened}
+    _require_parameters(path, model, replaced, arrays)
+    for place, module in replaced.items():
+        set_module(model, place, module)
     model.load_weights(list(arrays.items()))
     refresh(model)
     if levels and time is not None:
@@ -148,7 +162,7 @@ def _require_parameters(
     public = {name: value.shape for name, value in parameters(model).items()}
     expected = {name: shape for name, shape in public.items() if name.rpartition(".")[0] not in layers}
     for place, layer in layers.items():
-        if f"{place}.{WEIGHT}" in public:  # a path with a private part is none of the model's parameters
+        if f"{place}.{WEIGHT}" in public or isinstance(layer, QuantizedAttention):  # what is private has no parameters
             expected.update({f"{place}.{name}": value.shape for name, value in parameters(layer).items()})
     found = {name: value.shape for name, value in arrays.items()}
     if missing := sorted(set(expected) - set(found)):

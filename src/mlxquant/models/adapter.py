@@ -64,6 +64,7 @@ class Adapter(ABC):
         rows: How many samples one backward pass through a block may have: what memory allows.
         draws: Whether it draws from noise, by the velocity that it predicts at each noise level; False where it writes
             text.
+        renews: Whether calibration can be made again on what the quantized model does, though it does not draw.
         timed: Whether its inputs differ by noise level.
         weighs: Whether errors inside of it can be weighed by what they change in its prediction.
         place: Where weights that ``module`` does not hold come from: a folder, a hub id, or "" for the usual one.
@@ -77,6 +78,7 @@ class Adapter(ABC):
     samples: int | None = None
     rows: int = 16
     draws: bool = True
+    renews: bool = False
     timed: bool = True
     weighs: bool = True
     place: str = ""

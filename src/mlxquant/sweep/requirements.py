@@ -33,8 +33,8 @@ def check_model(adapter: Adapter, recipe: Recipe) -> None:
             " has none that anybody could read; leave it out, use 'error' or '-token', or say how to read it: of a"
             " recorded module with time="
         )
-    if recipe.rounds > 1 and not adapter.draws:
+    if recipe.rounds > 1 and not (adapter.draws or adapter.renews):
         raise RecipeError(
             f"recipe {recipe.name} calibrates again on pictures that the quantized model draws, and {adapter.name}"
-            " draws none by itself; leave out 'progressive' and 'tcaqdm'"
+            " draws none by itself; leave out 'progressive' and 'tcaqdm', or say how: of a recorded module with again="
         )

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -12,9 +13,11 @@ from mlxquant.api.pipeline_files import load_pipeline, save_pipeline
 from mlxquant.api.pipelines import quantize_pipeline
 from mlxquant.errors import AdapterError, ArtifactError, CalibrationError, ExportError
 from mlxquant.exporters.pipelines import write_pipeline
+from mlxquant.layers.attention import find_quantized_attentions
 from mlxquant.models.mflux.components import _predicate, spine
 from mlxquant.models.mflux.names import MfluxName, is_mflux
 from mlxquant.models.mflux.pipeline import MfluxPipeline
+from mlxquant.recipes.grammar import parse_recipe
 
 from support.command_line import fail, succeed
 from support.mflux_checkpoints import small_models
@@ -306,3 +309,27 @@ def test_options_of_pipelines_are_for_them_alone(tmp_path):
         "quantize", "--model", "mmdit-shapes", "--recipe", "rtn-w8a16", "--vae-recipe", "keep", "--out", tmp_path / "no"
     )
     assert "--vae-recipe are for pipelines of mflux, and mmdit-shapes is none" in said
+
+
+def test_tcaqdm_opens_attention_and_draws_again(tmp_path):
+    folder = dense("schnell")
+    recipe = parse_recipe("tcaqdm-w4a8")
+    recipe = replace(recipe, learning=replace(recipe.learning, iterations=3))
+    labels = []
+
+    def watch(items, label):
+        labels.append(label)
+        return items
+
+    with small_models():
+        pipeline = MfluxPipeline.load(str(folder))
+        report = quantize_pipeline(
+            pipeline, CALIBRATION, recipe, None, steps=2, size=SIZE, work=tmp_path / "work", progress=watch
+        )
+        picture = drawn(pipeline)
+        save_pipeline(pipeline, report, tmp_path / "ours")
+        again = load_pipeline(tmp_path / "ours")
+    assert labels.count("drawing") == 2  # to calibrate, and for the second round
+    assert len(find_quantized_attentions(pipeline.pipeline.transformer)) == 4
+    assert {path.name for path in (tmp_path / "work" / "transformer").iterdir()} >= {"round-1", "round-2"}
+    np.testing.assert_array_equal(drawn(again), picture)

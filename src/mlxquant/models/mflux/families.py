@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from ...grids.keeping_time import Time
+from ...layers.opening import open_attention
+from ...layers.tree import get_module
 from ..edges import Edge, Fold
 
 Modulation = tuple[Fold, ...]
@@ -22,12 +25,19 @@ Modulation = tuple[Fold, ...]
 
 @dataclass(frozen=True)
 class Host:
-    """What is known of a module: how to read the noise level in [0,1] from a call, None where nobody knows, and its
-    edges.
+    """What is known of a module: how to read the noise level in [0,1] from a call, None where nobody knows, its edges,
+    and where the code stands that computes its attentions, which are the modules at the paths ``attentions``.
     """
 
     time: Time | None = None
     edges: tuple[Edge, ...] = ()
+    attentions: tuple[str, ...] = ()
+    code: str = ""
+
+    def open(self, module: nn.Module) -> None:
+        """Let the attentions of the module be found."""
+        for path in self.attentions:
+            open_attention(get_module(module, path), vars(import_module(f"mflux.{self.code}")))
 
 
 def host_of(module: nn.Module) -> Host:
@@ -75,7 +85,9 @@ def _flux1(module: Any) -> Host:
         edges.append(Edge(last, (value,), mixes=width // heads, columns=(0, width)))
         edges.append(Edge(last, after="gelu", reorders=(hidden,), columns=(width, width + wide)))
     edges.append(Edge(("proj_out",), _rows("norm_out.linear", _width(module, "norm_out.linear"), 1, 0)))
-    return Host(_of_step, tuple(edges))
+    lists = ("transformer_blocks", "single_transformer_blocks")
+    attentions = tuple(f"{name}.{index}.attn" for name in lists for index in range(len(getattr(module, name))))
+    return Host(_of_step, tuple(edges), attentions, "models.flux.model.flux_transformer.common.attention_utils")
 
 
 def _qwen_image(module: Any) -> Host:
@@ -186,9 +198,7 @@ def _out(module: Any, path: str) -> int:
 
 
 def _weight(module: Any, path: str) -> mx.array:
-    for part in path.split("."):
-        module = module[int(part)] if part.isdigit() else getattr(module, part)
-    weight: mx.array = module.weight
+    weight: mx.array = get_module(module, path).weight
     return weight
 
 

@@ -139,6 +139,15 @@ class Recording:
 
         return Call(make)
 
+    def answered_anew(self) -> Recording:
+        """The same calls with what the module returns now: for calls that it was given while it was quantized, once it
+        is in full precision again.
+        """
+        other = Recording(self.module, self._samples, self._limit / 1e9, None)
+        for index in range(len(self)):
+            other.keep(*self[index].given(), self[index].again(self.module))
+        return other
+
     @property
     def record(self) -> dict[str, Any]:
         """All that a calibration with these calls depends on, as plain data."""
