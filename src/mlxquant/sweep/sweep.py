@@ -42,6 +42,7 @@ from ..progress import Progress, silent
 from ..recipes.recipe import LayerSpec, Recipe
 from .attention import quantize_probabilities
 from .folding import gained, set_gains
+from .memory import give_back
 from .planning import planned
 from .reconstruction import Reconstruction, reconstruct_stage
 from .rounding import Rounding
@@ -96,6 +97,7 @@ class Sweep:
             if goes_on:
                 states = result.outputs or self._job.passes.through(stage, states)
             left.clear()  # only now: the stage may just have run on them again
+            give_back()
             facts.append(result.facts)
         return facts + [untouched(stage).facts for stage in stages[last + 1 :]]
 
