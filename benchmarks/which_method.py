@@ -7,8 +7,8 @@ Rows have the CPU seconds to quantize, too; tables do not, since several rows ma
 What is reported is separate from what was chosen: methods and defaults were chosen on held-out prompts 0 to 63, and
 figures are of prompts 64 to 127, which no choice has seen. Every recipe is calibrated three times, each time on 16
 other prompts with other seeds, and intervals are over draws of the calibration and prompts together (``draws.py``).
-Recipes that learn have one draw, and an interval that knows nothing of others. A difference whose interval holds zero
-is a tie.
+Recipes that learn, codes or networks over time, have one draw, and an interval that knows nothing of others. A
+difference whose interval holds zero is a tie.
 
 Rows that are in ``WORK.jsonl`` already are not computed again, so several processes may share it; those behind the docs
 are in ``benchmarks/results/which_method.jsonl``. ``@N`` behind a recipe stands for N iterations of learning. The last
@@ -42,6 +42,7 @@ CALIBRATION = 16  # prompts a draw
 FIRST, COUNT = 64, 64  # of the held-out prompts; those before FIRST are for choices
 DRAWS = 3
 EXACT = "full precision"
+NETWORKS = ("+tdq", "+logsnr")
 ROWS = {
     "w8a8": "rtn gptq gptq+smoothquant+rotation",
     "w4a16": "rtn gptq qronos mixed gptq+smoothquant+rotation+mixed",
@@ -66,7 +67,8 @@ def rows() -> list[str]:
 
 def draws_of(name: str) -> int:
     """How many draws a recipe is worth the time of."""
-    return 1 if "@" in name else DRAWS
+    learns = "@" in name or any(network in name for network in NETWORKS)
+    return 1 if learns else DRAWS
 
 
 class Bench:
