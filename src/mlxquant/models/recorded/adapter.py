@@ -32,12 +32,13 @@ from ...layers.kinds import find_exact_layers, find_layers
 from ...layers.tree import get_module, swapped
 from ..adapter import Adapter
 from ..edges import Edge, check_edges
-from ..stages import Stage, State, is_at
+from ..stages import Stage, State
 from .blocks import find_blocks, require_blocks, require_called, some_of
 from .chain import Chain
 from .naming import BrokenChainError, Skeleton
 from .reach import find_reach
 from .recording import Call, Recording
+from .roles import Roles
 from .trees import arrays
 from .watching import uncompiled
 
@@ -116,6 +117,8 @@ class RecordedAdapter(Adapter):
             self._cut(found)
         elif not self.broken:
             self.broken = "no blocks were wanted"
+        steps = [step.path for step in self.chain.steps] if self.chain else []
+        self._roles = Roles(steps, self.chain.glue if self.chain else {}, self._reached)
         self._originals: dict[str, nn.Module] = (
             {path: get_module(self.module, path) for path in self.chain.glue} if self.chain else {}
         )
@@ -165,38 +168,7 @@ class RecordedAdapter(Adapter):
         return tuple(stage for stage in self._stages if stage.name in names)
 
     def role(self, path: str) -> str:
-        if path in self._roles_given:
-            return self._roles_given[path]
-        cut = None if self.chain is None else self.chain.glue.get(path)
-        if cut == 0:
-            return "embedder"
-        if self.chain is not None and (end := self._end(path)):
-            return end
-        name = path.rpartition(".")[2]
-        if name in ("gate", "router") or (len(self._reached.get(path, ())) == 2 and self._has_tokens(path)):
-            return "modulation"
-        if self.chain is not None and cut == len(self.chain.steps):
-            return "output"
-        return "attention" if "attn" in path or "attention" in path else "mlp"
-
-    def _end(self, path: str) -> str:
-        """What a layer is for that makes up the first or the last block alone, as the convolutions at both ends of a
-        UNet do, which stand in its lists; "" for any other.
-        """
-        assert self.chain is not None
-        for step, role in ((self.chain.steps[0], "embedder"), (self.chain.steps[-1], "output")):
-            inside = [other for other in self._reached if is_at(other, step.path)]
-            if len(self.chain.steps) > 2 and inside == [path]:
-                return role
-        return ""
-
-    def _has_tokens(self, path: str) -> bool:
-        """Whether other layers of the same block, or of any where it stands in none, read tokens [...,T,D], beside
-        which [B,D] is a conditioning.
-        """
-        steps = self.chain.steps if self.chain else []
-        block = next((step.path for step in steps if is_at(path, step.path)), "")
-        return any(len(shape) > 2 for other, shape in self._reached.items() if other.startswith(block))
+        return self._roles_given[path] if path in self._roles_given else self._roles.of(path)
 
     def describe(self) -> dict[str, Any]:
         raise AdapterError(f"{self.name}: a recorded module is saved by mlxquant.save_module")
