@@ -11,11 +11,13 @@ from typing import Any
 import click
 
 from .api import jobs
+from .api.dry_run import plan_pipeline
 from .api.loading import load
+from .api.machine import memory_bytes
 from .api.model import Model
 from .api.pipeline_files import save_pipeline
 from .api.pipelines import TEXT_RECIPE, quantize_pipeline
-from .api.plan import of_first_blocks, plan
+from .api.plan import of_first_blocks, plan, planned_sizes
 from .api.quantizing import calibrate, calibrate_text
 from .calibration.data import CalibrationData
 from .commandline.console import Command, peak_bytes, progress, result, say
@@ -37,6 +39,7 @@ from .commandline.options import (
 from .errors import AdapterError, RecipeError
 from .exporters.pipelines import write_pipeline
 from .models.mflux.names import is_mflux
+from .models.mflux.outline import unread
 from .models.mflux.pipeline import MfluxPipeline
 from .models.recorded.recording import SAMPLES
 from .pipeline.apply import TrackFiles
@@ -108,7 +111,8 @@ calibration_options = together(
 @option("--adaround-output", type=PATH, help="Take the blocks' weights from this folder of adaround-optimize.")
 @option("--quant-config", type=PATH, help="And their activation scales from this file of analyze-activations.")
 @pipeline_options
-@option("--out", type=PATH, required=True, help="Folder for the quantized model.")
+@option("--dry-run", is_flag=True, help="Say what it would write and take, from the headers of the weights alone.")
+@option("--out", type=PATH, help="Folder for the quantized model; a dry run needs none.")
 @run_options
 def command(
     name: str,
@@ -122,7 +126,8 @@ def command(
     iters: int | None,
     adaround_output: Path | None,
     quant_config: Path | None,
-    out: Path,
+    out: Path | None,
+    dry_run: bool,
     force: bool,
     resume: bool,
     text_recipe: str | None,
@@ -135,6 +140,8 @@ def command(
 
     Any recipe on any model; the result is a folder. A model of mflux (mflux:z-image-turbo) becomes one that mflux runs.
     """
+    if out is None and not dry_run:
+        raise click.UsageError("Missing option '--out'.")
     recipe = limited(parse_recipe(recipe_name, override), bits_per_weight, bits_per_activation)
     if iters is not None:
         recipe = replace(recipe, learning=replace(recipe.learning, iterations=iters))
@@ -144,7 +151,7 @@ def command(
         others = {"blocks": blocks, "require_share": require_share, "adaround_output": adaround_output}
         others |= {"quant_config": quant_config, "data": calibration.pop("data"), "length": calibration.pop("length")}
         refuse(others, f"mean nothing for {name}, a pipeline of mflux")
-        quantize_mflux(name, recipe, out, force, resume, size, **pipeline, **calibration)
+        quantize_mflux(name, recipe, None if dry_run else out, force, resume, size, **pipeline, **calibration)
         return
     refuse(pipeline, f"are for pipelines of mflux, and {name} is none")
     if quant_config is not None and adaround_output is None:
@@ -162,6 +169,11 @@ def command(
         tracks.store(model.clone(), layers)  # refused now, if at all, and not after the calibration
         if quant_config is None:
             say("without --quant-config the blocks keep unquantized activations")
+    if dry_run or out is None:
+        sizes = planned_sizes(model, recipe, layers)
+        say(str(sizes))
+        result(sizes.facts)
+        return
     with jobs.work_folder(out, force, resume) as work:
         calib = calibrated(model, work, **calibration)
         done = jobs.quantized(model, calib, recipe, work, progress, tracks)
@@ -237,7 +249,7 @@ def calibrated(
 def quantize_mflux(
     name: str,
     recipe: Recipe,
-    out: Path,
+    out: Path | None,
     force: bool,
     resume: bool,
     size: PictureSize | None,
@@ -254,7 +266,7 @@ def quantize_mflux(
     seed: int,
 ) -> None:
     """Quantize a pipeline of mflux and write the folder that mflux runs, or one of ours where layers do more than mflux
-    has a place for.
+    has a place for. Without ``out`` only say what that would take.
     """
     if len(lora_scales) > len(lora_paths):
         raise AdapterError(f"--lora-scales: {len(lora_scales)} scales for {len(lora_paths)} files of --lora-paths")
@@ -262,28 +274,28 @@ def quantize_mflux(
     specs = [spec for _, spec in recipe.rules if spec is not None]
     ours = any(spec.activation or spec.branch or spec.transforms for spec in specs) or recipe.probabilities is not None
     pixels = size or CALIBRATION_SIZE
+    loras = list(zip(lora_paths, scales, strict=True))
+    texts = TEXT_RECIPE if text_recipe is None else None if text_recipe == KEEP else text_recipe
+    recipes = (recipe, texts, None if vae_recipe in (None, KEEP) else vae_recipe)
+    how: dict[str, Any] = {"steps": steps, "cfg": cfg_weight, "size": pixels, "negative": negative}
+    how["samples"] = samples or SAMPLES
+    given = None if prompt_file is None else read_prompts(prompt_file)[:num_prompts]
+    count = len(given) if given is not None else num_prompts or PROMPTS
+    if out is None:
+        with unread():
+            pipeline = MfluxPipeline.load(name, loras)
+        planned = plan_pipeline(pipeline, count, *recipes, **how)
+        say(str(planned))
+        say(planned.told_of_memory(memory_bytes()))
+        result(planned.facts)
+        return
     with jobs.work_folder(out, force, resume) as work:
-        pipeline = MfluxPipeline.load(name, list(zip(lora_paths, scales, strict=True)))
-        prompts = (
-            read_prompts(prompt_file)[:num_prompts]
-            if prompt_file
-            else pipeline.prompts("calibration", num_prompts or PROMPTS, seed)
-        )
+        pipeline = MfluxPipeline.load(name, loras)
+        if advice := plan_pipeline(pipeline, count, *recipes, **how, measure=False).require_memory(memory_bytes()):
+            say(f"warning: {advice}")
+        prompts = pipeline.prompts("calibration", count, seed) if given is None else given
         start = time.perf_counter()
-        report = quantize_pipeline(
-            pipeline,
-            prompts,
-            recipe,
-            TEXT_RECIPE if text_recipe is None else None if text_recipe == KEEP else text_recipe,
-            None if vae_recipe in (None, KEEP) else vae_recipe,
-            steps=steps,
-            cfg=cfg_weight,
-            size=pixels,
-            negative=negative,
-            samples=samples or SAMPLES,
-            work=work,
-            progress=progress,
-        )
+        report = quantize_pipeline(pipeline, prompts, *recipes, **how, work=work, progress=progress)
         seconds = time.perf_counter() - start
         drawn = {"prompts": len(prompts), "steps": steps or pipeline.steps, "size": told(pixels)}
         if ours:

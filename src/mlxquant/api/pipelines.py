@@ -83,17 +83,13 @@ class PipelineReport:
     def __str__(self) -> str:
         rows = [("component", "recipe", "parameters", "GB before", "GB after", "bits a weight")]
         for one in self.components:
-            sizes = _millions(one.weights), _gb(one.before), _gb(one.after), f"{one.bits_per_weight:.2f}"
+            sizes = millions(one.weights), gigabytes(one.before), gigabytes(one.after), f"{one.bits_per_weight:.2f}"
             rows.append((one.name, one.recipe or "kept", *sizes))
         before, after, weights = (
             sum(getattr(one, name) for one in self.components) for name in ("before", "after", "weights")
         )
-        rows.append(("all", "", _millions(weights), _gb(before), _gb(after), f"{8 * after / weights:.2f}"))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return "\n".join(
-            "  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
-            for row in rows
-        )
+        rows.append(("all", "", millions(weights), gigabytes(before), gigabytes(after), f"{8 * after / weights:.2f}"))
+        return aligned(rows)
 
 
 def quantize_pipeline(
@@ -143,10 +139,14 @@ def quantize_pipeline(
     """
     if not prompts:
         raise CalibrationError("there are no prompts to draw for the calibration")
-    wanted = {"transformer": _read(recipe), "text": _read(text_recipe), "decoder": _read(decoder_recipe)}
+    wanted = {
+        "transformer": read_recipe(recipe),
+        "text": read_recipe(text_recipe),
+        "decoder": read_recipe(decoder_recipe),
+    }
     recipes = {component.name: wanted[component.purpose] for component in pipeline.components}
     pipeline.check_finite()
-    before = {one.name: (weight_count(one.module), _half_bytes(one.module)) for one in pipeline.components}
+    before = {one.name: (weight_count(one.module), half_bytes(one.module)) for one in pipeline.components}
     calibrated = [
         component
         for component in pipeline.components
@@ -179,7 +179,7 @@ def quantize_pipeline(
             path, given = _quantize(component, found, seen.get(component.name, []), drawn, folder, progress)
         weights, nbytes = before[component.name]
         name = "" if found is None else found.name
-        rows.append(ComponentReport(component.name, name, weights, nbytes, _half_bytes(component.module), path, given))
+        rows.append(ComponentReport(component.name, name, weights, nbytes, half_bytes(component.module), path, given))
     pipeline.forget_texts()
     return PipelineReport(tuple(rows))
 
@@ -198,7 +198,7 @@ def _quantize(
         return "", quantize_linears(
             component.module,
             format,
-            exclude=[path for path in kept if _is_known(component.module, path)],
+            exclude=[path for path in kept if is_known(component.module, path)],
             embeddings=any(pattern == EMBEDDINGS for pattern, _ in recipe.rules),
             convolutions=False,
         )
@@ -239,7 +239,7 @@ def _with_unreached(module: nn.Module, recipe: Recipe, sizes: SizeReport, kept: 
     return replace(sizes, layers=(*sizes.layers, *done.layers), kept=still, after=done.after)
 
 
-def _read(recipe: str | Recipe | None) -> Recipe | None:
+def read_recipe(recipe: str | Recipe | None) -> Recipe | None:
     """A recipe with scales in which mflux computes."""
     found = parse_recipe(recipe) if isinstance(recipe, str) else recipe
     return None if found is None else with_bfloat16_scales(found)
@@ -257,7 +257,7 @@ def uniform(recipe: Recipe, component: Component) -> str | None:
     return str(spec.weight) if plain and spec.rounding == "rtn" and spec.steps == "extremes" else None
 
 
-def _is_known(module: nn.Module, path: str) -> bool:
+def is_known(module: nn.Module, path: str) -> bool:
     """Whether ``quantize_linears`` would take what is at a path."""
     return isinstance(get_module(module, path), nn.Linear | nn.Embedding)
 
@@ -277,7 +277,7 @@ def kept_by_mflux(component: Component, recipe: Recipe) -> dict[str, str]:
     return kept
 
 
-def _half_bytes(module: nn.Module) -> int:
+def half_bytes(module: nn.Module) -> int:
     """Bytes of a module with all floating tensors in 16 bits."""
     wide = sum(value.nbytes - 2 * value.size for value in parameters(module).values() if _is_wide(value))
     return stored_bytes(module) - wide
@@ -292,9 +292,18 @@ def facts_of(report: ModuleReport | SizeReport) -> Mapping[str, Any]:
     return report.to_dict() if isinstance(report, ModuleReport) else report.facts
 
 
-def _millions(count: int) -> str:
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Rows as a table: two columns of words, then numbers."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+        for row in rows
+    )
+
+
+def millions(count: int) -> str:
     return f"{count / 1e6:.1f} M"
 
 
-def _gb(nbytes: int) -> str:
+def gigabytes(nbytes: int) -> str:
     return f"{nbytes / 1e9:.3f}"

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from ..errors import RecipeError
 from ..layers.kinds import known_kind
 from ..layers.packed import check_parts
+from ..layers.sizes import planned_layer_bytes, stored_bytes, weight_count
 from ..recipes.recipe import LayerSpec, Recipe
 from ..sweep.allocation import check_limits
 from ..sweep.planning import planned
@@ -31,6 +34,38 @@ def of_first_blocks(model: Model, recipe: Recipe, count: int) -> Recipe:
     kept = [prefix for prefix in others if any(path == prefix or path.startswith(f"{prefix}.") for path in layers)]
     rules = (*((prefix, None) for prefix in kept), *recipe.rules)
     return replace(recipe, name=f"{recipe.name},blocks={count}", rules=rules)
+
+
+@dataclass(frozen=True)
+class PlannedSizes:
+    """Bytes of a model before and after a recipe. ``weights`` are its parameters."""
+
+    recipe: str
+    weights: int
+    before: int
+    after: int
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """As plain data."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.recipe}: {self.weights / 1e6:.1f} M parameters, {self.before / 1e6:.2f} MB before and"
+            f" {self.after / 1e6:.2f} MB after, by arithmetic; memory and time are estimated for models of mflux alone"
+        )
+
+
+def planned_sizes(model: Model, recipe: Recipe, layers: Mapping[str, LayerSpec]) -> PlannedSizes:
+    """What a ``plan`` of a model would store, without what transforms and tables of inputs add."""
+    module, exact = model.adapter.module, model.adapter.layers()
+    weights, before = sum(exact[path].weight.size for path in layers), stored_bytes(module)
+    stored = sum(planned_layer_bytes(spec, exact[path]) for path, spec in layers.items())
+    if recipe.bits_per_weight is not None:
+        stored = int(weights * recipe.bits_per_weight / 8)
+    after = before - sum(exact[path].weight.nbytes for path in layers) + stored
+    return PlannedSizes(recipe.name, weight_count(module), before, after)
 
 
 def plan(model: Model, recipe: Recipe) -> dict[str, LayerSpec]:

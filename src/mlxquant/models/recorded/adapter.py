@@ -117,8 +117,8 @@ class RecordedAdapter(Adapter):
             self._cut(found)
         elif not self.broken:
             self.broken = "no blocks were wanted"
-        steps = [step.path for step in self.chain.steps] if self.chain else []
-        self._roles = Roles(steps, self.chain.glue if self.chain else {}, self._reached)
+        steps = [step.path for step in self.chain.steps] if self.chain else list[str]()
+        self._roles = Roles(steps, self.chain.glue if self.chain else dict[str, int](), self._reached)
         self._originals: dict[str, nn.Module] = (
             {path: get_module(self.module, path) for path in self.chain.glue} if self.chain else {}
         )
