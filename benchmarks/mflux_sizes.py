@@ -43,7 +43,8 @@ MODELS = {  # as a command takes it, and how many blocks its FLUX.1 has, which m
     "Qwen-Image": ("mflux:qwen-image", {}),
 }
 MACS = (16, 32, 64)  # GB
-PICTURE = 2e9  # bytes that a picture needs beside the weights
+GIB = 2**30  # a Mac with 16 GB has 16 GiB
+PICTURE, SYSTEM = 2e9, 3e9  # bytes that a picture needs beside the weights, and what macOS keeps
 PROMPTS, SIZE = 16, (512, 512)
 
 
@@ -85,7 +86,7 @@ def in_16_bits(plan: PipelinePlan) -> PipelinePlan:
 
 def for_gpu(gigabytes: int) -> float:
     """Bytes that macOS lets the GPU of a Mac have."""
-    return gigabytes * 1e9 * (2 / 3 if gigabytes <= 36 else 3 / 4)
+    return gigabytes * GIB * (2 / 3 if gigabytes <= 36 else 3 / 4)
 
 
 def smallest(fits: Any) -> str:
@@ -110,7 +111,7 @@ def main(recipe: str, only: str | None) -> None:
         holds = {
             "dense": smallest(lambda size: before + PICTURE <= for_gpu(size)),  # noqa: B023
             "quantized": smallest(lambda size: after + PICTURE <= for_gpu(size)),  # noqa: B023
-            "quantizing": smallest(lambda size: plan.loaded <= for_gpu(size) and plan.peak <= size * 1e9),  # noqa: B023
+            "quantizing": smallest(lambda size: plan.loaded <= for_gpu(size) and plan.peak <= size * GIB - SYSTEM),  # noqa: B023
         }
         weights = sum(one.weights for one in plan.components)
         rows[title] = {"parameters": weights, "before": before, "after": after, "peak": plan.peak, **holds}

@@ -65,16 +65,25 @@ class PipelinePlan:
         return sum(one.loaded for one in self.components)
 
     @property
-    def held(self) -> int:
-        """Bytes of weights, of the process and of the calls that are kept: what is there from the first to the last
-        component.
+    def peaks(self) -> list[int]:
+        """The most bytes in memory at a time, component by component: those before it are quantized already, and have
+        given back what they were; kept calls stay to the end.
         """
-        return self.process + self.loaded + sum(one.kept for one in self.components)
+        kept = self.process + sum(one.kept for one in self.components)
+        places = range(len(self.components))
+        done = [sum(one.after for one in self.components[:place]) for place in places]
+        ahead = [sum(one.loaded for one in self.components[place:]) for place in places]
+        return [kept + done[place] + ahead[place] + self.components[place].work.nbytes for place in places]
 
     @property
     def peak(self) -> int:
         """The most bytes in memory at a time."""
-        return self.held + max(one.work.nbytes for one in self.components)
+        return max(self.peaks)
+
+    @property
+    def largest(self) -> ComponentPlan:
+        """The component that takes the most."""
+        return self.components[self.peaks.index(self.peak)]
 
     def seconds(self, one: ComponentPlan) -> float:
         """How long a component takes, without the drawing; needs ``rates``."""
@@ -123,7 +132,7 @@ class PipelinePlan:
             )
         if self.peak <= memory:
             return ""
-        most = max(self.components, key=lambda one: one.work.nbytes)
+        most = self.largest
         fewer = most.work.streams > most.work.nbytes / 2
         hint = "fewer --samples or a smaller --size take less" if fewer else "a larger machine writes the same folder"
         return (
@@ -134,11 +143,11 @@ class PipelinePlan:
     def __str__(self) -> str:
         timed = self.rates is not None
         rows = [("component", "recipe", "parameters", "GB before", "GB after", "peak GB", *(["time"] if timed else []))]
-        for one in self.components:
+        for one, peak in zip(self.components, self.peaks, strict=True):
             sizes = millions(one.weights), gigabytes(one.before), gigabytes(one.after)
             works = one.work.nbytes > 0
             rows.append(
-                (one.name, one.recipe or "kept", *sizes, gigabytes(self.held + one.work.nbytes) if works else "")
+                (one.name, one.recipe or "kept", *sizes, gigabytes(peak) if works else "")
                 + ((_time(self.seconds(one)) if works else "",) if timed else ())
             )
         if timed and self.drawing_seconds:
@@ -151,11 +160,12 @@ class PipelinePlan:
 
     def _reasons(self) -> list[str]:
         """Where the numbers come from."""
-        most = max(self.components, key=lambda one: one.work.nbytes)
-        kept, work = sum(one.kept for one in self.components), most.work
+        most, work, kept = self.largest, self.largest.work, sum(one.kept for one in self.components)
+        place = self.components.index(most)
+        weights = sum(one.after for one in self.components[:place]) + sum(one.loaded for one in self.components[place:])
         reasons = [
             f"arithmetic, from the headers of {self.model} and the shapes of one drawing that was not computed",
-            f"peak: weights {gigabytes(self.loaded)} GB, calls {gigabytes(kept)}, process {gigabytes(self.process)};"
+            f"peak: weights {gigabytes(weights)} GB, calls {gigabytes(kept)}, process {gigabytes(self.process)};"
             f" of {most.name} hidden states {gigabytes(work.streams)}, moments {gigabytes(work.moments)},"
             f" rounding {gigabytes(work.rounding)}",
         ]
