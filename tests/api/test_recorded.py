@@ -334,3 +334,23 @@ def test_quantized_layers_of_mlx_are_left_alone():
     nn.quantize(module.blocks[0], 64, 4)
     report = mq.quantize_module(module, recorded(module, *inputs(anybody.Plain)), "gptq-w4a16")
     assert {layer.path for layer in report.sizes.layers} == {"embed", "out", "blocks.1.fc1", "blocks.1.fc2"}
+
+
+class Penultimate(anybody.Plain):
+    """Returns what enters its last block, as encoders of texts do: the block runs, and nobody reads it."""
+
+    def __call__(self, x):
+        h = before = self.embed(x)
+        for block in self.blocks:
+            before, h = h, block(h)
+        return self.out(self.norm(before))
+
+
+def test_a_last_block_that_nobody_reads_is_no_error():
+    module = seeded(Penultimate)
+    report = mq.quantize_module(module, recorded(module, *inputs(anybody.Plain)), "gptq-w4a16")
+    kept = {one.path: one.reason for one in report.sizes.kept}
+    last = f"blocks.{len(module.blocks) - 1}"
+    quantized = {one.path for one in report.sizes.layers}
+    assert any(path.startswith("blocks.0") for path in quantized)
+    assert all(path.startswith(last) for path in kept)

@@ -145,8 +145,11 @@ class Deviation:
     def error(self) -> float:
         """Without costs the relative squared error, averaged over the tensors by their weights; with them the squared
         error that this causes in the velocity, to first order: the weighted squared error averaged over tokens and
-        samples and summed over channels and tensors.
+        samples and summed over channels and tensors. A stage that writes nothing which anybody reads makes none: the
+        last block of an encoder, say, of which the hidden states before it are taken.
         """
+        if not self._noise:
+            return 0.0
         if self._costs is not None:
             return float(np.sum(list(self.by_tensor.values())))
         relative = [noise / self._signal[key] if self._signal[key] > 0 else 0.0 for key, noise in self._noise.items()]
