@@ -25,11 +25,12 @@ from mflux.models.z_image.model.z_image_transformer.transformer import ZImageTra
 from mlxquant.files import schema
 from mlxquant.files.checked import read_tensors
 from mlxquant.files.parameters import load_parameters
-from mlxquant.models.shapes.adapter import to_images, to_latent
+from mlxquant.models.shapes.adapter import to_latent
 from mlxquant.models.shapes.captions import LENGTH, WORDS, tokenize
 from mlxquant.models.shapes.scenes import SIDE
 
 KIND = "z-image-shapes"
+FACTS = schema.table_of(schema.anything)
 WIDTH, HIDDEN, TEXT, BLOCKS = 128, 384, 64, 3
 CHANNELS, LATENT = 16, SIDE // 2
 CAPTION = 32  # tokens; mflux pads to a multiple of this
@@ -106,7 +107,7 @@ class ZImageShapes(nn.Module):
 
 def load(weights: Path) -> ZImageShapes:
     """The model with trained weights, float32; raises ArtifactError where the file is damaged or another's."""
-    arrays, _ = read_tensors(weights, kind=KIND, schema=schema.anything)
+    arrays, _ = read_tensors(weights, kind=KIND, schema=FACTS)
     model = ZImageShapes()
     load_parameters(model, {name: value.astype(mx.float32) for name, value in arrays.items()}, weights.name)
     mx.eval(model.parameters())
@@ -118,6 +119,7 @@ def encode(images: mx.array) -> mx.array:
     return to_latent(mx.concatenate([images, images.mean(axis=-1, keepdims=True)], axis=-1))
 
 
-def decode(latents: mx.array) -> npt.NDArray[np.float32]:
-    """Latents to pictures [B,32,32,3] in [0,1]."""
-    return np.array(to_images(latents)[..., :3], np.float32)
+def pixels(latents: mx.array) -> npt.NDArray[np.float32]:
+    """Latents to pictures [B,32,32,3], in [0,1] but for what sticks out."""
+    parts = latents.reshape(-1, LATENT, LATENT, 2, 2, CHANNELS // 4).transpose(0, 1, 3, 2, 4, 5)
+    return np.array(parts.reshape(-1, SIDE, SIDE, CHANNELS // 4)[..., :3] * 0.5 + 0.5, np.float32)
