@@ -30,9 +30,9 @@ import mlxquant as mq  # before mlx, so that MLX gets a fast BLAS
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+
 from mflux_contenders import Loaded, load, quantized_folder, write
 from mflux_subjects import FluxPair, Shapes, Subject, deviation, flat, levels, obeyed
-
 from mlxquant.commandline.console import progress, result, say
 from mlxquant.files import checked
 from mlxquant.layers.tree import parameters
@@ -43,7 +43,7 @@ EXACT, OWN = "full precision", "mflux -q "
 LEAST = ",@modulation=w{0}a16-g64,@embedder=w{0}a16-g64,@output=w{0}a16-g64"
 RECIPES = [
     *(f"gptq-w{bits}a16-g64" + LEAST.format(bits) for bits in (3, 4, 5, 6)),
-    *(f"gptq+mixed{bits + 0.5:g}-w{min(bits, 8)}a16-g64" for bits in (3, 4, 5, 6)),
+    *(f"gptq+mixed{bits + 0.5:g}-w{bits}a16-g64" + LEAST.format(bits) for bits in (3, 4, 5, 6)),
     "gptq-w3a16-g64",
     "gptq-w4a16-g64",
     "mixed-w4a16-g64",

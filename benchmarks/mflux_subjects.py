@@ -12,14 +12,14 @@ import mlxquant as mq  # before mlx, so that MLX gets a fast BLAS
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-import recorded_flux
-import z_image_shapes
 from mflux.models.common.config.config import Config
 from mflux.models.common.config.model_config import ModelConfig
 from mflux.models.flux.weights.flux_weight_definition import FluxWeightDefinition
 from mflux.models.z_image.weights.z_image_weight_definition import ZImageWeightDefinition
 from mlx.utils import tree_map_with_path
 
+import recorded_flux
+import z_image_shapes
 from mlxquant.metrics.attributes import shares
 from mlxquant.models.shapes import scenes
 from mlxquant.numerics.arrays import Array
@@ -152,7 +152,7 @@ def flat(caption: str) -> Array:
     shape = (picture != picture[0, 0]).any(-1)
     padded = np.pad(shape, MARGIN)
     windows = np.lib.stride_tricks.sliding_window_view(padded, (2 * MARGIN + 1, 2 * MARGIN + 1))
-    return ~windows.any((-1, -2))
+    return np.logical_not(windows.any((-1, -2)))
 
 
 def deviation(pictures: Array, places: Sequence[Array]) -> list[float]:
@@ -160,7 +160,8 @@ def deviation(pictures: Array, places: Sequence[Array]) -> list[float]:
     square over colours.
     """
     return [
-        float(255 * np.sqrt(picture[place].var(axis=0).mean())) for picture, place in zip(pictures, places, strict=True)
+        float(255 * np.sqrt(picture[place].var(axis=0, dtype=np.float64).mean()))
+        for picture, place in zip(pictures, places, strict=True)
     ]
 
 

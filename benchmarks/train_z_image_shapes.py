@@ -30,7 +30,7 @@ from mlxquant.files.lock import locked
 from mlxquant.files.training_run import TrainingRun
 from mlxquant.layers.tree import parameters
 from mlxquant.models.shapes.captions import tokenize
-from mlxquant.models.shapes.scenes import draw, sample_scene
+from mlxquant.models.shapes.scenes import Scene, draw, sample_scene
 from mlxquant.models.train_shapes import build_optimizer
 from z_image_shapes import KIND, ZImageShapes, encode
 
@@ -45,7 +45,7 @@ def fresh_model(seed: int) -> ZImageShapes:
     closed = [
         (name, mx.zeros_like(value))
         for name, value in parameters(model).items()
-        if "adaLN_modulation" in name or ".linear." in name and "all_final_layer" in name
+        if "adaLN_modulation" in name or (".linear." in name and "all_final_layer" in name)
     ]
     model.load_weights(closed, strict=False)
     return model
@@ -54,7 +54,7 @@ def fresh_model(seed: int) -> ZImageShapes:
 def batch(seed: int, step: int, size: int) -> tuple[mx.array, mx.array, mx.array, mx.array]:
     """Noisy latents, words, noise levels and what the model is to say."""
     rng = np.random.default_rng([seed, step])
-    scenes = []
+    scenes = list[Scene]()
     while len(scenes) < size:
         if not (scene := sample_scene(rng)).held_out:
             scenes.append(scene)
@@ -113,7 +113,7 @@ def main(out: Path, steps: int, batch_size: int, learning_rate: float, seed: int
                 average = tree_map(partial(blend, decay), average, model.parameters())
                 mx.eval(model.state, optimizer.state, average, value)
                 run.step = step + 1
-                recent.append(value.item())
+                recent.append(float(np.array(value)))
                 if run.step % save_every == 0 or run.step == steps:
                     trees = {"model": model.parameters(), "average": average, "optimizer": optimizer.state}
                     run.save(trees, finished=run.step == steps)
