@@ -69,14 +69,15 @@ class Bench:
     def __init__(self, subject: Subject, folder: Path, calibration: int, prompts: int, steps: Sequence[int]):
         self.subject, self.folder, self.steps = subject, folder, tuple(steps)
         write(subject.filled(), folder)
-        self.exact = self.loaded(None)
+        exact = self.loaded(None).module  # not kept, for FLUX's has 2 GB
+        self.weights = sum(value.size for value in parameters(exact).values())
         self.calibration = subject.prompts("calibration", calibration)
         self.prompts = subject.prompts("evaluation", prompts)
         self.calls: list[Calls] = []
         for prompt in progress(self.prompts, "full precision"):
             self.calls.append([])
-            draw(subject, self.exact.module, prompt, COMPARED, self.calls[-1])
-        self.latents = {steps: self.drawn(self.exact.module, steps) for steps in self.steps}
+            draw(subject, exact, prompt, COMPARED, self.calls[-1])
+        self.latents = {steps: self.drawn(exact, steps) for steps in self.steps}
 
     def loaded(self, bits: int | None) -> Loaded:
         """The full-precision weights as mflux loads them, with ``-q BITS`` or without."""
@@ -90,7 +91,7 @@ class Bench:
         """The row of a contender."""
         start, facts = time.process_time(), dict[str, Any]()
         if name == EXACT:
-            contender = self.exact
+            contender = self.loaded(None)
         elif name.startswith(OWN):
             contender = self.loaded(int(name.removeprefix(OWN)))
         else:
@@ -101,13 +102,13 @@ class Bench:
             with quantized_folder(module, seen, name) as (folder, facts):
                 contender = load(folder, self.subject.blank(), self.subject.definition)
         seconds = time.process_time() - start
-        return {**facts, "cpu_seconds": seconds, **self.figures(contender)}
+        return {**facts, "cpu_seconds": seconds, **self.figures(contender, name == EXACT)}
 
-    def figures(self, contender: Loaded) -> dict[str, Any]:
-        weights = sum(value.size for value in parameters(self.exact.module).values())
+    def figures(self, contender: Loaded, exact: bool) -> dict[str, Any]:
+        """What is compared; the PSNR of pictures that are ``exact`` is no number."""
         figures: dict[str, Any] = {
             "bytes": contender.nbytes,
-            "bits_per_weight": 8 * contender.nbytes / weights,
+            "bits_per_weight": 8 * contender.nbytes / self.weights,
             "layers": contender.layers,
             "velocity_each": [
                 error([contender.module(**call) for call, _ in calls], [wrote for _, wrote in calls])
@@ -116,15 +117,15 @@ class Bench:
         }
         for steps in self.steps:
             latents = self.drawn(contender.module, steps)
-            exact = self.latents[steps]
-            pairs = zip(latents, exact, strict=True)
+            full = self.latents[steps]
+            pairs = zip(latents, full, strict=True)
             figures[f"latents_{steps}_each"] = [error([one], [other]) for one, other in pairs]
             if isinstance(self.subject, Shapes) and self.subject.draws:
-                pictures, wanted = self.subject.pictures(latents), self.subject.pictures(exact)
+                pictures, wanted = self.subject.pictures(latents), self.subject.pictures(full)
                 captions = [prompt.text for prompt in self.prompts]
                 figures[f"flat_{steps}_each"] = deviation(pictures, [flat(caption) for caption in captions])
                 figures[f"obeyed_{steps}"] = obeyed(pictures, captions)
-                if contender is not self.exact:
+                if not exact:
                     figures[f"psnr_{steps}_each"] = psnr(np.clip(pictures, 0, 1), np.clip(wanted, 0, 1)).tolist()
         return figures
 
