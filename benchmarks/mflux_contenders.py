@@ -35,7 +35,7 @@ class Loaded:
     Attributes:
         module: With float32 weights in plain layers.
         nbytes: What mflux holds of it, all floating tensors in bfloat16.
-        layers: How many layers have how many bits, such as ``{"4": 30}``.
+        layers: Bits of each quantized layer, by path.
     """
 
     module: nn.Module
@@ -61,11 +61,9 @@ def load(folder: Path, blank: nn.Module, definition: Any, bits: int | None = Non
     weights = WeightLoader.load_single_local(component, folder)
     WeightApplier.apply_and_quantize_single(weights, blank, component, bits, definition.quantization_predicate)
     mx.eval(blank.parameters())
-    counts: dict[str, int] = {}
-    for _, layer in quantized(blank):
-        counts[str(layer.bits)] = counts.get(str(layer.bits), 0) + 1
+    bits_of = {path: layer.bits for path, layer in quantized(blank)}
     nbytes = sum(value.nbytes for value in parameters(blank).values())
-    return Loaded(unpacked(blank), nbytes, dict(sorted(counts.items())))
+    return Loaded(unpacked(blank), nbytes, bits_of)
 
 
 def quantized(module: nn.Module) -> Iterator[tuple[str, nn.QuantizedLinear]]:

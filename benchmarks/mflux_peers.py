@@ -6,10 +6,11 @@ random weights; ``flux`` one block of each kind of FLUX.1 at its real width, wit
 written as a folder and loaded by mflux. Weights are bfloat16 before they are quantized, as on the hub, and products
 are float32.
 
-Velocity: error of what the transformer returns on the calls of the full-precision model that draws held-out prompts.
-Latents: error after 4, 20 and 50 steps from the same noise. Both are the root of the squared difference over the
-square. Flat: the standard deviation, in 255ths, of what should be plain background. Rows are kept in ``WORK.jsonl``.
-The last line of stdout is one JSON object. Needs mflux: ``pip install --no-deps mflux==0.24.0``.
+Velocity: error of what the transformer returns on the calls of the full-precision model that draws held-out prompts;
+guided: of what the sampler makes of it. Latents: error after 4, 20 and 50 steps from the same noise. All are the root
+of the squared difference over the square. Flat: the standard deviation, in 255ths, of what should be plain background.
+Rows are kept in ``WORK.jsonl``. The last line of stdout is one JSON object. Needs mflux:
+``pip install --no-deps mflux==0.24.0``.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ import platform
 import time
 from collections.abc import Sequence
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import click
@@ -52,7 +55,7 @@ CONTENDERS = [EXACT, *(f"{OWN}{bits}" for bits in (3, 4, 5, 6, 8)), *RECIPES]
 STEPS = (4, 20, 50)
 CALIBRATED, COMPARED = 8, 20  # steps of drawings that are recorded, and of those whose calls are compared
 
-Calls = list[tuple[dict[str, Any], mx.array]]
+Steps = list[tuple[list[dict[str, Any]], list[mx.array]]]  # of a drawing: the calls of each, and what they returned
 
 
 class Bench:
@@ -73,10 +76,10 @@ class Bench:
         self.weights = sum(value.size for value in parameters(exact).values())
         self.calibration = subject.prompts("calibration", calibration)
         self.prompts = subject.prompts("evaluation", prompts)
-        self.calls: list[Calls] = []
+        self.seen: list[Steps] = []
         for prompt in progress(self.prompts, "full precision"):
-            self.calls.append([])
-            draw(subject, exact, prompt, COMPARED, self.calls[-1])
+            self.seen.append([])
+            draw(subject, exact, prompt, COMPARED, self.seen[-1])
         self.latents = {steps: self.drawn(exact, steps) for steps in self.steps}
 
     def loaded(self, bits: int | None) -> Loaded:
@@ -110,28 +113,32 @@ class Bench:
             "bytes": contender.nbytes,
             "bits_per_weight": 8 * contender.nbytes / self.weights,
             "layers": contender.layers,
-            "velocity_each": [
-                error([contender.module(**call) for call, _ in calls], [wrote for _, wrote in calls])
-                for calls in progress(self.calls, "velocity")
-            ],
+            "velocity_each": [],
+            "guided_each": [],
         }
-        for steps in self.steps:
-            latents = self.drawn(contender.module, steps)
-            full = self.latents[steps]
+        for steps in progress(self.seen, "velocity"):
+            wanted = [wrote for _, wrote in steps]
+            found = [[contender.module(**call) for call in calls] for calls, _ in steps]
+            figures["velocity_each"].append(error(list(chain(*found)), list(chain(*wanted))))
+            taken = [[self.subject.velocity(wrote) for wrote in one] for one in (found, wanted)]
+            figures["guided_each"].append(error(*taken))
+        for count in self.steps:
+            latents = self.drawn(contender.module, count)
+            full = self.latents[count]
             pairs = zip(latents, full, strict=True)
-            figures[f"latents_{steps}_each"] = [error([one], [other]) for one, other in pairs]
+            figures[f"latents_{count}_each"] = [error([one], [other]) for one, other in pairs]
             if isinstance(self.subject, Shapes) and self.subject.draws:
-                pictures, wanted = self.subject.pictures(latents), self.subject.pictures(full)
+                pictures, others = self.subject.pictures(latents), self.subject.pictures(full)
                 captions = [prompt.text for prompt in self.prompts]
-                figures[f"flat_{steps}_each"] = deviation(pictures, [flat(caption) for caption in captions])
-                figures[f"obeyed_{steps}"] = obeyed(pictures, captions)
+                figures[f"flat_{count}_each"] = deviation(pictures, [flat(caption) for caption in captions])
+                figures[f"obeyed_{count}"] = obeyed(pictures, captions)
                 if not exact:
-                    figures[f"psnr_{steps}_each"] = psnr(np.clip(pictures, 0, 1), np.clip(wanted, 0, 1)).tolist()
+                    figures[f"psnr_{count}_each"] = psnr(np.clip(pictures, 0, 1), np.clip(others, 0, 1)).tolist()
         return figures
 
 
-def draw(subject: Subject, module: nn.Module, prompt: mq.Prompt, steps: int, kept: Calls | None = None) -> mx.array:
-    """Latents after all steps of Euler's method; ``kept`` gets the calls, each with what it returned."""
+def draw(subject: Subject, module: nn.Module, prompt: mq.Prompt, steps: int, kept: Steps | None = None) -> mx.array:
+    """Latents after all steps of Euler's method; ``kept`` gets its steps."""
     latents, sigmas = subject.noise(prompt), levels(steps)
     for step in range(steps):
         calls = subject.calls(prompt, latents, step, steps)
@@ -139,7 +146,7 @@ def draw(subject: Subject, module: nn.Module, prompt: mq.Prompt, steps: int, kep
         latents = latents + (sigmas[step + 1] - sigmas[step]) * subject.velocity(wrote)
         mx.eval(latents, wrote)
         if kept is not None:
-            kept += zip(calls, wrote, strict=True)
+            kept.append((calls, wrote))
     return latents
 
 
@@ -165,12 +172,12 @@ def root_mean(values: Sequence[float]) -> float:
 def table(rows: dict[str, dict[str, Any]], steps: Sequence[int]) -> str:
     """Rows by bytes, in Markdown."""
     drawn = any("flat" in key for row in rows.values() for key in row)
-    titles = ["contender", "kB", "bits", "velocity %", *(f"latents {count}, %" for count in steps)]
+    titles = ["contender", "kB", "bits", "velocity %", "guided %", *(f"latents {count}, %" for count in steps)]
     titles += [f"PSNR {steps[-1]}, dB", *(f"flat {count}" for count in steps), f"obeyed {steps[-1]}"] if drawn else []
     lines = [titles, ["---"] * len(titles)]
     for name, row in sorted(rows.items(), key=lambda item: (item[1]["bytes"], item[0])):
         cells = [f"`{name}`", f"{row['bytes'] / 1e3:.0f}", f"{row['bits_per_weight']:.2f}"]
-        cells.append(f"{100 * root_mean(row['velocity_each']):.2f}")
+        cells += [f"{100 * root_mean(row[key]):.2f}" for key in ("velocity_each", "guided_each")]
         cells += [f"{100 * root_mean(row[f'latents_{count}_each']):.2f}" for count in steps]
         if drawn:
             decibels = row.get(f"psnr_{steps[-1]}_each")
@@ -205,10 +212,11 @@ def main(
     kept = Rows(work, **of, steps=list(steps))
     wanted = [one for one in names or CONTENDERS if one not in kept.figures()]
     if wanted:
-        bench = Bench(subject, kept.folder(), calibration, prompts, steps)
-        for one in wanted:
-            kept.keep(one, bench.measure(one))
-            say(f"{one}: velocity {100 * root_mean(kept.figures()[one]['velocity_each']):.2f} %")
+        with TemporaryDirectory() as folder:
+            bench = Bench(subject, Path(folder), calibration, prompts, steps)
+            for one in wanted:
+                kept.keep(one, bench.measure(one))
+                say(f"{one}: velocity {100 * root_mean(kept.figures()[one]['velocity_each']):.2f} %")
     rows = kept.figures()
     say(table(rows, steps))
     facts = {"benchmark": "mflux_peers", **of, "steps": steps, "machine": platform.platform()}
