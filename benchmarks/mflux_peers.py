@@ -43,10 +43,12 @@ from mlxquant.metrics.psnr import psnr
 from rows import Rows
 
 EXACT, OWN = "full precision", "mflux -q "
+TEXT = ",context_refiner.*=w8a16-g64,cap_embedder.*=w8a16-g64"  # which mixed precision leaves alone, at 8 bits
 LEAST = ",@modulation=w{0}a16-g64,@embedder=w{0}a16-g64,@output=w{0}a16-g64"
 RECIPES = [
     *(f"gptq-w{bits}a16-g64" + LEAST.format(bits) for bits in (3, 4, 5, 6)),
     *(f"gptq+mixed{bits + 0.5:g}-w{bits}a16-g64" + LEAST.format(bits) for bits in (3, 4, 5, 6)),
+    "gptq+mixed4.5-w4a16-g64" + TEXT + LEAST.format(4),
     "gptq-w3a16-g64",
     "gptq-w4a16-g64",
     "mixed-w4a16-g64",
