@@ -94,21 +94,21 @@ def test_without_rounding_every_rotation_has_the_same_loss():
     assert losses[0] == pytest.approx(losses[1], rel=2e-3)
 
 
-@pytest.mark.parametrize(("start", "activation_bits"), [("hadamard", 4), ("random", None)])
-def test_the_loss_goes_down_and_rotations_stay_rotations(start, activation_bits):
-    """A fifth of what rounding costs and more comes back on the data, and a tenth on other text; of two small batches
-    so little was learned about other text that the last digits of a matmul decided the sign.
+@pytest.mark.parametrize(("start", "activation_bits", "steps"), [("hadamard", 4, 60), ("random", None, 24)])
+def test_the_loss_goes_down_and_rotations_stay_rotations(start, activation_bits, steps):
+    """A fifth of what rounding costs and more comes back on the data, and a tenth on other text; of two small batches,
+    or of 24 steps with rounded activations, so little was learned that the last digits of a matmul decided.
     """
     model = tiny_gpt()
     seen, other = own_text(model, 4, 48), own_text(model, 4, 48, seed=1)
     spin = SpinQuant(model, bits=3, activation_bits=activation_bits, start=start)
     exact = SpinQuant(model, bits=8)
     before = [spin.loss(text) - exact.loss(text) for text in (seen, other)]
-    assert spin.optimize(seen, steps=24) is spin
+    assert spin.optimize(seen, steps=steps) is spin
     after = [spin.loss(text) - exact.loss(text) for text in (seen, other)]
     assert after[0] < 0.8 * before[0]
     assert after[1] < 0.9 * before[1]
-    assert len(spin.history) == 24
+    assert len(spin.history) == steps
     assert cayley.drift(spin.rotations["residual"]) < 1e-12
     assert all(cayley.drift(value) < 1e-12 for value in spin.rotations["values"])
     np.testing.assert_allclose(spin.rotations["residual"].sum(1), 1, atol=1e-12)
