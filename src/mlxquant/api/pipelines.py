@@ -253,8 +253,7 @@ def uniform(recipe: Recipe, component: Component) -> str | None:
     (spec, *others) = specs
     if others or spec is None or component.purpose == "transformer" or recipe.allocates or recipe.sensitivity:
         return None
-    plain = spec == spec.plain and spec.activation is None and not spec.transforms and spec.branch is None
-    return str(spec.weight) if plain and spec.rounding == "rtn" and spec.steps == "extremes" else None
+    return str(spec.weight) if spec == spec.plain and spec.activation is None else None
 
 
 def is_known(module: nn.Module, path: str) -> bool:
@@ -265,26 +264,22 @@ def is_known(module: nn.Module, path: str) -> bool:
 def kept_by_mflux(component: Component, recipe: Recipe) -> dict[str, str]:
     """Layers of a component that a recipe finds and mflux cannot read quantized, by path, each with the reason."""
     groups = {spec.weight.group for _, spec in recipe.rules if spec is not None}
-    smallest = max((group for group in groups if isinstance(group, int)), default=min(GROUPS))
+    widest = max((group for group in groups if isinstance(group, int)), default=min(GROUPS))
     kept = {}
     for path, layer in component.module.named_modules():
         if not hasattr(layer, "weight") or not isinstance(layer.weight, mx.array) or layer.weight.ndim < 2:
             continue
         if not component.takes(path, layer):
             kept[path] = "mflux reads it unquantized"
-        elif layer.weight.shape[-1] % smallest:
-            kept[path] = f"{layer.weight.shape[-1]} input channels, no multiple of {smallest}"
+        elif layer.weight.shape[-1] % widest:
+            kept[path] = f"{layer.weight.shape[-1]} input channels, no multiple of {widest}"
     return kept
 
 
 def half_bytes(module: nn.Module) -> int:
     """Bytes of a module with all floating tensors in 16 bits."""
-    wide = sum(value.nbytes - 2 * value.size for value in parameters(module).values() if _is_wide(value))
-    return stored_bytes(module) - wide
-
-
-def _is_wide(value: mx.array) -> bool:
-    return value.dtype == mx.float32
+    wide = [value for value in parameters(module).values() if value.dtype == mx.float32]
+    return stored_bytes(module) - sum(value.nbytes - 2 * value.size for value in wide)
 
 
 def facts_of(report: ModuleReport | SizeReport) -> Mapping[str, Any]:

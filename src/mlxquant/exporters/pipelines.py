@@ -13,7 +13,7 @@ from typing import Any
 
 from ..errors import ExportError
 from ..files.atomic import atomic_folder
-from ..models.mflux.components import SAVER, Component
+from ..models.mflux.components import SAVER, Component, in_place_of
 from ..models.mflux.names import from_mflux
 from ..models.mflux.pipeline import MfluxPipeline
 from .mflux import write_mflux
@@ -85,12 +85,8 @@ def _writing(plain: Mapping[str, PlainModule]) -> Iterator[None]:
     def write(base_path: str, bits: Any, model: Any, subdir: str, dtype: Any = None) -> None:
         write_mflux(Path(base_path), plain[subdir], subdir)
 
-    before = saver.__dict__[WRITER]
-    setattr(saver, WRITER, staticmethod(write))
-    try:
+    with in_place_of(saver, WRITER, write):
         yield
-    finally:
-        setattr(saver, WRITER, before)
 
 
 def _record(pipeline: MfluxPipeline, folder: Path, plain: Mapping[str, PlainModule]) -> None:

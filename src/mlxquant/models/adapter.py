@@ -264,13 +264,7 @@ class Adapter(ABC):
 
     def check_finite(self) -> None:
         """Raise NumericsError, naming the tensor, when a parameter holds NaN or infinity."""
-        for name, value in parameters(self.module).items():
-            if mx.issubdtype(value.dtype, mx.floating) and not bool(mx.isfinite(value).all().item()):
-                bad = int(np.array((~mx.isfinite(value)).sum()))
-                raise NumericsError(
-                    f"{self.name}: parameter {name} holds {bad} NaN or infinite values of {value.size}; repair the"
-                    " checkpoint"
-                )
+        require_finite(self.module, self.name)
 
     def rows_in(self, state: State) -> int:
         """How many samples a state is of."""
@@ -320,6 +314,16 @@ class Adapter(ABC):
                 state = self._hooks.get(stage.name, stage.run)(state)
             mx.eval(state)
         return state
+
+
+def require_finite(module: nn.Module, name: str) -> None:
+    """Raise NumericsError, naming the tensor, when a parameter of the module called ``name`` holds NaN or infinity."""
+    for path, value in parameters(module).items():
+        if mx.issubdtype(value.dtype, mx.floating) and not bool(mx.isfinite(value).all().item()):
+            bad = int(np.array((~mx.isfinite(value)).sum()))
+            raise NumericsError(
+                f"{name}: parameter {path} holds {bad} NaN or infinite values of {value.size}; repair the checkpoint"
+            )
 
 
 @contextmanager

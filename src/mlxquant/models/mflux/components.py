@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any, Literal
@@ -72,6 +73,17 @@ def spine(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
             yield from spine(one, f"{path}.{name}" if path else name)
 
 
+@contextmanager
+def in_place_of(owner: type, name: str, function: Callable[..., Any]) -> Iterator[None]:
+    """Inside, a static method of a class of mflux is another."""
+    before = owner.__dict__[name]
+    setattr(owner, name, staticmethod(function))
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
 class _Definition(Exception):  # noqa: N818 (nothing is wrong)
     """Ends a saving before it begins, and says what would have been saved."""
 
@@ -83,14 +95,11 @@ def _definition(pipeline: Any) -> Any:
     def save_model(model: Any, bits: Any, base_path: Any, weight_definition: Any, **options: Any) -> None:
         raise _Definition(weight_definition)
 
-    before = saver.__dict__["save_model"]
-    saver.save_model = staticmethod(save_model)
     try:
-        pipeline.save_model("nothing is written here")
+        with in_place_of(saver, "save_model", save_model):
+            pipeline.save_model("nothing is written here")
     except _Definition as said:
         return said.args[0]
-    finally:
-        saver.save_model = before
     raise AdapterError(f"{type(pipeline).__name__} of this mflux does not say what it saves; use mflux 0.24")
 
 

@@ -14,12 +14,13 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from ...errors import AdapterError, ArtifactError, MlxQuantError, NumericsError, reason
+from ...errors import AdapterError, ArtifactError, MlxQuantError, reason
 from ...grids.keeping_time import keeps_time
 from ...layers.tree import parameters
 from ...progress import Progress, silent
 from ...sampling.picture_size import PictureSize
 from ...sampling.prompts import Prompt, packaged_prompts
+from ..adapter import require_finite
 from ..recorded.watching import uncompiled
 from .components import Component, components_of, spine
 from .names import MfluxName, from_mflux
@@ -174,11 +175,7 @@ class MfluxPipeline:
     def check_finite(self) -> None:
         """Raise NumericsError, naming the tensor, when a weight holds NaN or infinity."""
         for component in self.components:
-            for path, value in parameters(component.module).items():
-                if mx.issubdtype(value.dtype, mx.floating) and not bool(mx.isfinite(value).all().item()):
-                    raise NumericsError(
-                        f"{self.name}: {component.name}.{path} holds NaN or infinite values; repair the checkpoint"
-                    )
+            require_finite(component.module, f"{self.name}, {component.name}")
 
 
 @contextmanager
