@@ -9,15 +9,26 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_flatten
 
-from ..errors import AdapterError
+from ..errors import AdapterError, NumericsError
 
 
 def parameters(tree: Any) -> dict[str, mx.array]:
     """All arrays of a module or of a nested dictionary of arrays, by dotted path."""
     leaves = tree.parameters() if isinstance(tree, nn.Module) else tree
     return dict(tree_flatten(leaves))
+
+
+def require_finite(module: nn.Module, name: str) -> None:
+    """Raise NumericsError, naming the tensor, when a parameter of the module called ``name`` holds NaN or infinity."""
+    for path, value in parameters(module).items():
+        if mx.issubdtype(value.dtype, mx.floating) and not bool(mx.isfinite(value).all().item()):
+            bad = int(np.array((~mx.isfinite(value)).sum()))
+            raise NumericsError(
+                f"{name}: parameter {path} holds {bad} NaN or infinite values of {value.size}; repair the checkpoint"
+            )
 
 
 def module_of(model: Any) -> nn.Module:

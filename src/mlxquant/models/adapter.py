@@ -34,7 +34,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ..errors import AdapterError, NumericsError
+from ..errors import AdapterError
 from ..files import checked
 from ..files.array_memory import ArrayMemory
 from ..files.atomic import relative_place
@@ -43,7 +43,7 @@ from ..files.schema import Schema, anything
 from ..grids.time import Clock
 from ..layers.attention import SoftmaxAttention, find_attentions
 from ..layers.kinds import find_exact_layers
-from ..layers.tree import parameters
+from ..layers.tree import parameters, require_finite
 from ..numerics.arrays import Array
 from ..recipes.roles import EMBEDDING, Role
 from .edges import Edge
@@ -314,16 +314,6 @@ class Adapter(ABC):
                 state = self._hooks.get(stage.name, stage.run)(state)
             mx.eval(state)
         return state
-
-
-def require_finite(module: nn.Module, name: str) -> None:
-    """Raise NumericsError, naming the tensor, when a parameter of the module called ``name`` holds NaN or infinity."""
-    for path, value in parameters(module).items():
-        if mx.issubdtype(value.dtype, mx.floating) and not bool(mx.isfinite(value).all().item()):
-            bad = int(np.array((~mx.isfinite(value)).sum()))
-            raise NumericsError(
-                f"{name}: parameter {path} holds {bad} NaN or infinite values of {value.size}; repair the checkpoint"
-            )
 
 
 @contextmanager

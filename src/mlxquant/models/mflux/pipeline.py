@@ -16,11 +16,10 @@ import numpy.typing as npt
 
 from ...errors import AdapterError, ArtifactError, MlxQuantError, reason
 from ...grids.keeping_time import keeps_time
-from ...layers.tree import parameters
+from ...layers.tree import parameters, require_finite
 from ...progress import Progress, silent
 from ...sampling.picture_size import PictureSize
 from ...sampling.prompts import Prompt, packaged_prompts
-from ..adapter import require_finite
 from ..recorded.watching import uncompiled
 from .components import Component, components_of, spine
 from .names import MfluxName, from_mflux
