@@ -2,10 +2,6 @@
 
 from string import printable
 
-from transformers import CLIPTokenizer, Qwen2Tokenizer, T5Tokenizer
-from transformers.convert_slow_tokenizer import bytes_to_unicode
-
-BYTES = list(bytes_to_unicode().values())
 CHAT = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
@@ -14,13 +10,24 @@ CHAT = (
 )
 
 
+def signs():
+    """The character that stands for each byte."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    return list(bytes_to_unicode().values())
+
+
 def clip():
     """514 tokens; the last one, with the largest number, ends a text, as CLIP's encoder expects."""
-    tokens = [*BYTES, *(f"{byte}</w>" for byte in BYTES), "<|startoftext|>", "<|endoftext|>"]
+    from transformers import CLIPTokenizer
+
+    tokens = [*signs(), *(f"{sign}</w>" for sign in signs()), "<|startoftext|>", "<|endoftext|>"]
     return CLIPTokenizer(vocab={token: index for index, token in enumerate(tokens)}, merges=[])
 
 
 def t5():
+    from transformers import T5Tokenizer
+
     tokens = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
     tokens += [(letter, -3.0) for letter in printable if not letter.isspace()]
     return T5Tokenizer(vocab=tokens, extra_ids=0)
@@ -28,7 +35,9 @@ def t5():
 
 def qwen():
     """259 tokens, and the chat template of Qwen."""
-    tokens = [*BYTES, "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    from transformers import Qwen2Tokenizer
+
+    tokens = [*signs(), "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     tokenizer = Qwen2Tokenizer(
         vocab={token: index for index, token in enumerate(tokens)}, merges=[],
         additional_special_tokens=["<|im_start|>", "<|im_end|>"],
