@@ -41,6 +41,29 @@ def hub_files(repository: str, names: Sequence[str], extra: str, instead: str) -
     return found
 
 
+def first_hub_file(repository: str, names: Sequence[str], extra: str, instead: str) -> Path | None:
+    """The first of some files that a hub repository has; None where it has none of them.
+
+    The cache is asked for all of them before the hub is: who has a model on the disk waits for no network. Where the
+    hub cannot be reached, what is not in the cache is not there.
+
+    ``extra``, ``instead`` and what is raised are as for ``hub_files``.
+    """
+    hub = _package(repository, extra, instead)
+    for name in names:
+        try:
+            return Path(hub.hf_hub_download(repository, name, local_files_only=True))
+        except hub.errors.EntryNotFoundError:
+            continue
+    for name in names:
+        try:
+            return Path(hub.hf_hub_download(repository, name))
+        except Exception as error:  # the hub's, httpx's and xet's errors have no base in common
+            if not isinstance(error, hub.errors.EntryNotFoundError):
+                raise ArtifactError(repository + _refusal(hub, error, repository, name, names, instead)) from error
+    return None
+
+
 def hub_folder(repository: str, patterns: Sequence[str], extra: str, instead: str) -> Path:
     """The newest snapshot of a hub repository on this disk, of its files only those that fit one of the ``patterns``.
 

@@ -20,8 +20,8 @@ from .sd3.files import CHECKPOINT, HUB
 
 @dataclass(frozen=True)
 class KnownModel:
-    """Where an adapter is, the hub ids that stand for its model, and the file by which a local folder with its weights
-    is known.
+    """Where an adapter is, the hub ids that stand for its model, and by what a folder with its weights is known: by a
+    file, or by the pipeline of diffusers that its ``model_index.json`` names.
     """
 
     module: str
@@ -29,6 +29,7 @@ class KnownModel:
     hub_ids: tuple[str, ...] = ()
     checkpoint: str = ""
     key: str = ""  # that the checkpoint has, where it is a JSON file that others have, too
+    pipelines: tuple[str, ...] = ()
 
     def is_in(self, folder: Path) -> bool:
         """Whether a folder holds this model's weights."""
@@ -169,6 +170,8 @@ def find_model(reference: str) -> tuple[str, str]:
         said = hub_description(reference, "evaluate", "pass a local folder with --model")
         if "_class_name" not in said and "model_type" in said:
             return LANGUAGE, reference
+        if drawn := _of_pipeline(said):
+            return drawn, reference
         raise _not_run(reference, said)
     if not folder.is_dir():
         known = [*known_models(), *(hub_id for entry in MODELS.values() for hub_id in entry.hub_ids)]
@@ -187,12 +190,20 @@ def find_model(reference: str) -> tuple[str, str]:
             " its weights"
         )
     if (folder / DESCRIPTIONS[0]).exists():
-        raise _not_run(reference, read_description(folder / DESCRIPTIONS[0]))
+        said = read_description(folder / DESCRIPTIONS[0])
+        if drawn := _of_pipeline(said):
+            return drawn, str(folder.absolute())
+        raise _not_run(reference, said)
     wanted = dict.fromkeys(entry.checkpoint for entry in MODELS.values() if entry.checkpoint)
     raise ArtifactError(
         f"{folder} holds no model: expected a folder written by 'mlxquant quantize' (model.json), or one with"
         f" {' or '.join(wanted)}"
     )
+
+
+def _of_pipeline(said: dict[str, Any]) -> str | None:
+    """The model that draws what a pipeline of diffusers draws, by what a description says; None for none of ours."""
+    return next((name for name, entry in MODELS.items() if said.get("_class_name") in entry.pipelines), None)
 
 
 def _not_run(place: str, said: dict[str, Any]) -> AdapterError:
