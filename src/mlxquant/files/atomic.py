@@ -180,7 +180,12 @@ def _take_name(names: _Names) -> None:
         remove_folder(other)
 
 
-OURS = ("model.json", "report.json", "export.json")  # every folder that a command writes has one of these
+OURS = (
+    "model.json",
+    "report.json",
+    "export.json",
+    "pipeline.json",
+)  # every folder that a command writes has one of these
 
 
 def refuse_existing(path: Path, force: bool) -> None:

@@ -128,7 +128,8 @@ def test_a_folder_of_ours_keeps_integer_inputs(tmp_path):
         with pytest.raises(ExportError, match=r"^transformer: .* static activation scales"):
             write_pipeline(pipeline, tmp_path / "mflux")
         assert not (tmp_path / "mflux").exists()
-        save_pipeline(pipeline, report, tmp_path / "ours", {"what": "a test"})
+        save_pipeline(pipeline, report, tmp_path / "ours", {"what": "nothing"})
+        save_pipeline(pipeline, report, tmp_path / "ours", {"what": "a test"}, force=True)
         again = load_pipeline(tmp_path / "ours")
     tables = [layer.table for _, layer in again.pipeline.transformer.named_modules() if hasattr(layer, "table")]
     assert max(len(table.sigma) for table in tables if table is not None) == 2  # an entry a step
