@@ -18,7 +18,7 @@ import mlx.nn as nn
 import numpy as np
 import numpy.typing as npt
 
-from .convolution import rectified
+from ..numerics.convolution import rectified
 from .images import Images, checked, resized
 from .weights import Tensors, Weights, fitted, read_tensors, shared
 

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import ArtifactError, NumericsError
-from .convolution import rectified
+from ..numerics.convolution import rectified
 from .images import Images, checked_pair
 from .weights import Tensors, Weights, fitted, read_tensors
 

@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlxquant.metrics import convolution
+from mlxquant.numerics import convolution
 
 
 @pytest.mark.parametrize("limit", [1, 5000, 2**27])
