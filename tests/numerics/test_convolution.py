@@ -21,6 +21,8 @@ def test_strips_are_the_whole(monkeypatch, limit, kernel, stride, padding):
         mx.array(rng.standard_normal(5)).astype(mx.float32),
     )
     monkeypatch.setattr(convolution, "UNFOLDED_BYTES", limit)
-    expected = mx.maximum(mx.conv2d(x, weight, stride=stride, padding=padding) + bias, 0)
-    found = convolution.rectified(x, weight, bias, stride, padding)
-    np.testing.assert_allclose(np.array(found), np.array(expected), rtol=1e-5, atol=1e-5)
+    expected = mx.conv2d(x, weight, stride=stride, padding=padding) + bias
+    for rectify in (False, True):
+        found = convolution.convolved(x, weight, bias, stride, padding, rectify)
+        np.testing.assert_allclose(np.array(found), np.array(expected), rtol=1e-5, atol=1e-5)
+        expected = mx.maximum(expected, 0)

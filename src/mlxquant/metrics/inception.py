@@ -18,7 +18,7 @@ import mlx.nn as nn
 import numpy as np
 import numpy.typing as npt
 
-from ..numerics.convolution import rectified
+from ..numerics.convolution import convolved
 from .images import Images, checked, resized
 from .weights import Tensors, Weights, fitted, read_tensors, shared
 
@@ -200,7 +200,7 @@ class Inception:
     def _convolve(self, prefix: str, layer: Convolution, x: mx.array) -> mx.array:
         weight, bias = self._layers[prefix + layer.name]
         padding = (layer.kernel[0] // 2, layer.kernel[1] // 2) if layer.same else (0, 0)
-        return rectified(x, weight, bias, layer.stride, padding)
+        return convolved(x, weight, bias, layer.stride, padding, rectify=True)
 
     def __call__(self, images: Images) -> npt.NDArray[np.float32]:
         """Features [B,2048] of pictures [B,H,W,3] in [0,1]; NumericsError where they are none."""

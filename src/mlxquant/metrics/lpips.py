@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import ArtifactError, NumericsError
-from ..numerics.convolution import rectified
+from ..numerics.convolution import convolved
 from .images import Images, checked_pair
 from .weights import Tensors, Weights, fitted, read_tensors
 
@@ -112,9 +112,8 @@ class Lpips:
                 x = nn.MaxPool2d(size, 2)(x)
             for c in convolutions:
                 name = f"net.slice{index + 1}.{c.name}"
-                x = rectified(
-                    x, self._weights[f"{name}.weight"], self._weights[f"{name}.bias"], c.stride, (c.padding, c.padding)
-                )
+                weight, bias = self._weights[f"{name}.weight"], self._weights[f"{name}.bias"]
+                x = convolved(x, weight, bias, c.stride, (c.padding, c.padding), rectify=True)
             yield x / (mx.sqrt((x * x).sum(axis=-1, keepdims=True)) + EPSILON)
 
     def __call__(self, images: Images, reference: Images) -> npt.NDArray[np.float64]:
