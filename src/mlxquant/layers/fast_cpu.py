@@ -1,8 +1,9 @@
-"""GELU and attention that are exact and also fast on the CPU.
+"""GELU, SiLU, group normalisation and attention that are exact and also fast on the CPU.
 
 MLX evaluates ``erf`` and ``exp`` one scalar at a time on x86 and spends more time in GELU and softmax than in the
-matmuls around them. Rational and polynomial approximations, compiled into vectorised loops, agree with the exact
-functions to a few 1e-6 and are several times faster. Metal keeps MLX's own.
+matmuls around them; its normalisations lose digits where they sum over a million values. Rational and polynomial
+approximations, compiled into vectorised loops, agree with the exact functions to a few 1e-6 and are several times
+faster. Metal keeps MLX's own.
 """
 
 from __future__ import annotations
@@ -107,6 +108,57 @@ def gelu_tanh(x: mx.array) -> mx.array:
     CPU, MLX's own function on Metal and in half precision.
     """
     return _tanh_gelu(x) if _is_fast(x) else nn.gelu_approx(x)
+
+
+def _silu_slope(x: mx.array, g: mx.array) -> mx.array:
+    p = _logistic(x)
+    return g * p * (1 + x * (1 - p))
+
+
+_rational_silu = _with_slope(lambda x: x * _logistic(x), _silu_slope)
+
+
+def silu(x: mx.array) -> mx.array:
+    """``x / (1 + exp(-x))``, any shape; float32 error at most 1e-6 on the CPU, MLX's own function on Metal and in half
+    precision.
+    """
+    return _rational_silu(x) if _is_fast(x) else nn.silu(x)
+
+
+_squares = mx.compile(lambda x, mean: (x - mean) * (x - mean))
+_normalised = mx.compile(lambda x, mean, scale, bias: (x - mean) * scale + bias)
+
+
+def group_norm(x: mx.array, weight: mx.array, bias: mx.array, groups: int, eps: float) -> mx.array:
+    """Group normalisation (arXiv 1803.08494), the groups in order as torch has them.
+
+    Args:
+        x: [B,...places,C].
+        weight: [C].
+        bias: [C].
+        groups: How many there are of channels.
+        eps: What is added to a variance.
+
+    Returns:
+        As ``x``, in its dtype. Float32 on the CPU is exact to about 1e-6 for unit outputs, where MLX's own, which is
+        taken elsewhere, is wrong by 5e-5 for 64 x 64 places and 3e-3 for 512 x 512.
+    """
+    count, channels = x.shape[0], x.shape[-1]
+    if not _is_fast(x):
+        grouped = x.reshape(count, -1, groups, channels // groups).transpose(0, 2, 1, 3)
+        flat = mx.fast.layer_norm(grouped.reshape(count, groups, -1), None, None, eps)
+        return flat.reshape(grouped.shape).transpose(0, 2, 1, 3).reshape(x.shape) * weight + bias
+
+    def by_group(values: mx.array) -> mx.array:
+        """Means over groups and places, for each channel: axis by axis, for one long sum loses digits."""
+        for axis in reversed(range(1, x.ndim - 1)):
+            values = values.sum(axis=axis, keepdims=True)
+        of_channels = values.reshape(count, groups, -1).sum(axis=-1, keepdims=True) / (x[0].size // groups)
+        return mx.repeat(of_channels, channels // groups, axis=-1).reshape(values.shape)
+
+    mean = by_group(x)
+    variance = by_group(_squares(x, mean))
+    return cast(mx.array, _normalised(x, mean, mx.rsqrt(variance + eps) * weight, bias))
 
 
 _exponentials = mx.compile(lambda x, top: _exp_minus(top - x))

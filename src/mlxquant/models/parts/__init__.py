@@ -1,0 +1,1 @@
+"""Parts that hosts share, each one file of MLX: text encoders, tokenizers, the autoencoder, features of time."""
