@@ -22,6 +22,10 @@ NEEDED = {  # by marker: whether it is here, and what is said where it is not
         "adaptive-terrain-diffusion or onnx is not installed",
     ),
     "diffusers": (find_spec("diffusers") and find_spec("torch"), "diffusers or torch is not installed"),
+    "images": (
+        all(map(find_spec, ("tokenizers", "sentencepiece"))),
+        "tokenizers or sentencepiece is not installed: pip install 'mlxquant[images]'",
+    ),
     "metal": (mx.metal.is_available(), "Metal is not available"),
     "browser": (CHROMIUM is not None, "Chromium is not installed"),
 }
