@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ...errors import AdapterError
+from ...errors import AdapterError, ArtifactError
 from ...files import schema
 from ...layers.fast_cpu import gelu
 from ..checkpoints.source import Source, Tensors
@@ -205,9 +205,9 @@ def load_clip(source: Source, component: str, dtype: mx.Dtype) -> CLIPText:
     config = read_config(source, component, (PLAIN, PROJECTED), CONFIG)
     where = in_place(source, component)
     if config["hidden_size"] % config["num_attention_heads"]:
-        raise AdapterError(
-            f"{source.place}: {component} has {config['num_attention_heads']} heads of {config['hidden_size']} channels"
-            " in all, which they do not divide; config.json is damaged"
+        raise ArtifactError(
+            f"{source.place}: {component}/config.json: {config['num_attention_heads']} heads of"
+            f" {config['hidden_size']} channels in all, which they do not divide; download it again"
         )
     model = CLIPText(config)
     unused = UNUSED if config["_class_name"] == PROJECTED else (*UNUSED, PROJECTION)
