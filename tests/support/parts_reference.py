@@ -16,10 +16,10 @@ from mlxquant.models.parts.autoencoder import load_autoencoder
 from mlxquant.models.parts.clip import load_clip
 from mlxquant.models.parts.t5 import encode_t5
 from mlxquant.models.parts.timesteps import time_features
+from mlxquant.models.parts.tokenizers import clip_tokenizer, t5_tokenizer
 
 from support import parts
-
-RNG = np.random.default_rng(1)
+from support.odd_texts import has_stacked_marks, odd_texts
 
 
 def tensor(values):
@@ -66,8 +66,9 @@ def t5_pair(folder, config, length, masked, batch=3):
     import transformers
 
     parts.write_t5(folder, "text_encoder", config)
-    ids = mx.array(RNG.integers(0, config["vocab_size"], (batch, length)).astype(np.int32))
-    ends = RNG.integers(1, length + 1, batch)
+    rng = np.random.default_rng(1)
+    ids = mx.array(rng.integers(0, config["vocab_size"], (batch, length)).astype(np.int32))
+    ends = rng.integers(1, length + 1, batch)
     mask = mx.array((np.arange(length)[None] < ends[:, None]).astype(np.int32)) if masked else None
     ours = encode_t5(DiffusersFolder(str(folder)), "text_encoder", ids, mask, mx.float32)
     theirs = transformers.T5EncoderModel.from_pretrained(folder / "text_encoder").eval()
@@ -88,8 +89,9 @@ def vae_pair(folder, config, height, width, tile=None):
         theirs.tile_latent_min_size, theirs.tile_sample_min_size = tile, tile * ours.factor
     channels = config["latent_channels"]
     scale, shift = theirs.config.scaling_factor, theirs.config.shift_factor or 0.0
-    latent = mx.array(RNG.standard_normal((2, height, width, channels)).astype(np.float32))
-    pictures = mx.array(RNG.uniform(-1, 1, (2, height * 8, width * 8, 3)).astype(np.float32))
+    rng = np.random.default_rng(1)
+    latent = mx.array(rng.standard_normal((2, height, width, channels)).astype(np.float32))
+    pictures = mx.array(rng.uniform(-1, 1, (2, height * 8, width * 8, 3)).astype(np.float32))
     with no_gradients():
         drawn = theirs.decode(pictures_first(latent) / scale + shift).sample
         mean = (theirs.encode(pictures_first(pictures)).latent_dist.mode() - shift) * scale
@@ -112,6 +114,32 @@ def time_pair(folder, width, most, **options):
     }
 
 
+def clip_ids(folder, pad):
+    """Token ids of many texts, ours and transformers'."""
+    import transformers
+
+    parts.write_clip_tokenizer(folder, "tokenizer", pad)
+    ours = clip_tokenizer(DiffusersFolder(str(folder)), "tokenizer")(odd_texts())
+    theirs = transformers.CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    said = theirs(odd_texts(), padding="max_length", max_length=77, truncation=True)
+    return {"ids": (ours, np.array(said["input_ids"]))}
+
+
+def t5_ids(folder, fast):
+    """Of a tokenizer.json, or of a spiece.model, and its mask."""
+    import transformers
+
+    parts.write_t5_tokenizer(folder, "tokenizer")
+    theirs = transformers.T5Tokenizer.from_pretrained(folder / "tokenizer")
+    if fast:
+        (folder / "tokenizer" / "spiece.model").unlink()
+        theirs.save_pretrained(folder / "tokenizer")
+    texts = odd_texts() if fast else [text for text in odd_texts() if not has_stacked_marks(text)]
+    ids, mask = t5_tokenizer(DiffusersFolder(str(folder)), "tokenizer")(texts, 120)
+    said = theirs(texts, padding="max_length", max_length=120, truncation=True)
+    return {"ids": (ids, np.array(said["input_ids"])), "mask": (mask, np.array(said["attention_mask"]))}
+
+
 IDS = parts.random_ids(3, 77)
 CASES = {
     "CLIP-L (SD1.5)": partial(clip_pair, config=parts.CLIP_L, ids=IDS),
@@ -132,11 +160,21 @@ CASES = {
 }
 
 
+CASES |= {
+    "tokens, CLIP-L": partial(clip_ids, pad=parts.END),
+    "tokens, CLIP-G": partial(clip_ids, pad="!"),
+    "tokens, T5, spiece.model": partial(t5_ids, fast=False),
+    "tokens, T5, tokenizer.json": partial(t5_ids, fast=True),
+}
 LIMITS = {"time up to 1000, 256": 4e-5}  # one bit of an angle of 1000 is 6e-5: torch's frequencies are off by such
 
 
 def differences(folder, case):
     """The largest absolute difference of each output of a case."""
-    pairs = CASES[case](folder)
+    return largest(CASES[case](folder))
+
+
+def largest(pairs):
+    """The largest absolute difference of each pair of arrays, ours and theirs, by name."""
     assert all(ours.shape == theirs.shape for ours, theirs in pairs.values())
     return {name: float(np.abs(np.array(ours) - theirs).max()) for name, (ours, theirs) in pairs.items()}

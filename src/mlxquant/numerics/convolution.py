@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-UNFOLDED_BYTES = 2**27  # of a strip
+UNFOLDED_BYTES = 2**24  # of a strip: as fast as any, up to twice as fast as 2**27
 
 
 def convolved(

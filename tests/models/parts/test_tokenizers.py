@@ -4,10 +4,7 @@ import mlxquant  # noqa: F401  # before mlx
 
 # isort: split
 import json
-import random
 import sys
-import unicodedata
-from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -16,46 +13,8 @@ from mlxquant.errors import AdapterError, ArtifactError
 from mlxquant.models.checkpoints.folder import DiffusersFolder
 from mlxquant.models.parts.tokenizers import BEGIN, END, clip_tokenizer, t5_tokenizer
 
-from support.parts import SIZE, TEXTS, pieces, write_clip_tokenizer, write_json, write_t5_tokenizer
-
-ODD = [
-    "", " ", "\n\t ", "the cat", "The  CAT\n\n sat\ton   it ", "café cafe\u0301 CAFÉ", "naïve ﬁne ½ ① ＦＵＬＬ",
-    "emoji 😀 👩\u200d👩\u200d👧 🇩🇪 cat", "日本語のテキスト, 한국어, العربية, עברית", "a\u00a0b\u3000c\u200bd",
-    "don't I'll we've she's it'd they're I'm", "wow!!! really?! a!b !", "1234 5.6e-7 x86_64", "tab\x00nul\x07",
-    "under_score (((very:1.3))), [a|b], <lora:x>", f"{END} in {BEGIN} the text{END}", f"{END.upper()} loud",
-    "a</s>b <extra_id_3> c<pad>d <unk> <extra_id_99>", "▁x ▁ y", "\u0130stanbul \u00df \u1e9e",
-    "the cat " * 60, "é" * 200, "x" * 300, "a\u0301\u0328\u0301 e\u0301",
-]  # fmt: skip
-
-
-@pytest.fixture
-def random_texts():
-    """Words and signs of many scripts, put together at random."""
-    draw = random.Random(0)
-    pieces = [
-        *" ".join(TEXTS).split(),
-        *"!?.,;:'\"()[]<>|/\\-_ \t\n",
-        "é",
-        "e\u0301",
-        "ß",
-        "Ω",
-        "я",
-        "中",
-        "가",
-        "😀",
-        END,
-        "</s>",
-    ]
-    pieces += [chr(draw.randrange(0x20, 0x2FFF)) for _ in range(300)]
-    return ["".join(draw.choices([*pieces, " "], k=draw.randrange(30))) for _ in range(300)]
-
-
-def has_stacked_marks(text):
-    """Whether a letter has two combining marks: sentencepiece, with which T5 was trained, composes it with the first,
-    transformers 5 does not.
-    """
-    marks = [unicodedata.category(letter) == "Mn" for letter in text]
-    return any(a and b for a, b in pairwise(marks))
+from support.odd_texts import has_stacked_marks, odd_texts
+from support.parts import SIZE, pieces, write_clip_tokenizer, write_json, write_t5_tokenizer
 
 
 @pytest.fixture
@@ -72,19 +31,20 @@ def source(folder):
 @pytest.mark.diffusers
 @pytest.mark.images
 @pytest.mark.parametrize("component", ["tokenizer", "tokenizer_2"])
-def test_clip_ids_are_those_of_transformers(folder, component, random_texts):
+def test_clip_ids_are_those_of_transformers(folder, component):
     from transformers import CLIPTokenizer
 
     theirs, ours = CLIPTokenizer.from_pretrained(folder / component), clip_tokenizer(source(folder), component)
+    texts = odd_texts()
     for length in (77, 12, 2):
-        said = theirs([*ODD, *random_texts], padding="max_length", max_length=length, truncation=True)["input_ids"]
-        np.testing.assert_array_equal(ours([*ODD, *random_texts], length), said)
+        said = theirs(texts, padding="max_length", max_length=length, truncation=True)["input_ids"]
+        np.testing.assert_array_equal(ours(texts, length), said)
 
 
 @pytest.mark.diffusers
 @pytest.mark.images
 @pytest.mark.parametrize("listed", [False, True])
-def test_clip_as_later_releases_write_it(folder, listed, random_texts):
+def test_clip_as_later_releases_write_it(folder, listed):
     """With the added tokens in tokenizer_config.json, or all in a tokenizer.json."""
     from transformers import CLIPTokenizer
 
@@ -101,15 +61,15 @@ def test_clip_as_later_releases_write_it(folder, listed, random_texts):
         theirs = CLIPTokenizer.from_pretrained(place)
     else:
         theirs.save_pretrained(place)
-    ours = clip_tokenizer(source(folder), "tokenizer_2")
-    said = theirs([*ODD, *random_texts], padding="max_length", max_length=77, truncation=True)["input_ids"]
-    np.testing.assert_array_equal(ours([*ODD, *random_texts]), said)
+    ours, texts = clip_tokenizer(source(folder), "tokenizer_2"), odd_texts()
+    said = theirs(texts, padding="max_length", max_length=77, truncation=True)["input_ids"]
+    np.testing.assert_array_equal(ours(texts), said)
 
 
 @pytest.mark.diffusers
 @pytest.mark.images
 @pytest.mark.parametrize("fast", [False, True])
-def test_t5_ids_are_those_of_transformers(tmp_path, fast, random_texts):
+def test_t5_ids_are_those_of_transformers(tmp_path, fast):
     from transformers import T5Tokenizer
 
     write_t5_tokenizer(tmp_path)
@@ -118,7 +78,7 @@ def test_t5_ids_are_those_of_transformers(tmp_path, fast, random_texts):
         (tmp_path / "tokenizer" / "spiece.model").unlink()
         theirs.save_pretrained(tmp_path / "tokenizer")
     ours = t5_tokenizer(source(tmp_path), "tokenizer")
-    texts = [text for text in [*ODD, *random_texts] if fast or not has_stacked_marks(text)]
+    texts = odd_texts() if fast else [text for text in odd_texts() if not has_stacked_marks(text)]
     for length in (512, 77, 1):
         said = theirs(texts, padding="max_length", max_length=length, truncation=True)
         ids, mask = ours(texts, length)
