@@ -6,7 +6,7 @@ from click.testing import CliRunner
 
 from mlxquant.files.checked import read_tensors
 from mlxquant.models import train_shapes
-from mlxquant.models.mmdit.network import MMDiTConfig
+from mlxquant.models.mmdit.config import MMDiTConfig
 from mlxquant.models.shapes.adapter import WEIGHTS
 from mlxquant.models.shapes.scenes import sample_scene
 from mlxquant.models.train_shapes import batch

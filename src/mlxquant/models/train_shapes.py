@@ -27,7 +27,7 @@ from ..files.checked import write_tensors
 from ..files.lock import locked
 from ..files.training_run import TrainingRun
 from ..layers.tree import parameters
-from .mmdit.network import MMDiTConfig
+from .mmdit.config import MMDiTConfig
 from .shapes.adapter import WEIGHTS, ShapesModel, to_latent
 from .shapes.captions import tokenize
 from .shapes.scenes import Scene, draw, sample_scene

@@ -12,7 +12,8 @@ from mlx.utils import tree_flatten
 
 from mlxquant.errors import AdapterError
 from mlxquant.layers.fast_cpu import attention, gelu
-from mlxquant.models.mmdit.network import SD3_MEDIUM, MMDiT, MMDiTConfig, patch_tokens
+from mlxquant.models.mmdit.config import SD3_MEDIUM, MMDiTConfig
+from mlxquant.models.mmdit.network import MMDiT, patch_tokens
 
 TINY = MMDiTConfig(
     num_heads=2, depth_multimodal=2, hidden_size=32, vae_latent_dim=4, max_latent_resolution=8,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from ..edges import Edge, Fold
 from ..stages import Stage, State
-from .network import MMDiT, MMDiTConfig
+from .config import MMDiTConfig
+from .network import MMDiT
 
 PATCHES = {  # no recipe takes what makes tokens of a latent
     "x_embedder": "makes the tokens that every block reads, and is a thousandth of the weights",

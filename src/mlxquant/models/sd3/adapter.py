@@ -24,7 +24,7 @@ from ...sampling.prompts import Prompt, packaged_prompts
 from ..diffusion import DiffusionAdapter
 from ..edges import Edge
 from ..mmdit.chain import PATCHES, mmdit_edges, mmdit_role
-from ..mmdit.network import CONFIG, MMDiTConfig
+from ..mmdit.config import CONFIG, MMDiTConfig
 from ..stages import Stage, State
 from .checkpoint import fill, mmdit_weights, vae_decoder
 from .diffusionkit import build_mmdit, host, modulations

@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten
 
 from ...errors import ArtifactError, reason
 from ...files.hub import lazy_tensors
-from ..mmdit.network import MMDiTConfig
+from ..mmdit.config import MMDiTConfig
 from .diffusionkit import host
 
 MMDIT_PREFIX = "model.diffusion_model."

@@ -24,7 +24,7 @@ from ...grids.time import Clock
 from ...layers.attention import SoftmaxAttention
 from ...layers.fast_cpu import gelu
 from ...layers.tree import parameters
-from ..mmdit.network import MMDiTConfig
+from ..mmdit.config import MMDiTConfig
 
 NOW = 0.0  # the key under which a block finds the modulations of the running forward pass
 

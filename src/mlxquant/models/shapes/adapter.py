@@ -24,7 +24,8 @@ from ...sampling.prompts import Prompt
 from ..diffusion import DiffusionAdapter
 from ..edges import Edge
 from ..mmdit.chain import PATCHES, mmdit_edges, mmdit_role, mmdit_stages
-from ..mmdit.network import CONFIG, MMDiT, MMDiTConfig
+from ..mmdit.config import CONFIG, MMDiTConfig
+from ..mmdit.network import MMDiT
 from ..stages import Stage
 from . import scenes
 from .captions import CaptionEncoder, tokenize
