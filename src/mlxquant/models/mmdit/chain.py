@@ -45,8 +45,8 @@ def mmdit_stages(model: MMDiT) -> tuple[Stage, ...]:
 
 def mmdit_edges(config: MMDiTConfig) -> tuple[Edge, ...]:
     """Who reads the same tensor in an MMDiT's blocks: q, k, v and fc1 read what adaLN modulates; o_proj reads a mixture
-    of both streams' values, head by head, so both streams' o_proj change together; between GELU and fc2 channels can
-    only change places.
+    of both streams' values, head by head, so both streams' o_proj change together, while that of a second attention
+    reads a mixture of its own values; between GELU and fc2 channels can only change places.
     """
     d, edges = config.hidden_size, []
     for index in range(config.depth_multimodal):
@@ -60,8 +60,12 @@ def mmdit_edges(config: MMDiTConfig) -> tuple[Edge, ...]:
             return Fold(adaln, chunk * d, (chunk + 1) * d), Fold(adaln, (chunk + 1) * d, (chunk + 2) * d, plus_one=True)
 
         edges += [Edge(tuple(f"{s}.attn.{name}_proj" for name in "qkv"), modulated(s, 0)) for s in streams]
-        values = tuple(Fold(f"{s}.attn.v_proj", 0, d) for s in streams)
-        edges.append(Edge(tuple(f"{s}.attn.o_proj" for s in finished), values, mixes=d // config.num_heads))
+        values, head = tuple(Fold(f"{s}.attn.v_proj", 0, d) for s in streams), d // config.num_heads
+        edges.append(Edge(tuple(f"{s}.attn.o_proj" for s in finished), values, mixes=head))
+        if index in config.dual_attention_layers:
+            own = f"{streams[0]}.attn2"
+            edges.append(Edge(tuple(f"{own}.{name}_proj" for name in "qkv"), modulated(streams[0], 6)))
+            edges.append(Edge((f"{own}.o_proj",), (Fold(f"{own}.v_proj", 0, d),), mixes=head))
         edges += [Edge((f"{s}.mlp.fc1",), modulated(s, 3)) for s in finished]
         wide = d * config.mlp_ratio
         edges += [Edge((f"{s}.mlp.fc2",), after="gelu", reorders=(Fold(f"{s}.mlp.fc1", 0, wide),)) for s in finished]
@@ -69,10 +73,10 @@ def mmdit_edges(config: MMDiTConfig) -> tuple[Edge, ...]:
 
 
 def mmdit_role(path: str) -> str:
-    """What a Linear of an MMDiT is for, by the names that DiffusionKit gives them; see ``Adapter.role``."""
+    """What a Linear of an MMDiT is for, by the names that DiffusionKit gives them, or would; see ``Adapter.role``."""
     if "adaLN_modulation" in path:
         return "modulation"
-    if ".attn." in path:
+    if ".attn." in path or ".attn2." in path:
         return "attention"
     if ".mlp.fc" in path:
         return "mlp"

@@ -2,8 +2,13 @@
 
 Parameter names and tensor layouts are DiffusionKit's, so one checkpoint loads in either. Unlike DiffusionKit the
 modulation is computed in the forward pass: nothing is cached or emptied, and one batch may mix timesteps. SD3-Medium,
-SD3.5 (``use_qk_norm``) and the embedded ``mmdit-shapes`` differ in ``MMDiTConfig`` only. Single-stream blocks and
+SD3.5 (``use_qk_norm``, and in its medium size ``dual_attention_layers``: blocks whose image tokens also attend to each
+other alone, as MMDiT-X) and the embedded ``mmdit-shapes`` differ in ``MMDiTConfig`` only. Single-stream blocks and
 rotary positions (FLUX) are refused.
+
+Checkpoints of Stability AI have biases of keys and GELU's approximation by tanh. DiffusionKit drops the one and takes
+the exact GELU; ``key_bias`` and ``gelu`` say which it is. A bias that is the same for all keys would cancel in the
+softmax, but here image and text have each its own.
 """
 
 from __future__ import annotations
@@ -13,8 +18,10 @@ import mlx.nn as nn
 
 from ...errors import AdapterError
 from ...layers.attention import SoftmaxAttention
-from ...layers.fast_cpu import gelu
+from ...layers.fast_cpu import gelu, gelu_tanh
 from .config import MMDiTConfig
+
+GELUS = {"exact": gelu, "tanh": gelu_tanh}
 
 
 def layer_norm(x: mx.array, eps: float) -> mx.array:
@@ -89,25 +96,27 @@ class TimestepAdapter(nn.Module):
 
 
 class Attention(nn.Module):
-    """The projections of one stream; joint attention happens in the block. The key bias is redundant under softmax."""
+    """The projections of one stream; attention itself happens in the block."""
 
-    def __init__(self, dims: int, output: bool = True):
+    def __init__(self, dims: int, output: bool = True, key_bias: bool = False):
         super().__init__()
         self.q_proj = nn.Linear(dims, dims)
-        self.k_proj = nn.Linear(dims, dims, bias=False)
+        self.k_proj = nn.Linear(dims, dims, bias=key_bias)
         self.v_proj = nn.Linear(dims, dims)
         if output:
             self.o_proj = nn.Linear(dims, dims)
 
 
 class FFN(nn.Module):
-    def __init__(self, dims: int, ratio: int):
+    def __init__(self, config: MMDiTConfig):
         super().__init__()
-        self.fc1 = nn.Linear(dims, dims * ratio)
-        self.fc2 = nn.Linear(dims * ratio, dims)
+        dims = config.hidden_size
+        self.fc1 = nn.Linear(dims, dims * config.mlp_ratio)
+        self.fc2 = nn.Linear(dims * config.mlp_ratio, dims)
+        self._gelu = GELUS[config.gelu]
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.fc2(gelu(self.fc1(x)))
+        return self.fc2(self._gelu(self.fc1(x)))
 
 
 class QKNorm(nn.Module):
@@ -117,65 +126,96 @@ class QKNorm(nn.Module):
         self.k_norm = nn.RMSNorm(head_dim, eps=1e-6)
 
 
-class TransformerBlock(nn.Module):
-    """One stream of a double-stream block. The last block's text stream only feeds keys and values: ``kv_only``."""
+Heads = tuple[mx.array, mx.array, mx.array]  # queries, keys and values, each [B,heads,N,C/heads]
 
-    def __init__(self, config: MMDiTConfig, kv_only: bool = False):
+
+class TransformerBlock(nn.Module):
+    """One stream of a double-stream block. The last block's text stream only feeds keys and values: ``kv_only``.
+    An image stream may have a second attention to itself: ``dual``.
+    """
+
+    def __init__(self, config: MMDiTConfig, kv_only: bool = False, dual: bool = False):
         super().__init__()
-        d = config.hidden_size
-        self.attn = Attention(d, output=not kv_only)
+        d, head = config.hidden_size, config.hidden_size // config.num_heads
+        self.attn = Attention(d, output=not kv_only, key_bias=config.key_bias)
+        if dual:
+            self.attn2 = Attention(d, key_bias=config.key_bias)
         if not kv_only:
-            self.mlp = FFN(d, config.mlp_ratio)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(d, (2 if kv_only else 6) * d))
+            self.mlp = FFN(config)
+        self._chunks = 2 if kv_only else 9 if dual else 6
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(d, self._chunks * d))
         if config.use_qk_norm:
-            self.qk_norm = QKNorm(d // config.num_heads)
-        self._eps, self._heads, self._kv_only = config.layer_norm_eps, config.num_heads, kv_only
+            self.qk_norm = QKNorm(head)
+            if dual:
+                self.qk_norm2 = QKNorm(head)
+        self._eps, self._heads = config.layer_norm_eps, config.num_heads
 
     def modulation(self, c: mx.array) -> list[mx.array]:
-        """c [B,C] to shift1, scale1 (, gate1, shift2, scale2, gate2), each [B,1,C]."""
-        return list(mx.split(self.adaLN_modulation(c)[:, None], 2 if self._kv_only else 6, axis=-1))
+        """c [B,C] to shift1, scale1 (, gate1, shift2, scale2, gate2 (, shift3, scale3, gate3)), each [B,1,C]; 1 is of
+        the attention, 2 of the MLP, 3 of the second attention.
+        """
+        return list(mx.split(self.adaLN_modulation(c)[:, None], self._chunks, axis=-1))
 
-    def qkv(self, x: mx.array, modulation: list[mx.array]) -> tuple[mx.array, mx.array, mx.array]:
-        """x [B,N,C] to queries, keys and values, each [B,heads,N,C/heads]."""
-        x = modulate(layer_norm(x, self._eps), modulation[0], modulation[1])
+    def qkv(self, x: mx.array, modulation: list[mx.array]) -> Heads:
+        """What the joint attention reads of this stream's x [B,N,C]."""
+        return self._projected(x, modulation[:2], self.attn, self.get("qk_norm"))
+
+    def qkv2(self, x: mx.array, modulation: list[mx.array]) -> Heads:
+        """What the second attention reads."""
+        return self._projected(x, modulation[6:8], self.attn2, self.get("qk_norm2"))
+
+    def _projected(self, x: mx.array, modulation: list[mx.array], attn: Attention, norm: QKNorm | None) -> Heads:
+        x = modulate(layer_norm(x, self._eps), *modulation)
         b, n, d = x.shape
-        heads = [
+        q, k, v = (
             proj(x).reshape(b, n, self._heads, d // self._heads).transpose(0, 2, 1, 3)
-            for proj in (self.attn.q_proj, self.attn.k_proj, self.attn.v_proj)
-        ]
-        if "qk_norm" in self:
-            heads[0], heads[1] = self.qk_norm.q_norm(heads[0]), self.qk_norm.k_norm(heads[1])
-        return heads[0], heads[1], heads[2]
+            for proj in (attn.q_proj, attn.k_proj, attn.v_proj)
+        )
+        return (q, k, v) if norm is None else (norm.q_norm(q), norm.k_norm(k), v)
 
-    def finish(self, x: mx.array, attended: mx.array, modulation: list[mx.array]) -> mx.array:
-        """Residual, output projection and MLP; x and attended [B,N,C]."""
-        _, _, gate1, shift2, scale2, gate2 = modulation
+    def finish(
+        self, x: mx.array, attended: mx.array, modulation: list[mx.array], alone: mx.array | None = None
+    ) -> mx.array:
+        """Residual, output projections and MLP; x, what was attended to, and by the second attention, [B,N,C]."""
+        gate1, shift2, scale2, gate2 = modulation[2:6]
         x = x + gate1 * self.attn.o_proj(attended)
+        if alone is not None:
+            x = x + modulation[8] * self.attn2.o_proj(alone)
         return x + gate2 * self.mlp(modulate(layer_norm(x, self._eps), shift2, scale2))
 
 
-class MultiModalTransformerBlock(nn.Module):
-    """Double-stream block: separate weights, one attention over image and text tokens."""
+def joined_heads(x: mx.array) -> mx.array:
+    """[B,heads,N,C/heads] to [B,N,C]."""
+    return x.transpose(0, 2, 1, 3).reshape(x.shape[0], x.shape[2], -1)
 
-    def __init__(self, config: MMDiTConfig, last: bool = False):
+
+class MultiModalTransformerBlock(nn.Module):
+    """Double-stream block: separate weights, one attention over image and text tokens, and perhaps one over the image
+    tokens alone.
+    """
+
+    def __init__(self, config: MMDiTConfig, last: bool = False, dual: bool = False):
         super().__init__()
-        self.image_transformer_block = TransformerBlock(config)
+        self.image_transformer_block = TransformerBlock(config, dual=dual)
         self.text_transformer_block = TransformerBlock(config, kv_only=last)
         self.sdpa = SoftmaxAttention()
+        if dual:
+            self.sdpa2 = SoftmaxAttention()
         self._last = last
 
     def __call__(self, image: mx.array, text: mx.array, c: mx.array) -> tuple[mx.array, mx.array | None]:
         """image [B,N,C], text [B,T,C], conditioning c [B,C]; returns the same shapes, text None from the last block."""
         stream_i, stream_t = self.image_transformer_block, self.text_transformer_block
         mod_i, mod_t = stream_i.modulation(c), stream_t.modulation(c)
-        q, k, v = (
-            mx.concatenate(list(pair), axis=2)
-            for pair in zip(stream_i.qkv(image, mod_i), stream_t.qkv(text, mod_t), strict=True)
-        )
-        attended = self.sdpa(q, k, v)
-        attended = attended.transpose(0, 2, 1, 3).reshape(image.shape[0], -1, image.shape[-1])
+        pairs = zip(stream_i.qkv(image, mod_i), stream_t.qkv(text, mod_t), strict=True)
+        q, k, v = (mx.concatenate(list(pair), axis=2) for pair in pairs)
+        attended = joined_heads(self.sdpa(q, k, v))
+        alone: mx.array | None = None
+        if "sdpa2" in self:
+            q, k, v = stream_i.qkv2(image, mod_i)
+            alone = joined_heads(self.sdpa2(q, k, v))
         n = image.shape[1]
-        image = stream_i.finish(image, attended[:, :n], mod_i)
+        image = stream_i.finish(image, attended[:, :n], mod_i, alone)
         return image, None if self._last else stream_t.finish(text, attended[:, n:], mod_t)
 
 
@@ -205,7 +245,8 @@ class MMDiT(nn.Module):
         self.context_embedder = nn.Linear(config.token_level_text_embed_dim, config.hidden_size)
         last = config.depth_multimodal - 1
         self.multimodal_transformer_blocks = [
-            MultiModalTransformerBlock(config, last=i == last) for i in range(config.depth_multimodal)
+            MultiModalTransformerBlock(config, i == last, i in config.dual_attention_layers)
+            for i in range(config.depth_multimodal)
         ]
         self.final_layer = FinalLayer(config)
 
