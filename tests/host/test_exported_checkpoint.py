@@ -9,7 +9,7 @@ from mlxquant.errors import ExportError
 from mlxquant.exporters.diffusionkit import effective_weight
 from mlxquant.layers.linear import find_quantized
 from mlxquant.layers.tree import get_module, parameters
-from mlxquant.models.sd3.diffusionkit import host
+from mlxquant.models.diffusionkit.package import host
 
 from support.command_line import fail, succeed
 

@@ -14,8 +14,8 @@ import pytest
 import mlxquant as mq
 from mlxquant.errors import AdapterError, ArtifactError
 from mlxquant.layers.tree import parameters
-from mlxquant.models.sd3 import text_encoders
-from mlxquant.models.sd3.diffusionkit import host
+from mlxquant.models.diffusionkit import text_encoders
+from mlxquant.models.diffusionkit.package import host
 from mlxquant.sweep.folding import divide
 
 from support.adapter_contract import AdapterContract
@@ -170,7 +170,7 @@ def test_nothing_is_left_patched_in_the_process(diffusionkit, sd3_folder):
 
 def test_the_log_of_the_process_is_its_own():
     """DiffusionKit adds a handler to the root logger, and coremltools warns of what does not concern us."""
-    code = "import logging, mlxquant.models.sd3.diffusionkit as d; d.host(); print(logging.getLogger().handlers)"
+    code = "import logging, mlxquant.models.diffusionkit.package as d; d.host(); print(logging.getLogger().handlers)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
     assert "coremltools" not in done.stderr
@@ -215,7 +215,7 @@ def test_prompts_are_encoded_once_and_encoders_released(sd3_folder, monkeypatch)
 
 
 def test_only_what_is_asked_for_is_kept(model, monkeypatch):
-    from mlxquant.models.sd3 import adapter as sd3_medium
+    from mlxquant.models.diffusionkit import adapter as sd3_medium
 
     monkeypatch.setattr(sd3_medium, "KEPT", 3)
     components = sd3_medium.Components(model.adapter.place)
@@ -228,7 +228,7 @@ def test_only_what_is_asked_for_is_kept(model, monkeypatch):
 
 
 def test_more_prompts_than_are_kept_are_encoded_once(sd3_folder, monkeypatch):
-    from mlxquant.models.sd3 import adapter as sd3_medium
+    from mlxquant.models.diffusionkit import adapter as sd3_medium
 
     monkeypatch.setattr(sd3_medium, "KEPT", 2)
     calls, model = watched_encoders(monkeypatch), mq.load(sd3_folder, size=SIZE)

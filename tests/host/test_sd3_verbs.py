@@ -14,7 +14,7 @@ from PIL import Image
 import mlxquant as mq
 from mlxquant.errors import AdapterError, ArtifactError
 from mlxquant.layers.tree import find_linears
-from mlxquant.models.sd3.text_encoders import TextEncoders
+from mlxquant.models.diffusionkit.text_encoders import TextEncoders
 
 from support.command_line import fail, succeed
 
@@ -178,7 +178,7 @@ def test_a_hub_model_needs_no_checkpoint_to_load(hub_cache, tmp_path, monkeypatc
     model = mq.load("sd3-medium", size=64)
     mq.quantize(model, mq.calibrate(model, prompts=1, steps=1), "rtn-w4a16").save(tmp_path / "model")
     assert json.loads((tmp_path / "model" / "model.json").read_text())["model"]["place"] in ("", HUB)
-    from mlxquant.models.sd3 import adapter as sd3_medium
+    from mlxquant.models.diffusionkit import adapter as sd3_medium
 
     monkeypatch.setattr(
         sd3_medium, "mmdit_weights", lambda path: pytest.fail("the full-precision transformer was read")

@@ -7,7 +7,7 @@ import pytest
 
 from mlxquant.errors import AdapterError, ArtifactError
 from mlxquant.models import catalog
-from mlxquant.models.sd3 import diffusionkit
+from mlxquant.models.diffusionkit import package as diffusionkit
 
 from support.command_line import fail
 from support.hub_stand_in import LocalEntryNotFoundError, repositories
@@ -90,6 +90,8 @@ def test_without_diffusionkit_the_error_says_how_to_install_it(tmp_path, monkeyp
 
 def test_importing_mlxquant_imports_neither_torch_nor_diffusionkit():
     heavy = ("torch", "diffusionkit", "transformers")
-    code = f"import mlxquant, mlxquant.models.sd3.adapter, sys; print([m for m in {heavy} if m in sys.modules])"
+    code = (
+        f"import mlxquant, mlxquant.models.diffusionkit.adapter, sys; print([m for m in {heavy} if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -23,8 +23,8 @@ from ..layers.attention import QuantizedAttention
 from ..layers.linear import QuantizedLinear
 from ..layers.product import QuantizedProduct
 from ..layers.tree import parameters
-from ..models.sd3.checkpoint import MMDIT_PREFIX
-from ..models.sd3.files import CHECKPOINT, Files
+from ..models.diffusionkit.checkpoint import MMDIT_PREFIX
+from ..models.diffusionkit.files import CHECKPOINT, Files
 from ..numerics.arrays import Array
 from ..numerics.hadamard import regular_hadamard
 from .plain import PlainModule, part_obstacles, refusal

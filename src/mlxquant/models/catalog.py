@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from ..errors import AdapterError, ArtifactError, reason
 from ..files.hub import DESCRIPTIONS, hub_description, read_description
 from .adapter import Adapter
-from .sd3.files import CHECKPOINT, HUB
+from .diffusionkit.files import CHECKPOINT, HUB
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class KnownModel:
 LANGUAGE = "mlx-lm"  # what any other hub id stands for
 MODELS = {  # by address: an adapter is imported when it is asked for, also one of a folder that imports this one (qat)
     "mmdit-shapes": KnownModel("mlxquant.models.shapes.adapter", "MMDiTShapes"),
-    "sd3-medium": KnownModel("mlxquant.models.sd3.adapter", "SD3Medium", (HUB,), checkpoint=CHECKPOINT),
+    "sd3-medium": KnownModel("mlxquant.models.diffusionkit.adapter", "SD3Medium", (HUB,), checkpoint=CHECKPOINT),
     "gpt": KnownModel("mlxquant.qat.adapter", "TrainedGPT", ("gpt-python",), checkpoint="config.json", key="mlxquant"),
     LANGUAGE: KnownModel("mlxquant.models.mlx_lm", "MLXLanguageModel", checkpoint="config.json", key="model_type"),
 }

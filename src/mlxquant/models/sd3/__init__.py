@@ -1,1 +1,1 @@
-"""Stable Diffusion 3 Medium, run by DiffusionKit."""
+"""Stable Diffusion 3 and 3.5 in MLX, from diffusers' folders and from original single files."""

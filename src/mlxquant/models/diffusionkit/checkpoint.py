@@ -13,7 +13,7 @@ from mlx.utils import tree_flatten
 from ...errors import ArtifactError, reason
 from ...files.hub import lazy_tensors
 from ..mmdit.config import MMDiTConfig
-from .diffusionkit import host
+from .package import host
 
 MMDIT_PREFIX = "model.diffusion_model."
 HEAD_DIM = 64  # of every SD3 model

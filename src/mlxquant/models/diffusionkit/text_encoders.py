@@ -16,8 +16,8 @@ from ...errors import AdapterError, ArtifactError, reason, shortened
 from ...files import schema
 from ...files.hub import lazy_tensors
 from .checkpoint import fill
-from .diffusionkit import host
 from .files import Files
+from .package import host
 
 CLIP_TOKENS, T5_TOKENS = 77, 512
 WIDTH = 4096  # of token embeddings: T5's, and CLIP's after padding

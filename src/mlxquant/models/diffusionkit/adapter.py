@@ -27,8 +27,8 @@ from ..mmdit.chain import PATCHES, mmdit_edges, mmdit_role
 from ..mmdit.config import CONFIG, MMDiTConfig
 from ..stages import Stage, State
 from .checkpoint import fill, mmdit_weights, vae_decoder
-from .diffusionkit import build_mmdit, host, modulations
 from .files import CHECKPOINT, PIXELS, Files
+from .package import build_mmdit, host, modulations
 from .pipeline import pipeline
 from .text_encoders import TextEncoders
 
@@ -107,7 +107,7 @@ class SD3Medium(DiffusionAdapter):
         """The model with its weights.
 
         Args:
-            place: The hub id that DiffusionKit uses, which "" stands for, or a local folder, see ``sd3.files``.
+            place: The hub id that DiffusionKit uses, which "" stands for, or a local folder, see ``files``.
 
         Raises:
             ArtifactError: A file is missing or damaged; it says how to get it.
@@ -198,7 +198,7 @@ class SD3Medium(DiffusionAdapter):
         return mmdit_edges(self.config)
 
     def pipeline(self) -> Any:
-        """DiffusionKit's ``DiffusionPipeline`` around this model; see ``sd3.pipeline``."""
+        """DiffusionKit's ``DiffusionPipeline`` around this model; see ``pipeline``."""
         return pipeline(self)
 
     def prompts(self, purpose: str, count: int, seed: int = 0) -> list[Prompt]:

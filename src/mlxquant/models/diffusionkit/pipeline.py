@@ -12,8 +12,8 @@ import mlx.core as mx
 import numpy as np
 
 from .checkpoint import vae_encoder
-from .diffusionkit import host
 from .files import CHECKPOINT, HUB, PIXELS, Files
+from .package import host
 
 
 class Drawn(Protocol):
