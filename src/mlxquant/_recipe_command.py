@@ -11,7 +11,17 @@ from typing import Any
 import click
 
 from .commandline.console import Command
-from .commandline.options import COUNT, MODEL_HELP, PATH, force_option, option, run_options, size_option, verbose_option
+from .commandline.options import (
+    COUNT,
+    MODEL_HELP,
+    PATH,
+    force_option,
+    model_option,
+    option,
+    run_options,
+    size_option,
+    verbose_option,
+)
 from .evaluate import command as evaluate
 from .evaluate import drawing_options
 from .quantize import calibration_options
@@ -29,7 +39,7 @@ def recipe_command(
     text = f"{summary}\n\n{how}\n\nThe same as 'mlxquant quantize --recipe {method}-wBaB'."
 
     @click.command(name, cls=Command, help=text)
-    @option("--model", default=MODEL, help=MODEL_HELP)
+    @model_option(default=MODEL, help=MODEL_HELP)
     @size_option
     @option("--wbits", type=int, default=weight_bits, help="Bits of a weight, 2 to 8.")
     @option("--abits", type=int, default=input_bits, help="Bits of an activation: 4, 6, 8, or 16 for none.")
@@ -69,7 +79,7 @@ def comparison_command(name: str, recipes: Sequence[str], summary: str, how: str
 
     @click.command(name, cls=Command, help=text)
     @click.argument("folders", nargs=-1)
-    @option("--model", default=MODEL, help=f"The baseline. {MODEL_HELP}")
+    @model_option(default=MODEL, help=f"The baseline. {MODEL_HELP}")
     @drawing_options
     @option("--out", type=PATH, default=name, help="Folder for the report.")
     @force_option

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from .commandline.console import Command, during_command, peak_bytes, progress, result, say
-from .commandline.options import COUNT, PATH, option, seed_option, verbose_option
+from .commandline.options import COUNT, PATH, model_option, option, seed_option, verbose_option
 from .errors import AdapterError
 from .files import checked
 from .files.checked import file_digest
@@ -57,9 +57,7 @@ DEFAULT = Settings()
 )
 @option("--sensitivity/--no-sensitivity", default=True, help="Weigh errors by what they do to the velocity.")
 @option("--quant-config", type=PATH, help="Round the weights as this file's folds and shifts change them.")
-@option(
-    "--model", "name", help="Where its weights are: a hub id or a folder.  [default: the name of the cache's model]"
-)
+@model_option("name", help="Where its weights are: a hub id or a folder.  [default: the name of the cache's model]")
 @seed_option("Of the minibatches.")
 @option("--force", is_flag=True, help="Start over where the folder holds other weights.")
 @option("--resume/--no-resume", default=True, help="Go on where a killed run was.")

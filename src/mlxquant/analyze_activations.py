@@ -13,7 +13,7 @@ import numpy as np
 
 from .api.loading import load
 from .commandline.console import Command, during_command, progress, result, say
-from .commandline.options import PATH, option, verbose_option
+from .commandline.options import PATH, model_option, option, verbose_option
 from .errors import ArtifactError
 from .files.atomic import ensure_writable
 from .files.lock import locked
@@ -41,7 +41,7 @@ def two_numbers(context: click.Context, parameter: click.Parameter, value: str) 
 @click.command("analyze-activations", cls=Command)
 @option("--stats", "stats_file", type=PATH, required=True, help="layer_statistics.json of collect-layer-activations.")
 @option("--output", type=PATH, help="The config to write.  [default: quant_config.json beside the statistics]")
-@option("--model", "name", help="Where the model is: a hub id or a folder.  [default: the model of the statistics]")
+@model_option("name", help="Where the model is: a hub id or a folder.  [default: the model of the statistics]")
 @option(
     "--rule",
     type=click.Choice(["error", "threshold"]),

@@ -9,14 +9,14 @@ import click
 from .api.loading import load
 from .api.pipeline_files import is_pipeline, load_pipeline
 from .commandline.console import Command, during_command, result, say
-from .commandline.options import MODEL_HELP, PATH, force_option, option, verbose_option
+from .commandline.options import MODEL_HELP, PATH, force_option, model_option, option, verbose_option
 from .exporters.plain import FLOATS
 from .exporters.targets import TARGETS, export
 from .files.atomic import claimed
 
 
 @click.command("export", cls=Command)
-@option("--model", "name", required=True, help=f"A folder that 'mlxquant quantize' wrote. Or unquantized: {MODEL_HELP}")
+@model_option("name", required=True, help=f"A folder that 'mlxquant quantize' wrote. Or unquantized: {MODEL_HELP}")
 @option("--target", type=click.Choice(TARGETS), required=True, help="The tool that is to read it.")
 @option("--out", type=PATH, required=True, help="Folder for the files.")
 @option("--drop-activations", is_flag=True, help="Leave activation scales out where the target has no place for them.")

@@ -18,6 +18,7 @@ from .commandline.options import (
     MFLUX_HELP,
     MODEL_HELP,
     PATH,
+    model_option,
     negative_option,
     option,
     seed_option,
@@ -33,7 +34,7 @@ from .sampling.prompts import Prompt
 
 
 @click.command("generate", cls=Command)
-@option("--model", "name", required=True, help=f"{MODEL_HELP} {MFLUX_HELP} Or a folder that 'mlxquant quantize' wrote.")
+@model_option("name", required=True, help=f"{MODEL_HELP} {MFLUX_HELP} Or a folder that 'mlxquant quantize' wrote.")
 @option("--prompt", "text", required=True)
 @seed_option()
 @option("--steps", type=COUNT, help="[default: the model's]")

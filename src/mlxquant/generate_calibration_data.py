@@ -13,7 +13,16 @@ from click.core import ParameterSource
 from .api.loading import load
 from .api.model import QuantizedModel
 from .commandline.console import Command, during_command, peak_bytes, progress, result, say
-from .commandline.options import COUNT, MODEL_HELP, PATH, negative_option, option, size_option, verbose_option
+from .commandline.options import (
+    COUNT,
+    MODEL_HELP,
+    PATH,
+    model_option,
+    negative_option,
+    option,
+    size_option,
+    verbose_option,
+)
 from .errors import CalibrationError
 from .files.lock import locked
 from .pipeline import samples
@@ -23,7 +32,7 @@ from .sampling.prompts import read_prompts
 
 
 @click.command("generate-calibration-data", cls=Command)
-@option("--model", "name", default="sd3-medium", help=MODEL_HELP)
+@model_option("name", default="sd3-medium", help=MODEL_HELP)
 @size_option
 @option("--num-images", default=50, type=COUNT)
 @option("--num-steps", default=50, type=COUNT, help="Sampler steps.")

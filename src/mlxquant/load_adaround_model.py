@@ -14,7 +14,7 @@ import numpy as np
 from .api.loading import load
 from .api.model import Model, QuantizedModel
 from .commandline.console import Command, during_command, peak_bytes, progress, result, say
-from .commandline.options import COUNT, PATH, SEED, negative_option, option, size_option, verbose_option
+from .commandline.options import COUNT, PATH, SEED, model_option, negative_option, option, size_option, verbose_option
 from .errors import AdapterError
 from .files.atomic import claimed
 from .files.checked import write_json
@@ -48,7 +48,7 @@ from .sweep.rounding import round_to_nearest
     help="Measure each against full precision; writes OUTPUT_IMAGE with the suffix .diff.json.",
 )
 @option("--save", "folder", type=PATH, help="Write the model as a folder for 'mlxquant generate'.")
-@option("--model", "name", help="Where the model is: a hub id or a folder.  [default: the model of the weights]")
+@model_option("name", help="Where the model is: a hub id or a folder.  [default: the model of the weights]")
 @size_option
 @option("--force", is_flag=True, help="Replace an existing --save folder.")
 @verbose_option

@@ -27,6 +27,7 @@ from .commandline.options import (
     MODEL_HELP,
     PATH,
     iters_option,
+    model_option,
     negative_option,
     option,
     pipeline_options,
@@ -73,7 +74,7 @@ calibration_options = together(
 
 
 @click.command("quantize", cls=Command)
-@option("--model", "name", required=True, help=f"{MODEL_HELP} {MFLUX_HELP}")
+@model_option("name", required=True, help=f"{MODEL_HELP} {MFLUX_HELP}")
 @size_option
 @option(
     "--recipe",

@@ -19,7 +19,7 @@ PROMPT = mq.Prompt(5, "a cat on a mat")
 
 @pytest.fixture(scope="module")
 def model(sd3_folder):
-    return mq.load(sd3_folder, size=64)
+    return mq.load(f"diffusionkit:{sd3_folder}", size=64)
 
 
 @pytest.fixture(scope="module")

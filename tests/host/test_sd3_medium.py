@@ -14,6 +14,7 @@ import pytest
 import mlxquant as mq
 from mlxquant.errors import AdapterError, ArtifactError
 from mlxquant.layers.tree import parameters
+from mlxquant.models import prompt_memory
 from mlxquant.models.diffusionkit import text_encoders
 from mlxquant.models.diffusionkit.package import host
 from mlxquant.sweep.folding import divide
@@ -27,7 +28,7 @@ PROMPTS = ("a cat on a mat", "two red cubes")
 
 @pytest.fixture(scope="module")
 def model(sd3_folder):
-    return mq.load(sd3_folder, size=SIZE)
+    return mq.load(f"diffusionkit:{sd3_folder}", size=SIZE)
 
 
 @pytest.fixture
@@ -155,8 +156,8 @@ def test_nothing_is_left_patched_in_the_process(diffusionkit, sd3_folder):
         dict(vars(kit.t5.TransformerEncoder)),
     ]
     config = dict(vars(kit.config.SD3_2b))
-    mq.load(sd3_folder, size=SIZE).generate(PROMPTS[0], steps=1)
-    mq.load(sd3_folder, size=SIZE).adapter.pipeline().generate_image(
+    mq.load(f"diffusionkit:{sd3_folder}", size=SIZE).generate(PROMPTS[0], steps=1)
+    mq.load(f"diffusionkit:{sd3_folder}", size=SIZE).adapter.pipeline().generate_image(
         PROMPTS[0], num_steps=1, cfg_weight=3.0, latent_size=(8, 8), seed=1
     )
     assert [dict(vars(m)) for m in modules] == before
@@ -177,7 +178,7 @@ def test_the_log_of_the_process_is_its_own():
 
 
 def test_a_pipeline_and_its_model_go_when_they_are_dropped(sd3_folder):
-    model = mq.load(sd3_folder, size=SIZE)
+    model = mq.load(f"diffusionkit:{sd3_folder}", size=SIZE)
     pipe = model.adapter.pipeline()
     pipe.ensure_models_are_loaded()
     pipe.unload_t5()
@@ -202,7 +203,7 @@ def watched_encoders(patch):
 
 def test_prompts_are_encoded_once_and_encoders_released(sd3_folder, monkeypatch):
     """Twins share what was encoded; the encoders are gone after each call, T5's layers one by one."""
-    calls, model = watched_encoders(monkeypatch), mq.load(sd3_folder, size=SIZE)
+    calls, model = watched_encoders(monkeypatch), mq.load(f"diffusionkit:{sd3_folder}", size=SIZE)
     model.images([mq.Prompt(1, PROMPTS[0]), mq.Prompt(2, PROMPTS[1]), mq.Prompt(3, PROMPTS[0])], steps=1)
     mx.clear_cache()
     held = mx.get_active_memory()
@@ -214,24 +215,10 @@ def test_prompts_are_encoded_once_and_encoders_released(sd3_folder, monkeypatch)
     assert mx.get_active_memory() - held < 1.01 * (589 * 4096 * 4 + 4096)  # what was encoded, and no weights
 
 
-def test_only_what_is_asked_for_is_kept(model, monkeypatch):
-    from mlxquant.models.diffusionkit import adapter as sd3_medium
-
-    monkeypatch.setattr(sd3_medium, "KEPT", 3)
-    components = sd3_medium.Components(model.adapter.place)
-    texts = [f"number {n}" for n in range(5)]
-    for text in texts:
-        components.encoded([text])
-    assert list(components._encoded) == texts[-3:]
-    assert len(components.encoded(texts)) == 5
-    assert list(components._encoded) == texts  # more were asked for at once
-
-
 def test_more_prompts_than_are_kept_are_encoded_once(sd3_folder, monkeypatch):
-    from mlxquant.models.diffusionkit import adapter as sd3_medium
 
-    monkeypatch.setattr(sd3_medium, "KEPT", 2)
-    calls, model = watched_encoders(monkeypatch), mq.load(sd3_folder, size=SIZE)
+    monkeypatch.setattr(prompt_memory, "KEPT", 2)
+    calls, model = watched_encoders(monkeypatch), mq.load(f"diffusionkit:{sd3_folder}", size=SIZE)
     model.images([mq.Prompt(n, f"number {n}") for n in range(5)], steps=1)
     mq.calibrate(model, [mq.Prompt(n, f"number {n}") for n in range(5)], steps=1)
     assert [len(prompts) for prompts in calls] == [6]
@@ -273,10 +260,10 @@ def test_other_checkpoints_are_refused(sd3_folder, random_sd3, tmp_path):
     for message, tensors in wrong.items():
         mx.save_safetensors(str(tmp_path / "sd3_medium.safetensors"), tensors)
         with pytest.raises(ArtifactError, match=message):
-            mq.load(tmp_path)
+            mq.load(f"diffusionkit:{tmp_path}")
     (tmp_path / "sd3_medium.safetensors").write_bytes((sd3_folder / "sd3_medium.safetensors").read_bytes()[:5000])
     with pytest.raises(ArtifactError, match="not a safetensors file, or a damaged one"):
-        mq.load(tmp_path)
+        mq.load(f"diffusionkit:{tmp_path}")
 
 
 def test_pictures_need_not_be_squares(model):

@@ -25,15 +25,15 @@ HUB = "argmaxinc/mlx-stable-diffusion-3-medium"
 
 def drawing(model, folder):
     """The command that draws one small picture, ``a.png`` in a folder."""
-    options = ("--model", model, "--size", 64, "--prompt", PROMPT, "--steps", 1, "--output", folder / "a.png")
-    return ("generate", *options)
+    options = ("--size", 64, "--prompt", PROMPT, "--steps", 1, "--output", folder / "a.png")
+    return ("generate", "--model", model, "--host", "diffusionkit", *options)
 
 
 @pytest.fixture(scope="module")
 def made(sd3_folder, tmp_path_factory):
     """A quantized model, saved, and the same in memory."""
     folder = tmp_path_factory.mktemp("made")
-    model = mq.load(sd3_folder, size=64)
+    model = mq.load(f"diffusionkit:{sd3_folder}", size=64)
     calib = mq.calibrate(model, prompts=2, steps=3, cfg=4.0)
     quantized = mq.quantize(model, calib, "gptq-w4a8")
     quantized.save(folder / "w4a8")
@@ -47,7 +47,7 @@ def test_diffusionkits_pipeline_draws_with_a_loaded_model(made, tmp_path):
     folder, quantized = made
     loaded = mq.load(folder)
     layers = loaded.layers
-    assert len(layers) == len(find_linears(mq.load(loaded.adapter.place).adapter.module))
+    assert len(layers) == len(find_linears(mq.load(f"diffusionkit:{loaded.adapter.place}").adapter.module))
     assert sum(layer.table is not None for layer in layers.values()) == 21
     image, _ = loaded.adapter.pipeline().generate_image(PROMPT, num_steps=3, cfg_weight=4.0, latent_size=(8, 8), seed=5)
     image.save(tmp_path / "cat.png")
@@ -88,7 +88,18 @@ def test_a_hundred_alternating_prompts(made):
 @pytest.mark.parametrize("recipe", ["taqdit-w4a8", "adaround-w3a16", "rtn-w4a8-g128", "descent-w8a8-static"])
 def test_recipes_run_and_survive_saving(sd3_folder, tmp_path, recipe):
     arguments = ["--steps", 2, "--num-prompts", 2, "--size", 64, "--iters", 3]
-    facts, _ = succeed("quantize", "--model", sd3_folder, "--recipe", recipe, "--out", tmp_path / "model", *arguments)
+    facts, _ = succeed(
+        "quantize",
+        "--model",
+        sd3_folder,
+        "--host",
+        "diffusionkit",
+        "--recipe",
+        recipe,
+        "--out",
+        tmp_path / "model",
+        *arguments,
+    )
     assert facts["bits_per_weight"] < 16
     assert "inf" not in json.dumps(facts)
     picture, _ = succeed(
@@ -99,7 +110,7 @@ def test_recipes_run_and_survive_saving(sd3_folder, tmp_path, recipe):
 
 
 def test_the_six_steps(sd3_folder, tmp_path):
-    calib, where = tmp_path / "calib", ["--model", sd3_folder]
+    calib, where = tmp_path / "calib", ["--model", sd3_folder, "--host", "diffusionkit"]
     succeed(
         "generate-calibration-data", *where, "--num-images", 2, "--num-steps", 3, "--calib-dir", calib, "--size", 64
     )
@@ -136,14 +147,19 @@ def test_the_six_steps(sd3_folder, tmp_path):
     assert all(np.isfinite(row["psnr_db"]) for row in facts["models"].values())
     loaded = mq.load(tmp_path / "model")
     blocks = [
-        path for path in mq.load(sd3_folder).adapter.layers() if loaded.adapter.role(path) in ("attention", "mlp")
+        path
+        for path in mq.load(f"diffusionkit:{sd3_folder}").adapter.layers()
+        if loaded.adapter.role(path) in ("attention", "mlp")
     ]
     assert set(blocks) <= loaded.layers.keys()
     assert loaded.generate(PROMPT, steps=1).size[0] > 0
 
 
 def test_the_hub_ids_are_the_folder(hub_cache, sd3_folder):
-    by_name, by_id, by_folder = (mq.load(where).adapter for where in ("sd3-medium", HUB, sd3_folder))
+    by_name, by_id, by_folder = (
+        mq.load(where).adapter
+        for where in ("diffusionkit:sd3-medium", f"diffusionkit:{HUB}", f"diffusionkit:{sd3_folder}")
+    )
     assert by_name.fingerprint == by_id.fingerprint == by_folder.fingerprint
     text = [adapter.encode([PROMPT]) for adapter in (by_name, by_folder)]
     np.testing.assert_array_equal(np.array(text[0]["tokens"]), np.array(text[1]["tokens"]))
@@ -157,9 +173,9 @@ def test_a_saved_model_finds_its_text_encoders(made, sd3_folder, tmp_path):
     assert stated.startswith(".")
     shutil.copytree(sd3_folder, tmp_path / "there" / "sd3")
     (tmp_path / "moved").mkdir()
-    model = mq.load(sd3_folder, size=64)
+    model = mq.load(f"diffusionkit:{sd3_folder}", size=64)
     mq.quantize(model, mq.calibrate(model, prompts=1, steps=1), "rtn-w4a16").save(tmp_path / "first")
-    adapter = mq.load(tmp_path / "there" / "sd3", size=64)
+    adapter = mq.load(f"diffusionkit:{tmp_path / 'there' / 'sd3'}", size=64)
     mq.quantize(adapter, mq.calibrate(adapter, prompts=1, steps=1), "rtn-w4a16").save(tmp_path / "there" / "model")
     expected = np.array(mq.load(tmp_path / "there" / "model").generate(PROMPT, steps=1))
     shutil.move(tmp_path / "there", tmp_path / "moved" / "here")
@@ -175,7 +191,7 @@ def test_a_hub_model_needs_no_checkpoint_to_load(hub_cache, tmp_path, monkeypatc
     """A quantized folder has the whole transformer: of the full-precision file only the VAE is read, and that when a
     picture is drawn.
     """
-    model = mq.load("sd3-medium", size=64)
+    model = mq.load("diffusionkit:sd3-medium", size=64)
     mq.quantize(model, mq.calibrate(model, prompts=1, steps=1), "rtn-w4a16").save(tmp_path / "model")
     assert json.loads((tmp_path / "model" / "model.json").read_text())["model"]["place"] in ("", HUB)
     from mlxquant.models.diffusionkit import adapter as sd3_medium
@@ -273,7 +289,7 @@ def test_a_hub_that_refuses_says_what_to_do(monkeypatch):
             raise error
 
         monkeypatch.setattr(hub, "hf_hub_download", refuse)
-        assert message in fail("generate", "--model", "sd3-medium", "--prompt", PROMPT)
+        assert message in fail("generate", "--model", "sd3-medium", "--host", "diffusionkit", "--prompt", PROMPT)
 
 
 def test_incomplete_encoders_are_refused(sd3_folder, tmp_path):
@@ -293,7 +309,17 @@ def test_incomplete_encoders_are_refused(sd3_folder, tmp_path):
         path.unlink()
         mx.save_safetensors(str(path), tensors)
         assert message in fail(
-            "generate", "--model", tmp_path / "sd3", "--size", 64, "--prompt", PROMPT, "--output", tmp_path / "a.png"
+            "generate",
+            "--model",
+            tmp_path / "sd3",
+            "--host",
+            "diffusionkit",
+            "--size",
+            64,
+            "--prompt",
+            PROMPT,
+            "--output",
+            tmp_path / "a.png",
         )
 
 
@@ -318,7 +344,7 @@ def test_text_is_encoded_once_a_step(sd3_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(
         TextEncoders, "encode", lambda self, prompts: calls.append(len(prompts)) or original(self, prompts)
     )
-    calib, where = tmp_path / "calib", ["--model", sd3_folder]
+    calib, where = tmp_path / "calib", ["--model", sd3_folder, "--host", "diffusionkit"]
     succeed(
         "generate-calibration-data", *where, "--num-images", 4, "--num-steps", 2, "--calib-dir", calib, "--size", 64
     )
@@ -340,21 +366,30 @@ def test_quantized_models_are_not_calibrated(made, tmp_path):
 
 def test_pictures_of_two_sizes_are_not_compared(made, sd3_folder, tmp_path):
     with pytest.raises(AdapterError, match="load both with the same size"):
-        mq.compare(mq.load(sd3_folder, size=128), mq.load(made[0]), PROMPT)
-    arguments = ["--compare", sd3_folder, "--prompt", PROMPT, "--steps", 1, "--output", tmp_path / "a.png"]
+        mq.compare(mq.load(f"diffusionkit:{sd3_folder}", size=128), mq.load(made[0]), PROMPT)
+    arguments = [
+        "--compare",
+        f"diffusionkit:{sd3_folder}",
+        "--prompt",
+        PROMPT,
+        "--steps",
+        1,
+        "--output",
+        tmp_path / "a.png",
+    ]
     facts, _ = succeed("generate", "--model", made[0], *arguments)  # the reference draws in the quantized model's size
     assert np.isfinite(facts["psnr_db"])
 
 
 def test_more_prompts_than_there_are_is_an_error(sd3_folder):
     with pytest.raises(AdapterError, match=r"has 144 prompts of its own for calibration, 500 were asked for"):
-        mq.load(sd3_folder, size=64).adapter.prompts("calibration", 500)
+        mq.load(f"diffusionkit:{sd3_folder}", size=64).adapter.prompts("calibration", 500)
 
 
 def test_a_folder_may_be_left(sd3_folder, monkeypatch, tmp_path):
     """A path that was given from where one stood then still holds where one stands now."""
     monkeypatch.chdir(sd3_folder.parent)
-    model = mq.load(sd3_folder.name, size=64)
+    model = mq.load(f"diffusionkit:{sd3_folder.name}", size=64)
     monkeypatch.chdir(tmp_path)
     assert model.generate(PROMPT, steps=1).size == (64, 64)
 

@@ -18,7 +18,9 @@ from ..sampling.prompts import LARGEST_SEED
 Decorator = Callable[[Any], Any]
 PATH = click.Path(path_type=Path)
 COUNT, FROM_ZERO, SEED = click.IntRange(1), click.IntRange(0), click.IntRange(0, LARGEST_SEED)
-MODEL_HELP = "A model's name (mmdit-shapes, sd3-medium), a hub id, or a folder with its weights."
+MODEL_HELP = "A model's name (mmdit-shapes, sd3-medium), a hub id, or a folder or file with its weights."
+HOST = "mlxquant.host"  # of a command's context: what --host says
+HOSTS = ("diffusionkit",)  # other programs whose modules can run a model
 MFLUX_HELP = "Or a model of mflux, as mflux:NAME[@HUB_ID_OR_FOLDER]."
 # of a command's context: --out_dir is --out-dir
 UNDERSCORES = {"token_normalize_func": lambda name: name.replace("_", "-")}
@@ -49,9 +51,35 @@ def refuse(given: Mapping[str, Any], why: str) -> None:
         raise AdapterError(f"{' and '.join(wrong)} {why}; leave {'it' if len(wrong) == 1 else 'them'} out")
 
 
+def model_option(*names: str, **more: Any) -> Decorator:
+    """``--model``, and ``--host``, by which the reference becomes HOST:REFERENCE; arguments as for ``option``."""
+    host = option(
+        "--host",
+        type=click.Choice(HOSTS),
+        is_eager=True,
+        expose_value=False,
+        callback=_note_host,
+        help="Run Stable Diffusion 3 Medium on this program's modules.  [default: our own]",
+    )
+    return together(option("--model", *names, callback=_hosted, **more), host)
+
+
 def models_option(what: str) -> Decorator:
-    """``--model``, which may be given several times."""
-    return option("--model", "names", multiple=True, required=True, help=what)
+    """``--model``, which may be given several times, and ``--host``."""
+    return model_option("names", multiple=True, required=True, help=what)
+
+
+def _note_host(ctx: click.Context, parameter: click.Parameter, host: str | None) -> None:
+    ctx.meta[HOST] = host
+
+
+def _hosted(ctx: click.Context, parameter: click.Parameter, said: Any) -> Any:
+    """A reference, or several, for the host that was asked for. A quantized model knows its own."""
+    if (host := ctx.meta.get(HOST)) is None or said is None:
+        return said
+    if isinstance(said, tuple):
+        return tuple(_hosted(ctx, parameter, one) for one in said)
+    return said if (Path(said) / "model.json").exists() else f"{host}:{said}"
 
 
 def prompts_options(what: str, count: int) -> Decorator:
@@ -128,8 +156,7 @@ def replay_options(stride: int, folder: str, seed: str) -> Decorator:
         option("--num-images", default=5, type=COUNT, help="Use the first N images."),
         option("--stride", default=stride, type=COUNT, help="Use every N-th step."),
         seed_option(seed),
-        option(
-            "--model",
+        model_option(
             "name",
             help="Where its weights are: a hub id or a folder.  [default: that of the trajectories, by its name]",
         ),

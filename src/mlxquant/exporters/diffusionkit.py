@@ -29,7 +29,7 @@ from ..numerics.arrays import Array
 from ..numerics.hadamard import regular_hadamard
 from .plain import PlainModule, part_obstacles, refusal
 
-MODEL = "sd3-medium"
+MODELS = ("sd3-medium", "sd3-medium-diffusionkit")
 ORDINARY = 2.0**-10  # twice what float16 changes of a number for which it has all its digits
 RENAMED = (  # from DiffusionKit's names of the transformer's parameters to the checkpoint's
     ("multimodal_transformer_blocks.", "joint_blocks."),

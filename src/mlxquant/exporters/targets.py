@@ -17,7 +17,7 @@ from ..errors import ExportError
 from ..files.atomic import atomic_folder, refuse_existing
 from ..models.language import LanguageAdapter
 from ..models.mflux.pipeline import MfluxPipeline
-from .diffusionkit import MODEL, float_module, write_diffusionkit
+from .diffusionkit import MODELS, float_module, write_diffusionkit
 from .mflux import COMPONENT, check_component, write_mflux
 from .mlx import write_mlx
 from .mlx_lm import write_mlx_lm
@@ -115,8 +115,8 @@ def quantized_model(model: Model | nn.Module) -> QuantizedModel:
 
 def sd3_place(model: Model | nn.Module) -> str:
     """Where the rest of a model that DiffusionKit has comes from."""
-    if not isinstance(model, Model) or model.name != MODEL:
-        raise ExportError(f"DiffusionKit loads {MODEL} alone, found {named(model)}; write it with --target mlx")
+    if not isinstance(model, Model) or model.name not in MODELS:
+        raise ExportError(f"DiffusionKit loads {MODELS[0]} alone, found {named(model)}; write it with --target mlx")
     return model.adapter.place
 
 

@@ -222,10 +222,10 @@ def ensure_writable(folder: Path) -> None:
 
 
 def relative_place(place: str, folder: Path) -> str:
-    """A place as a file in ``folder`` may name it: a folder by its path from there, starting with a dot; a hub id, or
-    "", as it is.
+    """A place as a file in ``folder`` may name it: a folder or a file by its path from there, starting with a dot; a
+    hub id, or "", as it is.
     """
-    return os.path.join(".", os.path.relpath(place, folder)) if place and Path(place).is_dir() else place
+    return os.path.join(".", os.path.relpath(place, folder)) if place and Path(place).exists() else place
 
 
 def absolute_place(place: str, folder: Path) -> str:

@@ -46,6 +46,7 @@ from ..layers.kinds import find_exact_layers
 from ..layers.tree import parameters, require_finite
 from ..numerics.arrays import Array
 from ..recipes.roles import EMBEDDING, Role
+from .checkpoints.source import Source
 from .edges import Edge
 from .stages import Observe, Stage, StageHook, State, is_at
 
@@ -129,6 +130,11 @@ class Adapter(ABC):
             folder: Any folder, of any program's.
         """
         return False
+
+    @classmethod
+    def fits(cls, source: Source) -> bool:
+        """Of the models that one pipeline of diffusers draws with, whether a copy at ``source`` is of this one."""
+        return True
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from ..errors import AdapterError, ArtifactError, reason
 from ..files.hub import DESCRIPTIONS, hub_description, read_description
 from .adapter import Adapter
+from .checkpoints.open import open_source
 from .diffusionkit.files import CHECKPOINT, HUB
 
 
@@ -39,10 +40,24 @@ class KnownModel:
         return not self.key or f'"{self.key}"' in path.read_text(encoding="utf-8", errors="replace")
 
 
+SD3 = ("StableDiffusion3Pipeline",)
+
+
+def _sd3(adapter: str, kind: str, *others: str, checkpoint: str = "") -> KnownModel:
+    """A kind of Stable Diffusion 3, which its copies' config tells apart."""
+    hub_ids = (f"stabilityai/stable-diffusion-{kind}", *others)
+    return KnownModel("mlxquant.models.sd3.adapter", adapter, hub_ids, checkpoint, pipelines=SD3)
+
+
 LANGUAGE = "mlx-lm"  # what any other hub id stands for
+HOSTS = {"diffusionkit": "sd3-medium-diffusionkit"}  # models that run on another program's modules, as HOST:REFERENCE
 MODELS = {  # by address: an adapter is imported when it is asked for, also one of a folder that imports this one (qat)
     "mmdit-shapes": KnownModel("mlxquant.models.shapes.adapter", "MMDiTShapes"),
-    "sd3-medium": KnownModel("mlxquant.models.diffusionkit.adapter", "SD3Medium", (HUB,), checkpoint=CHECKPOINT),
+    "sd3-medium": _sd3("SD3Medium", "3-medium-diffusers", HUB, checkpoint=CHECKPOINT),
+    "sd3.5-medium": _sd3("SD35Medium", "3.5-medium"),
+    "sd3.5-large": _sd3("SD35Large", "3.5-large"),
+    "sd3.5-large-turbo": _sd3("SD35LargeTurbo", "3.5-large-turbo"),
+    "sd3-medium-diffusionkit": KnownModel("mlxquant.models.diffusionkit.adapter", "SD3Medium"),
     "gpt": KnownModel("mlxquant.qat.adapter", "TrainedGPT", ("gpt-python",), checkpoint="config.json", key="mlxquant"),
     LANGUAGE: KnownModel("mlxquant.models.mlx_lm", "MLXLanguageModel", checkpoint="config.json", key="model_type"),
 }
@@ -147,11 +162,11 @@ def known_models() -> list[str]:
 
 
 def find_model(reference: str) -> tuple[str, str]:
-    """The model's name, and where its weights are: a hub id, a folder, or "" for the model's usual place.
+    """The model's name, and where its weights are: a hub id, a folder, a file, or "" for the model's usual place.
 
     Args:
-        reference: A name, a hub id or a folder with a checkpoint. A repository that is not one of ours is asked what it
-            holds.
+        reference: A name, a hub id, a folder with a checkpoint or a single file. A repository that is not one of ours
+            is asked what it holds. With ``diffusionkit:`` before it, that program's modules run the model.
 
     Raises:
         ArtifactError: On a folder without a checkpoint, and a repository that cannot be asked.
@@ -159,6 +174,9 @@ def find_model(reference: str) -> tuple[str, str]:
     """
     if reference in known_models():
         return reference, ""
+    host, _, hosted = reference.partition(":")
+    if host in HOSTS:
+        return HOSTS[host], _absolute("" if hosted in known_models() else hosted)
     for name, entry in MODELS.items():
         if reference in entry.hub_ids:
             return name, reference
@@ -170,9 +188,11 @@ def find_model(reference: str) -> tuple[str, str]:
         said = hub_description(reference, "evaluate", "pass a local folder with --model")
         if "_class_name" not in said and "model_type" in said:
             return LANGUAGE, reference
-        if drawn := _of_pipeline(said):
+        if drawn := _of_pipeline(said.get("_class_name"), reference):
             return drawn, reference
         raise _not_run(reference, said)
+    if folder.is_file() and (drawn := _of_pipeline(open_source(reference).pipeline, reference)):
+        return drawn, _absolute(reference)
     if not folder.is_dir():
         known = [*known_models(), *(hub_id for entry in MODELS.values() for hub_id in entry.hub_ids)]
         raise AdapterError(
@@ -191,8 +211,8 @@ def find_model(reference: str) -> tuple[str, str]:
         )
     if (folder / DESCRIPTIONS[0]).exists():
         said = read_description(folder / DESCRIPTIONS[0])
-        if drawn := _of_pipeline(said):
-            return drawn, str(folder.absolute())
+        if drawn := _of_pipeline(said.get("_class_name"), reference):
+            return drawn, _absolute(reference)
         raise _not_run(reference, said)
     wanted = dict.fromkeys(entry.checkpoint for entry in MODELS.values() if entry.checkpoint)
     raise ArtifactError(
@@ -201,9 +221,20 @@ def find_model(reference: str) -> tuple[str, str]:
     )
 
 
-def _of_pipeline(said: dict[str, Any]) -> str | None:
-    """The model that draws what a pipeline of diffusers draws, by what a description says; None for none of ours."""
-    return next((name for name, entry in MODELS.items() if said.get("_class_name") in entry.pipelines), None)
+def _absolute(place: str) -> str:
+    """A folder or a file as it is found from anywhere; a hub id, or "", as it is."""
+    return str(Path(place).absolute()) if place and Path(place).exists() else place
+
+
+def _of_pipeline(pipeline: str | None, place: str) -> str | None:
+    """The model that draws what a pipeline of diffusers draws; None for none of ours. Of several the copy's config
+    decides.
+    """
+    names = [name for name, entry in MODELS.items() if pipeline in entry.pipelines]
+    if len(names) < 2:
+        return names[0] if names else None
+    source = open_source(place)
+    return next((name for name in names if adapter_class(name).fits(source)), None)
 
 
 def _not_run(place: str, said: dict[str, Any]) -> AdapterError:

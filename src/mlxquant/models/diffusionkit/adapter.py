@@ -1,4 +1,4 @@
-"""``sd3-medium``: Stable Diffusion 3 Medium on DiffusionKit's own modules.
+"""``sd3-medium-diffusionkit``: Stable Diffusion 3 Medium on DiffusionKit's own modules.
 
 The transformer is DiffusionKit's, with its weights and its embedding of time in float16 and everything else in float32,
 as DiffusionKit has it with ``w16`` and without ``a16``. Text encoders and VAE are loaded when they are first needed,
@@ -8,7 +8,6 @@ and what they were given is encoded once.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -25,6 +24,7 @@ from ..diffusion import DiffusionAdapter
 from ..edges import Edge
 from ..mmdit.chain import PATCHES, mmdit_edges, mmdit_role
 from ..mmdit.config import CONFIG, MMDiTConfig
+from ..prompt_memory import PromptMemory
 from ..stages import Stage, State
 from .checkpoint import fill, mmdit_weights, vae_decoder
 from .files import CHECKPOINT, PIXELS, Files
@@ -33,7 +33,6 @@ from .pipeline import pipeline
 from .text_encoders import TextEncoders
 
 SIZE = 512  # default of a picture's side
-KEPT = 256  # prompts, of 5 MB each in float16
 SCALE, SHIFT = 1.5305, 0.0609  # of the VAE's latents
 
 
@@ -45,7 +44,7 @@ class Encoder(Protocol):
 
 class Components:
     """What stands around the transformer: text encoders and VAE. Adapters that differ in the transformer alone share
-    one of these. Conditioning of the last ``KEPT`` prompts is kept, and of more where more were asked for at once.
+    one of these.
 
     Attributes:
         place: The hub id or folder that they are loaded from.
@@ -56,22 +55,17 @@ class Components:
         self.place = place
         self.text: Encoder | None = None
         self._decoder: Any = None
-        self._encoded: dict[str, tuple[mx.array, mx.array]] = {}  # the last used last
-        self._kept = KEPT
+        self._memory = PromptMemory()
+
+    def _encode(self, prompts: list[str]) -> Conditioning:
+        pairs = (TextEncoders(Files(self.place)) if self.text is None else self.text).encode(prompts)
+        tokens, pooled = (mx.stack([pair[side] for pair in pairs]) for side in (0, 1))
+        return Conditioning(tokens=tokens, pooled=pooled)
 
     def encoded(self, prompts: Sequence[str]) -> Conditioning:
-        """Conditioning of prompts; each is encoded once, and the encoders are released in between."""
-        if fresh := [text for text in dict.fromkeys(prompts) if text not in self._encoded]:
-            encoder = TextEncoders(Files(self.place)) if self.text is None else self.text
-            self._encoded |= dict(zip(fresh, encoder.encode(fresh), strict=True))
-        self._kept = max(self._kept, len(set(prompts)))
-        for text in prompts:
-            self._encoded[text] = self._encoded.pop(text)
-        pairs = [self._encoded[text] for text in prompts]
-        for text in list(self._encoded)[: -self._kept]:
-            del self._encoded[text]
-        tokens, pooled = (mx.stack([pair[side] for pair in pairs]).astype(mx.float32) for side in (0, 1))
-        return Conditioning(tokens=tokens, pooled=pooled)
+        """Conditioning of prompts, float32; each is encoded once, and the encoders are released in between."""
+        found = self._memory.encoded(prompts, self._encode)
+        return Conditioning(**{name: value.astype(mx.float32) for name, value in {**found}.items()})
 
     @property
     def decoder(self) -> Any:
@@ -81,7 +75,7 @@ class Components:
 
 
 class SD3Medium(DiffusionAdapter):
-    name = "sd3-medium"
+    name = "sd3-medium-diffusionkit"
     STRUCTURE = schema.entries(
         {
             "config": CONFIG,
@@ -134,7 +128,7 @@ class SD3Medium(DiffusionAdapter):
         return twin
 
     def describe(self) -> dict[str, Any]:
-        return {"config": asdict(self.config), "size": plain(self.size)}
+        return {"config": self.config.to_dict(), "size": plain(self.size)}
 
     @property
     def place(self) -> str:

@@ -58,6 +58,15 @@ class Files:
             )
         return str(folder)
 
+    def t5_file(self, name: str) -> Path:
+        """A file of T5's config and tokenizer on this disk; raises ArtifactError, saying how to get it."""
+        if self.folder is None:
+            return hub_files(T5_HUB, [name], "diffusionkit", INSTEAD)[0]
+        path = self.folder / T5_FOLDER / name
+        if not path.is_file():
+            raise ArtifactError(f"{path} is missing; get it with '{self.t5_command}'")
+        return path
+
     def command(self, name: str) -> str:
         """The command that downloads a file anew."""
         repository = HUB if name == CHECKPOINT else TEXT_HUB

@@ -1,0 +1,191 @@
+"""The host of Stable Diffusion 3 and 3.5: its contract, where its weights come from, and what it saves."""
+
+import json
+import shutil
+
+import mlxquant as mq  # before mlx
+
+# isort: split
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlxquant.errors import AdapterError, ArtifactError
+from mlxquant.layers.tree import parameters
+from mlxquant.models import catalog
+from mlxquant.models.sd3.adapter import SD3Medium, SD35Large, SD35LargeTurbo, SD35Medium
+from mlxquant.sampling.schedulers import FlowEuler
+
+from support.adapter_contract import AdapterContract
+from support.original_files import write_sd3_file
+from support.sd3_folder import SCHEDULER, stub_text, write_drawing
+from support.sd3_transformers import DUAL, LARGE, MEDIUM
+
+KINDS = {"sd3-medium": (SD3Medium, MEDIUM), "sd3.5-medium": (SD35Medium, DUAL), "sd3.5-large": (SD35Large, LARGE)}
+SIZE = 64
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def folder(request, tmp_path_factory):
+    """A folder of each kind in the layout of diffusers, without text encoders."""
+    folder = tmp_path_factory.mktemp(request.param)
+    write_drawing(folder, KINDS[request.param][1])
+    return folder
+
+
+def loaded(folder, size=SIZE):
+    model = mq.load(folder, size=size)
+    model.adapter.components.text = stub_text
+    return model
+
+
+class Contract(AdapterContract):
+    NAME = ""
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def adapter(cls, tmp_path_factory):
+        folder = tmp_path_factory.mktemp("sd3")
+        write_drawing(folder, KINDS[cls.NAME][1])
+        return loaded(folder).adapter
+
+    @classmethod
+    def make_adapter(cls):
+        raise AssertionError("the fixture above makes it")
+
+    def whole(self, adapter, latent, conditioning, t):
+        return adapter.module(latent, conditioning["tokens"], conditioning["pooled"], t)
+
+
+class TestMedium(Contract):
+    NAME = "sd3-medium"
+
+
+class TestMedium35(Contract):
+    NAME = "sd3.5-medium"
+
+
+class TestLarge35(Contract):
+    NAME = "sd3.5-large"
+
+
+def test_the_config_says_which_it_is(folder, request):
+    kind, _ = KINDS[request.node.callspec.params["folder"]]
+    assert catalog.find_model(str(folder)) == (kind.name, str(folder))
+    assert type(mq.load(folder).adapter) is kind
+    others = [one for one in (SD3Medium, SD35Medium, SD35Large) if one is not kind]
+    for other in others:
+        with pytest.raises(ArtifactError, match=rf"its transformer is not {other.name}'s.*pass it as --model, without"):
+            other.pretrained(str(folder))
+
+
+def test_turbo_goes_by_its_name(tmp_path):
+    write_drawing(tmp_path, LARGE)
+    turbo = SD35LargeTurbo.pretrained(str(tmp_path))
+    assert (turbo.steps, turbo.cfg, turbo.name) == (4, 1.0, "sd3.5-large-turbo")
+    assert catalog.find_model(SD35LargeTurbo.hub_ids[0]) == ("sd3.5-large-turbo", SD35LargeTurbo.hub_ids[0])
+    assert catalog.find_model(str(tmp_path))[0] == "sd3.5-large"
+
+
+def test_a_single_file_is_the_folder(tmp_path):
+    write_drawing(tmp_path / "folder", DUAL)
+    write_sd3_file(tmp_path / "anything.safetensors", DUAL)
+    one, other = mq.load(tmp_path / "folder").adapter, mq.load(tmp_path / "anything.safetensors").adapter
+    assert (one.name, one.fingerprint) == (other.name, other.fingerprint)
+    assert other.place == str(tmp_path / "anything.safetensors")
+    assert other.scheduler == one.scheduler == FlowEuler(3.0)
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+def test_weights_keep_their_precision_and_it_computes_in_float32(tmp_path, dtype):
+    write_drawing(tmp_path, DUAL, dtype)
+    adapter = loaded(tmp_path).adapter
+    assert {value.dtype for value in parameters(adapter.module).values()} == {dtype}
+    noise = mx.random.normal((1, *adapter.latent_shape), key=mx.random.key(0))
+    found = adapter.velocity(noise, adapter.encode(["a"]), 0.5)
+    assert found.dtype == mx.float32
+    again = type(adapter).described(json.loads(json.dumps(adapter.describe())))
+    assert {value.dtype for value in parameters(again.module).values()} == {dtype}
+
+
+def test_a_scheduler_of_its_own_is_kept(tmp_path):
+    write_drawing(tmp_path, MEDIUM, scheduler={**SCHEDULER, "shift": 2.0})
+    adapter = loaded(tmp_path).adapter
+    assert adapter.scheduler == FlowEuler(2.0)
+    again = SD3Medium.described(json.loads(json.dumps(adapter.describe())))
+    assert again.scheduler == adapter.twin().scheduler == FlowEuler(2.0)
+
+
+def test_a_quantized_model_is_saved_and_loaded_and_finds_its_folder(tmp_path):
+    write_drawing(tmp_path / "sd3", LARGE)
+    model = loaded(tmp_path / "sd3")
+    quantized = mq.quantize(model, mq.calibrate(model, prompts=2, steps=2), "rtn-w4a8")
+    quantized.save(tmp_path / "q")
+    stated = json.loads((tmp_path / "q" / "model.json").read_text())["model"]
+    assert (stated["name"], stated["place"]) == ("sd3.5-large", "./../sd3")
+    again = mq.load(tmp_path / "q")
+    again.adapter.components.text = stub_text
+    expected = np.array(quantized.generate("a cat", steps=2))
+    np.testing.assert_array_equal(np.array(again.generate("a cat", steps=2)), expected)
+    shutil.move(tmp_path / "sd3", tmp_path / "moved")
+    with pytest.raises(ArtifactError, match="sd3"):
+        mq.load(tmp_path / "q").generate("a cat", steps=1)
+
+
+def test_what_0_2_0_saved_is_read_as_it_was(tmp_path):
+    """It had DiffusionKit's modules: no biases of keys, the exact GELU, float16."""
+    said = {
+        "config": {"num_heads": 2, "depth_multimodal": 2, "hidden_size": 32, "mlp_ratio": 4, "vae_latent_dim": 4,
+                   "patch_size": 2, "max_latent_resolution": 8, "pooled_text_embed_dim": 16,
+                   "token_level_text_embed_dim": 24, "frequency_embed_dim": 16, "max_period": 10000,
+                   "layer_norm_eps": 1e-6, "use_qk_norm": False},
+        "size": 64,
+    }  # fmt: skip
+    adapter = catalog.adapter_class("sd3-medium").described(said)
+    names = parameters(adapter.module)
+    assert {value.dtype for value in names.values()} == {mx.float16}
+    assert not [name for name in names if name.endswith("k_proj.bias")]
+    assert (adapter.config.gelu, adapter.scheduler, adapter.size) == ("exact", FlowEuler(3.0), (64, 64))
+    assert adapter.sampler is None, "the usual one, as calibrations of then say"
+
+
+@pytest.mark.parametrize("size", [24, 8 * 2 * 12 + 16])
+def test_sizes_that_it_has_no_positions_for(tmp_path, size):
+    write_drawing(tmp_path, MEDIUM)
+    with pytest.raises(AdapterError, match=f"multiple of 16 pixels, at most 192; {size} is none"):
+        mq.load(tmp_path, size=size)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (
+            lambda f: (f / "transformer" / "config.json").unlink(),
+            "has no transformer/config.json; get it with",
+        ),
+        (lambda f: shutil.rmtree(f / "transformer"), "has no transformer/config.json"),
+        (lambda f: shutil.rmtree(f / "scheduler"), "has no scheduler/scheduler_config.json; get it"),
+        (lambda f: (f / "vae" / "config.json").unlink(), "has no vae/config.json; get it with 'hf download"),
+        (
+            lambda f: (f / "transformer" / "config.json").write_text(
+                (f / "transformer" / "config.json").read_text().replace('"num_layers": 3', '"num_layers": 4')
+            ),
+            "the transformer: does not fit the model: missing",
+        ),
+    ],
+)
+def test_a_missing_component_is_named(tmp_path, spoil, message):
+    """Before anything is drawn."""
+    write_drawing(tmp_path, MEDIUM)
+    spoil(tmp_path)
+    with pytest.raises(ArtifactError, match=message):
+        loaded(tmp_path).generate("a", steps=1)
+
+
+def test_an_autoencoder_of_another_model_is_refused(tmp_path):
+    write_drawing(tmp_path, MEDIUM)
+    path = tmp_path / "vae" / "config.json"
+    said = json.loads(path.read_text())
+    path.write_text(json.dumps({**said, "block_out_channels": [8, 8, 16]}))
+    with pytest.raises(ArtifactError):
+        loaded(tmp_path).generate("a", steps=1)
