@@ -9,6 +9,7 @@ from mlxquant.models.parts.autoencoder import AutoencoderKL
 from mlxquant.models.sd3.names import config_to_diffusers, to_diffusers
 from mlxquant.sampling.conditioning import Conditioning
 
+from support import parts
 from support.sd3_transformers import random_transformer
 
 INDEX = {
@@ -79,3 +80,27 @@ def stub_text(prompts, width=24, pooled=20, tokens=6):
         tokens=mx.stack([mx.random.normal((tokens, width), key=key) for key in keys]),
         pooled=mx.stack([mx.random.normal((pooled,), key=mx.random.split(key)[0]) for key in keys]),
     )
+
+
+TEXT = {"joint_attention_dim": 80, "pooled_projection_dim": 56}  # what the encoders of ``write_text`` write
+
+
+def write_text(folder, t5=True):
+    """Text encoders and tokenizers, small but whole; the vocabulary of T5 is trained by sentencepiece."""
+    parts.write_clip(folder, "text_encoder", parts.CLIP_L_PROJECTED, seed=1)
+    parts.write_clip(folder, "text_encoder_2", parts.CLIP_G, seed=2)
+    parts.write_clip_tokenizer(folder, "tokenizer")
+    parts.write_clip_tokenizer(folder, "tokenizer_2", pad="!")
+    if t5:
+        parts.write_t5(folder, "text_encoder_3", {**parts.T5, "d_model": TEXT["joint_attention_dim"]}, seed=3)
+        parts.write_t5_tokenizer(folder, "tokenizer_3")
+        return
+    index = json.loads((folder / "model_index.json").read_text())
+    write_json(folder / "model_index.json", index | {name: [None, None] for name in ("text_encoder_3", "tokenizer_3")})
+
+
+def write_whole(folder, said, t5=True):
+    """A whole model: a transformer of a configuration for these text encoders, and all that stands around it."""
+    write_drawing(folder, {**said, **TEXT})
+    write_text(folder, t5)
+    return folder
