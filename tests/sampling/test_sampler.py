@@ -76,3 +76,39 @@ def test_a_perfect_model_draws_its_picture_with_any_scheduler(scheduler, kind):
 
     latent = sample(predict, seeded_noise([1, 2], SHAPE), walk, one, seeds=[1, 2])
     np.testing.assert_allclose(np.array(latent), 0.25, atol=1e-3)
+
+
+SCHEDULERS = (FlowEuler(3.0), Euler(), DDIM(), DDIM(clip=4.0), DPMSolver(), DPMSolver(order=1), DPMSolver(heun=True))
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("first", [0, 5, 11])
+def test_from_an_image_a_walk_takes_its_last_steps(scheduler, first):
+    """A model that sees image and noise for what they are is shown that image with that noise at the level of the first
+    step, and draws its own picture.
+    """
+    whole, shown = scheduler.walk(12), []
+    kind = whole.kind if whole.kind == "flow" else "epsilon"
+    walk, one, picture = whole.since(first), Parameterization(kind), mx.full((2, *SHAPE), 0.25)
+    assert len(walk) == 12 - first
+    np.testing.assert_array_equal(walk.levels, whole.levels[first:])
+    mixed = {float(level): pair for level, *pair in zip(walk.levels, walk.alphas, walk.sigmas, strict=True)}
+
+    def predict(x, level):
+        alpha, sigma = map(float, mixed[level])
+        return one.target(picture, (x - alpha * picture) / sigma, alpha, sigma)
+
+    image, noise = mx.full((2, *SHAPE), -0.5), seeded_noise([1, 2], SHAPE)
+    latent = sample(predict, noise, walk, one, shown.append, [1, 2], image)
+    expected = whole.alphas[first] * np.array(image) + whole.sigmas[first] * np.array(noise)
+    np.testing.assert_allclose(np.array(shown[0].latent), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(np.array(latent), 0.25, atol=1e-3)
+
+
+@pytest.mark.parametrize("scheduler", [DPMSolver(), DPMSolver(heun=True)])
+def test_a_first_step_without_history_is_of_order_one(scheduler):
+    late, first_order = scheduler.walk(12).since(5), DPMSolver(order=1).walk(12)
+    assert not late.before[0].any()
+    np.testing.assert_allclose(late.now[0], first_order.now[5], rtol=1e-10)
+    np.testing.assert_allclose(late.now[1:], scheduler.walk(12).now[6:])
+    np.testing.assert_array_equal(late.before[1:], scheduler.walk(12).before[6:])

@@ -134,6 +134,20 @@ class DiffusionAdapter(ScheduledAdapter):
             float32 [B,height,width,3] in [0,1].
         """
 
+    def latents(self, pictures: npt.NDArray[np.float32]) -> mx.array:
+        """Pictures to latents, the inverse of ``decode``, for models that can draw from a picture.
+
+        Args:
+            pictures: [B,height,width,3] in [0,1].
+
+        Returns:
+            [B,H,W,C].
+
+        Raises:
+            AdapterError: The model cannot, or these have another size.
+        """
+        raise AdapterError(f"{self.name} draws from noise alone: it has nothing that makes latents of a picture")
+
     def resize(self, size: int | PictureSize) -> None:
         """Draw pictures of another size from now on.
 
@@ -257,6 +271,8 @@ class DiffusionAdapter(ScheduledAdapter):
         cfg: float | None = None,
         callback: Callable[[SamplerStep], None] | None = None,
         negative: str | None = None,
+        image: mx.array | None = None,
+        strength: float = 0.6,
     ) -> mx.array:
         """Sample latents.
 
@@ -267,12 +283,15 @@ class DiffusionAdapter(ScheduledAdapter):
             cfg: The weight of guidance; None takes the model's default.
             callback: Shown each step, see ``sampling.sampler.sample``.
             negative: What guidance leads away from; None for the model's own, mostly the empty prompt.
+            image: Latents [B,H,W,C] to begin with, as ``latents`` gives them; None for noise alone.
+            strength: Of the change of an image, in (0,1]: what share of the steps is taken, the last ones.
 
         Returns:
             Latents [B,H,W,C].
 
         Raises:
-            AdapterError: Not one seed a prompt, or none; or guidance that the model does not have.
+            AdapterError: Not one seed a prompt, or none; guidance that the model does not have; an image of other
+                latents, or an impossible strength.
         """
         if len(prompts) != len(seeds) or not prompts:
             raise AdapterError(
@@ -284,11 +303,18 @@ class DiffusionAdapter(ScheduledAdapter):
         text = self.encode(prompts)
         other = self.unconditional(len(prompts), guidance.negative) if False in sides(guidance) else text
         walk = self.walk(self.steps if steps is None else steps)
+        if image is not None:
+            if image.shape != noise.shape or not 0 < strength <= 1:
+                raise AdapterError(
+                    f"{self.name}: an image of latents {list(image.shape)} at strength {strength:g}; expected"
+                    f" {list(noise.shape)}, and a strength above 0 and at most 1"
+                )
+            walk = walk.since(int(len(walk) - len(walk) * strength))
 
         def velocity(latent: mx.array, sigma: float) -> mx.array:
             return guided(self.velocity, latent, sigma, text, other, guidance)
 
-        return sample(velocity, noise, walk, self.parameterization, callback, seeds)
+        return sample(velocity, noise, walk, self.parameterization, callback, seeds, image)
 
 
 def diffusion(adapter: Adapter) -> DiffusionAdapter:

@@ -49,8 +49,9 @@ def sample(
     parameterization: Parameterization = Parameterization(),  # noqa: B008  # frozen
     callback: Callable[[SamplerStep], None] | None = None,
     seeds: Sequence[int] | None = None,
+    image: mx.array | None = None,
 ) -> mx.array:
-    """Walk from noise to an image.
+    """Walk from noise, or from an image with noise, to an image.
 
     Args:
         predict: Called with what the model reads [B,H,W,C] and the noise level; returns the guided prediction, without
@@ -61,6 +62,7 @@ def sample(
         callback: Shown each step before it is taken.
         seeds: Of what steps add, one a sample, and so each sample's own whatever it is drawn with; None where they add
             nothing.
+        image: Latents that the walk begins with, noised to the level of its first step; None for noise alone.
 
     Returns:
         The latent [B,H,W,C] at the end of the walk.
@@ -68,7 +70,7 @@ def sample(
     Raises:
         AdapterError: Steps add noise and there are no seeds, or a prediction says nothing at a level of the walk.
     """
-    latent = noise if walk.start == 1 else noise * walk.start
+    latent = walk.begin(noise, image)
     keys = [mx.random.key(seed % 2**64) for seed in seeds or ()]
     before: mx.array | None = None
     for index, level in enumerate(walk.levels[:-1].tolist()):

@@ -12,7 +12,7 @@ What a walk does not know is what the model predicts. It says which ``kind`` of 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import numpy as np
@@ -61,6 +61,31 @@ class Walk:
     def levels(self) -> Sigmas:
         """The noise levels [n+1] in [0,1], descending; see ``schedules``."""
         return noise_level(self.alphas, self.sigmas)
+
+    def since(self, first: int) -> Walk:
+        """The steps from ``first`` on, for a latent that begins there.
+
+        A solver with a history has none then: what it would give its earlier predictions goes to the newest, which
+        makes a step of order 1.
+        """
+        now, before = self.now[first:].copy(), self.before[first:].copy()
+        now[0] += before[0].sum()
+        before[0] = 0
+        rest = {name: getattr(self, name)[first:] for name in ("alphas", "sigmas", "carry", "fresh", "scales")}
+        unclipped = None if self.unclipped is None else self.unclipped[first:]
+        return replace(self, **rest, now=now, before=before, unclipped=unclipped)
+
+    def begin(self, noise: mx.array, image: mx.array | None = None) -> mx.array:
+        """The latent before the first step.
+
+        Args:
+            noise: Standard normal, in any shape.
+            image: What is drawn from, in that shape; None where the walk begins at noise alone.
+        """
+        if image is None:
+            return noise if self.start == 1 else noise * self.start
+        alpha, sigma, scale = float(self.alphas[0]), float(self.sigmas[0]), float(self.scales[0])
+        return (image * alpha + noise * sigma) / scale
 
     def read(self, index: int, latent: mx.array) -> mx.array:
         """What the model is shown of the latent before step ``index``."""

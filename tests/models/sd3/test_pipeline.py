@@ -85,6 +85,30 @@ def test_the_same_sequence_of_latents(model, pipe, negative):
     equal([*steps[1:], last], theirs)
 
 
+@pytest.mark.parametrize("strength", [0.6, 0.35, 1.0])
+def test_from_an_image(folder, model, strength):
+    """diffusers takes what has as many channels as a latent for one. 3.5 steps are 4."""
+    adapter, steps = model.adapter, []
+    pictures = np.random.default_rng(0).uniform(size=(2, 64, 96, 3)).astype(np.float32)
+    image, noise = adapter.latents(pictures), seeded_noise([5, 6], adapter.latent_shape)
+    last = adapter.generate(
+        PROMPTS, [5, 6], STEPS, CFG, lambda step: steps.append(step.latent), image=image, strength=strength
+    )
+    pipe = their_pipeline(folder, "StableDiffusion3Img2ImgPipeline")
+    with import_module("torch").no_grad():
+        encoded = pipe.vae.encode(torch_latents(pictures * 2 - 1)).latent_dist.mode()
+    encoded = (encoded - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor
+    np.testing.assert_allclose(np.array(image), encoded.numpy().transpose(0, 2, 3, 1), atol=1e-5)
+    module = import_module("diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3_img2img")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "randn_tensor", lambda *arguments, **options: torch_latents(noise))
+        theirs = sequence(
+            pipe, prompt=PROMPTS, image=torch_latents(image), strength=strength, guidance_scale=CFG, height=64, width=96
+        )
+    assert len(theirs) == {0.6: 6, 0.35: 4, 1.0: 10}[strength]
+    equal([*steps[1:], last], theirs)
+
+
 def test_the_same_picture(model, pipe):
     noise = seeded_noise([7], model.adapter.latent_shape)
     ours = model.images([mq.Prompt(7, PROMPTS[0])], STEPS, CFG)
