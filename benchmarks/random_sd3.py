@@ -1,4 +1,5 @@
-"""Write random SD3-Medium checkpoints, at its real size or tiny, in the files that DiffusionKit 0.5.1 downloads.
+"""Write random SD3-Medium or SD3.5-Medium checkpoints, at their real size or tiny, in the single files that are
+published, and for SD3-Medium all that DiffusionKit 0.5.1 downloads.
 
     python benchmarks/random_sd3.py --size sd3-medium --folder FOLDER --no-text
 
@@ -15,7 +16,7 @@ import hashlib
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import click
@@ -44,7 +45,8 @@ MMDIT, TEXT, T5_CONFIG = "argmaxinc/mlx-stable-diffusion-3-medium", "argmaxinc/s
 @dataclass(frozen=True)
 class Sizes:
     """``table`` is the side of the position table, which is also the largest side of a latent that DiffusionKit
-    accepts; ``vae`` the channels of the VAE's four levels, multiples of its 32 groups.
+    accepts; ``vae`` the channels of the VAE's four levels, multiples of its 32 groups. SD3.5 has ``norms`` of queries
+    and keys, and a second attention in the first ``dual`` blocks.
     """
 
     hidden: int
@@ -54,6 +56,13 @@ class Sizes:
     clip_l: ClipSizes
     clip_g: ClipSizes
     t5: T5Sizes
+    dual: int = 0
+    norms: bool = False
+
+    @property
+    def file(self) -> str:
+        """What the single file is called."""
+        return "sd3.5_medium.safetensors" if self.norms else "sd3_medium.safetensors"
 
     @property
     def heads(self) -> int:
@@ -78,7 +87,8 @@ TINY = Sizes(
     ClipSizes(80, 2, 2, "gelu", 600),
     T5Sizes(1, 2, 16, 32, 512),
 )
-SIZES = {"sd3-medium": SD3_MEDIUM, "tiny": TINY}
+SD35_MEDIUM, TINY_35 = replace(SD3_MEDIUM, table=384, dual=13, norms=True), replace(TINY, table=48, dual=1, norms=True)
+SIZES = {"sd3-medium": SD3_MEDIUM, "sd3.5-medium": SD35_MEDIUM, "tiny": TINY, "tiny-3.5": TINY_35}
 
 
 def mmdit(sizes: Sizes) -> Iterator[Tensor]:
@@ -96,11 +106,16 @@ def mmdit(sizes: Sizes) -> Iterator[Tensor]:
         for stream in ("x_block", "context_block"):
             name = f"{prefix}joint_blocks.{index}.{stream}"
             keys_only = stream == "context_block" and index == sizes.depth - 1
-            parts = (1.0, 1.0) if keys_only else (1.0, 1.0, 0.6, 1.0, 1.0, 0.6)
+            dual = stream == "x_block" and index < sizes.dual
+            parts = (1.0, 1.0) if keys_only else (1.0, 1.0, 0.6) * (3 if dual else 2)
             yield from linear(f"{name}.adaLN_modulation.1", len(parts) * d, d, 0.3, parts, bias=0.2)
-            yield from linear(f"{name}.attn.qkv", 3 * d, d, parts=(1.4, 1.4, 1.0))
+            for attention in ("attn", "attn2") if dual else ("attn",):
+                yield from linear(f"{name}.{attention}.qkv", 3 * d, d, parts=(1.4, 1.4, 1.0))
+                if sizes.norms:
+                    yield from (Tensor(f"{name}.{attention}.ln_{part}.weight", (64,), 0.1, mean=1.0) for part in "qk")
+                if not keys_only:
+                    yield from linear(f"{name}.{attention}.proj", d, d)
             if not keys_only:
-                yield from linear(f"{name}.attn.proj", d, d)
                 yield from linear(f"{name}.mlp.fc1", 4 * d, d)
                 yield from linear(f"{name}.mlp.fc2", d, 4 * d)
     yield from linear(f"{prefix}final_layer.adaLN_modulation.1", 2 * d, d, 0.3)
@@ -149,7 +164,7 @@ def vae(sizes: Sizes) -> Iterator[Tensor]:
 
 def write_checkpoint(folder: Path, sizes: Sizes, seed: int) -> None:
     """Transformer and VAE in one file, as Stability published them."""
-    write_tensors(folder / "sd3_medium.safetensors", [*mmdit(sizes), *vae(sizes)], seed)
+    write_tensors(folder / sizes.file, [*mmdit(sizes), *vae(sizes)], seed)
 
 
 def write_encoders(folder: Path, sizes: Sizes, seed: int) -> None:
@@ -208,10 +223,10 @@ def main(name: str, folder: Path | None, hub_cache: Path | None, text: bool, see
     sizes, start = SIZES[name], time.perf_counter()
     if folder is not None and hub_cache is None:
         written = write_folder(folder, sizes, seed, text)
-    elif hub_cache is not None and folder is None and text:
+    elif hub_cache is not None and folder is None and text and not sizes.norms:
         written = write_hub_cache(hub_cache, sizes, seed)
     else:
-        raise click.UsageError("pass either --folder or --hub-cache, and --no-text with --folder only")
+        raise click.UsageError("pass either --folder or --hub-cache, and --no-text or an SD3.5 with --folder only")
     seconds, size = (
         time.perf_counter() - start,
         sum(path.stat().st_size for path in written.rglob("*") if path.is_file()),

@@ -1,16 +1,20 @@
-"""The whole way of SD3-Medium at its real size on random weights: seconds, memory and bytes of every stage.
+"""The whole way of SD3-Medium or SD3.5-Medium at its real size on random weights: seconds, memory and bytes of every
+stage.
 
     python benchmarks/sd3_real_size.py --work FOLDER
+    python benchmarks/sd3_real_size.py --work FOLDER --size sd3.5-medium
+    python benchmarks/sd3_real_size.py --work FOLDER --host diffusionkit
 
-Writes a checkpoint of 2.085 B parameters, calibrates, quantizes, saves, loads and draws one picture, each in a process
-of its own whose peak resident memory is its own, too. Text encoders are stubs at their real output shapes, the VAE is
-real. A run that was killed goes on where it was: FOLDER/state.json has the finished stages, and calibration and sweep
-keep their own progress. ``--size tiny`` does the same in seconds. The last line on stdout is one JSON object.
+Writes a single file of a transformer of 2.085 or 2.470 B parameters and an autoencoder, calibrates, quantizes, saves,
+loads and draws one picture, each in a process of its own whose peak resident memory is its own, too. Text encoders are
+stubs at their real output shapes, the autoencoder is real. A run that was killed goes on where it was:
+FOLDER/state.json has the finished stages, and calibration and sweep keep their own progress. ``--size tiny`` and
+``--size tiny-3.5`` do the same in seconds. The last line on stdout is one JSON object.
 
 The projection is for this machine, 512x512 pixels, 50 prompts and 28 steps, from what was measured:
 - one row (a latent with one side of the guidance) through the transformer costs ``12 n d^2 + 2 n^2 d`` multiplications
-  a block for n
-  tokens (a quarter of the latent's pixels, and 589 of text) of width d: Linears and attention;
+  a block for n tokens (a quarter of the latent's pixels, and 333 of text, with DiffusionKit 589) of width d: Linears
+  and attention; a second attention ``4 m d^2 + 2 m^2 d`` for the m tokens of the image;
 - calibration runs prompts x steps rows on each side of the guidance, all of them;
 - in the sweep statistics and comparisons scale with rows and their cost, of which there are as many (picture, step)
   pairs as the
@@ -52,9 +56,11 @@ from mlxquant.files.atomic import atomic_file, ensure_writable
 from mlxquant.models.catalog import adapter_class
 from mlxquant.progress import Progress
 from mlxquant.recipes.grammar import parse_recipe
-from random_sd3 import SIZES, write_folder
+from mlxquant.sampling.conditioning import Conditioning
+from random_sd3 import SIZES, Sizes, write_folder
 
-CLIP_TOKENS, T5_TOKENS, TOKEN = 77, 512, 4096
+CLIP_TOKENS, TOKEN = 77, 4096
+T5_TOKENS = {"native": 256, "diffusionkit": 512}  # by host
 BY_ROWS = ("statistics", "states", "calibrated", "rtn")  # parts of a sweep that run rows through the model
 INTERVAL = 1.0  # seconds between two notes of how long the running stage has taken
 PROMPT = "a tabby cat on a table"
@@ -70,10 +76,16 @@ class Job:
     prompts: int
     steps: int
     recipe: str
+    host: str
 
     @property
     def checkpoint(self) -> Path:
         return Path(self.work) / "checkpoint"
+
+    @property
+    def place(self) -> Path:
+        """What the model is loaded from: DiffusionKit's host reads a folder."""
+        return self.checkpoint if self.host == "diffusionkit" else self.checkpoint / SIZES[self.size].file
 
     @property
     def quantized(self) -> Path:
@@ -86,17 +98,24 @@ class Job:
 class StubText:
     """Text encoders without weights: noise for each prompt, in the shape and about the scale of the real ones."""
 
-    def __init__(self, pooled: int):
-        self._pooled = pooled
+    def __init__(self, pooled: int, long: int):
+        self._pooled, self._long = pooled, long
+
+    def __call__(self, prompts: Sequence[str]) -> Conditioning:
+        """As our own host asks."""
+        tokens, pooled = zip(*self.encode(prompts), strict=True)
+        return Conditioning(tokens=mx.stack(list(tokens)), pooled=mx.stack(list(pooled)))
 
     def encode(self, prompts: Sequence[str]) -> list[tuple[mx.array, mx.array]]:
-        """Token embeddings [589,4096], CLIP's padded with zeros, and pooled embedding [P], float32."""
+        """As DiffusionKit's: token embeddings [77 + long,4096], CLIP's padded with zeros, and pooled embedding [P],
+        float32.
+        """
         pairs = []
         for prompt in prompts:
             random = np.random.default_rng(zlib.crc32(prompt.encode()))
-            tokens = np.zeros((CLIP_TOKENS + T5_TOKENS, TOKEN), np.float32)
+            tokens = np.zeros((CLIP_TOKENS + self._long, TOKEN), np.float32)
             tokens[:CLIP_TOKENS, : self._pooled] = random.standard_normal((CLIP_TOKENS, self._pooled), np.float32)
-            tokens[CLIP_TOKENS:] = 0.2 * random.standard_normal((T5_TOKENS, TOKEN), np.float32)
+            tokens[CLIP_TOKENS:] = 0.2 * random.standard_normal((self._long, TOKEN), np.float32)
             pairs.append((mx.array(tokens), mx.array(random.standard_normal(self._pooled, np.float32))))
         return pairs
 
@@ -104,13 +123,14 @@ class StubText:
 def stubbed(model: Model, job: Job) -> Model:
     """A model with stubs for text encoders and the checkpoint's VAE."""
     adapter: Any = model.adapter
-    adapter.place = str(job.checkpoint)
-    adapter.components.text = StubText(adapter.config.pooled_text_embed_dim)
+    adapter.place = str(job.place)
+    adapter.components.text = StubText(adapter.config.pooled_text_embed_dim, T5_TOKENS[job.host])
     return model
 
 
 def full_precision(job: Job) -> Model:
-    return stubbed(mq.load(job.checkpoint, job.pixels), job)
+    reference = f"diffusionkit:{job.place}" if job.host == "diffusionkit" else str(job.place)
+    return stubbed(mq.load(reference, job.pixels), job)
 
 
 class Parts:
@@ -282,16 +302,18 @@ def finish(name: str, job: Job, state: State) -> dict[str, Any]:
     return {**json.loads(lines[-1]), "attempts": attempts, "process_seconds": sum(attempts)}
 
 
-def row_cost(pixels: int, hidden: int) -> float:
-    """Multiplications of one row in one block."""
-    tokens = (pixels // 16) ** 2 + CLIP_TOKENS + T5_TOKENS
-    return 12.0 * tokens * hidden**2 + 2.0 * tokens**2 * hidden
+def row_cost(pixels: int, sizes: Sizes, host: str) -> float:
+    """Multiplications of one row in the mean block."""
+    hidden, image = sizes.hidden, (pixels // 16) ** 2
+    tokens = image + CLIP_TOKENS + T5_TOKENS[host]
+    second = (4.0 * image * hidden**2 + 2.0 * image**2 * hidden) * sizes.dual / sizes.depth
+    return 12.0 * tokens * hidden**2 + 2.0 * tokens**2 * hidden + second
 
 
 def projection(job: Job, stages: dict[str, dict[str, Any]]) -> dict[str, float]:
     """Seconds for 512x512, 50 prompts and 28 steps on this machine; see the module's docstring."""
     sizes, rows = SIZES[job.size], 50 * 28
-    cost = row_cost(512, sizes.hidden) / row_cost(job.pixels, sizes.hidden)
+    cost = row_cost(512, sizes, job.host) / row_cost(job.pixels, sizes, job.host)
     pairs = min(adapter_class("sd3-medium").samples, rows) / stages["calibrate"]["pairs"]
     sampling, image = stages["calibrate"]["parts"]["sampling"], stages["image"]["parts"]
     sweep = sum(stages["quantize"]["parts"].get(part, 0.0) for part in BY_ROWS)
@@ -332,10 +354,13 @@ def machine() -> dict[str, Any]:
 @click.option("--prompts", default=2, show_default=True, type=click.IntRange(1))
 @click.option("--steps", default=4, show_default=True, type=click.IntRange(1))
 @click.option("--recipe", default="gptq-w4a8", show_default=True)
+@click.option("--host", default="native", type=click.Choice(list(T5_TOKENS)), show_default=True)
 @click.option("--stage", type=click.Choice(list(STAGES)), hidden=True, help="This stage alone, in this process.")
 def main(stage: str | None, **options: Any) -> None:
     """Write, calibrate, quantize, load and draw."""
     job = Job(**options)
+    if job.host == "diffusionkit" and SIZES[job.size].norms:
+        raise click.UsageError(f"DiffusionKit does not run {job.size}; leave --host out")
     if stage is not None:
         run_stage(stage, job)
         return

@@ -8,6 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import mlxquant as mq  # before mlx
+
+# isort: split
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -51,12 +54,22 @@ def test_unclear_requests_are_refused(tmp_path, arguments):
 
 
 def test_the_real_size(random_sd3):
-    """2.085 B parameters; names and shapes are compared with DiffusionKit's own modules in tests/host."""
+    """2.085 B parameters, of SD3.5 2.470 B; names and shapes are compared with DiffusionKit's own modules in tests/host."""
     sizes = random_sd3.SD3_MEDIUM
     assert random_sd3.parameters(random_sd3.mmdit(sizes)) == 2_084_951_104
     assert 75e6 < random_sd3.parameters(random_sd3.vae(sizes)) < 90e6
     names = [tensor.name for part in (random_sd3.mmdit, random_sd3.vae) for tensor in part(sizes)]
     assert len(names) == len(set(names))
+    assert random_sd3.parameters(random_sd3.mmdit(random_sd3.SD35_MEDIUM)) == 2_469_663_936
+
+
+@pytest.mark.parametrize(("size", "name"), [("tiny", "sd3-medium"), ("tiny-3.5", "sd3.5-medium")])
+def test_our_own_host_reads_it(random_sd3, size, name, tmp_path):
+    sizes = random_sd3.SIZES[size]
+    random_sd3.write_checkpoint(tmp_path, sizes, 0)
+    adapter = mq.load(tmp_path / sizes.file).adapter
+    assert (adapter.name, adapter.config.num_heads, adapter.config.max_latent_resolution) == (name, 2, sizes.table)
+    assert adapter.components.autoencoder.factor == 8
 
 
 def test_the_file_is_read_by_safetensors(random_sd3, random_tensors, tmp_path):

@@ -18,7 +18,7 @@ from .conftest import BENCHMARKS
 
 pytestmark = [pytest.mark.diffusionkit, pytest.mark.slow]
 STAGES = ["write", "calibrate", "quantize", "load", "image"]
-OPTIONS = ["--size", "tiny", "--pixels", "64", "--prompts", "1", "--steps", "2"]
+OPTIONS = ["--size", "tiny", "--host", "diffusionkit", "--pixels", "64", "--prompts", "1", "--steps", "2"]
 
 
 def command(folder, *options):
