@@ -54,7 +54,7 @@ def test_unclear_requests_are_refused(tmp_path, arguments):
 
 
 def test_the_real_size(random_sd3):
-    """2.085 B parameters, of SD3.5 2.470 B; names and shapes are compared with DiffusionKit's own modules in tests/host."""
+    """2.085 and 2.470 B parameters; names and shapes are compared with DiffusionKit's own modules in tests/host."""
     sizes = random_sd3.SD3_MEDIUM
     assert random_sd3.parameters(random_sd3.mmdit(sizes)) == 2_084_951_104
     assert 75e6 < random_sd3.parameters(random_sd3.vae(sizes)) < 90e6

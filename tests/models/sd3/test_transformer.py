@@ -1,10 +1,8 @@
-"""The whole transformer of each SD3 is diffusers', and its edges tell the truth."""
+"""The transformer of each SD3: its names in diffusers, its sizes, and that its edges tell the truth."""
 
 from dataclasses import replace
-from importlib import import_module
 from types import SimpleNamespace
 
-import mlx.core as mx
 import numpy as np
 import pytest
 
@@ -17,46 +15,8 @@ from mlxquant.models.mmdit.network import MMDiT
 from mlxquant.models.sd3 import names
 from mlxquant.sweep.folding import check_folds
 
+from support.sd3_reference import inputs
 from support.sd3_transformers import DUAL, KINDS, LARGE, MEDIUM, random_transformer
-
-
-def inputs(said, batch=2, height=8, width=12):
-    keys = mx.random.split(mx.random.key(5), 3)
-    latent = mx.random.normal((batch, height, width, said["in_channels"]), key=keys[0])
-    tokens = mx.random.normal((batch, 7, said["joint_attention_dim"]), key=keys[1])
-    return (
-        latent,
-        tokens,
-        mx.random.normal((batch, said["pooled_projection_dim"]), key=keys[2]),
-        mx.array([900.0, 37.5]),
-    )
-
-
-def theirs(said, tensors):
-    """diffusers' transformer with these tensors, all of them used and none missing."""
-    torch, diffusers = import_module("torch"), import_module("diffusers")
-    model = diffusers.SD3Transformer2DModel(**said)
-    given = {name: torch.from_numpy(np.array(value)) for name, value in tensors.items()}
-    model.load_state_dict(given, strict=True)
-    return model.eval()
-
-
-@pytest.mark.diffusers
-@pytest.mark.parametrize("kind", KINDS)
-def test_it_predicts_what_diffusers_predicts(kind):
-    torch, said = import_module("torch"), KINDS[kind]
-    model = random_transformer(said)
-    latent, tokens, pooled, t = inputs(said)
-    other = theirs(said, names.to_diffusers(parameters(model), model.config))
-    with torch.no_grad():
-        found = other(
-            torch.from_numpy(np.array(latent.transpose(0, 3, 1, 2))),
-            torch.from_numpy(np.array(tokens)),
-            torch.from_numpy(np.array(pooled)),
-            torch.from_numpy(np.array(t)),
-        ).sample.numpy()
-    ours = np.array(model(latent, tokens, pooled, t))
-    np.testing.assert_allclose(ours, found.transpose(0, 2, 3, 1), atol=1e-5 * np.abs(found).max())
 
 
 @pytest.mark.parametrize("kind", KINDS)
