@@ -13,6 +13,7 @@ from mlxquant.calibration.trajectories import Calibration, collect
 from mlxquant.errors import AdapterError
 from mlxquant.grids.time import log_snr
 from mlxquant.sampling.parameterizations import Parameterization
+from mlxquant.sampling.pndm import PNDM
 from mlxquant.sampling.schedulers import DDIM, DPMSolver, Euler, EulerAncestral, FlowEuler
 from mlxquant.sampling.schedules import Training
 from mlxquant.sweep.sensitivity import measure
@@ -75,9 +76,25 @@ def test_flows_are_sampled_as_ever():
         latent = latent + step.velocity * float(following - sigma)
 
 
+def test_a_level_that_is_asked_twice_is_calibrated_once():
+    """PNDM takes its first step again. What is kept of that level is what the trajectory goes on from."""
+    adapter, seen = preserving(PNDM(SD)), []
+    assert len(adapter.walk(STEPS)) == STEPS + 1
+    assert adapter.sigmas(STEPS).shape == (STEPS + 1,)
+    assert (np.diff(adapter.sigmas(STEPS)) < 0).sum() >= STEPS - 1
+    calib = collect(adapter, [PROMPT], STEPS, 2.0)
+    adapter.generate([PROMPT.text], [PROMPT.seed], STEPS, 2.0, callback=seen.append)
+    assert [step.sigma for step in seen] == adapter.walk(STEPS).levels[:-1].tolist()
+    kept = [seen[index] for index in (0, 2, 3, 4)]
+    np.testing.assert_array_equal(calib.sigmas, [step.sigma for step in kept])
+    np.testing.assert_array_equal(np.array(calib.latents[:, 0]), np.array([step.latent[0] for step in kept]))
+    assert not mx.array_equal(seen[1].latent, seen[2].latent)
+    assert mq.quantize(mq.Model(adapter), calib, "rtn-w4a8").images([PROMPT], STEPS, 2.0).shape[0] == 1
+
+
 @pytest.mark.parametrize(
     "scheduler",
-    [DDIM(SD, "leading", 1), Euler(SD), DPMSolver(SD), EulerAncestral(SD, "trailing")],
+    [DDIM(SD, "leading", 1), PNDM(SD, "leading", 1), Euler(SD), DPMSolver(SD), EulerAncestral(SD, "trailing")],
     ids=lambda s: type(s).__name__,
 )
 def test_the_model_is_told_its_timesteps_and_reads_unit_variance(scheduler, monkeypatch):
@@ -88,12 +105,13 @@ def test_the_model_is_told_its_timesteps_and_reads_unit_variance(scheduler, monk
     assert np.isfinite(np.array(final)).all()
     expected = {
         "DDIM": [751, 501, 251, 1],
+        "PNDM": [751, 501, 501, 251, 1],
         "Euler": [999, 666, 333, 0],
         "DPMSolver": [999, 749, 500, 250],
         "EulerAncestral": [999, 749, 499, 249],
     }[type(scheduler).__name__]
     np.testing.assert_allclose([made["t"][0].item() for made in told], expected, atol=1e-2)
-    np.testing.assert_allclose([step.sigma for step in seen], adapter.sigmas(STEPS)[:-1])
+    np.testing.assert_allclose([step.sigma for step in seen], adapter.walk(STEPS).levels[:-1])
     assert 0.9 < float(seen[0].latent.std()) < 1.1
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from mlxquant.errors import AdapterError, ArtifactError
 from mlxquant.sampling.parameterizations import Parameterization
+from mlxquant.sampling.pndm import PNDM
 from mlxquant.sampling.scheduler_config import CLASSES, parameterization_from_config, scheduler_from_config
 from mlxquant.sampling.schedulers import DDIM, DPMSolver, Euler, EulerAncestral, FlowEuler
 from mlxquant.sampling.schedules import Training
@@ -24,6 +25,7 @@ SD = Training(first=0.00085, last=0.012, schedule="scaled_linear")
     [
         ("sd3", FlowEuler(3.0), Parameterization("flow")),
         ("pixart", DPMSolver(), Parameterization("epsilon", learned_variance=True)),
+        ("sd1.5", PNDM(SD, "leading", 1), Parameterization("epsilon")),
         ("sd1.5 ddim", DDIM(SD, "leading", 1, False), Parameterization("epsilon")),
         ("sd1.5 dpm", DPMSolver(SD, "linspace", 1), Parameterization("epsilon")),
         ("sd2.1", DDIM(SD, "leading", 1, False), Parameterization("v")),
@@ -40,7 +42,7 @@ def test_public_configurations(name, scheduler, parameterization):
     assert parameterization_from_config(CONFIGS[name]) == parameterization
 
 
-@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("name", sorted({*CLASSES} - {"PNDMScheduler"}))
 def test_what_is_not_said_is_as_in_diffusers(name):
     defaults = {
         "FlowMatchEulerDiscreteScheduler": FlowEuler(1.0),
@@ -67,7 +69,16 @@ def test_a_file_and_its_folder_are_read(tmp_path):
         scheduler_from_config(tmp_path / "elsewhere")
 
 
-@pytest.mark.parametrize("name", [None, "PNDMScheduler", 3, ["DDIMScheduler"]])
+def test_pndm_is_known_without_its_runge_kutta_steps():
+    config = {"_class_name": "PNDMScheduler", "skip_prk_steps": True}
+    assert scheduler_from_config(config) == PNDM(Training(), "leading", to_zero=False)
+    assert scheduler_from_config({**config, "prediction_type": "v_prediction"}).kind == "v"
+    for skip in ({}, {"skip_prk_steps": False}):
+        with pytest.raises(AdapterError, match=r"PNDMScheduler without skip_prk_steps is not.*expected true"):
+            scheduler_from_config({"_class_name": "PNDMScheduler", **skip})
+
+
+@pytest.mark.parametrize("name", [None, "UniPCMultistepScheduler", 3, ["DDIMScheduler"]])
 def test_other_classes_are_refused_by_name(name):
     with pytest.raises(AdapterError, match=r"_class_name .* is not supported; expected one of FlowMatchEuler") as error:
         scheduler_from_config({"_class_name": name})
@@ -95,6 +106,8 @@ def test_other_classes_are_refused_by_name(name):
         ("sd1.5 ddim", "num_train_timesteps", "many"),
         ("sd1.5 ddim", "trained_betas", [0.1, "a"]),
         ("sd1.5 ddim", "eta", 1.0),
+        ("sd1.5", "prediction_type", "sample"),
+        ("sd1.5", "timestep_spacing", "quadratic"),
         ("pixart", "solver_order", 3),
         ("pixart", "algorithm_type", "dpmsolver"),
         ("pixart", "solver_type", "bh2"),

@@ -12,6 +12,7 @@ import pytest
 from mlxquant.errors import AdapterError
 from mlxquant.grids.time import log_snr
 from mlxquant.sampling.parameterizations import KINDS, Parameterization
+from mlxquant.sampling.pndm import PNDM
 from mlxquant.sampling.schedulers import DDIM, DPMSolver, Euler, EulerAncestral, FlowEuler
 from mlxquant.sampling.schedules import Training, flow_sigmas, noise_level, resampled
 
@@ -30,6 +31,7 @@ SCHEDULERS = {
     "ddim trailing": DDIM(SD, "trailing"),
     "ddim random": DDIM(SD, eta=0.7),
     "ddim cosine": DDIM(Training(schedule="squaredcos_cap_v2")),
+    "pndm": PNDM(SD, to_zero=True),
     "dpm": DPMSolver(SD),
     "dpm heun": DPMSolver(SD, heun=True),
     "dpm first": DPMSolver(SD, order=1),
@@ -44,7 +46,7 @@ PLAIN = [name for name, one in SCHEDULERS.items() if not (one.walk(4).fresh.any(
 
 def drawn(scheduler, steps, image, kind, rng, latent=None):
     """What a perfect model of one picture draws, all in float64. Returns the latent and what was read at each step."""
-    walk, one, before, read = scheduler.walk(steps), Parameterization(kind), None, []
+    walk, one, predictions, read = scheduler.walk(steps), Parameterization(kind), [], []
     latent = rng.standard_normal(image.shape) * walk.start if latent is None else latent
     for index in range(len(walk)):
         alpha, sigma = float(walk.alphas[index]), float(walk.sigmas[index])
@@ -52,8 +54,8 @@ def drawn(scheduler, steps, image, kind, rng, latent=None):
         read.append(shown)
         output = one.target(image, (shown - alpha * image) / sigma, alpha, sigma)
         now = one.convert(output, shown, alpha, sigma, walk.kind)
-        latent = walk.step(index, latent, [now, before], rng.standard_normal(image.shape))
-        before = now
+        predictions = [now, *predictions[: walk.memory]]
+        latent = walk.step(index, latent, predictions, rng.standard_normal(image.shape))
     return latent, read
 
 
@@ -96,7 +98,8 @@ def test_levels_fall_within_zero_and_one_and_give_the_log_snr(name, steps):
     assert levels[0] <= 1
     assert levels[-1] >= 0
     assert (np.diff(levels) <= 0).all()
-    assert (np.diff(levels[:-1]) < 0).all()
+    asked_again = [1] if name == "pndm" and steps > 1 else []
+    assert (np.delete(np.diff(levels[:-1]), asked_again) < 0).all()
     inner = (walk.alphas > 0.01) & (walk.sigmas > 0.01)
     np.testing.assert_allclose(log_snr(levels[inner]), 2 * np.log(walk.alphas[inner] / walk.sigmas[inner]), atol=1e-9)
 
@@ -162,7 +165,7 @@ def test_gains_are_how_far_an_error_moves_what_is_read_next(name, kind):
     """Against a difference: the same error in this prediction and in the one before it moves the next latent."""
     scheduler = SCHEDULERS[name]
     walk, one, rng = scheduler.walk(6), Parameterization(kind), np.random.default_rng(4)
-    latent, outputs, fresh = rng.standard_normal(SHAPE), rng.standard_normal((2, *SHAPE)), rng.standard_normal(SHAPE)
+    latent, fresh, outputs = *(rng.standard_normal((2, *SHAPE))), rng.standard_normal((1 + walk.memory, *SHAPE))
 
     def read_next(index, error):
         alpha, sigma = float(walk.alphas[index]), float(walk.sigmas[index])
@@ -190,14 +193,15 @@ def test_one_walk_of_many_steps_is_near_two_of_half_as_many(name):
     scheduler = SCHEDULERS[name]
 
     def ends(steps):
-        walk, rng, before = scheduler.walk(steps), np.random.default_rng(5), None
+        walk, rng, predictions = scheduler.walk(steps), np.random.default_rng(5), []
         latent = rng.standard_normal(SHAPE) * walk.start
         for index in range(len(walk)):
             alpha, sigma = float(walk.alphas[index]), float(walk.sigmas[index])
             shown = walk.read(index, latent)
             image = np.tanh(3 * shown * alpha / (alpha**2 + sigma**2))
             now = Parameterization("sample").convert(image, shown, alpha, sigma, walk.kind)
-            latent, before = walk.step(index, latent, [now, before]), now
+            predictions = [now, *predictions[: walk.memory]]
+            latent = walk.step(index, latent, predictions)
         return latent
 
     coarse, fine, finest = ends(10), ends(40), ends(250)
@@ -208,16 +212,43 @@ def test_second_order_is_nearer_than_first():
     image = np.tanh
 
     def ends(scheduler, steps):
-        walk, before = scheduler.walk(steps), None
+        walk, predictions = scheduler.walk(steps), []
         latent = np.random.default_rng(6).standard_normal(SHAPE)
         for index in range(len(walk)):
-            now = image(latent * walk.alphas[index])
-            latent, before = walk.step(index, latent, [now, before]), now
+            predictions = [image(latent * walk.alphas[index]), *predictions[: walk.memory]]
+            latent = walk.step(index, latent, predictions)
         return latent
 
     exact = ends(DPMSolver(SD, grid="karras"), 900)
     first, second = (np.abs(ends(DPMSolver(SD, grid="karras", order=n), 20) - exact).mean() for n in (1, 2))
     assert second < first / 2
+
+
+def test_pndm_asks_twice_where_its_first_step_ends():
+    """The second prediction corrects that step alone; later ones remember at most three others."""
+    walk = PNDM(SD, offset=1).walk(5)
+    np.testing.assert_allclose(PNDM(SD).time(walk.levels[:-1]), [801, 601, 601, 401, 201, 1])
+    assert walk.memory == 4
+    assert (walk.before != 0).tolist() == [
+        [False, False, False, False],
+        [True, False, False, False],
+        [False, True, False, False],
+        [True, False, True, False],
+        [True, True, False, True],
+        [True, True, True, False],
+    ]
+    assert walk.levels[-1] == pytest.approx(SD.levels[0])
+    assert len(PNDM(SD).walk(1)) == 1
+
+
+def test_an_error_at_a_level_that_is_asked_twice_costs_what_both_do():
+    walk, one = PNDM(SD).walk(10), Parameterization("epsilon")
+    gains = walk.gains(one)
+    assert gains[1] == pytest.approx(0, abs=1e-12)  # an error that both predictions have is corrected by none
+    merged = np.delete(gains, 1)
+    np.testing.assert_allclose(
+        walk.weights(one, np.delete(walk.levels[:-1], 1)), merged**2 / np.mean(merged**2), rtol=1e-9
+    )
 
 
 def test_an_image_is_clipped_and_the_noise_is_not():
@@ -285,6 +316,8 @@ def test_no_steps_are_refused(name):
         (lambda: Training(schedule="sigmoid"), "'sigmoid'; expected one of linear"),
         (lambda: Training(first=0.0), "betas must be between 0 and 1"),
         (lambda: Training(betas=()), "betas must be between 0 and 1"),
+        (lambda: PNDM(SD, offset=25).walk(50), "timestep 1005 of a model that was trained at 1000"),
+        (lambda: PNDM(kind="sample"), "of kind 'sample'; expected 'epsilon' or 'v'"),
         (lambda: DPMSolver(order=3), "order 3; expected 1 or 2"),
     ],
 )

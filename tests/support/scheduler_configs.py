@@ -7,7 +7,7 @@ _SD = {
     "num_train_timesteps": 1000,
     "trained_betas": None,
 }
-_SD15 = {  # published with a class that is not supported, whose configuration others read
+_SD15 = {  # published with PNDM; others read the same configuration
     **_SD,
     "_diffusers_version": "0.6.0",
     "set_alpha_to_one": False,
@@ -61,6 +61,7 @@ CONFIGS = {
         "use_lu_lambdas": False,
         "variance_type": "learned_range",
     },
+    "sd1.5": {**_SD15, "_class_name": "PNDMScheduler"},
     "sd1.5 ddim": {**_SD15, "_class_name": "DDIMScheduler"},
     "sd1.5 dpm": {**_SD15, "_class_name": "DPMSolverMultistepScheduler"},
     "sd2.1": {**_SD15, "_class_name": "DDIMScheduler", "prediction_type": "v_prediction"},

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Self
 
+import numpy as np
+
 from ..errors import AdapterError
 from ..numerics.arrays import Array
 from ..sampling.parameterizations import FLOW, Parameterization
@@ -58,19 +60,23 @@ class ScheduledAdapter(Adapter):
         """The steps of the sampler.
 
         Args:
-            steps: How many.
+            steps: How many. The model is asked more often where a scheduler takes one of them in several.
 
         Raises:
-            AdapterError: The scheduler takes another number of steps, or none.
+            AdapterError: The scheduler takes fewer steps, or none.
         """
         walk = self.scheduler.walk(steps)
-        if len(walk) != steps:
+        if len(walk) < steps:
             raise AdapterError(f"{self.name}: its scheduler takes {len(walk)} steps where {steps} were asked for")
         return walk
 
     def sigmas(self, steps: int) -> Sigmas:
-        """The ``steps + 1`` noise levels in [0,1] of the sampler, descending; see ``sampling.schedules``."""
-        return self.walk(steps).levels
+        """The ``steps + 1`` noise levels in [0,1] of the sampler, descending: those at which the model is asked, each
+        once, and that of what is drawn; see ``sampling.schedules``.
+        """
+        levels = self.walk(steps).levels
+        asked = levels[:-1]
+        return np.append(asked[np.append(asked[:-1] != asked[1:], True)], levels[-1])
 
     def level_weights(self, sigmas: Sequence[float] | Array) -> Array:
         """What a unit of squared error of a prediction costs at noise levels [T], relative to the mean over a walk: the

@@ -45,7 +45,8 @@ class Sampled(Protocol):
 @dataclass(frozen=True)
 class DrawnBatch:
     """Pictures that were drawn together: their ``places`` among all prompts, their ``prompts``, the ``final`` latents
-    [b,H,W,C], and, where they were asked for, the ``latents`` [b,H,W,C] that entered each step.
+    [b,H,W,C], and, where they were asked for, the ``latents`` [b,H,W,C] that the model read at each noise level, the
+    last ones where it was asked twice.
     """
 
     places: range
@@ -79,7 +80,7 @@ def drawn_batches(
         label: What to call them there.
         size: Pictures of a batch.
         starts: The batches to draw, by the place of their first prompt; None for all.
-        latents: Whether to keep the latents that enter each step.
+        latents: Whether to keep the latents that enter each step, see ``DrawnBatch``.
         callback: Called before each step of each batch.
         negative: The negative prompt; None for none.
     """
@@ -88,13 +89,13 @@ def drawn_batches(
     if places:
         model.prepare(prompts, negative)
     for start in progress(places, label):
-        some, seen = tuple(prompts[start : start + size]), list[mx.array]()
+        some, seen = tuple(prompts[start : start + size]), dict[float, mx.array]()
 
-        def follow(step: SamplerStep, seen: list[mx.array] = seen) -> None:
+        def follow(step: SamplerStep, seen: dict[float, mx.array] = seen) -> None:
             if latents:
-                seen.append(step.latent)
+                seen[step.sigma] = step.latent
             if callback is not None:
                 callback(step)
 
         final = model.generate([p.text for p in some], [p.seed for p in some], steps, cfg, follow, negative)
-        yield DrawnBatch(range(start, start + len(some)), some, final, seen)
+        yield DrawnBatch(range(start, start + len(some)), some, final, [*seen.values()])

@@ -72,7 +72,7 @@ def sample(
     """
     latent = walk.begin(noise, image)
     keys = [mx.random.key(seed % 2**64) for seed in seeds or ()]
-    before: mx.array | None = None
+    predictions = list[mx.array]()  # the last one first
     for index, level in enumerate(walk.levels[:-1].tolist()):
         shown = walk.read(index, latent)
         prediction = predict(shown, level)
@@ -80,12 +80,12 @@ def sample(
             callback(SamplerStep(index, level, shown, prediction))
         alpha, sigma = float(walk.alphas[index]), float(walk.sigmas[index])
         now = parameterization.convert(prediction, shown, alpha, sigma, walk.kind)
+        predictions = [now, *predictions[: walk.memory]]
         fresh: mx.array | None = None
         if walk.fresh[index] and keys:
             pairs = [mx.random.split(key) for key in keys]
             keys = [pair[0] for pair in pairs]
             fresh = mx.stack([mx.random.normal(latent.shape[1:], key=pair[1]) for pair in pairs])
-        latent = walk.step(index, latent, [now] if before is None else [now, before], fresh)
-        before = now
+        latent = walk.step(index, latent, predictions, fresh)
         mx.eval(latent)
     return latent

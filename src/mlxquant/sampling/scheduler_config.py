@@ -20,6 +20,7 @@ from ..files import schema
 from ..files.explain import explain
 from ..files.schema import MismatchError, Schema
 from .parameterizations import EPSILON, FLOW, SAMPLE, Parameterization, V
+from .pndm import PNDM
 from .schedulers import DDIM, DPMSolver, Euler, EulerAncestral, FlowEuler, Scheduler
 from .schedules import BETAS, EXPONENTIAL, KARRAS, LEADING, LINSPACE, SPACINGS, Training
 
@@ -111,6 +112,17 @@ def _ddim(options: Options) -> Scheduler:
     return DDIM(*_spaced(options), bool(options["set_alpha_to_one"]), clip)
 
 
+def _pndm(options: Options) -> Scheduler:
+    """Raises AdapterError where Runge-Kutta steps are not skipped."""
+    if not options["skip_prk_steps"]:
+        raise AdapterError(
+            "PNDMScheduler without skip_prk_steps is not supported, for its Runge-Kutta steps ask a model at other"
+            " times; expected true"
+        )
+    to_zero, kind = bool(options["set_alpha_to_one"]), PREDICTIONS[options["prediction_type"]]
+    return PNDM(*_spaced({**options, "rescale_betas_zero_snr": False}), to_zero, kind)
+
+
 def _dpm_solver(options: Options) -> Scheduler:
     return DPMSolver(
         *_spaced(options),
@@ -160,6 +172,17 @@ CLASSES = {
         },
         {"thresholding": False},
     ),
+    "PNDMScheduler": SchedulerClass(
+        _pndm,
+        {name: one for name, one in TRAINED.items() if name != "rescale_betas_zero_snr"}
+        | {
+            "prediction_type": (schema.one_of("epsilon", "v_prediction"), "epsilon"),
+            "timestep_spacing": (schema.one_of(*SPACINGS), LEADING),
+            "set_alpha_to_one": (_flag, False),
+            "skip_prk_steps": (_flag, False),
+        },
+        {},
+    ),
     "DPMSolverMultistepScheduler": SchedulerClass(
         _dpm_solver,
         TRAINED
@@ -189,7 +212,6 @@ IDLE = (
     "time_shift_type",
     "dynamic_thresholding_ratio",
     "sample_max_value",
-    "skip_prk_steps",
     "predict_x0",
     "solver_p",
     "disable_corrector",
@@ -205,7 +227,7 @@ def scheduler_from_config(config: Mapping[str, Any] | Path | str) -> Scheduler:
             same options, as in diffusers: ``{**config, "_class_name": "DDIMScheduler"}``.
 
     Returns:
-        One of ``FlowEuler``, ``Euler``, ``EulerAncestral``, ``DDIM``, ``DPMSolver``.
+        One of ``FlowEuler``, ``Euler``, ``EulerAncestral``, ``DDIM``, ``PNDM``, ``DPMSolver``.
 
     Raises:
         ArtifactError: The file cannot be read, or is no JSON object.

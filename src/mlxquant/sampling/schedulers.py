@@ -41,7 +41,7 @@ class Scheduler(Protocol):
         """The numbers of all steps.
 
         Args:
-            steps: How many. A walk has fewer where it begins later.
+            steps: How many. A walk has fewer where it begins later, and more where one is taken in several.
 
         Raises:
             AdapterError: No steps, or more than the model was trained at.
@@ -61,8 +61,8 @@ class Scheduler(Protocol):
 
 def _euler(alphas: Sigmas, sigmas: Sigmas, kind: str, along: Sigmas, scales: Sigmas, start: float) -> Walk:
     """Straight steps: ``latent + prediction (along[i+1] - along[i])``."""
-    still = np.zeros(len(along) - 1)
-    return Walk(alphas, sigmas, kind, still + 1, np.diff(along), still, still, scales, start)
+    n = len(along) - 1
+    return Walk(alphas, sigmas, kind, np.ones(n), np.diff(along), np.zeros((n, 0)), np.zeros(n), scales, start)
 
 
 @dataclass(frozen=True)
@@ -201,7 +201,7 @@ class DDIM:
         """See ``Scheduler``."""
         check_steps(steps)
         times = spaced(len(self.training), steps, self.spacing, self.offset).round().astype(int)
-        _check_times(times, self.training)
+        check_times(times, self.training)
         last = 1.0 if self.to_zero else self.training.alpha_bars[0]
         bars = np.append(self.training.alpha_bars[times], last)
         below = times - len(self.training) // steps
@@ -211,7 +211,7 @@ class DDIM:
         # the noise that was predicted is (latent - alpha image) / sigma
         carry = np.sqrt(1 - after - fresh**2) / sigmas[:-1]
         image, apart = np.sqrt(after), -carry * alphas[:-1]
-        still, ones = np.zeros(len(times)), np.ones(len(times) + 1)
+        still, ones = np.zeros((len(times), 0)), np.ones(len(times) + 1)
         if self.clip is None:
             return Walk(alphas, sigmas, SAMPLE, carry, image + apart, still, fresh, ones)
         return Walk(alphas, sigmas, SAMPLE, carry, image, still, fresh, ones, 1.0, self.clip, apart)
@@ -306,7 +306,7 @@ class DPMSolver:
         fresh = np.zeros(n)
         if self.random:
             carry, fresh = carry * np.exp(-h), sigmas[1:] * np.sqrt(taken)
-        return Walk(alphas, sigmas, SAMPLE, carry, now, before, fresh, np.ones(n + 1))
+        return Walk(alphas, sigmas, SAMPLE, carry, now, before[:, None], fresh, np.ones(n + 1))
 
     def time(self, level: npt.ArrayLike) -> Array:
         """See ``Scheduler``; whole. Other grids lie between timesteps: of those diffusers takes the one below, but the
@@ -326,7 +326,7 @@ class DPMSolver:
         return noise_level(1.0, self.training.at(time, logarithmic=self.grid is not None))
 
 
-def _check_times(times: npt.NDArray[np.int_], training: Training) -> None:
+def check_times(times: npt.NDArray[np.int_], training: Training) -> None:
     """Raise AdapterError on a timestep that the model was not trained at."""
     if len(times) and times[0] >= len(training):
         raise AdapterError(f"timestep {times[0]} of a model that was trained at {len(training)}; take a smaller offset")

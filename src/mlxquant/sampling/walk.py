@@ -1,9 +1,9 @@
 """A sampler's steps as data: where it stops, and the numbers that each of its steps is made of.
 
 Every sampler here takes linear steps. The next latent is a sum of the latent, what the model just predicted, what it
-predicted before, and fresh noise, each times a number that depends on noise levels alone. So a scheduler does not run:
-it computes the numbers of all steps, in float64, and one ``step`` serves all schedulers. What a step does to an error
-of a prediction can then be read off: that is its gain.
+predicted before that, and fresh noise, each times a number that depends on noise levels alone. So a scheduler does not
+run: it computes the numbers of all steps, in float64, and one ``step`` serves all schedulers. What a step does to an
+error of a prediction can then be read off: that is its gain.
 
 What a walk does not know is what the model predicts. It says which ``kind`` of prediction it computes with, and
 ``Parameterization`` makes it of any other.
@@ -34,7 +34,7 @@ class Walk:
         kind: The prediction that steps compute with, one of ``parameterizations.KINDS``.
         carry: [n], what step i multiplies the latent with.
         now: [n], and the newest prediction.
-        before: [n], and the prediction before that; 0 where a step has no history.
+        before: [n,h], and the h predictions before that, the last one first; 0 where a step has none.
         fresh: [n], and fresh standard normal noise; 0 where a step has none.
         scales: [n+1], what the latent is multiplied with before the model reads it.
         start: What standard normal noise is multiplied with, to begin with.
@@ -56,6 +56,11 @@ class Walk:
 
     def __len__(self) -> int:
         return len(self.carry)
+
+    @property
+    def memory(self) -> int:
+        """How many predictions a step may need, beside the newest."""
+        return self.before.shape[1]
 
     @property
     def levels(self) -> Sigmas:
@@ -99,7 +104,8 @@ class Walk:
         Args:
             index: From 0.
             latent: Before it, in any shape.
-            predictions: What the model predicted, of the walk's kind, in that shape: now, and before if ``index`` > 0.
+            predictions: What the model predicted, of the walk's kind, in that shape: now, and before that, the last
+                first, as many as there are up to ``memory``.
             fresh: Standard normal noise in that shape; needed where ``self.fresh[index]`` is not 0.
 
         Raises:
@@ -109,8 +115,9 @@ class Walk:
         after = latent * float(self.carry[index]) + now * float(self.now[index])
         if self.unclipped is not None:
             after = after + predictions[0] * float(self.unclipped[index])
-        if self.before[index]:
-            after = after + predictions[1] * float(self.before[index])
+        for weight, earlier in zip(self.before[index].tolist(), predictions[1:], strict=False):
+            if weight:
+                after = after + earlier * weight
         if self.fresh[index]:
             if fresh is None:
                 raise AdapterError(f"step {index} of this sampler adds noise, and was given none; hand it seeds")
@@ -124,7 +131,7 @@ class Walk:
         prediction twice, with opposite signs; errors of neighbouring steps are nearly the same, so what counts is the
         sum, which is what a solver without a history would do.
         """
-        both = self.now + self.before + (0 if self.unclipped is None else self.unclipped)
+        both = self.now + self.before.sum(axis=1) + (0 if self.unclipped is None else self.unclipped)
         levels = zip(self.alphas[:-1], self.sigmas[:-1], strict=True)
         of_prediction = [parameterization.weights(self.kind, float(a), float(s))[1] for a, s in levels]
         return np.abs(both * of_prediction * self.scales[1:])
@@ -132,7 +139,8 @@ class Walk:
     def weights(self, parameterization: Parameterization, levels: npt.ArrayLike) -> Sigmas:
         """What a unit of squared error of a prediction costs at some noise levels, relative to the mean over the steps.
 
-        It is the square of the gain, between two steps the linear interpolation, outside that of the nearest step.
+        It is the square of the gain, of steps at one level of all together; between two levels the linear
+        interpolation, outside that of the nearest one.
 
         Args:
             parameterization: What the model predicts.
@@ -141,6 +149,7 @@ class Walk:
         Returns:
             [L].
         """
-        gains, own = self.gains(parameterization), self.levels[:-1]
+        own, places = np.unique(-self.levels[:-1], return_inverse=True)
+        gains = np.bincount(places, self.gains(parameterization))
         squares = gains**2 / np.mean(gains**2)
-        return np.interp(np.asarray(levels, np.float64), own[::-1], squares[::-1])
+        return np.interp(np.asarray(levels, np.float64), -own[::-1], squares[::-1])
