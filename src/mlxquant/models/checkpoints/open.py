@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from .folder import DiffusersFolder
+from .sd1_file import SD1_FILE
 from .sd3_file import SD3_FILE
 from .single_file import SingleFile
 from .source import Source
 
-LAYOUTS = (SD3_FILE,)  # of single files
+LAYOUTS = (SD1_FILE, SD3_FILE)  # of single files
 
 
 def open_source(place: str) -> Source:

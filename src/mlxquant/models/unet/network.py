@@ -13,7 +13,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ...layers.attention import SoftmaxAttention
-from ...layers.fast_cpu import gelu
+from ...layers.fast_cpu import gelu, silu
+from ..parts.group_norm import GroupNorm
 from .config import CROSS_DOWN, CROSS_UP, UNetConfig
 
 BLOCK_EPS, PROJECTION_EPS = 1e-5, 1e-6  # of layer norms, and of the group norm before a transformer
@@ -32,11 +33,6 @@ def from_torch(tensors: Mapping[str, mx.array]) -> dict[str, mx.array]:
     return {name: value.transpose(0, 2, 3, 1) if value.ndim == 4 else value for name, value in tensors.items()}
 
 
-def group_norm(config: UNetConfig, channels: int, eps: float) -> nn.GroupNorm:
-    """Groups of neighbouring channels, as in torch."""
-    return nn.GroupNorm(config.norm_num_groups, channels, eps=eps, pytorch_compatible=True)
-
-
 class TimeEmbedding(nn.Module):
     """Sinusoidal features of the timestep to what every residual block adds."""
 
@@ -46,7 +42,7 @@ class TimeEmbedding(nn.Module):
         self.linear_2 = nn.Linear(out, out)
 
     def __call__(self, features: mx.array) -> mx.array:
-        return self.linear_2(nn.silu(self.linear_1(features)))
+        return self.linear_2(silu(self.linear_1(features)))
 
 
 class ResnetBlock(nn.Module):
@@ -54,18 +50,18 @@ class ResnetBlock(nn.Module):
 
     def __init__(self, config: UNetConfig, read: int, out: int):
         super().__init__()
-        self.norm1 = group_norm(config, read, config.norm_eps)
+        self.norm1 = GroupNorm(config.norm_num_groups, read, config.norm_eps)
         self.conv1 = nn.Conv2d(read, out, 3, padding=1)
         self.time_emb_proj = nn.Linear(4 * config.block_out_channels[0], out)
-        self.norm2 = group_norm(config, out, config.norm_eps)
+        self.norm2 = GroupNorm(config.norm_num_groups, out, config.norm_eps)
         self.conv2 = nn.Conv2d(out, out, 3, padding=1)
         if read != out:
             self.conv_shortcut = nn.Conv2d(read, out, 1)
 
     def __call__(self, x: mx.array, time: mx.array) -> mx.array:
         """x [B,H,W,read], time [B,4C] to [B,H,W,out]."""
-        y = self.conv1(nn.silu(self.norm1(x))) + self.time_emb_proj(nn.silu(time))[:, None, None]
-        y = self.conv2(nn.silu(self.norm2(y)))
+        y = self.conv1(silu(self.norm1(x))) + self.time_emb_proj(silu(time))[:, None, None]
+        y = self.conv2(silu(self.norm2(y)))
         return (self.conv_shortcut(x) if "conv_shortcut" in self else x) + y
 
 
@@ -137,7 +133,7 @@ class Transformer(nn.Module):
 
     def __init__(self, config: UNetConfig, width: int, heads: int, depth: int):
         super().__init__()
-        self.norm = group_norm(config, width, PROJECTION_EPS)
+        self.norm = GroupNorm(config.norm_num_groups, width, PROJECTION_EPS)
         linear = config.use_linear_projection
         self.proj_in = nn.Linear(width, width) if linear else nn.Conv2d(width, width, 1)
         self.transformer_blocks = [TransformerBlock(width, config.cross_attention_dim, heads) for _ in range(depth)]
@@ -233,7 +229,7 @@ class UNet(nn.Module):
             sampler = "upsamplers" if i < last else ""
             self.up_blocks.append(Block(config, read, out, crossed, heads[last - i], depths[last - i], sampler))
             now = out
-        self.conv_norm_out = group_norm(config, first, config.norm_eps)
+        self.conv_norm_out = GroupNorm(config.norm_num_groups, first, config.norm_eps)
         self.conv_out = nn.Conv2d(first, config.out_channels, 3, padding=1)
 
     @property
@@ -248,4 +244,4 @@ class UNet(nn.Module):
 
     def head(self, x: mx.array) -> mx.array:
         """x [B,H,W,C] to the prediction [B,H,W,out]."""
-        return self.conv_out(nn.silu(self.conv_norm_out(x)))
+        return self.conv_out(silu(self.conv_norm_out(x)))
