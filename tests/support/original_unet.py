@@ -5,12 +5,9 @@ their own, so that reading them back is a test.
 import re
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
-
-from mlxquant.models.unet.config import UNetConfig
-from mlxquant.models.unet.network import UNet
 
 from support.original_files import original_autoencoder
+from support.tiny_unet import in_torch, random_unet
 
 CONFIG = {  # of the widths and heads that such files always have
     "_class_name": "UNet2DConditionModel",
@@ -46,26 +43,6 @@ RESNET = {
     "conv2": "out_layers.3",
     "conv_shortcut": "skip_connection",
 }
-
-
-def random_unet(said, seed=0):
-    """A UNet with random weights, of norms, too."""
-    model, key = UNet(UNetConfig.from_dict(said)), mx.random.key(seed)
-    drawn = []
-    for name, value in tree_flatten(model.parameters()):
-        key, own = mx.random.split(key)
-        scale = 0.2 if value.ndim == 1 else (value.size // value.shape[0]) ** -0.5
-        one = float(name.split(".")[-2].startswith(("norm", "conv_norm")) and name.endswith("weight"))
-        drawn.append((name, one + scale * mx.random.normal(value.shape, key=own)))
-    model.load_weights(drawn)
-    model.freeze()
-    mx.eval(model.parameters())
-    return model
-
-
-def to_diffusers(model):
-    """Parameters in torch's layouts."""
-    return {k: v.transpose(0, 3, 1, 2) if v.ndim == 4 else v for k, v in tree_flatten(model.parameters())}
 
 
 def original_unet(tensors, said):
@@ -109,7 +86,7 @@ def write_sd1_file(path, said=CONFIG, clip=None, **more):
     ``more`` tensors; returns the UNet.
     """
     model = random_unet(said)
-    tensors = {**original_unet(to_diffusers(model), said), **original_autoencoder(4, quant=True)}
+    tensors = {**original_unet(in_torch(model), said), **original_autoencoder(4, quant=True)}
     averaged = {"model_ema.decay": mx.array(0.9), "model_ema.num_updates": mx.array(3), "betas": mx.ones(1000)}
     mx.save_safetensors(str(path), {**tensors, **averaged, **original_clip(clip or {}), **more})
     return model

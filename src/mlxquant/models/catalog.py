@@ -17,6 +17,7 @@ from ..files.hub import DESCRIPTIONS, hub_description, read_description
 from .adapter import Adapter
 from .checkpoints.open import open_source
 from .diffusionkit.files import CHECKPOINT, HUB
+from .unet.config import HUB_IDS as SD15_HUB
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,9 @@ MODELS = {  # by address: an adapter is imported when it is asked for, also one 
     "sd3.5-large": _sd3("SD35Large", "3.5-large"),
     "sd3.5-large-turbo": _sd3("SD35LargeTurbo", "3.5-large-turbo"),
     "sd3-medium-diffusionkit": KnownModel("mlxquant.models.diffusionkit.adapter", "SD3Medium"),
+    "sd15": KnownModel(
+        "mlxquant.models.unet.adapter", "StableDiffusion", SD15_HUB, pipelines=("StableDiffusionPipeline",)
+    ),
     "gpt": KnownModel("mlxquant.qat.adapter", "TrainedGPT", ("gpt-python",), checkpoint="config.json", key="mlxquant"),
     LANGUAGE: KnownModel("mlxquant.models.mlx_lm", "MLXLanguageModel", checkpoint="config.json", key="model_type"),
 }

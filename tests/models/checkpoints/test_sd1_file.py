@@ -11,7 +11,8 @@ from mlxquant.models.checkpoints.open import open_source
 from mlxquant.models.checkpoints.sd1_file import SD1_FILE
 from mlxquant.models.unet.config import UNetConfig
 
-from support.original_unet import CONFIG, DEEP, original_unet, random_unet, to_diffusers, write_sd1_file
+from support.original_unet import CONFIG, DEEP, original_unet, write_sd1_file
+from support.tiny_unet import in_torch, random_unet
 
 FILES = {"flat": CONFIG, "deep": DEEP}
 
@@ -23,7 +24,7 @@ def test_a_unet_comes_out_as_it_went_in(tmp_path, kind):
     source = open_source(str(path))
     assert source.pipeline == "StableDiffusionPipeline"
     assert UNetConfig.from_dict(source.config("unet")) == UNetConfig.from_dict(FILES[kind])
-    found, expected = source.tensors("unet"), to_diffusers(model)
+    found, expected = source.tensors("unet"), in_torch(model)
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         np.testing.assert_array_equal(np.array(found[name]), np.array(value), name)
@@ -33,7 +34,7 @@ def test_a_unet_comes_out_as_it_went_in(tmp_path, kind):
 @pytest.mark.parametrize("kind", FILES)
 def test_a_unet_is_what_diffusers_reads_of_it(kind):
     torch, utils = import_module("torch"), import_module("diffusers.loaders.single_file_utils")
-    file = original_unet(to_diffusers(random_unet(FILES[kind])), FILES[kind])
+    file = original_unet(in_torch(random_unet(FILES[kind])), FILES[kind])
     ours = SD1_FILE.tensors["unet"](file)
     theirs = utils.convert_ldm_unet_checkpoint(
         {name: torch.from_numpy(np.array(value)) for name, value in file.items()}, SD1_FILE.configs["unet"](ours)

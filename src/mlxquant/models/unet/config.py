@@ -15,6 +15,10 @@ from ...errors import AdapterError
 from ...files import schema
 from ...files.schema import MismatchError, Schema
 
+HUB_IDS = (  # of Stable Diffusion 1.5: today's, and the first, which is gone
+    "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "runwayml/stable-diffusion-v1-5",
+)
 CROSS_DOWN, DOWN, CROSS_UP, UP = "CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"
 
 _width = schema.whole(1, schema.WIDTH)

@@ -1,0 +1,182 @@
+"""``sd15``: Stable Diffusion 1.5 as a host, and what has its pipeline: 1.4, 2.1, fine-tunes.
+
+Weights come from a folder of the diffusers layout, from the hub, or, of Stable Diffusion 1, from an original single
+file. The UNet keeps the precision of its file and computes in float32 between its layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+from ...errors import AdapterError
+from ...files import schema
+from ...grids.time import Clock
+from ...sampling.conditioning import Conditioning
+from ...sampling.picture_size import LARGEST, PictureSize, picture_size, plain
+from ...sampling.prompts import Prompt, packaged_prompts
+from ...sampling.scheduler_config import parameterization_from_config, scheduler_from_config
+from ..diffusion import DiffusionAdapter
+from ..edges import Edge
+from ..parts.loading import fill, in_place
+from ..stages import Stage
+from .chain import unet_edges, unet_role, unet_stages
+from .components import Components
+from .config import CONFIG, HUB_IDS, UNetConfig
+from .network import UNet
+
+HUB, GONE = HUB_IDS
+SIDE = 64  # of latents where the UNet's config does not say
+
+
+class StableDiffusion(DiffusionAdapter):
+    name = "sd15"
+    STRUCTURE = schema.entries(
+        {
+            "config": CONFIG,
+            "scheduler": schema.table_of(schema.anything),
+            "size": schema.either(schema.array_of(schema.whole(1, LARGEST), 2, 2), schema.whole(1, LARGEST)),
+            "pixels": schema.whole(1, 64),
+            "dtype": schema.floating,
+        }
+    )
+    hub_ids = HUB_IDS
+    cfg = 7.5
+    steps = 50
+    batch = 2
+    samples = 64
+    rows = 2
+
+    def __init__(
+        self,
+        config: UNetConfig,
+        scheduler: Mapping[str, Any],
+        components: Components,
+        size: int | PictureSize,
+        pixels: int = 8,
+        dtype: mx.Dtype = mx.float32,
+    ):
+        """Without weights.
+
+        Args:
+            config: Of the UNet.
+            scheduler: What scheduler_config.json says.
+            components: What stands around the UNet.
+            size: Of a picture in pixels.
+            pixels: Of a picture's side, for one of a latent.
+            dtype: Of the UNet's weights.
+
+        Raises:
+            AdapterError: It draws no such size, the UNet reads more than a latent, or the scheduler is not supported.
+        """
+        if config.in_channels != config.out_channels:
+            raise AdapterError(
+                f"{self.name}: a UNet that reads {config.in_channels} channels and writes {config.out_channels} is no"
+                " text-to-image model's (inpainting reads a picture and a mask, too); expected as many"
+            )
+        self.config, self.pixels, self.components = config, pixels, components
+        self.module, self.clock = UNet(config), Clock()
+        self.module.set_dtype(dtype)
+        self.dtype, self.sampling = dtype, dict(scheduler)
+        self.scheduler = scheduler_from_config(scheduler)
+        self.parameterization = parameterization_from_config(scheduler)
+        self.latent_shape = self.latent_of(*picture_size(size))
+        self._stages, self._edges = unet_stages(self.module), unet_edges(self.module)
+
+    @classmethod
+    def pretrained(cls, place: str = "") -> Self:
+        """The model with its weights, in the precision in which they are stored.
+
+        Args:
+            place: A folder of the diffusers layout, a hub id, or a single file; "" for the usual hub id.
+
+        Raises:
+            ArtifactError: A file is missing or damaged; it says how to get it.
+            AdapterError: It holds another model, or a config asks for something that is not supported.
+        """
+        components = Components(HUB if place in ("", GONE) else place, 0)
+        source = components.source
+        config = UNetConfig.from_dict(source.config("unet"), f"{source.place}: unet/config.json")
+        components.width = config.cross_attention_dim
+        weights = source.tensors("unet")
+        dtypes = {value.dtype for value in weights.values()}
+        pixels = 2 ** (len(source.config("vae").get("block_out_channels", ())) - 1)
+        sides = SIDE if config.sample_size is None else config.sample_size
+        height, width = (sides, sides) if isinstance(sides, int) else sides
+        adapter = cls(
+            config,
+            source.config("scheduler"),
+            components,
+            (pixels * width, pixels * height),
+            pixels,
+            dtypes.pop() if len(dtypes) == 1 else mx.float32,
+        )
+        fill(adapter.module, weights, adapter.dtype, in_place(source, "unet"))
+        return adapter
+
+    @classmethod
+    def blank(cls, description: dict[str, Any]) -> Self:
+        config = UNetConfig.from_dict(description["config"])
+        components = Components(HUB, config.cross_attention_dim)
+        dtype = getattr(mx, description["dtype"])
+        return cls(config, description["scheduler"], components, description["size"], description["pixels"], dtype)
+
+    def twin(self) -> Self:
+        twin = super().twin()
+        twin.components = self.components
+        return twin
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "config": self.config.to_dict(),
+            "scheduler": self.sampling,
+            "size": plain(self.size),
+            "pixels": self.pixels,
+            "dtype": str(self.dtype).rpartition(".")[2],
+        }
+
+    @property
+    def place(self) -> str:
+        return self.components.place
+
+    @place.setter
+    def place(self, place: str) -> None:
+        self.components = Components(place or HUB, self.config.cross_attention_dim)
+
+    @property
+    def size(self) -> PictureSize:
+        return self.latent_shape[1] * self.pixels, self.latent_shape[0] * self.pixels
+
+    def latent_of(self, width: int, height: int) -> tuple[int, int, int]:
+        for side in (width, height):
+            if side % self.pixels or side < self.pixels:
+                raise AdapterError(f"{self.name} draws sides of a multiple of {self.pixels} pixels; {side} is none")
+        return height // self.pixels, width // self.pixels, self.config.in_channels
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        return self._stages
+
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        return self.components.encoded(prompts)
+
+    def generate(self, *arguments: Any, **options: Any) -> mx.array:
+        self.components.source.config("vae")  # missed now, not after the last step
+        return super().generate(*arguments, **options)
+
+    def decode(self, latent: mx.array) -> npt.NDArray[np.float32]:
+        pictures = self.components.autoencoder.decode(latent).astype(mx.float32)
+        return np.array(mx.clip(pictures / 2 + 0.5, 0, 1), np.float32)
+
+    def role(self, path: str) -> str:
+        return unet_role(path)
+
+    def edges(self) -> tuple[Edge, ...]:
+        return self._edges
+
+    def prompts(self, purpose: str, count: int, seed: int = 0) -> list[Prompt]:
+        return packaged_prompts(self.name, purpose, count, seed)
