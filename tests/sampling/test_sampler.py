@@ -8,6 +8,7 @@ import pytest
 
 from mlxquant.errors import AdapterError
 from mlxquant.sampling.parameterizations import Parameterization
+from mlxquant.sampling.pndm import PNDM
 from mlxquant.sampling.sampler import sample, seeded_noise
 from mlxquant.sampling.schedulers import DDIM, DPMSolver, Euler, EulerAncestral, FlowEuler
 from mlxquant.sampling.schedules import flow_sigmas
@@ -78,7 +79,16 @@ def test_a_perfect_model_draws_its_picture_with_any_scheduler(scheduler, kind):
     np.testing.assert_allclose(np.array(latent), 0.25, atol=1e-3)
 
 
-SCHEDULERS = (FlowEuler(3.0), Euler(), DDIM(), DDIM(clip=4.0), DPMSolver(), DPMSolver(order=1), DPMSolver(heun=True))
+SCHEDULERS = (
+    FlowEuler(3.0),
+    Euler(),
+    DDIM(),
+    DDIM(clip=4.0),
+    PNDM(to_zero=True),
+    DPMSolver(),
+    DPMSolver(order=1),
+    DPMSolver(heun=True),
+)
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
@@ -90,7 +100,7 @@ def test_from_an_image_a_walk_takes_its_last_steps(scheduler, first):
     whole, shown = scheduler.walk(12), []
     kind = whole.kind if whole.kind == "flow" else "epsilon"
     walk, one, picture = whole.since(first), Parameterization(kind), mx.full((2, *SHAPE), 0.25)
-    assert len(walk) == 12 - first
+    assert len(walk) == len(whole) - first
     np.testing.assert_array_equal(walk.levels, whole.levels[first:])
     mixed = {float(level): pair for level, *pair in zip(walk.levels, walk.alphas, walk.sigmas, strict=True)}
 
@@ -112,3 +122,13 @@ def test_a_first_step_without_history_is_of_order_one(scheduler):
     np.testing.assert_allclose(late.now[0], first_order.now[5], rtol=1e-10)
     np.testing.assert_allclose(late.now[1:], scheduler.walk(12).now[6:])
     np.testing.assert_array_equal(late.before[1:], scheduler.walk(12).before[6:])
+
+
+def test_a_walk_from_a_later_step_on_remembers_no_step_that_was_not_taken():
+    whole = PNDM().walk(12)
+    late = whole.since(5)
+    for index in range(len(late)):
+        assert not late.before[index, index:].any()
+        np.testing.assert_array_equal(late.before[index, :index], whole.before[5 + index, :index])
+    np.testing.assert_allclose(late.now + late.before.sum(1), (whole.now + whole.before.sum(1))[5:])
+    np.testing.assert_array_equal(late.now[4:], whole.now[9:])

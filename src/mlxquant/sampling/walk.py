@@ -70,12 +70,13 @@ class Walk:
     def since(self, first: int) -> Walk:
         """The steps from ``first`` on, for a latent that begins there.
 
-        A solver with a history has none then: what it would give its earlier predictions goes to the newest, which
-        makes a step of order 1.
+        A solver with a history has none then, and a short one for some steps: what it would give predictions that were
+        not made goes to the newest, which makes the first step one of order 1.
         """
         now, before = self.now[first:].copy(), self.before[first:].copy()
-        now[0] += before[0].sum()
-        before[0] = 0
+        for index in range(min(before.shape)):
+            now[index] += before[index, index:].sum()
+            before[index, index:] = 0
         rest = {name: getattr(self, name)[first:] for name in ("alphas", "sigmas", "carry", "fresh", "scales")}
         unclipped = None if self.unclipped is None else self.unclipped[first:]
         return replace(self, **rest, now=now, before=before, unclipped=unclipped)

@@ -12,9 +12,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlxquant.models.parts.loading import fill
 from mlxquant.models.unet.chain import unet_stages
 from mlxquant.models.unet.config import UNetConfig
-from mlxquant.models.unet.network import UNet, from_torch
+from mlxquant.models.unet.network import UNet
 
 from support.tiny_unet import CONFIGS
 
@@ -45,7 +46,7 @@ def test_the_prediction_is_diffusers(name, size):
     other, model = theirs(CONFIGS[name]), UNet(UNetConfig.from_dict(CONFIGS[name]))
     import torch
 
-    model.load_weights([*from_torch({key: mx.array(x.numpy()) for key, x in other.state_dict().items()}).items()])
+    fill(model, {key: mx.array(x.numpy()) for key, x in other.state_dict().items()}, mx.float32, "the test")
     rng = np.random.default_rng(0)
     shapes = (2, *size, 4), (2, 7, CONFIGS[name]["cross_attention_dim"])
     latent, text = (rng.standard_normal(shape).astype(np.float32) for shape in shapes)

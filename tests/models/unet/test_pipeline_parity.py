@@ -20,7 +20,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # of torch, diffusers and transformers
 ]
 
-SIZE, STEPS, CFG = 64, 10, 7.5
+STEPS, CFG = 10, 7.5
 PROMPT, NEGATIVE = "the cat on the cat", "a cat"
 CASES = {  # by name: UNet, scheduler
     "1.5": ("1.5", {}),
@@ -31,11 +31,13 @@ CASES = {  # by name: UNet, scheduler
 }
 
 
-def theirs(folder, noise):
+def channels_first(latents):
+    return pytest.importorskip("torch").from_numpy(np.array(latents).transpose(0, 3, 1, 2).copy())
+
+
+def theirs(folder, pipeline, **options):
     """Latents after every step [steps,C,H,W] and the picture [H,W,3] of diffusers."""
-    torch = pytest.importorskip("torch")
-    diffusers = pytest.importorskip("diffusers")
-    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(
+    pipeline = getattr(pytest.importorskip("diffusers"), pipeline).from_pretrained(
         folder, safety_checker=None, feature_extractor=None, requires_safety_checker=False, local_files_only=True
     )
     pipeline.set_progress_bar_config(disable=True)
@@ -48,15 +50,27 @@ def theirs(folder, noise):
     picture = pipeline(
         PROMPT,
         negative_prompt=NEGATIVE,
-        height=SIZE,
-        width=SIZE,
         num_inference_steps=STEPS,
         guidance_scale=CFG,
-        latents=torch.from_numpy(np.array(noise).transpose(0, 3, 1, 2).copy()),
         callback_on_step_end=keep,
         output_type="np",
+        **options,
     ).images[0]
     return np.stack(seen), picture
+
+
+def equal(ours, expected):
+    """Latents after every step."""
+    scale = max(1, np.abs(expected).max())
+    for index, (one, other) in enumerate(zip(ours, expected, strict=True)):
+        np.testing.assert_allclose(one, other.transpose(1, 2, 0), atol=1e-4 * scale, err_msg=f"step {index}")
+
+
+def drawn(adapter, **options):
+    """Latents after every step of ours, and the last ones as they are."""
+    steps = []
+    final = adapter.generate([PROMPT], [5], STEPS, CFG, steps.append, NEGATIVE, **options)
+    return [np.array(step.latent[0]) for step in steps[1:]] + [np.array(final[0])], final
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -64,13 +78,24 @@ def test_the_same_latents_and_the_same_picture(tmp_path, name):
     unet, scheduler = CASES[name]
     write_folder(tmp_path, CONFIGS[unet], {**SCHEDULER, **scheduler})
     adapter = mq.load(str(tmp_path)).adapter
-    adapter.resize(SIZE)
-    noise, steps = seeded_noise([5], adapter.latent_shape), []
-    expected, picture = theirs(tmp_path, noise)
-    final = adapter.generate([PROMPT], [5], STEPS, CFG, steps.append, NEGATIVE)
-    ours = [np.array(step.latent[0]) for step in steps[1:]] + [np.array(final[0])]
-    assert len(ours) == len(expected) == STEPS + name.endswith(("1.5", "pndm"))
-    scale = np.abs(expected).max()
-    for index, (one, other) in enumerate(zip(ours, expected, strict=True)):
-        np.testing.assert_allclose(one, other.transpose(1, 2, 0), atol=1e-4 * max(1, scale), err_msg=f"step {index}")
+    noise = seeded_noise([5], adapter.latent_shape)
+    size = {"height": adapter.size[1], "width": adapter.size[0]}
+    expected, picture = theirs(tmp_path, "StableDiffusionPipeline", latents=channels_first(noise), **size)
+    ours, final = drawn(adapter)
+    assert len(ours) == STEPS + (type(adapter.scheduler).__name__ == "PNDM")
+    equal(ours, expected)
     np.testing.assert_allclose(adapter.decode(final)[0], picture, atol=1e-3)
+
+
+def test_the_same_from_an_image(tmp_path, monkeypatch):
+    """diffusers takes what has as many channels as a latent for one."""
+    write_folder(tmp_path, CONFIGS["1.5"], {**SCHEDULER, "_class_name": "DDIMScheduler"})
+    adapter = mq.load(str(tmp_path)).adapter
+    image = adapter.latents(np.random.default_rng(0).uniform(size=(1, 64, 64, 3)).astype(np.float32))
+    noise = seeded_noise([5], adapter.latent_shape)
+    module = pytest.importorskip("diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img")
+    monkeypatch.setattr(module, "randn_tensor", lambda *arguments, **options: channels_first(noise))
+    expected, _ = theirs(tmp_path, "StableDiffusionImg2ImgPipeline", image=channels_first(image), strength=0.6)
+    ours, _ = drawn(adapter, image=image, strength=0.6)
+    assert len(ours) == 6
+    equal(ours, expected)

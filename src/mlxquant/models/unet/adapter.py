@@ -172,6 +172,9 @@ class StableDiffusion(DiffusionAdapter):
         pictures = self.components.autoencoder.decode(latent).astype(mx.float32)
         return np.array(mx.clip(pictures / 2 + 0.5, 0, 1), np.float32)
 
+    def latents(self, pictures: npt.NDArray[np.float32]) -> mx.array:
+        return self.components.autoencoder.encode(mx.array(pictures) * 2 - 1).astype(mx.float32)
+
     def role(self, path: str) -> str:
         return unet_role(path)
 

@@ -6,31 +6,16 @@ The module tree has diffusers' parameter names, pictures are channels-last. A bl
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-
 import mlx.core as mx
 import mlx.nn as nn
 
 from ...layers.attention import SoftmaxAttention
 from ...layers.fast_cpu import gelu, silu
 from ..parts.group_norm import GroupNorm
+from ..parts.timesteps import time_features
 from .config import CROSS_DOWN, CROSS_UP, UNetConfig
 
 BLOCK_EPS, PROJECTION_EPS = 1e-5, 1e-6  # of layer norms, and of the group norm before a transformer
-
-
-def time_features(t: mx.array, width: int, flip_sin_to_cos: bool, downscale_freq_shift: float) -> mx.array:
-    half = width // 2
-    falling = mx.exp(-math.log(10000) * mx.arange(half, dtype=mx.float32) / (half - downscale_freq_shift))
-    angles = t.astype(mx.float32)[:, None] * falling
-    waves = [mx.sin(angles), mx.cos(angles)]
-    return mx.concatenate(waves[::-1] if flip_sin_to_cos else waves, axis=-1)
-
-
-def from_torch(tensors: Mapping[str, mx.array]) -> dict[str, mx.array]:
-    """Parameters of diffusers, with the kernels of convolutions as MLX has them: [out,in,h,w] to [out,h,w,in]."""
-    return {name: value.transpose(0, 2, 3, 1) if value.ndim == 4 else value for name, value in tensors.items()}
 
 
 class TimeEmbedding(nn.Module):
