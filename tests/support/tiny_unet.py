@@ -45,6 +45,13 @@ MIXED = {  # blocks without attention in the middle, two transformer blocks a tr
     "flip_sin_to_cos": False,
     "freq_shift": 1,
 }
+FEW = {  # layers: one transformer, where pictures are smallest
+    **SD15,
+    "block_out_channels": [8, 16],
+    "down_block_types": ["DownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "UpBlock2D"],
+    "norm_num_groups": 4,
+}
 CONFIGS = {"1.5": SD15, "2.1": SD21, "mixed": MIXED}
 
 
