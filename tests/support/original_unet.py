@@ -77,7 +77,7 @@ def original_unet(tensors, said):
 
 def original_clip(tensors):
     """CLIP-L's tensors in a single file."""
-    found = {f"cond_stage_model.transformer.{name}": value for name, value in tensors.items()}
+    found = {f"cond_stage_model.transformer.{name}": mx.array(value) for name, value in tensors.items()}
     return found | {"cond_stage_model.transformer.text_model.embeddings.position_ids": mx.arange(77)[None]}
 
 

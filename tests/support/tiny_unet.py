@@ -52,7 +52,7 @@ FEW = {  # layers: one transformer, where pictures are smallest
     "up_block_types": ["UpBlock2D", "UpBlock2D"],
     "norm_num_groups": 4,
 }
-CONFIGS = {"1.5": SD15, "2.1": SD21, "mixed": MIXED}
+CONFIGS = {"1.5": SD15, "2.1": SD21, "mixed": MIXED, "few": FEW}
 
 
 SCHEDULER = {  # as Stable Diffusion 1.5 is published
