@@ -176,10 +176,13 @@ def _has_no_such_file(hub: Any, error: Exception) -> bool:
     )
 
 
-def read_description(path: Path) -> dict[str, Any]:
-    """The object in one of the ``DESCRIPTIONS``; raises ArtifactError on a damaged file."""
+def read_description(path: Path, infinite: bool = False) -> dict[str, Any]:
+    """The object in one of the ``DESCRIPTIONS``; raises ArtifactError on a damaged file. ``infinite`` numbers may be in
+    what diffusers wrote, and come as text then, such as "-Infinity".
+    """
     try:
-        said = json_value(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        said = json_value(text, str) if infinite else json_value(text)
     except OSError as error:
         raise explain(error, path) from error
     except ValueError as error:

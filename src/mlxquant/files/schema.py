@@ -166,12 +166,16 @@ shape = array_of(whole(), most=AXES)
 floating = one_of("float32", "float16", "bfloat16")  # a dtype of MLX
 
 
-def json_value(data: str | bytes) -> Any:
-    """What JSON text says, as the standard has it: raises ValueError on anything else, on NaN and infinite numbers and
-    halves of characters, too.
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON")
+
+
+def json_value(data: str | bytes, constant: Callable[[str], Any] = _refuse_constant) -> Any:
+    """What JSON text says, as the standard has it: raises ValueError on anything else, on halves of characters and,
+    unless ``constant`` makes something of their names, on NaN and infinite numbers, too.
     """
     try:
-        said = json.loads(data, parse_constant=_refuse_constant)
+        said = json.loads(data, parse_constant=constant)
         if (b"\\u" if isinstance(data, bytes) else "\\u") in data:  # type: ignore[operator]
             json.dumps(said, ensure_ascii=False).encode()  # nothing else can bring half of a character
         return said
@@ -179,10 +183,6 @@ def json_value(data: str | bytes) -> Any:
         raise ValueError("it is nested too deeply") from error
     except UnicodeEncodeError as error:
         raise ValueError("it has half of a character") from error
-
-
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON")
 
 
 def _below(where: str, name: str) -> str:

@@ -8,6 +8,7 @@ import pytest
 
 from mlxquant.errors import ArtifactError
 from mlxquant.models.checkpoints.folder import DiffusersFolder
+from mlxquant.sampling.scheduler_config import scheduler_from_config
 
 from support.hub_stand_in import repositories
 
@@ -42,6 +43,16 @@ def test_what_is_in_it(folder):
     assert [source.has(name) for name in ("unet", "vae", "safety", "other")] == [True, True, False, False]
     assert (source.config("unet"), values(folder)) == ({"width": 3}, {"a": 1.0})
     assert source.finds("unet", "none.txt") is None
+
+
+def test_an_infinite_number_in_a_config_is_text(folder):
+    """As diffusers writes it into scheduler_config.json, which is no JSON then."""
+    (folder / "scheduler").mkdir()
+    said = {"_class_name": "DPMSolverMultistepScheduler", "lambda_min_clipped": float("-inf")}
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(said))
+    found = DiffusersFolder(str(folder)).config("scheduler")
+    assert found["lambda_min_clipped"] == "-Infinity"
+    assert scheduler_from_config(found) == scheduler_from_config(said)
 
 
 def test_full_precision_comes_before_a_variant(folder):

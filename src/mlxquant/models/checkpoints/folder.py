@@ -66,7 +66,7 @@ class DiffusersFolder(Source):
         return any(self._components.get(component, ()))
 
     def config(self, component: str) -> dict[str, Any]:
-        return read_description(self.file(component, CONFIGS.get(component, "config.json")))
+        return read_description(self.file(component, CONFIGS.get(component, "config.json")), infinite=True)
 
     def tensors(self, component: str) -> Tensors:
         path = self._first([f"{component}/{name}" for name in _weight_files()])
