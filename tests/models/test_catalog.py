@@ -25,6 +25,15 @@ def test_names_hub_ids_and_folders(tmp_path):
     assert catalog.model_name(None) is None
 
 
+def test_a_name_and_where_its_weights_are(tmp_path):
+    assert catalog.find_model(f"pixart-alpha@{tmp_path}") == ("pixart-alpha", str(tmp_path))
+    assert catalog.find_model("pixart-alpha@some/model") == ("pixart-alpha", "some/model")
+    with pytest.raises(AdapterError, match=r"pixart-alpha@no where: 'no where' is neither a folder, nor a file, nor a hub id"):
+        catalog.find_model("pixart-alpha@no where")
+    with pytest.raises(AdapterError, match="unknown model 'nobody@some/model'"):
+        catalog.find_model("nobody@some/model")
+
+
 @pytest.fixture(autouse=True)
 def nothing_registered(monkeypatch):
     """Models that other tests have registered are none of this release's."""

@@ -18,7 +18,7 @@ from ..sampling.prompts import LARGEST_SEED
 Decorator = Callable[[Any], Any]
 PATH = click.Path(path_type=Path)
 COUNT, FROM_ZERO, SEED = click.IntRange(1), click.IntRange(0), click.IntRange(0, LARGEST_SEED)
-MODEL_HELP = "A model's name (mmdit-shapes, sd3-medium), a hub id, or a folder or file with its weights."
+MODEL_HELP = "A model's name (mmdit-shapes, sd3-medium), a hub id, a folder or file with its weights, or NAME@PLACE."
 HOST = "mlxquant.host"  # of a command's context: what --host says
 HOSTS = ("diffusionkit",)  # other programs whose modules can run a model
 MFLUX_HELP = "Or a model of mflux, as mflux:NAME[@HUB_ID_OR_FOLDER]."

@@ -17,6 +17,7 @@ from ..files.hub import DESCRIPTIONS, hub_description, read_description
 from .adapter import Adapter
 from .checkpoints.open import open_source
 from .diffusionkit.files import CHECKPOINT, HUB
+from .pixart.config import ALPHA, SIGMA
 from .unet.config import HUB_IDS as SD15_HUB
 
 
@@ -61,6 +62,12 @@ MODELS = {  # by address: an adapter is imported when it is asked for, also one 
     "sd3-medium-diffusionkit": KnownModel("mlxquant.models.diffusionkit.adapter", "SD3Medium"),
     "sd15": KnownModel(
         "mlxquant.models.unet.adapter", "StableDiffusion", SD15_HUB, pipelines=("StableDiffusionPipeline",)
+    ),
+    "pixart-alpha": KnownModel(
+        "mlxquant.models.pixart.adapter", "PixArtAlpha", ALPHA, pipelines=("PixArtAlphaPipeline",)
+    ),
+    "pixart-sigma": KnownModel(
+        "mlxquant.models.pixart.adapter", "PixArtSigma", SIGMA, pipelines=("PixArtSigmaPipeline",)
     ),
     "gpt": KnownModel("mlxquant.qat.adapter", "TrainedGPT", ("gpt-python",), checkpoint="config.json", key="mlxquant"),
     LANGUAGE: KnownModel("mlxquant.models.mlx_lm", "MLXLanguageModel", checkpoint="config.json", key="model_type"),
@@ -169,8 +176,9 @@ def find_model(reference: str) -> tuple[str, str]:
     """The model's name, and where its weights are: a hub id, a folder, a file, or "" for the model's usual place.
 
     Args:
-        reference: A name, a hub id, a folder with a checkpoint or a single file. A repository that is not one of ours
-            is asked what it holds. With ``diffusionkit:`` before it, that program's modules run the model.
+        reference: A name, a hub id, a folder with a checkpoint or a single file; or a name and where its weights are, as
+            NAME@PLACE. A repository that is not one of ours is asked what it holds. With ``diffusionkit:`` before it,
+            that program's modules run the model.
 
     Raises:
         ArtifactError: On a folder without a checkpoint, and a repository that cannot be asked.
@@ -181,6 +189,9 @@ def find_model(reference: str) -> tuple[str, str]:
     host, _, hosted = reference.partition(":")
     if host in HOSTS:
         return HOSTS[host], _absolute("" if hosted in known_models() else hosted)
+    name, at, place = reference.partition("@")
+    if at and name in known_models():
+        return name, _placed(place, reference)
     for name, entry in MODELS.items():
         if reference in entry.hub_ids:
             return name, reference
@@ -223,6 +234,13 @@ def find_model(reference: str) -> tuple[str, str]:
         f"{folder} holds no model: expected a folder written by 'mlxquant quantize' (model.json), or one with"
         f" {' or '.join(wanted)}"
     )
+
+
+def _placed(place: str, reference: str) -> str:
+    """Where the weights of a named model are said to be; raises AdapterError where that is no place."""
+    if not Path(place).exists() and not re.fullmatch(HUB_ID, place):
+        raise AdapterError(f"{reference}: {place!r} is neither a folder, nor a file, nor a hub id")
+    return _absolute(place)
 
 
 def _absolute(place: str) -> str:
