@@ -47,6 +47,8 @@ CONFIGS = {  # by what is special about it: what differs from ``SMALL``
     "no bias": {"attention_bias": False},
     "small heads": {"attention_head_dim": 4, "num_attention_heads": 4, "cross_attention_dim": 16},
     "one block": {"sample_size": 128, "num_layers": 1},
+    "one block, 512": {"num_layers": 1},
+    "four blocks": {"num_layers": 4},
     "large patches": {"patch_size": 4, "num_layers": 1},
 }
 
@@ -151,7 +153,7 @@ def write_pixart(folder, name="512", kind=PixArtAlpha, dtype=mx.float32, seed=0)
     parts.write_t5(folder, "text_encoder", {**parts.T5, "d_model": config["caption_channels"]})
     parts.write_t5_tokenizer(folder)
     parts.write_vae(folder)
-    (folder / "scheduler").mkdir()
+    (folder / "scheduler").mkdir(parents=True)
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER))
     parts.name_component(folder, "scheduler", SCHEDULER["_class_name"])
     index = json.loads((folder / "model_index.json").read_text())
