@@ -28,7 +28,7 @@ def test_names_hub_ids_and_folders(tmp_path):
 def test_a_name_and_where_its_weights_are(tmp_path):
     assert catalog.find_model(f"pixart-alpha@{tmp_path}") == ("pixart-alpha", str(tmp_path))
     assert catalog.find_model("pixart-alpha@some/model") == ("pixart-alpha", "some/model")
-    with pytest.raises(AdapterError, match=r"pixart-alpha@no where: 'no where' is neither a folder, nor a file, nor a hub id"):
+    with pytest.raises(AdapterError, match=r"'no where' is neither a folder, nor a file, nor a hub id"):
         catalog.find_model("pixart-alpha@no where")
     with pytest.raises(AdapterError, match="unknown model 'nobody@some/model'"):
         catalog.find_model("nobody@some/model")
@@ -78,7 +78,7 @@ def test_a_command_says_what_a_repository_is_or_that_it_could_not_be_asked(monke
 
 @pytest.mark.parametrize("reference", ["sd9", "./none/here/at/all"])
 def test_unknown_references_are_told_what_there_is(reference):
-    with pytest.raises(AdapterError, match=f"unknown model '{reference}'.*mmdit-shapes.*{HUB}"):
+    with pytest.raises(AdapterError, match=f"unknown model '{reference}'.*mmdit-shapes.*pixart-sigma.*gpt-python"):
         catalog.find_model(reference)
 
 

@@ -101,11 +101,15 @@ class StubComponents(Components):
     eight pixels each.
     """
 
-    def encoded(self, prompts):
+    def __init__(self, place, length):
+        super().__init__(place, length)
+        self.text = self.waves
+
+    def waves(self, prompts):
         tokens = np.full((len(prompts), LENGTH, SMALL["caption_channels"]), 50.0, np.float32)
         lengths = []
         for row, prompt in enumerate(prompts):
-            words = [*prompt.lower().split()[: LENGTH - 1], ""]
+            words = [*prompt.split()[: LENGTH - 1], ""]
             waves = [np.cos(np.arange(SMALL["caption_channels"]) + sum(map(ord, word))) for word in words]
             tokens[row, : len(words)] = waves
             lengths.append(len(words))

@@ -176,9 +176,9 @@ def find_model(reference: str) -> tuple[str, str]:
     """The model's name, and where its weights are: a hub id, a folder, a file, or "" for the model's usual place.
 
     Args:
-        reference: A name, a hub id, a folder with a checkpoint or a single file; or a name and where its weights are, as
-            NAME@PLACE. A repository that is not one of ours is asked what it holds. With ``diffusionkit:`` before it,
-            that program's modules run the model.
+        reference: A name, a hub id, a folder with a checkpoint or a single file; or a name and where its weights are,
+            as NAME@PLACE. A repository that is not one of ours is asked what it holds. With ``diffusionkit:`` before
+            it, that program's modules run the model.
 
     Raises:
         ArtifactError: On a folder without a checkpoint, and a repository that cannot be asked.
@@ -209,9 +209,9 @@ def find_model(reference: str) -> tuple[str, str]:
     if folder.is_file() and (drawn := _of_pipeline(open_source(reference).pipeline, reference)):
         return drawn, _absolute(reference)
     if not folder.is_dir():
-        known = [*known_models(), *(hub_id for entry in MODELS.values() for hub_id in entry.hub_ids)]
         raise AdapterError(
-            f"unknown model {reference!r}: neither a folder, nor a hub id of a language model, nor one of {known}"
+            f"unknown model {reference!r}: neither a folder, nor a hub id (OWNER/NAME), nor one of"
+            f" {', '.join([*known_models(), 'gpt-python'])}"
         )
     for name, entry in MODELS.items():
         if entry.is_in(folder):

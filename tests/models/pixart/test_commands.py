@@ -14,7 +14,7 @@ from mlxquant.models.pixart.adapter import PixArtAlpha
 from support.command_line import fail, succeed
 from support.pixart import write_pixart
 
-pytestmark = pytest.mark.diffusers  # for the tokenizer's packages, which come with it
+pytestmark = pytest.mark.images
 FEW = ("--num-prompts", 1, "--steps", 2)
 
 

@@ -181,12 +181,10 @@ class PixArtAlpha(DiffusionAdapter):
         return super().generate(*arguments, **options)
 
     def decode(self, latent: mx.array) -> npt.NDArray[np.float32]:
-        pictures = []
-        for one in latent:
-            picture = self.components.autoencoder.decode(one[None])
-            pictures.append(np.array(mx.clip(picture.astype(mx.float32) / 2 + 0.5, 0, 1), np.float32))
-            mx.clear_cache()
-        return np.concatenate(pictures)
+        return np.array(mx.clip(self.components.autoencoder.decode(latent) / 2 + 0.5, 0, 1), np.float32)
+
+    def latents(self, pictures: npt.NDArray[np.float32]) -> mx.array:
+        return self.components.autoencoder.encode(mx.array(pictures) * 2 - 1)
 
     def role(self, path: str) -> str:
         return pixart_role(path)
