@@ -21,16 +21,20 @@ from .commandline.options import (
     model_option,
     negative_option,
     option,
+    refuse,
     seed_option,
     size_option,
     verbose_option,
 )
 from .errors import AdapterError
+from .evaluation.image_folders import read_picture
 from .files.lock import locked
 from .numerics.arrays import Array
 from .report.comparison import Comparison, save_png, to_pil
 from .sampling.picture_size import PictureSize
 from .sampling.prompts import Prompt
+
+STRENGTH = 0.6
 
 
 @click.command("generate", cls=Command)
@@ -41,6 +45,12 @@ from .sampling.prompts import Prompt
 @option("--cfg-weight", type=click.FloatRange(0), help="[default: the model's]")
 @negative_option
 @size_option
+@option("--image", "start_from", type=PATH, help="Draw from this picture, scaled to the size, instead of noise.")
+@option(
+    "--strength",
+    type=click.FloatRange(0, 1, min_open=True),
+    help="How much of --image is drawn anew: the share of the steps that are taken.  [default: 0.6]",
+)
 @option("--compare", "reference", help="Another model: draw both and their difference side by side.")
 @option("--output", type=PATH, default="image.png")
 @verbose_option
@@ -52,6 +62,8 @@ def command(
     cfg_weight: float | None,
     negative: str | None,
     size: PictureSize | None,
+    start_from: Path | None,
+    strength: float | None,
     reference: str | None,
     output: Path,
 ) -> None:
@@ -60,17 +72,26 @@ def command(
         raise AdapterError("--prompt is empty; describe the picture")
     if output.is_dir():
         raise AdapterError(f"--output {output} is a folder; name a PNG file")
+    if start_from is None:
+        refuse({"strength": strength}, "means nothing without --image")
+    else:
+        refuse({"compare": reference}, "draws from noise, and --image gives a picture")
     during_command(locked(output))
     if is_pipeline(name):
         if reference is not None and not is_pipeline(reference):
             raise AdapterError(f"--compare {reference}: {name} is a model of mflux, and so has to be what it is beside")
+        refuse({"image": start_from}, f"is for models of mlxquant's own, and {name} is one of mflux")
         draw_mflux(name, text, seed, steps, cfg_weight, negative, size, reference, output)
         return
     model = load(name, size)
     facts: dict[str, object] = {}
     label = Path(name).name
     start = time.perf_counter()
-    if reference is None:
+    if start_from is not None:
+        begin = to_pil(read_picture(start_from)[0])
+        share = STRENGTH if strength is None else strength
+        save_png(model.generate(text, seed, steps, cfg_weight, negative, begin, share), output)
+    elif reference is None:
         image = model.images([Prompt(seed, text)], steps, cfg_weight, progress=progress, negative=negative)[0]
         save_png(to_pil(image), output)
     else:

@@ -165,6 +165,8 @@ class Model:
         steps: int | None = None,
         cfg: float | None = None,
         negative: str | None = None,
+        image: Image.Image | None = None,
+        strength: float = 0.6,
     ) -> Image.Image:
         """Draw one picture for one prompt.
 
@@ -174,16 +176,23 @@ class Model:
             steps: Sampler steps; None for the model's own number.
             cfg: Weight of guidance; None for the model's own.
             negative: The negative prompt, which guidance leads away from; None for none.
+            image: What the picture is drawn from, scaled to the model's size; None for noise alone.
+            strength: How much of it is drawn anew, in (0,1]: the share of the steps that are taken.
 
         Returns:
             The picture, as Pillow has it.
 
         Raises:
-            AdapterError: When the model writes text, does not know the prompt, or ``steps``, ``cfg`` or ``negative`` is
-                impossible.
+            AdapterError: When the model writes text, does not know the prompt, cannot draw from a picture, or
+                ``steps``, ``cfg``, ``negative`` or ``strength`` is impossible.
             NumericsError: When the picture is not finite.
         """
-        return to_pil(self.images([Prompt(seed, prompt)], steps, cfg, negative=negative)[0])
+        if image is None:
+            return to_pil(self.images([Prompt(seed, prompt)], steps, cfg, negative=negative)[0])
+        scaled = image.convert("RGB").resize(self.diffusion.size, Image.Resampling.LANCZOS)
+        start = self.diffusion.latents(np.asarray(scaled, np.float32)[None] / np.float32(255))
+        drawn = self.diffusion.generate([prompt], [seed], steps, cfg, None, negative, start, strength)
+        return to_pil(self.decoded(drawn)[0])
 
     def clone(self) -> Adapter:
         """An adapter that can be rewritten without touching this model.

@@ -9,14 +9,16 @@ import mlxquant as mq  # before mlx
 import mlx.core as mx
 import numpy as np
 import pytest
+from PIL import Image
 
 from mlxquant.errors import AdapterError, ArtifactError
 from mlxquant.layers.tree import parameters
 from mlxquant.models import catalog
-from mlxquant.models.sd3.adapter import SD3Medium, SD35Large, SD35LargeTurbo, SD35Medium
+from mlxquant.models.sd3.adapter import Components, SD3Medium, SD35Large, SD35LargeTurbo, SD35Medium
 from mlxquant.sampling.schedulers import FlowEuler
 
 from support.adapter_contract import AdapterContract
+from support.command_line import fail, succeed
 from support.original_files import write_sd3_file
 from support.sd3_folder import SCHEDULER, stub_text, write_drawing
 from support.sd3_transformers import DUAL, LARGE, MEDIUM
@@ -189,3 +191,52 @@ def test_an_autoencoder_of_another_model_is_refused(tmp_path):
     path.write_text(json.dumps({**said, "block_out_channels": [8, 8, 16]}))
     with pytest.raises(ArtifactError):
         loaded(tmp_path).generate("a", steps=1)
+
+
+def test_the_command_draws_from_a_picture(tmp_path, monkeypatch):
+    """As the function does; without much strength the picture stays what it was."""
+    monkeypatch.setattr(Components, "_encode", lambda self, prompts: stub_text(prompts))
+    write_drawing(tmp_path / "sd3", MEDIUM)
+    Image.new("RGB", (48, 96), "red").save(tmp_path / "red.png")
+    drawing = ("--model", tmp_path / "sd3", "--prompt", "a cat", "--steps", 5, "--seed", 3, "--size", "96x64")
+    into = ("--output", tmp_path / "a.png")
+    succeed("generate", *drawing, "--image", tmp_path / "red.png", "--strength", 0.4, *into)
+    model = mq.load(tmp_path / "sd3", size=(96, 64))
+    begin = Image.new("RGB", (96, 64), "red")
+    expected = np.asarray(model.generate("a cat", 3, 5, image=begin, strength=0.4), np.int32)
+    assert np.abs(np.asarray(Image.open(tmp_path / "a.png"), np.int32) - expected).max() <= 1
+    coded = model.decoded(model.adapter.latents(np.asarray(begin, np.float32)[None] / 255))[0] * 255
+    little, much = (
+        np.abs(np.asarray(model.generate("a cat", 3, 20, image=begin, strength=share), np.float32) - coded).mean()
+        for share in (0.05, 1.0)
+    )
+    assert little < much
+    seen = []
+    monkeypatch.setattr(type(model.adapter), "velocity", lambda self, latent, *rest: seen.append(1) or latent * 0)
+    model.generate("a cat", 3, 10, 1.0, image=begin, strength=0.35)
+    assert len(seen) == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--strength", 0.5], "--strength means nothing without --image"),
+        (["--image", "a.png", "--compare", "sd3-medium"], "--compare draws from noise"),
+    ],
+)
+def test_options_that_do_not_go_together(tmp_path, options, message):
+    write_drawing(tmp_path, MEDIUM)
+    assert message in fail("generate", "--model", tmp_path, "--prompt", "a", *options)
+
+
+def test_a_model_without_an_encoder_says_so():
+    with pytest.raises(AdapterError, match="mmdit-shapes draws from noise alone"):
+        mq.load("mmdit-shapes").generate("a red circle", image=Image.new("RGB", (8, 8)))
+
+
+@pytest.mark.parametrize(("strength", "side"), [(0.0, 8), (1.5, 8), (0.5, 4)])
+def test_an_impossible_image_is_refused(tmp_path, strength, side):
+    write_drawing(tmp_path, MEDIUM)
+    adapter = loaded(tmp_path).adapter
+    with pytest.raises(AdapterError, match=r"expected \[1, 8, 8, 4\], and a strength above 0 and at most 1"):
+        adapter.generate(["a"], [1], 2, image=mx.zeros((1, side, side, 4)), strength=strength)
