@@ -240,3 +240,9 @@ def test_an_impossible_image_is_refused(tmp_path, strength, side):
     adapter = loaded(tmp_path).adapter
     with pytest.raises(AdapterError, match=r"expected \[1, 8, 8, 4\], and a strength above 0 and at most 1"):
         adapter.generate(["a"], [1], 2, image=mx.zeros((1, side, side, 4)), strength=strength)
+
+
+def test_turbo_of_a_folder_is_named(tmp_path):
+    write_drawing(tmp_path, LARGE)
+    adapter = mq.load(f"sd3.5-large-turbo@{tmp_path}").adapter
+    assert (adapter.name, adapter.steps, adapter.place) == ("sd3.5-large-turbo", 4, str(tmp_path))
