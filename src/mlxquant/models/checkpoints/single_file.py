@@ -83,23 +83,23 @@ class SingleFile(Source):
         """
         self.place, self._path = place, Path(place)
         _refuse_other_formats(self._path)
-        self._arrays = lazy_tensors(self._path)
-        found = next((layout for layout in layouts if layout.fits(self._arrays.keys())), None)
+        arrays = lazy_tensors(self._path)
+        found = next((layout for layout in layouts if layout.fits(arrays.keys())), None)
         if found is None:
             known = " or ".join(layout.title for layout in layouts)
-            some = ", ".join(sorted(self._arrays)[:2]) or "no tensors"
+            some = ", ".join(sorted(arrays)[:2]) or "no tensors"
             raise ArtifactError(
                 f"{place}: no single file of {known}: it has {some}; pass a file of one of these, or a folder in the"
                 " layout of diffusers"
             )
         self._layout, self.pipeline = found, found.pipeline
-        coded = next((name for name, value in self._arrays.items() if value.dtype in (mx.uint8, mx.int8)), None)
+        coded = next((name for name, value in arrays.items() if value.dtype in (mx.uint8, mx.int8)), None)
         if coded is not None:
             raise ArtifactError(
                 f"{place}: {coded} is stored in 8 bits, so the file is quantized already (fp8); expected float16,"
                 f" bfloat16 or float32: get such a file with '{found.original}'"
             )
-        self._own = cache(self._read)
+        self._own = cache(self._read)  # for their names and shapes: who computes with tensors gets others
         self._beside = Beside(self._path.parent, self.pipeline)
         self._hub = cache(self._open_hub)
 
@@ -118,7 +118,7 @@ class SingleFile(Source):
         return self._elsewhere(component, name).config(component)
 
     def tensors(self, component: str) -> Tensors:
-        return self._own(component) or self._elsewhere(component).tensors(component)
+        return self._read(component) or self._elsewhere(component).tensors(component)
 
     def file(self, component: str, name: str) -> Path:
         return self._elsewhere(component, name).file(component, name)
@@ -127,10 +127,10 @@ class SingleFile(Source):
         return self._beside.finds(component, name) or self._elsewhere(component, name).finds(component, name)
 
     def _read(self, component: str) -> Tensors:
-        """A component's tensors in this file; empty where it has none."""
+        """A component's tensors in this file, not read yet; empty where it has none."""
         take = self._layout.tensors.get(component)
         try:
-            return {} if take is None else take(self._arrays)
+            return {} if take is None else take(lazy_tensors(self._path))
         except (KeyError, ValueError, IndexError) as error:
             raise ArtifactError(
                 f"{self.place}: the {component} lacks a tensor or has one of another shape ({reason(error)}); get the"
