@@ -124,7 +124,9 @@ def command(
     say(f"{'block':<8}{'kept':<12}{'learned':>10}{'start':>10}{'rtn':>10}{'flipped':>9}{'steps':>7}")
     for block, outcome in report.items():
         say(row(block, outcome))
-    won = sum(wins(outcome["errors"]) for outcome in report.values()) / len(report)
+    errors = [outcome.get("errors", {}) for outcome in report.values()]
+    learned = [tried for tried in errors if "learned" in tried]  # a block may have nothing to learn
+    won = sum(map(wins, learned)) / max(1, len(learned))
     say(f"learned codes are better than all others in {won:.0%} of the blocks; {output_dir / CONFIG}")
     result(
         {
@@ -187,7 +189,7 @@ def row(block: str, facts: dict[str, Any]) -> str:
     """A block's line in the table: errors of what it writes, hard-rounded, and how it was learned where that
     was kept.
     """
-    errors, learning = facts["errors"], facts.get("learning")
+    errors, learning = facts.get("errors", {}), facts.get("learning")
     figures = "".join(
         f"{errors[name]:>10.2e}" if name in errors else f"{'':>10}" for name in ("learned", "calibrated", "rtn")
     )

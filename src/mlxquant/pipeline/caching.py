@@ -19,7 +19,7 @@ from ..errors import AdapterError, ArtifactError, NumericsError
 from ..files import checked
 from ..models.adapter import hooked
 from ..models.diffusion import DiffusionAdapter
-from ..models.stages import State, written
+from ..models.stages import State, tensors
 from ..numerics.arrays import Array
 from ..progress import Progress, silent
 from ..sampling.guidance import guided_rows
@@ -58,7 +58,14 @@ def plan(
     one = trajectories.part(steps=slice(1), pictures=slice(1))
     (sigma,), (state,) = one.batches(adapter)
     traced = trace(adapter, sigma, state)
-    lengths = {key: outputs[key].shape[1] for inputs, outputs in traced.values() for key in written(outputs, inputs)}
+    lengths = dict[str, int]()
+    for name, (inputs, outputs) in traced.items():
+        for key in tensors(outputs, inputs):
+            if lengths.setdefault(key, length := outputs[key].shape[1]) != length:
+                raise AdapterError(
+                    f"{adapter.name}: block {name} writes a stream {key!r} of {length} tokens, and others one of"
+                    f" {lengths[key]}; streams that are cached keep their length: give them other names by length"
+                )
     facts = {
         "model": samples.model,
         "source": samples.source,
@@ -110,7 +117,7 @@ def entries(traced: Trace, tokens: dict[str, mx.array]) -> dict[str, mx.array]:
     """The arrays to keep under their names in a sample's file: ``mmI__KEY`` of block I."""
     kept = {}
     for index, (inputs, outputs) in enumerate(traced.values()):
-        for key in written(outputs, inputs):
+        for key in tensors(outputs, inputs):
             rows = outputs[key].shape[0] // tokens[key].shape[0]
             kept[f"mm{index}__{key}"] = pick(outputs[key], mx.concatenate([tokens[key]] * rows))
     return kept

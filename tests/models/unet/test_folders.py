@@ -164,3 +164,24 @@ def test_commands(tmp_path, command):
     drawn = ("--prompt", "the cat", "--steps", 3, "--output", picture)
     succeed("generate", "--model", out, *drawn)
     assert picture.stat().st_size > 1000
+
+
+@pytest.mark.images
+def test_the_six_steps(tmp_path):
+    """They round the Linears of its blocks, of which some have none; convolutions stay as they are."""
+    hub, calib, weights = tmp_path / "hub", tmp_path / "calib", tmp_path / "adaround"
+    write_folder(hub, CONFIGS["few"])
+    of, some = ("--model", hub), ("--calib-dir", calib, "--num-images", 2)
+    succeed("generate-calibration-data", *of, *some, "--num-steps", 3)
+    succeed("cache-adaround-data", *of, *some, "--stride", 1)
+    succeed("collect-layer-activations", *of, *some, "--stride", 1)
+    stats, tables = calib / "activations" / "layer_statistics.json", calib / "activations" / "quant_config.json"
+    succeed("analyze-activations", *of, "--stats", stats, "--output", tables)
+    learned = ("--cache-dir", calib / "adaround_cache", "--output-dir", weights, "--iters", 4)
+    facts, said = succeed("adaround-optimize", *of, *learned)
+    assert facts["blocks"] == 10
+    assert " exact " in said
+    drawn = ("--prompt", "the cat", "--num-steps", 3, "--output-image", tmp_path / "a.png", "--save", tmp_path / "model")
+    succeed("load-adaround-model", *of, "--adaround-output", weights, "--quant-config", tables, *drawn)
+    quantized = mq.QuantizedModel.load(tmp_path / "model")
+    assert set(quantized.layers) == set(quantized.adapter.block_linears())

@@ -8,17 +8,18 @@ from ..edges import Edge, Fold
 from ..stages import Stage, State
 from .network import UNet
 
-SKIP = "skip.{}"  # in states
+PICTURE, SKIP = "x.{}", "skip.{}"  # in states: by how often the picture was halved, and in running order
 
 
 def unet_stages(model: UNet) -> tuple[Stage, ...]:
     """The chain: ``embed``; one stage for each residual block with the transformer after it, and one for each change
     of size; ``head``.
 
-    States hold x [B,H,W,C], time [B,4C], text [B,T,E] and the skips that are still to be read, in the order in which
-    they were written. Whatever writes a skip hands the very same array on as x.
+    States hold one picture [B,H,W,C], whose name says its size, time [B,4C], text [B,T,E] and the skips that are still
+    to be read. Whatever writes a skip hands the very same array on as the picture.
     """
     stages, count = [Stage("embed", ("conv_in", "time_embedding"), lambda state: _embed(model, state))], 1
+    last = len(model.down_blocks) - 1
     for i, block in enumerate(model.down_blocks):
         for j in range(len(block.resnets)):
             stages.append(_down_pair(model, i, j, count))
@@ -26,19 +27,26 @@ def unet_stages(model: UNet) -> tuple[Stage, ...]:
         if "downsamplers" in block:
             stages.append(_downsample(model, i, count))
             count += 1
-    stages += [_mid_pair(model, j) for j in range(len(model.mid_block.resnets))]
+    stages += [_mid_pair(model, j, last) for j in range(len(model.mid_block.resnets))]
     for i, block in enumerate(model.up_blocks):
         for j in range(len(block.resnets)):
             count -= 1
-            stages.append(_up_pair(model, i, j, count))
+            stages.append(_up_pair(model, i, j, last - i, count))
         if "upsamplers" in block:
-            stages.append(_upsample(model, i, count - 1))
-    return (*stages, Stage("head", ("conv_norm_out", "conv_out"), lambda state: {"velocity": model.head(state["x"])}))
+            stages.append(_upsample(model, i, last - i, count - 1))
+    picture = PICTURE.format(0)
+    head = Stage("head", ("conv_norm_out", "conv_out"), lambda state: {"velocity": model.head(state[picture])})
+    return (*stages, head)
 
 
 def _embed(model: UNet, state: State) -> State:
     x = model.conv_in(state["latent"])
-    return {"x": x, "time": model.embed_time(state["t"]), "text": state["text"], SKIP.format(0): x}
+    time = model.embed_time(state["t"])
+    return {PICTURE.format(0): x, "time": time, "text": state["text"], SKIP.format(0): x}
+
+
+def _without(state: State, key: str) -> State:
+    return {other: value for other, value in state.items() if other != key}
 
 
 def _pair(block: str, index: int) -> tuple[str, tuple[str, ...]]:
@@ -47,47 +55,51 @@ def _pair(block: str, index: int) -> tuple[str, tuple[str, ...]]:
 
 
 def _down_pair(model: UNet, i: int, j: int, skip: int) -> Stage:
+    picture = PICTURE.format(i)
+
     def run(state: State) -> State:
-        x = model.down_blocks[i].pair(j, state["x"], state["time"], state["text"])
-        return state | {"x": x, SKIP.format(skip): x}
+        x = model.down_blocks[i].pair(j, state[picture], state["time"], state["text"])
+        return state | {picture: x, SKIP.format(skip): x}
 
     return Stage(*_pair(f"down_blocks.{i}", j), run)
 
 
 def _downsample(model: UNet, i: int, skip: int) -> Stage:
-    path = f"down_blocks.{i}.downsamplers.0"
+    path, picture = f"down_blocks.{i}.downsamplers.0", PICTURE.format(i)
 
     def run(state: State) -> State:
-        x = model.down_blocks[i].downsamplers[0](state["x"])
-        return state | {"x": x, SKIP.format(skip): x}
+        x = model.down_blocks[i].downsamplers[0](state[picture])
+        return _without(state, picture) | {PICTURE.format(i + 1): x, SKIP.format(skip): x}
 
     return Stage(path, (path,), run)
 
 
-def _mid_pair(model: UNet, j: int) -> Stage:
+def _mid_pair(model: UNet, j: int, level: int) -> Stage:
+    picture = PICTURE.format(level)
+
     def run(state: State) -> State:
-        return state | {"x": model.mid_block.pair(j, state["x"], state["time"], state["text"])}
+        return state | {picture: model.mid_block.pair(j, state[picture], state["time"], state["text"])}
 
     return Stage(*_pair("mid_block", j), run)
 
 
-def _up_pair(model: UNet, i: int, j: int, skip: int) -> Stage:
-    read = SKIP.format(skip)
+def _up_pair(model: UNet, i: int, j: int, level: int, skip: int) -> Stage:
+    picture, read = PICTURE.format(level), SKIP.format(skip)
 
     def run(state: State) -> State:
-        x = mx.concatenate([state["x"], state[read]], axis=-1)
-        x = model.up_blocks[i].pair(j, x, state["time"], state["text"])
-        return {key: value for key, value in state.items() if key != read} | {"x": x}
+        x = mx.concatenate([state[picture], state[read]], axis=-1)
+        return _without(state, read) | {picture: model.up_blocks[i].pair(j, x, state["time"], state["text"])}
 
     return Stage(*_pair(f"up_blocks.{i}", j), run)
 
 
-def _upsample(model: UNet, i: int, skip: int) -> Stage:
-    path = f"up_blocks.{i}.upsamplers.0"
+def _upsample(model: UNet, i: int, level: int, skip: int) -> Stage:
+    path, picture = f"up_blocks.{i}.upsamplers.0", PICTURE.format(level)
 
     def run(state: State) -> State:
         _, height, width, _ = state[SKIP.format(skip)].shape  # what it meets next
-        return state | {"x": model.up_blocks[i].upsamplers[0](state["x"], height, width)}
+        x = model.up_blocks[i].upsamplers[0](state[picture], height, width)
+        return _without(state, picture) | {PICTURE.format(level - 1): x}
 
     return Stage(path, (path,), run)
 
