@@ -371,3 +371,22 @@ def test_inputs_come_from_the_trajectories_and_only_from_the_right_ones(calib, t
     make_samples(tmp_path / "other", cfg=3.0)
     with pytest.raises(ArtifactError, match="its trajectories are not those"):
         cache.inputs(adapter, tmp_path / "other")
+
+
+def test_a_stream_that_changes_its_length_is_refused(calib):
+    """Tokens are drawn once for all blocks."""
+    adapter = tiny_adapter()
+    first, second, *rest = adapter.blocks
+
+    def halved(state):
+        after = first.run(state)
+        return after | {"image": after["image"][:, ::2]}
+
+    def doubled(state):
+        after = second.run(state)
+        return after | {"image": mx.repeat(after["image"], 2, axis=1)}
+
+    changed = replace(first, run=halved), replace(second, run=doubled)
+    adapter._stages = (adapter.stages[0], *changed, *rest, adapter.stages[-1])
+    with pytest.raises(AdapterError, match=rf"block {second.name} writes a stream 'image' of \d+ tokens, and others"):
+        caching.plan(adapter, Samples.read(calib), IMAGES, STRIDE)
