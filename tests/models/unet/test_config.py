@@ -19,7 +19,7 @@ def test_a_configuration_is_plain_data_and_back(name):
 def test_numbers_are_given_once_or_for_each_block():
     one, each = ({**CONFIGS["1.5"], "attention_head_dim": count} for count in (2, [2, 2]))
     assert UNetConfig.from_dict(one) == UNetConfig.from_dict(each)
-    text = {**CONFIGS["1.5"], "cross_attention_dim": [24, 24]}
+    text = {**CONFIGS["1.5"], "cross_attention_dim": [32, 32]}
     assert UNetConfig.from_dict(text) == UNetConfig.from_dict(CONFIGS["1.5"])
 
 

@@ -181,7 +181,16 @@ def test_the_six_steps(tmp_path):
     facts, said = succeed("adaround-optimize", *of, *learned)
     assert facts["blocks"] == 10
     assert " exact " in said
-    drawn = ("--prompt", "the cat", "--num-steps", 3, "--output-image", tmp_path / "a.png", "--save", tmp_path / "model")
+    drawn = (
+        "--prompt",
+        "the cat",
+        "--num-steps",
+        3,
+        "--output-image",
+        tmp_path / "a.png",
+        "--save",
+        tmp_path / "model",
+    )
     succeed("load-adaround-model", *of, "--adaround-output", weights, "--quant-config", tables, *drawn)
     quantized = mq.QuantizedModel.load(tmp_path / "model")
     assert set(quantized.layers) == set(mq.load(str(hub)).adapter.block_linears())
