@@ -5,6 +5,7 @@ by its ``save_model`` and loaded by its loader; only the numbers of tests/suppor
 runs inside ``small_models``, drawing too: some of the numbers stand in the code that runs.
 """
 
+import json
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,8 +122,33 @@ CHECKPOINTS = {
         "models.moss_image.variants.txt2img.moss_image.MOSSImage",
         "models.moss_image.weights.moss_image_weight_definition.MOSSImageWeightDefinition",
     ),
+    "fibo": Checkpoint(
+        "fibo",
+        "models.fibo.variants.txt2img.fibo.FIBO",
+        "models.fibo.weights.fibo_weight_definition.FIBOWeightDefinition",
+    ),
+    "fibo2": Checkpoint(
+        "fibo2",
+        "models.fibo2.variants.txt2img.fibo2.Fibo2",
+        "models.fibo2.weights.fibo2_weight_definition.Fibo2WeightDefinition",
+    ),
+    "anima-turbo": Checkpoint(
+        "anima-turbo",
+        "models.anima.variants.txt2img.anima.Anima",
+        "models.anima.weights.anima_weight_definition.AnimaWeightDefinition",
+    ),
+    "iris-3b": Checkpoint(
+        "iris-3b",
+        "models.iris.variants.txt2img.iris.Iris",
+        "models.iris.weights.iris_weight_definition.IrisTurboWeightDefinition",
+    ),
 }
-"""Nine families, by the names of the tests: those of mflux, and ``lite`` for FLUX.1-lite, which has none there."""
+"""Families of mflux, by the names of the tests: those of mflux, and ``lite`` for FLUX.1-lite, which has none there."""
+FAMILIES = (
+    "schnell", "z-image-turbo", "flux2-klein-4b", "flux3-image-klein", "qwen-image", "ernie-image-turbo", "krea-2",
+    "boogu-image-turbo", "moss-image-sft", "fibo", "fibo2", "anima-turbo", "iris-3b",
+)  # fmt: skip
+"""One model of each."""
 
 
 @contextmanager
@@ -198,7 +224,10 @@ def saved(name, folder, seed=0, quantize=None):
 
 def draw(pipeline, **changes):
     """The picture, as an array [64,64,3] of bytes."""
-    return np.array(pipeline.generate_image(**{**DRAW, **changes}).image)
+    options = {**DRAW, **changes}
+    if isinstance(pipeline, mflux("models.fibo.variants.txt2img.fibo.FIBO")):  # it reads JSON
+        options["prompt"] = json.dumps({"short_description": options["prompt"]})
+    return np.array(pipeline.generate_image(**options).image.convert("RGB"))
 
 
 def _nothing(checkpoint):

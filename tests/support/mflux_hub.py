@@ -14,6 +14,7 @@ SHAPES = {
     "transpose_conv2d_weight": lambda weight: weight.transpose(0, 3, 1, 2) if weight.ndim == 4 else weight,
     "transpose_conv3d_weight": lambda weight: weight.transpose(0, 4, 1, 2, 3) if weight.ndim == 5 else weight,
     "reshape_gamma_to_1d": lambda weight: weight,
+    "vision_weight": lambda weight: weight.transpose(0, 4, 1, 2, 3) if weight.ndim == 5 else weight,
 }
 """What each transformation of mflux makes of a hub's weight, undone."""
 DERIVED = ("inv_freq", "pos_embed.", "_inv_freq")
@@ -39,7 +40,8 @@ def as_on_the_hub(name, folder, seed=0):
 def _hub_weights(component, weights):
     """The weights of a component under their names and in their shapes on the hub."""
     if component.mapping_getter is None:
-        return {_with_prefix(component, name): weight for name, weight in weights.items()}
+        undone = SHAPES[component.weight_transform and component.weight_transform.__name__]
+        return {_with_prefix(component, name): undone(weight) for name, weight in weights.items()}
     mapper = mflux("models.common.weights.mapping.weight_mapper.WeightMapper")
     blocks = component.num_blocks or mapper._detect_num_blocks(weights)
     layers = component.num_layers or mapper._detect_num_layers({f"model.{name}": None for name in weights})

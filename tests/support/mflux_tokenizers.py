@@ -50,6 +50,13 @@ KINDS = {"CLIPTokenizer": clip, "T5Tokenizer": t5}
 
 
 def write_tokenizers(definitions, folder):
-    """Writes what a model's definitions of tokenizers name, each to its folder."""
+    """Writes what a model's definitions of tokenizers name, each to its folder; beside that of a processor what it does
+    to pictures.
+    """
     for definition in definitions:
-        KINDS.get(definition.tokenizer_class, qwen)().save_pretrained(folder / definition.hf_subdir)
+        place = folder / definition.hf_subdir
+        KINDS.get(definition.tokenizer_class, qwen)().save_pretrained(place)
+        if definition.hf_subdir == "processor":
+            from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+            Qwen2VLImageProcessorPil().save_pretrained(place)

@@ -127,7 +127,78 @@ MOSS_IMAGE = {
     },
 }  # fmt: skip
 
-EDITS = {**FLUX1, **Z_IMAGE, **FLUX2, **FLUX3, **QWEN_IMAGE, **ERNIE_IMAGE, **KREA2, **BOOGU, **MOSS_IMAGE}
+FIBO = {
+    f"{MODELS}.fibo.model.fibo_transformer": {
+        "3072": "128", "4096": "256", "2048": "128", "1536": "64", "24": "2", "128": "64", "[16, 56, 56]":
+        "[16, 24, 24]", "num_layers: int = 8": "num_layers: int = 1", "num_single_layers: int = 38":
+        "num_single_layers: int = 1",
+    },
+    f"{MODELS}.fibo.model.fibo_text_encoder.smol_lm3_3b_text_encoder": {
+        "128_256": VOCABULARY, "2048": "128", "11_008": "256", "36": "2", "16": "2", "num_key_value_heads: int = 4":
+        "num_key_value_heads: int = 1",
+    },
+    f"{MODELS}.fibo.model.fibo_text_encoder.prompt_encoder": {"46": "2"},
+    f"{MODELS}.fibo.model.fibo_vae.wan_2_2_vae": {"160": "16", "256": "16"},
+    f"{MODELS}.fibo.weights.fibo_weight_definition": {"num_blocks=38": "num_blocks=1", "46": "2", "36": "2"},
+}  # fmt: skip
+
+FIBO2 = {
+    f"{MODELS}.fibo2.model.fibo2_transformer.fibo2_transformer": {"mid_size=1024": "mid_size=256"},
+    f"{MODELS}.fibo2.model.fibo2_transformer.fibo2_perceiver": {
+        "min_gist: int = 256": "min_gist: int = 16", "gist_step: int = 64": "gist_step: int = 16",
+    },
+    f"{MODELS}.fibo2.model.fibo2_text_encoder.fibo2_text_encoder": {
+        "35": "3", "151936": VOCABULARY, "2560": "128", "32": "2", "8": "1", "128": "64", "9728": "256",
+        "[24, 20, 20]": "[12, 10, 10]", "24": "2", "1024": "64", "4096": "128", "16,": "1,", "[5, 11, 17]": "[0, 1]",
+    },
+    f"{MODELS}.fibo2.model.fibo2_text_encoder.prompt_encoder": {
+        "((9, 20, 31), (5, 16, 27), (7, 18, 29), (9, 20, 31), (11, 22, 33), (13, 24, 35))": "((1, 2, 3), (1, 2, 3))",
+    },
+    f"{MODELS}.fibo2.weights.fibo2_weight_mapping": {"44": "2", "NUM_REFINER_LAYERS = 2": "NUM_REFINER_LAYERS = 1"},
+}  # fmt: skip
+
+ANIMA = {
+    f"{MODELS}.flux2.model.flux2_text_encoder.qwen3_text_encoder": {"151936": VOCABULARY},
+    f"{MODELS}.anima.anima_initializer": {"1024": "128", "28": "2", "16": "2", "8,": "1,", "3072": "256", "128": "64"},
+    f"{MODELS}.anima.model.anima_text_encoder.anima_prompt_encoder": {"151643": "256"},
+    f"{MODELS}.anima.model.anima_transformer.anima_transformer": {
+        "2048": "128", "28": "2", "num_heads: int = 16": "num_heads: int = 2", "1024": "128",
+        "adaln_lora_dim: int = 256": "adaln_lora_dim: int = 64", "512": TEXT,
+    },
+    f"{MODELS}.anima.model.anima_transformer.anima_llm_adapter": {
+        "32128": VOCABULARY, "1024": "128", "6": "1", "16": "2",
+    },
+    f"{MODELS}.anima.weights.anima_weight_mapping": {"28": "2", "6": "1"},
+}  # fmt: skip
+
+IRIS = {
+    f"{MODELS}.iris.model.iris_transformer.iris_transformer": {
+        "2560": "128", "24": "2", "dual_depth: int = 8": "dual_depth: int = 1", "20": "2",
+        "num_kv_heads: int = 5": "num_kv_heads: int = 1", "300": "64", "12": "2", "32": "2",
+        "pixel_depth: int = 4": "pixel_depth: int = 1", "pixel_hidden_size: int = 16": "pixel_hidden_size: int = 4",
+        "1280": "128", "10": "2",
+    },
+    f"{MODELS}.iris.model.iris_transformer.iris_text_embedder": {"1.3": "1.5"},
+    f"{MODELS}.iris.model.iris_text_encoder.prompt_encoder": {
+        "300": "64", "(2, 5, 8, 11, 14, 17, 20, 23, 26, 29, 32, 35)": "(1, 2)",
+    },
+}  # fmt: skip
+
+EDITS = {
+    **FLUX1,
+    **Z_IMAGE,
+    **FLUX2,
+    **FLUX3,
+    **QWEN_IMAGE,
+    **ERNIE_IMAGE,
+    **KREA2,
+    **BOOGU,
+    **MOSS_IMAGE,
+    **FIBO,
+    **FIBO2,
+    **ANIMA,
+    **IRIS,
+}
 """What is written where in all of them together (``rewritten``)."""
 
 
@@ -151,6 +222,11 @@ _MOSS_IMAGE = {
         "linear_key_head_dim": 64, "linear_value_head_dim": 64,
     },
 }  # fmt: skip
+_FIBO2 = {
+    "dim": 128, "n_layers": 2, "n_refiner_layers": 1, "n_heads": 2, "cap_feat_dim": 3 * 128,
+    "injection_layer_ids": (1,), "perceiver_num_layers": 1, "max_num_gist_tokens": 32, "axes_dims": (16, 24, 24),
+}  # fmt: skip
+_IRIS = {"text_encoder_overrides": _qwen3(2)}
 _TEXT = {"max_sequence_length": int(TEXT)}
 
 CONFIGURATIONS = {
@@ -163,6 +239,8 @@ CONFIGURATIONS = {
     "flux3-image-klein-base": {
         "transformer_overrides": {**_FLUX3, "flow_map": False}, "text_encoder_overrides": _qwen3(2),
     },
+    "fibo2": {"transformer_overrides": _FIBO2},
+    **dict.fromkeys(("iris-3b", "iris-3b-base"), _IRIS),
     **dict.fromkeys(("moss-image-sft", "moss-image-base"), _MOSS_IMAGE),
     **{f"ernie-image{kind}": {"transformer_overrides": {"rope_axes_dim": [16, 24, 24]}} for kind in ("", "-turbo")},
 }  # fmt: skip

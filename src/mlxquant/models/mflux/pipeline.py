@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -33,6 +34,7 @@ OPTIONS = {  # what ``draw`` is told, as mflux's pipelines call it
     "height": "height",
     "negative": "negative_prompt",
 }
+CAPTIONS = ("fibo", "fibo-lite")  # read no sentence but JSON
 log = logging.getLogger(__name__)
 
 
@@ -142,9 +144,19 @@ class MfluxPipeline:
         pictures = []
         for prompt in progress(list(prompts), "drawing"):
             with precision(), _explained(self.name), uncompiled() if timed else nullcontext():
-                drawn = self.pipeline.generate_image(seed=prompt.seed, prompt=prompt.text, **options)
+                drawn = self.pipeline.generate_image(seed=prompt.seed, prompt=self._said(prompt.text), **options)
             pictures.append(np.asarray(drawn.image.convert("RGB"), np.float32) / 255)
         return np.stack(pictures)
+
+    def _said(self, text: str) -> str:
+        """A prompt as this pipeline reads it. Where that is a caption in JSON, a sentence is its description."""
+        if self.name.key not in CAPTIONS:
+            return text
+        try:
+            json.loads(text)
+        except ValueError:
+            return json.dumps({"short_description": text}, ensure_ascii=False)
+        return text
 
     def _options(self, asked: dict[str, Any]) -> dict[str, Any]:
         """What was asked for, as this pipeline calls it."""
