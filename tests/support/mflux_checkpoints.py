@@ -18,7 +18,7 @@ from mlx.utils import tree_map_with_path
 from support.mflux_models import mflux
 from support.mflux_rewritten import rewritten
 from support.mflux_tokenizers import write_tokenizers
-from support.mflux_widths import CONFIGURATIONS, EDITS
+from support.mflux_widths import CONFIGURATIONS, EDITS, FILES
 
 DRAW = {"prompt": "a red circle", "seed": 3, "num_inference_steps": 2, "width": 64, "height": 64}
 
@@ -142,11 +142,27 @@ CHECKPOINTS = {
         "models.iris.variants.txt2img.iris.Iris",
         "models.iris.weights.iris_weight_definition.IrisTurboWeightDefinition",
     ),
+    "ideogram-4-fp8": Checkpoint(
+        "ideogram-4-fp8",
+        "models.ideogram4.variants.txt2img.ideogram4.Ideogram4",
+        "models.ideogram4.weights.ideogram4_weight_definition.Ideogram4WeightDefinition",
+    ),
+    "ming-image-design": Checkpoint(
+        "ming-image-design",
+        "models.ming_image.variants.ming_image.MingImage",
+        "models.ming_image.weights.ming_image_weight_definition.MingImageWeightDefinition",
+    ),
+    "qwen-image-2.1": Checkpoint(
+        "qwen-image-2.1",
+        "models.qwen21.variants.edit.qwen_image_21_edit.QwenImage21Edit",
+        "models.qwen21.weights.qwen_image21_weight_definition.QwenImage21WeightDefinition",
+    ),
 }
 """Families of mflux, by the names of the tests: those of mflux, and ``lite`` for FLUX.1-lite, which has none there."""
 FAMILIES = (
     "schnell", "z-image-turbo", "flux2-klein-4b", "flux3-image-klein", "qwen-image", "ernie-image-turbo", "krea-2",
     "boogu-image-turbo", "moss-image-sft", "fibo", "fibo2", "anima-turbo", "iris-3b",
+    "ideogram-4-fp8", "ming-image-design", "qwen-image-2.1",
 )  # fmt: skip
 """One model of each."""
 
@@ -186,12 +202,23 @@ def build(name, folder, seed=0):
     """
     checkpoint, folder = CHECKPOINTS[name], Path(folder)
     write_tokenizers(mflux(checkpoint.definition).get_tokenizers(), folder)
+    for file, facts in FILES.get(name, {}).items():
+        (folder / file).parent.mkdir(exist_ok=True)
+        (folder / file).write_text(json.dumps(facts))
     loader = mflux("models.common.weights.loading.weight_loader.WeightLoader")
+    qwen21 = mflux("models.qwen21.qwen21_initializer.Qwen21Initializer")  # loads one component after the other
     mx.random.seed(seed)
-    with mock.patch.object(loader, "load", staticmethod(lambda weight_definition, **_: _nothing(checkpoint))):
+    with (
+        mock.patch.object(loader, "load", staticmethod(lambda weight_definition, **_: _nothing(checkpoint))),
+        mock.patch.object(qwen21, "load_components", staticmethod(_no_components)),
+    ):
         pipeline = load(name, folder)
     for component in CHECKPOINTS[name].components():
         module = getattr(pipeline, component.model_attr or component.name)
+        for _, layer in module.named_modules():
+            if hasattr(layer, "weight_scale"):  # 8-bit floats, with a scale for each row
+                layer.weight = mx.to_fp8(mx.random.normal((layer.out_features, layer.in_features)))
+                layer.weight_scale = mx.full((layer.out_features,), layer.in_features**-0.5)
         module.update(tree_map_with_path(_random, module.parameters()))
         mx.eval(module.parameters())
     if name in ("dev", "schnell", "lite"):  # one table of biases in a checkpoint, for all blocks
@@ -227,6 +254,8 @@ def draw(pipeline, **changes):
     options = {**DRAW, **changes}
     if isinstance(pipeline, mflux("models.fibo.variants.txt2img.fibo.FIBO")):  # it reads JSON
         options["prompt"] = json.dumps({"short_description": options["prompt"]})
+    if isinstance(pipeline, mflux("models.ideogram4.variants.txt2img.ideogram4.Ideogram4")):  # it would like to
+        options["warn_on_caption_issues"] = False
     return np.array(pipeline.generate_image(**options).image.convert("RGB"))
 
 
@@ -238,8 +267,12 @@ def _nothing(checkpoint):
     return mflux(f"{places}.LoadedWeights")(components=parts, meta_data=mflux(f"{places}.MetaData")())
 
 
+def _no_components(pipeline, *arguments, **options):
+    pipeline.bits = None
+
+
 def _random(path, value):
     """Gains, biases and tokens that MLX makes all the same get some noise; tables of angles and statistics stay."""
-    if path.rpartition(".")[2] in ("weight", "bias", "x_pad_token", "cap_pad_token"):
+    if value.dtype != mx.uint8 and path.rpartition(".")[2] in ("weight", "bias", "x_pad_token", "cap_pad_token"):
         return value + 0.05 * mx.random.normal(value.shape)
     return value

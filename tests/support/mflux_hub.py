@@ -15,8 +15,13 @@ SHAPES = {
     "transpose_conv3d_weight": lambda weight: weight.transpose(0, 4, 1, 2, 3) if weight.ndim == 5 else weight,
     "reshape_gamma_to_1d": lambda weight: weight,
     "vision_weight": lambda weight: weight.transpose(0, 4, 1, 2, 3) if weight.ndim == 5 else weight,
+    "vae_weight": lambda weight: weight.transpose(0, 3, 1, 2) if weight.ndim == 4 else weight,
+    "prepare_tensor": lambda weight: weight,
 }
+SHAPES["text_weight"] = SHAPES["vision_weight"]
 """What each transformation of mflux makes of a hub's weight, undone."""
+PREFIXES = ("model.language_model.", "language_model.", "model.model.", "model.", "query_tokens_dict.")
+"""What names of a hub's text encoders begin with."""
 DERIVED = ("inv_freq", "pos_embed.", "_inv_freq")
 """Parts of the names of arrays that constructors make and that no checkpoint has."""
 
@@ -40,6 +45,7 @@ def as_on_the_hub(name, folder, seed=0):
 def _hub_weights(component, weights):
     """The weights of a component under their names and in their shapes on the hub."""
     if component.mapping_getter is None:
+        weights = {name: weight for name, weight in weights.items() if "inv_freq" not in name}
         undone = SHAPES[component.weight_transform and component.weight_transform.__name__]
         return {_with_prefix(component, name): undone(weight) for name, weight in weights.items()}
     mapper = mflux("models.common.weights.mapping.weight_mapper.WeightMapper")
@@ -62,7 +68,8 @@ def _with_prefix(component, name):
     if component.key_transform is None:
         return name
     stem = name.removeprefix("model.")
-    return next(n for n in (f"model.language_model.{stem}", name) if component.key_transform(n) == name)
+    names = (f"{prefix}{stem}" for prefix in PREFIXES)
+    return next(n for n in (*names, name) if component.key_transform(n) == name)
 
 
 def _write(folder, weights, files):

@@ -184,6 +184,43 @@ IRIS = {
     },
 }  # fmt: skip
 
+IDEOGRAM = {
+    f"{MODELS}.ideogram4.ideogram4_initializer": {
+        "18": "2", "256": "64", "34": "2", "12288": "256", "512": "64", "53248": "3 * 128", "(24, 20, 20)":
+        "(12, 10, 10)", "151936": VOCABULARY, "4096": "128", "36": "3",
+        '"num_attention_heads", 32': '"num_attention_heads", 2', '"num_key_value_heads", 8': '"num_key_value_heads", 1',
+        '"head_dim", 128': '"head_dim", 64',
+    },
+    f"{MODELS}.ideogram4.model.ideogram4_text_encoder.text_encoder": {
+        "(0, 3, 6, 9, 12, 15, 18, 21, 24, 27, 30, 33, 35)": "(0, 1, 2)",
+    },
+    f"{MODELS}.ideogram4.model.ideogram4_transformer.fp8_linear": {"1_000_000": "0"},
+    f"{MODELS}.ideogram4.latent_creator.ideogram4_latent_creator": {"MIN_DIMENSION = 256": "MIN_DIMENSION = 64"},
+}  # fmt: skip
+
+MING_IMAGE = {
+    f"{MODELS}.ming_image.model.ming_text_encoder.ling_moe_encoder": {
+        "HIDDEN_SIZE = 2048": "HIDDEN_SIZE = 128", "NUM_LAYERS = 20": "NUM_LAYERS = 2", "NUM_HEADS = 16":
+        "NUM_HEADS = 2", "NUM_KV_HEADS = 4": "NUM_KV_HEADS = 1", "HEAD_DIM = 128": "HEAD_DIM = 64", "ROPE_DIM = 64":
+        "ROPE_DIM = 32", "24": "12", "157184": VOCABULARY, "5120": "256", "NUM_EXPERTS = 256": "NUM_EXPERTS = 8",
+        "TOP_K = 8": "TOP_K = 2", "N_GROUP = 8": "N_GROUP = 4", "TOPK_GROUP = 4": "TOPK_GROUP = 2", "512": "64",
+    },
+    f"{MODELS}.ming_image.model.ming_text_encoder.ming_connector": {
+        "1536": "128", "28": "1", "12": "2", "NUM_KV_HEADS = 2": "NUM_KV_HEADS = 1", "128": "64", "8960": "256",
+    },
+    f"{MODELS}.ming_image.model.ming_text_encoder.ming_condition_encoder": {
+        "157158": "510", "157157": "511", "157159": "512", "QUERY_GRID = 16": "QUERY_GRID = 4", "(5, 12, 20)":
+        "(0, 1, 2)", "2560": "128", "3840": "192",
+    },
+    f"{MODELS}.ming_image.model.ming_transformer.ming_transformer": {
+        "3840": "192", "n_layers: int = 30": "n_layers: int = 2", "n_refiner_layers: int = 2":
+        "n_refiner_layers: int = 1", "n_heads: int = 30": "n_heads: int = 3", "2560": "128", "(32, 48, 48)":
+        "(16, 24, 24)", "mid_size=1024": "mid_size=256",
+    },
+    f"{MODELS}.ming_image.model.ming_vae.ming_vae": {"96": "16"},
+    f"{MODELS}.ming_image.weights.ming_image_weight_definition": {"30": "2"},
+}  # fmt: skip
+
 EDITS = {
     **FLUX1,
     **Z_IMAGE,
@@ -198,6 +235,8 @@ EDITS = {
     **FIBO2,
     **ANIMA,
     **IRIS,
+    **IDEOGRAM,
+    **MING_IMAGE,
 }
 """What is written where in all of them together (``rewritten``)."""
 
@@ -245,3 +284,30 @@ CONFIGURATIONS = {
     **{f"ernie-image{kind}": {"transformer_overrides": {"rope_axes_dim": [16, 24, 24]}} for kind in ("", "-turbo")},
 }  # fmt: skip
 """What stands elsewhere in mflux's own table of models (``ModelConfig``)."""
+
+FILES = {
+    "ideogram-4-fp8": {"text_encoder/config.json": {"ideogram_fp8_weight_only": True}},
+    "qwen-image-2.1": {
+        "vae/config.json": {
+            "base_dim": 16, "decoder_base_dim": 16, "dim_mult": [1, 2, 4, 4, 4], "is_residual": True,
+            "patch_size": None,
+        },
+        "transformer/config.json": {
+            "in_channels": 64, "out_channels": 64, "num_layers": 2, "attention_head_dim": 64, "num_attention_heads": 2,
+            "context_in_dim": 128, "mlp_ratio": 3, "axes_dims_rope": [16, 24, 24],
+        },
+        "text_encoder/config.json": {
+            "image_token_id": 513,
+            "text_config": {
+                **_qwen3(2), "max_position_embeddings": 4096, "rope_theta": 5e6, "rms_norm_eps": 1e-6,
+                "attention_bias": False, "rope_scaling": {"mrope_section": [12, 10, 10]},
+            },
+            "vision_config": {
+                "depth": 2, "hidden_size": 64, "intermediate_size": 128, "num_heads": 1, "out_hidden_size": 128,
+                "patch_size": 16, "spatial_merge_size": 2, "temporal_patch_size": 2, "num_position_embeddings": 64,
+                "deepstack_visual_indexes": [0, 1],
+            },
+        },
+    },
+}  # fmt: skip
+"""Files of a checkpoint that say how wide it is, or what it is."""

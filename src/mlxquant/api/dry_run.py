@@ -16,6 +16,7 @@ from ..layers.quantize_linears import Selection, find_held, parse_format
 from ..layers.sizes import planned_bytes, stored_bytes, weight_count
 from ..layers.tree import get_module
 from ..models.mflux.components import Component
+from ..models.mflux.float8 import close_float8, open_float8
 from ..models.mflux.outline import Called, called_modules
 from ..models.mflux.pipeline import MfluxPipeline
 from ..models.recorded.recording import MEMORY, SAMPLES
@@ -25,7 +26,16 @@ from ..sweep.estimate import estimated, rounded_to_nearest
 from ..sweep.planning import fitting
 from .machine import forward_rate, matrix_rate
 from .pipeline_plan import ComponentPlan, PipelinePlan
-from .pipelines import EMBEDDINGS, TEXT_RECIPE, half_bytes, is_known, kept_by_mflux, read_recipe, uniform
+from .pipelines import (
+    EMBEDDINGS,
+    TEXT_RECIPE,
+    half_bytes,
+    is_known,
+    kept_by_mflux,
+    read_recipe,
+    require_readable,
+    uniform,
+)
 
 HALF = 2  # bytes of a scale, and of what stays in float
 
@@ -73,15 +83,24 @@ def plan_pipeline(
         "text": read_recipe(text_recipe),
         "decoder": read_recipe(decoder_recipe),
     }
+    recipes = {component.name: wanted[component.purpose] for component in pipeline.components}
+    require_readable(pipeline, recipes)
+    before = {one.name: (weight_count(one.module), half_bytes(one.module)) for one in pipeline.components}
+    opened = {
+        one.name: open_float8(one.module, pipeline.dtype)
+        for one in pipeline.components
+        if recipes[one.name] is not None
+    }
     called = called_modules(pipeline, steps, cfg, size, negative)
     recorded = any(
         (one := wanted[component.purpose]) is not None and uniform(one, component) is None
         for component in pipeline.components
     )
-    rows = [
-        _planned(component, wanted[component.purpose], called.get(component.name), prompts, samples, recorded)
-        for component in pipeline.components
-    ]
+    rows = []
+    for component in pipeline.components:
+        name = component.name
+        rows.append(_planned(component, recipes[name], before[name], called.get(name), prompts, samples, recorded))
+        close_float8(component.module, opened.get(name, {}))
     pixels = "" if size is None else f" at {told(size)}"
     drawn = f"{prompts} prompts, {steps or pipeline.steps} steps{pixels}" if recorded else ""
     rates = (forward_rate(_precision(pipeline)), matrix_rate()) if measure else None
@@ -89,15 +108,20 @@ def plan_pipeline(
 
 
 def _planned(
-    component: Component, recipe: Recipe | None, called: Called | None, prompts: int, samples: int, recorded: bool
+    component: Component,
+    recipe: Recipe | None,
+    known: tuple[int, int],
+    called: Called | None,
+    prompts: int,
+    samples: int,
+    recorded: bool,
 ) -> ComponentPlan:
     module = component.module
-    before, loaded = half_bytes(module), stored_bytes(module)
+    (weights, before), loaded = known, stored_bytes(module)
     drawing = prompts * called.calls * called.outline.operations if called is not None and recorded else 0
-    row = ComponentPlan(component.name, "", weight_count(module), before, before, loaded, drawing)
     if recipe is None:
-        return row
-    row = ComponentPlan(component.name, recipe.name, row.weights, before, before, loaded, drawing)
+        return ComponentPlan(component.name, "", weights, before, before, loaded, drawing)
+    row = ComponentPlan(component.name, recipe.name, weights, before, half_bytes(module), loaded, drawing)
     kept = kept_by_mflux(component, recipe)
     if (format := uniform(recipe, component)) is not None:
         chosen = _rounded(component, recipe, kept)
@@ -121,7 +145,8 @@ def _planned(
 
 
 def _with(row: ComponentPlan, saved: int, **more: Any) -> ComponentPlan:
-    return ComponentPlan(**{**vars(row), "after": row.before - saved, **more})
+    """A row with fewer bytes after than in 16 bits."""
+    return ComponentPlan(**{**vars(row), "after": row.after - saved, **more})
 
 
 def _rounded(component: Component, recipe: Recipe, kept: Mapping[str, str]) -> list[Any]:

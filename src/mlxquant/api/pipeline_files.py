@@ -18,6 +18,7 @@ from ..layers.attention import find_quantized_attentions
 from ..layers.module_files import load_module, save_module
 from ..layers.tree import get_module
 from ..models.mflux.families import host_of
+from ..models.mflux.float8 import close_float8, open_float8
 from ..models.mflux.names import PREFIX, is_mflux
 from ..models.mflux.pipeline import MfluxPipeline
 from .pipelines import PipelineReport
@@ -118,11 +119,13 @@ def load_pipeline(reference: str | Path) -> MfluxPipeline:
             raise ArtifactError(f"{file}: is missing, or is not what was written; copy the folder again")
         if name not in modules:
             raise ArtifactError(f"{folder / FILE}: {pipeline.name} has no component {name!r:.80}; use mflux 0.24")
+        layers = open_float8(modules[name], pipeline.dtype)
         module = inside_of(modules[name], one["module"])
         host = host_of(module)
         if one["opened"]:
             host.open(module)
         load_module(module, file, host.time)
+        close_float8(modules[name], layers)
     return pipeline
 
 

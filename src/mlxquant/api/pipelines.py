@@ -13,13 +13,15 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..errors import CalibrationError
+from ..errors import CalibrationError, RecipeError
 from ..grids.weights import GROUPS
 from ..layers.quantize_linears import KEPT, quantize_linears
 from ..layers.sizes import SizeReport, stored_bytes, weight_count
+from ..layers.switch import SwitchLinear
 from ..layers.tree import get_module, parameters
 from ..models.mflux.components import Component, spine
 from ..models.mflux.families import host_of
+from ..models.mflux.float8 import close_float8, open_float8
 from ..models.mflux.pipeline import MfluxPipeline
 from ..models.recorded.recording import SAMPLES, Recording, recording
 from ..progress import Progress, silent
@@ -30,6 +32,7 @@ from ..sampling.prompts import Prompt
 from .recorded import ModuleReport, quantize_module
 
 EMBEDDINGS = "@embedding"
+BLIND = 64  # the group size that mflux takes where it sees none
 Seen = dict[str, list[tuple[str, Recording]]]  # by component, recordings of its spine
 TEXT_RECIPE = "rtn+embeddings-w8a16-g64"  # what mflux's own 8 bits are
 
@@ -147,6 +150,12 @@ def quantize_pipeline(
     recipes = {component.name: wanted[component.purpose] for component in pipeline.components}
     pipeline.check_finite()
     before = {one.name: (weight_count(one.module), half_bytes(one.module)) for one in pipeline.components}
+    require_readable(pipeline, recipes)
+    opened = {
+        one.name: open_float8(one.module, pipeline.dtype)
+        for one in pipeline.components
+        if recipes[one.name] is not None
+    }
     calibrated = [
         component
         for component in pipeline.components
@@ -177,6 +186,7 @@ def quantize_pipeline(
         if found is not None:
             folder = None if work is None else Path(work) / component.name
             path, given = _quantize(component, found, seen.get(component.name, []), drawn, folder, progress)
+            close_float8(component.module, opened[component.name])
         weights, nbytes = before[component.name]
         name = "" if found is None else found.name
         rows.append(ComponentReport(component.name, name, weights, nbytes, half_bytes(component.module), path, given))
@@ -239,6 +249,21 @@ def _with_unreached(module: nn.Module, recipe: Recipe, sizes: SizeReport, kept: 
     return replace(sizes, layers=(*sizes.layers, *done.layers), kept=still, after=done.after)
 
 
+def require_readable(pipeline: MfluxPipeline, recipes: Mapping[str, Recipe | None]) -> None:
+    """Raise RecipeError where a text encoder of 8-bit floats would get layers of several kinds: mflux knows no widths
+    of such layers before it has read them, and believes what stands in the folder for all of them.
+    """
+    for component in pipeline.components:
+        recipe = recipes[component.name]
+        if component.purpose != "text" or component.name not in pipeline.float8 or recipe is None:
+            continue
+        if uniform(recipe, component) is None or {spec.weight.group for _, spec in recipe.rules if spec} != {BLIND}:
+            raise RecipeError(
+                f"{component.name} of {pipeline.name} with {recipe.name}: mflux reads this text encoder with the same"
+                f" bits everywhere, in groups of {BLIND}; use a recipe such as {TEXT_RECIPE}"
+            )
+
+
 def read_recipe(recipe: str | Recipe | None) -> Recipe | None:
     """A recipe with scales in which mflux computes."""
     found = parse_recipe(recipe) if isinstance(recipe, str) else recipe
@@ -258,7 +283,7 @@ def uniform(recipe: Recipe, component: Component) -> str | None:
 
 def is_known(module: nn.Module, path: str) -> bool:
     """Whether ``quantize_linears`` would take what is at a path."""
-    return isinstance(get_module(module, path), nn.Linear | nn.Embedding)
+    return isinstance(get_module(module, path), nn.Linear | nn.Embedding | SwitchLinear)
 
 
 def kept_by_mflux(component: Component, recipe: Recipe) -> dict[str, str]:

@@ -47,10 +47,12 @@ def check_component(module: nn.Module) -> None:
         )
 
 
-def write_mflux(folder: Path, plain: PlainModule, component: str) -> None:
-    """Write a component, "transformer" or the folder of another, into an empty folder."""
-    level = "None" if plain.usual is None else str(plain.usual["bits"])
-    metadata = {"quantization_level": level, "mflux_version": VERSION}
+def write_mflux(folder: Path, plain: PlainModule, component: str, level: int | None = None) -> None:
+    """Write a component, "transformer" or the folder of another, into an empty folder. Where it is quantized it says
+    ``level``, or the bits that most of its layers have.
+    """
+    bits = None if plain.usual is None else level or plain.usual["bits"]
+    metadata = {"quantization_level": str(bits), "mflux_version": VERSION}
     (folder / component).mkdir(parents=True, exist_ok=True)  # its tokenizer may be there
     where = write_shards(folder / component, plain.arrays, metadata, "{index}.safetensors", FILE_LIMIT)
     index = checked.canonical({"metadata": metadata, "weight_map": where})

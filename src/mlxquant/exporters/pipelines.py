@@ -51,6 +51,7 @@ def write_pipeline(
         ArtifactError: The folder exists and may not be replaced, or cannot be written.
     """
     plain = {one.folder: _plain(pipeline, one, drop_activations, dtype) for one in pipeline.components}
+    level = _level(pipeline, plain)
     facts: dict[str, Any] = {
         "target": "mflux",
         "model": str(pipeline.name),
@@ -59,9 +60,9 @@ def write_pipeline(
     }
     layers = {name: one.layers for name, one in plain.items()}
     with atomic_folder(Path(out), force) as folder:
-        with _writing(plain):
+        with _writing(plain, level):
             pipeline.pipeline.save_model(str(folder))
-        _record(pipeline, folder, plain)
+        _record(pipeline, folder, level)
         facts["bytes"] = write_record(folder, {**facts, **(origin or {})}, layers)
     return {"out": str(out), **facts, "layers": {name: len(found) for name, found in layers.items()}}
 
@@ -76,22 +77,34 @@ def _plain(pipeline: MfluxPipeline, component: Component, drop_activations: bool
 
 
 @contextmanager
-def _writing(plain: Mapping[str, PlainModule]) -> Iterator[None]:
+def _writing(plain: Mapping[str, PlainModule], level: int | None) -> Iterator[None]:
     """Inside, mflux's saver writes these in the folders of their components."""
     saver = from_mflux(SAVER)
     if WRITER not in saver.__dict__:
         raise ExportError("this mflux writes its folders in another way; use mflux 0.24")
 
     def write(base_path: str, bits: Any, model: Any, subdir: str, dtype: Any = None) -> None:
-        write_mflux(Path(base_path), plain[subdir], subdir)
+        write_mflux(Path(base_path), plain[subdir], subdir, level)
 
     with in_place_of(saver, WRITER, write):
         yield
 
 
-def _record(pipeline: MfluxPipeline, folder: Path, plain: Mapping[str, PlainModule]) -> None:
-    """``mflux_model.json``, by which mflux and we know which model it is."""
+def _level(pipeline: MfluxPipeline, plain: Mapping[str, PlainModule]) -> int | None:
+    """The bits that every quantized component says it has: mflux refuses a Qwen-Image 2.1 whose components say two
+    numbers. It reads those that a layer has from the shapes of its arrays, but for a text encoder of 8-bit floats, of
+    which it believes this.
+    """
     usual = [one.usual["bits"] for one in plain.values() if one.usual is not None]
+    for component in pipeline.components:
+        found = plain[component.folder].usual
+        if component.name in pipeline.float8 and component.purpose == "text" and found is not None:
+            return int(found["bits"])
+    return min(usual, default=None)
+
+
+def _record(pipeline: MfluxPipeline, folder: Path, level: int | None) -> None:
+    """``mflux_model.json``, by which mflux and we know which model it is."""
     files = from_mflux("models.common.resolution.lora_resolution.LoraResolution").resolve_paths(
         [path for path, _ in pipeline.loras]
     )
@@ -100,7 +113,7 @@ def _record(pipeline: MfluxPipeline, folder: Path, plain: Mapping[str, PlainModu
         key=pipeline.name.key,
         model_path=pipeline.name.place or None,
         model_config_repo_id=pipeline.pipeline.model_config.model_name,
-        quantize=min(usual, default=None),
+        quantize=level,
         lora_sources=[path for path, _ in pipeline.loras],
         lora_files=files,
         lora_scales=[scale for _, scale in pipeline.loras],

@@ -49,8 +49,8 @@ def test_the_bytes_are_those_that_are_written_and_no_weight_is_read(name):
     for ours, theirs in zip(plan.components, done.report.components, strict=True):
         assert (ours.before, ours.weights, ours.recipe) == (theirs.before, theirs.weights, theirs.recipe)
         assert ours.after == pytest.approx(theirs.after, rel=0.08 if name in SHOWN_BY_A_RUN else 0)
-    (transformer,) = (one for one in plan.components if one.name == "transformer")
-    assert transformer.calls == {one.name: one for one in done.report.components}["transformer"].report.calls
+    theirs = {one.name: one.report.calls for one in done.report.components if one.name.endswith("transformer")}
+    assert {one.name: one.calls for one in plan.components if one.name.endswith("transformer")} == theirs
 
 
 @mflux

@@ -23,6 +23,7 @@ from ...sampling.picture_size import PictureSize
 from ...sampling.prompts import Prompt, packaged_prompts
 from ..recorded.watching import uncompiled
 from .components import Component, components_of, spine
+from .float8 import find_float8
 from .names import MfluxName, from_mflux
 from .saved import check_saved
 
@@ -34,6 +35,11 @@ OPTIONS = {  # what ``draw`` is told, as mflux's pipelines call it
     "height": "height",
     "negative": "negative_prompt",
 }
+ALWAYS = {  # for calls that are whole: what they read of a prompt, pipelines keep for the next step if they may
+    "use_kv_cache": False,
+    "warn_on_caption_issues": False,
+}
+PACKS = "use_packed_projections"  # of a transformer that reads weights of several layers at once, past the layers
 CAPTIONS = ("fibo", "fibo-lite")  # read no sentence but JSON
 log = logging.getLogger(__name__)
 
@@ -48,6 +54,7 @@ class MfluxPipeline:
 
     Attributes:
         dtypes: By component, those of its parameters as mflux loaded them.
+        float8: Components with weights in 8-bit floats.
     """
 
     def __init__(self, pipeline: Any, name: MfluxName, loras: Sequence[tuple[str, float]] = ()):
@@ -55,6 +62,10 @@ class MfluxPipeline:
         self.dtypes = {
             one.name: {path: value.dtype for path, value in parameters(one.module).items()} for one in self.components
         }
+        self.float8 = frozenset(one.name for one in self.components if find_float8(one.module))
+        for one in self.components:
+            if hasattr(one.module, PACKS):
+                setattr(one.module, PACKS, False)
 
     @classmethod
     def load(cls, reference: str, loras: Sequence[tuple[str, float]] = (), quantized: bool = False) -> MfluxPipeline:
@@ -100,6 +111,13 @@ class MfluxPipeline:
     def components(self) -> tuple[Component, ...]:
         """What it is made of, in the order in which mflux saves it."""
         return components_of(self.pipeline)
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """In which it computes here."""
+        with precision():
+            found: mx.Dtype = from_mflux(CONFIG).precision
+        return found
 
     @property
     def steps(self) -> int:
@@ -176,12 +194,14 @@ class MfluxPipeline:
         refused = [name for name in asked if OPTIONS[name] not in takes]
         if refused:
             raise AdapterError(f"{self.name}: its pipeline in mflux takes no {refused[0]}; leave it out")
-        return {OPTIONS[name]: value for name, value in asked.items()}
+        always = {name: value for name, value in ALWAYS.items() if name in takes}
+        return {OPTIONS[name]: value for name, value in asked.items()} | always
 
     def forget_texts(self) -> None:
         """Let texts be encoded anew: mflux keeps what it has encoded, and so would what is quantized since."""
-        if (cache := getattr(self.pipeline, "prompt_cache", None)) is not None:
-            cache.clear()
+        for name in ("prompt_cache", "_prompt_cache"):
+            if (cache := getattr(self.pipeline, name, None)) is not None:
+                cache.clear()
 
     def check_finite(self) -> None:
         """Raise NumericsError, naming the tensor, when a weight holds NaN or infinity."""

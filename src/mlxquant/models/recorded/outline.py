@@ -109,6 +109,7 @@ class _Watch:
 
     def __init__(self, layers: Mapping[str, nn.Module], blocks: Mapping[str, nn.Module]):
         self._layers, self._blocks = layers, blocks
+        self._kinds = {path: known_kind(one) for path, one in layers.items()}  # a watched layer is of another class
         self.began, self.glue = list[str](), dict[str, int]()
         self.readings, self.inputs = dict[str, Reading](), dict[str, mx.array]()
         self.state = 0
@@ -125,7 +126,7 @@ class _Watch:
         returned = run()
         if path in self.readings or not args:
             return returned
-        kind = known_kind(self._layers[path])
+        kind = self._kinds[path]
         inside = next((block for block in self._blocks if is_at(path, block)), None)
         if inside is None:
             self.glue[path] = len(self.began)
