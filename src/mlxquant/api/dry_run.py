@@ -34,6 +34,7 @@ from .pipelines import (
     kept_by_mflux,
     read_recipe,
     require_readable,
+    uncalled,
     uniform,
 )
 
@@ -123,7 +124,7 @@ def _planned(
         return ComponentPlan(component.name, "", weights, before, before, loaded, drawing)
     row = ComponentPlan(component.name, recipe.name, weights, before, half_bytes(module), loaded, drawing)
     kept = kept_by_mflux(component, recipe)
-    if (format := uniform(recipe, component)) is not None:
+    if (format := uniform(recipe, component) or (uncalled(recipe, component) if called is None else None)) is not None:
         chosen = _rounded(component, recipe, kept)
         saved = sum(_saving(one, parse_format(format)) for one in chosen)
         stored = HALF * sum(one.weight.size for one in chosen) - saved

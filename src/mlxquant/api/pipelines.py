@@ -204,7 +204,8 @@ def _quantize(
 ) -> tuple[str, ModuleReport | SizeReport]:
     """One component in place: the path in it of what was calibrated, and what was done."""
     kept = kept_by_mflux(component, recipe)
-    if (format := uniform(recipe, component)) is not None:
+    called = [(path, calls) for path, calls in seen if len(calls)]
+    if (format := uniform(recipe, component) or (None if called else uncalled(recipe, component))) is not None:
         return "", quantize_linears(
             component.module,
             format,
@@ -212,7 +213,6 @@ def _quantize(
             embeddings=any(pattern == EMBEDDINGS for pattern, _ in recipe.rules),
             convolutions=False,
         )
-    called = [(path, calls) for path, calls in seen if len(calls)]
     if not called:
         raise CalibrationError(
             f"{component.name} was not called while the pipeline drew, nor was what holds most of it; give it a recipe"
@@ -279,6 +279,14 @@ def uniform(recipe: Recipe, component: Component) -> str | None:
     if others or spec is None or component.purpose == "transformer" or recipe.allocates or recipe.sensitivity:
         return None
     return str(spec.weight) if spec == spec.plain and spec.activation is None else None
+
+
+def uncalled(recipe: Recipe, component: Component) -> str | None:
+    """The format in which most layers of what reads texts are rounded to nearest where a pipeline calls parts of it one
+    by one, and never what holds most of it; None for a transformer, which has to be called.
+    """
+    usual = recipe.rules[-1][1]
+    return None if usual is None or component.purpose != "text" else str(usual.weight)
 
 
 def is_known(module: nn.Module, path: str) -> bool:

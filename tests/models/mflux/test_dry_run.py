@@ -17,7 +17,7 @@ from mlxquant.sweep.estimate import Work
 
 from support.command_line import fail, succeed
 from support.mflux_checkpoints import FAMILIES, small_models
-from support.mflux_quantized import CALIBRATION, SIZE, dense, quantized
+from support.mflux_quantized import CALIBRATION, SIZE, dense, drawn, quantized
 
 HOW = {"steps": 2, "size": SIZE}
 SHOWN_BY_A_RUN = ("flux3-image-klein", "krea-2", "moss-image-sft", "fibo", "iris-3b")
@@ -65,6 +65,21 @@ def test_calibrated_texts_and_overrides_are_planned_as_they_are_quantized():
     sizes = [(one.after, two.after) for one, two in zip(plan.components, report.components, strict=True)]
     np.testing.assert_allclose(*zip(*sizes, strict=True), rtol=0.01)
     assert plan.components[-1].calls == 2  # the prompt, and what guidance leads away from
+
+
+@mflux
+@slow
+def test_what_is_called_part_by_part_is_rounded_to_nearest():
+    done = quantized("ming-image-design", "rtn-w8a16-g64", text_recipe="gptq-w4a16-g64")
+    with small_models():
+        plan = plan_pipeline(loaded(done.dense), 2, "rtn-w8a16-g64", "gptq-w4a16-g64", **HOW, measure=False)
+    rows = {one.name: one for one in done.report.components}
+    assert {layer.format for layer in rows["heads"].report.layers} == {"w4-g64-bf16"}
+    assert [rows[name].report.calls for name in ("text_encoder", "connector")] == [2, 2]
+    assert {one.name: one.after for one in plan.components}["heads"] == rows["heads"].after
+    with small_models():
+        theirs = MfluxPipeline.load(str(done.out), quantized=True)
+    np.testing.assert_allclose(drawn(theirs), done.after, atol=1.1 / 255)
 
 
 @mflux

@@ -10,6 +10,7 @@ import json
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib import import_module
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,14 @@ from ...errors import AdapterError, ArtifactError, reason
 PREFIX = "mflux:"
 RECORD = "mflux_model.json"  # what 'mflux-save' writes beside the components
 INSTALL = "pip install mflux (on Linux: pip install --no-deps mflux==0.24.0, and what it then lacks; see docs/mflux.md)"
-NEEDS_IMAGES = {  # saved as FLUX.1 is, but its transformer reads channels of an image beside the noise
+NEEDS_IMAGES = {  # and does not say so: saved as FLUX.1 is, or refused by its own pipeline only when it is to draw
     "dev-depth": "a depth map",
     "dev-fill": "an image and a mask",
     "dev-fill-catvton": "an image and a mask",
+    "qwen-image-2.1-controlnet-union": "an image that controls it",
+    "qwen-image-2.1-turbo-controlnet-union": "an image that controls it",
 }
+ASKED = ("self", "seed", "prompt", "num_inference_steps", "width", "height", "guidance", "negative_prompt")
 
 
 @dataclass(frozen=True)
@@ -114,9 +118,20 @@ def _key(name: str) -> str:
     if found[0] not in classes:
         why = from_mflux("models.common.cli.save.UNSUPPORTED_MODELS").get(found[0], "mflux cannot save it")
         raise AdapterError(f"{PREFIX}{found[0]} cannot be written as a folder: {why}")
-    if found[0] in NEEDS_IMAGES:
+    if needs := NEEDS_IMAGES.get(found[0], "") or ", ".join(_beside_prompts(classes[found[0]])):
         raise AdapterError(
-            f"{PREFIX}{found[0]} draws from {NEEDS_IMAGES[found[0]]}, and this draws from prompts alone; record its own"
-            " pipeline with mq.recording (docs/any-module.md)"
+            f"{PREFIX}{found[0]} draws from {needs}, and this draws from prompts alone; record its own pipeline with"
+            " mq.recording (docs/any-module.md)"
         )
     return found[0]
+
+
+def _beside_prompts(pipeline: Any) -> list[str]:
+    """What a pipeline of mflux has to be given beside a prompt."""
+    takes = signature(pipeline.generate_image).parameters
+    more = (Parameter.VAR_KEYWORD, Parameter.VAR_POSITIONAL)
+    return [
+        name
+        for name, one in takes.items()
+        if one.default is Parameter.empty and one.kind not in more and name not in ASKED
+    ]

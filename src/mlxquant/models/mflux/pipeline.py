@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
-from inspect import Parameter, signature
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -179,18 +179,6 @@ class MfluxPipeline:
     def _options(self, asked: dict[str, Any]) -> dict[str, Any]:
         """What was asked for, as this pipeline calls it."""
         takes = signature(self.pipeline.generate_image).parameters
-        needs = [
-            name
-            for name, one in takes.items()
-            if one.default is Parameter.empty
-            and one.kind not in (Parameter.VAR_KEYWORD, Parameter.VAR_POSITIONAL)
-            and name not in ("seed", "prompt", *OPTIONS.values())
-        ]
-        if needs:
-            raise AdapterError(
-                f"{self.name} draws from {', '.join(needs)}, and this draws from prompts alone; record its own pipeline"
-                " with mq.recording (docs/any-module.md)"
-            )
         refused = [name for name in asked if OPTIONS[name] not in takes]
         if refused:
             raise AdapterError(f"{self.name}: its pipeline in mflux takes no {refused[0]}; leave it out")
