@@ -76,9 +76,7 @@ def test_the_picture_is_the_quantized_models(model, calibration, draw, recipe, t
 
 
 def test_an_unquantized_checkpoint_comes_back(sd3_folder, model, tmp_path):
-    """Every tensor of the original, but for the bias of the keys, which DiffusionKit leaves out and softmax does not
-    see.
-    """
+    """Every tensor of the original, but for the bias of the keys, which DiffusionKit leaves out."""
     mq.export(model, tmp_path / "out", "diffusionkit")
     before, after = (mx.load(str(folder / "sd3_medium.safetensors")) for folder in (sd3_folder, tmp_path / "out"))
     assert before.keys() == after.keys()

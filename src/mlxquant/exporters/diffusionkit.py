@@ -29,6 +29,7 @@ from ..numerics.arrays import Array
 from ..numerics.hadamard import regular_hadamard
 from .plain import PlainModule, part_obstacles, refusal
 
+VAE_PREFIX = "first_stage_model."
 MODELS = ("sd3-medium", "sd3-medium-diffusionkit")
 ORDINARY = 2.0**-10  # twice what float16 changes of a number for which it has all its digits
 RENAMED = (  # from DiffusionKit's names of the transformer's parameters to the checkpoint's
@@ -39,18 +40,17 @@ RENAMED = (  # from DiffusionKit's names of the transformer's parameters to the 
     ("attn.o_proj.", "attn.proj."),
     (".layers.", "."),
 )
-FUSED = ("q_proj", "k_proj", "v_proj")  # rows of attn.qkv; DiffusionKit has no bias of k, which softmax does not see
+FUSED = ("q_proj", "k_proj", "v_proj")  # rows of attn.qkv; DiffusionKit has no bias of k
 
 
 def write_diffusionkit(folder: Path, plain: PlainModule, place: str) -> None:
-    """Write the transformer, and the VAE of the checkpoint at ``place``, which DiffusionKit expects in the same
-    file.
+    """Write the transformer, and the VAE of the checkpoint at ``place``, a folder, a hub id or a single file, which
+    DiffusionKit expects in the same file.
     """
-    vae = {
-        name: value
-        for name, value in lazy_tensors(Files(place).path(CHECKPOINT)).items()
-        if not name.startswith(MMDIT_PREFIX)
-    }
+    path = Path(place) if Path(place).is_file() else Files(place).path(CHECKPOINT)
+    vae = {name: value for name, value in lazy_tensors(path).items() if name.startswith(VAE_PREFIX)}
+    if not vae:
+        raise ExportError(f"{path} has no autoencoder ({VAE_PREFIX}*), which DiffusionKit expects in the file")
     mx.save_safetensors(str(folder / CHECKPOINT), {**vae, **checkpoint_arrays(plain.arrays)})
 
 
@@ -78,13 +78,15 @@ def float_module(module: nn.Module, target: str, drop_activations: bool = False)
         raise ExportError(
             f"{broken[0]}: holds values that float16 cannot, in which DiffusionKit keeps weights; leave it unquantized"
         )
+    biases = [name for name in arrays if name.endswith("k_proj.bias")]
+    left = [f"{len(biases)} biases of keys written, which DiffusionKit leaves out"] if biases else []
     if not rounding:
-        return PlainModule(arrays)
+        return PlainModule(arrays, notes=left)
     note = (
         f"{len(rounding)} quantized layers written as float16 numbers: DiffusionKit has no packed SD3-Medium, so the"
         " file is no smaller"
     )
-    notes = [f"{note}; weights are within {max(rounding):.1e} of a layer's largest"]
+    notes = [*left, f"{note}; weights are within {max(rounding):.1e} of a layer's largest"]
     changes = np.concatenate(rows)
     if (coarse := changes > ORDINARY).any():
         notes.append(
