@@ -1,25 +1,17 @@
-"""The whole way of SD3-Medium or SD3.5-Medium at its real size on random weights: seconds, memory and bytes of every
-stage.
+"""The whole way of a picture model at its real size on random weights: seconds, memory and bytes of every stage.
 
-    python benchmarks/sd3_real_size.py --work FOLDER
-    python benchmarks/sd3_real_size.py --work FOLDER --size sd3.5-medium
-    python benchmarks/sd3_real_size.py --work FOLDER --host diffusionkit
+    python benchmarks/real_size.py --model pixart-alpha --work FOLDER
 
-Writes a single file of a transformer of 2.085 or 2.470 B parameters and an autoencoder, calibrates, quantizes, saves,
-loads and draws one picture, each in a process of its own whose peak resident memory is its own, too. Text encoders are
-stubs at their real output shapes, the autoencoder is real. A run that was killed goes on where it was:
-FOLDER/state.json has the finished stages, and calibration and sweep keep their own progress. ``--size tiny`` and
-``--size tiny-3.5`` do the same in seconds. The last line on stdout is one JSON object.
+Writes a folder of the hub's layout (``random_folders``), loads it as a user's, calibrates, quantizes, saves, loads and
+draws one picture, each in a process of its own whose peak resident memory is its own, too. Text encoders are stubs at
+their real output shapes, the VAE is real. A run that was killed goes on where it was: FOLDER/state.json has the
+finished stages, and calibration and sweep keep their own progress. ``--tiny`` does the same in seconds. Each stage is a
+JSON object on stdout as it ends, and the last line is one about all of it.
 
-The projection is for this machine, 512x512 pixels, 50 prompts and 28 steps, from what was measured:
-- one row (a latent with one side of the guidance) through the transformer costs ``12 n d^2 + 2 n^2 d`` multiplications
-  a block for n tokens (a quarter of the latent's pixels, and 333 of text, with DiffusionKit 589) of width d: Linears
-  and attention; a second attention ``4 m d^2 + 2 m^2 d`` for the m tokens of the image;
-- calibration runs prompts x steps rows on each side of the guidance, all of them;
-- in the sweep statistics and comparisons scale with rows and their cost, of which there are as many (picture, step)
-  pairs as the
-  model's own limit has it; rounding the layers does not depend on either;
-- decoding scales with pixels; loading and saving do not change.
+``sd3-medium-diffusionkit`` runs on DiffusionKit's modules, from the files that it downloads (``random_sd3``).
+
+``--torch`` also times diffusers' own forward pass on the same weights against ours (``against_torch``), where torch
+and diffusers are installed.
 """
 
 from __future__ import annotations
@@ -31,7 +23,6 @@ import subprocess
 import sys
 import threading
 import time
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -47,90 +38,84 @@ import mlxquant as mq  # before mlx
 # isort: split
 import mlx.core as mx
 
+from against_torch import compare
 from mlxquant.api import jobs
 from mlxquant.api.model import Model, QuantizedModel
 from mlxquant.calibration.trajectories import Calibration
 from mlxquant.commandline.console import peak_bytes, progress, result, say
 from mlxquant.files import checked
 from mlxquant.files.atomic import atomic_file, ensure_writable
-from mlxquant.models.catalog import adapter_class
 from mlxquant.progress import Progress
 from mlxquant.recipes.grammar import parse_recipe
-from mlxquant.sampling.conditioning import Conditioning
-from random_sd3 import SIZES, Sizes, write_folder
+from random_folders import MODELS, stub_text, write_model
+from random_sd3 import SD3_MEDIUM, TINY, mmdit, parameters, write_folder
 
-CLIP_TOKENS, TOKEN = 77, 4096
-T5_TOKENS = {"native": 256, "diffusionkit": 512}  # by host
-BY_ROWS = ("statistics", "states", "calibrated", "rtn")  # parts of a sweep that run rows through the model
+DIFFUSIONKIT = "sd3-medium-diffusionkit"
+TOKENS, WIDTH = 77 + 512, 4096  # of the text that DiffusionKit's transformer reads
 INTERVAL = 1.0  # seconds between two notes of how long the running stage has taken
 PROMPT = "a tabby cat on a table"
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a work folder is for."""
+    """What a work folder is for; ``pixels`` are of a picture's side."""
 
     work: str
-    size: str
+    model: str
+    tiny: bool
     pixels: int
-    prompts: int
+    num_prompts: int
     steps: int
     recipe: str
-    host: str
 
     @property
     def checkpoint(self) -> Path:
         return Path(self.work) / "checkpoint"
 
     @property
-    def place(self) -> Path:
-        """What the model is loaded from: DiffusionKit's host reads a folder."""
-        return self.checkpoint if self.host == "diffusionkit" else self.checkpoint / SIZES[self.size].file
-
-    @property
     def quantized(self) -> Path:
         return Path(self.work) / "quantized"
+
+    @property
+    def reference(self) -> str:
+        """What ``mq.load`` takes."""
+        host = "diffusionkit:" if self.model == DIFFUSIONKIT else f"{self.model}@"
+        return f"{host}{self.checkpoint}"
 
     def parts(self, stage: str) -> Parts:
         return Parts(Path(self.work) / f"{stage}.parts.json")
 
 
 class StubText:
-    """Text encoders without weights: noise for each prompt, in the shape and about the scale of the real ones."""
+    """DiffusionKit's text encoders without weights, as ``random_folders.stub_text`` is for other hosts."""
 
-    def __init__(self, pooled: int, long: int):
-        self._pooled, self._long = pooled, long
-
-    def __call__(self, prompts: Sequence[str]) -> Conditioning:
-        """As our own host asks."""
-        tokens, pooled = zip(*self.encode(prompts), strict=True)
-        return Conditioning(tokens=mx.stack(list(tokens)), pooled=mx.stack(list(pooled)))
+    def __init__(self, pooled: int):
+        shapes = {"joint_attention_dim": WIDTH, "pooled_projection_dim": pooled}
+        self._encode = stub_text("sd3-medium", shapes)
 
     def encode(self, prompts: Sequence[str]) -> list[tuple[mx.array, mx.array]]:
-        """As DiffusionKit's: token embeddings [77 + long,4096], CLIP's padded with zeros, and pooled embedding [P],
-        float32.
-        """
-        pairs = []
-        for prompt in prompts:
-            random = np.random.default_rng(zlib.crc32(prompt.encode()))
-            tokens = np.zeros((CLIP_TOKENS + self._long, TOKEN), np.float32)
-            tokens[:CLIP_TOKENS, : self._pooled] = random.standard_normal((CLIP_TOKENS, self._pooled), np.float32)
-            tokens[CLIP_TOKENS:] = 0.2 * random.standard_normal((self._long, TOKEN), np.float32)
-            pairs.append((mx.array(tokens), mx.array(random.standard_normal(self._pooled, np.float32))))
-        return pairs
+        """Token embeddings [589,4096] and pooled embedding [P] of each prompt, float32."""
+        found = self._encode(list(prompts))
+        more = TOKENS - found["tokens"].shape[1]
+        tokens = mx.concatenate([found["tokens"], found["tokens"][:, -more:]], axis=1)
+        return list(zip(tokens, found["pooled"], strict=True))
 
 
 def stubbed(model: Model, job: Job) -> Model:
     """A model with stubs for text encoders and the checkpoint's VAE."""
     adapter: Any = model.adapter
-    adapter.place = str(job.place)
-    adapter.components.text = StubText(adapter.config.pooled_text_embed_dim, T5_TOKENS[job.host])
+    adapter.place = str(job.checkpoint)
+    if job.model == DIFFUSIONKIT:
+        adapter.components.text = StubText(adapter.config.pooled_text_embed_dim)
+    else:
+        component, _ = MODELS[job.model].drawing
+        said = json.loads((job.checkpoint / component / "config.json").read_text(encoding="utf-8"))
+        adapter.components.text = stub_text(job.model, said)
     return model
 
 
 def full_precision(job: Job) -> Model:
-    reference = f"diffusionkit:{job.place}" if job.host == "diffusionkit" else str(job.place)
-    return stubbed(mq.load(reference, job.pixels), job)
+    return stubbed(mq.load(job.reference, job.pixels), job)
 
 
 class Parts:
@@ -164,12 +149,17 @@ def size_of(folder: Path) -> int:
 
 
 def write(job: Job) -> dict[str, Any]:
-    write_folder(job.checkpoint, SIZES[job.size], text=False)
-    return {"bytes": size_of(job.checkpoint)}
+    if job.model == DIFFUSIONKIT:
+        sizes = TINY if job.tiny else SD3_MEDIUM
+        write_folder(job.checkpoint, sizes, text=False)
+        count = parameters(mmdit(sizes))
+    else:
+        count = write_model(job.checkpoint, job.model, job.tiny)
+    return {"bytes": size_of(job.checkpoint), "parameters": count}
 
 
 def calibration(model: Model, job: Job, work: Path, bars: Progress) -> Calibration:
-    prompts = model.adapter.prompts("calibration", job.prompts)
+    prompts = model.adapter.prompts("calibration", job.num_prompts)
     return mq.calibrate(model, prompts, job.steps, progress=bars, work=work)
 
 
@@ -199,6 +189,12 @@ def quantize(job: Job) -> dict[str, Any]:
     }
 
 
+def load_exact(job: Job) -> dict[str, Any]:
+    model = full_precision(job)
+    mx.eval(model.adapter.module.parameters())
+    return {"layers": len(model.adapter.layers())}
+
+
 def load(job: Job) -> dict[str, Any]:
     model = mq.load(job.quantized)
     assert isinstance(model, QuantizedModel)
@@ -220,12 +216,19 @@ def draw(job: Job) -> dict[str, Any]:
     return {"parts": parts, "finite": bool(np.isfinite(picture).all()), "std": float(picture.std())}
 
 
+def forward(job: Job) -> dict[str, Any]:
+    return compare(job.checkpoint, job.model, job.pixels)
+
+
+TORCH = "torch"
 STAGES: dict[str, Callable[[Job], dict[str, Any]]] = {
     "write": write,
+    "load-exact": load_exact,
     "calibrate": calibrate,
     "quantize": quantize,
     "load": load,
     "image": draw,
+    TORCH: forward,
 }
 
 
@@ -283,7 +286,8 @@ class State:
 def finish(name: str, job: Job, state: State) -> dict[str, Any]:
     """Run a stage in a process of its own, noting how long it takes; exits when it fails."""
     before, start = state.attempts(name), time.perf_counter()
-    options = [f"--{key}={value}" for key, value in asdict(job).items()]
+    options = [f"--{key.replace('_', '-')}={value}" for key, value in asdict(job).items() if key != "tiny"]
+    options += ["--tiny"] if job.tiny else []
     command = [sys.executable, str(Path(__file__).absolute()), *options, f"--stage={name}"]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     while True:
@@ -300,30 +304,6 @@ def finish(name: str, job: Job, state: State) -> dict[str, Any]:
         sys.exit(f"stage {name} ended with {process.returncode}; run the same command again to go on")
     attempts = [*before, time.perf_counter() - start]
     return {**json.loads(lines[-1]), "attempts": attempts, "process_seconds": sum(attempts)}
-
-
-def row_cost(pixels: int, sizes: Sizes, host: str) -> float:
-    """Multiplications of one row in the mean block."""
-    hidden, image = sizes.hidden, (pixels // 16) ** 2
-    tokens = image + CLIP_TOKENS + T5_TOKENS[host]
-    second = (4.0 * image * hidden**2 + 2.0 * image**2 * hidden) * sizes.dual / sizes.depth
-    return 12.0 * tokens * hidden**2 + 2.0 * tokens**2 * hidden + second
-
-
-def projection(job: Job, stages: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """Seconds for 512x512, 50 prompts and 28 steps on this machine; see the module's docstring."""
-    sizes, rows = SIZES[job.size], 50 * 28
-    cost = row_cost(512, sizes, job.host) / row_cost(job.pixels, sizes, job.host)
-    pairs = min(adapter_class("sd3-medium").samples, rows) / stages["calibrate"]["pairs"]
-    sampling, image = stages["calibrate"]["parts"]["sampling"], stages["image"]["parts"]
-    sweep = sum(stages["quantize"]["parts"].get(part, 0.0) for part in BY_ROWS)
-    return {
-        "calibrate": stages["calibrate"]["process_seconds"] + sampling * (rows / (job.prompts * job.steps) * cost - 1),
-        "quantize": stages["quantize"]["process_seconds"] + sweep * (pairs * cost - 1),
-        "image": (
-            image["load"] + image["sampling"] * 28 / job.steps * cost + image["decoding"] * (512 / job.pixels) ** 2
-        ),
-    }
 
 
 def table(stages: dict[str, dict[str, Any]]) -> str:
@@ -348,28 +328,30 @@ def machine() -> dict[str, Any]:
 
 
 @click.command()
-@click.option("--work", required=True, help="Folder for everything: 6.5 GB at the real size.")
-@click.option("--size", type=click.Choice(list(SIZES)), default="sd3-medium", show_default=True)
+@click.option("--model", required=True, type=click.Choice([*MODELS, DIFFUSIONKIT]))
+@click.option("--work", required=True, help="Folder for everything: 6.5 GB for sd3-medium.")
+@click.option("--tiny", is_flag=True, help="Tiny configurations, in seconds.")
 @click.option("--pixels", default=256, show_default=True, type=click.IntRange(16), help="Of a picture's side.")
-@click.option("--prompts", default=2, show_default=True, type=click.IntRange(1))
+@click.option("--num-prompts", default=2, show_default=True, type=click.IntRange(1))
 @click.option("--steps", default=4, show_default=True, type=click.IntRange(1))
 @click.option("--recipe", default="gptq-w4a8", show_default=True)
-@click.option("--host", default="native", type=click.Choice(list(T5_TOKENS)), show_default=True)
+@click.option("--torch", "torch", is_flag=True, help="Time diffusers' forward pass against ours, too.")
 @click.option("--stage", type=click.Choice(list(STAGES)), hidden=True, help="This stage alone, in this process.")
-def main(stage: str | None, **options: Any) -> None:
-    """Write, calibrate, quantize, load and draw."""
+def main(stage: str | None, torch: bool, **options: Any) -> None:
+    """Write, load, calibrate, quantize, load and draw."""
     job = Job(**options)
-    if job.host == "diffusionkit" and SIZES[job.size].norms:
-        raise click.UsageError(f"DiffusionKit does not run {job.size}; leave --host out")
+    if torch and job.model == DIFFUSIONKIT:
+        raise click.UsageError("--torch is about the folders that diffusers reads; name sd3-medium")
     if stage is not None:
         run_stage(stage, job)
         return
     Path(job.work).mkdir(parents=True, exist_ok=True)
     state = State(job)
     for name in STAGES:
-        if name not in state.stages:
+        if name not in state.stages and (torch or name != TORCH):
             state.save(stages={name: finish(name, job, state)})
-    stages, projected = state.stages, projection(job, state.stages)
+            result({"stage": name, **state.stages[name]})
+    stages = state.stages
     seconds, peak = (
         sum(facts["process_seconds"] for facts in stages.values()),
         max(facts["peak_bytes"] for facts in stages.values()),
@@ -379,12 +361,7 @@ def main(stage: str | None, **options: Any) -> None:
         f"{seconds / 60:.1f} minutes, at most {peak / 1e9:.2f} GB resident, {stages['quantize']['bits_per_weight']:.2f}"
         " bits per weight"
     )
-    say(
-        "projection for 512x512, 50 prompts, 28 steps here: "
-        + ", ".join(f"{k} {v / 60:.0f} min" for k, v in projected.items())
-    )
-    report = {"job": asdict(job), "stages": stages, "seconds": seconds, "peak_bytes": peak, "machine": machine()}
-    result({**report, "projection_512px_50_prompts_28_steps_seconds": projected})
+    result({"job": asdict(job), "stages": stages, "seconds": seconds, "peak_bytes": peak, "machine": machine()})
 
 
 if __name__ == "__main__":
