@@ -15,6 +15,8 @@ from mlxquant.models.pixart.config import PixArtConfig
 from mlxquant.models.pixart.network import PixArt
 from mlxquant.sampling.conditioning import Conditioning
 
+from support import parts
+
 GAIN = 0.8  # of weights: attentions choose between tokens, and float32 still tells five digits
 SMALL = {  # as transformer/config.json has it
     "_class_name": "PixArtTransformer2DModel",
@@ -144,22 +146,26 @@ def small_adapter(name="512", kind=PixArtAlpha, seed=0):
     return adapter
 
 
-def write_pixart(folder, name="512", kind=PixArtAlpha, dtype=mx.float32, seed=0):
-    """A folder as the hub has it, tiny and with random weights; needs the package sentencepiece."""
-    from support import parts
-
+def write_drawing(folder, name="512", kind=PixArtAlpha, dtype=mx.float32, seed=0):
+    """A folder as the hub has it, tiny and with random weights, without text encoder and tokenizer."""
     config = small_config(name)
     network = small_network(config, seed)
     arrays = {
         path: value.transpose(0, 3, 1, 2) if value.ndim == 4 else value for path, value in parameters(network).items()
     }
     parts.write_component(folder, "transformer", config, arrays, stem="diffusion_pytorch_model", dtype=dtype)
-    parts.write_t5(folder, "text_encoder", {**parts.T5, "d_model": config["caption_channels"]})
-    parts.write_t5_tokenizer(folder)
     parts.write_vae(folder)
     (folder / "scheduler").mkdir(parents=True)
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER))
     parts.name_component(folder, "scheduler", SCHEDULER["_class_name"])
     index = json.loads((folder / "model_index.json").read_text())
     parts.write_json(folder / "model_index.json", index | {"_class_name": kind.pipeline})
+    return folder
+
+
+def write_pixart(folder, name="512", kind=PixArtAlpha, dtype=mx.float32, seed=0):
+    """The same with a T5 and its tokenizer, which the package sentencepiece makes."""
+    write_drawing(folder, name, kind, dtype, seed)
+    parts.write_t5(folder, "text_encoder", {**parts.T5, "d_model": SMALL["caption_channels"]})
+    parts.write_t5_tokenizer(folder)
     return folder
