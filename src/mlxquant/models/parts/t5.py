@@ -111,12 +111,13 @@ def needed_shapes(config: dict[str, Any], table: str) -> Shapes:
 
 
 def _taken(weights: Tensors, prefix: str, dtype: mx.Dtype) -> Tensors:
-    """The tensors of a layer, read now, by the rest of their names. They are taken out of ``weights``, which would keep
-    them in memory otherwise.
+    """The tensors of a layer by the rest of their names, read now and one after the other, so that not all of them are in
+    memory as the file has them, too. They are taken out of ``weights``, which would keep them otherwise.
     """
-    names = [name for name in weights if name.startswith(prefix)]
-    found = {name.removeprefix(prefix): weights.pop(name).astype(dtype) for name in names}
-    mx.eval(found)
+    found = {}
+    for name in [name for name in weights if name.startswith(prefix)]:
+        found[name.removeprefix(prefix)] = value = weights.pop(name).astype(dtype)
+        mx.eval(value)
     return found
 
 
