@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from ..errors import AdapterError, ArtifactError, reason
 from ..files.hub import DESCRIPTIONS, hub_description, read_description
 from .adapter import Adapter
-from .checkpoints.open import open_source
+from .checkpoints.open import REPOSITORY, open_source
 from .diffusionkit.files import CHECKPOINT, HUB
 from .pixart.config import ALPHA, SIGMA
 from .unet.config import HUB_IDS as SD15_HUB
@@ -75,7 +75,7 @@ MODELS = {  # by address: an adapter is imported when it is asked for, also one 
 GROUP = "mlxquant.models"  # of entry points: a model's name, and where its adapter is
 Kind = TypeVar("Kind", bound=type[Adapter])
 _registered: dict[str, type[Adapter]] = {}
-HUB_ID = r"[A-Za-z0-9][\w.-]*/[\w.-]+|gpt2(-medium|-large|-xl)?"  # those of OpenAI's go without an owner, too
+HUB_ID = rf"{REPOSITORY}|gpt2(-medium|-large|-xl)?"  # those of OpenAI's go without an owner, too
 
 
 def register_model(kind: Kind) -> Kind:
