@@ -160,6 +160,16 @@ def test_saving_looks_for_what_fits_half_precision_once(tiny, tmp_path, monkeypa
     assert len(asked) == count > 0
 
 
+@pytest.mark.parametrize("file", ["mflux_model.json", "pipeline.json", ""])
+def test_pipelines_of_mflux_are_no_models_here_and_the_error_says_where_they_go(file, tmp_path):
+    if file:
+        (tmp_path / file).write_text("{}")
+    with pytest.raises(
+        AdapterError, match="is a pipeline of mflux, which 'mlxquant quantize', 'export' and 'generate'"
+    ):
+        mq.load(tmp_path if file else "mflux:dev")
+
+
 def test_unknown_models_and_foreign_folders_are_refused(tmp_path):
     with pytest.raises(AdapterError, match="unknown model 'sd9'"):
         mq.load("sd9")

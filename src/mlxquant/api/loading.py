@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from ..errors import ArtifactError
+from ..errors import AdapterError, ArtifactError
 from ..files.checked import kind_of
 from ..files.pickles import refuse_pickle
 from ..models.catalog import pretrained
@@ -13,6 +13,7 @@ from ..sampling.picture_size import PictureSize
 from ..spin_quant import files as spun
 from ..spin_quant.adapter import SpunGPT
 from .model import KIND, Model, QuantizedModel
+from .pipeline_files import is_pipeline
 
 CONTAINERS: dict[str, tuple[str, Callable[[Path], Model]]] = {  # by kind: the file that speaks for a folder, a reader
     KIND: ("model.json", QuantizedModel.load),
@@ -43,9 +44,14 @@ def load(reference: str | Path, size: int | PictureSize | None = None) -> Model:
         The model; a ``QuantizedModel`` where it is one that ``quantize`` made.
 
     Raises:
-        AdapterError: On an unknown name or an impossible size.
+        AdapterError: On an unknown name, an impossible size, or a pipeline of mflux.
         ArtifactError: On a damaged folder, or one that holds something else than a model; the error says what.
     """
+    if is_pipeline(str(reference)):
+        raise AdapterError(
+            f"{reference} is a pipeline of mflux, which 'mlxquant quantize', 'export' and 'generate' take, and"
+            " mq.load_pipeline; 'mlxquant generate --compare' draws two of them side by side"
+        )
     model = _read(Path(reference)) or Model(pretrained(str(reference)))
     if size is not None:
         model.diffusion.resize(size)
