@@ -111,7 +111,7 @@ def needed_shapes(config: dict[str, Any], table: str) -> Shapes:
 
 
 def _taken(weights: Tensors, prefix: str, dtype: mx.Dtype) -> Tensors:
-    """The tensors of a layer by the rest of their names, read now and one after the other, so that not all of them are in
+    """The tensors of a layer by the rest of their names, read now and one after the other, so that few of them are in
     memory as the file has them, too. They are taken out of ``weights``, which would keep them otherwise.
     """
     found = {}
