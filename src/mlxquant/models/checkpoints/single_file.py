@@ -17,7 +17,7 @@ import mlx.core as mx
 
 from ...errors import ArtifactError, reason
 from ...files.hub import lazy_tensors
-from .folder import CONFIGS, DiffusersFolder
+from .folder import DiffusersFolder
 from .source import Source, Tensors
 
 SUFFIX = ".safetensors"
@@ -59,13 +59,15 @@ class Layout:
 class Beside(DiffusersFolder):
     """What lies beside a file: the folders of components, with or without a ``model_index.json``."""
 
-    def __init__(self, folder: Path, pipeline: str):
+    def __init__(self, folder: Path, pipeline: str, repository: Callable[[], str]):
         self.place, self.pipeline = str(folder), pipeline
-        self._folder = folder
+        self._folder, self._repository = folder, repository
 
     def has(self, component: str) -> bool:
-        folder = self._folder / component if self._folder else None
-        return folder is not None and any(folder.glob(f"*{SUFFIX}*"))
+        return (Path(self.place) / component).is_dir()
+
+    def _command(self, name: str) -> str:
+        return f"hf download {self._repository()} --include '{name}' --local-dir {self.place}"
 
 
 class SingleFile(Source):
@@ -100,7 +102,7 @@ class SingleFile(Source):
                 f" bfloat16 or float32: get such a file with '{found.original}'"
             )
         self._own = cache(self._read)  # for their names and shapes: who computes with tensors gets others
-        self._beside = Beside(self._path.parent, self.pipeline)
+        self._beside = Beside(self._path.parent, self.pipeline, self._repository)
         self._hub = cache(self._open_hub)
 
     def has(self, component: str) -> bool:
@@ -112,19 +114,18 @@ class SingleFile(Source):
     def config(self, component: str) -> dict[str, Any]:
         if own := self._own(component):
             return self._layout.configs[component](own)
-        name = CONFIGS.get(component, "config.json")
-        if component == "scheduler" and self._beside.finds(component, name) is None:
+        if component == "scheduler" and not self._beside.has(component):
             return dict(self._layout.scheduler)
-        return self._elsewhere(component, name).config(component)
+        return self._elsewhere(component).config(component)
 
     def tensors(self, component: str) -> Tensors:
         return self._read(component) or self._elsewhere(component).tensors(component)
 
     def file(self, component: str, name: str) -> Path:
-        return self._elsewhere(component, name).file(component, name)
+        return self._elsewhere(component).file(component, name)
 
     def finds(self, component: str, name: str) -> Path | None:
-        return self._beside.finds(component, name) or self._elsewhere(component, name).finds(component, name)
+        return self._elsewhere(component).finds(component, name)
 
     def _read(self, component: str) -> Tensors:
         """A component's tensors in this file, not read yet; empty where it has none."""
@@ -137,16 +138,17 @@ class SingleFile(Source):
                 f" file again with '{self._layout.original}'"
             ) from error
 
-    def _elsewhere(self, component: str, name: str = "") -> Source:
-        """Where a component is, or a file of it, that is not in this file."""
-        if self._beside.finds(component, name) if name else self._beside.has(component):
-            return self._beside
-        return self._hub(component)
+    def _elsewhere(self, component: str) -> Source:
+        """Where a component is that is not in this file: beside it where it has a folder there, else on the hub."""
+        return self._beside if self._beside.has(component) else self._hub(component)
+
+    def _repository(self) -> str:
+        """The repository of the hub that has the rest."""
+        return self._layout.repository(self.config(self._layout.denoiser))
 
     def _open_hub(self, component: str) -> Source:
-        repository = self._layout.repository(self.config(self._layout.denoiser))
         try:
-            return DiffusersFolder(repository)
+            return DiffusersFolder(self._repository())
         except ArtifactError as error:
             raise ArtifactError(
                 f"{self.place} has no {component}, nor a folder {component} beside it; of the hub's {error}"
