@@ -229,7 +229,7 @@ def find_model(reference: str) -> tuple[str, str]:
         if drawn := _of_pipeline(said.get("_class_name"), reference):
             return drawn, _absolute(reference)
         raise _not_run(reference, said)
-    wanted = dict.fromkeys(entry.checkpoint for entry in MODELS.values() if entry.checkpoint)
+    wanted = dict.fromkeys([*(entry.checkpoint for entry in MODELS.values() if entry.checkpoint), DESCRIPTIONS[0]])
     raise ArtifactError(
         f"{folder} holds no model: expected a folder written by 'mlxquant quantize' (model.json), or one with"
         f" {' or '.join(wanted)}"
