@@ -396,6 +396,4 @@ def test_a_folder_may_be_left(sd3_folder, monkeypatch, tmp_path):
 
 def test_a_folder_without_a_model_is_refused(tmp_path):
     assert "sd3_medium.safetensors" in fail("generate", "--model", tmp_path, "--prompt", PROMPT)
-    assert "neither a folder, nor a hub id of a language model, nor one of" in fail(
-        "generate", "--model", "sd4-medium", "--prompt", PROMPT
-    )
+    assert "neither a folder, nor a hub id" in fail("generate", "--model", "sd4-medium", "--prompt", PROMPT)
