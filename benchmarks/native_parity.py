@@ -23,11 +23,12 @@ import mlxquant  # noqa: F401  # before mlx
 import mlx.core as mx
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from support import parts_reference, sd3_reference, unet_reference
+from support import parts_reference, pixart_reference, sd3_reference, unet_reference
 
 Differences = Callable[[Path, str], Mapping[str, float]]
 GROUPS: dict[str, tuple[Mapping[str, object], Differences]] = {  # cases by name, and what measures one in a folder
     "parts": (parts_reference.CASES, parts_reference.differences),
+    "pixart": (pixart_reference.CASES, pixart_reference.differences),  # of pipelines of the largest value
     "sd3": (sd3_reference.CASES, sd3_reference.differences),  # of the largest value
     "sd15": (unet_reference.CASES, unet_reference.differences),  # likewise
 }
