@@ -60,6 +60,9 @@ def test_log_snr_scales_to_the_end(folder, tmp_path):
     found, exact = (picture(tmp_path / f"{name}.png").astype(int) for name in ("snr", "exact"))
     assert found.shape == exact.shape == (64, 64, 3)
     assert 0 < np.abs(found - exact).mean() < 20
+    again = ("--image", tmp_path / "exact.png", "--strength", 0.5, "--output", tmp_path / "again.png")
+    succeed("generate", *named, *drawn, *again)
+    assert 0 < np.abs(picture(tmp_path / "again.png").astype(int) - exact).mean() < 100
     report, _ = succeed("benchmark-final", snr, *named, *FEW, "--out", tmp_path / "bench")
     assert [result["name"] for result in report["results"]] == ["snr"]
     assert report["results"][0]["psnr_db"] > 20
