@@ -1,5 +1,7 @@
 """Transformers, texts and whole pipelines against diffusers': the same latents in, the same sequence of latents out."""
 
+import shutil
+
 import pytest
 
 from mlxquant.models.catalog import find_model
@@ -31,6 +33,9 @@ def test_without_t5_it_says_so_and_reads_zeros(tmp_path, caplog):
     assert tokens.shape == (1, 77 + 256, 80)
     assert not tokens[:, 77:].any()
     assert "has no text_encoder_3 (T5): drawing without it, as diffusers does" in caplog.text
+    shutil.copytree(tmp_path / "with", tmp_path / "left out", ignore=lambda *_: ["text_encoder_3"])
+    adapter.place = str(tmp_path / "left out")
+    assert not adapter.encode(["a cat"])["tokens"][:, 77:].any()
     caplog.clear()
     adapter.place = str(tmp_path / "with")
     assert adapter.encode(["a cat"])["tokens"][:, 77:].any()

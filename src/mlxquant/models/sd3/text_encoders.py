@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 
 import mlx.core as mx
 
 from ...errors import ArtifactError
 from ...sampling.conditioning import Conditioning
+from ..checkpoints.folder import INDEX
 from ..checkpoints.source import Source
 from ..parts.clip import load_clip
 from ..parts.t5 import encode_t5
@@ -42,7 +44,7 @@ def encode(source: Source, prompts: Sequence[str], width: int, dtype: mx.Dtype) 
         ArtifactError: A file is missing or damaged, or the encoders are of another model.
         AdapterError: Without the packages tokenizers or sentencepiece.
     """
-    long = source.has(T5)
+    long = has_t5(source)
     log.info("text encoders for %d prompts: %.2f GB in use", len(prompts), mx.get_active_memory() / 1e9)
     if not long:
         log.warning("%s has no %s (T5): drawing without it, as diffusers does", source.place, T5)
@@ -64,6 +66,12 @@ def encode(source: Source, prompts: Sequence[str], width: int, dtype: mx.Dtype) 
     mx.clear_cache()
     log.info("text encoders released: %.2f GB in use", mx.get_active_memory() / 1e9)
     return found
+
+
+def has_t5(source: Source) -> bool:
+    """Whether a copy has T5: who leaves its folder out of a local one, of 9 to 19 GB, means to draw without it."""
+    folder = Path(source.place)
+    return source.has(T5) and ((folder / T5).is_dir() or not (folder / INDEX).is_file())
 
 
 def _clip(
