@@ -105,7 +105,19 @@ def test_what_mflux_does_not_take_quantized_stays(monkeypatch):
     np.testing.assert_allclose(drawn(theirs), done.after, atol=1.1 / 255)
 
 
-@pytest.mark.parametrize("name", ["z-image-turbo", "ideogram-4-fp8", "ming-image-design"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "schnell",
+        "z-image-turbo",
+        "flux2-klein-4b",
+        "qwen-image",
+        "ernie-image-turbo",
+        "flux3-image-klein",
+        "ideogram-4-fp8",
+        "ming-image-design",
+    ],
+)
 def test_layers_have_bits_of_their_own(name):
     done = quantized(name, "mixed-w4a16-g64")
     written = json.loads((done.out / "export.json").read_text())["layers"]["transformer"]
