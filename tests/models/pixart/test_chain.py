@@ -160,3 +160,12 @@ def test_time_and_variance_are_the_schedulers(adapter):
 def test_conditions_are_for_alpha_alone():
     with pytest.raises(AdapterError, match="pixart-sigma: its transformer reads resolution and aspect ratio"):
         small_adapter("1024", PixArtSigma)
+
+
+def test_prompts_are_read_in_lower_case_and_stripped():
+    adapter, read = small_adapter(), []
+    waves = adapter.components.text
+    adapter.components.text = lambda prompts: read.extend(prompts) or waves(prompts)
+    found = adapter.encode(["  A Cat\n", "a cat", "FOG"])
+    assert read == ["a cat", "fog"]
+    np.testing.assert_array_equal(np.array(found["tokens"][0]), np.array(found["tokens"][1]))
