@@ -110,6 +110,17 @@ def test_weights_keep_their_precision_and_it_computes_in_float32(tmp_path, dtype
     assert {value.dtype for value in parameters(again.module).values()} == {dtype}
 
 
+def test_one_tensor_of_another_precision_does_not_make_the_model_larger(tmp_path):
+    write_drawing(tmp_path, DUAL, mx.float16)
+    path = tmp_path / "transformer" / "diffusion_pytorch_model.safetensors"
+    arrays = mx.load(str(path))
+    arrays["proj_out.bias"] = arrays["proj_out.bias"].astype(mx.float32)
+    mx.eval(arrays)
+    path.unlink()
+    mx.save_safetensors(str(path), arrays)
+    assert {value.dtype for value in parameters(loaded(tmp_path).adapter.module).values()} == {mx.float16}
+
+
 def test_a_scheduler_of_its_own_is_kept(tmp_path):
     write_drawing(tmp_path, MEDIUM, scheduler={**SCHEDULER, "shift": 2.0})
     adapter = loaded(tmp_path).adapter

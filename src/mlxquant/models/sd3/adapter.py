@@ -6,6 +6,7 @@ autoencoder are loaded when they are first needed, and what they were given is e
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any, ClassVar, Self
@@ -140,7 +141,7 @@ class SD3Medium(DiffusionAdapter):
 
     @classmethod
     def pretrained(cls, place: str = "") -> Self:
-        """The model with its weights, in the precision of their file.
+        """The model with its weights, in the precision that most of their file has.
 
         Args:
             place: A folder of the diffusers layout, a hub id, or a single file; "" for the usual hub id.
@@ -160,8 +161,10 @@ class SD3Medium(DiffusionAdapter):
             )
         components.width = config.token_level_text_embed_dim
         weights = from_diffusers(source.tensors("transformer"), config)
-        dtypes = {value.dtype for value in weights.values()}
-        dtype = dtypes.pop() if len(dtypes) == 1 else mx.float32
+        counts = Counter[mx.Dtype]()  # a file may have a table of positions in another precision
+        for value in weights.values():
+            counts[value.dtype] += value.size
+        dtype = max(counts, key=lambda kind: counts[kind]) if counts else mx.float32
         side = min(SIZE, PIXELS * config.patch_size * config.max_latent_resolution)
         adapter = cls(config, components, side, dtype, source.config("scheduler"))
         load_parameters(adapter.module, weights, f"{place}: the transformer")
