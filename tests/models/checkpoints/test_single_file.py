@@ -221,7 +221,7 @@ HOLED = "model.diffusion_model.joint_blocks.1.context_block.mlp.fc2.bias"
     ("name", "write", "message"),
     [
         (FILE, fp8, r"stored in 8 bits, so the file is quantized already \(fp8\).*'hf download stabilityai/"),
-        (FILE, lambda path: path.write_bytes(b"GGUF\3\0\0\0"), "is a GGUF file, quantized already.*expected the full"),
+        (FILE, lambda path: path.write_bytes(b"GGUF\3\0\0\0"), "is a GGUF file, quantized.*had with 'hf download .* or 'hf"),
         ("a.gguf", lambda path: path.write_bytes(b"GGUF\3\0\0\0"), "is a GGUF file"),
         ("a.ckpt", lambda path: path.write_bytes(b"PK\3\4"), "pickles .* are not read: get the same"),
         (FILE, lambda path: path.write_bytes(b"nothing"), "not a safetensors file, or a damaged one"),

@@ -84,7 +84,7 @@ class SingleFile(Source):
             ArtifactError: It is no such file, is quantized already, or is of another family.
         """
         self.place, self._path = place, Path(place)
-        _refuse_other_formats(self._path)
+        _refuse_other_formats(self._path, layouts)
         arrays = lazy_tensors(self._path)
         found = next((layout for layout in layouts if layout.fits(arrays.keys())), None)
         if found is None:
@@ -155,7 +155,7 @@ class SingleFile(Source):
             ) from error
 
 
-def _refuse_other_formats(path: Path) -> None:
+def _refuse_other_formats(path: Path, layouts: Collection[Layout]) -> None:
     """Raise ArtifactError on a file that is not of tensors as safetensors has them."""
     if not path.is_file():
         raise ArtifactError(f"{path}: no such file")
@@ -164,7 +164,7 @@ def _refuse_other_formats(path: Path) -> None:
     if begins == GGUF:
         raise ArtifactError(
             f"{path} is a GGUF file, quantized already for other programs; expected the full-precision model as"
-            " safetensors, a single file or a folder in the layout of diffusers"
+            f" safetensors, which is had with {' or '.join(repr(layout.original) for layout in layouts)}"
         )
     if path.suffix != SUFFIX:
         raise ArtifactError(
