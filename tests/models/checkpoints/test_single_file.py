@@ -187,15 +187,28 @@ def test_a_gated_repository_is_named_with_the_command(tmp_path, monkeypatch, sai
     assert "\n" not in str(caught.value)
 
 
-def fp8(path):
+@pytest.mark.parametrize(
+    ("said", "command"),
+    [
+        (WIDE, "stable-diffusion-3-medium sd3_medium.safetensors"),
+        (LARGE, "stable-diffusion-3.5-large sd3.5_large.safetensors"),
+        (DUAL, "stable-diffusion-3.5-medium sd3.5_medium.safetensors"),
+    ],
+)
+def test_the_command_gets_the_same_model(tmp_path, said, command):
+    fp8(tmp_path / "a.safetensors", said)
+    with pytest.raises(ArtifactError, match=f"'hf download stabilityai/{command}'"):
+        open_source(str(tmp_path / "a.safetensors"))
+
+
+def fp8(path, said=WIDE):
     """A file with one tensor in eight bits."""
-    write_sd3_file(path, WIDE)
+    write_sd3_file(path, said)
     data, name = path.read_bytes(), "model.diffusion_model.joint_blocks.0.x_block.mlp.fc1.weight"
     length = int(np.frombuffer(data[:8], np.uint64)[0])
     header = json.loads(data[8 : 8 + length])
-    start, _ = header[name]["data_offsets"]
-    header[name] |= {"dtype": "F8_E4M3", "shape": [256 * 4, 64]}
-    assert header[name]["data_offsets"] == [start, start + 256 * 64 * 4]
+    rows, columns = header[name]["shape"]
+    header[name] |= {"dtype": "F8_E4M3", "shape": [rows * 4, columns]}  # of as many bytes
     text = json.dumps(header).encode()
     path.write_bytes(np.uint64(len(text)).tobytes() + text + data[8 + length :])
 
@@ -221,7 +234,7 @@ HOLED = "model.diffusion_model.joint_blocks.1.context_block.mlp.fc2.bias"
     ("name", "write", "message"),
     [
         (FILE, fp8, r"stored in 8 bits, so the file is quantized already \(fp8\).*'hf download stabilityai/"),
-        (FILE, lambda path: path.write_bytes(b"GGUF\3\0\0\0"), "is a GGUF file, quantized.*had with 'hf download .* or 'hf"),
+        (FILE, lambda path: path.write_bytes(b"GGUF\3\0\0\0"), "is a GGUF file.*had with 'hf download .* or 'hf"),
         ("a.gguf", lambda path: path.write_bytes(b"GGUF\3\0\0\0"), "is a GGUF file"),
         ("a.ckpt", lambda path: path.write_bytes(b"PK\3\4"), "pickles .* are not read: get the same"),
         (FILE, lambda path: path.write_bytes(b"nothing"), "not a safetensors file, or a damaged one"),

@@ -154,6 +154,6 @@ SD1_FILE = Layout(
     components=("unet", "vae", "text_encoder", "tokenizer", "scheduler"),
     scheduler=SCHEDULER,
     repository=lambda config: "stable-diffusion-v1-5/stable-diffusion-v1-5",
-    original="hf download stable-diffusion-v1-5/stable-diffusion-v1-5 v1-5-pruned-emaonly.safetensors",
+    original=lambda names: "hf download stable-diffusion-v1-5/stable-diffusion-v1-5 v1-5-pruned-emaonly.safetensors",
     denoiser="unet",
 )

@@ -130,6 +130,15 @@ def _repository(config: dict[str, Any]) -> str:
     return MEDIUM if config["qk_norm"] is None else LARGE_35
 
 
+def _original(names: Collection[str]) -> str:
+    """The command that downloads a file like one with tensors of these names."""
+    kind = "large" if any(".ln_q." in name for name in names) else ""
+    kind = "medium" if any(".attn2." in name for name in names) else kind
+    if not kind:
+        return "hf download stabilityai/stable-diffusion-3-medium sd3_medium.safetensors"
+    return f"hf download stabilityai/stable-diffusion-3.5-{kind} sd3.5_{kind}.safetensors"
+
+
 SD3_FILE = Layout(
     pipeline="StableDiffusion3Pipeline",
     title="Stable Diffusion 3 or 3.5 (joint_blocks)",
@@ -154,6 +163,6 @@ SD3_FILE = Layout(
     ),
     scheduler={"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0},
     repository=_repository,
-    original="hf download stabilityai/stable-diffusion-3-medium sd3_medium.safetensors",
+    original=_original,
     together=("text_encoder", "text_encoder_2", "text_encoder_3"),
 )

@@ -38,7 +38,7 @@ class Layout:
         components: All that its pipeline has.
         scheduler: What its scheduler_config.json says.
         repository: The repository of the hub in diffusers' layout that has the rest, by the denoiser's config.
-        original: The command that downloads a file of the family in 16 bits.
+        original: The command that downloads a file of the family in 16 bits, by the names of the tensors of one.
         denoiser: The component that every file has.
         together: Components of which a file that has any wants no other: SD3 draws without T5, too.
     """
@@ -51,7 +51,7 @@ class Layout:
     components: tuple[str, ...]
     scheduler: dict[str, Any]
     repository: Callable[[dict[str, Any]], str]
-    original: str
+    original: Callable[[Collection[str]], str]
     denoiser: str = "transformer"
     together: tuple[str, ...] = ()
 
@@ -99,7 +99,7 @@ class SingleFile(Source):
         if coded is not None:
             raise ArtifactError(
                 f"{place}: {coded} is stored in 8 bits, so the file is quantized already (fp8); expected float16,"
-                f" bfloat16 or float32: get such a file with '{found.original}'"
+                f" bfloat16 or float32: get such a file with '{found.original(arrays.keys())}'"
             )
         self._own = cache(self._read)  # for their names and shapes: who computes with tensors gets others
         self._beside = Beside(self._path.parent, self.pipeline, self._repository)
@@ -129,13 +129,13 @@ class SingleFile(Source):
 
     def _read(self, component: str) -> Tensors:
         """A component's tensors in this file, not read yet; empty where it has none."""
-        take = self._layout.tensors.get(component)
+        take, arrays = self._layout.tensors.get(component), lazy_tensors(self._path)
         try:
-            return {} if take is None else take(lazy_tensors(self._path))
+            return {} if take is None else take(arrays)
         except (KeyError, ValueError, IndexError) as error:
             raise ArtifactError(
                 f"{self.place}: the {component} lacks a tensor or has one of another shape ({reason(error)}); get the"
-                f" file again with '{self._layout.original}'"
+                f" file again with '{self._layout.original(arrays.keys())}'"
             ) from error
 
     def _elsewhere(self, component: str) -> Source:
@@ -164,7 +164,7 @@ def _refuse_other_formats(path: Path, layouts: Collection[Layout]) -> None:
     if begins == GGUF:
         raise ArtifactError(
             f"{path} is a GGUF file, quantized already for other programs; expected the full-precision model as"
-            f" safetensors, which is had with {' or '.join(repr(layout.original) for layout in layouts)}"
+            f" safetensors, which is had with {' or '.join(repr(layout.original(())) for layout in layouts)}"
         )
     if path.suffix != SUFFIX:
         raise ArtifactError(
