@@ -99,7 +99,9 @@ def test_roles(adapter):
     assert roles[f"{first}.transformer_blocks.0.attn1.to_q"] == "attention"
     assert roles[f"{first}.transformer_blocks.0.attn2.to_out.0"] == "attention"
     assert roles[f"{first}.transformer_blocks.0.ff.net.0.proj"] == "mlp"
-    assert roles["up_blocks.0.resnets.0.conv_shortcut"] == roles["up_blocks.0.upsamplers.0.conv"] == "mlp"
+    assert roles["up_blocks.0.resnets.0.conv1"] == roles["up_blocks.0.upsamplers.0.conv"] == "mlp"
+    assert roles["up_blocks.0.resnets.0.conv_shortcut"] == "shortcut"
+    assert adapter.roles()["up_blocks.0.resnets.0.conv_shortcut"].careful
     assert {role.careful for path, role in adapter.roles().items() if "conv1" in path} == {False}
 
 
