@@ -8,6 +8,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
+from mlxquant.layers import fast_cpu
 from mlxquant.layers.fast_cpu import group_norm, silu
 from mlxquant.models.parts.group_norm import GroupNorm
 
@@ -55,3 +56,24 @@ def test_gradient_of_group_norm():
     own.weight, own.bias = weight, bias
     found = mx.grad(lambda a: (group_norm(a, weight, bias, 3, 1e-6) * towards).sum())(x)
     np.testing.assert_allclose(found, mx.grad(lambda a: (own(a) * towards).sum())(x), atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [None, 0.3])
+def test_attention_in_pieces_is_the_same_and_so_is_its_gradient(monkeypatch, scale):
+    """Some queries at a time, of one head: where there are many, less memory and half of the time."""
+    q, k, v = (
+        mx.array(RNG.standard_normal(s).astype(np.float32)) for s in ((2, 3, 37, 8), (2, 3, 11, 8), (2, 3, 11, 5))
+    )
+    towards = mx.array(RNG.standard_normal((2, 3, 37, 5)).astype(np.float32))
+
+    def both():
+        value = fast_cpu.attention(q, k, v, scale)
+        slopes = mx.grad(lambda *a: (fast_cpu.attention(*a, scale) * towards).sum(), argnums=(0, 1, 2))(q, k, v)
+        return [np.array(x) for x in (value, *slopes)]
+
+    whole = both()
+    monkeypatch.setattr(fast_cpu, "probabilities", None)  # none that are held at once
+    monkeypatch.setattr(fast_cpu, "MANY", 2 * 3 * 37 * 11 - 1)
+    monkeypatch.setattr(fast_cpu, "SOME", 11 * 8)
+    for one, other in zip(both(), whole, strict=True):
+        np.testing.assert_allclose(one, other, atol=5e-6)

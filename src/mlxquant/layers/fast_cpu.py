@@ -214,6 +214,29 @@ def probabilities(q: mx.array, k: mx.array, scale: float | None = None, mask: mx
     return mx.where(seen, softmax(mx.where(seen, scores, LEAST)), 0)
 
 
+MANY, SOME = 2**22, 2**19  # probabilities that are not all held at once, and how many are then
+
+
+def _in_pieces(q: mx.array, k: mx.array, v: mx.array, scale: float | None) -> mx.array:
+    """``probabilities(q, k, scale) v``, some queries of one head at a time: pages of memory that are new to the process
+    cost more than the arithmetic, and those of a piece are used again.
+    """
+    rows = max(1, SOME // k.shape[2])
+    q = q.astype(mx.float32) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    samples = []
+    for one, keys, values in zip(q, k.astype(mx.float32).swapaxes(-1, -2), v, strict=True):
+        heads = []
+        for head in range(q.shape[1]):
+            pieces = []
+            for start in range(0, q.shape[2], rows):
+                scores = one[head, start : start + rows] @ keys[head]
+                exponentials = _exponentials(scores, mx.stop_gradient(scores.max(axis=-1, keepdims=True)))
+                pieces.append((exponentials @ values[head]) / exponentials.sum(axis=-1, keepdims=True))
+            heads.append(mx.concatenate(pieces))
+        samples.append(mx.stack(heads))
+    return mx.stack(samples)
+
+
 def attention(
     q: mx.array, k: mx.array, v: mx.array, scale: float | None = None, mask: mx.array | None = None
 ) -> mx.array:
@@ -221,6 +244,8 @@ def attention(
     elsewhere MLX's own.
     """
     if _is_fast(q):
+        if mask is None and q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] > MANY:
+            return _in_pieces(q, k, v, scale)
         return probabilities(q, k, scale, mask) @ v
     factor = q.shape[-1] ** -0.5 if scale is None else scale
     if mask is None:
