@@ -59,8 +59,9 @@ def first_hub_file(repository: str, names: Sequence[str], extra: str, instead: s
         try:
             return Path(hub.hf_hub_download(repository, name))
         except Exception as error:  # the hub's, httpx's and xet's errors have no base in common
-            if not isinstance(error, hub.errors.EntryNotFoundError):
-                raise ArtifactError(repository + _refusal(hub, error, repository, name, names, instead)) from error
+            if isinstance(error, hub.errors.EntryNotFoundError):
+                continue
+            raise ArtifactError(repository + _refusal(hub, error, repository, name, names, instead)) from error
     return None
 
 
