@@ -10,7 +10,7 @@ import numpy as np
 
 from mlxquant.layers.tree import parameters
 from mlxquant.models.pixart.adapter import PixArtAlpha
-from mlxquant.models.pixart.components import Components
+from mlxquant.models.pixart.components import PixArtComponents
 from mlxquant.models.pixart.config import PixArtConfig
 from mlxquant.models.pixart.network import PixArt
 from mlxquant.sampling.conditioning import Conditioning
@@ -98,7 +98,7 @@ SCHEDULER = {  # as scheduler/scheduler_config.json of the hub's folders
 LENGTH = 9  # of prompts, for stubs
 
 
-class StubComponents(Components):
+class StubComponents(PixArtComponents):
     """Text without an encoder: a word is a wave, padding is loud. A picture is made of the first channels of latents,
     eight pixels each.
     """

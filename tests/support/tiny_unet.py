@@ -8,7 +8,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlxquant.models.unet.adapter import StableDiffusion
-from mlxquant.models.unet.components import Components
+from mlxquant.models.unet.components import CLIPComponents
 from mlxquant.models.unet.config import UNetConfig
 from mlxquant.models.unet.network import UNet
 from mlxquant.sampling.conditioning import Conditioning
@@ -107,7 +107,7 @@ class StubSource:
         return {}
 
 
-class Stub(Components):
+class Stub(CLIPComponents):
     """Pictures without an autoencoder: the first channels of latents, eight pixels each."""
 
     source = StubSource()

@@ -68,7 +68,7 @@ def test_the_usual_places(monkeypatch):
         asked.append(components.place)
         raise ArtifactError("no network")
 
-    monkeypatch.setattr("mlxquant.models.pixart.components.Components.source", property(remember))
+    monkeypatch.setattr("mlxquant.models.latent.Components.source", property(remember))
     for kind, place in ((PixArtAlpha, ""), (PixArtAlpha, ALPHA[1]), (PixArtSigma, "")):
         with pytest.raises(ArtifactError, match="no network"):
             kind.pretrained(place)

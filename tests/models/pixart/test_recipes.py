@@ -54,7 +54,7 @@ def uncompiled():
 @pytest.fixture(autouse=True)
 def stubbed(monkeypatch):
     """Models that are loaded have stubs around them, too."""
-    monkeypatch.setattr("mlxquant.models.pixart.adapter.Components", StubComponents)
+    monkeypatch.setattr("mlxquant.models.pixart.adapter.PixArtComponents", StubComponents)
 
 
 def short(recipe):

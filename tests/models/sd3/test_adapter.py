@@ -14,7 +14,7 @@ from PIL import Image
 from mlxquant.errors import AdapterError, ArtifactError
 from mlxquant.layers.tree import parameters
 from mlxquant.models import catalog
-from mlxquant.models.sd3.adapter import Components, SD3Medium, SD35Large, SD35LargeTurbo, SD35Medium
+from mlxquant.models.sd3.adapter import SD3Components, SD3Medium, SD35Large, SD35LargeTurbo, SD35Medium
 from mlxquant.sampling.schedulers import FlowEuler
 
 from support.adapter_contract import AdapterContract
@@ -206,7 +206,7 @@ def test_an_autoencoder_of_another_model_is_refused(tmp_path):
 
 def test_the_command_draws_from_a_picture(tmp_path, monkeypatch):
     """As the function does; without much strength the picture stays what it was."""
-    monkeypatch.setattr(Components, "_encode", lambda self, prompts: stub_text(prompts))
+    monkeypatch.setattr(SD3Components, "_encode", lambda self, prompts: stub_text(prompts))
     write_drawing(tmp_path / "sd3", MEDIUM)
     Image.new("RGB", (48, 96), "red").save(tmp_path / "red.png")
     drawing = ("--model", tmp_path / "sd3", "--prompt", "a cat", "--steps", 5, "--seed", 3, "--size", "96x64")

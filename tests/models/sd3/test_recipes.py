@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from mlxquant.layers.attention import QuantizedAttention
-from mlxquant.models.sd3.adapter import Components, SD35Medium
+from mlxquant.models.sd3.adapter import SD3Components, SD35Medium
 from mlxquant.recipes.grammar import parse_recipe
 
 from support.command_line import succeed
@@ -46,7 +46,7 @@ def folder(tmp_path_factory):
 def stubbed():
     """Every model has a stub for text encoders, and MLX's compiler, which takes longer than all else here, is off."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Components, "_encode", lambda self, prompts: stub_text(prompts))
+        patch.setattr(SD3Components, "_encode", lambda self, prompts: stub_text(prompts))
         mx.disable_compile()
         yield
         mx.enable_compile()

@@ -55,7 +55,7 @@ def uncompiled():
 @pytest.fixture(autouse=True)
 def stubbed(monkeypatch):
     """Models that are loaded have stubs around them, too."""
-    monkeypatch.setattr("mlxquant.models.unet.adapter.Components", Stub)
+    monkeypatch.setattr("mlxquant.models.unet.adapter.CLIPComponents", Stub)
 
 
 def short(recipe):

@@ -8,27 +8,22 @@ nearest of 33 sizes, to scale and crop the picture afterwards: at the model's ow
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
 import mlx.core as mx
-import numpy as np
-import numpy.typing as npt
 
 from ...errors import AdapterError
 from ...files import schema
 from ...grids.time import Clock
-from ...sampling.conditioning import Conditioning
 from ...sampling.parameterizations import Parameterization
-from ...sampling.picture_size import LARGEST, PictureSize, plain
-from ...sampling.prompts import Prompt, packaged_prompts
+from ...sampling.picture_size import LARGEST, plain
 from ...sampling.scheduler_config import parameterization_from_config, scheduler_from_config
-from ..diffusion import DiffusionAdapter
 from ..edges import Edge
+from ..latent import LatentAdapter
 from ..parts.loading import fill, in_place
-from ..stages import Stage
 from .chain import PATCHES, pixart_edges, pixart_role, pixart_stages
-from .components import Components
+from .components import PixArtComponents
 from .config import ALPHA, CONFIG, SIGMA, PixArtConfig
 from .network import PixArt
 
@@ -39,7 +34,7 @@ UNUSED = (  # what folders of older releases also have: a caption that drops the
 )
 
 
-class PixArtAlpha(DiffusionAdapter):
+class PixArtAlpha(LatentAdapter):
     """PixArt-α, for 512 or for 1024 pixels, whichever ``transformer/config.json`` says.
 
     Attributes:
@@ -69,7 +64,7 @@ class PixArtAlpha(DiffusionAdapter):
     conditioned: ClassVar[bool] = True
 
     def __init__(
-        self, config: PixArtConfig, scheduler: Scheduler, pixels: int, components: Components, dtype: mx.Dtype
+        self, config: PixArtConfig, scheduler: Scheduler, pixels: int, components: PixArtComponents, dtype: mx.Dtype
     ):
         """Without weights.
 
@@ -108,7 +103,7 @@ class PixArtAlpha(DiffusionAdapter):
             ArtifactError: A file is missing or damaged; it says how to get it.
             AdapterError: It is another model's, or a config asks for something that is not supported.
         """
-        components = Components(place or cls.hub_ids[0], cls.length)
+        components = PixArtComponents(place or cls.hub_ids[0], cls.length)
         source = components.source
         if source.pipeline != cls.pipeline:
             raise AdapterError(
@@ -130,16 +125,11 @@ class PixArtAlpha(DiffusionAdapter):
 
     @classmethod
     def blank(cls, description: Mapping[str, Any]) -> Self:
-        config, components = PixArtConfig.from_config(description["config"]), Components("", cls.length)
+        config, components = PixArtConfig.from_config(description["config"]), PixArtComponents("", cls.length)
         dtype = getattr(mx, description["dtype"])
         adapter = cls(config, dict(description["scheduler"]), description["pixels"], components, dtype)
         adapter.resize(description["size"])
         return adapter
-
-    def twin(self) -> Self:
-        twin = super().twin()
-        twin.components = self.components
-        return twin
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -150,41 +140,12 @@ class PixArtAlpha(DiffusionAdapter):
             "dtype": str(self.dtype).rpartition(".")[2],
         }
 
-    @property
-    def place(self) -> str:
-        return self.components.place
-
-    @place.setter
-    def place(self, place: str) -> None:
-        self.components = Components(place or self.hub_ids[0], self.length)
-
-    @property
-    def size(self) -> PictureSize:
-        return self.latent_shape[1] * self.pixels, self.latent_shape[0] * self.pixels
-
     def latent_of(self, width: int, height: int) -> tuple[int, int, int]:
         multiple = self.pixels * self.config.patch_size
         for side in (width, height):
             if side % multiple or side < multiple:
                 raise AdapterError(f"{self.name} draws sides of a multiple of {multiple} pixels; {side} is none")
         return height // self.pixels, width // self.pixels, self.config.in_channels
-
-    @property
-    def stages(self) -> tuple[Stage, ...]:
-        return self._stages
-
-    def encode(self, prompts: Sequence[str]) -> Conditioning:
-        return self.components.encoded(prompts)
-
-    def generate(self, *arguments: Any, **options: Any) -> mx.array:
-        self.components.source.config("vae")  # missed now, not after the last step
-        return super().generate(*arguments, **options)
-
-    def decode(self, latent: mx.array) -> npt.NDArray[np.float32]:
-        return np.array(mx.clip(self.components.autoencoder.decode(latent) / 2 + 0.5, 0, 1), np.float32)
-
-    def latents(self, pictures: npt.NDArray[np.float32]) -> mx.array:
-        return self.components.autoencoder.encode(mx.array(pictures) * 2 - 1)
 
     def role(self, path: str) -> str:
         return pixart_role(path)
@@ -194,9 +155,6 @@ class PixArtAlpha(DiffusionAdapter):
 
     def edges(self) -> tuple[Edge, ...]:
         return pixart_edges(self.config)
-
-    def prompts(self, purpose: str, count: int, seed: int = 0) -> list[Prompt]:
-        return packaged_prompts(self.name, purpose, count, seed)
 
 
 class PixArtSigma(PixArtAlpha):

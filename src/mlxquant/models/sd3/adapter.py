@@ -7,13 +7,9 @@ autoencoder are loaded when they are first needed, and what they were given is e
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from functools import cached_property
 from typing import Any, ClassVar, Self
 
 import mlx.core as mx
-import numpy as np
-import numpy.typing as npt
 
 from ...errors import AdapterError, ArtifactError
 from ...files import schema
@@ -21,18 +17,15 @@ from ...files.parameters import load_parameters
 from ...grids.time import Clock
 from ...sampling.conditioning import Conditioning
 from ...sampling.picture_size import LARGEST, PictureSize, picture_size, plain
-from ...sampling.prompts import Prompt, packaged_prompts
 from ...sampling.scheduler_config import scheduler_from_config
 from ..checkpoints.source import Source
-from ..diffusion import DiffusionAdapter
 from ..diffusionkit.files import HUB
 from ..edges import Edge
+from ..latent import Components, LatentAdapter
 from ..mmdit.chain import PATCHES, mmdit_edges, mmdit_role, mmdit_stages
 from ..mmdit.config import CONFIG, MMDiTConfig
 from ..mmdit.network import MMDiT
-from ..parts.autoencoder import AutoencoderKL, load_autoencoder
-from ..prompt_memory import PromptMemory
-from ..stages import Stage
+from ..parts.autoencoder import AutoencoderKL
 from .names import config_from_diffusers, from_diffusers
 from .source import open_sd3
 from .text_encoders import encode
@@ -42,26 +35,23 @@ PIXELS = 8  # of a picture's side, for one of a latent
 DTYPES = ("float16", "bfloat16", "float32")
 SCHEDULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}  # of every SD3 so far
 
-Encode = Callable[[list[str]], Conditioning]
 
+class SD3Components(Components):
+    """Three text encoders, of which T5 may be missing, and an autoencoder.
 
-class Components:
-    """What stands around the transformer: text encoders and autoencoder. Adapters that differ in the transformer alone
-    share one of these.
-
-    Attributes:
+    Args:
         place: The folder, file or hub id that they are loaded from.
         width: Channels of a text token.
-        text: What encodes prompts: the model's own encoders, or whatever is put here.
     """
 
     def __init__(self, place: str, width: int):
-        self.place, self.width = place, width
-        self.text: Encode = self._encode
-        self._memory = PromptMemory()
+        super().__init__(place)
+        self.width = width
 
-    @cached_property
-    def source(self) -> Source:
+    def at(self, place: str) -> Self:
+        return type(self)(place, self.width)
+
+    def _opened(self) -> Source:
         return open_sd3(self.place)
 
     def _encode(self, prompts: list[str]) -> Conditioning:
@@ -69,14 +59,8 @@ class Components:
         dtype = mx.float32 if mx.default_device() == mx.cpu else mx.float16
         return encode(self.source, prompts, self.width, dtype)
 
-    def encoded(self, prompts: Sequence[str]) -> Conditioning:
-        """Conditioning of prompts, float32; each is encoded once, and the encoders are released in between."""
-        found = self._memory.encoded(prompts, self.text)
-        return Conditioning(**{name: value.astype(mx.float32) for name, value in {**found}.items()})
-
-    @cached_property
-    def autoencoder(self) -> AutoencoderKL:
-        found = load_autoencoder(self.source, "vae", mx.float32)
+    def _decoder(self) -> AutoencoderKL:
+        found = super()._decoder()
         if found.factor != PIXELS:
             raise ArtifactError(
                 f"{self.place}: a latent of its autoencoder is {found.factor} pixels wide, expected {PIXELS} as in"
@@ -85,7 +69,7 @@ class Components:
         return found
 
 
-class SD3Medium(DiffusionAdapter):
+class SD3Medium(LatentAdapter):
     """SD3-Medium: two billion parameters, no norms of queries and keys."""
 
     name = "sd3-medium"
@@ -106,7 +90,7 @@ class SD3Medium(DiffusionAdapter):
     def __init__(
         self,
         config: MMDiTConfig,
-        components: Components,
+        components: SD3Components,
         size: int | PictureSize,
         dtype: mx.Dtype = mx.float16,
         scheduler: dict[str, Any] = SCHEDULER,
@@ -151,7 +135,7 @@ class SD3Medium(DiffusionAdapter):
             AdapterError: A package is not installed, or its scheduler is not supported.
         """
         place = place or cls.hub_ids[0]
-        components = Components(place, 0)
+        components = SD3Components(place, 0)
         source = components.source
         config = config_from_diffusers(source.config("transformer"), place)
         if not cls._is(config):
@@ -173,14 +157,9 @@ class SD3Medium(DiffusionAdapter):
     @classmethod
     def blank(cls, description: dict[str, Any]) -> Self:
         config = MMDiTConfig.from_dict(description["config"])
-        components = Components(cls.hub_ids[0], config.token_level_text_embed_dim)
+        components = SD3Components(cls.hub_ids[0], config.token_level_text_embed_dim)
         dtype = getattr(mx, description.get("dtype", "float16"))
         return cls(config, components, description["size"], dtype, description.get("scheduler", SCHEDULER))
-
-    def twin(self) -> Self:
-        twin = super().twin()
-        twin.components = self.components
-        return twin
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -189,18 +168,6 @@ class SD3Medium(DiffusionAdapter):
             "dtype": str(self.dtype).rpartition(".")[2],
             "scheduler": self.sampling,
         }
-
-    @property
-    def place(self) -> str:
-        return self.components.place
-
-    @place.setter
-    def place(self, place: str) -> None:
-        self.components = Components(place or self.hub_ids[0], self.components.width)
-
-    @property
-    def size(self) -> PictureSize:
-        return self.latent_shape[1] * PIXELS, self.latent_shape[0] * PIXELS
 
     def latent_of(self, width: int, height: int) -> tuple[int, int, int]:
         multiple = PIXELS * self.config.patch_size
@@ -212,24 +179,6 @@ class SD3Medium(DiffusionAdapter):
                 )
         return height // PIXELS, width // PIXELS, self.config.vae_latent_dim
 
-    @property
-    def stages(self) -> tuple[Stage, ...]:
-        return self._stages
-
-    def encode(self, prompts: Sequence[str]) -> Conditioning:
-        return self.components.encoded(prompts)
-
-    def generate(self, *arguments: Any, **options: Any) -> mx.array:
-        self.components.source.config("vae")  # missed now, not after the last step
-        return super().generate(*arguments, **options)
-
-    def decode(self, latent: mx.array) -> npt.NDArray[np.float32]:
-        pictures = self.components.autoencoder.decode(latent).astype(mx.float32)
-        return np.array(mx.clip(pictures / 2 + 0.5, 0, 1), np.float32)
-
-    def latents(self, pictures: npt.NDArray[np.float32]) -> mx.array:
-        return self.components.autoencoder.encode(mx.array(pictures) * 2 - 1).astype(mx.float32)
-
     def role(self, path: str) -> str:
         return mmdit_role(path)
 
@@ -238,9 +187,6 @@ class SD3Medium(DiffusionAdapter):
 
     def edges(self) -> tuple[Edge, ...]:
         return mmdit_edges(self.config)
-
-    def prompts(self, purpose: str, count: int, seed: int = 0) -> list[Prompt]:
-        return packaged_prompts(self.name, purpose, count, seed)
 
 
 class SD35Medium(SD3Medium):

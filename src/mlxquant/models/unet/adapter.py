@@ -6,26 +6,21 @@ file. The UNet keeps the precision of its file and computes in float32 between i
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Self
 
 import mlx.core as mx
-import numpy as np
-import numpy.typing as npt
 
 from ...errors import AdapterError
 from ...files import schema
 from ...grids.time import Clock
-from ...sampling.conditioning import Conditioning
 from ...sampling.picture_size import LARGEST, PictureSize, picture_size, plain
-from ...sampling.prompts import Prompt, packaged_prompts
 from ...sampling.scheduler_config import parameterization_from_config, scheduler_from_config
-from ..diffusion import DiffusionAdapter
 from ..edges import Edge
+from ..latent import LatentAdapter
 from ..parts.loading import fill, in_place
-from ..stages import Stage
 from .chain import unet_edges, unet_role, unet_stages
-from .components import Components
+from .components import CLIPComponents
 from .config import CONFIG, HUB_IDS, UNetConfig
 from .network import UNet
 
@@ -33,7 +28,7 @@ HUB, GONE = HUB_IDS
 SIDE = 64  # of latents where the UNet's config does not say
 
 
-class StableDiffusion(DiffusionAdapter):
+class StableDiffusion(LatentAdapter):
     name = "sd15"
     STRUCTURE = schema.entries(
         {
@@ -55,7 +50,7 @@ class StableDiffusion(DiffusionAdapter):
         self,
         config: UNetConfig,
         scheduler: Mapping[str, Any],
-        components: Components,
+        components: CLIPComponents,
         size: int | PictureSize,
         pixels: int = 8,
         dtype: mx.Dtype = mx.float32,
@@ -98,7 +93,7 @@ class StableDiffusion(DiffusionAdapter):
             ArtifactError: A file is missing or damaged; it says how to get it.
             AdapterError: It holds another model, or a config asks for something that is not supported.
         """
-        components = Components(HUB if place in ("", GONE) else place, 0)
+        components = CLIPComponents(HUB if place in ("", GONE) else place, 0)
         source = components.source
         config = UNetConfig.from_dict(source.config("unet"), f"{source.place}: unet/config.json")
         components.width = config.cross_attention_dim
@@ -121,14 +116,9 @@ class StableDiffusion(DiffusionAdapter):
     @classmethod
     def blank(cls, description: dict[str, Any]) -> Self:
         config = UNetConfig.from_dict(description["config"])
-        components = Components(HUB, config.cross_attention_dim)
+        components = CLIPComponents(HUB, config.cross_attention_dim)
         dtype = getattr(mx, description["dtype"])
         return cls(config, description["scheduler"], components, description["size"], description["pixels"], dtype)
-
-    def twin(self) -> Self:
-        twin = super().twin()
-        twin.components = self.components
-        return twin
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -139,47 +129,14 @@ class StableDiffusion(DiffusionAdapter):
             "dtype": str(self.dtype).rpartition(".")[2],
         }
 
-    @property
-    def place(self) -> str:
-        return self.components.place
-
-    @place.setter
-    def place(self, place: str) -> None:
-        self.components = Components(place or HUB, self.config.cross_attention_dim)
-
-    @property
-    def size(self) -> PictureSize:
-        return self.latent_shape[1] * self.pixels, self.latent_shape[0] * self.pixels
-
     def latent_of(self, width: int, height: int) -> tuple[int, int, int]:
         for side in (width, height):
             if side % self.pixels or side < self.pixels:
                 raise AdapterError(f"{self.name} draws sides of a multiple of {self.pixels} pixels; {side} is none")
         return height // self.pixels, width // self.pixels, self.config.in_channels
 
-    @property
-    def stages(self) -> tuple[Stage, ...]:
-        return self._stages
-
-    def encode(self, prompts: Sequence[str]) -> Conditioning:
-        return self.components.encoded(prompts)
-
-    def generate(self, *arguments: Any, **options: Any) -> mx.array:
-        self.components.source.config("vae")  # missed now, not after the last step
-        return super().generate(*arguments, **options)
-
-    def decode(self, latent: mx.array) -> npt.NDArray[np.float32]:
-        pictures = self.components.autoencoder.decode(latent).astype(mx.float32)
-        return np.array(mx.clip(pictures / 2 + 0.5, 0, 1), np.float32)
-
-    def latents(self, pictures: npt.NDArray[np.float32]) -> mx.array:
-        return self.components.autoencoder.encode(mx.array(pictures) * 2 - 1).astype(mx.float32)
-
     def role(self, path: str) -> str:
         return unet_role(path)
 
     def edges(self) -> tuple[Edge, ...]:
         return self._edges
-
-    def prompts(self, purpose: str, count: int, seed: int = 0) -> list[Prompt]:
-        return packaged_prompts(self.name, purpose, count, seed)

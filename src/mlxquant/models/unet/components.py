@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from functools import cached_property
+from typing import Self
 
 import mlx.core as mx
 
 from ...errors import AdapterError, ArtifactError
 from ...sampling.conditioning import Conditioning
-from ..checkpoints.open import open_source
 from ..checkpoints.source import Source
-from ..parts.autoencoder import AutoencoderKL, load_autoencoder
+from ..latent import Components
 from ..parts.clip import load_clip
 from ..parts.tokenizers import clip_tokenizer
-from ..prompt_memory import PromptMemory
 
 PIPELINE = "StableDiffusionPipeline"
 CHUNK = 8  # prompts that go through the text encoder at once
@@ -23,26 +20,24 @@ CHUNK = 8  # prompts that go through the text encoder at once
 log = logging.getLogger("mlxquant")
 
 
-class Components:
-    """Text encoder and autoencoder of a source. Adapters that differ in the UNet alone share one of these.
+class CLIPComponents(Components):
+    """A CLIP text encoder and an autoencoder.
 
     Args:
         place: The folder, file or hub id that they are loaded from.
         width: Channels of a text token, as the UNet reads them.
-
-    Attributes:
-        text: What encodes prompts: the model's own encoder, or whatever is put here.
     """
 
     def __init__(self, place: str, width: int):
-        self.place, self.width = place, width
-        self.text: Callable[[list[str]], Conditioning] = self._encode
-        self._memory = PromptMemory()
+        super().__init__(place)
+        self.width = width
 
-    @cached_property
-    def source(self) -> Source:
+    def at(self, place: str) -> Self:
+        return type(self)(place, self.width)
+
+    def _opened(self) -> Source:
         """Raises AdapterError where another pipeline's model is there."""
-        found = open_source(self.place)
+        found = super()._opened()
         if found.pipeline != PIPELINE:
             raise AdapterError(
                 f"{self.place} holds a model of diffusers' {found.pipeline or 'that names no pipeline'}; expected one"
@@ -67,11 +62,3 @@ class Components:
                 " of the two is another model's"
             )
         return Conditioning(text=text)
-
-    def encoded(self, prompts: Sequence[str]) -> Conditioning:
-        """Text tokens [B,77,E] float32; each prompt is encoded once, and the encoder is released in between."""
-        return Conditioning(text=self._memory.encoded(prompts, self.text)["text"].astype(mx.float32))
-
-    @cached_property
-    def autoencoder(self) -> AutoencoderKL:
-        return load_autoencoder(self.source, "vae", mx.float32)
