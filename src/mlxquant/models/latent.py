@@ -15,8 +15,10 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
+from ..files import schema
+from ..files.schema import Schema
 from ..sampling.conditioning import Conditioning
-from ..sampling.picture_size import PictureSize
+from ..sampling.picture_size import LARGEST, PictureSize, plain
 from ..sampling.prompts import Prompt, packaged_prompts
 from .checkpoints.open import open_source
 from .checkpoints.source import Source
@@ -75,6 +77,22 @@ def _single(value: mx.array) -> mx.array:
     return value.astype(mx.float32) if mx.issubdtype(value.dtype, mx.floating) else value
 
 
+SIDES = schema.either(schema.array_of(schema.whole(1, LARGEST), 2, 2), schema.whole(1, LARGEST))
+
+
+def described(config: Schema) -> Schema:
+    """What ``LatentAdapter.describe`` gives, of a network with such a config."""
+    return schema.entries(
+        {
+            "config": config,
+            "scheduler": schema.table_of(schema.anything),
+            "size": SIDES,
+            "pixels": schema.whole(1, 64),
+            "dtype": schema.floating,
+        }
+    )
+
+
 class LatentAdapter(DiffusionAdapter):
     """What such hosts have in common. A host sets the attributes, and ``latent_shape``.
 
@@ -82,17 +100,33 @@ class LatentAdapter(DiffusionAdapter):
         components: What stands around the network.
         pixels: Of a picture's side, for one of a latent.
         dtype: Of the network's weights.
+        config: Of the network.
+        sampling: What scheduler_config.json says.
     """
 
+    batch = 2
+    samples = 64
+    rows = 2
     components: Components
     pixels: int = 8
     dtype: mx.Dtype
+    config: Any
+    sampling: dict[str, Any]
     _stages: tuple[Stage, ...]
 
     def twin(self) -> Self:
         twin = super().twin()
         twin.components = self.components
         return twin
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "config": self.config.to_dict(),
+            "scheduler": self.sampling,
+            "size": plain(self.size),
+            "pixels": self.pixels,
+            "dtype": str(self.dtype).rpartition(".")[2],
+        }
 
     @property
     def place(self) -> str:

@@ -14,13 +14,11 @@ from typing import Any, ClassVar, Self
 import mlx.core as mx
 
 from ...errors import AdapterError
-from ...files import schema
 from ...grids.time import Clock
 from ...sampling.parameterizations import Parameterization
-from ...sampling.picture_size import LARGEST, plain
 from ...sampling.scheduler_config import parameterization_from_config, scheduler_from_config
 from ..edges import Edge
-from ..latent import LatentAdapter
+from ..latent import LatentAdapter, described
 from ..parts.loading import fill, in_place
 from .chain import PATCHES, pixart_edges, pixart_role, pixart_stages
 from .components import PixArtComponents
@@ -44,21 +42,10 @@ class PixArtAlpha(LatentAdapter):
     """
 
     name = "pixart-alpha"
-    STRUCTURE = schema.entries(
-        {
-            "config": CONFIG,
-            "scheduler": schema.table_of(schema.anything),
-            "size": schema.either(schema.array_of(schema.whole(1, LARGEST), 2, 2), schema.whole(1, LARGEST)),
-            "pixels": schema.whole(1, 64),
-            "dtype": schema.floating,
-        }
-    )
+    STRUCTURE = described(CONFIG)
     hub_ids = ALPHA
     cfg = 4.5
     steps = 20
-    batch = 2
-    samples = 64
-    rows = 2
     pipeline: ClassVar[str] = "PixArtAlphaPipeline"
     length: ClassVar[int] = 120
     conditioned: ClassVar[bool] = True
@@ -130,15 +117,6 @@ class PixArtAlpha(LatentAdapter):
         adapter = cls(config, dict(description["scheduler"]), description["pixels"], components, dtype)
         adapter.resize(description["size"])
         return adapter
-
-    def describe(self) -> dict[str, Any]:
-        return {
-            "config": self.config.to_dict(),
-            "scheduler": self.sampling,
-            "size": plain(self.size),
-            "pixels": self.pixels,
-            "dtype": str(self.dtype).rpartition(".")[2],
-        }
 
     def latent_of(self, width: int, height: int) -> tuple[int, int, int]:
         multiple = self.pixels * self.config.patch_size

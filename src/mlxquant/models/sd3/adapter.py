@@ -16,12 +16,12 @@ from ...files import schema
 from ...files.parameters import load_parameters
 from ...grids.time import Clock
 from ...sampling.conditioning import Conditioning
-from ...sampling.picture_size import LARGEST, PictureSize, picture_size, plain
+from ...sampling.picture_size import PictureSize, picture_size, plain
 from ...sampling.scheduler_config import scheduler_from_config
 from ..checkpoints.source import Source
 from ..diffusionkit.files import HUB
 from ..edges import Edge
-from ..latent import Components, LatentAdapter
+from ..latent import SIDES, Components, LatentAdapter
 from ..mmdit.chain import PATCHES, mmdit_edges, mmdit_role, mmdit_stages
 from ..mmdit.config import CONFIG, MMDiTConfig
 from ..mmdit.network import MMDiT
@@ -76,16 +76,13 @@ class SD3Medium(LatentAdapter):
     STRUCTURE = schema.entries(
         {
             "config": CONFIG,
-            "size": schema.either(schema.array_of(schema.whole(1, LARGEST), 2, 2), schema.whole(1, LARGEST)),
+            "size": SIDES,
         },
         {"dtype": schema.one_of(*DTYPES), "scheduler": schema.table_of(schema.anything)},
     )
     hub_ids: ClassVar[tuple[str, ...]] = ("stabilityai/stable-diffusion-3-medium-diffusers", HUB)
     shift = 3.0
     cfg = 5.0
-    batch = 2
-    samples = 64
-    rows = 2
 
     def __init__(
         self,

@@ -12,12 +12,11 @@ from typing import Any, Self
 import mlx.core as mx
 
 from ...errors import AdapterError
-from ...files import schema
 from ...grids.time import Clock
-from ...sampling.picture_size import LARGEST, PictureSize, picture_size, plain
+from ...sampling.picture_size import PictureSize, picture_size
 from ...sampling.scheduler_config import parameterization_from_config, scheduler_from_config
 from ..edges import Edge
-from ..latent import LatentAdapter
+from ..latent import LatentAdapter, described
 from ..parts.loading import fill, in_place
 from .chain import unet_edges, unet_role, unet_stages
 from .components import CLIPComponents
@@ -30,21 +29,10 @@ SIDE = 64  # of latents where the UNet's config does not say
 
 class StableDiffusion(LatentAdapter):
     name = "sd15"
-    STRUCTURE = schema.entries(
-        {
-            "config": CONFIG,
-            "scheduler": schema.table_of(schema.anything),
-            "size": schema.either(schema.array_of(schema.whole(1, LARGEST), 2, 2), schema.whole(1, LARGEST)),
-            "pixels": schema.whole(1, 64),
-            "dtype": schema.floating,
-        }
-    )
+    STRUCTURE = described(CONFIG)
     hub_ids = HUB_IDS
     cfg = 7.5
     steps = 50
-    batch = 2
-    samples = 64
-    rows = 2
 
     def __init__(
         self,
@@ -119,15 +107,6 @@ class StableDiffusion(LatentAdapter):
         components = CLIPComponents(HUB, config.cross_attention_dim)
         dtype = getattr(mx, description["dtype"])
         return cls(config, description["scheduler"], components, description["size"], description["pixels"], dtype)
-
-    def describe(self) -> dict[str, Any]:
-        return {
-            "config": self.config.to_dict(),
-            "scheduler": self.sampling,
-            "size": plain(self.size),
-            "pixels": self.pixels,
-            "dtype": str(self.dtype).rpartition(".")[2],
-        }
 
     def latent_of(self, width: int, height: int) -> tuple[int, int, int]:
         for side in (width, height):
