@@ -3,18 +3,17 @@
 import mlxquant as mq  # before mlx
 
 # isort: split
-from dataclasses import replace
 
 import mlx.core as mx
-import numpy as np
 import pytest
 
 from mlxquant.layers.attention import QuantizedAttention
 from mlxquant.models.pixart.adapter import PixArtAlpha
-from mlxquant.recipes.grammar import parse_recipe
 
+from support.picture_recipes import check_to_a_picture, short
 from support.pixart import StubComponents, small_adapter
 
+TIMED = ("*.attn2.to_[qk]=w8a8", "*=w8a16")  # a network a layer
 RECIPES = {  # and how far a prediction may move, of itself
     "rtn-w4a8": 0.2,
     "rtn-w8a16": 0.02,
@@ -57,32 +56,10 @@ def stubbed(monkeypatch):
     monkeypatch.setattr("mlxquant.models.pixart.adapter.PixArtComponents", StubComponents)
 
 
-def short(recipe):
-    """Without most of its learning, which takes minutes and is not what is asked here."""
-    few = ["*.attn2.to_[qk]=w8a8", "*=w8a16"] if "+tdq" in recipe or "+logsnr" in recipe else []  # a network a layer
-    parsed = parse_recipe(recipe, few)
-    return replace(parsed, learning=replace(parsed.learning, iterations=8))
-
-
-def predicted(adapter):
-    text = adapter.encode([prompt.text for prompt in adapter.prompts("evaluation", 2)])
-    noise = mx.random.normal((2, *adapter.latent_shape), key=mx.random.key(1))
-    return np.array(adapter.velocity(noise, text, 0.6))
-
-
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_from_calibration_to_a_picture(model, calib, recipe, tmp_path):
-    prompts = model.adapter.prompts("evaluation", 2)
-    quantized = mq.quantize(model, calib, short(recipe))
-    assert set(quantized.layers) == set(model.adapter.layers())
-    found, exact = predicted(quantized.adapter), predicted(model.adapter)
-    moved = np.linalg.norm(found - exact) / np.linalg.norm(exact)
-    assert 1e-4 < moved < RECIPES[recipe]
-    images = quantized.images(prompts, steps=STEPS)
-    assert images.shape == (2, 96, 64, 3)
-    again = mq.QuantizedModel.load(quantized.save(tmp_path / "model"))
-    assert type(again.adapter) is PixArtAlpha
-    np.testing.assert_array_equal(again.images(prompts, steps=STEPS), images)
+    assert (type(model.adapter), model.adapter.size) == (PixArtAlpha, (64, 96))
+    check_to_a_picture(model, calib, short(recipe, TIMED), RECIPES[recipe], STEPS, tmp_path / "model")
 
 
 def test_opened_attentions_keep_the_mask(model, calib):

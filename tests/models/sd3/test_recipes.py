@@ -5,7 +5,6 @@ again; and the six steps.
 import mlxquant as mq  # before mlx
 
 # isort: split
-from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
@@ -13,12 +12,13 @@ import pytest
 
 from mlxquant.layers.attention import QuantizedAttention
 from mlxquant.models.sd3.adapter import SD3Components, SD35Medium
-from mlxquant.recipes.grammar import parse_recipe
 
 from support.command_line import succeed
+from support.picture_recipes import check_to_a_picture, short
 from support.sd3_folder import stub_text, write_drawing
 from support.sd3_transformers import DUAL
 
+TIMED = ("*.attn2.[qk]_proj=w8a8", "*=w8a16")  # a network a layer
 RECIPES = {  # and how far a prediction may move, of itself
     "rtn-w4a8": 0.3,
     "rtn-w8a16": 0.02,
@@ -62,32 +62,10 @@ def calib(model):
     return mq.calibrate(model, 2, STEPS)
 
 
-def short(recipe):
-    """Without most of its learning, which takes minutes and is not what is asked here."""
-    few = ["*.attn2.[qk]_proj=w8a8", "*=w8a16"] if "+tdq" in recipe or "+logsnr" in recipe else []  # a network a layer
-    parsed = parse_recipe(recipe, few)
-    return replace(parsed, learning=replace(parsed.learning, iterations=8))
-
-
-def predicted(adapter):
-    text = adapter.encode([prompt.text for prompt in adapter.prompts("evaluation", 2)])
-    noise = mx.random.normal((2, *adapter.latent_shape), key=mx.random.key(1))
-    return np.array(adapter.velocity(noise, text, 0.6))
-
-
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_from_calibration_to_a_picture(model, calib, recipe, tmp_path):
-    prompts = model.adapter.prompts("evaluation", 2)
-    quantized = mq.quantize(model, calib, short(recipe))
-    assert set(quantized.layers) == set(model.adapter.layers())
-    found, exact = predicted(quantized.adapter), predicted(model.adapter)
-    moved = np.linalg.norm(found - exact) / np.linalg.norm(exact)
-    assert 1e-4 < moved < RECIPES[recipe]
-    images = quantized.images(prompts, steps=STEPS)
-    assert images.shape == (2, 64, 64, 3)
-    again = mq.QuantizedModel.load(quantized.save(tmp_path / "model"))
-    assert type(again.adapter) is SD35Medium
-    np.testing.assert_array_equal(again.images(prompts, steps=STEPS), images)
+    assert (type(model.adapter), model.adapter.size) == (SD35Medium, (64, 64))
+    check_to_a_picture(model, calib, short(recipe, TIMED), RECIPES[recipe], STEPS, tmp_path / "model")
 
 
 def test_both_attentions_are_opened(model, calib):

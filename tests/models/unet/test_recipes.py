@@ -3,10 +3,8 @@
 import mlxquant as mq  # before mlx
 
 # isort: split
-from dataclasses import replace
 
 import mlx.core as mx
-import numpy as np
 import pytest
 
 from mlxquant.layers.attention import QuantizedAttention
@@ -14,8 +12,8 @@ from mlxquant.layers.convolutions import QuantizedConv2d
 from mlxquant.layers.linear import QuantizedLinear
 from mlxquant.layers.tree import get_module
 from mlxquant.models.unet.adapter import StableDiffusion
-from mlxquant.recipes.grammar import parse_recipe
 
+from support.picture_recipes import check_to_a_picture, short
 from support.tiny_unet import FEW, Stub, small_adapter
 
 TIMED = ("mid_block.resnets.0.conv1=w8a8", "mid_block.*attn2.to_q=w8a8", "*=w8a16")  # two layers with a network each
@@ -58,32 +56,10 @@ def stubbed(monkeypatch):
     monkeypatch.setattr("mlxquant.models.unet.adapter.CLIPComponents", Stub)
 
 
-def short(recipe):
-    """Without most of its learning, which takes minutes and is not what is asked here."""
-    parsed = parse_recipe(recipe, TIMED if "tdq" in recipe or "logsnr" in recipe else ())
-    return replace(parsed, learning=replace(parsed.learning, iterations=8))
-
-
-def predicted(adapter):
-    text = adapter.encode([prompt.text for prompt in adapter.prompts("evaluation", 2)])
-    noise = mx.random.normal((2, *adapter.latent_shape), key=mx.random.key(1))
-    return np.array(adapter.velocity(noise, text, 0.6))
-
-
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_from_calibration_to_a_picture(model, calib, recipe, tmp_path):
-    prompts = model.adapter.prompts("evaluation", 2)
-    quantized = mq.quantize(model, calib, short(recipe))
-    assert set(quantized.layers) == set(model.adapter.layers())
-    found, exact = predicted(quantized.adapter), predicted(model.adapter)
-    moved = np.linalg.norm(found - exact) / np.linalg.norm(exact)
-    assert 1e-4 < moved < RECIPES[recipe]
-    images = quantized.images(prompts, steps=STEPS)
-    assert images.shape == (2, 64, 64, 3)
-    again = mq.QuantizedModel.load(quantized.save(tmp_path / "model"))
-    assert type(again.adapter) is StableDiffusion
-    assert again.adapter.scheduler == model.adapter.scheduler
-    np.testing.assert_array_equal(again.images(prompts, steps=STEPS), images)
+    assert (type(model.adapter), model.adapter.size) == (StableDiffusion, (64, 64))
+    check_to_a_picture(model, calib, short(recipe, TIMED), RECIPES[recipe], STEPS, tmp_path / "model")
 
 
 def test_layers_of_every_kind_and_those_that_want_care(model, calib):
