@@ -20,13 +20,13 @@ import mlxquant as mq  # before mlx, so that MLX gets a fast BLAS
 import mlx.core as mx
 
 from mlxquant.api.model import Model
+from mlxquant.calibration.passes import Passes
 from mlxquant.commandline.console import progress, result, say
 from mlxquant.metrics.psnr import psnr
 from mlxquant.sampling.guidance import guided
 from mlxquant.sampling.prompts import Prompt
 from mlxquant.sampling.sampler import SamplerStep, sample, seeded_noise
 from mlxquant.sweep.sensitivity import measure
-from mlxquant.sweep.streams import Passes
 
 WINDOW = 4
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from .calibration.passes import Passes
 from .commandline.console import Command, during_command, peak_bytes, progress, result, say
 from .commandline.options import COUNT, PATH, model_option, option, seed_option, verbose_option
 from .errors import AdapterError
@@ -28,7 +29,6 @@ from .recipes.grammar import parse_spec, parse_template
 from .recipes.recipe import Recipe
 from .sweep.layer import Preset
 from .sweep.sensitivity import measured
-from .sweep.streams import Passes
 from .sweep.sweep import Sweep
 from .sweep.trial import Job
 

@@ -9,6 +9,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlxquant.calibration.passes import Passes
 from mlxquant.calibration.trajectories import Calibration, collect
 from mlxquant.errors import AdapterError
 from mlxquant.grids.time import log_snr
@@ -17,7 +18,6 @@ from mlxquant.sampling.pndm import PNDM
 from mlxquant.sampling.schedulers import DDIM, DPMSolver, Euler, EulerAncestral, FlowEuler
 from mlxquant.sampling.schedules import Training
 from mlxquant.sweep.sensitivity import measure
-from mlxquant.sweep.streams import Passes
 
 from support.other_host import Host
 from support.tiny_pictures import tiny_adapter

@@ -42,13 +42,13 @@ import pytest
 from PIL import Image
 
 import mlxquant as mq
+from mlxquant.calibration.passes import Passes
 from mlxquant.commandline import cli
 from mlxquant.files.checked import file_digest
 from mlxquant.layers.tree import set_module
 from mlxquant.pipeline.quant_config import QuantConfig
 from mlxquant.pipeline.samples import Samples
 from mlxquant.pipeline.weight_files import WeightFiles
-from mlxquant.sweep.streams import Passes
 
 from support.command_line import succeed
 from support.six_steps import files, tiny_model

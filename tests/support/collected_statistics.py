@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 
 import mlxquant as mq
+from mlxquant.calibration.passes import Passes
 from mlxquant.layers.tree import tapped
 from mlxquant.numerics.input_ranges import RANGE_BATCH
 from mlxquant.sweep.collecting import Collector
 from mlxquant.sweep.inputs import may_shift
 from mlxquant.sweep.sensitivity import Sensitivity, measure
-from mlxquant.sweep.streams import Passes
 
 
 @dataclass

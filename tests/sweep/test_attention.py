@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 
 import mlxquant as mq
+from mlxquant.calibration.passes import Passes
 from mlxquant.errors import NumericsError, RecipeError
 from mlxquant.layers.attention import QuantizedAttention, ShownAttention, SoftmaxAttention
 from mlxquant.layers.tree import set_module, swapped
 from mlxquant.sweep.attention import VALUES, SeenProbabilities, quantize_probabilities
-from mlxquant.sweep.streams import Passes, stage_error
+from mlxquant.sweep.streams import stage_error
 
 from support.tiny_pictures import tiny_adapter
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import mlxquant as mq
+from mlxquant.calibration.passes import Passes
 from mlxquant.errors import ArtifactError, RecipeError
 from mlxquant.grids.reading import round_through
 from mlxquant.grids.tables import ActivationTable
@@ -23,7 +24,7 @@ from mlxquant.sweep import store
 from mlxquant.sweep import sweep as sweeping
 from mlxquant.sweep.reconstruction import Minibatch, Reconstruction, SoftLayer
 from mlxquant.sweep.rounding import Rounding
-from mlxquant.sweep.streams import ExactStream, Passes
+from mlxquant.sweep.streams import ExactStream
 from mlxquant.sweep.sweep import Sweep
 from mlxquant.sweep.trial import Job
 

@@ -11,11 +11,11 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
+from mlxquant.calibration.passes import Passes
 from mlxquant.errors import NumericsError
 from mlxquant.layers.tree import get_module, swapped
 from mlxquant.models.stages import Stage
 from mlxquant.sweep.sensitivity import Sensitivity, measure
-from mlxquant.sweep.streams import Passes
 
 from support.synthetic_chain import Chain
 from support.tiny_pictures import tiny_adapter

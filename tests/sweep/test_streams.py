@@ -7,8 +7,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlxquant.calibration.passes import Passes
 from mlxquant.errors import AdapterError
-from mlxquant.sweep.streams import Deviation, ExactStream, Passes, stage_error
+from mlxquant.sweep.streams import Deviation, ExactStream, stage_error
 from mlxquant.sweep.sweep import best_of
 from mlxquant.sweep.trial import Trial
 

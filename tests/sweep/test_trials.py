@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 
 import mlxquant as mq
+from mlxquant.calibration.passes import Passes
 from mlxquant.layers.tree import parameters, swapped, tapped
 from mlxquant.numerics.transform import Transform
 from mlxquant.recipes.grammar import parse_recipe
 from mlxquant.sweep.rounding import Rounding
 from mlxquant.sweep.sensitivity import Sensitivity
-from mlxquant.sweep.streams import ExactStream, Passes, stage_error
+from mlxquant.sweep.streams import ExactStream, stage_error
 from mlxquant.sweep.trial import Job
 
 from support.tiny_pictures import tiny_adapter

@@ -16,6 +16,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
+from ..calibration.passes import Passes
 from ..errors import ArtifactError
 from ..files import schema
 from ..files.checked import understood
@@ -24,7 +25,7 @@ from ..models.stages import Stage, State
 from ..numerics.arrays import Array
 from ..sampling.guidance import FACTS, Guidance, sides
 from ..sampling.prompts import LARGEST_SEED
-from ..sweep.streams import ExactStream, Passes
+from ..sweep.streams import ExactStream
 from .ledger import Ledger
 from .samples import MANIFEST, Samples, check_source, sample_name
 

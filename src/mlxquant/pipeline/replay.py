@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..calibration.passes import Passes
 from ..calibration.trajectories import Calibration
 from ..errors import AdapterError, NumericsError
 from ..files import checked
@@ -23,7 +24,6 @@ from ..progress import Progress, silent
 from ..report.ranges import RangeCurves, draw_ranges
 from ..sweep.inputs import may_shift
 from ..sweep.sensitivity import measure
-from ..sweep.streams import Passes
 from .activation_stats import COMMAND, INDEX_KIND, KIND, STATISTICS, ActivationStats, array_name, index_name
 from .collecting import Picks, StepCollector, StepInputs
 from .ledger import Ledger

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import mlx.core as mx
 import numpy as np
 
+from ..calibration.passes import Passes
 from ..errors import NumericsError, RecipeError
 from ..layers.attention import QuantizedAttention, ShownAttention, find_quantized_attentions
 from ..layers.tree import swapped
@@ -19,7 +20,6 @@ from ..methods import registry
 from ..models.stages import Stage, State
 from ..numerics.arrays import Array
 from ..numerics.input_ranges import InputRanges, RunningRanges
-from .streams import Passes
 
 VALUES = 2**12  # of the probabilities of a batch, drawn to look at
 

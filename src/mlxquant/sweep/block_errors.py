@@ -15,11 +15,11 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from ..calibration.passes import Passes, channel_errors, energy
 from ..errors import NumericsError
 from ..layers.tree import get_module, swapped
 from ..models.stages import Stage, State, written
 from ..numerics.arrays import Array
-from .streams import Passes, channel_errors, energy
 
 DISTURBANCE = 0.01  # of the root mean square of a layer's output
 

@@ -17,6 +17,7 @@ from typing import Any, cast
 import mlx.core as mx
 import numpy as np
 
+from ..calibration.passes import Passes
 from ..errors import AdapterError
 from ..grids.reading import Entry, TokenReader, represented
 from ..layers.embeddings import QuantizedEmbedding
@@ -29,7 +30,7 @@ from ..numerics.arrays import Array
 from ..progress import Progress, silent
 from .layer import Rounded
 from .store import Layers
-from .streams import ChannelCosts, Passes, Teacher
+from .streams import ChannelCosts, Teacher
 
 
 @dataclass

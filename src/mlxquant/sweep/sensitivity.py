@@ -31,6 +31,7 @@ import mlx.nn as nn
 import numpy as np
 
 from ..calibration.data import CalibrationData, OnDemand
+from ..calibration.passes import Passes
 from ..errors import NumericsError
 from ..files.kept_arrays import Measurements
 from ..layers.kinds import known_kind
@@ -39,7 +40,6 @@ from ..models.adapter import Adapter
 from ..models.stages import Stage, State, tensors, written
 from ..numerics.arrays import Array
 from .block_errors import block_errors
-from .streams import Passes
 
 LEVELS, BY_BLOCKS = "/sigma", "/by_blocks"  # among tables
 

@@ -33,6 +33,7 @@ import mlx.nn as nn
 import numpy as np
 
 from ..calibration.data import CalibrationData, OnDemand
+from ..calibration.passes import Passes
 from ..errors import NumericsError, RecipeError
 from ..files.kept_arrays import Measurements
 from ..layers.tree import set_module, swapped
@@ -48,7 +49,7 @@ from .reconstruction import Reconstruction, reconstruct_stage
 from .rounding import Rounding
 from .sensitivity import measured, sensitivity_job
 from .store import Attentions, StageCheckpoint, StageResult, Store
-from .streams import ChannelCosts, Deviation, ExactStream, Passes
+from .streams import ChannelCosts, Deviation, ExactStream
 from .trial import NEAREST, Job, Transforms, Trial
 
 Replaced = Callable[[str, nn.Module, nn.Module], None]

@@ -11,6 +11,7 @@ from typing import Any
 
 import mlx.nn as nn
 
+from ..calibration.passes import Passes
 from ..models.adapter import Adapter
 from ..models.edges import Edge, Fold
 from ..models.stages import State
@@ -20,7 +21,7 @@ from .folding import Gains, foldable, remaining
 from .layer import Preset, Rounded
 from .sensitivity import Sensitivity
 from .store import Attentions, Layers
-from .streams import Passes, Teacher
+from .streams import Teacher
 
 
 @dataclass(frozen=True)
