@@ -22,11 +22,11 @@ import mlx.core as mx
 from mlxquant.api.model import Model
 from mlxquant.calibration.passes import Passes
 from mlxquant.commandline.console import progress, result, say
+from mlxquant.curvature.sensitivity import measure
 from mlxquant.metrics.psnr import psnr
 from mlxquant.sampling.guidance import guided
 from mlxquant.sampling.prompts import Prompt
 from mlxquant.sampling.sampler import SamplerStep, sample, seeded_noise
-from mlxquant.sweep.sensitivity import measure
 
 WINDOW = 4
 

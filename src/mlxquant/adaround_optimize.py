@@ -12,6 +12,7 @@ import click
 from .calibration.passes import Passes
 from .commandline.console import Command, during_command, peak_bytes, progress, result, say
 from .commandline.options import COUNT, PATH, model_option, option, seed_option, verbose_option
+from .curvature.sensitivity import measured
 from .errors import AdapterError
 from .files import checked
 from .files.checked import file_digest
@@ -28,7 +29,6 @@ from .pipeline.weight_files import CONFIG, KIND, WeightFiles
 from .recipes.grammar import parse_spec, parse_template
 from .recipes.recipe import Recipe
 from .sweep.layer import Preset
-from .sweep.sensitivity import measured
 from .sweep.sweep import Sweep
 from .sweep.trial import Job
 

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from mlxquant.calibration.passes import Passes
+from mlxquant.curvature.sensitivity import measure
 from mlxquant.errors import AdapterError
 from mlxquant.layers.tree import parameters
 from mlxquant.models.catalog import register_model
 from mlxquant.models.stages import tensors
 from mlxquant.sweep import rounding, sweep
-from mlxquant.sweep.sensitivity import measure
 from mlxquant.sweep.streams import ExactStream, stage_error
 
 from support.adapter_contract import AdapterContract

@@ -11,13 +11,13 @@ import pytest
 
 from mlxquant.calibration.passes import Passes
 from mlxquant.calibration.trajectories import Calibration, collect
+from mlxquant.curvature.sensitivity import measure
 from mlxquant.errors import AdapterError
 from mlxquant.grids.time import log_snr
 from mlxquant.sampling.parameterizations import Parameterization
 from mlxquant.sampling.pndm import PNDM
 from mlxquant.sampling.schedulers import DDIM, DPMSolver, Euler, EulerAncestral, FlowEuler
 from mlxquant.sampling.schedules import Training
-from mlxquant.sweep.sensitivity import measure
 
 from support.other_host import Host
 from support.tiny_pictures import tiny_adapter

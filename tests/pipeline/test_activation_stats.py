@@ -12,6 +12,7 @@ import pytest
 from mlx.utils import tree_map
 
 from mlxquant.calibration.passes import Passes
+from mlxquant.curvature.sensitivity import measure
 from mlxquant.errors import AdapterError, ArtifactError, CalibrationError, NumericsError
 from mlxquant.layers.tree import Tap, tapped
 from mlxquant.models.shapes.adapter import MMDiTShapes
@@ -22,7 +23,6 @@ from mlxquant.pipeline.activation_stats import ActivationStats
 from mlxquant.pipeline.collecting import MovingCentre, Picks
 from mlxquant.pipeline.replay import HIST_EDGES
 from mlxquant.pipeline.samples import Samples
-from mlxquant.sweep.sensitivity import measure
 
 from support.six_steps import draw_in_process, files
 from support.tiny_pictures import TINY, tiny_adapter

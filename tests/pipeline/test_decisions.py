@@ -8,6 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlxquant.curvature.sensitivity import Sensitivity
 from mlxquant.errors import CalibrationError, RecipeError
 from mlxquant.layers.tree import get_module
 from mlxquant.methods.inputs.tiers import OutputErrors, lowered, relative_errors
@@ -15,7 +16,6 @@ from mlxquant.pipeline.decisions import decide
 from mlxquant.pipeline.divisions import try_division
 from mlxquant.sweep.folding import divide
 from mlxquant.sweep.inputs import LayerInput, Options, decide_input
-from mlxquant.sweep.sensitivity import Sensitivity
 
 from support.collected_statistics import Stats, collect
 from support.tiny_pictures import tiny_adapter

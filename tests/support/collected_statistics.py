@@ -8,11 +8,11 @@ import mlx.core as mx
 
 import mlxquant as mq
 from mlxquant.calibration.passes import Passes
+from mlxquant.curvature.sensitivity import Sensitivity, measure
 from mlxquant.layers.tree import tapped
 from mlxquant.numerics.input_ranges import RANGE_BATCH
 from mlxquant.sweep.collecting import Collector
 from mlxquant.sweep.inputs import may_shift
-from mlxquant.sweep.sensitivity import Sensitivity, measure
 
 
 @dataclass

@@ -3,6 +3,6 @@
 GROUND = ["_blas", "_interrupt", "errors", "progress"]  # what any folder may import
 FOLDERS = [  # a folder imports only from those before it
     "files", "numerics", "sampling", "commandline", "grids", "methods", "recipes", "layers", "models", "calibration",
-    "metrics", "qat",
+    "metrics", "qat", "curvature",
     "sweep", "report", "pipeline", "spin_quant", "api", "contents", "evaluation", "exporters",
 ]  # fmt: skip

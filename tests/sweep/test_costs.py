@@ -9,12 +9,12 @@ import pytest
 
 import mlxquant as mq
 from mlxquant.calibration.passes import Passes
+from mlxquant.curvature.sensitivity import measured
 from mlxquant.methods import registry
 from mlxquant.methods.weights.adaround import Settings
 from mlxquant.recipes.grammar import parse_recipe
 from mlxquant.sweep import rounding, sensitivity, sweep
 from mlxquant.sweep.rounding import Rounding
-from mlxquant.sweep.sensitivity import measured
 from mlxquant.sweep.streams import ExactStream
 from mlxquant.sweep.sweep import Sweep
 from mlxquant.sweep.trial import Job

@@ -8,6 +8,7 @@ import pytest
 
 import mlxquant as mq
 from mlxquant.calibration.passes import Passes
+from mlxquant.curvature.sensitivity import measured
 from mlxquant.errors import ArtifactError, CalibrationError, NumericsError, RecipeError
 from mlxquant.files import checked
 from mlxquant.layers.linear import QuantizedLinear
@@ -18,7 +19,6 @@ from mlxquant.recipes.grammar import parse_recipe
 from mlxquant.sweep.collecting import Collector
 from mlxquant.sweep.folding import divide
 from mlxquant.sweep.inputs import LayerInput, Options, decide_input
-from mlxquant.sweep.sensitivity import measured
 from mlxquant.sweep.streams import ExactStream, stage_error
 from mlxquant.sweep.sweep import Sweep
 

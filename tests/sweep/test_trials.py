@@ -8,11 +8,11 @@ import pytest
 
 import mlxquant as mq
 from mlxquant.calibration.passes import Passes
+from mlxquant.curvature.sensitivity import Sensitivity
 from mlxquant.layers.tree import parameters, swapped, tapped
 from mlxquant.numerics.transform import Transform
 from mlxquant.recipes.grammar import parse_recipe
 from mlxquant.sweep.rounding import Rounding
-from mlxquant.sweep.sensitivity import Sensitivity
 from mlxquant.sweep.streams import ExactStream, stage_error
 from mlxquant.sweep.trial import Job
 

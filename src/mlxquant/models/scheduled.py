@@ -80,7 +80,7 @@ class ScheduledAdapter(Adapter):
 
     def level_weights(self, sigmas: Sequence[float] | Array) -> Array:
         """What a unit of squared error of a prediction costs at noise levels [T], relative to the mean over a walk: the
-        square of the step's gain, see ``Walk.weights``; [T]. For flows it is 1, see ``sweep.sensitivity``.
+        square of the step's gain, see ``Walk.weights``; [T]. For flows it is 1, see ``curvature.sensitivity``.
         """
         if self.parameterization.kind == FLOW:
             return super().level_weights(sigmas)

@@ -12,6 +12,7 @@ import numpy as np
 
 from ..calibration.passes import Passes
 from ..calibration.trajectories import Calibration
+from ..curvature.sensitivity import measure
 from ..errors import AdapterError, NumericsError
 from ..files import checked
 from ..files.checked import write_json
@@ -23,7 +24,6 @@ from ..numerics.input_ranges import RANGE_BATCH
 from ..progress import Progress, silent
 from ..report.ranges import RangeCurves, draw_ranges
 from ..sweep.inputs import may_shift
-from ..sweep.sensitivity import measure
 from .activation_stats import COMMAND, INDEX_KIND, KIND, STATISTICS, ActivationStats, array_name, index_name
 from .collecting import Picks, StepCollector, StepInputs
 from .ledger import Ledger

@@ -23,6 +23,7 @@ import numpy as np
 
 from ..calibration.data import CalibrationData
 from ..calibration.passes import Passes
+from ..curvature.sensitivity import Sensitivity, measured, sensitivity_job
 from ..errors import NumericsError, RecipeError
 from ..files.kept_arrays import Measurements
 from ..grids.weights import WeightFormat
@@ -45,7 +46,6 @@ from ..recipes.recipe import LayerSpec, Recipe
 from .collecting import Collector
 from .inputs import LayerInput, errors_by_tier, tiers_of
 from .planning import planned
-from .sensitivity import Sensitivity, measured, sensitivity_job
 
 WIDTHS = (2, 3, 4, 5, 6, 8)  # bits of a weight that MLX's kernels read
 PINNED = 8  # a layer that a recipe gives so many bits keeps them

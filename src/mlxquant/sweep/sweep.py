@@ -34,6 +34,7 @@ import numpy as np
 
 from ..calibration.data import CalibrationData, OnDemand
 from ..calibration.passes import Passes
+from ..curvature.sensitivity import measured, sensitivity_job
 from ..errors import NumericsError, RecipeError
 from ..files.kept_arrays import Measurements
 from ..layers.tree import set_module, swapped
@@ -47,7 +48,6 @@ from .memory import give_back
 from .planning import planned
 from .reconstruction import Reconstruction, reconstruct_stage
 from .rounding import Rounding
-from .sensitivity import measured, sensitivity_job
 from .store import Attentions, StageCheckpoint, StageResult, Store
 from .streams import ChannelCosts, Deviation, ExactStream
 from .trial import NEAREST, Job, Transforms, Trial

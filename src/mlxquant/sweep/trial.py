@@ -12,6 +12,7 @@ from typing import Any
 import mlx.nn as nn
 
 from ..calibration.passes import Passes
+from ..curvature.sensitivity import Sensitivity
 from ..models.adapter import Adapter
 from ..models.edges import Edge, Fold
 from ..models.stages import State
@@ -19,7 +20,6 @@ from ..numerics.transform import Place, Transform
 from ..recipes.recipe import LayerSpec, Recipe
 from .folding import Gains, foldable, remaining
 from .layer import Preset, Rounded
-from .sensitivity import Sensitivity
 from .store import Attentions, Layers
 from .streams import Teacher
 

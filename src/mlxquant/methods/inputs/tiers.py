@@ -6,9 +6,9 @@ together. Errors are of the layer's output on the sampled rows, because an error
 weight lets it through.
 
 One convention holds wherever errors are weighed: the error of a layer at timestep t is ``sum_o costs[t,o]
-mean_rows(e_o^2)``, squared, with e_o the error of output o. With the costs of ``sweep.sensitivity`` that is the mean
-squared error of the velocity, to first order; without costs, ``costs[t,o] = 1 / sum_o mean_rows(y_o^2)``, the relative
-squared output error.
+mean_rows(e_o^2)``, squared, with e_o the error of output o. With the costs of ``curvature.sensitivity`` that is the
+mean squared error of the velocity, to first order; without costs, ``costs[t,o] = 1 / sum_o mean_rows(y_o^2)``, the
+relative squared output error.
 """
 
 from __future__ import annotations

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from mlxquant.calibration.passes import Passes
+from mlxquant.curvature.sensitivity import Sensitivity, measure
 from mlxquant.errors import NumericsError
 from mlxquant.layers.tree import get_module, swapped
 from mlxquant.models.stages import Stage
-from mlxquant.sweep.sensitivity import Sensitivity, measure
 
 from support.synthetic_chain import Chain
 from support.tiny_pictures import tiny_adapter
