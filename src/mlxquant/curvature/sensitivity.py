@@ -3,9 +3,7 @@
 For a small error d at some place the prediction changes by J d. With random signs r, E[(J^T r)_i^2] is the i-th
 diagonal entry of J^T J: how much a unit of squared error in channel i there adds to the squared error of the velocity.
 One backward pass a batch gives it for all places (Hutchinson's estimator of the Gauss-Newton diagonal, as BRECQ weighs
-block errors, arXiv 2102.05426, with the network's output in place of its loss). It goes backward stage by stage, and
-each stage is computed again for it (arXiv 1604.06174), so what is held is what enters the stages and the inside of one
-of them.
+block errors, arXiv 2102.05426, with the network's output in place of its loss).
 
 What differs between noise levels is how the model amplifies what happens inside it, and what its sampler makes of an
 error. A flow's latent moves by the velocity times a step of sigma, errors of the steps add up with nearly the same
@@ -23,7 +21,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import reduce
 from typing import Any, cast
 
 import mlx.core as mx
@@ -37,8 +34,9 @@ from ..files.kept_arrays import Measurements
 from ..layers.kinds import known_kind
 from ..layers.tree import StandIn, get_module, swapped
 from ..models.adapter import Adapter
-from ..models.stages import Stage, State, tensors, written
+from ..models.stages import Stage, State
 from ..numerics.arrays import Array
+from .backward import Backward, Slopes, total
 from .block_errors import block_errors
 
 LEVELS, BY_BLOCKS = "/sigma", "/by_blocks"  # among tables
@@ -60,11 +58,6 @@ def _gauge_vjp(primals: Any, cotangent: mx.array, output: mx.array) -> Any:
 def _energy(slope: mx.array, rows: int) -> mx.array:
     """Squares of a gradient [...,D] of some rows, summed over all but those: [rows,D] float32."""
     return mx.square(slope.astype(mx.float32)).reshape(rows, -1, slope.shape[-1]).sum(1)
-
-
-def _sum(slopes: Mapping[str, mx.array], keys: Iterable[str]) -> mx.array:
-    """The gradient of a tensor that is handed on under several keys."""
-    return reduce(mx.add, [slopes[key] for key in keys])
 
 
 class _Gauged(StandIn):
@@ -205,26 +198,20 @@ class _Probe:
     """One backward pass for some rows. ``gauged`` are the layers to put in place for it, by path."""
 
     def __init__(self, adapter: Adapter, stages: Sequence[Stage], layers: Iterable[str]):
-        self._adapter, self._stages = adapter, stages
+        self._adapter, self._stages, self._chain = adapter, stages, Backward(stages)
         self._dials: dict[str, mx.array] = {}
         self.gauged = {path: _Gauged(get_module(adapter.module, path), path, self._dials) for path in layers}
-        self.wrote: list[dict[str, list[str]]] = []  # tensors, by stage but the last, whose output is the prediction
-        self._changed: list[list[str]] = []  # likewise, keys under which something else goes on than came in
-        self._alike: list[dict[str, str]] = []  # likewise, by key of all that goes on the first key of the same array
 
     @property
     def names(self) -> list[str]:
         """What there are costs of: ``stage/tensor`` for all but the last stage, then the layers."""
-        stages = [f"{stage.name}/{key}" for stage, keys in zip(self._stages, self.wrote, strict=True) for key in keys]
-        return stages + list(self.gauged)
+        wrote = zip(self._stages, self._chain.wrote, strict=True)
+        return [f"{stage.name}/{key}" for stage, keys in wrote for key in keys] + list(self.gauged)
 
     def predicted(self, state: State) -> State:
         """What the model predicts, not evaluated. The clock must be set."""
-        rows = self._adapter.rows_in(state)
-        self._dials.update({path: mx.zeros((rows, layer.width)) for path, layer in self.gauged.items()})
-        for stage in self._stages:
-            before, state = state, stage.run(state)
-        return {key: state[key] for key in written(state, before)}
+        self._reset(state)
+        return self._chain.predicted(state)
 
     def costs(self, state: State, signs: State) -> dict[str, mx.array]:
         """By name the squared gradient of the prediction times ``signs``, summed over tokens: [rows,D] float32.
@@ -232,58 +219,25 @@ class _Probe:
         The clock must be set.
         """
         costs: dict[str, mx.array] = {}
-        rows = self._adapter.rows_in(state)
-        entered = self._forward(state, rows)
-        slopes: dict[str, mx.array] = dict(signs)
+        rows = self._reset(state)
+        entered = self._chain.forward(state)
+        slopes: Slopes = dict(signs)
         for index in reversed(range(len(self._stages))):
-            slopes, inside = self._backward(index, entered.pop(), slopes)
+            paths = [path for path in self.gauged if self._stages[index].owns(path)]
+            slopes, inside = self._chain.backward(index, entered.pop(), slopes, self._dials, paths)
             costs |= inside
             if index:
                 before = self._stages[index - 1].name
-                wrote = self.wrote[index - 1].items()
-                costs |= {f"{before}/{key}": _energy(_sum(slopes, keys), rows) for key, keys in wrote}
+                wrote = self._chain.wrote[index - 1].items()
+                costs |= {f"{before}/{key}": _energy(total(slopes, keys), rows) for key, keys in wrote}
             mx.eval(slopes, costs)
         return costs
 
-    def _forward(self, state: State, rows: int) -> list[State]:
-        """What enters each stage."""
+    def _reset(self, state: State) -> int:
+        """Dials for as many rows as a state has, and how many those are."""
+        rows = self._adapter.rows_in(state)
         self._dials.update({path: mx.zeros((rows, layer.width)) for path, layer in self.gauged.items()})
-        entered, self.wrote, self._changed, self._alike = [state], [], [], []
-        for stage in self._stages[:-1]:
-            after = stage.run(entered[-1])
-            mx.eval(after)
-            self.wrote.append(tensors(after, entered[-1]))
-            self._changed.append(written(after, entered[-1]))
-            self._alike.append({key: first for first, keys in tensors(after, {}).items() for key in keys})
-            entered.append(after)
-        self.wrote.append({})
-        return entered
-
-    def _backward(
-        self, index: int, state: State, slopes: dict[str, mx.array]
-    ) -> tuple[dict[str, mx.array], dict[str, mx.array]]:
-        """From gradients of what a stage writes and passes on to gradients of what earlier stages wrote, and the costs
-        of its layers.
-        """
-        stage = self._stages[index]
-        if index < len(self._alike):  # of an array that is returned twice MLX takes one gradient for both
-            first, slopes_of = self._alike[index], slopes
-            slopes = {}
-            for key, slope in slopes_of.items():
-                slopes[first[key]] = slopes[first[key]] + slope if first[key] in slopes else slope
-        keys = [key for key in state if any(key in earlier for earlier in self._changed[:index])]
-        paths = [path for path in self.gauged if stage.owns(path)]
-        if not keys and not paths:
-            return {}, {}
-
-        def run(*arrays: mx.array) -> list[mx.array]:
-            self._dials.update(zip(paths, arrays[len(keys) :], strict=True))
-            after = stage.run(state | dict(zip(keys, arrays, strict=False)))
-            return [after[key].astype(slope.dtype) for key, slope in slopes.items()]
-
-        dials = [self._dials[path] for path in paths]
-        _, found = mx.vjp(run, [state[key] for key in keys] + dials, list(slopes.values()))
-        return dict(zip(keys, found, strict=False)), dict(zip(paths, found[len(keys) :], strict=True))
+        return rows
 
 
 SENSITIVITY_ROWS = 8
