@@ -52,8 +52,8 @@ class Citation:
 @dataclass(frozen=True)
 class Method:
     """A registered function; its ``citation`` is None for what nobody claims. ``cross`` says that it needs the cross
-    moments with the full-precision model's inputs, ``over_time`` that it is about how inputs change with the noise
-    level.
+    moments with the full-precision model's inputs, ``two_sided`` that it looks at how errors of outputs add up,
+    ``over_time`` that it is about how inputs change with the noise level.
     """
 
     name: str
@@ -63,6 +63,7 @@ class Method:
     summary: str
     cross: bool = False
     over_time: bool = False
+    two_sided: bool = False
 
     @property
     def damped(self) -> bool:
@@ -81,6 +82,7 @@ def register(
     summary: str,
     cross: bool = False,
     over_time: bool = False,
+    two_sided: bool = False,
 ) -> Callable[[Function], Function]:
     """Enter the decorated function under its kind and name; recipes can name it at once.
 
@@ -90,6 +92,7 @@ def register(
         citation: The paper that it is from; none for what nobody claims, such as rounding to nearest.
         summary: What it does, in a line of ``mlxquant methods``.
         cross: Whether it needs ``Moments.cross``, the products with the full-precision model's inputs.
+        two_sided: Whether it looks at ``Moments.outputs``, how errors of outputs add up.
         over_time: Whether it is about how inputs change with the noise level, which language models do not have.
 
     Returns:
@@ -107,7 +110,7 @@ def register(
         for other in _METHODS.values():
             if citation and other.citation and citation.key == other.citation.key and citation != other.citation:
                 raise ValueError(f"{kind} {name} and {other.kind} {other.name} cite two papers as {citation.key!r}")
-        _METHODS[kind, name] = Method(name, kind, function, citation, summary, cross, over_time)
+        _METHODS[kind, name] = Method(name, kind, function, citation, summary, cross, over_time, two_sided)
         return function
 
     return enter

@@ -25,6 +25,9 @@ class Moments:
     ``held_out`` are the moments of those tokens among them that were added with ``held_out=True``: a method may be
     tried on ``training``, the rest, and judged on them (``damping``). None where no token was.
 
+    ``outputs`` [out,out] says how errors of the layer's outputs add up in what the model predicts; None where each
+    counts for itself, and alike.
+
     ``total`` [in] is the sum of x~, and ``exact_total`` that of x; they count as tokens count, ``mass`` times in all.
 
     The precision of the gram matrix, float32 or float64, is that of what is computed from it: products with it are most
@@ -35,6 +38,7 @@ class Moments:
     def __init__(self, gram: Array, count: int, cross: Array | None = None, held_out: Moments | None = None):
         self._gram, self.count, self.cross, self.held_out = gram, count, cross, held_out
         self.total, self.exact_total, self.mass = np.zeros(len(gram)), np.zeros(len(gram)), 0.0
+        self.outputs: Array | None = None
         self._mirrored = True
 
     @classmethod
