@@ -6,11 +6,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol, overload
+from typing import TYPE_CHECKING, Any, Protocol, overload
 
 from ..models.adapter import Adapter
 from ..models.stages import State
 from ..progress import Progress, silent
+
+if TYPE_CHECKING:
+    from .probes import Probes
 
 
 class OnDemand(Sequence[State]):
@@ -75,6 +78,12 @@ class CalibrationData(Protocol):
 
     def batches(self, adapter: Adapter, size: int | None = None) -> tuple[list[float], OnDemand]:
         """Noise levels and chain inputs, each batch at one noise level, of at most ``size`` samples."""
+        ...
+
+    def probes(self, adapter: Adapter, held_out: bool = False) -> Probes:
+        """Samples to differentiate the model on, at most ``adapter.rows`` rows a batch: those to learn from, or those
+        that are held out from it.
+        """
         ...
 
     def judged(self, count: int) -> range:

@@ -11,6 +11,8 @@ from ..models.adapter import Adapter
 from ..models.recorded.adapter import RecordedAdapter
 from ..progress import Progress, silent
 from .data import OnDemand
+from .objectives import EveryNumber
+from .probes import Probes, shares
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,13 @@ class RecordedCalibration:
     def batches(self, adapter: Adapter, size: int | None = None) -> tuple[list[float], OnDemand]:
         """The noise level of each call, and what enters the chain for it."""
         return self.adapter.sigmas, OnDemand(self.adapter.state, range(len(self.adapter.seen)))
+
+    def probes(self, adapter: Adapter, held_out: bool = False) -> Probes:
+        """See ``CalibrationData``: every number of the result counts."""
+        some = shares(len(self.adapter.seen))[held_out]
+        states = OnDemand(self.adapter.state, range(len(self.adapter.seen))).some(some)
+        sigmas = [self.adapter.sigmas[index] for index in some]
+        return Probes(sigmas, states, [(True,)] * len(some), 1, EveryNumber())
 
     def judged(self, count: int) -> range:
         """All calls."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from ..models.stages import State
 from ..progress import Progress, silent
 from .corpus import Corpus
 from .data import OnDemand
+from .objectives import NextToken
+from .probes import Probes, shares
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,13 @@ class TextCalibration:
             return {"tokens": mx.array(parts[index])}
 
         return [NO_TIME] * len(parts), OnDemand(make, range(len(parts)))
+
+    def probes(self, adapter: Adapter, held_out: bool = False) -> Probes:
+        """See ``CalibrationData``: the distribution of the next token counts."""
+        some = replace(self, windows=self.windows[shares(len(self.windows))[held_out]])
+        sigmas, states = some.batches(adapter, adapter.rows)
+        prompted = [(True,) * len(state["tokens"]) for state in states]
+        return Probes(sigmas, states, prompted, 1, NextToken())
 
     def judged(self, count: int) -> range:
         """Every eighth batch, but at least two: any text shows much the same."""

@@ -6,7 +6,7 @@ guidance).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -28,6 +28,8 @@ from ..sampling.batches import drawn_batches
 from ..sampling.guidance import FACTS, Guidance, asked, guided_rows, sides
 from ..sampling.prompts import LARGEST_SEED, Prompt
 from .data import OnDemand
+from .objectives import GuidedPrediction
+from .probes import Probes, shares
 
 KIND, LATENTS = "calibration-batch", "latents"
 # Pictures whose rows follow each other where each is alone, first all with their prompt: an even share of them is held
@@ -152,23 +154,39 @@ class Calibration(Origin):
         for; each distinct prompt is encoded once.
         """
         usual = TOGETHER if self.guidance.alone else adapter.batch
-        return self._states(diffusion(adapter), usual if size is None else size, False)
+        return self._states(diffusion(adapter), usual if size is None else size, False)[:2]
 
     def in_order(self, adapter: Adapter, size: int | None = None) -> tuple[list[float], OnDemand]:
         """As ``batches``, by default all pictures at once, with the rows picture by picture: a picture's guided and
         unguided side follow each other.
         """
-        return self._states(diffusion(adapter), len(self.prompts) if size is None else size, True)
+        return self._states(diffusion(adapter), len(self.prompts) if size is None else size, True)[:2]
 
-    def _states(self, adapter: DiffusionAdapter, size: int, side_by_side: bool) -> tuple[list[float], OnDemand]:
+    def probes(self, adapter: Adapter, held_out: bool = False) -> Probes:
+        """See ``CalibrationData``: the guided prediction counts, and each side for itself."""
+        host, asked_for = diffusion(adapter), sides(self.guidance)
+        some = set(shares(len(self.prompts))[held_out])
+        sigmas, states, parts = self._states(host, max(1, host.rows // self.sides), True, some)
+        alone = self.guidance.alone
+        prompted = [(asked_for[which],) if alone else asked_for * len(pictures) for _, pictures, which in parts]
+        objective = GuidedPrediction(host, self.guidance.weight if len(asked_for) > 1 else 1.0, self.sides)
+        return Probes(sigmas, states, prompted, self.sides, objective)
+
+    def _states(
+        self, adapter: DiffusionAdapter, size: int, side_by_side: bool, wanted: Container[int] | None = None
+    ) -> tuple[list[float], OnDemand, list[tuple[int, list[int], int]]]:
+        """Noise levels and chain inputs, and what each is of: step, pictures, and which of the passes that guidance
+        asks for; of the ``wanted`` pictures alone where it says so.
+        """
         guidance = self.guidance
         if (guidance.kind, guidance.alone) != (adapter.guidance, adapter.alone):
             raise CalibrationError(
                 f"these trajectories are of a model with guidance {guidance.kind}{', alone' * guidance.alone};"
                 f" {adapter.name} has {adapter.guidance}{', alone' * adapter.alone}: calibrate anew"
             )
-        parts = list[tuple[int, list[int], int]]()  # step, pictures, and which of the passes that guidance asks for
-        for step, pictures in enumerate(self.pictures):
+        parts = list[tuple[int, list[int], int]]()
+        for step, turn in enumerate(self.pictures):
+            pictures = [picture for picture in turn if wanted is None or picture in wanted]
             for start in range(0, len(pictures), size):
                 some = pictures[start : start + size]
                 if guidance.alone:
@@ -188,7 +206,7 @@ class Calibration(Origin):
             latent, conditioning = asked(latents, text.take(read), other.take(read), guidance, side_by_side)[which]
             return adapter.state(latent, conditioning, float(self.sigmas[step]))
 
-        return [float(self.sigmas[step]) for step, _, _ in parts], OnDemand(make, range(len(parts)))
+        return [float(self.sigmas[step]) for step, _, _ in parts], OnDemand(make, range(len(parts))), parts
 
     def save(self, path: Path) -> None:
         write_tensors(path, "calibration", {"latents": self.latents}, {**self.facts, "sigmas": self.sigmas.tolist()})
