@@ -61,6 +61,7 @@ class QuantizedConvolution(QuantizedProduct):
     """
 
     quantizes_inputs = True
+    tells_outputs = True
     mixes_tokens = True
 
     convolve: ClassVar[Callable[..., mx.array]]
@@ -137,6 +138,11 @@ class QuantizedConvolution(QuantizedProduct):
         low, high = (np.tile(v, (1, prod(window.size))) for v in (flat.min((1, 2)), flat.max((1, 2))))
         parts = [rows[:, :, part] for part in range(window.groups)]
         return LayerInputs(parts, low, high, share=len(some) / outputs)
+
+    @classmethod
+    def read_outputs(cls, module: nn.Module, outputs: mx.array, *call: Any) -> Array:
+        flat = np.asarray(outputs.astype(mx.float32)).reshape(outputs.shape[0], -1, outputs.shape[-1])
+        return flat[:, spread_evenly(flat.shape[1], POSITIONS)]
 
     @classmethod
     def of(

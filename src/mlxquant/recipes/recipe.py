@@ -22,6 +22,7 @@ from .patterns import ROLE, is_open, named, unmatched
 from .roles import EMBEDDING, ROLES, Role
 
 Part = TypeVar("Part")
+SKETCHES = ("A", "B")  # of the factors of a Hessian, see ``curvature.factors``
 REST = "*"  # as the last rule of a recipe: all that no other rule names
 
 
@@ -66,6 +67,33 @@ class ActivationSpec:
 
 
 @dataclass(frozen=True)
+class TwoSided:
+    """The Hessian that a two-sided rounding has, see ``curvature.factors``.
+
+    Args:
+        sketch: By which its factors are made, "A" or "B"; "" for none, which is one-sided rounding.
+        share: How much gradients weigh in the factor of inputs, from 0, which are the inputs' plain moments, to 1.
+            Where errors are large, inputs without a gradient still matter.
+
+    Raises:
+        RecipeError: There is no such sketch, or the share is outside of [0,1].
+    """
+
+    sketch: str = "A"
+    share: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.sketch not in ("", *SKETCHES) or not 0 <= self.share <= 1:
+            raise RecipeError(
+                f"two-sided rounding has a sketch of {SKETCHES} and a share from 0 to 1, found {self.sketch!r} and"
+                f" {self.share}"
+            )
+
+    def __str__(self) -> str:
+        return f"sketch {self.sketch}, {self.share:g} of the gradients" if self.sketch else "one-sided"
+
+
+@dataclass(frozen=True)
 class LayerSpec:
     """What happens to a layer. Methods go by their names in the registry.
 
@@ -83,6 +111,7 @@ class LayerSpec:
         refine: The method that improves steps and codes by turns, after the rounding.
         centred: Round for inputs less their mean, and let the layer's bias make up for the mean of the error; a layer
             without a bias is rounded as ever.
+        two_sided: What a two-sided rounding goes by; None leaves the choice to ``sweep.two_sided``.
 
     Raises:
         RecipeError: ``corrected`` or ``refine`` meets a rounding that makes up for the layers before by itself.
@@ -100,6 +129,7 @@ class LayerSpec:
     held_out: bool = False
     refine: str | None = None
     centred: bool = False
+    two_sided: TwoSided | None = None
 
     def __post_init__(self) -> None:
         if (self.corrected or self.refine) and registry.get("round", self.rounding).cross:
@@ -118,12 +148,14 @@ class LayerSpec:
             "activation": None if activation is None else _read(ActivationSpec, activation),
             "transforms": tuple(saved.get("transforms", ())),
             "refine": "refit" if refine is True else refine or None,
+            "two_sided": None if saved.get("two_sided") is None else _read(TwoSided, saved["two_sided"]),
         }
         return _read(cls, {**saved, **parts})
 
     def to_dict(self) -> dict[str, Any]:
-        """The layer as plain data."""
-        return {**asdict(self), "weight": self.weight.to_dict()}
+        """The layer as plain data; what is not two-sided says nothing of it."""
+        found = {**asdict(self), "weight": self.weight.to_dict()}
+        return found if self.two_sided is not None else {k: v for k, v in found.items() if k != "two_sided"}
 
     @property
     def coarse(self) -> LayerSpec:
@@ -160,6 +192,11 @@ class LayerSpec:
     def of_weights(self) -> LayerSpec:
         """The weight's part of it: for a table, whose rows are looked up as they are."""
         return replace(self, activation=None, transforms=())
+
+    @property
+    def open_ended(self) -> bool:
+        """Whether it is still to be chosen by which Hessian it is rounded."""
+        return registry.get("round", self.rounding).two_sided and self.two_sided is None
 
     @property
     def cross(self) -> bool:
