@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from ..calibration.corpus import read_corpus
 from ..calibration.data import CalibrationData
 from ..calibration.text import TextCalibration, collect_text
 from ..calibration.trajectories import Calibration
+from ..curvature.factors import Curvature
 from ..errors import AdapterError, CalibrationError
 from ..files import checked
 from ..files.blas import blas_kept_in
@@ -27,6 +29,7 @@ from ..sweep.allocation import allocate
 from ..sweep.planning import left_undone
 from ..sweep.store import FolderStore, Store
 from ..sweep.sweep import sweep
+from ..sweep.two_sided import KIND, choose
 from .model import Model, QuantizedModel
 from .plan import plan
 
@@ -162,60 +165,74 @@ def _quantize(
             f"the calibration data is of other weights ({calib.model}) than the model's ({model.name}); calibrate this"
             " model"
         )
-    recipe, allocated, facts = with_bits(model, calib, recipe, layers, work, progress)
+    settled = settle(model, calib, recipe, layers, work, progress)
     drawn: CalibrationData = calib
     done: QuantizedModel | None = None
-    for turn in range(recipe.rounds):
-        folder = work if work is None or recipe.rounds == 1 else work / f"round-{turn + 1}"
+    for turn in range(settled.recipe.rounds):
+        folder = work if work is None or settled.recipe.rounds == 1 else work / f"round-{turn + 1}"
         if done is not None:
             drawn = calib.renewed(done.adapter, progress, None if folder is None else folder / CALIBRATION)
-        done = _quantize_once(model, drawn, recipe, layers, allocated, facts, folder, progress, tracks)
+        done = _quantize_once(model, drawn, settled, layers, folder, progress, tracks)
     assert done is not None
     return done
 
 
-def with_bits(
+@dataclass(frozen=True)
+class Settled:
+    """What a recipe means for each layer once all that it leaves open is decided, and facts on that.
+
+    Attributes:
+        recipe: It, with bits for each layer where it wants that.
+        plan: What happens to each layer.
+        facts: Plain data.
+        curvature: How errors inside the model add up, for layers whose rounding is two-sided; None where none is.
+    """
+
+    recipe: Recipe
+    plan: Mapping[str, LayerSpec]
+    facts: dict[str, Any]
+    curvature: Curvature | None = None
+
+
+def settle(
     model: Model,
     calib: CalibrationData,
     recipe: Recipe,
     layers: Mapping[str, LayerSpec],
     work: Path | None,
     progress: Progress,
-) -> tuple[Recipe, Mapping[str, LayerSpec], dict[str, Any]]:
-    """A recipe, what it means for each layer, and facts on that, once each layer has bits of its own where the recipe
-    wants it.
-    """
+) -> Settled:
+    """Give each layer bits of its own, and a Hessian to be rounded by, where the recipe wants it."""
     undone = left_undone(model.adapter, recipe)
     facts: dict[str, Any] = {"left_undone": undone} if undone else {}
-    if not recipe.allocates:
-        return recipe, layers, facts
-    limit = (
-        planned_bits_per_weight(layers, model.adapter.layers())
-        if recipe.mixed and recipe.bits_per_weight is None
-        else recipe.bits_per_weight
-    )
-    given = allocate(
-        model.adapter, calib, recipe, limit, recipe.bits_per_activation, progress=progress, work=work, plan=layers
-    )
-    return given.recipe, given.plan, {**facts, "allocation": given.facts}
+    if recipe.allocates:
+        limit = (
+            planned_bits_per_weight(layers, model.adapter.layers())
+            if recipe.mixed and recipe.bits_per_weight is None
+            else recipe.bits_per_weight
+        )
+        given = allocate(
+            model.adapter, calib, recipe, limit, recipe.bits_per_activation, progress=progress, work=work, plan=layers
+        )
+        recipe, layers, facts = given.recipe, given.plan, {**facts, "allocation": given.facts}
+    if not any(spec.open_ended or spec.two_sided for spec in layers.values()):
+        return Settled(recipe, layers, facts)
+    chosen = choose(model.adapter, calib, layers, progress, work=work)
+    return Settled(recipe, chosen.plan, {**facts, KIND: chosen.facts} if chosen.facts else facts, chosen.curvature)
 
 
 def _quantize_once(
     model: Model,
     calib: CalibrationData,
-    recipe: Recipe,
+    settled: Settled,
     layers: Mapping[str, LayerSpec],
-    allocated: Mapping[str, LayerSpec],
-    facts: Mapping[str, Any],
     work: Path | None,
     progress: Progress,
     tracks: TrackFiles | None,
 ) -> QuantizedModel:
-    """One round of ``quantize``: ``layers`` is the recipe's plan, ``allocated`` the same with the bits that each layer
-    got. ``facts`` are added to those of the result.
-    """
-    adapter = model.clone()
-    made = {**facts, "recipe": recipe.to_dict(), "calibration": calib.record}
+    """One round of ``quantize``: ``layers`` is the recipe's plan before anything was settled."""
+    adapter, recipe = model.clone(), settled.recipe
+    made = {**settled.facts, "recipe": recipe.to_dict(), "calibration": calib.record}
     if recipe.averages:
         made["range_batch"] = min(recipe.range_batch, calib.level_samples)  # what there really was
     store: Store | None = None
@@ -224,7 +241,7 @@ def _quantize_once(
         store = tracks.store(adapter, layers)
     elif work is not None:
         store = FolderStore(work, checked.digest(made | checked.versions()))
-    stages = sweep(adapter, calib, recipe, store, progress, work, allocated)
+    stages = sweep(adapter, calib, recipe, store, progress, work, settled.plan, curvature=settled.curvature)
     return QuantizedModel(adapter, {**made, "stages": stages})
 
 

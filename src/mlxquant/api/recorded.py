@@ -32,7 +32,7 @@ from ..sweep.store import FolderStore
 from ..sweep.sweep import sweep
 from .model import Model
 from .plan import plan
-from .quantizing import kept_work, with_bits
+from .quantizing import kept_work, settle
 
 
 @dataclass(frozen=True)
@@ -210,7 +210,8 @@ def _quantize(
     adapter.check_finite()
     module, before = adapter.module, stored_bytes(adapter.module)
     weights, reasons = weight_count(module), adapter.left_out()
-    given, allocated, facts = with_bits(model, calib, recipe, layers, work, progress)
+    settled = settle(model, calib, recipe, layers, work, progress)
+    given, allocated, facts = settled.recipe, settled.plan, settled.facts
     made = {**facts, "recipe": given.to_dict(), "calibration": calib.record, "blocks": [s.name for s in adapter.stages]}
     store = None if work is None else FolderStore(work, checked.digest(made | checked.versions()))
     originals, sizes = dict[str, nn.Module](), dict[str, LayerSize]()
@@ -222,7 +223,7 @@ def _quantize(
             originals[path] = before
 
     try:
-        stages = sweep(adapter, calib, given, store, progress, work, allocated, replaced)
+        stages = sweep(adapter, calib, given, store, progress, work, allocated, replaced, settled.curvature)
     except BaseException:
         for path, layer in originals.items():
             set_module(module, path, layer)

@@ -90,6 +90,14 @@ class Transform:
         means = costs.reshape(*costs.shape[:-1], -1, self.block).mean(-1)
         return np.repeat(means, self.block, axis=-1)
 
+    def slopes(self, slopes: Array) -> Array:
+        """Gradients [...,n] of channels that are written transformed, from those of the channels themselves."""
+        if self.divisor is not None:
+            slopes = slopes * self.divisor
+        if self.order is not None:
+            slopes = slopes[..., self.order]
+        return rotated(slopes, self.block)
+
     def moments(self, moments: Moments) -> Moments:
         """The moments of transformed inputs."""
         if self.divisor is not None:

@@ -10,7 +10,7 @@ a row on it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -115,13 +115,24 @@ class _Part:
     dampings: Dampings
 
 
+def as_seen(moments: Moments) -> Moments:
+    """What is rounded by: the moments of the inputs, as they were seen."""
+    return moments
+
+
 def quantize_layer(
-    module: nn.Module, spec: LayerSpec, moments: PartMoments, path: str, transform: Transform
+    module: nn.Module,
+    spec: LayerSpec,
+    moments: PartMoments,
+    path: str,
+    transform: Transform,
+    aim: Callable[[Moments], Moments] = as_seen,
 ) -> Rounded:
     """The weight of one layer by its specification, a part at a time; errors name the layer at ``path``.
 
     ``transform`` is what the layer does to its input while it runs, and ``moments`` are of inputs that went through it.
-    A part that no token reached, beside others that were, is rounded to nearest.
+    A part that no token reached, beside others that were, is rounded to nearest. ``aim`` makes of a part's moments what
+    its rounding goes by; errors are told by the moments themselves.
     """
     kind = known_kind(module)
     weight = transform.weight(np.array(kind.form.matrix_of(module).astype(mx.float32)).astype(np.float64))
@@ -131,7 +142,7 @@ def quantize_layer(
         moments = moments.centred if bias else moments
         slices = zip(np.split(weight, len(moments.parts)), moments.parts, strict=True)
         alone = len(moments.parts) == 1
-        parts = [_part(rows, spec, seen) if alone or seen.count else _nearest(rows, spec) for rows, seen in slices]
+        parts = [_part(rows, spec, seen, aim) if alone or seen.count else _nearest(rows, spec) for rows, seen in slices]
     except MlxQuantError as error:
         raise type(error)(f"layer {path}: {error}") from error
     codes, target = (_stacked([getattr(part, name) for part in parts]) for name in ("codes", "target"))
@@ -154,10 +165,10 @@ def _add_to_bias(layer: QuantizedProduct, missing: Array, means: Sequence[Array]
     layer.load_weights([(BIAS, new)], strict=False)
 
 
-def _part(weight: Array, spec: LayerSpec, moments: Moments) -> _Part:
+def _part(weight: Array, spec: LayerSpec, moments: Moments, aim: Callable[[Moments], Moments]) -> _Part:
     """One part of a weight [rows,in] by a specification."""
     dampings = _choose_dampings(weight, spec, moments)
-    target, branch, grid, codes = _quantized(weight, spec, moments, dampings)
+    target, branch, grid, codes = _quantized(weight, spec, moments, dampings, aim)
     dampings = dampings if branch is None else replace(dampings, branch=branch.damping)
     return _Part(target, grid, codes, branch, dampings)
 
@@ -210,16 +221,21 @@ def _damping(choice: ChosenDamping | None) -> float | None:
 
 
 def _quantized(
-    weight: Array, spec: LayerSpec, moments: Moments, dampings: Dampings
+    weight: Array,
+    spec: LayerSpec,
+    moments: Moments,
+    dampings: Dampings,
+    aim: Callable[[Moments], Moments] = as_seen,
 ) -> tuple[Array, LowRank | None, Grid, Array]:
     """What the integers of a weight [rows,in] aim at, the branch beside them, their grid and their codes uint8
     [rows,in].
     """
-    aim = {} if dampings.target is None else {"damping": dampings.target}
-    target = corrected_target(weight, moments, **aim) if spec.corrected else weight
+    towards = {} if dampings.target is None else {"damping": dampings.target}
+    target = corrected_target(weight, moments, **towards) if spec.corrected else weight
     options = {} if dampings.rounding is None else {"damping": dampings.rounding}
+    goal = aim(moments)
 
-    def rounded(values: Array, seen: Moments | None = moments) -> tuple[Grid, Array]:
+    def rounded(values: Array, seen: Moments | None = goal) -> tuple[Grid, Array]:
         grid = registry.get("steps", spec.steps).function(values, spec.weight, seen)
         codes = registry.get("round", spec.rounding).function(values, grid, seen, **options)
         if spec.refine is None:

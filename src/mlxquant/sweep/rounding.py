@@ -24,13 +24,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from ..curvature.factors import LayerCurvature
 from ..layers.kinds import known_kind
 from ..layers.product import QuantizedProduct
 from ..layers.tree import swapped, tapped
@@ -48,6 +49,7 @@ from .layer import Preset, Rounded, quantize_layer
 from .store import Attentions
 from .transform_choice import Consumer, Proposal, propose
 from .trial import CALIBRATED, NEAREST, Folded, Job, SharedInput, Specs, Transforms, Trial
+from .two_sided import aimed
 
 
 class Rounding:
@@ -107,6 +109,17 @@ class Rounding:
         norm = self._stage.owns(where.path) and is_norm(self._job.adapter.module, where)
         return norm or where.path in self._specs
 
+    @cached_property
+    def _known(self) -> dict[str, LayerCurvature]:
+        """The factors of the Hessian of each layer whose rounding is two-sided, before anything is folded into it."""
+        ways = {path: spec.two_sided for path, spec in self._specs.items() if spec.two_sided is not None}
+        paths = [path for path, way in ways.items() if way.sketch]
+        if self._job.curvature is None or not paths:
+            return {}
+        sketches = sorted({ways[path].sketch for path in paths})
+        adapter, progress = self._job.adapter, self._job.passes.progress
+        return self._job.curvature.of_stage(adapter, self._stage, paths, sketches, progress)
+
     def first(self) -> list[Trial]:
         """The layers as their specifications have them before anything is transformed or learned; for the gate, rounded
         to nearest; and without each other part of them that has to show that it helps.
@@ -116,7 +129,8 @@ class Rounding:
         if all(spec.start == plain[path] for path, spec in self._specs.items()):
             ways = {NEAREST: self._specs}
         elif self._job.recipe.gate:
-            ways |= {NEAREST: plain} | self._without
+            # What is two-sided was chosen by what the model predicts; a stage's own error would not do it justice.
+            ways |= self._without if self._known else {NEAREST: plain} | self._without
         return self._trials(ways, {}, keep_ranges=bool(self.transforms))
 
     @property
@@ -274,7 +288,9 @@ class Rounding:
     ) -> Rounded:
         """A layer by a specification, with its activation table."""
         preset = self._job.presets.get(path, Preset())
-        rounded = quantize_layer(self._layers[path], spec, statistics.moments, path, transform)
+        changed = [(slice(where.start, where.stop), change) for where, change in folded if where.path == path]
+        aim = partial(aimed, found=self._known.get(path), way=spec.two_sided, online=transform, folded=changed)
+        rounded = quantize_layer(self._layers[path], spec, statistics.moments, path, transform, aim)
         if spec.activation is not None and spec.activation.per_token:
             rounded.layer.quantize_tokens(spec.activation.bits)
         elif spec.activation is not None:

@@ -34,6 +34,7 @@ import numpy as np
 
 from ..calibration.data import CalibrationData, OnDemand
 from ..calibration.passes import Passes
+from ..curvature.factors import Curvature
 from ..curvature.sensitivity import measured, sensitivity_job
 from ..errors import NumericsError, RecipeError
 from ..files.kept_arrays import Measurements
@@ -285,6 +286,7 @@ def sweep(
     work: Path | None = None,
     plan: Mapping[str, LayerSpec] | None = None,
     replaced: Replaced = forget,
+    curvature: Curvature | None = None,
 ) -> list[dict[str, Any]]:
     """Quantize ``adapter.module`` in place, stage by stage.
 
@@ -298,6 +300,7 @@ def sweep(
         plan: What the recipe means for each layer, by path; made from the recipe where nobody has made it.
         replaced: Told of each layer as it goes, by its path, with what stands there now; what nobody keeps then gives
             its memory back before the next stage begins.
+        curvature: How errors inside the model add up, for layers whose rounding is two-sided.
 
     Returns:
         One dictionary of facts a stage, plain data.
@@ -317,5 +320,5 @@ def sweep(
     if recipe.sensitivity:
         kept = Measurements(work, sensitivity_job(calibration, plan))
         sensitivity = measured(passes, adapter.stages, states, plan, kept)
-    job = Job(passes, recipe, plan, teacher, sensitivity=sensitivity, judged=judged)
+    job = Job(passes, recipe, plan, teacher, sensitivity=sensitivity, curvature=curvature, judged=judged)
     return Sweep(job, replaced).run(adapter.stages, states, store)

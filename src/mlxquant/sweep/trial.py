@@ -12,6 +12,7 @@ from typing import Any
 import mlx.nn as nn
 
 from ..calibration.passes import Passes
+from ..curvature.factors import Curvature
 from ..curvature.sensitivity import Sensitivity
 from ..models.adapter import Adapter
 from ..models.edges import Edge, Fold
@@ -36,6 +37,7 @@ class Job:
     teacher: Teacher
     presets: Mapping[str, Preset] = field(default_factory=dict)
     sensitivity: Sensitivity | None = None
+    curvature: Curvature | None = None
     judged: Sequence[int] | None = None
 
     @property

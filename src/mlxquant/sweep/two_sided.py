@@ -1,0 +1,233 @@
+"""Two-sided rounding at large: by which Hessian, and whether at all.
+
+Gradients tell which inputs and outputs of a layer matter for what the model predicts, to first order. Rounding to three
+or four bits makes errors for which that is not the whole truth: what had no gradient gets any error. On some models
+the factor of inputs costs more than it gains, on others it gains most. So nothing is taken on trust. Each candidate is
+rounded and run, on samples that no factor has seen, and the one whose predictions are nearest to those of the
+full-precision model is what the recipe becomes; one-sided rounding is among them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import mlx.nn as nn
+import numpy as np
+
+from ..calibration.data import CalibrationData
+from ..calibration.passes import Passes
+from ..calibration.probes import Probes
+from ..curvature.backward import Backward
+from ..curvature.factors import Curvature, Factors, LayerCurvature, measure
+from ..files import checked, schema
+from ..files.kept_arrays import KeptFacts
+from ..layers.tree import get_module, swapped
+from ..models.adapter import Adapter
+from ..models.stages import Stage
+from ..numerics.arrays import Array
+from ..numerics.moments import Moments
+from ..numerics.part_moments import PartMoments
+from ..numerics.transform import Transform
+from ..progress import Progress, silent
+from ..recipes.recipe import LayerSpec, TwoSided
+from .layer import quantize_layer
+
+ONE_SIDED = TwoSided("", 0)
+CANDIDATES = (
+    ONE_SIDED,
+    *(TwoSided("A", share) for share in (0, 0.5, 1)),
+    *(TwoSided("B", share) for share in (0.5, 1)),
+)
+AS_IT_IS = Transform()
+TRIED = 50_000_000  # weights that candidates are tried on at most; in stages that are evenly spread
+JUDGED = 128  # held-out rows
+KIND = "two-sided"
+FACTS = schema.entries(
+    {
+        "chosen": schema.text,
+        "errors": schema.table_of(schema.number(0)),
+        "layers": schema.whole(),
+        "rows": schema.table_of(schema.whole()),
+    },
+    {"job": schema.text},
+)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What a recipe means for each layer once it is known by which Hessian, and facts on that as plain data.
+    ``curvature`` is None where rounding is one-sided.
+    """
+
+    plan: dict[str, LayerSpec]
+    facts: dict[str, Any]
+    curvature: Curvature | None
+
+
+def aimed(
+    moments: Moments,
+    found: LayerCurvature | None,
+    way: TwoSided | None,
+    online: Transform = AS_IT_IS,
+    folded: Sequence[tuple[slice, Transform]] = (),
+) -> Moments:
+    """What the rounding of a layer goes by: its inputs' moments, and where it is two-sided the factors of its Hessian.
+
+    Args:
+        moments: Of the inputs that it will get, transformed.
+        found: What is known of it in the full-precision model.
+        way: By which Hessian it is rounded.
+        online: What the layer does to its inputs, which the factors have not seen.
+        folded: What has been done to some of its rows.
+    """
+    factors = None if found is None or way is None else found.factors.get(way.sketch)
+    if way is None or factors is None:
+        return moments
+    gram = moments.gram
+    if way.share:
+        weighed = online.moments(Moments(factors.inputs.astype(gram.dtype), moments.count)).gram
+        gram = (1 - way.share) * _unit(gram) + way.share * _unit(weighed)
+    both = Moments(gram, moments.count, moments.cross)
+    both.outputs = _unit(outputs_of(factors, folded))
+    return both
+
+
+def outputs_of(factors: Factors, folded: Sequence[tuple[slice, Transform]]) -> Array:
+    """H_O of a layer whose rows write something else than they did."""
+    outputs = factors.outputs
+    for rows, transform in folded:
+        outputs = outputs.copy()
+        outputs[:, rows] = transform.slopes(outputs[:, rows])
+        outputs[rows] = transform.slopes(outputs[rows].T).T
+    return outputs
+
+
+def _unit(gram: Array) -> Array:
+    """A matrix over its mean diagonal."""
+    mean = np.diagonal(gram).mean(dtype=np.float64)
+    return gram / gram.dtype.type(mean) if mean > 0 else gram
+
+
+def choose(
+    adapter: Adapter,
+    calibration: CalibrationData,
+    plan: Mapping[str, LayerSpec],
+    progress: Progress = silent,
+    candidates: Sequence[TwoSided] = CANDIDATES,
+    work: Path | None = None,
+) -> Chosen:
+    """For layers whose two-sided rounding is open, the candidate with the least error of what the model predicts for
+    held-out samples.
+
+    Layers are rounded for the full-precision model's inputs, weights alone. In a large model those of a few stages are,
+    for errors of different layers add up.
+
+    Args:
+        adapter: The model, in full precision.
+        calibration: What it is calibrated with.
+        plan: What happens to each layer.
+        progress: A bar around each part of it.
+        candidates: What to choose from.
+        work: A folder that keeps the choice.
+    """
+    opened = [path for path, spec in plan.items() if spec.open_ended]
+    ways = {spec.two_sided for spec in plan.values()} - {None, ONE_SIDED}
+    if not opened:
+        return Chosen(dict(plan), {}, measure(adapter, calibration.probes(adapter), progress) if ways else None)
+    told = [str(way) for way in candidates]
+    kept = None if work is None else KeptFacts(work / f"{KIND}.json", KIND, _job(calibration, plan, told))
+    facts = None if kept is None else kept.load(FACTS)
+    curvature = None
+    if facts is None:
+        try:
+            curvature = measure(adapter, calibration.probes(adapter), progress)
+        except (MemoryError, RuntimeError, ValueError) as error:  # MLX's own: no memory, or no gradient of something
+            chosen = {
+                path: replace(spec, two_sided=ONE_SIDED) if path in opened else spec for path, spec in plan.items()
+            }
+            return Chosen(chosen, {"chosen": str(ONE_SIDED), "without_gradient": str(error)}, None)
+        facts = _compared(adapter, calibration, plan, opened, curvature, progress, candidates)
+        if kept is not None:
+            kept.save(facts)
+    best = candidates[told.index(facts["chosen"])]
+    chosen = _with(plan, opened, best)
+    if best == ONE_SIDED and not ways:
+        return Chosen(chosen, facts, None)
+    return Chosen(chosen, facts, curvature or measure(adapter, calibration.probes(adapter), progress))
+
+
+def _with(plan: Mapping[str, LayerSpec], opened: Sequence[str], way: TwoSided) -> dict[str, LayerSpec]:
+    return {path: replace(spec, two_sided=way) if path in opened else spec for path, spec in plan.items()}
+
+
+def _job(calibration: CalibrationData, plan: Mapping[str, LayerSpec], told: Sequence[str]) -> str:
+    """All that a choice depends on."""
+    layers = {path: spec.to_dict() for path, spec in plan.items()}
+    return checked.digest([calibration.record, layers, told, checked.versions()])
+
+
+def _compared(
+    adapter: Adapter,
+    calibration: CalibrationData,
+    plan: Mapping[str, LayerSpec],
+    opened: Sequence[str],
+    curvature: Curvature,
+    progress: Progress,
+    candidates: Sequence[TwoSided],
+) -> dict[str, Any]:
+    """Facts about what each candidate does to what the model predicts, and which is chosen."""
+    tried = _tried(adapter, opened)
+    rounded: list[dict[str, nn.Module]] = [{} for _ in candidates]
+    for stage, paths in tried.items():
+        known = curvature.of_stage(adapter, stage, paths, progress=progress)
+        for path in progress(paths, f"{stage.name}: candidates"):
+            if path not in known:
+                continue
+            layer, seen = get_module(adapter.module, path), known[path]
+            done: dict[TwoSided, nn.Module] = {}
+            for modules, way in zip(rounded, candidates, strict=True):
+                own = way if way.sketch in seen.factors else ONE_SIDED
+                if own not in done:
+                    spec = replace(plan[path].start, two_sided=own, corrected=False)
+                    plain = PartMoments.one(Moments(seen.gram, seen.tokens, seen.gram))
+                    aim = partial(aimed, found=seen, way=own)
+                    done[own] = quantize_layer(layer, spec, plain, path, AS_IT_IS, aim).layer
+                modules[path] = done[own]
+    held = calibration.probes(adapter, held_out=True).few(JUDGED)
+    errors = _errors(adapter, held, [dict(modules) for modules in rounded], progress)
+    return {
+        "chosen": str(candidates[int(np.argmin(errors))]),
+        "errors": {str(way): float(error) for way, error in zip(candidates, errors, strict=True)},
+        "layers": sum(map(len, tried.values())),
+        "rows": {"gradients": curvature.rows, "held_out": held.rows},
+    }
+
+
+def _tried(adapter: Adapter, opened: Sequence[str]) -> dict[Stage, list[str]]:
+    """The layers that candidates are tried on, by stage: all, or those of stages that are evenly spread."""
+    owned = [(stage, [path for path in opened if stage.owns(path)]) for stage in adapter.stages]
+    owned = [(stage, paths) for stage, paths in owned if paths]
+    sizes = [sum(get_module(adapter.module, path).weight.size for path in paths) for _, paths in owned]
+    count = len(owned) if sum(sizes) <= TRIED else max(1, len(owned) * TRIED // sum(sizes))
+    some = [(2 * place + 1) * len(owned) // (2 * count) for place in range(count)]
+    return dict(owned[index] for index in some)
+
+
+def _errors(adapter: Adapter, held: Probes, ways: Sequence[dict[str, nn.Module]], progress: Progress) -> Array:
+    """How far the model with each of these sets of layers is from itself, on held-out samples: float64 [ways]."""
+    chain, passes = Backward(adapter.stages), Passes(adapter, held.sigmas, progress, exact=True)
+    weights = adapter.level_weights(held.sigmas)
+    found = np.zeros(len(ways))
+    for batch in passes.indices("held-out samples"):
+        state, prompted = held.states[batch], held.prompted[batch]
+        with passes.at(batch):
+            exact = chain.predicted(state)
+            for index, modules in enumerate(ways):
+                with swapped(adapter.module, modules):
+                    predicted = chain.predicted(state)
+                    found[index] += weights[batch] * held.objective.errors(predicted, exact, prompted).sum()
+    return found
