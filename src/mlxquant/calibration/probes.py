@@ -7,8 +7,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from .data import OnDemand
 from .objectives import Objective
+from .on_demand import OnDemand
 
 HELD_OUT = 8  # one sample in so many
 

@@ -10,8 +10,8 @@ from typing import Any
 from ..models.adapter import Adapter
 from ..models.recorded.adapter import RecordedAdapter
 from ..progress import Progress, silent
-from .data import OnDemand
 from .objectives import EveryNumber
+from .on_demand import OnDemand
 from .probes import Probes, shares
 
 

@@ -16,8 +16,8 @@ from ..models.language import NO_TIME, LanguageAdapter, Tokens
 from ..models.stages import State
 from ..progress import Progress, silent
 from .corpus import Corpus
-from .data import OnDemand
 from .objectives import NextToken
+from .on_demand import OnDemand
 from .probes import Probes, shares
 
 

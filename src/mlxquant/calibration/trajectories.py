@@ -27,8 +27,8 @@ from ..progress import Progress, silent
 from ..sampling.batches import drawn_batches
 from ..sampling.guidance import FACTS, Guidance, asked, guided_rows, sides
 from ..sampling.prompts import LARGEST_SEED, Prompt
-from .data import OnDemand
 from .objectives import GuidedPrediction
+from .on_demand import OnDemand
 from .probes import Probes, shares
 
 KIND, LATENTS = "calibration-batch", "latents"

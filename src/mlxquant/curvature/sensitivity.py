@@ -27,7 +27,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ..calibration.data import CalibrationData, OnDemand
+from ..calibration.data import CalibrationData
+from ..calibration.on_demand import OnDemand
 from ..calibration.passes import Passes
 from ..errors import NumericsError
 from ..files.kept_arrays import Measurements

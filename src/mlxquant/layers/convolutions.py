@@ -61,7 +61,6 @@ class QuantizedConvolution(QuantizedProduct):
     """
 
     quantizes_inputs = True
-    tells_outputs = True
     mixes_tokens = True
 
     convolve: ClassVar[Callable[..., mx.array]]
@@ -141,8 +140,7 @@ class QuantizedConvolution(QuantizedProduct):
 
     @classmethod
     def read_outputs(cls, module: nn.Module, outputs: mx.array, *call: Any) -> Array:
-        flat = np.asarray(outputs.astype(mx.float32)).reshape(outputs.shape[0], -1, outputs.shape[-1])
-        return flat[:, spread_evenly(flat.shape[1], POSITIONS)]
+        return super().read_outputs(module, outputs)[:, spread_evenly(prod(outputs.shape[1:-1]), POSITIONS)]
 
     @classmethod
     def of(
@@ -154,8 +152,7 @@ class QuantizedConvolution(QuantizedProduct):
         rotation: int = 1,
         branch: LowRank | None = None,
     ) -> QuantizedConvolution:
-        bias = module.bias if BIAS in module else None
-        return cls(codes, grid, module.weight.shape[1:], bias, convolution_options(module), branch)
+        return cls(codes, grid, module.weight.shape[1:], module.get(BIAS), convolution_options(module), branch)
 
     @property
     def parts(self) -> int:
@@ -189,8 +186,7 @@ class QuantizedConvolution(QuantizedProduct):
         if kind is None or not issubclass(kind, cls):
             raise AdapterError(f"{cls.__name__} does not stand for {type(convolution).__name__}")
         codes, grid = rounded(convolution.weight, format, steps)
-        bias = convolution.bias if BIAS in convolution else None
-        return kind(codes, grid, convolution.weight.shape[1:], bias, convolution_options(convolution))
+        return kind(codes, grid, convolution.weight.shape[1:], convolution.get(BIAS), convolution_options(convolution))
 
     @property
     def options(self) -> dict[str, Any]:
@@ -246,8 +242,7 @@ class QuantizedConvolution(QuantizedProduct):
         return type(self).convolve(x, kernel.astype(x.dtype), **self._options)
 
     def sums(self, rows: mx.array) -> mx.array:
-        sums = rows.sum(-1)
-        return sums if self.parts == 1 else mx.repeat(sums, self.rows // self.parts, axis=-1)
+        return rows.sum(-1) if self.parts == 1 else mx.repeat(rows.sum(-1), self.rows // self.parts, axis=-1)
 
     def raised(self, h: mx.array, up: mx.array, *where: Any) -> mx.array:
         return self.meet(h.reshape(*h.shape[:-1], self.parts, -1), up)

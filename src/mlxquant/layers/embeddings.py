@@ -40,6 +40,7 @@ class QuantizedEmbedding(QuantizedLinear):
     replaces = nn.Embedding
     quantizes_inputs = False
     transforms_inputs = False
+    tells_outputs = False  # a row that is looked up is an output
 
     def __init__(self, codes: Array, grid: Grid, dtype: mx.Dtype = mx.float32, branch: LowRank | None = None):
         super().__init__(codes, grid, branch=branch)

@@ -53,7 +53,6 @@ class QuantizedLinear(QuantizedProduct):
     replaces: ClassVar[type[nn.Module]] = nn.Linear
     quantizes_inputs: ClassVar[bool] = True
     transforms_inputs: ClassVar[bool] = True
-    tells_outputs: ClassVar[bool] = True
     STRUCTURE = schema.entries(
         {
             "format": FORMAT,
@@ -201,10 +200,6 @@ class QuantizedLinear(QuantizedProduct):
     def read(cls, module: nn.Module, x: mx.array, *where: Any) -> LayerInputs:
         values = np.asarray(x.astype(mx.float32)).reshape(x.shape[0], -1, x.shape[-1])
         return LayerInputs.of_tokens(values)
-
-    @classmethod
-    def read_outputs(cls, module: nn.Module, outputs: mx.array, *call: Any) -> Array:
-        return np.asarray(outputs.astype(mx.float32)).reshape(outputs.shape[0], -1, outputs.shape[-1])
 
     @classmethod
     def of(

@@ -82,6 +82,7 @@ class QuantizedSwitchLinear(QuantizedProduct):
     replaces = SwitchLinear
     quantizes_inputs = True
     meets_one_part = True
+    tells_outputs = False  # a token has outputs of several experts
     pairs_streams = False  # routers of two models may choose other experts
     STRUCTURE = schema.entries(
         {

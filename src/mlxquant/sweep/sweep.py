@@ -32,7 +32,8 @@ from typing import Any
 import mlx.nn as nn
 import numpy as np
 
-from ..calibration.data import CalibrationData, OnDemand
+from ..calibration.data import CalibrationData
+from ..calibration.on_demand import OnDemand
 from ..calibration.passes import Passes
 from ..curvature.factors import Curvature
 from ..curvature.sensitivity import measured, sensitivity_job
