@@ -16,7 +16,7 @@ memory at a time: for a layer 6144 wide they take 150 MB.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
@@ -35,8 +35,8 @@ from ..progress import Progress, silent
 from ..recipes.recipe import SKETCHES
 from .backward import Backward, Slopes
 
-ROWS = 1024  # that are differentiated at most
-HELD = 4 * 2**30  # bytes of what is kept of them at most
+ROWS = 512  # that are differentiated at most
+HELD = 4 * 2**30  # bytes of what is kept of them at most, and of factors
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,11 @@ class LayerCurvature:
     gram: Array
     tokens: int
     factors: dict[str, Factors]
+
+    @property
+    def nbytes(self) -> int:
+        """Of all of it."""
+        return self.gram.nbytes + sum(some.inputs.nbytes + some.outputs.nbytes for some in self.factors.values())
 
 
 class _Watched(StandIn):
@@ -81,6 +86,7 @@ class Curvature:
     sides: int
     entered: Sequence[Sequence[State]]
     slopes: Sequence[Sequence[Slopes]]
+    _made: dict[str, LayerCurvature] = field(default_factory=dict, compare=False)  # as many as ``HELD`` bytes have room
 
     @property
     def rows(self) -> int:
@@ -99,19 +105,25 @@ class Curvature:
         and those of several parts, are left out. The stage of the ``adapter``, the model or a copy, must be in full
         precision.
         """
-        module, wanted = adapter.module, list[str]()
+        known, wanted = dict[str, LayerCurvature](), list[str]()
         for path in paths:
-            layer = get_module(module, path)
-            if known_kind(layer).parts(layer) == 1 and known_kind(layer).form.tells_outputs:
+            layer = get_module(adapter.module, path)
+            if path in self._made and set(sketches) <= self._made[path].factors.keys():
+                known[path] = self._made[path]
+            elif known_kind(layer).parts(layer) == 1 and known_kind(layer).form.tells_outputs:
                 wanted.append(path)
-        found: dict[str, _Sums] = {}
         if not wanted:
-            return {}
+            return known
+        found: dict[str, _Sums] = {}
         passes = Passes(adapter, self.sigmas, progress, exact=True)
         for batch in passes.indices(f"{stage.name}: factors"):
             for path, inputs, slopes in self._seen(passes, stage, batch, wanted):
                 found.setdefault(path, _Sums(inputs.shape[-1], slopes.shape[-1], sketches)).add(inputs, slopes)
-        return {path: sums.found(path) for path, sums in found.items()}
+        new = {path: sums.found(path) for path, sums in found.items()}
+        for path, one in new.items():
+            if sum(other.nbytes for other in self._made.values()) + one.nbytes <= HELD:
+                self._made[path] = one
+        return known | new
 
     def _seen(
         self, passes: Passes, stage: Stage, batch: int, paths: Sequence[str]

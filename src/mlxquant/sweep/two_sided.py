@@ -37,14 +37,10 @@ from ..recipes.recipe import LayerSpec, TwoSided
 from .layer import quantize_layer
 
 ONE_SIDED = TwoSided("", 0)
-CANDIDATES = (
-    ONE_SIDED,
-    *(TwoSided("A", share) for share in (0, 0.5, 1)),
-    *(TwoSided("B", share) for share in (0.5, 1)),
-)
+CANDIDATES = (ONE_SIDED, TwoSided("A", 0), TwoSided("A", 0.5), TwoSided("B", 0.5))
 AS_IT_IS = Transform()
 TRIED = 50_000_000  # weights that candidates are tried on at most; in stages that are evenly spread
-JUDGED = 128  # held-out rows
+JUDGED = 64  # held-out rows
 KIND = "two-sided"
 FACTS = schema.entries(
     {
