@@ -20,7 +20,7 @@ import numpy as np
 from ...grids.weights import Grid
 from ...numerics.arrays import Array
 from ...numerics.cholesky import Factor
-from ...numerics.moments import Moments, calibrated_gram
+from ...numerics.moments import PANEL, Moments, calibrated_gram
 from ..registry import Citation, register
 from .gptq import damped_diagonal, gptq, without_dead_columns
 from .rtn import rtn
@@ -71,18 +71,19 @@ def kron(
     target = without_dead_columns(weight, gram)
     inputs = Factor.of(gram, damped_diagonal(gram, damping))
     rows = Factor.of(outputs, damped_diagonal(outputs, output_damping))
-    codes = two_sided(target, grid, inputs, rows, block)
+    codes, ours = two_sided(target, grid, inputs, rows, block)
     nearest = rtn(target, grid)
-    ours, theirs = (_loss(target - grid.dequantize(some), gram, outputs) for some in (codes, nearest))
-    return nearest if ours > theirs else codes
+    return nearest if ours > kronecker_loss(target - grid.dequantize(nearest), inputs, rows) else codes
 
 
-def _loss(error: Array, inputs: Array, outputs: Array) -> float:
-    """tr(H_O D H_I Dᵀ) of an error D [out,in]."""
-    error = error.astype(inputs.dtype, copy=False)
-    return float(
-        np.einsum("oi,oi->", outputs.astype(inputs.dtype, copy=False) @ error, error @ inputs, dtype=np.float64)
-    )
+def kronecker_loss(error: Array, inputs: Factor, outputs: Factor) -> float:
+    """tr(H_O D H_I Dᵀ) of an error D [out,in], which is |L_Oᵀ D L_I|², by the factors of H_I and H_O."""
+    ordered = error[outputs.order][:, inputs.order]
+    for lower in (outputs.lower, inputs.lower):  # L_Oᵀ D, and then (L_Iᵀ (L_Oᵀ D)ᵀ)ᵀ
+        some = [slice(start, start + PANEL) for start in range(0, len(lower), PANEL)]
+        parts = [np.tril(lower[here.start :, here]).astype(error.dtype).T @ ordered[here.start :] for here in some]
+        ordered = np.concatenate(parts).T
+    return float(np.einsum("oi,oi->", ordered, ordered, dtype=np.float64))
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,7 @@ class _Side:
 
     order: Array
     scaled: Array
+    diagonal: Array
     filled: int
 
     @classmethod
@@ -102,7 +104,8 @@ class _Side:
         filled = -size % block
         scaled = np.zeros((filled + size, filled + size), dtype)
         scaled[filled:, filled:] = np.tril(factor.lower, -1) / np.diagonal(factor.lower)
-        return cls(factor.order, scaled, filled)
+        diagonal = np.concatenate([np.zeros(filled, dtype), np.diagonal(factor.lower).astype(dtype)])
+        return cls(factor.order, scaled, diagonal, filled)
 
     def pieces(self, block: int) -> Array:
         """Those on the diagonal, transposed: [pieces, block, block], row i of each with what comes to i."""
@@ -110,8 +113,10 @@ class _Side:
         return np.stack([self.scaled[i : i + block, i : i + block].T for i in at])
 
 
-def two_sided(target: Array, grid: Grid, inputs: Factor, outputs: Factor, block: int = 32) -> Array:
-    """Codes uint8 [out,in] for ``target`` [out,in] by factors of H_I and H_O, in the precision of the target.
+def two_sided(target: Array, grid: Grid, inputs: Factor, outputs: Factor, block: int = 32) -> tuple[Array, float]:
+    """Codes uint8 [out,in] for ``target`` [out,in] by factors of H_I and H_O, in the precision of the target, and their
+    ``kronecker_loss``, which spares its products: it is Σ (L_O,ii L_I,jj r_ij)² with r what rounding leaves of the
+    value that it is given.
 
     With D = W − Q of what is done, f = L_ji / L_ii of a side, F_ij = Σ_j' D_ij' f_I(j',j): what is rounded is w_ij +
     F_ij + Σ_i' f_O(i',i) (D_i'j + F_i'j).
@@ -129,7 +134,7 @@ def two_sided(target: Array, grid: Grid, inputs: Factor, outputs: Factor, block:
     wanted = laid_out(target, 0)
     scales, biases = (laid_out(v[:, groups], fill) for v, fill in ((grid.scales, 1), (grid.biases, 0)))
     lost, carried = np.zeros_like(wanted), np.zeros_like(wanted)  # D, and D + F
-    codes = np.empty(wanted.shape, np.uint8)
+    codes, loss = np.empty(wanted.shape, np.uint8), 0.0
     pieces_down, pieces_along = down.pieces(block), along.pieces(block)
     high, wide = len(pieces_down), len(pieces_along)
     for diagonal in reversed(range(high + wide - 1)):
@@ -140,11 +145,13 @@ def two_sided(target: Array, grid: Grid, inputs: Factor, outputs: Factor, block:
         whole, steps, zeros = (np.stack([values[place] for place in here]) for values in (wanted, scales, biases))
         towards, downwards = pieces_along[[j for _, j in at]], pieces_down[[i for i, _ in at]]
         found = _settle(whole, steps, zeros, from_right, from_below, towards, downwards, grid.format.levels - 1)
-        for place, error, handed_on, code in zip(here, *found, strict=True):
+        for (i, j), place, error, handed_on, code, left in zip(at, here, *found, strict=True):
             lost[place], carried[place], codes[place] = error, handed_on, code
+            left *= down.diagonal[i * block : (i + 1) * block, None] * along.diagonal[j * block : (j + 1) * block]
+            loss += float(np.einsum("ij,ij->", left, left, dtype=np.float64))
     rounded = np.empty(target.shape, np.uint8)
     rounded[np.ix_(outputs.order, inputs.order)] = codes[down.filled :, along.filled :]
-    return rounded
+    return rounded, loss
 
 
 def _settle(
@@ -156,9 +163,11 @@ def _settle(
     along: Array,
     down: Array,
     top: int,
-) -> tuple[Array, Array, Array]:
-    """Round pieces [P,b,b] that have had the feedback of all outside of them: D, D + F and codes, [P,b,b] each."""
-    lost, carried = np.zeros_like(wanted), np.zeros_like(wanted)  # the second by columns: [P,j,i]
+) -> tuple[Array, Array, Array, Array]:
+    """Round pieces [P,b,b] that have had the feedback of all outside of them: D, D + F, codes, and what rounding has
+    left of the values that it was given, [P,b,b] each.
+    """
+    lost, carried, left = (np.zeros_like(wanted) for _ in range(3))  # the second by columns: [P,j,i]
     codes = np.empty(wanted.shape, np.uint8)
     size = wanted.shape[1]
     flipped = [values[:, :, ::-1] for values in (wanted, scales, biases, from_right, from_below)]
@@ -170,11 +179,13 @@ def _settle(
         done = slice(first, None)  # nothing of a piece comes from in front of its antidiagonal
         handed_on = right + np.einsum("pqk,pqk->pq", lost[:, rows, done], along[:, columns, done])
         added = below + np.einsum("pqk,pqk->pq", carried[:, columns, done], down[:, rows, done])
-        code = np.clip(np.rint((value + handed_on + added - bias) / scale), 0, top)
-        error = value - (code * scale + bias)
+        given = value + handed_on + added
+        code = np.clip(np.rint((given - bias) / scale), 0, top)
+        rounded = code * scale + bias
+        error = value - rounded
         i, j = np.arange(first, last + 1), np.arange(last, first - 1, -1)
-        lost[:, i, j], carried[:, j, i], codes[:, i, j] = error, error + handed_on, code
-    return lost, carried.swapaxes(1, 2), codes
+        lost[:, i, j], carried[:, j, i], codes[:, i, j], left[:, i, j] = error, error + handed_on, code, given - rounded
+    return lost, carried.swapaxes(1, 2), codes, left
 
 
 def _falling(last: int, first: int) -> slice:
