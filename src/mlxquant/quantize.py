@@ -17,7 +17,7 @@ from .api.machine import memory_bytes
 from .api.model import Model
 from .api.pipeline_files import save_pipeline
 from .api.pipelines import TEXT_RECIPE, quantize_pipeline
-from .api.plan import of_first_blocks, plan, planned_sizes
+from .api.plan import of_first_blocks, plan, planned_sizes, usual_recipe
 from .api.quantizing import calibrate, calibrate_text
 from .calibration.data import CalibrationData
 from .commandline.console import Command, peak_bytes, progress, result, say
@@ -45,10 +45,12 @@ from .models.mflux.pipeline import MfluxPipeline
 from .models.recorded.recording import SAMPLES
 from .pipeline.apply import TrackFiles
 from .recipes.grammar import parse_recipe
+from .recipes.ladder import GROUPED, PLAIN, explained
 from .recipes.recipe import Recipe
 from .sampling.picture_size import PictureSize, told
 from .sampling.prompts import read_prompts
 from .sweep.share import planned_share
+from .sweep.two_sided import KIND as TWO_SIDED
 
 PROMPTS, KEEP = 16, "keep"
 CALIBRATION_SIZE = (512, 512)  # of pictures of mflux: what a step reads is a quarter of that at its own 1024
@@ -79,8 +81,8 @@ calibration_options = together(
 @option(
     "--recipe",
     "recipe_name",
-    required=True,
-    help="METHOD[+INGREDIENT…]-wBaB, such as gptq-w4a8; see 'mlxquant methods'.",
+    help="METHOD[+INGREDIENT…]-wBaB, such as gptq-w4a8, or fast-, good- or best-wBaB; see 'mlxquant methods'."
+    f"  [default: {GROUPED}, which MLX's programs read; {PLAIN} where 64 does not divide the layers]",
 )
 @option(
     "--override",
@@ -118,7 +120,7 @@ calibration_options = together(
 def command(
     name: str,
     size: PictureSize | None,
-    recipe_name: str,
+    recipe_name: str | None,
     override: tuple[str, ...],
     blocks: int | None,
     bits_per_weight: float | None,
@@ -143,6 +145,10 @@ def command(
     """
     if out is None and not dry_run:
         raise click.UsageError("Missing option '--out'.")
+    model = None if is_mflux(name) or recipe_name is not None else load(name, size)  # which decides on a recipe
+    recipe_name = recipe_name or (GROUPED if model is None else usual_recipe(model))
+    if (stands := explained(recipe_name)) is not None:
+        say(stands)
     recipe = limited(parse_recipe(recipe_name, override), bits_per_weight, bits_per_activation)
     if iters is not None:
         recipe = replace(recipe, learning=replace(recipe.learning, iterations=iters))
@@ -158,7 +164,7 @@ def command(
     if quant_config is not None and adaround_output is None:
         raise RecipeError("--quant-config has the activation scales for the weights of --adaround-output; pass both")
     tracks = None if adaround_output is None else TrackFiles(adaround_output, quant_config)
-    model = load(name, size)
+    model = model or load(name, size)
     if blocks is not None:
         recipe = of_first_blocks(model, recipe, blocks)
     layers = plan(model, recipe)
@@ -182,6 +188,8 @@ def command(
     stored = done.model.size
     stages = done.model.facts["stages"]
     say(f"{out}: {stored.model_bytes / 1e6:.2f} MB, {stored.bits_per_weight:.2f} bits per weight, {done.seconds:.0f} s")
+    if chosen := done.model.facts.get(TWO_SIDED):
+        say(f"  rounding: {chosen['chosen']}, by held-out samples")
     for what, paths in done.model.facts.get("left_undone", {}).items():
         say(f"  {what}: not for {len(paths)} layers that are no Linears, such as {paths[0]}")
     for stage in stages:

@@ -10,6 +10,8 @@ from ..errors import RecipeError
 from ..layers.kinds import known_kind
 from ..layers.packed import check_parts
 from ..layers.sizes import planned_layer_bytes, stored_bytes, weight_count
+from ..recipes.grammar import parse_recipe
+from ..recipes.ladder import GROUPED, PLAIN
 from ..recipes.recipe import LayerSpec, Recipe
 from ..sweep.allocation import check_limits
 from ..sweep.planning import planned
@@ -86,3 +88,14 @@ def plan(model: Model, recipe: Recipe) -> dict[str, LayerSpec]:
             raise RecipeError(f"recipe {recipe.name}, layer {path}: {error}") from error
     check_limits(model.adapter, recipe, layers, recipe.bits_per_weight, recipe.bits_per_activation)
     return layers
+
+
+def usual_recipe(model: Model) -> str:
+    """The recipe of who names none: in groups, which MLX's programs read, where they divide every layer.
+
+    Args:
+        model: The model in full precision.
+    """
+    layers = model.adapter.layers()
+    widths = {known_kind(layers[path]).shape(layers[path])[1] for path in plan(model, parse_recipe(PLAIN))}
+    return GROUPED if all(width % 64 == 0 for width in widths) else PLAIN

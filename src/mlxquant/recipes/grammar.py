@@ -16,6 +16,7 @@ from ..errors import RecipeError
 from ..grids.tables import BITS
 from ..grids.weights import COARSE, WeightFormat
 from ..methods import registry
+from .ladder import stands_for
 from .patterns import ROLE
 from .presets import INGREDIENTS, PRESETS, RANK, USUAL, Template
 from .recipe import REST, LayerSpec, Recipe
@@ -119,7 +120,8 @@ def parse_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
 
     Args:
         name: ``METHOD[+INGREDIENT...]-SPEC``, such as "gptq-w4a8" or "qronos+rotation-w4a4-g64"; ``mlxquant methods``
-            lists what there is.
+            lists what there is. "fast", "good" and "best" stand for recipes, see ``ladder``; the result is named by the
+            recipe.
         overrides: Rules ``PATTERN=SPEC`` that go before the recipe's own and keep its method, such as
             "*.mlp.fc2=w8a16" or "@attention=keep". A pattern is a glob over dotted paths, or a role.
 
@@ -135,6 +137,7 @@ def parse_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
         >>> recipe.name
         'gptq+smoothquant-w4a8,@attention=keep'
     """
+    name = stands_for(name)
     match = re.fullmatch(r"(.+?)-(w\d.*)", name)
     try:
         if match is None:

@@ -50,7 +50,7 @@ def kron(
     *,
     damping: float = 0.01,
     output_damping: float = 0.05,
-    block: int = 32,
+    block: int = 64,
 ) -> Array:
     """Codes uint8 [out,in] for ``weight`` [out,in] that make tr(H_O (W−Q) H_I (W−Q)ᵀ) small, H_I = ``moments.gram`` and
     H_O = ``moments.outputs``.
