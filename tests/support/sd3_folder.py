@@ -99,8 +99,10 @@ def write_text(folder, t5=True):
     write_json(folder / "model_index.json", index | {name: [None, None] for name in ("text_encoder_3", "tokenizer_3")})
 
 
-def write_whole(folder, said, t5=True):
-    """A whole model: a transformer of a configuration for these text encoders, and all that stands around it."""
-    write_drawing(folder, {**said, **TEXT})
+def write_whole(folder, said, t5=True, text=TEXT):
+    """A whole model: a transformer of a configuration for text encoders that write ``text``, and all that stands around
+    it.
+    """
+    write_drawing(folder, {**said, **text})
     write_text(folder, t5)
     return folder

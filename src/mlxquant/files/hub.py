@@ -12,6 +12,7 @@ from ..errors import AdapterError, ArtifactError, reason
 from .explain import explain
 from .schema import json_value
 
+UNREAD = "unsupported dtype"  # what MLX says of a tensor of another kind, F8_E5M2 or F64, and then which
 DESCRIPTIONS = ("model_index.json", "config.json")  # of diffusers' pipelines, of everything else
 
 
@@ -203,6 +204,12 @@ def lazy_tensors(path: Path) -> dict[str, mx.array]:
     try:
         arrays = mx.load(str(path), format="safetensors")
     except (RuntimeError, ValueError) as error:
+        if UNREAD in str(error):
+            kind = str(error).rpartition(" ")[2]
+            raise ArtifactError(
+                f"{path}: a tensor is stored as {kind}, which MLX does not read: the file is quantized already, or for"
+                " another program; expected float16, bfloat16 or float32: get the full-precision file"
+            ) from error
         raise ArtifactError(
             f"{path}: not a safetensors file, or a damaged one ({reason(error)}); download it again"
         ) from error

@@ -113,12 +113,19 @@ def test_a_component_that_is_not_there(folder):
         DiffusersFolder(str(folder)).tensors("vae")
 
 
-def test_numbers_of_eight_bits_are_refused(folder):
-    """MLX reads F8_E4M3 as whole numbers."""
+@pytest.mark.parametrize(
+    ("dtype", "message"),
+    [
+        ("F8_E4M3", r"a is stored in 8 bits, so the file is quantized already \(fp8\)"),
+        ("F8_E5M2", "a tensor is stored as F8_E5M2, which MLX does not read: the file is quantized already, or for"),
+    ],
+)
+def test_numbers_of_eight_bits_are_refused(folder, dtype, message):
+    """MLX reads F8_E4M3 as whole numbers, and F8_E5M2 not at all."""
     path = folder / "unet" / "diffusion_pytorch_model.safetensors"
-    header = json.dumps({"a": {"dtype": "F8_E4M3", "shape": [4], "data_offsets": [0, 4]}}).encode()
+    header = json.dumps({"a": {"dtype": dtype, "shape": [4], "data_offsets": [0, 4]}}).encode()
     path.write_bytes(np.uint64(len(header)).tobytes() + header + bytes(4))
-    with pytest.raises(ArtifactError, match=r"a is stored in 8 bits, so the file is quantized already \(fp8\)"):
+    with pytest.raises(ArtifactError, match=message):
         DiffusersFolder(str(folder)).tensors("unet")
 
 

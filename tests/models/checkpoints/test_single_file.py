@@ -180,7 +180,7 @@ def test_a_gated_repository_is_named_with_the_command(tmp_path, monkeypatch, sai
     for part in (
         "a.safetensors has no text_encoder",
         "nor a folder text_encoder beside it",
-        f"accept the licence at https://huggingface.co/{repository}",
+        f"accept the licence at https://huggingface.co/{repository.removesuffix('-diffusers')}",
         "hf auth login",
     ):
         assert part in str(caught.value)

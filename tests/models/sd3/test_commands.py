@@ -14,11 +14,13 @@ import pytest
 from PIL import Image
 
 from mlxquant.layers.tree import parameters
+from mlxquant.models.checkpoints.open import open_source
 from mlxquant.models.sd3.names import to_diffusers
 
+from support import loose_files, parts
 from support.command_line import fail, succeed
 from support.original_files import original_autoencoder, original_transformer
-from support.sd3_folder import TEXT, write_text, write_whole
+from support.sd3_folder import TEXT, write_json, write_text, write_weights, write_whole
 from support.sd3_transformers import DUAL, random_transformer
 
 pytestmark = pytest.mark.images
@@ -96,6 +98,43 @@ def test_what_is_missing_beside_it_is_said(single, tmp_path, monkeypatch, gone, 
     said = fail(*drawing(single, tmp_path / "a.png"), "--size", 64)
     assert message in said
     assert "hf download stabilityai/stable-diffusion-3.5-medium" in said
+
+
+@pytest.fixture
+def comfyui(tmp_path):
+    """A model without text encoders in ComfyUI's folders, which has everything else."""
+    model = loose_files.write_comfyui(tmp_path / "ComfyUI")
+    own = tmp_path / "ComfyUI" / "comfy"
+    parts.write_clip_tokenizer(own, "sd1_tokenizer")
+    parts.write_t5_tokenizer(own / "text_encoders", "t5_tokenizer")
+    return model
+
+
+def test_a_model_in_comfyui_draws_what_the_same_draws_in_diffusers_layout(comfyui, tmp_path, monkeypatch):
+    """Its text encoders are files of their own, and the hub cannot be reached."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    succeed(*drawing(comfyui, tmp_path / "a.png"), "--size", 64)
+    folder = write_whole(tmp_path / "whole", loose_files.SAID, text=loose_files.READS)
+    clip_l = {**loose_files.clip_l(), loose_files.PROJECTION: np.eye(loose_files.WIDTH, dtype=np.float32)}
+    parts.write_component(folder, "text_encoder", loose_files.CLIP_L, clip_l)
+    parts.write_component(folder, "text_encoder_2", loose_files.CLIP_G, loose_files.clip_g())
+    parts.write_component(folder, "text_encoder_3", loose_files.T5, loose_files.t5())
+    source = open_source(str(comfyui))
+    write_json(folder / "vae" / "config.json", source.config("vae"))
+    write_weights(folder / "vae", source.tensors("vae"))
+    succeed(*drawing(folder, tmp_path / "b.png"), "--size", 64)
+    with Image.open(tmp_path / "a.png") as ours, Image.open(tmp_path / "b.png") as theirs:
+        np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs))
+
+
+def test_a_text_encoder_of_eight_bits_is_refused(comfyui, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    folder = comfyui.parent.parent / "text_encoders"
+    (folder / "t5xxl_fp16.safetensors").unlink()
+    loose_files.write_coded(folder / "t5xxl_fp8_e4m3fn.safetensors", loose_files.t5())
+    said = fail(*drawing(comfyui, tmp_path / "a.png"), "--size", 64)
+    assert "t5xxl_fp8_e4m3fn.safetensors: " in said
+    assert "hf download stabilityai/stable-diffusion-3.5-medium text_encoders/t5xxl_fp16.safetensors" in said
 
 
 def test_a_tokenizer_that_is_missing_is_named_with_the_command(folder, tmp_path):

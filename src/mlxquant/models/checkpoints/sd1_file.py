@@ -10,6 +10,7 @@ import re
 from collections.abc import Collection
 from typing import Any
 
+from .comfyui_tokenizers import CLIP
 from .compvis_autoencoder import autoencoder_config, autoencoder_tensors
 from .single_file import Layout
 from .source import Tensors
@@ -154,6 +155,7 @@ SD1_FILE = Layout(
     components=("unet", "vae", "text_encoder", "tokenizer", "scheduler"),
     scheduler=SCHEDULER,
     repository=lambda config: "stable-diffusion-v1-5/stable-diffusion-v1-5",
-    original=lambda names: "hf download stable-diffusion-v1-5/stable-diffusion-v1-5 v1-5-pruned-emaonly.safetensors",
+    original=lambda names: ("stable-diffusion-v1-5/stable-diffusion-v1-5", "v1-5-pruned-emaonly.safetensors"),
     denoiser="unet",
+    tokenizers={"tokenizer": CLIP},
 )

@@ -7,15 +7,28 @@ diffusers turns in two places.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import mlx.core as mx
 
+from .comfyui_tokenizers import CLIP, T5
+from .compvis_autoencoder import PREFIX as AUTOENCODER
 from .compvis_autoencoder import autoencoder_config, autoencoder_tensors
+from .loose_files import LooseKind
 from .single_file import Layout
 from .source import Tensors
-from .text_encoders import below, clip_config, t5_config
+from .text_encoders import (
+    CLIP_WORDS,
+    PROJECTION,
+    below,
+    clip_config,
+    clip_prefix,
+    loose_clip,
+    prefix_of,
+    t5_config,
+    t5_prefix,
+)
 
 PREFIX = "model.diffusion_model."  # or none, where a file is the transformer alone
 MARK = "joint_blocks.0.x_block.attn.qkv.weight"
@@ -115,13 +128,22 @@ def transformer_config(tensors: Tensors) -> dict[str, Any]:
     }
 
 
-def clip_tensors(arrays: Tensors, which: str) -> Tensors:
-    """A CLIP's tensors. CLIP-L's projection is not in these files, for it is none: its pooled output stays as it is."""
-    found = below(arrays, f"text_encoders.clip_{which}.transformer.")
-    if found and which == "l" and "text_projection.weight" not in found:
-        words = found["text_model.embeddings.token_embedding.weight"]
-        found["text_projection.weight"] = mx.eye(words.shape[1], dtype=words.dtype)
-    return found
+def clip_tensors(found: Tensors, large: bool) -> Tensors:
+    """A CLIP's tensors. CLIP-L's pooled output stays as it is, whatever projection its file may have: SD3 was trained
+    so (``return_projected_pooled=False`` in Stability AI's sd3_infer.py and in ComfyUI's sd3_clip.py). Raises KeyError
+    on a CLIP-G without one.
+    """
+    if not found:
+        return found
+    words = found[CLIP_WORDS]
+    return {**found, PROJECTION: found[PROJECTION] if large else mx.eye(words.shape[1], dtype=words.dtype)}
+
+
+def _loose_autoencoder(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> str | None:
+    """What stands before the names of CompVis' autoencoder with the transformer's channels; None for another file."""
+    prefix = prefix_of(shapes, "decoder.conv_in.weight")
+    fits = prefix is not None and prefix + "decoder.mid.block_1.norm1.weight" in shapes
+    return prefix if fits and shapes[f"{prefix}decoder.conv_in.weight"][1] == config["in_channels"] else None
 
 
 def _repository(config: dict[str, Any]) -> str:
@@ -130,13 +152,52 @@ def _repository(config: dict[str, Any]) -> str:
     return MEDIUM if config["qk_norm"] is None else LARGE_35
 
 
-def _original(names: Collection[str]) -> str:
-    """The command that downloads a file like one with tensors of these names."""
+def _original(names: Collection[str]) -> tuple[str, str]:
+    """The repository of the hub, and in it the file, that is like one with tensors of these names."""
     kind = "large" if any(".ln_q." in name for name in names) else ""
     kind = "medium" if any(".attn2." in name for name in names) else kind
     if not kind:
-        return "hf download stabilityai/stable-diffusion-3-medium sd3_medium.safetensors"
-    return f"hf download stabilityai/stable-diffusion-3.5-{kind} sd3.5_{kind}.safetensors"
+        return "stabilityai/stable-diffusion-3-medium", "sd3_medium.safetensors"
+    return f"stabilityai/stable-diffusion-3.5-{kind}", f"sd3.5_{kind}.safetensors"
+
+
+FOLDERS = ("text_encoders", "clip")  # ComfyUI's folders
+LOOSE = {
+    "text_encoder": LooseKind(
+        "CLIP-L",
+        FOLDERS,
+        ("clip_l",),
+        lambda shapes, config: clip_prefix(shapes, large=False),
+        lambda arrays: clip_tensors(loose_clip(arrays), large=False),
+    ),
+    "text_encoder_2": LooseKind(
+        "CLIP-G",
+        FOLDERS,
+        ("clip_g",),
+        lambda shapes, config: clip_prefix(shapes, large=True),
+        lambda arrays: clip_tensors(loose_clip(arrays), large=True),
+    ),
+    "text_encoder_3": LooseKind(
+        "T5",
+        FOLDERS,
+        ("t5xxl_fp16", "t5xxl"),
+        lambda shapes, config: t5_prefix(shapes, config["joint_attention_dim"]),
+        lambda arrays: {name: value for name, value in arrays.items() if name.startswith(("shared.", "encoder."))},
+    ),
+    "vae": LooseKind(  # FLUX's has the same tensors in the same shapes
+        "the autoencoder",
+        ("vae",),
+        ("sd3",),
+        _loose_autoencoder,
+        lambda arrays: autoencoder_tensors({AUTOENCODER + name: value for name, value in arrays.items()}),
+        named=True,
+    ),
+}
+PUBLISHED = {  # in Stability AI's repositories, beside the model
+    "text_encoder": "text_encoders/clip_l.safetensors",
+    "text_encoder_2": "text_encoders/clip_g.safetensors",
+    "text_encoder_3": "text_encoders/t5xxl_fp16.safetensors",
+}
 
 
 SD3_FILE = Layout(
@@ -146,8 +207,8 @@ SD3_FILE = Layout(
     tensors={
         "transformer": transformer_tensors,
         "vae": autoencoder_tensors,
-        "text_encoder": lambda arrays: clip_tensors(arrays, "l"),
-        "text_encoder_2": lambda arrays: clip_tensors(arrays, "g"),
+        "text_encoder": lambda arrays: clip_tensors(below(arrays, "text_encoders.clip_l.transformer."), large=False),
+        "text_encoder_2": lambda arrays: clip_tensors(below(arrays, "text_encoders.clip_g.transformer."), large=True),
         "text_encoder_3": lambda arrays: below(arrays, "text_encoders.t5xxl.transformer."),
     },
     configs={
@@ -165,4 +226,7 @@ SD3_FILE = Layout(
     repository=_repository,
     original=_original,
     together=("text_encoder", "text_encoder_2", "text_encoder_3"),
+    loose=LOOSE,
+    published=PUBLISHED,
+    tokenizers={"tokenizer": CLIP, "tokenizer_2": CLIP, "tokenizer_3": T5},
 )

@@ -1,7 +1,10 @@
-"""What the config.json of a text encoder would say, from the shapes of its tensors in a single file."""
+"""Text encoders in single files and in files of their own: which it is, and what its config.json would say, from the
+names and shapes of its tensors.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from .source import Tensors
@@ -9,11 +12,52 @@ from .source import Tensors
 HEAD = 64  # channels of a head of every CLIP text encoder
 EMBEDDED = ("shared.weight", "encoder.embed_tokens.weight")  # T5's table of tokens, under either name
 T5_BIAS = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+UMT5_BIAS, GATED = T5_BIAS.replace(".0.", ".1.", 1), "encoder.block.0.layer.1.DenseReluDense.wi_0.weight"
+CLIP_WORDS, CLIP_LAYER = "text_model.embeddings.token_embedding.weight", "text_model.encoder.layers."
+CLIP_H, CLIP_G = 23, 31  # layers from which on ComfyUI's detect_te_model takes a CLIP for that; fewer are CLIP-L
+PROJECTION, OLD_PROJECTION = "text_projection.weight", "text_projection"
 
 
 def below(arrays: Tensors, prefix: str) -> Tensors:
     """The tensors whose names begin with a prefix, by the rest of their names."""
     return {name.removeprefix(prefix): value for name, value in arrays.items() if name.startswith(prefix)}
+
+
+def prefix_of(names: Collection[str], mark: str) -> str | None:
+    """What stands before all names of a file that has a tensor ``mark``, but for single ones, as ``logit_scale``; None
+    where it has none, or other parts, too.
+    """
+    found = next((name.removesuffix(mark) for name in names if name.endswith(mark)), None)
+    alone = found is not None and all(name.startswith(found) or "." not in name for name in names)
+    return found if alone else None
+
+
+def clip_prefix(shapes: Mapping[str, tuple[int, ...]], large: bool) -> str | None:
+    """What stands before the names of CLIP-L's tensors, or of the ``large`` CLIP-G's; None where a file is no such."""
+    prefix = prefix_of(shapes, CLIP_WORDS)
+    layers = {name.split(CLIP_LAYER)[1].split(".")[0] for name in shapes if CLIP_LAYER in name}
+    fits = len(layers) >= CLIP_G if large else 0 < len(layers) < CLIP_H
+    return prefix if fits else None
+
+
+def t5_prefix(shapes: Mapping[str, tuple[int, ...]], width: int) -> str | None:
+    """What stands before the names of the tensors of a T5 of version 1.1 with ``width`` channels; None where a file is
+    no such. UMT5, as Wan has it, has a bias of positions in every block; T5 of version 1 is not gated.
+    """
+    prefix = prefix_of(shapes, T5_BIAS)
+    if prefix is None or prefix + GATED not in shapes or prefix + UMT5_BIAS in shapes:
+        return None
+    return prefix if any(shapes.get(prefix + name, (0, 0))[1] == width for name in EMBEDDED) else None
+
+
+def loose_clip(arrays: Tensors) -> Tensors:
+    """The tensors of a CLIP text encoder in a file of its own. Files that ComfyUI's CLIPSave once wrote have the
+    projection as a parameter, turned.
+    """
+    found = {name: value for name, value in arrays.items() if name != OLD_PROJECTION}
+    if PROJECTION not in found and (old := arrays.get(OLD_PROJECTION)) is not None:
+        found[PROJECTION] = old.T
+    return found
 
 
 def clip_config(tensors: Tensors, activation: str) -> dict[str, Any]:
