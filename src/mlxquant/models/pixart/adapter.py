@@ -33,7 +33,8 @@ UNUSED = (  # what folders of older releases also have: a caption that drops the
 
 
 class PixArtAlpha(LatentAdapter):
-    """PixArt-α, for 512 or for 1024 pixels, whichever ``transformer/config.json`` says.
+    """PixArt-α, for 512 or for 1024 pixels, whichever ``transformer/config.json`` says. 20 steps and guidance 4.5 are
+    the defaults of diffusers' PixArtAlphaPipeline, and of PixArtSigmaPipeline.
 
     Attributes:
         pipeline: The class of diffusers that runs it.

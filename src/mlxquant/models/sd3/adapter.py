@@ -72,8 +72,8 @@ class SD3Components(Components):
 class SD3Medium(LatentAdapter):
     """SD3-Medium: two billion parameters, no norms of queries and keys.
 
-    Guidance 5 is that of Stability AI's sd3_infer.py, which calls 28 steps "quite decent" and takes 50 by default; 28 is
-    the default of diffusers, too, whose guidance is 7.
+    Guidance 5 is that of Stability AI's sd3_infer.py, which calls 28 steps "quite decent" and takes 50 by default; 28
+    is the default of diffusers, too, whose guidance is 7.
     """
 
     name = "sd3-medium"
@@ -191,8 +191,8 @@ class SD3Medium(LatentAdapter):
 
 
 class SD35Medium(SD3Medium):
-    """SD3.5-Medium: norms of queries and keys, and a second attention in its first blocks. 40 steps and guidance 4.5 are
-    its model card's; Stability AI's sd3_infer.py takes 50 steps of DPM-Solver++ and 5.
+    """SD3.5-Medium: norms of queries and keys, and a second attention in its first blocks. 40 steps and guidance 4.5
+    are its model card's; Stability AI's sd3_infer.py takes 50 steps of DPM-Solver++ and 5.
     """
 
     name = "sd3.5-medium"
