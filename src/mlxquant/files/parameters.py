@@ -24,7 +24,7 @@ def load_parameters(module: nn.Module, arrays: Mapping[str, mx.array], source: s
         counts = f"{len(missing)} and {len(extra)} in all"
         raise ArtifactError(
             f"{source}: does not fit the model: missing {missing[:3] or 'nothing'}, unexpected {extra[:3] or 'nothing'}"
-            f" ({counts})"
+            f" ({counts}); the file or its config is another model's, or damaged: get both again"
         )
     for name, value in expected.items():
         if arrays[name].shape != value.shape:

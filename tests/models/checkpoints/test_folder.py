@@ -81,6 +81,8 @@ def test_shards(folder, index):
         (lambda f: (f / "model_index.json").unlink(), "has no model_index.json: expected a folder in the layout of"),
         (lambda f: (f / "model_index.json").write_text("{"), "not JSON, or damaged"),
         (lambda f: (f / "model_index.json").write_text('{"unet": [1]}'), "unet"),
+        (lambda f: (f / "unet/config.json").write_text("[]"), "config.json: says nothing; expected a JSON object with"),
+        (lambda f: (f / "unet/config.json").write_text("{}"), "config.json: says nothing; expected a JSON object with"),
         (lambda f: (f / "unet/config.json").unlink(), "has no unet/config.json; get it with 'hf download HUB_ID"),
         (lambda f: (f / "unet/diffusion_pytorch_model.safetensors").write_bytes(b"x"), "not a safetensors file"),
         (lambda f: (f / "unet/diffusion_pytorch_model.safetensors").rename(f / "unet/model.bin"), "but model.bin"),
@@ -109,6 +111,11 @@ def test_what_cannot_be_read_is_an_error_about_it(folder, spoil, message):
 
 
 def test_a_component_that_is_not_there(folder):
+    """One command brings all of it."""
+    with pytest.raises(
+        ArtifactError, match=r"has no vae/config\.json; get it with 'hf download HUB_ID --include 'vae/\*'"
+    ):
+        DiffusersFolder(str(folder)).config("vae")
     with pytest.raises(ArtifactError, match=r"vae has no weights as safetensors \(no folder .*vae\); get them with"):
         DiffusersFolder(str(folder)).tensors("vae")
 

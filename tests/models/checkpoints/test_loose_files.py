@@ -178,7 +178,9 @@ def test_other_encoders_are_not_taken(models, name, tensors):
 
 @pytest.mark.parametrize("dtype", ["F8_E4M3", "F8_E5M2"])
 def test_a_file_of_eight_bits_is_left_out_for_one_of_sixteen(models, caplog, dtype):
-    path = loose.write_coded(models / "text_encoders" / "t5xxl_fp8.safetensors", loose.t5(), dtype)
+    folder = models / "text_encoders"
+    (folder / "t5xxl_fp16.safetensors").rename(folder / "mine.safetensors")
+    path = loose.write_coded(folder / "t5xxl_fp8_e4m3fn.safetensors", loose.t5(), dtype)
     same(opened(models).tensors("text_encoder_3"), loose.t5())
     assert f"{path}: " in caplog.text
     assert f"is stored as {dtype}, so the file is quantized already; left out" in caplog.text

@@ -97,6 +97,9 @@ def spoiled(folder, name):
     if name == "scheduler":
         change(scheduler, algorithm_type="dpmsolver")
         return AdapterError, "algorithm_type is 'dpmsolver', expected one of 'dpmsolver\\+\\+'"
+    if name == "a vae of nothing":
+        (folder / "vae" / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
+        return ArtifactError, "vae/config.json: it has no 'block_out_channels'"
     if name == "no vae":
         (folder / "vae" / "config.json").unlink()
         return ArtifactError, "has no vae/config.json; get it with 'hf download"
@@ -105,7 +108,8 @@ def spoiled(folder, name):
 
 
 @pytest.mark.parametrize(
-    "name", ["option", "another size", "a tensor", "weights", "scheduler", "no vae", "another pipeline"]
+    "name",
+    ["option", "another size", "a tensor", "weights", "scheduler", "a vae of nothing", "no vae", "another pipeline"],
 )
 def test_what_cannot_be_run_is_one_clear_error(folder, name):
     kind, message = spoiled(folder, name)

@@ -66,7 +66,12 @@ class DiffusersFolder(Source):
         return any(self._components.get(component, ()))
 
     def config(self, component: str) -> dict[str, Any]:
-        return read_description(self.file(component, CONFIGS.get(component, "config.json")), infinite=True)
+        path = self.file(component, CONFIGS.get(component, "config.json"))
+        if said := read_description(path, infinite=True):
+            return said
+        raise ArtifactError(
+            f"{path}: says nothing; expected a JSON object with the {component}'s config: download it again"
+        )
 
     def tensors(self, component: str) -> Tensors:
         path = self._first([f"{component}/{name}" for name in _weight_files()])
@@ -81,8 +86,10 @@ class DiffusersFolder(Source):
     def file(self, component: str, name: str) -> Path:
         path = self.finds(component, name)
         if path is None:
+            whole = self._folder is not None and not (self._folder / component).is_dir()
             raise ArtifactError(
-                f"{self.place} has no {component}/{name}; get it with '{self._command(f'{component}/{name}')}'"
+                f"{self.place} has no {component}/{name}; get it with"
+                f" '{self._command(f'{component}/*' if whole else f'{component}/{name}')}'"
             )
         return path
 

@@ -307,6 +307,19 @@ def load_autoencoder(source: Source, component: str, dtype: mx.Dtype) -> Autoenc
         ArtifactError: Its config is another class's or has blocks of other kinds, a tensor is missing or of another
             shape.
     """
+    config = _read(source, component)
+    model = AutoencoderKL(config)
+    fill(model, _with_new_names(source.tensors(component)), dtype, in_place(source, component))
+    return model
+
+
+def pixels_of(source: Source, component: str) -> int:
+    """Pixels of a picture's side for one of a latent, by the autoencoder's config; raises as ``load_autoencoder``."""
+    return int(2 ** (len(_read(source, component)["block_out_channels"]) - 1))
+
+
+def _read(source: Source, component: str) -> dict[str, Any]:
+    """The config of an autoencoder."""
     config = read_config(source, component, (CLASS,), CONFIG)
     widths, groups = config["block_out_channels"], _groups(config)
     if any(len(config[kinds]) != len(widths) for kinds in ("down_block_types", "up_block_types")) or any(
@@ -317,9 +330,7 @@ def load_autoencoder(source: Source, component: str, dtype: mx.Dtype) -> Autoenc
             f" {len(config['down_block_types'])} and {len(config['up_block_types'])} blocks and {groups} groups of"
             " channels; download it again"
         )
-    model = AutoencoderKL(config)
-    fill(model, _with_new_names(source.tensors(component)), dtype, in_place(source, component))
-    return model
+    return config
 
 
 def _with_new_names(arrays: Tensors) -> Tensors:

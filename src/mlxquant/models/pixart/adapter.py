@@ -19,6 +19,7 @@ from ...sampling.parameterizations import Parameterization
 from ...sampling.scheduler_config import parameterization_from_config, scheduler_from_config
 from ..edges import Edge
 from ..latent import LatentAdapter, described
+from ..parts.autoencoder import pixels_of
 from ..parts.loading import fill, in_place
 from .chain import PATCHES, pixart_edges, pixart_role, pixart_stages
 from .components import PixArtComponents
@@ -104,7 +105,7 @@ class PixArtAlpha(LatentAdapter):
         adapter = cls(
             config,
             source.config("scheduler"),
-            pixels_of(source.config("vae")),
+            pixels_of(source, "vae"),
             components,
             dtypes.pop() if len(dtypes) == 1 else mx.float32,
         )
@@ -144,8 +145,3 @@ class PixArtSigma(PixArtAlpha):
     pipeline = "PixArtSigmaPipeline"
     length = 300
     conditioned = False
-
-
-def pixels_of(vae: Mapping[str, Any]) -> int:
-    """Pixels of a picture's side for one of a latent, by the config of a VAE: it halves between levels."""
-    return 2 ** (len(vae.get("block_out_channels", ())) - 1)

@@ -17,6 +17,7 @@ from ...sampling.picture_size import PictureSize, picture_size
 from ...sampling.scheduler_config import parameterization_from_config, scheduler_from_config
 from ..edges import Edge
 from ..latent import LatentAdapter, described
+from ..parts.autoencoder import pixels_of
 from ..parts.loading import fill, in_place
 from .chain import unet_edges, unet_role, unet_stages
 from .components import CLIPComponents
@@ -91,7 +92,7 @@ class StableDiffusion(LatentAdapter):
         components.width = config.cross_attention_dim
         weights = source.tensors("unet")
         dtypes = {value.dtype for value in weights.values()}
-        pixels = 2 ** (len(source.config("vae").get("block_out_channels", ())) - 1)
+        pixels = pixels_of(source, "vae")
         sides = SIDE if config.sample_size is None else config.sample_size
         height, width = (sides, sides) if isinstance(sides, int) else sides
         adapter = cls(
