@@ -65,8 +65,30 @@ def predict(
         raise CalibrationError(
             f"a text of {len(tokens)} tokens is too short to be predicted in windows of {length}; pass a longer one"
         )
-    some = np.arange(count) if limit is None or limit >= count else np.linspace(0, count - 1, limit).round().astype(int)
-    windows = np.stack([tokens[index * length : (index + 1) * length + 1] for index in some])
+    some = np.arange(count) if limit is None or limit >= count else spread(count, limit)
+    return predict_windows(logits, tokenizer, cut(tokens, length, some), batch, progress)
+
+
+def spread(count: int, limit: int) -> Tokens:
+    """Which ``limit`` of ``count`` windows are looked at: evenly spread, the first and the last among them."""
+    return np.linspace(0, count - 1, limit).round().astype(np.int32)
+
+
+def cut(tokens: Tokens, length: int, some: Tokens) -> Tokens:
+    """Windows of a text by number [n], each with the token that follows it: int32 [n,length+1]."""
+    return np.stack([tokens[index * length : (index + 1) * length + 1] for index in some])
+
+
+def predict_windows(
+    logits: Callable[[mx.array], mx.array],
+    tokenizer: Tokenizer,
+    windows: Tokens,
+    batch: int = 4,
+    progress: Progress = silent,
+) -> Prediction:
+    """Cost of every token but the first in each of ``windows`` int32 [n,length+1]. Raises NumericsError on NaN
+    logits.
+    """
     nats = []
     for start in progress(range(0, len(windows), batch), "predicting"):
         part = mx.array(windows[start : start + batch])
@@ -75,9 +97,8 @@ def predict(
     found = np.concatenate(nats)
     if not np.isfinite(found).all():
         raise NumericsError("the model predicts NaN or infinite costs; its weights are damaged or overflow")
-    return Prediction(
-        found, np.full(len(windows), length), np.array([_characters(tokenizer, window[1:]) for window in windows])
-    )
+    lengths = np.full(len(windows), windows.shape[1] - 1)
+    return Prediction(found, lengths, np.array([_characters(tokenizer, window[1:]) for window in windows]))
 
 
 def _characters(tokenizer: Tokenizer, tokens: Tokens) -> int:
