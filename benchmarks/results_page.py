@@ -5,9 +5,10 @@ Writes each table between its marks in the page and leaves everything else as it
     <!-- generated: methods (python benchmarks/results_page.py) -->
     <!-- end -->
 
-``methods`` has every row of which_method.jsonl, a table a format, ``real-models`` every row of real_models.jsonl;
-``language`` has the rows that this file names. With ``--check`` nothing is written: where a table is not what the rows
-say, that is said in one line, and the exit code is 1. The last line of stdout is one JSON object.
+``methods`` has every row of which_method.jsonl, a table a format, ``real-models`` every row of real_models.jsonl,
+``peers`` every row of language_peers.jsonl, a table a model; ``language`` has the rows that this file names. With
+``--check`` nothing is written: where a table is not what the rows say, that is said in one line, and the exit code is
+1. The last line of stdout is one JSON object.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 import click
 
 import language
+import language_peers
 import real_models
 import rows
 import which_method
@@ -111,9 +113,14 @@ def others_models(results: Path) -> str:
     return real_models.tables(real_models.summaries(real_models.measured(results / f"real_models{rows.SUFFIX}")))
 
 
+def peers(results: Path) -> str:
+    return language_peers.tables(language_peers.measured(results / f"language_peers{rows.SUFFIX}"))
+
+
 TABLES: dict[str, Callable[[Path], str]] = {
     "methods": methods,
     "language": language_models,
+    "peers": peers,
     "real-models": others_models,
 }
 
