@@ -65,7 +65,7 @@ def predict(
         raise CalibrationError(
             f"a text of {len(tokens)} tokens is too short to be predicted in windows of {length}; pass a longer one"
         )
-    some = np.arange(count) if limit is None or limit >= count else spread(count, limit)
+    some: Tokens = np.arange(count, dtype=np.int32) if limit is None or limit >= count else spread(count, limit)
     return predict_windows(logits, tokenizer, cut(tokens, length, some), batch, progress)
 
 
