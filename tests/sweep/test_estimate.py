@@ -113,3 +113,18 @@ def test_code_that_asks_for_values_in_passing_gets_none_computed():
         assert mx.get_active_memory() < before + value.nbytes
     mx.eval(value)
     assert mx.get_active_memory() >= before + value.nbytes
+
+
+def test_two_sided_rounding_holds_gradients_and_factors(outline):
+    """Four stages of layers: what enters five of them twice, and two sketches and a gram of every layer, those of a
+    stage once more while it is rounded.
+    """
+    one_sided, two_sided = parse_recipe("gptq-w4a16"), parse_recipe("kron-w4a16")
+    layers = {path: outline.roles[path] for path in outline.layers}
+    plain, found = (estimated(outline, recipe.plan(layers), recipe, 3) for recipe in (one_sided, two_sided))
+    stages = len({one.stage for one in outline.layers.values()})
+    factors = 4 * 5 * 64**2
+    assert found.streams - plain.streams == 2 * (stages + 1) * 3 * outline.state * 4 + len(layers) * factors
+    assert found.moments - plain.moments == 3 * factors
+    assert found.rounding > plain.rounding
+    assert found.uncounted == "the choice of a Hessian" and not plain.uncounted

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from ..curvature.factors import HELD
 from ..layers.sizes import planned_bytes
 from ..models.recorded.outline import Outline, Reading
 from ..recipes.recipe import LayerSpec, Recipe
@@ -28,8 +29,8 @@ class Work:
     """What quantizing a module takes beside its weights.
 
     Attributes:
-        streams: Bytes of hidden states, of all calls.
-        moments: Bytes of the moments of the stage that has most.
+        streams: Bytes of hidden states, of all calls, and what is kept of gradients.
+        moments: Bytes of the moments of the stage that has most, and of the factors of its layers' Hessians.
         rounding: Bytes while the largest layer is rounded, and of the layers that its stage is tried with.
         forward: Operations of forward passes, in the model's own precision.
         matrices: Operations on moments and weights, in float32; those in float64 count twice.
@@ -68,8 +69,11 @@ def estimated(outline: Outline, plan: Mapping[str, LayerSpec], recipe: Recipe, c
     moments = {stage: _moments(outline, plan, paths) for stage, paths in stages.items()}
     rounding = {stage: _rounding(outline, plan, paths) for stage, paths in stages.items()}
     fullest = max(stages, key=lambda stage: moments[stage] + rounding[stage])
+    two_sided = [path for path, spec in plan.items() if _two_sided(spec)]
+    gradients = min(HELD, 2 * (len(stages) + 1) * calls * outline.state * FLOAT32) if two_sided else 0
+    factors = min(HELD, sum(_factors(outline.layers[path]) for path in two_sided))
     return Work(
-        (BOTH if cross else STREAMS) * calls * outline.state * FLOAT32,
+        (BOTH if cross else STREAMS) * calls * outline.state * FLOAT32 + gradients + factors,
         moments[fullest],
         rounding[fullest],
         _passes(plan, recipe) * calls * outline.operations,
@@ -94,7 +98,17 @@ def _moments(outline: Outline, plan: Mapping[str, LayerSpec], paths: list[str]) 
         copies = (2 if spec.cross else 1) * (2 if spec.held_out else 1)
         nbytes = one.parts * copies * FLOAT32 * one.shape[1] ** 2
         tensors[one.leader] = max(tensors.get(one.leader, 0), nbytes)
-    return sum(tensors.values())
+    return sum(tensors.values()) + sum(_factors(outline.layers[path]) for path in paths if _two_sided(plan[path]))
+
+
+def _factors(one: Reading) -> int:
+    """Bytes of what is known of a layer whose rounding is two-sided: two sketches of its factors, and its inputs."""
+    outputs, inputs = one.shape
+    return 0 if one.parts > 1 else FLOAT32 * (2 * outputs**2 + 3 * inputs**2)
+
+
+def _two_sided(spec: LayerSpec) -> bool:
+    return spec.open_ended or spec.two_sided is not None
 
 
 def _rounding(outline: Outline, plan: Mapping[str, LayerSpec], paths: list[str]) -> int:
@@ -106,6 +120,7 @@ def _rounding(outline: Outline, plan: Mapping[str, LayerSpec], paths: list[str])
         one, spec = outline.layers[path], plan[path]
         rows, width = one.shape[0] // one.parts, one.shape[1]
         own = FACTOR * width**2 + COLUMNS * rows * width if _uses_moments(spec) else PLAIN * rows * width
+        own += 3 * FACTOR * rows**2 if _two_sided(spec) else 0
         largest = max(largest, own)
         stored += planned_bytes(spec, one.shape, parts=one.parts)
     return largest + 2 * stored
@@ -142,6 +157,7 @@ def _uncounted(plan: Mapping[str, LayerSpec], recipe: Recipe) -> str:
         "refinement": any(spec.refine for spec in specs),
         "branches": any(spec.branch for spec in specs),
         "sensitivities": recipe.sensitivity,
+        "the choice of a Hessian": any(map(_two_sided, specs)),
         "the allocation of bits": recipe.allocates,
         "further rounds": recipe.rounds > 1,
     }
