@@ -21,9 +21,10 @@ from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from ._blas import prefer_fast_blas
+from ._blas import keep_freed_memory, prefer_fast_blas
 
 prefer_fast_blas()  # before anything imports mlx.core
+keep_freed_memory()
 
 if TYPE_CHECKING:
     from .api.loading import load
