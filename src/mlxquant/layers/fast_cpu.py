@@ -235,9 +235,9 @@ _ROOT = (
 
 
 @mx.compile
-def _root_exponentials(u: mx.array) -> mx.array:
-    """exp(-32 u) for u >= 0, which is cut at 1: as ``_exp_minus``, with fewer operations."""
-    root = _horner(_ROOT, mx.minimum(u, 1.0))
+def _root_exponentials(scores: mx.array, top: mx.array) -> mx.array:
+    """exp(-32 (top - scores)) for top >= scores, cut at e^-32: as ``_exponentials``, with fewer operations."""
+    root = _horner(_ROOT, mx.minimum(top - scores, 1.0))
     for _ in range(5):
         root = root * root
     return root
@@ -252,21 +252,19 @@ def _in_pieces(q: mx.array, k: mx.array, v: mx.array, scale: float | None) -> mx
     """
     rows = max(1, SOME // k.shape[2])
     factor = (q.shape[-1] ** -0.5 if scale is None else scale) / 32
-    q = (q.astype(mx.float32) * factor).swapaxes(-1, -2)
     v = mx.concatenate([v, mx.ones_like(v[..., :1])], axis=-1).swapaxes(-1, -2)
-    samples = []
-    for queries, keys, values in zip(q, k.astype(mx.float32), v, strict=True):
-        heads = []
-        for head in range(q.shape[1]):
-            pieces = []
-            for start in range(0, q.shape[-1], rows):
-                scores = keys[head] @ queries[head, :, start : start + rows]
-                top = mx.stop_gradient(scores.max(axis=0, keepdims=True))
-                sums = values[head] @ _root_exponentials(top - scores)
-                pieces.append(sums[:-1] / sums[-1:])
-            heads.append(mx.concatenate(pieces, axis=-1))
-        samples.append(mx.stack(heads))
-    return mx.stack(samples).swapaxes(-1, -2)
+    # contiguous, for MLX copies what is not, for each product anew
+    q_, k_, v_ = (mx.contiguous(x.flatten(0, 1)) for x in (q.astype(mx.float32) * factor, k.astype(mx.float32), v))
+    heads = []
+    for queries, keys, values in zip(q_, k_, v_, strict=True):
+        pieces = []
+        for start in range(0, len(queries), rows):
+            scores = keys @ queries[start : start + rows].T
+            top = mx.stop_gradient(scores.max(axis=0, keepdims=True))
+            sums = values @ _root_exponentials(scores, top)
+            pieces.append(sums[:-1] / sums[-1:])
+        heads.append(mx.concatenate(pieces, axis=-1))
+    return mx.stack(heads).swapaxes(-1, -2).reshape(*q.shape[:-1], -1)
 
 
 def attention(
