@@ -253,10 +253,9 @@ def _in_pieces(q: mx.array, k: mx.array, v: mx.array, scale: float | None) -> mx
     rows = max(1, SOME // k.shape[2])
     factor = (q.shape[-1] ** -0.5 if scale is None else scale) / 32
     v = mx.concatenate([v, mx.ones_like(v[..., :1])], axis=-1).swapaxes(-1, -2)
+    read, heads = (q.astype(mx.float32) * factor, k.astype(mx.float32), v), []
     # contiguous, for MLX copies what is not, for each product anew
-    q_, k_, v_ = (mx.contiguous(x.flatten(0, 1)) for x in (q.astype(mx.float32) * factor, k.astype(mx.float32), v))
-    heads = []
-    for queries, keys, values in zip(q_, k_, v_, strict=True):
+    for queries, keys, values in zip(*(mx.contiguous(x.flatten(0, 1)) for x in read), strict=True):
         pieces = []
         for start in range(0, len(queries), rows):
             scores = keys @ queries[start : start + rows].T
