@@ -239,3 +239,21 @@ def calibrated_gram(moments: Moments | None, width: int) -> Array:
     if not np.isfinite(moments.gram).all():
         raise NumericsError(f"the gram matrix of {width} inputs holds NaN or infinite values; calibrate again")
     return moments.gram
+
+
+def calibrated_outputs(moments: Moments | None, height: int) -> Array | None:
+    """How errors of a layer's outputs add up [out,out], None where nobody has said; CalibrationError when it does not
+    fit, NumericsError when it is not finite.
+    """
+    outputs = None if moments is None else moments.outputs
+    if outputs is None:
+        return None
+    if outputs.shape != (height, height):
+        found = ",".join(map(str, outputs.shape))
+        raise CalibrationError(
+            f"a weight of {height} outputs needs a Hessian [{height},{height}] of them, found [{found}]; measure it on"
+            " this layer"
+        )
+    if not np.isfinite(outputs).all():
+        raise NumericsError(f"the Hessian of {height} outputs holds NaN or infinite values; calibrate again")
+    return outputs

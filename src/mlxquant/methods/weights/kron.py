@@ -20,7 +20,7 @@ import numpy as np
 from ...grids.weights import Grid
 from ...numerics.arrays import Array
 from ...numerics.cholesky import Factor
-from ...numerics.moments import PANEL, Moments, calibrated_gram
+from ...numerics.moments import PANEL, Moments, calibrated_gram, calibrated_outputs
 from ..registry import Citation, register
 from .gptq import damped_diagonal, gptq, without_dead_columns
 from .rtn import rtn
@@ -57,22 +57,22 @@ def kron(
 
     Both are damped, by ``damping`` and ``output_damping`` times their mean diagonal. Rows and columns go by descending
     diagonal and the scales of ``grid`` stay as they are. The result does not depend on ``block``. Codes that lose more
-    than rounding to nearest does, by that loss, are not taken. Without H_O, or where it is zero (outputs that nothing
-    hangs on), this is ``gptq``.
+    than rounding to nearest does, by that loss, are not taken. Without H_O, or where it is diagonal (errors of outputs
+    do not meet, or nothing hangs on any), this is ``gptq``, which judges row by row.
 
     Source: 2505.22988, section 3.3 (two-sided LDLQ), computed as Babai's nearest plane, see ``gptq.nearest_plane``.
 
-    Raises as ``gptq`` does.
+    Raises as ``gptq`` does, also on H_O of another layer or one that is not finite.
     """
     gram = calibrated_gram(moments, weight.shape[1])
-    outputs = None if moments is None else moments.outputs
-    if outputs is None or not np.diagonal(outputs).any():
+    outputs = calibrated_outputs(moments, len(weight))
+    if outputs is None or np.count_nonzero(outputs) == np.count_nonzero(np.diagonal(outputs)):
         return gptq(weight, grid, moments, damping=damping)
     target = without_dead_columns(weight, gram)
+    nearest = rtn(target, grid)
     inputs = Factor.of(gram, damped_diagonal(gram, damping))
     rows = Factor.of(outputs, damped_diagonal(outputs, output_damping))
     codes, ours = two_sided(target, grid, inputs, rows, block)
-    nearest = rtn(target, grid)
     return nearest if ours > kronecker_loss(target - grid.dequantize(nearest), inputs, rows) else codes
 
 
