@@ -47,6 +47,11 @@ def _signs(shape: Sequence[int], key: mx.array) -> mx.array:
     return mx.random.bernoulli(0.5, shape, key).astype(mx.float32) * 2 - 1
 
 
+def _energy(values: State) -> float:
+    """The sum of all squares."""
+    return sum(float(mx.square(value.astype(mx.float32)).sum()) for value in values.values())
+
+
 def _squares(difference: mx.array) -> Array:
     """Mean square of each row, float64 [rows]."""
     return np.array(mx.square(difference).reshape(len(difference), -1).mean(1), np.float64)
@@ -57,14 +62,13 @@ class EveryNumber:
     """All that is predicted counts alike, relative to how large it is. A batch is one sample."""
 
     def slopes(self, predicted: State, prompted: Sequence[bool], seed: int) -> State:
-        keys = mx.random.split(mx.random.key(seed), len(predicted))
-        return {name: _signs(value.shape, key) for (name, value), key in zip(predicted.items(), keys, strict=True)}
+        keys, size = mx.random.split(mx.random.key(seed), len(predicted)), _energy(predicted) ** 0.5 or 1.0
+        drawn = zip(predicted.items(), keys, strict=True)
+        return {name: _signs(value.shape, key) / size for (name, value), key in drawn}
 
     def errors(self, predicted: State, exact: State, prompted: Sequence[bool]) -> Array:
-        wrong, signal = (
-            sum(float(mx.square(value.astype(mx.float32)).sum()) for value in values)
-            for values in ([value - exact[name] for name, value in predicted.items()], exact.values())
-        )
+        wrong = _energy({name: value.astype(mx.float32) - exact[name] for name, value in predicted.items()})
+        signal = _energy(exact)
         return np.array([wrong / signal if signal > 0 else wrong])
 
 
