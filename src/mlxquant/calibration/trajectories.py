@@ -165,7 +165,8 @@ class Calibration(Origin):
     def probes(self, adapter: Adapter, held_out: bool = False) -> Probes:
         """See ``CalibrationData``: the guided prediction counts, and each side for itself."""
         host, asked_for = diffusion(adapter), sides(self.guidance)
-        some = set(shares(len(self.prompts))[held_out])
+        used = sorted({picture for turn in self.pictures for picture in turn})
+        some = {used[place] for place in shares(len(used))[held_out]}
         sigmas, states, parts = self._states(host, max(1, host.rows // self.sides), True, some)
         alone = self.guidance.alone
         prompted = [(asked_for[which],) if alone else asked_for * len(pictures) for _, pictures, which in parts]
