@@ -19,11 +19,12 @@ from ..methods import registry
 from .ladder import stands_for
 from .patterns import ROLE
 from .presets import INGREDIENTS, PRESETS, RANK, USUAL, Template
-from .recipe import REST, LayerSpec, Recipe
+from .recipe import REST, LayerSpec, Recipe, TwoSided
 from .roles import CAREFUL, EMBEDDING
 
 NAMED = ("transform", "branch", "range", "steps", "refine", "reconstruct")  # of two with one name the first is meant
 _AVERAGE = re.compile(r"average([1-9]\d*)")  # with a batch size of its own
+_SKETCH = re.compile(r"sketch([AB])(\d+)")  # a Hessian, and how much of a hundred its gradients weigh
 _BITS, _FORM, _TABLE = r"(w[2-8])a(4|6|8|16)", r"(?:-tensor|-g\d+)?(?:-sym|-asym)?", "-static|-token"
 _SPEC = re.compile(rf"{_BITS}({_FORM}(?:{COARSE})?)({_TABLE})?")
 _FINE = re.compile(rf"(?<=[-=])({_BITS}{_FORM})(?={_TABLE}|,|$)")  # in a recipe's name, and without COARSE
@@ -63,6 +64,12 @@ def _with(template: Template, ingredient: str) -> Template:
         return _with(template, "average").but(range_batch=int(batch[1]))
     if limit := re.fullmatch(r"mixed(\d+(?:\.\d+)?)", ingredient):
         return template.but(mixed=True, bits_per_weight=float(limit[1]))
+    if sketch := _SKETCH.fullmatch(ingredient):
+        if not registry.get("round", layer.rounding).two_sided:
+            raise RecipeError(
+                f"{ingredient!r} is about two-sided rounding, and {layer.rounding} is none; round by kron"
+            )
+        return template.but(two_sided=TwoSided(sketch[1], int(sketch[2]) / 100))
     if name in branches and not rank.startswith("0"):
         if layer.branch is not None:
             raise RecipeError(f"{ingredient!r} comes after {layer.branch!r}; a recipe has one branch")
@@ -80,7 +87,7 @@ def _with(template: Template, ingredient: str) -> Template:
         return template.but(**{kind: ingredient})
     raise RecipeError(
         f"unknown ingredient {ingredient!r}; known: {', '.join(sorted(ingredients()))}, a rank after"
-        f" {sorted(branches)} and a batch size after 'average'"
+        f" {sorted(branches)}, a batch size after 'average', and sketchA50 for a Hessian of two-sided rounding"
     )
 
 
