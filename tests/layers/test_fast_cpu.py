@@ -58,6 +58,15 @@ def test_gradient_of_group_norm():
     np.testing.assert_allclose(found, mx.grad(lambda a: (own(a) * towards).sum())(x), atol=1e-5)
 
 
+def test_exponentials_of_attention_in_pieces():
+    """Relative to each value, as far down as they go; what is lower is as good as nothing."""
+    below = np.linspace(0, 1, 999, dtype=np.float32)
+    top = np.float32(3)
+    found = np.array(fast_cpu._root_exponentials(mx.array(top - below), mx.array(top)))
+    np.testing.assert_allclose(found, np.exp(32 * ((top - below).astype(np.float64) - top)), rtol=2e-5)
+    assert fast_cpu._root_exponentials(mx.array(-1e30), mx.array(top)) < 2e-14
+
+
 @pytest.mark.parametrize("scale", [None, 0.3])
 def test_attention_in_pieces_is_the_same_and_so_is_its_gradient(monkeypatch, scale):
     """Some queries at a time, of one head: where there are many, less memory and half of the time."""
