@@ -128,8 +128,10 @@ class StubComponents(PixArtComponents):
 
 
 class StubSource:
+    place = "stub"
+
     def config(self, component):
-        return {}
+        return parts.VAE
 
     def decode(self, latent):
         return mx.repeat(mx.repeat(mx.tanh(latent[..., :3]), 8, 1), 8, 2)

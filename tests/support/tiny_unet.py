@@ -103,8 +103,13 @@ def waves(width):
 
 
 class StubSource:
+    place = "stub"
+
     def config(self, component):
-        return {}
+        """Of Stable Diffusion's autoencoder."""
+        from support import parts
+
+        return parts.VAE
 
 
 class Stub(CLIPComponents):

@@ -23,7 +23,7 @@ from ..sampling.prompts import Prompt, packaged_prompts
 from .checkpoints.open import open_source
 from .checkpoints.source import Source
 from .diffusion import DiffusionAdapter
-from .parts.autoencoder import AutoencoderKL, load_autoencoder
+from .parts.autoencoder import AutoencoderKL, load_autoencoder, pixels_of
 from .prompt_memory import PromptMemory
 from .stages import Stage
 
@@ -148,7 +148,7 @@ class LatentAdapter(DiffusionAdapter):
         return self.components.encoded(prompts)
 
     def generate(self, *arguments: Any, **options: Any) -> mx.array:
-        self.components.source.config("vae")  # missed now, not after the last step
+        pixels_of(self.components.source, "vae", self.latent_shape[2])  # missed now, not after the last step
         return super().generate(*arguments, **options)
 
     def decode(self, latent: mx.array) -> npt.NDArray[np.float32]:

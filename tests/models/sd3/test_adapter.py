@@ -195,13 +195,43 @@ def test_a_missing_component_is_named(tmp_path, spoil, message):
         loaded(tmp_path).generate("a", steps=1)
 
 
-def test_an_autoencoder_of_another_model_is_refused(tmp_path):
+def changed(path, **entries):
+    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"block_out_channels": [8, 8, 16]}, r"block_out_channels \[8, 8, 16\] do not go with"),
+        (
+            {"latent_channels": 16},
+            "its autoencoder has latents of 16 channels, and the network reads 4; one of the two",
+        ),
+    ],
+)
+def test_an_autoencoder_of_another_model_is_refused(tmp_path, monkeypatch, entries, message):
+    """Before the first step."""
     write_drawing(tmp_path, MEDIUM)
-    path = tmp_path / "vae" / "config.json"
-    said = json.loads(path.read_text())
-    path.write_text(json.dumps({**said, "block_out_channels": [8, 8, 16]}))
-    with pytest.raises(ArtifactError):
+    changed(tmp_path / "vae" / "config.json", **entries)
+    monkeypatch.setattr(SD3Medium, "velocity", lambda *arguments: pytest.fail("it has begun"))
+    with pytest.raises(ArtifactError, match=message):
         loaded(tmp_path).generate("a", steps=1)
+
+
+def test_a_scheduler_of_another_family_is_refused(tmp_path):
+    write_drawing(tmp_path, MEDIUM)
+    path = tmp_path / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps({"_class_name": "PNDMScheduler", "skip_prk_steps": True}))
+    with pytest.raises(AdapterError, match=r"predicts a flow, and its scheduler_config\.json .PNDMScheduler. is"):
+        loaded(tmp_path)
+
+
+@pytest.mark.parametrize("pipeline", ["StableDiffusionPipeline", "PixArtAlphaPipeline"])
+def test_a_folder_of_another_pipeline_is_refused_by_that(tmp_path, pipeline):
+    write_drawing(tmp_path, MEDIUM)
+    changed(tmp_path / "model_index.json", _class_name=pipeline)
+    with pytest.raises(AdapterError, match=f"is of diffusers' {pipeline}, and sd3-medium of StableDiff"):
+        SD3Medium.pretrained(str(tmp_path))
 
 
 def test_the_command_draws_from_a_picture(tmp_path, monkeypatch):

@@ -96,6 +96,11 @@ def test_pictures_are_not_checked_and_that_is_said(tmp_path, caplog):
         ({"unet/config.json": {"in_channels": 9}}, AdapterError, "inpainting"),
         ({"unet/config.json": {"cross_attention_dim": 40}}, ArtifactError, "shape"),
         ({"unet/config.json": {"layers_per_block": 2}}, ArtifactError, "lack .* tensors"),
+        (
+            {"vae/config.json": {"latent_channels": 16}},
+            ArtifactError,
+            "latents of 16 channels, and the network reads 4",
+        ),
         ({"vae/config.json": {"block_out_channels": []}}, ArtifactError, "vae/config.json: block_out_channels"),
         ({"scheduler/scheduler_config.json": {"_class_name": "UniPCMultistepScheduler"}}, AdapterError, "UniPC"),
         ({"scheduler/scheduler_config.json": {"skip_prk_steps": False}}, AdapterError, "skip_prk_steps"),

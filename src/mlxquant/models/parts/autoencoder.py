@@ -313,9 +313,24 @@ def load_autoencoder(source: Source, component: str, dtype: mx.Dtype) -> Autoenc
     return model
 
 
-def pixels_of(source: Source, component: str) -> int:
-    """Pixels of a picture's side for one of a latent, by the autoencoder's config; raises as ``load_autoencoder``."""
-    return int(2 ** (len(_read(source, component)["block_out_channels"]) - 1))
+def pixels_of(source: Source, component: str, channels: int) -> int:
+    """Pixels of a picture's side for one of a latent, by the config of the autoencoder alone.
+
+    Args:
+        source: Where the model is.
+        component: "vae".
+        channels: Of the latents that the network draws.
+
+    Raises:
+        ArtifactError: As ``load_autoencoder``, or its latents are not the network's.
+    """
+    config = _read(source, component)
+    if config["latent_channels"] != channels:
+        raise ArtifactError(
+            f"{source.place}: its autoencoder has latents of {config['latent_channels']} channels, and the network"
+            f" reads {channels}; one of the two is another model's"
+        )
+    return int(2 ** (len(config["block_out_channels"]) - 1))
 
 
 def _read(source: Source, component: str) -> dict[str, Any]:

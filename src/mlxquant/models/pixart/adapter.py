@@ -105,7 +105,7 @@ class PixArtAlpha(LatentAdapter):
         adapter = cls(
             config,
             source.config("scheduler"),
-            pixels_of(source, "vae"),
+            pixels_of(source, "vae", config.in_channels),
             components,
             dtypes.pop() if len(dtypes) == 1 else mx.float32,
         )

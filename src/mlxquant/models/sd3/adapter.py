@@ -16,8 +16,9 @@ from ...files import schema
 from ...files.parameters import load_parameters
 from ...grids.time import Clock
 from ...sampling.conditioning import Conditioning
+from ...sampling.parameterizations import FLOW
 from ...sampling.picture_size import PictureSize, picture_size, plain
-from ...sampling.scheduler_config import scheduler_from_config
+from ...sampling.scheduler_config import parameterization_from_config, scheduler_from_config
 from ..checkpoints.source import Source
 from ..diffusionkit.files import HUB
 from ..edges import Edge
@@ -30,6 +31,7 @@ from .names import config_from_diffusers, from_diffusers
 from .source import open_sd3
 from .text_encoders import encode
 
+PIPELINE = "StableDiffusion3Pipeline"
 SIZE = 512  # default of a picture's side
 PIXELS = 8  # of a picture's side, for one of a latent
 DTYPES = ("float16", "bfloat16", "float32")
@@ -106,11 +108,16 @@ class SD3Medium(LatentAdapter):
             scheduler: What scheduler_config.json says.
 
         Raises:
-            AdapterError: It draws no such size, or the scheduler is not supported.
+            AdapterError: It draws no such size, or the scheduler is not supported, or another family's.
         """
         self.module, self.clock = MMDiT(config), Clock()
         self.module.set_dtype(dtype)
         self.config, self.components, self.dtype = config, components, dtype
+        if parameterization_from_config(scheduler).kind != FLOW:
+            raise AdapterError(
+                f"{self.name} predicts a flow, and its scheduler_config.json ({scheduler.get('_class_name')}) is of a"
+                " model that does not; expected FlowMatchEulerDiscreteScheduler, or prediction_type flow_prediction"
+            )
         self.sampling, self.scheduler = scheduler, scheduler_from_config(scheduler)
         self.latent_shape = self.latent_of(*picture_size(size))
         self._stages = mmdit_stages(self.module)
@@ -138,6 +145,11 @@ class SD3Medium(LatentAdapter):
         place = place or cls.hub_ids[0]
         components = SD3Components(place, 0)
         source = components.source
+        if not source.pipeline.startswith("StableDiffusion3"):
+            raise AdapterError(
+                f"{place} is of diffusers' {source.pipeline or 'no pipeline'}, and {cls.name} of {PIPELINE}; name the"
+                " place alone, and it will be known by that"
+            )
         config = config_from_diffusers(source.config("transformer"), place)
         if not cls._is(config):
             raise ArtifactError(

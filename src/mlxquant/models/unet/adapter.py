@@ -92,7 +92,7 @@ class StableDiffusion(LatentAdapter):
         components.width = config.cross_attention_dim
         weights = source.tensors("unet")
         dtypes = {value.dtype for value in weights.values()}
-        pixels = pixels_of(source, "vae")
+        pixels = pixels_of(source, "vae", config.out_channels)
         sides = SIDE if config.sample_size is None else config.sample_size
         height, width = (sides, sides) if isinstance(sides, int) else sides
         adapter = cls(

@@ -40,8 +40,8 @@ class CLIPComponents(Components):
         found = super()._opened()
         if found.pipeline != PIPELINE:
             raise AdapterError(
-                f"{self.place} holds a model of diffusers' {found.pipeline or 'that names no pipeline'}; expected one"
-                f" of {PIPELINE}"
+                f"{self.place} is of diffusers' {found.pipeline or 'no pipeline'}, and sd15 of {PIPELINE}; name the"
+                " place alone, and it will be known by that"
             )
         if found.has("safety_checker"):
             log.info("%s: its safety_checker is not run, pictures are as they are drawn", self.place)
