@@ -4,5 +4,5 @@ GROUND = ["_blas", "_interrupt", "errors", "progress"]  # what any folder may im
 FOLDERS = [  # a folder imports only from those before it
     "files", "numerics", "sampling", "commandline", "grids", "methods", "recipes", "layers", "models", "calibration",
     "metrics", "qat", "curvature",
-    "sweep", "report", "pipeline", "spin_quant", "api", "contents", "evaluation", "exporters",
+    "sweep", "tuning", "report", "pipeline", "spin_quant", "api", "contents", "evaluation", "exporters",
 ]  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from ..sweep.sweep import sweep
 from ..sweep.two_sided import KIND, choose
 from .model import Model, QuantizedModel
 from .plan import plan
+from .tuning import tuned_scales
 
 CALIBRATION = "calibration"  # in a folder with progress: batches that are drawn
 
@@ -174,6 +175,9 @@ def _quantize(
             drawn = calib.renewed(done.adapter, progress, None if folder is None else folder / CALIBRATION)
         done = _quantize_once(model, drawn, settled, layers, folder, progress, tracks)
     assert done is not None
+    if recipe.tuning is not None:
+        facts = tuned_scales(model.adapter, done.adapter, calib, recipe, done.facts, work, progress)
+        done.facts = {**done.facts, "tuning": facts}
     return done
 
 
@@ -240,7 +244,8 @@ def _quantize_once(
         made["tracks"] = tracks.digests
         store = tracks.store(adapter, layers)
     elif work is not None:
-        store = FolderStore(work, checked.digest(made | checked.versions()))
+        codes = made | {"recipe": replace(recipe, tuning=None).to_dict()}
+        store = FolderStore(work, checked.digest(codes | checked.versions()))
     stages = sweep(adapter, calib, recipe, store, progress, work, settled.plan, curvature=settled.curvature)
     return QuantizedModel(adapter, {**made, "stages": stages})
 

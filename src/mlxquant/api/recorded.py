@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +30,11 @@ from ..recipes.recipe import Recipe
 from ..sweep.share import Share, planned_share
 from ..sweep.store import FolderStore
 from ..sweep.sweep import sweep
+from ..tuning.calls import Loss
 from .model import Model
 from .plan import plan
 from .quantizing import kept_work, settle
+from .tuning import CallTuning
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,8 @@ class ModuleReport:
 
     Attributes:
         recipe: Its name.
-        sizes: Bytes before and after, the error of each weight, and why other layers stayed.
+        sizes: Bytes before and after, the error of each weight as it was rounded, before any scales were tuned, and why
+            other layers stayed.
         blocks: The blocks between which the module was cut, in the order in which they run.
         whole: Why it was run whole and not block by block; "" where it was cut.
         calls: How many recorded calls it was calibrated on.
@@ -84,6 +87,7 @@ def quantize_module(
     keep: Mapping[str, str] | None = None,
     again: Callable[[], Recording] | None = None,
     restores: bool = True,
+    loss: Loss | None = None,
     work: str | Path | None = None,
     progress: Progress = silent,
 ) -> ModuleReport:
@@ -113,7 +117,12 @@ def quantize_module(
             for what it was called with.
         restores: Whether the module is as it was after an error. Its layers in full precision are kept in memory for
             that until the end; without it each goes as soon as another stands in its place.
-        work: A folder that keeps finished stages; a killed run goes on from there and ends with the same bytes.
+        loss: What tuned scales are to make small, for a recipe that is ``tuned``: called with what the module returns
+            now and what it returned in full precision, arrays float32 by where they are in its result ("" for a result
+            that is one array, else such as "0" or "sample"), returns a scalar for the call. None for the squared error
+            of each array, relative to its mean square.
+        work: A folder that keeps finished stages; a killed run goes on from there and ends with the same bytes. What
+            ``loss`` computes is not known to it: use another folder with another loss.
         progress: Wraps stages and batches, and shows how far the run is.
 
     Returns:
@@ -164,8 +173,8 @@ def quantize_module(
         adapter = RecordedAdapter(seen, blocks, time, roles, edges, keep)
         adapter.renews = again is not None
         if recipe.rounds == 1 or again is None:  # which a recipe of several is refused without
-            return _quantize(adapter, recipe, folder, progress, restores)
-        return _in_rounds(adapter, again, recipe, folder, progress, restores, blocks, time, roles, edges, keep)
+            return _quantize(adapter, recipe, folder, progress, restores, loss)
+        return _in_rounds(adapter, again, recipe, folder, progress, restores, loss, blocks, time, roles, edges, keep)
 
 
 def _in_rounds(
@@ -175,6 +184,7 @@ def _in_rounds(
     work: Path | None,
     progress: Progress,
     restores: bool,
+    loss: Loss | None,
     *known: Any,
 ) -> ModuleReport:
     """Quantize several times, each after the first for what the module is called with by then; ``known`` is what else
@@ -197,12 +207,18 @@ def _in_rounds(
             adapter = RecordedAdapter(drawn.answered_anew(), *known)
             adapter.renews = True
         folder = None if work is None else work / f"round-{turn + 1}"
-        report = _quantize(adapter, recipe, folder, progress, restores)
+        last = turn == recipe.rounds - 1
+        report = _quantize(adapter, recipe if last else replace(recipe, tuning=None), folder, progress, restores, loss)
     return report
 
 
 def _quantize(
-    adapter: RecordedAdapter, recipe: Recipe, work: Path | None, progress: Progress, restores: bool
+    adapter: RecordedAdapter,
+    recipe: Recipe,
+    work: Path | None,
+    progress: Progress,
+    restores: bool,
+    loss: Loss | None = None,
 ) -> ModuleReport:
     model, calib = Model(adapter), RecordedCalibration(adapter)
     layers = plan(model, recipe)
@@ -213,7 +229,9 @@ def _quantize(
     settled = settle(model, calib, recipe, layers, work, progress)
     given, allocated, facts = settled.recipe, settled.plan, settled.facts
     made = {**facts, "recipe": given.to_dict(), "calibration": calib.record, "blocks": [s.name for s in adapter.stages]}
-    store = None if work is None else FolderStore(work, checked.digest(made | checked.versions()))
+    codes = made | {"recipe": replace(given, tuning=None).to_dict()}
+    store = None if work is None else FolderStore(work, checked.digest(codes | checked.versions()))
+    tuning = None if given.tuning is None else CallTuning(adapter, given.tuning, loss, made, work, progress)
     originals, sizes = dict[str, nn.Module](), dict[str, LayerSize]()
 
     def replaced(path: str, before: nn.Module, after: nn.Module) -> None:
@@ -222,8 +240,13 @@ def _quantize(
         if restores:
             originals[path] = before
 
+    def retuned(path: str, before: nn.Module, after: nn.Module) -> None:
+        sizes[path] = replace(sizes[path], format=str(after.format), after=after.nbytes)
+
     try:
         stages = sweep(adapter, calib, given, store, progress, work, allocated, replaced, settled.curvature)
+        if tuning is not None:
+            made["tuning"] = tuning.tune(retuned)
     except BaseException:
         for path, layer in originals.items():
             set_module(module, path, layer)

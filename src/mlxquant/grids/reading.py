@@ -179,6 +179,11 @@ class TableReader:
         self._entries: dict[tuple[bytes, int], Entry] = {}
 
     @property
+    def sigma(self) -> Array:
+        """What the clock shows, [1] or [B]."""
+        return self._clock.sigma
+
+    @property
     def mean_bits(self) -> float:
         """Averaged over noise levels."""
         return float(np.mean(self.table.bits))

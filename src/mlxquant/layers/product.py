@@ -32,6 +32,7 @@ on with what it had.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
 import mlx.core as mx
@@ -44,6 +45,7 @@ from ..grids.packing import pack
 from ..grids.reading import Entry, TokenReader, represented
 from ..grids.tables import ActivationTable
 from ..grids.time import Clock
+from ..grids.weights import WeightFormat
 from ..numerics.arrays import Array
 from ..numerics.low_rank import LowRank
 from .names import BIAS, DOWN, LOG, SHIFT, TOKEN, UP, WEIGHT
@@ -170,9 +172,19 @@ class QuantizedProduct(QuantizedInput, QuantizedLayer):
         Args:
             codes: On the same grid, uint8 [rows, in].
         """
-        other = type(self).blank(self.facts, self._clock)
-        other.load_weights(list(parameters(self).items()))  # shared, but for the codes
-        other[WEIGHT] = mx.array(pack(codes, self._format.bits))
+        return self.with_numbers({WEIGHT: mx.array(pack(codes, self._format.bits))})
+
+    def with_numbers(self, numbers: Mapping[str, mx.array], format: WeightFormat | None = None) -> Self:
+        """The same layer with other values of some parameters, by name; all else is shared.
+
+        Args:
+            numbers: In the shapes that they have in a layer of the format.
+            format: Of the weight, with as many bits; None for its own.
+        """
+        facts = self.facts if format is None else {**self.facts, "format": format.to_dict()}
+        other = type(self).blank(facts, self._clock)
+        other.load_weights(list({**parameters(self), **numbers}.items()))
+        other.refresh()
         return other
 
     @property

@@ -9,9 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from ..grids.weights import WeightFormat
+from ..grids.weights import GROUPS, WeightFormat
 from ..methods.inputs.tiers import BUDGET, TIERS
 from .recipe import ActivationSpec, LayerSpec, Recipe
+from .tuning import Tuning
 
 RANK = 32  # of a branch that names none, as in SVDQuant
 LIKE_INPUTS = "like inputs"  # probabilities of as many bits as a recipe's inputs, exact where these are
@@ -103,5 +104,7 @@ INGREDIENTS: dict[str, dict[str, Any]] = {
     "progressive": {"rounds": 2},
     "mixed": {"mixed": True},
     "embeddings": {"embeddings": True},
+    "tuned": {"tuning": Tuning()},
+    **{f"tuned{group}": {"tuning": Tuning(group=group)} for group in GROUPS},
     **{f"softmax{bits}": {"probabilities": bits} for bits in TIERS},
 }

@@ -20,6 +20,7 @@ from ..methods.weights.adaround import Settings
 from ..numerics.input_ranges import RANGE_BATCH
 from .patterns import ROLE, is_open, named, unmatched
 from .roles import EMBEDDING, ROLES, Role
+from .tuning import Tuning
 
 Part = TypeVar("Part")
 SKETCHES = ("A", "B")  # of the factors of a Hessian, see ``curvature.factors``
@@ -225,6 +226,7 @@ class Recipe:
         bits_per_activation: The same for inputs.
         range_batch: Pictures, or windows of text, at one noise level whose smallest and largest values are one batch of
             the range method ``average``; see ``numerics.input_ranges``.
+        tuning: Once all codes are chosen, tune scales, offsets, biases and input steps end to end; None leaves them.
 
     Raises:
         RecipeError: ``range_batch`` is less than 1.
@@ -242,6 +244,7 @@ class Recipe:
     bits_per_weight: float | None = None
     bits_per_activation: float | None = None
     range_batch: int = RANGE_BATCH
+    tuning: Tuning | None = None
 
     def __post_init__(self) -> None:
         if self.range_batch < 1:
@@ -312,9 +315,10 @@ class Recipe:
         return others if spec is not None and others and is_open(pattern) else found
 
     def to_dict(self) -> dict[str, Any]:
-        """The recipe as plain data, as model.json keeps it."""
+        """The recipe as plain data, as model.json keeps it; what is not tuned says nothing of it."""
         rules = tuple((pattern, None if spec is None else spec.to_dict()) for pattern, spec in self.rules)
-        return {**asdict(self), "rules": rules}
+        found = {**asdict(self), "rules": rules}
+        return found if self.tuning is not None else {k: v for k, v in found.items() if k != "tuning"}
 
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> Recipe:
@@ -331,7 +335,8 @@ class Recipe:
             (pattern, None if spec is None else LayerSpec.from_dict(spec)) for pattern, spec in saved["rules"]
         )
         learning = _read(Settings, saved.get("learning", {}))
-        recipe = _read(cls, {**saved, "rules": rules, "learning": learning})
+        tuning = None if (own := saved.get("tuning")) is None else _read(Tuning, own)
+        recipe = _read(cls, {**saved, "rules": rules, "learning": learning, "tuning": tuning})
         return replace(recipe, range_batch=1) if recipe.averages and "range_batch" not in saved else recipe
 
 
