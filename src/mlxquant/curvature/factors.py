@@ -128,8 +128,8 @@ class Curvature:
     def _seen(
         self, passes: Passes, stage: Stage, batch: int, paths: Sequence[str]
     ) -> Iterable[tuple[str, Array, Array]]:
-        """Inputs [samples, tokens, in] of each call of these layers in a batch, and the gradients of what they answered
-        [samples, tokens, out].
+        """Inputs [samples, tokens, in] of these layers in a batch, of all their calls, and the gradients of what they
+        answered [samples, tokens, out].
         """
         adapter, index = passes.adapter, list(passes.adapter.stages).index(stage)
         calls, dials = list[tuple[str, Any, mx.array]](), dict[str, mx.array]()
@@ -142,7 +142,7 @@ class Curvature:
             calls.clear()
             _, found = self.chain.on(adapter.stages).backward(index, state, slopes, dials, names)
             mx.eval(found, [call[1][0] for call in noted])
-        rows = adapter.rows_in(state)
+        rows, seen = adapter.rows_in(state), dict[str, list[tuple[Array, Array]]]()
         for name, (path, call, _) in zip(names, noted, strict=True):
             layer = watched[path]._layer
             form = known_kind(layer).form
@@ -150,7 +150,12 @@ class Curvature:
             gradients = form.read_outputs(layer, found[name], *call)
             sides = self.sides if len(inputs) == rows else len(inputs)  # what nobody can tell apart is one sample
             read, wrong = (v.reshape(len(v) // sides, -1, v.shape[-1]) for v in (inputs, gradients))
-            yield path, read, wrong
+            seen.setdefault(path, []).append((read, wrong))
+        for path, each in seen.items():
+            if len(each) > 1 and len({len(read) for read, _ in each}) == 1:  # calls for the same samples: what they do to one adds up
+                each = [(np.concatenate([c[0] for c in each], 1), np.concatenate([c[1] for c in each], 1))]
+            for read, wrong in each:
+                yield path, read, wrong
 
 
 class _Sums:
