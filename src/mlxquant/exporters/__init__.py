@@ -1,1 +1,1 @@
-"""Other programs' formats."""
+"""Other programs' formats, and archives."""

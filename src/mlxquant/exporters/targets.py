@@ -1,4 +1,5 @@
-"""One function that writes a model for any of the tools: whole or not at all, with a record of what is in it.
+"""One function that writes a model for any of the tools: whole or not at all, with a record of what is in it. A folder
+it can also make one file of, an archive, and a folder of that.
 
 ``export.json`` in the folder says what was written from what, and has the checksum of every file; by it the folder is
 known as ours.
@@ -17,6 +18,8 @@ from ..errors import ExportError
 from ..files.atomic import atomic_folder, refuse_existing
 from ..models.language import LanguageAdapter
 from ..models.mflux.pipeline import MfluxPipeline
+from ..progress import Progress, silent
+from .archive import unpack_archive, write_archive
 from .diffusionkit import MODELS, float_module, write_diffusionkit
 from .mflux import COMPONENT, check_component, write_mflux
 from .mlx import write_mlx
@@ -26,11 +29,12 @@ from .plain import FLOATS, prepared
 from .record import write_record
 
 ORIGIN = ("recipe", "calibration")  # of a quantized model's facts, what goes with it
-TARGETS = ("mlx-lm", "mlx", "mflux", "diffusionkit")
+PATHS = ARCHIVE, FOLDER = ("archive", "folder")  # what files are made of files
+TARGETS = ("mlx-lm", "mlx", "mflux", "diffusionkit", *PATHS)
 
 
 def export(
-    model: Model | nn.Module | MfluxPipeline,
+    model: Model | nn.Module | MfluxPipeline | str | Path,
     out: str | Path,
     target: str,
     *,
@@ -40,13 +44,16 @@ def export(
     tokenizer: Any = None,
     component: str = COMPONENT,
     force: bool = False,
+    progress: Progress = silent,
 ) -> dict[str, Any]:
     """Write a model as a folder that another tool reads, the codes bit for bit: whole, or not at all.
 
     Args:
-        model: A model, or for "mlx-lm" and "mflux" a bare module, or for "mflux" a whole pipeline.
-        out: The folder to write.
-        target: Who reads it: "mlx-lm", "mlx", "mflux" or "diffusionkit".
+        model: A model, or for "mlx-lm" and "mflux" a bare module, or for "mflux" a whole pipeline. For "archive" the
+            folder of any of these, for "folder" an archive.
+        out: The folder to write; for "archive" a file.
+        target: Who reads it: "mlx-lm", "mlx", "mflux" or "diffusionkit". Or "archive": one file with all of a
+            folder in fewer bytes; and "folder": the folder that an archive was made of, byte for byte.
         drop_activations: Whether to leave activation scales out where the target has no place for them; else they are
             refused.
         dtype: Of every floating tensor, "float16", "bfloat16" or "float32"; None keeps each one's own. For "mlx-lm" and
@@ -54,11 +61,13 @@ def export(
         config: Of a bare module for "mlx-lm": what its config.json says.
         tokenizer: Of a bare module for "mlx-lm".
         component: As what "mflux" has the module.
-        force: Whether to replace a folder that mlxquant wrote.
+        force: Whether to replace a folder, or an archive, that mlxquant wrote.
+        progress: Of what is packed or unpacked.
 
     Returns:
         ``out``, ``target``, ``bytes``, ``bits_per_weight``, how many ``layers`` are quantized, and ``notes`` for the
-        user; of a pipeline layers and notes by component.
+        user; of a pipeline layers and notes by component. Of an archive ``bytes_before`` in place of bits and notes, of
+        a folder that was one ``files``.
 
     Raises:
         ExportError: On what the target cannot hold, by the layer's name, and on arguments that it does not take.
@@ -66,6 +75,8 @@ def export(
     """
     if target not in TARGETS:
         raise ExportError(f"no target {target!r}; expected one of {', '.join(TARGETS)}")
+    if target in PATHS or isinstance(model, str | Path):
+        return repacked(model, out, target, {"dtype": dtype, "drop_activations": drop_activations}, force, progress)
     if dtype not in (None, *FLOATS):
         raise ExportError(f"no dtype {dtype!r}; expected one of {', '.join(FLOATS)}, or none to keep each tensor's own")
     if dtype is not None and target in ("mlx", "diffusionkit"):
@@ -103,6 +114,19 @@ def export(
     return {"out": str(out), **facts, "layers": len(plain.layers)}
 
 
+def repacked(
+    model: Any, out: str | Path, target: str, changes: Mapping[str, Any], force: bool, progress: Progress
+) -> dict[str, Any]:
+    """A folder as one file, or such a file as its folder; ``changes`` are what other targets can do to a model."""
+    if target not in PATHS or not isinstance(model, str | Path):
+        paths = f"{' and '.join(PATHS)} take a path, and other targets a model"
+        raise ExportError(f"{paths}; found {named(model)} for --target {target}")
+    if asked := [name for name, value in changes.items() if value]:
+        raise ExportError(f"--target {target} leaves files as they are; leave --{asked[0].replace('_', '-')} out")
+    write = write_archive if target == ARCHIVE else unpack_archive
+    return {"target": target, **write(Path(model), Path(out), force, progress)}
+
+
 def quantized_model(model: Model | nn.Module) -> QuantizedModel:
     """A model that our own loader can read again."""
     if not isinstance(model, QuantizedModel):
@@ -120,7 +144,9 @@ def sd3_place(model: Model | nn.Module) -> str:
     return model.adapter.place
 
 
-def named(model: Model | nn.Module) -> str:
+def named(model: Any) -> str:
+    if isinstance(model, str | Path):
+        return f"the path {model}"
     return f"{type(model).__name__} {model.name}" if isinstance(model, Model) else f"a bare {type(model).__name__}"
 
 
