@@ -95,7 +95,8 @@ def test_steps_of_inputs_have_the_slopes_of_learned_step_sizes(tiny):
     with twins.installed():
         slopes = work.slopes(twins, objective.groups(objective.minibatch(0))[0])
     steps = {name: slope for name, slope in slopes.items() if name.endswith("/step")}
-    assert steps and all(np.isfinite(np.array(slope)).all() for slope in steps.values())
+    assert steps
+    assert all(np.isfinite(np.array(slope)).all() for slope in steps.values())
     assert max(float(np.abs(np.array(slope)).max()) for slope in steps.values()) > 0
     path = next(iter(steps)).rpartition("/")[0]
     layer = find_layers(work._adapter.module)[path]
@@ -126,7 +127,8 @@ def test_sides_that_run_apart_have_the_same_slopes(tiny):
         together = work.slopes(twins, group)
         tiny.adapter.rows = 1
         groups = objective.groups(group)
-        assert len(groups) == len(group) and len(objective.passes(groups[0])) == 2
+        assert len(groups) == len(group)
+        assert len(objective.passes(groups[0])) == 2
         apart = [work.slopes(twins, one) for one in groups]
     for name, slope in together.items():
         summed = sum(np.array(one[name]) for one in apart)

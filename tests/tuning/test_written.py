@@ -81,7 +81,8 @@ def test_what_is_stored_is_what_the_twin_computed(text):
     moved = numbers(layer, 0.05)
     stored = tuned(layer, "here", moved)
     np.testing.assert_array_equal(stored.codes(), layer.codes())
-    assert stored.nbytes == layer.nbytes and stored.facts == layer.facts
+    assert stored.nbytes == layer.nbytes
+    assert stored.facts == layer.facts
     twin = Twin(layer, "here", moved, lambda path: None)
     wanted = np.array(twin.matrix())
     digits = 2.0 ** -(7 if "bf16" in text else 10)  # of a scale, and of a bias that is as large as the weight
@@ -96,7 +97,8 @@ def test_scales_stay_in_the_range_of_their_dtype():
     assert layer.scales.dtype == mx.float16
     moved = {name: value - 0.99 if name.endswith("scale") else value for name, value in numbers(layer).items()}
     stored = tuned(layer, "here", moved)
-    assert float(np.array(stored.scales).min()) >= 2.0**-14 and np.isfinite(np.array(stored.biases)).all()
+    assert float(np.array(stored.scales).min()) >= 2.0**-14
+    assert np.isfinite(np.array(stored.biases)).all()
 
 
 def test_steps_of_inputs_are_written():
@@ -123,6 +125,7 @@ def test_what_cannot_be_wider_stays():
         layer = made(text)
         assert widened(layer, 64) is layer
     layer = made("w4")
-    assert widened(layer, None) is layer and widened(layer, 128) is layer  # 64 columns
+    assert widened(layer, None) is layer
+    assert widened(layer, 128) is layer
     layer.quantize_tokens(8)
     assert widened(layer, 32) is layer  # integers have one scale a row

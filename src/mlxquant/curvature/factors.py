@@ -152,7 +152,7 @@ class Curvature:
             read, wrong = (v.reshape(len(v) // sides, -1, v.shape[-1]) for v in (inputs, gradients))
             seen.setdefault(path, []).append((read, wrong))
         for path, each in seen.items():
-            if len(each) > 1 and len({len(read) for read, _ in each}) == 1:  # calls for the same samples: what they do to one adds up
+            if len(each) > 1 and len({len(read) for read, _ in each}) == 1:  # calls for the same samples add up in each
                 each = [(np.concatenate([c[0] for c in each], 1), np.concatenate([c[1] for c in each], 1))]
             for read, wrong in each:
                 yield path, read, wrong
