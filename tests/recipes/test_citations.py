@@ -105,4 +105,4 @@ def test_what_a_recipe_does_beside_its_methods_is_found():
 
 def test_an_unknown_recipe_is_an_error():
     with pytest.raises(RecipeError, match="unknown recipe"):
-        citation("best-w4a8")
+        citation("bestest-w4a8")
