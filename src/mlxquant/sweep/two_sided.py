@@ -5,6 +5,9 @@ or four bits makes errors for which that is not the whole truth: what had no gra
 the factor of inputs costs more than it gains, on others it gains most. So nothing is taken on trust. Each candidate is
 rounded and run, on samples that no factor has seen, and the one whose predictions are nearest to those of the
 full-precision model is what the recipe becomes; one-sided rounding is among them.
+
+So it is with steps. A step that clips the largest weights is finer for all others, and on some models, behind a SiLU or
+in text, that costs more than it gains. The best candidate is tried with the steps that clip nothing, too.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from math import inf, isfinite
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +40,27 @@ from ..progress import Progress, silent
 from ..recipes.recipe import LayerSpec, TwoSided
 from .layer import quantize_layer
 
+SEARCHED, UNCLIPPED = "search", "extremes"  # methods that choose steps
 ONE_SIDED = TwoSided("", 0)
-CANDIDATES = (ONE_SIDED, TwoSided("A", 0), TwoSided("A", 0.5), TwoSided("B", 0.5))
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A way to round: by which Hessian, and whether by steps that clip nothing where the recipe's own may."""
+
+    two_sided: TwoSided
+    unclipped: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.two_sided}, unclipped" if self.unclipped else str(self.two_sided)
+
+    def of(self, spec: LayerSpec) -> LayerSpec:
+        """A layer's specification in this way."""
+        steps = UNCLIPPED if self.unclipped and spec.steps == SEARCHED else spec.steps
+        return replace(spec, two_sided=self.two_sided, steps=steps)
+
+
+CANDIDATES = tuple(map(Candidate, (ONE_SIDED, TwoSided("A", 0), TwoSided("A", 0.5), TwoSided("B", 0.5))))
 AS_IT_IS = Transform()
 TRIED = 50_000_000  # weights that candidates are tried on at most; in stages that are evenly spread
 JUDGED = 64  # held-out rows
@@ -113,7 +136,7 @@ def choose(
     calibration: CalibrationData,
     plan: Mapping[str, LayerSpec],
     progress: Progress = silent,
-    candidates: Sequence[TwoSided] = CANDIDATES,
+    candidates: Sequence[Candidate] = CANDIDATES,
     work: Path | None = None,
 ) -> Chosen:
     """For layers whose two-sided rounding is open, the candidate with the least error of what the model predicts for
@@ -134,30 +157,28 @@ def choose(
     ways = {spec.two_sided for spec in plan.values()} - {None, ONE_SIDED}
     if not opened:
         return Chosen(dict(plan), {}, measure(adapter, calibration.probes(adapter), progress) if ways else None)
-    told = [str(way) for way in candidates]
-    kept = None if work is None else KeptFacts(work / f"{KIND}.json", KIND, _job(calibration, plan, told))
+    every = {str(one): one for one in (*candidates, *(replace(one, unclipped=True) for one in candidates))}
+    kept = None if work is None else KeptFacts(work / f"{KIND}.json", KIND, _job(calibration, plan, list(every)))
     facts = None if kept is None else kept.load(FACTS)
     curvature = None
     if facts is None:
         try:
             curvature = measure(adapter, calibration.probes(adapter), progress)
         except (MemoryError, RuntimeError, ValueError) as error:  # MLX's own: no memory, or no gradient of something
-            chosen = {
-                path: replace(spec, two_sided=ONE_SIDED) if path in opened else spec for path, spec in plan.items()
-            }
-            return Chosen(chosen, {"chosen": str(ONE_SIDED), "without_gradient": str(error)}, None)
+            plain = _with(plan, opened, Candidate(ONE_SIDED))
+            return Chosen(plain, {"chosen": str(ONE_SIDED), "without_gradient": str(error)}, None)
         facts = _compared(adapter, calibration, plan, opened, curvature, progress, candidates)
         if kept is not None:
             kept.save(facts)
-    best = candidates[told.index(facts["chosen"])]
+    best = every[facts["chosen"]]
     chosen = _with(plan, opened, best)
-    if best == ONE_SIDED and not ways:
+    if best.two_sided == ONE_SIDED and not ways:
         return Chosen(chosen, facts, None)
     return Chosen(chosen, facts, curvature or measure(adapter, calibration.probes(adapter), progress))
 
 
-def _with(plan: Mapping[str, LayerSpec], opened: Sequence[str], way: TwoSided) -> dict[str, LayerSpec]:
-    return {path: replace(spec, two_sided=way) if path in opened else spec for path, spec in plan.items()}
+def _with(plan: Mapping[str, LayerSpec], opened: Sequence[str], way: Candidate) -> dict[str, LayerSpec]:
+    return {path: way.of(spec) if path in opened else spec for path, spec in plan.items()}
 
 
 def _job(calibration: CalibrationData, plan: Mapping[str, LayerSpec], told: Sequence[str]) -> str:
@@ -173,34 +194,54 @@ def _compared(
     opened: Sequence[str],
     curvature: Curvature,
     progress: Progress,
-    candidates: Sequence[TwoSided],
+    candidates: Sequence[Candidate],
 ) -> dict[str, Any]:
     """Facts about what each candidate does to what the model predicts, and which is chosen."""
     tried = _tried(adapter, opened)
-    rounded: list[dict[str, nn.Module]] = [{} for _ in candidates]
-    for stage, paths in tried.items():
-        known = curvature.of_stage(adapter, stage, paths, progress=progress)
-        for path in progress(paths, f"{stage.name}: candidates"):
-            if path not in known:
-                continue
-            layer, seen = get_module(adapter.module, path), known[path]
-            done: dict[TwoSided, nn.Module] = {}
-            for modules, way in zip(rounded, candidates, strict=True):
-                own = way if way.sketch in seen.factors else ONE_SIDED
-                if own not in done:
-                    spec = replace(plan[path].start, two_sided=own, corrected=False)
-                    plain = PartMoments.one(Moments(seen.gram, seen.tokens, seen.gram))
-                    aim = partial(aimed, found=seen, way=own)
-                    done[own] = quantize_layer(layer, spec, plain, path, AS_IT_IS, aim).layer
-                modules[path] = done[own]
     held = calibration.probes(adapter, held_out=True).few(JUDGED)
-    errors = _errors(adapter, held, [dict(modules) for modules in rounded], progress)
+    errors: dict[Candidate, float] = {}
+
+    def judge(some: Sequence[Candidate]) -> Candidate:
+        """Of these, and of those that were judged before, the best."""
+        rounded = _rounded(adapter, plan, tried, curvature, progress, some)
+        errors.update(zip(some, _errors(adapter, held, rounded, progress).tolist(), strict=True))
+        return min(errors, key=lambda one: errors[one] if isfinite(errors[one]) else inf)
+
+    best = judge(candidates)
+    if any(plan[path].steps == SEARCHED for path in opened):
+        best = judge([replace(best, unclipped=True)])
     return {
-        "chosen": str(candidates[int(np.argmin(errors))]),
-        "errors": {str(way): float(error) for way, error in zip(candidates, errors, strict=True)},
+        "chosen": str(best),
+        "errors": {str(one): error for one, error in errors.items() if isfinite(error)},
         "layers": sum(map(len, tried.values())),
         "rows": {"gradients": curvature.rows, "held_out": held.rows},
     }
+
+
+def _rounded(
+    adapter: Adapter,
+    plan: Mapping[str, LayerSpec],
+    tried: Mapping[Stage, Sequence[str]],
+    curvature: Curvature,
+    progress: Progress,
+    candidates: Sequence[Candidate],
+) -> list[dict[str, nn.Module]]:
+    """For each candidate the layers that it is tried on, rounded for the full-precision model's inputs."""
+    rounded: list[dict[str, nn.Module]] = [{} for _ in candidates]
+    for stage, paths in tried.items():
+        known = curvature.of_stage(adapter, stage, paths, progress=progress)
+        for path in progress([path for path in paths if path in known], f"{stage.name}: candidates"):
+            layer, seen = get_module(adapter.module, path), known[path]
+            done: dict[LayerSpec, nn.Module] = {}
+            for modules, way in zip(rounded, candidates, strict=True):
+                own = way if way.two_sided.sketch in seen.factors else replace(way, two_sided=ONE_SIDED)
+                spec = replace(own.of(plan[path]).start, corrected=False)
+                if spec not in done:
+                    plain = PartMoments.one(Moments(seen.gram, seen.tokens, seen.gram))
+                    aim = partial(aimed, found=seen, way=own.two_sided)
+                    done[spec] = quantize_layer(layer, spec, plain, path, AS_IT_IS, aim).layer
+                modules[path] = done[spec]
+    return rounded
 
 
 def _tried(adapter: Adapter, opened: Sequence[str]) -> dict[Stage, list[str]]:
