@@ -6,9 +6,9 @@ Writes each table between its marks in the page and leaves everything else as it
     <!-- end -->
 
 ``methods`` has every row of which_method.jsonl, a table a format, ``real-models`` every row of real_models.jsonl,
-``peers`` every row of language_peers.jsonl, a table a model; ``language`` has the rows that this file names. With
-``--check`` nothing is written: where a table is not what the rows say, that is said in one line, and the exit code is
-1. The last line of stdout is one JSON object.
+``peers`` every row of language_peers.jsonl, a table a model, ``limits`` every row of limits.jsonl; ``language`` has the
+rows that this file names. With ``--check`` nothing is written: where a table is not what the rows say, that is said in
+one line, and the exit code is 1. The last line of stdout is one JSON object.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import click
 
 import language
 import language_peers
+import limits
 import real_models
 import rows
 import which_method
@@ -117,11 +118,16 @@ def peers(results: Path) -> str:
     return language_peers.tables(language_peers.measured(results / f"language_peers{rows.SUFFIX}"))
 
 
+def rates(results: Path) -> str:
+    return limits.tables(rows_of(results, "limits"))
+
+
 TABLES: dict[str, Callable[[Path], str]] = {
     "methods": methods,
     "language": language_models,
     "peers": peers,
     "real-models": others_models,
+    "limits": rates,
 }
 
 

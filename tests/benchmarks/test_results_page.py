@@ -96,7 +96,7 @@ def test_marks_that_do_not_add_up_are_refused(run, tmp_path, old, new):
     before = page.read_bytes()
     done = run()
     assert (done.exit_code, page.read_bytes()) == (1, before)
-    assert "expected each of methods, language, peers, real-models once" in done.stderr
+    assert "expected each of methods, language, peers, real-models, limits once" in done.stderr
 
 
 def test_a_row_that_is_shown_must_be_there(run, tmp_path):

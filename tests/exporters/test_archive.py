@@ -266,9 +266,7 @@ def test_the_commands(folders, tmp_path):
     assert contents(again) == contents(folder)
     assert "--force" in fail(*unpack_it, code=1)
     succeed(*unpack_it, "--force")
-    assert "not an archive of mlxquant" in fail(
-        *unpack_it[:2], file.parent / "again/model.json", *unpack_it[3:], code=1
-    )
+    assert "not an archive of mlxquant" in fail(*unpack_it[:2], again / "model.json", *unpack_it[3:], "--force", code=1)
     assert "--dtype changes a model, and these are files; leave it out" in fail(*pack_it, "--dtype", "float16", code=1)
 
 
