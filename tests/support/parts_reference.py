@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlxquant.models.checkpoints.folder import DiffusersFolder
-from mlxquant.models.parts.autoencoder import load_autoencoder
+from mlxquant.models.parts.autoencoder_files import load_autoencoder
 from mlxquant.models.parts.clip import load_clip
 from mlxquant.models.parts.t5 import encode_t5
 from mlxquant.models.parts.timesteps import time_features

@@ -90,7 +90,7 @@ def test_twins_are_the_layers(recipe):
 
 
 def test_steps_of_inputs_have_the_slopes_of_learned_step_sizes(tiny):
-    """The rule of LSQ, entry by entry, on a layer whose loss is a plain sum: rounded less exact inside, the edge out."""
+    """LSQ: entry by entry, on a layer whose loss is a plain sum: rounded less exact inside, the edge outside."""
     work, twins, objective = tuner(tiny, "rtn-w8a4")
     with twins.installed():
         slopes = work.slopes(twins, objective.groups(objective.minibatch(0))[0])

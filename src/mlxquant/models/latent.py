@@ -23,7 +23,8 @@ from ..sampling.prompts import Prompt, packaged_prompts
 from .checkpoints.open import open_source
 from .checkpoints.source import Source
 from .diffusion import DiffusionAdapter
-from .parts.autoencoder import AutoencoderKL, load_autoencoder, pixels_of
+from .parts.autoencoder import AutoencoderKL
+from .parts.autoencoder_files import load_autoencoder, pixels_of
 from .prompt_memory import PromptMemory
 from .stages import Stage
 

@@ -13,7 +13,7 @@ import pytest
 from mlxquant.errors import AdapterError, ArtifactError
 from mlxquant.models.checkpoints.folder import DiffusersFolder
 from mlxquant.models.parts import autoencoder
-from mlxquant.models.parts.autoencoder import load_autoencoder
+from mlxquant.models.parts.autoencoder_files import load_autoencoder
 from mlxquant.models.parts.tiles import in_tiles
 
 from support.parts import VAE, VAE_16, vae_tensors, write_component, write_json, write_vae

@@ -19,7 +19,7 @@ from ...sampling.parameterizations import Parameterization
 from ...sampling.scheduler_config import parameterization_from_config, scheduler_from_config
 from ..edges import Edge
 from ..latent import LatentAdapter, described
-from ..parts.autoencoder import pixels_of
+from ..parts.autoencoder_files import pixels_of
 from ..parts.loading import fill, in_place
 from .chain import PATCHES, pixart_edges, pixart_role, pixart_stages
 from .components import PixArtComponents

@@ -17,7 +17,7 @@ from ...sampling.picture_size import PictureSize, picture_size
 from ...sampling.scheduler_config import parameterization_from_config, scheduler_from_config
 from ..edges import Edge
 from ..latent import LatentAdapter, described
-from ..parts.autoencoder import pixels_of
+from ..parts.autoencoder_files import pixels_of
 from ..parts.loading import fill, in_place
 from .chain import unet_edges, unet_role, unet_stages
 from .components import CLIPComponents
