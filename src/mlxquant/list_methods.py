@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, is_dataclass
 from typing import Any
 
 import click
@@ -45,9 +46,17 @@ def catalogue() -> dict[str, Any]:
             for method in registry.members(kind)
         ],
         "recipes": {name: differences(preset) for name, preset in PRESETS.items()},
-        "ingredients": dict(INGREDIENTS),
+        "ingredients": {name: {key: _plain(value) for key, value in own.items()} for name, own in INGREDIENTS.items()},
         "papers": {"recipes": of_presets(), "ingredients": of_ingredients()},
     }
+
+
+def _plain(value: Any) -> Any:
+    """Settings as plain data, and of those what is not as usual; true where that is nothing."""
+    if not is_dataclass(value) or isinstance(value, type):
+        return value
+    usual, own = asdict(type(value)()), asdict(value)
+    return {name: number for name, number in own.items() if number != usual[name]} or True
 
 
 def of_presets() -> dict[str, list[str]]:
@@ -95,6 +104,7 @@ def table(found: dict[str, Any]) -> list[str]:
 def words(parts: dict[str, Any]) -> str:
     """Fields of a template in words: ``rounding gptq, transforms rotation, sequential``."""
     shown = {name: "+".join(value) if isinstance(value, (tuple, list)) else value for name, value in parts.items()}
+    shown = {name: words(value) if isinstance(value, dict) else value for name, value in shown.items()}
     return ", ".join(name if value is True else f"{name} {value}" for name, value in shown.items()).replace("_", " ")
 
 

@@ -95,6 +95,17 @@ def test_recipes_take_as_many_passes_as_they_say(outline, name, passes, streams)
     assert work.streams == streams * outline.state * 4
 
 
+def test_tuned_scales_are_forward_passes(outline):
+    """Targets once, four passes for each sample of a step, and what is held out now and then."""
+    plain, tuned = parse_recipe("gptq-w4a16-g64"), parse_recipe("gptq+tuned-w4a16-g64")
+    works = [estimated(outline, planned(outline, recipe), recipe, 16) for recipe in (plain, tuned)]
+    more = works[1].forward - works[0].forward
+    assert more == (16 + 4 * 300 * 12 + 15 * 2) * outline.operations
+    assert works[1].streams == works[0].streams  # 16 calls at once are more than one call at each stage
+    works = [estimated(outline, planned(outline, recipe), recipe, 1) for recipe in (plain, tuned)]
+    assert works[1].streams >= works[0].streams
+
+
 def test_what_nobody_has_counted_is_named(outline):
     recipe = replace(parse_recipe("adaround-w4a16-g64"), sensitivity=True)
     assert estimated(outline, planned(outline, recipe), recipe, 1).uncounted == "learning, sensitivities"

@@ -9,11 +9,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlxquant.layers.embeddings import QuantizedEmbedding
 from mlxquant.layers.kinds import find_layers
 from mlxquant.recipes.tuning import Tuning
 from mlxquant.tuning.backward import Twins
 from mlxquant.tuning.kept import Kept
 from mlxquant.tuning.pictures import Pictures
+from mlxquant.tuning.text import Text
 from mlxquant.tuning.tune import Tuner, know_targets
 
 from support.kinds_chain import Kinds
@@ -89,8 +91,26 @@ def test_twins_are_the_layers(recipe):
             assert work.held_out() == pytest.approx(wanted, rel=1e-3)
 
 
+def test_a_table_that_is_the_output_layer_too_has_the_slopes_of_both():
+    model = mq.load("gpt-python")
+    calib = mq.calibrate_text(model, samples=3, length=16)
+    adapter = mq.quantize(model, calib, "rtn+embeddings-w3a16").adapter
+    objective = Text(model.language, calib, FEW)
+    know_targets(objective, FEW, Kept(None, ""))
+    layers = find_layers(adapter.module)
+    work, twins = Tuner(adapter, objective, FEW), Twins(adapter, layers, {path: [path] for path in layers})
+    (table,) = [path for path, layer in layers.items() if isinstance(layer, QuantizedEmbedding) and "wte" in path]
+    with twins.installed():
+        told, measured = directional(work, twins, [0, 1], objective, [f"{table}/scale"])
+        assert told == pytest.approx(measured, rel=0.03)
+
+
 def test_steps_of_inputs_have_the_slopes_of_learned_step_sizes(tiny):
+<<<<<<< HEAD
     """LSQ: entry by entry, on a layer whose loss is a plain sum: rounded less exact inside, the edge outside."""
+=======
+    """LSQ's rule, where the loss is a plain sum: rounded less exact inside of the range, the edge outside."""
+>>>>>>> 78c2b81 (Tuned scales are in the dry run, the methods table, the report and the docs, with their laws as tests and a benchmark)
     work, twins, objective = tuner(tiny, "rtn-w8a4")
     with twins.installed():
         slopes = work.slopes(twins, objective.groups(objective.minibatch(0))[0])

@@ -6,6 +6,7 @@ import mlxquant  # noqa: F401  # before mlx
 
 # isort: split
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 
@@ -25,8 +26,6 @@ FORMATS = [
 
 def made(text, scale=1.0, bias=mx.float32, kind=None):
     """A quantized layer of a format, of weights of this size."""
-    import mlx.nn as nn
-
     layer = MADE[kind or nn.Linear]()
     rng = np.random.default_rng(7)
     layer.weight = mx.array(rng.normal(size=layer.weight.shape).astype(np.float32) * scale)
@@ -126,6 +125,10 @@ def test_what_cannot_be_wider_stays():
         assert widened(layer, 64) is layer
     layer = made("w4")
     assert widened(layer, None) is layer
+<<<<<<< HEAD
     assert widened(layer, 128) is layer
+=======
+    assert widened(layer, 128) is layer  # 64 columns
+>>>>>>> 78c2b81 (Tuned scales are in the dry run, the methods table, the report and the docs, with their laws as tests and a benchmark)
     layer.quantize_tokens(8)
     assert widened(layer, 32) is layer  # integers have one scale a row

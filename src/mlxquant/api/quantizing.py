@@ -32,7 +32,7 @@ from ..sweep.sweep import sweep
 from ..sweep.two_sided import KIND, choose
 from .model import Model, QuantizedModel
 from .plan import plan
-from .tuning import tuned_scales
+from .tuning import require_held_out, tuned_scales
 
 CALIBRATION = "calibration"  # in a folder with progress: batches that are drawn
 
@@ -166,6 +166,8 @@ def _quantize(
             f"the calibration data is of other weights ({calib.model}) than the model's ({model.name}); calibrate this"
             " model"
         )
+    if recipe.tuning is not None:
+        require_held_out(calib, recipe.tuning)
     settled = settle(model, calib, recipe, layers, work, progress)
     drawn: CalibrationData = calib
     done: QuantizedModel | None = None

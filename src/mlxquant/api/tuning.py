@@ -17,12 +17,18 @@ from ..recipes.recipe import Recipe
 from ..recipes.tuning import Tuning
 from ..tuning.calls import Calls, Loss
 from ..tuning.kept import Kept
-from ..tuning.objective import Objective
+from ..tuning.objective import Objective, split
 from ..tuning.pictures import Pictures, trajectories
-from ..tuning.text import Text
+from ..tuning.text import WINDOWS, Text
 from ..tuning.tune import Replaced, know_targets, tune
 
 FOLDER, DRAWN, FOLLOWED = "tuning", "calibration", "followed"  # in a folder with progress
+
+
+def require_held_out(calib: CalibrationData, tuning: Tuning) -> None:
+    """Raise CalibrationError, before anything long, where all of a text would be learned from."""
+    if isinstance(calib, TextCalibration):
+        split(len(calib.windows), tuning.held_out, WINDOWS)
 
 
 def tuned_scales(

@@ -98,6 +98,7 @@ def layer_report(
             for path in layers
         ],
         "decisions": quantized.facts.get("stages", []),
+        **({"tuning": quantized.facts["tuning"]} if "tuning" in quantized.facts else {}),
     }
 
 

@@ -42,6 +42,18 @@ HAWQV2 = Citation(
 )
 
 
+EFFICIENTQAT = Citation(
+    "efficientqat",
+    """@article{chen2024efficientqat,
+  title = {{EfficientQAT}: Efficient Quantization-Aware Training for Large Language Models},
+  author = {Chen, Mengzhao and Shao, Wenqi and Xu, Peng and Wang, Jiahao and Gao, Peng
+            and Zhang, Kaipeng and Luo, Ping},
+  journal = {arXiv preprint arXiv:2407.11062},
+  year = {2024}
+}""",
+)
+
+
 class WithFacts(Protocol):
     """A model with the facts of how it was quantized; ``api.model.QuantizedModel`` is one."""
 
@@ -65,6 +77,7 @@ FEATURES: tuple[tuple[str, Citation, Callable[[Recipe], bool]], ...] = (
         lambda recipe: recipe.learning.drop > 0 and any(spec.reconstruct for spec in specs(recipe)),
     ),
     ("mixed precision", HAWQV2, lambda recipe: recipe.allocates),
+    ("tuned scales", EFFICIENTQAT, lambda recipe: recipe.tuning is not None),
 )
 
 

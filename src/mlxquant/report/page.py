@@ -28,6 +28,13 @@ REPORT = schema.entries(
         "results": schema.array_of(schema.entries({"name": schema.text, "folder": schema.inside})),
     }
 )
+TUNING = schema.entries(  # what became of tuned scales, see ``tuning.tune``
+    {
+        "kept": schema.flag,
+        **dict.fromkeys(("loss_before", "loss_after"), schema.number(0)),
+        **dict.fromkeys(("iterations", "numbers"), schema.whole()),
+    }
+)
 LAYERS = schema.entries(  # an evaluation's report on the layers of a model
     {
         "layers": schema.array_of(
@@ -42,7 +49,8 @@ LAYERS = schema.entries(  # an evaluation's report on the layers of a model
             )
         ),
         "decisions": STAGES,
-    }
+    },
+    {"tuning": TUNING},
 )
 SIZE_METRICS = 4  # quality over size for so many metrics
 

@@ -185,8 +185,9 @@ def decisions(report: Json, layers: Mapping[str, Json]) -> str:
         formats = _formats(layers[model["name"]]["layers"])
         name = f"{dot(colour(place))}{escape(model['name'])}"
         opened = "" if parts else " open"
+        tuned = _tuned(layers[model["name"]].get("tuning"))
         parts.append(
-            f"<details{opened}><summary>{name}</summary>{table(head, rows)}<h3>Formats</h3>{formats}</details>"
+            f"<details{opened}><summary>{name}</summary>{table(head, rows)}{tuned}<h3>Formats</h3>{formats}</details>"
         )
     if not parts:
         return '<p class="hint">No stages: none of these was quantized by mlxquant, or nothing is known of how.</p>'
@@ -196,6 +197,16 @@ def decisions(report: Json, layers: Mapping[str, Json]) -> str:
         " causes."
     )
     return f'<p class="hint">{hint}</p>' + "".join(parts)
+
+
+def _tuned(facts: Json | None) -> str:
+    """What became of scales that were tuned at the end; nothing where none were."""
+    if not facts:
+        return ""
+    before, after = facts["loss_before"], facts["loss_after"]
+    kept = "tuned scales were kept" if facts["kept"] else "tuned scales were not kept"
+    told = f"{kept}: held-out loss {before:.3g} before, {after:.3g} after {facts['iterations']} iterations"
+    return f"<p>{escape(told)} on {facts['numbers']} numbers.</p>"
 
 
 def _errors(stage: Json) -> Json:

@@ -14,6 +14,7 @@ from ..curvature.factors import HELD
 from ..layers.sizes import planned_bytes
 from ..models.recorded.outline import Outline, Reading
 from ..recipes.recipe import LayerSpec, Recipe
+from ..recipes.tuning import Tuning
 
 FLOAT32 = 4
 STREAMS, BOTH = 3, 4  # copies of the hidden states, see ``sweep``; the second where rounding looks at both streams
@@ -21,6 +22,7 @@ FACTOR = 5  # bytes a number of a gram matrix: half of a float64 factor, and a q
 COLUMNS, PLAIN = 39, 27  # bytes a weight while it is rounded, with moments and without, as measured
 TABLE = 16  # the same where nothing but the weight is known, and nothing is judged
 NEAREST, SEARCH = 2000, 3000  # operations that rounding to nearest, and the search for steps, take as long as, a weight
+BACKWARD, LOOKS = 4, 15  # forward passes that a step of tuning is worth; how often what is held out is looked at
 GROUPS = 4  # of the layers of a block in a sequential recipe: inputs, outputs of attention, MLP's two
 
 
@@ -72,11 +74,14 @@ def estimated(outline: Outline, plan: Mapping[str, LayerSpec], recipe: Recipe, c
     two_sided = [path for path, spec in plan.items() if _two_sided(spec)]
     gradients = min(HELD, 2 * (len(stages) + 1) * calls * outline.state * FLOAT32) if two_sided else 0
     factors = min(HELD, sum(_factors(outline.layers[path]) for path in two_sided))
+    streams = (BOTH if cross else STREAMS) * calls
+    if recipe.tuning is not None:  # afterwards, what enters each stage for one call
+        streams = max(streams, len(stages) + 1)
     return Work(
-        (BOTH if cross else STREAMS) * calls * outline.state * FLOAT32 + gradients + factors,
+        streams * outline.state * FLOAT32 + gradients + factors,
         moments[fullest],
         rounding[fullest],
-        _passes(plan, recipe) * calls * outline.operations,
+        (_passes(plan, recipe) * calls + _tuned_passes(recipe.tuning, calls)) * outline.operations,
         sum(_operations(outline.layers[path], path, spec, calls) for path, spec in plan.items()),
         _uncounted(plan, recipe),
     )
@@ -133,6 +138,15 @@ def _passes(plan: Mapping[str, LayerSpec], recipe: Recipe) -> int:
     statistics = (GROUPS if recipe.sequential else 1) * (2 if cross else 1)
     trials = 2 if recipe.gate and any(spec != spec.plain for spec in plan.values()) else 1
     return 1 + statistics + trials + len(transforms) * (statistics + 1)
+
+
+def _tuned_passes(tuning: Tuning | None, calls: int) -> int:
+    """Forward passes of calls that tuning takes: to make targets, for each step one forward, one more and twice its
+    work backward, and each time that held-out calls are looked at.
+    """
+    if tuning is None:
+        return 0
+    return calls + BACKWARD * tuning.iterations * tuning.batch + LOOKS * max(1, round(calls * tuning.held_out))
 
 
 def _operations(one: Reading, path: str, spec: LayerSpec, calls: int) -> int:

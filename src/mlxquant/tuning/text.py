@@ -20,7 +20,7 @@ from ..progress import Progress, silent
 from ..recipes.tuning import Tuning
 from .objective import Pass, Sample, Targets, draw, in_parts, split
 
-HIDDEN = "hidden"
+HIDDEN, WINDOWS = "hidden", "windows"
 
 
 class Text:
@@ -34,7 +34,7 @@ class Text:
 
     def __init__(self, teacher: LanguageAdapter, calibration: TextCalibration, tuning: Tuning):
         self._teacher, self._tuning, self._windows = teacher, tuning, mx.array(calibration.windows)
-        self._train, held = split(len(calibration.windows), tuning.held_out, "windows")
+        self._train, held = split(len(calibration.windows), tuning.held_out, WINDOWS)
         self._held: list[Sample] = list(held)
         self._known: dict[Sample, int] = {}
         self._hidden = mx.zeros((0,))

@@ -239,10 +239,10 @@ def tune(
                 replaced(path, old, module)
     return {
         "kept": better,
-        "held_out": {"before": before, "after": after},
+        "loss_before": before,
+        "loss_after": after,
         "iterations": run.iteration,
-        "best_at": run.best_at,
         "numbers": sum(value.size for value in run.numbers.values()),
-        "widened": sum(layer is not found[path] for path, layer in layers.items()),
+        **({"widened": wide} if (wide := sum(layer is not found[path] for path, layer in layers.items())) else {}),
         **objective.facts,
     }
