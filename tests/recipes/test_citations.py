@@ -96,7 +96,7 @@ def test_every_preset_is_made_of_registered_methods_and_can_be_cited():
 
 
 def test_what_a_recipe_does_beside_its_methods_is_found():
-    everything = "rtn+shift+corrected+softmax8+progressive+sensitivity+learned+mixed-w4a8"
+    everything = "rtn+shift+corrected+softmax8+progressive+sensitivity+learned+mixed+tuned-w4a8"
     recipe = parse_recipe(everything)
     dropping = replace(recipe, learning=replace(recipe.learning, drop=0.5))
     assert all(shows(dropping) for _, _, shows in FEATURES)

@@ -106,11 +106,7 @@ def test_a_table_that_is_the_output_layer_too_has_the_slopes_of_both():
 
 
 def test_steps_of_inputs_have_the_slopes_of_learned_step_sizes(tiny):
-<<<<<<< HEAD
-    """LSQ: entry by entry, on a layer whose loss is a plain sum: rounded less exact inside, the edge outside."""
-=======
     """LSQ's rule, where the loss is a plain sum: rounded less exact inside of the range, the edge outside."""
->>>>>>> 78c2b81 (Tuned scales are in the dry run, the methods table, the report and the docs, with their laws as tests and a benchmark)
     work, twins, objective = tuner(tiny, "rtn-w8a4")
     with twins.installed():
         slopes = work.slopes(twins, objective.groups(objective.minibatch(0))[0])

@@ -56,11 +56,7 @@ def test_codes_stay_and_the_held_out_loss_falls(tiny, calib, name):
     done = mq.quantize(tiny, calib, recipe_of(name))
     facts = done.facts["tuning"]
     assert facts["kept"]
-<<<<<<< HEAD
-    assert facts["held_out"]["after"] < facts["held_out"]["before"]
-=======
     assert facts["loss_after"] < facts["loss_before"]
->>>>>>> 78c2b81 (Tuned scales are in the dry run, the methods table, the report and the docs, with their laws as tests and a benchmark)
     for path, layer in plain.layers.items():
         np.testing.assert_array_equal(layer.codes(), done.layers[path].codes())
     if "32" not in name.split("-")[0]:
@@ -90,15 +86,9 @@ def test_no_iterations_are_the_same_layers(tiny, calib):
     plain = mq.quantize(tiny, calib, "gptq-w4a8")
     done = mq.quantize(tiny, calib, recipe_of("gptq+tuned-w4a8", iterations=0))
     assert_same(plain.layers, done.layers)
-<<<<<<< HEAD
-    facts = done.facts["tuning"]["held_out"]
-    assert facts["before"] == facts["after"]
-    assert not done.facts["tuning"]["kept"]
-=======
     facts = done.facts["tuning"]
     assert not facts["kept"]
     assert facts["loss_before"] == facts["loss_after"]
->>>>>>> 78c2b81 (Tuned scales are in the dry run, the methods table, the report and the docs, with their laws as tests and a benchmark)
 
 
 def test_a_run_without_progress_ends(tiny, calib, monkeypatch):
@@ -139,11 +129,7 @@ def test_killed_and_resumed_is_the_same_bytes(tiny, calib, tmp_path, monkeypatch
 
 
 def test_more_prompts_are_drawn_where_there_are_few(tiny, calib):
-<<<<<<< HEAD
-    drawn = trajectories(tiny.diffusion, calib, Tuning(prompts=7), mq.progress.silent, None)
-=======
     drawn = trajectories(tiny.diffusion, calib, Tuning(prompts=7), silent, None)
->>>>>>> 78c2b81 (Tuned scales are in the dry run, the methods table, the report and the docs, with their laws as tests and a benchmark)
     assert len(drawn.prompts) == 7
     assert drawn.latents.shape[:2] == (3, 7)
     assert len({prompt.text for prompt in drawn.prompts}) == 7
@@ -244,11 +230,6 @@ def test_a_loss_of_ones_own():
 
     net, seen, inputs, answers = recorded()
     report = mq.quantize_module(net, seen, recipe_of("rtn+tuned-w3a16"), loss=loss)
-<<<<<<< HEAD
-    assert all(one == ({"sample", "twice"}, mx.float32) for one in asked)
-    assert asked
-=======
->>>>>>> 78c2b81 (Tuned scales are in the dry run, the methods table, the report and the docs, with their laws as tests and a benchmark)
     wrong = float(np.array(mx.abs(net(inputs[-1])["sample"] - answers[-1]["sample"]).mean()))
     assert report.facts["tuning"]["loss_after"] == pytest.approx(wrong, rel=1e-3)
 
@@ -262,8 +243,6 @@ def test_the_module_is_as_it_was_after_an_error():
     with pytest.raises(KeyError):
         mq.quantize_module(net, seen, recipe_of("rtn+tuned-w3a16"), loss=loss)
     assert not find_layers(net)
-<<<<<<< HEAD
-=======
 
 
 @pytest.mark.mlxlm
@@ -280,4 +259,3 @@ def test_exported_to_mlx_lm_it_predicts_the_same(tmp_path):
         tokens = mx.array(calib.windows[:2])
         ours = np.array(done.adapter.logits(tokens))
         np.testing.assert_allclose(np.array(theirs(tokens).astype(mx.float32)), ours, atol=2e-4 * np.abs(ours).max())
->>>>>>> 78c2b81 (Tuned scales are in the dry run, the methods table, the report and the docs, with their laws as tests and a benchmark)

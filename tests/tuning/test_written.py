@@ -125,10 +125,6 @@ def test_what_cannot_be_wider_stays():
         assert widened(layer, 64) is layer
     layer = made("w4")
     assert widened(layer, None) is layer
-<<<<<<< HEAD
-    assert widened(layer, 128) is layer
-=======
     assert widened(layer, 128) is layer  # 64 columns
->>>>>>> 78c2b81 (Tuned scales are in the dry run, the methods table, the report and the docs, with their laws as tests and a benchmark)
     layer.quantize_tokens(8)
     assert widened(layer, 32) is layer  # integers have one scale a row
