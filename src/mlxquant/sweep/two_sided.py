@@ -65,6 +65,7 @@ AS_IT_IS = Transform()
 TRIED = 50_000_000  # weights that candidates are tried on at most; in stages that are evenly spread
 JUDGED = 64  # held-out rows
 KIND = "two-sided"
+TOLD = ("chosen", "errors", "layers", "rows")
 FACTS = schema.entries(
     {
         "chosen": schema.text,
@@ -159,7 +160,8 @@ def choose(
         return Chosen(dict(plan), {}, measure(adapter, calibration.probes(adapter), progress) if ways else None)
     every = {str(one): one for one in (*candidates, *(replace(one, unclipped=True) for one in candidates))}
     kept = None if work is None else KeptFacts(work / f"{KIND}.json", KIND, _job(calibration, plan, list(every)))
-    facts = None if kept is None else kept.load(FACTS)
+    found = None if kept is None else kept.load(FACTS)
+    facts = None if found is None else {name: found[name] for name in TOLD}  # without what the file says of itself
     curvature = None
     if facts is None:
         try:
