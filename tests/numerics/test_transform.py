@@ -47,6 +47,18 @@ def test_two_as_one(first, second):
 
 
 @pytest.mark.parametrize("transform", PARTS.values(), ids=PARTS)
+def test_slopes_are_the_adjoint_of_what_is_written(transform):
+    """g' · x' = g · x for every error of what is written, whether gradients are rows or a Hessian's."""
+    random = np.random.default_rng(2)
+    written, slopes = random.normal(size=(2, 5, 8))
+    moved = transform.slopes(slopes)
+    np.testing.assert_allclose((moved * transform.inputs(written)).sum(1), (slopes * written).sum(1), rtol=1e-12)
+    undone = np.linalg.inv(transform.inputs(np.eye(8)))
+    np.testing.assert_allclose(moved, slopes @ undone.T, rtol=1e-12)
+    assert transform.nothing == (moved is slopes)
+
+
+@pytest.mark.parametrize("transform", PARTS.values(), ids=PARTS)
 def test_costs_are_of_the_errors_that_are_undone(transform):
     """An error in one transformed channel costs what it is in the channels themselves."""
     costs = np.random.default_rng(1).random((3, 8))

@@ -110,7 +110,7 @@ class Curvature:
             layer = get_module(adapter.module, path)
             if path in self._made and set(sketches) <= self._made[path].factors.keys():
                 known[path] = self._made[path]
-            elif known_kind(layer).parts(layer) == 1 and known_kind(layer).form.tells_outputs:
+            elif known_kind(layer).tells_outputs(layer):
                 wanted.append(path)
         if not wanted:
             return known

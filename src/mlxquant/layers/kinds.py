@@ -49,6 +49,10 @@ class Kind:
     def parts(self, module: nn.Module) -> int:
         return self.form.parts_of(module)
 
+    def tells_outputs(self, module: nn.Module) -> bool:
+        """Whether ``read_outputs`` says which output was made of which row: of a weight that is one matrix."""
+        return self.form.tells_outputs and self.parts(module) == 1
+
 
 KINDS = (
     Kind(nn.Linear, (QuantizedLinear, W8A16Linear), quantized_linear),

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ..layers.kinds import Kind, known_kind
+from ..methods import registry
 from ..models.adapter import Adapter
 from ..recipes.recipe import LayerSpec, Recipe
 
 STREAMS = "both streams"  # a rounding that compares them
+OUTPUTS = "two-sided rounding"  # one that asks which output was made of which row
 
 
 def planned(adapter: Adapter, recipe: Recipe) -> dict[str, LayerSpec]:
@@ -30,11 +32,14 @@ def fitting(spec: LayerSpec, kind: Kind) -> LayerSpec:
 
 def left_undone(adapter: Adapter, recipe: Recipe) -> dict[str, list[str]]:
     """What a recipe asks for and layers of a kind cannot do, by name the paths of those layers; empty where there is
-    nothing. A table of embeddings reads no input, so nothing of that is asked of it.
+    nothing. A table of embeddings reads no input, so nothing is asked of it about that.
     """
     layers, found = adapter.layers(), dict[str, list[str]]()
     for path, spec in recipe.plan(adapter.roles()).items():
-        form = known_kind(layers[path]).form
+        kind = known_kind(layers[path])
+        if registry.get("round", spec.rounding).two_sided and not kind.tells_outputs(layers[path]):
+            found.setdefault(OUTPUTS, []).append(path)
+        form = kind.form
         if form.transforms_inputs or not form.quantizes_inputs:
             continue
         shift = spec.activation is not None and spec.activation.shift

@@ -120,6 +120,13 @@ class Rounding:
         adapter, progress = self._job.adapter, self._job.passes.progress
         return self._job.curvature.of_stage(adapter, self._stage, paths, sketches, progress)
 
+    def _left_alone(self, path: str, spec: LayerSpec) -> bool:
+        """Whether a layer's rounding is to be two-sided, and there is no Hessian: nothing hangs on its outputs, or they
+        cannot be told apart.
+        """
+        way, known = spec.two_sided, self._known.get(path)
+        return way is not None and bool(way.sketch) and (known is None or way.sketch not in known.factors)
+
     def first(self) -> list[Trial]:
         """The layers as their specifications have them before anything is transformed or learned; for the gate, rounded
         to nearest; and without each other part of them that has to show that it helps.
@@ -198,6 +205,8 @@ class Rounding:
                         if (spec := specs[path]) not in found:
                             found[spec] = self._rounded(path, spec, seen, online[path], folded)
                         trial.add(path, spec, found[spec])
+                        if self._left_alone(path, spec):
+                            trial.report[path]["one_sided"] = True
         for trial in trials:  # in the order of the model, not of the rounding
             trial.layers = {path: trial.layers[path] for path in self._specs}
             trial.report = {path: trial.report[path] for path in self._specs}
