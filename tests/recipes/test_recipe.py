@@ -1,5 +1,7 @@
 """Recipes are parsed strictly; the first matching rule decides; a glob that matches nothing is an error."""
 
+import json
+
 import pytest
 
 from mlxquant.errors import RecipeError
@@ -9,7 +11,7 @@ from mlxquant.methods.inputs.tiers import BUDGET
 from mlxquant.methods.weights.adaround import Settings
 from mlxquant.numerics.input_ranges import RANGE_BATCH
 from mlxquant.recipes.grammar import parse_recipe
-from mlxquant.recipes.recipe import ActivationSpec, LayerSpec, Recipe
+from mlxquant.recipes.recipe import ActivationSpec, LayerSpec, Recipe, TwoSided
 
 LAYERS = {"blocks.0.mlp.fc1": "mlp", "blocks.0.mlp.fc2": "mlp", "blocks.0.ada": "modulation", "out": "output"}
 
@@ -169,3 +171,22 @@ def test_impossible_specifications_are_refused():
         WeightFormat(9)
     with pytest.raises(RecipeError, match="group"):
         WeightFormat(4, 48)
+
+
+@pytest.mark.parametrize("name", ["gptq-w4a8", "kron-w4a16", "kron+sketchB25-w4a16"])
+def test_only_a_chosen_hessian_is_written(name):
+    """A recipe that is not two-sided, or leaves it open, is written as ever, and what was written so is read."""
+    recipe = parse_recipe(name)
+    saved = json.loads(json.dumps(recipe.to_dict()))
+    specs = [spec for _, spec in saved["rules"] if spec is not None]
+    told = {"sketch": "B", "share": 0.25}
+    assert [spec.get("two_sided") for spec in specs] == [told if "sketch" in name else None] * len(specs)
+    assert all(("two_sided" in spec) == ("sketch" in name) for spec in specs)
+    assert Recipe.from_dict(saved) == recipe
+    assert {spec.open_ended for _, spec in recipe.rules} == {name == "kron-w4a16"}
+
+
+@pytest.mark.parametrize(("sketch", "share"), [("C", 0.5), ("A", 1.5), ("B", -0.1)])
+def test_a_hessian_that_there_is_not_is_refused(sketch, share):
+    with pytest.raises(RecipeError, match="a sketch of"):
+        TwoSided(sketch, share)
