@@ -22,6 +22,8 @@ FOLDERS = {
     "sampling",
     "models",
     "api",
+    "calibration",
+    "curvature",
 }
 
 
