@@ -22,6 +22,7 @@ MEASURING = {
     "ShownAttention",
     "HalfLinear",
     "SoftLayer",
+    "Twin",
 }  # in a model only while something is measured
 TRAINED = {"Perceptron"}  # in no model: its weights become a table's
 PLAIN = {"SoftmaxAttention", "SwitchLinear"}  # what MLX computes

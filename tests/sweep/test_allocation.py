@@ -6,6 +6,7 @@ import mlxquant as mq  # before mlx
 import numpy as np
 import pytest
 
+from mlxquant.curvature import sensitivity
 from mlxquant.errors import RecipeError
 from mlxquant.files import kept_arrays
 from mlxquant.grids.weights import WeightFormat, fit_extremes
@@ -15,7 +16,7 @@ from mlxquant.methods import registry
 from mlxquant.numerics.moments import Moments
 from mlxquant.numerics.part_moments import PartMoments
 from mlxquant.recipes.grammar import parse_recipe
-from mlxquant.sweep import allocation, sensitivity
+from mlxquant.sweep import allocation
 from mlxquant.sweep.allocation import allocate
 
 from support.tiny_pictures import tiny_adapter

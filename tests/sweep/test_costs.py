@@ -9,11 +9,12 @@ import pytest
 
 import mlxquant as mq
 from mlxquant.calibration.passes import Passes
+from mlxquant.curvature import sensitivity
 from mlxquant.curvature.sensitivity import measured
 from mlxquant.methods import registry
 from mlxquant.methods.weights.adaround import Settings
 from mlxquant.recipes.grammar import parse_recipe
-from mlxquant.sweep import rounding, sensitivity, sweep
+from mlxquant.sweep import rounding, sweep
 from mlxquant.sweep.rounding import Rounding
 from mlxquant.sweep.streams import ExactStream
 from mlxquant.sweep.sweep import Sweep
@@ -95,11 +96,11 @@ def test_moments_go_layer_by_layer(tiny, calib, monkeypatch):
         groups.update({path: (id(layer.moments), weakref.ref(layer.moments)) for path, layer in found.items()})
         return found
 
-    def rounded(linear, spec, moments, path, transform):
+    def rounded(linear, spec, moments, path, *how):
         alive = {number for number, ref in groups.values() if ref() is not None}
         counts.append(len(alive))
         assert alive == {number for number, _ in list(groups.values())[list(groups).index(path) :]}
-        return quantize(linear, spec, moments, path, transform)
+        return quantize(linear, spec, moments, path, *how)
 
     monkeypatch.setattr(Rounding, "_statistics", watched)
     monkeypatch.setattr(rounding, "quantize_layer", rounded)
