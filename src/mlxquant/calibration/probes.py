@@ -40,13 +40,18 @@ class Probes:
         """As many batches as have at most ``rows`` rows, at least one, evenly spread over all."""
         longest = max(map(len, self.prompted))
         count = min(len(self.sigmas), max(1, rows // longest))
-        some = [(2 * place + 1) * len(self.sigmas) // (2 * count) for place in range(count)]
+        some = middles(len(self.sigmas), count)
         return replace(
             self,
             sigmas=[self.sigmas[index] for index in some],
             states=self.states.some(some),
             prompted=[self.prompted[index] for index in some],
         )
+
+
+def middles(count: int, parts: int) -> list[int]:
+    """The place in the middle of each of so many equal parts of ``count`` places."""
+    return [(2 * part + 1) * count // (2 * parts) for part in range(parts)]
 
 
 def shares(count: int) -> tuple[list[int], list[int]]:

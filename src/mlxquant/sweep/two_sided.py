@@ -24,7 +24,7 @@ import numpy as np
 
 from ..calibration.data import CalibrationData
 from ..calibration.passes import Passes
-from ..calibration.probes import Probes
+from ..calibration.probes import Probes, middles
 from ..curvature.backward import Backward
 from ..curvature.factors import Curvature, Factors, LayerCurvature, measure
 from ..files import checked, schema
@@ -252,8 +252,7 @@ def _tried(adapter: Adapter, opened: Sequence[str]) -> dict[Stage, list[str]]:
     owned = [(stage, paths) for stage, paths in owned if paths]
     sizes = [sum(get_module(adapter.module, path).weight.size for path in paths) for _, paths in owned]
     count = len(owned) if sum(sizes) <= TRIED else max(1, len(owned) * TRIED // sum(sizes))
-    some = [(2 * place + 1) * len(owned) // (2 * count) for place in range(count)]
-    return dict(owned[index] for index in some)
+    return dict(owned[index] for index in middles(len(owned), count))
 
 
 def _errors(adapter: Adapter, held: Probes, ways: Sequence[dict[str, nn.Module]], progress: Progress) -> Array:
