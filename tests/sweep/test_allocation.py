@@ -75,6 +75,20 @@ def test_layers_that_the_recipe_gives_eight_bits_keep_them(model, mixed):
     assert len({spec.weight.bits for spec in after.values()}) > 2
 
 
+def test_a_layer_of_eight_bits_stays_as_it_is_where_that_is_worth_its_bytes(model, calib):
+    roomy = allocate(model.adapter, calib, parse_recipe("rtn-w4a16"), bits_per_weight=12)
+    row = roomy.facts["layers"]["final_layer.linear"]
+    assert (row["weight"], row["error"]) == (allocation.AS_IT_IS, 0)
+    assert row["bytes"] == model.adapter.layers()["final_layer.linear"].weight.nbytes
+    assert "final_layer.linear" not in roomy.plan
+    assert sum(one["bytes"] for one in roomy.facts["layers"].values()) * 8 <= 12 * sum(
+        layer.weight.size for layer in model.adapter.layers().values()
+    )
+    quantized = mq.quantize(model, calib, roomy.recipe)
+    assert set(quantized.layers) == set(roomy.plan)
+    assert quantized.size.bits_per_quantized_weight <= 12
+
+
 def test_nothing_is_spent_where_no_error_arrives(mixed):
     assert mixed.facts["layers"][SILENT_END]["weight"] == "w2"
     assert mixed.facts["layers"][SILENT_END]["error"] == 0
@@ -251,7 +265,7 @@ def test_nothing_asked_is_nothing_changed(model, calib):
     ("name", "limits", "message"),
     [
         ("rtn-w4a8", {"bits_per_weight": 2.5},
-        r"2\.5 bits .* cannot be met; its 32 layers, 11 of which keep 8 bits, take 4\.967 to 8\.4"),
+        r"2\.5 bits .* cannot be met; its 32 layers, 11 of which keep 8 bits or all, take 4\.967 to 18\.3"),
         ("rtn-w8a8", {"bits_per_weight": 6}, r"6 bits per weight cannot be met"),
         ("rtn-w4a8", {"bits_per_weight": float("nan")}, r"nan bits per weight cannot be met"),
         ("rtn-w4a8", {"bits_per_activation": 3.5}, r"3\.5 bits per activation cannot be met; inputs take 4 to 8"),

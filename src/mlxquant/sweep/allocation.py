@@ -48,7 +48,9 @@ from .inputs import LayerInput, errors_by_tier, tiers_of
 from .planning import planned
 
 WIDTHS = (2, 3, 4, 5, 6, 8)  # bits of a weight that MLX's kernels read
-PINNED = 8  # a layer that a recipe gives so many bits keeps them
+PINNED = 8  # a layer that a recipe gives so many bits keeps them, or stays as it is
+AS_IT_IS = "full precision"
+Option = WeightFormat | None  # of a weight; None leaves it as it is
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,9 @@ def allocate(
     ``bits_per_weight`` limits what is stored by weight of the quantized layers, scales, biases and branches included:
     the model's ``Size.bits_per_quantized_weight`` will not be more, but for divisors that transforms may add. What a
     recipe keeps in full precision is not counted. Layers to which it gives fewer than 8 bits get one of ``widths``, in
-    its own format; those to which it gives 8 (modulation, embedders, output) keep them, and are counted.
+    its own format. Those to which it gives 8 (modulation, embedders, output) keep them, or stay in full precision where
+    that is worth its bytes: once all others are rounded well, a last layer of 8 bits holds much of the error that is
+    left. Both are counted.
 
     ``bits_per_activation`` is an average over quantized inputs and noise levels. An input counts by the
     multiply-accumulates that read it, for arithmetic is all that its bits cost: it is never stored. Each layer gets its
@@ -137,14 +141,15 @@ def allocate(
             [surveys[path].weight for path in plan], list(sizes.values()), bits_per_weight * count / 8
         )
         chosen = dict(zip(plan, found, strict=True))
-    specs = {path: replace(spec, weight=formats[path][chosen[path]]) for path, spec in plan.items()}
+    options = {path: formats[path][at] for path, at in chosen.items()}
+    specs = {path: replace(plan[path], weight=form) for path, form in options.items() if form is not None}
     report: dict[str, dict[str, Any]] = {
         path: {
-            "weight": str(spec.weight),
+            "weight": AS_IT_IS if form is None else str(form),
             "bytes": int(sizes[path][chosen[path]]),
             "error": float(surveys[path].weight[chosen[path]]),
         }
-        for path, spec in specs.items()
+        for path, form in options.items()
     }
     facts: dict[str, Any] = {
         "error": sum(row["error"] for row in report.values()),
@@ -162,13 +167,16 @@ def allocate(
         facts["bits_per_activation"] = float(np.average([row["activation"] for row in inputs.values()], weights=works))
         facts["input_error"] = sum(row["input_error"] for row in inputs.values())
     sensitivity = recipe.sensitivity or bits_per_activation is not None  # budgets are of the velocity's error
-    return Allocation(replace(recipe, rules=tuple(specs.items()), sensitivity=sensitivity), specs, facts)
+    rules = tuple((path, specs.get(path)) for path in options)
+    return Allocation(replace(recipe, rules=rules, sensitivity=sensitivity), specs, facts)
 
 
-def candidates(spec: LayerSpec, widths: Sequence[int]) -> list[WeightFormat]:
-    """The formats that a layer's weight may have, by ascending bits; its own is one of them."""
+def candidates(spec: LayerSpec, widths: Sequence[int]) -> list[Option]:
+    """What a layer's weight may be, by ascending bits; its own format is one of them."""
     own = spec.weight.bits
-    return [replace(spec.weight, bits=bits) for bits in ([own] if own >= PINNED else sorted({own, *widths}))]
+    if own >= PINNED:
+        return [spec.weight, None]
+    return [replace(spec.weight, bits=bits) for bits in sorted({own, *widths})]
 
 
 def candidate_bytes(adapter: Adapter, plan: Mapping[str, LayerSpec], widths: Sequence[int]) -> dict[str, Array]:
@@ -179,7 +187,10 @@ def candidate_bytes(adapter: Adapter, plan: Mapping[str, LayerSpec], widths: Seq
     for path, spec in plan.items():
         layer, forms = layers[path], candidates(spec, widths)
         try:
-            sizes = [planned_layer_bytes(replace(spec, weight=form), layer) for form in forms]
+            sizes = [
+                layer.weight.nbytes if form is None else planned_layer_bytes(replace(spec, weight=form), layer)
+                for form in forms
+            ]
         except NumericsError as error:
             raise NumericsError(f"layer {path}: {error}") from error
         found[path] = np.maximum.accumulate(
@@ -205,8 +216,8 @@ def check_limits(
             pinned = sum(spec.weight.bits >= PINNED for spec in plan.values())
             raise RecipeError(
                 f"recipe {recipe.name}: {bits_per_weight:g} bits per weight cannot be met; its {len(plan)} layers,"
-                f" {pinned} of which keep 8 bits, take {least:.3f} to {most:.3f} with their scales; ask for more, or"
-                " give large layers fewer bits by an override"
+                f" {pinned} of which keep 8 bits or all, take {least:.3f} to {most:.3f} with their scales; ask for more,"
+                " or give large layers fewer bits by an override"
             )
     if bits_per_activation is None:
         return
@@ -227,7 +238,7 @@ def survey(
     adapter: Adapter,
     calibration: CalibrationData,
     plan: Mapping[str, LayerSpec],
-    formats: Mapping[str, Sequence[WeightFormat]],
+    formats: Mapping[str, Sequence[Option]],
     inputs: bool,
     progress: Progress = silent,
     work: Path | None = None,
@@ -287,7 +298,7 @@ def survey(
 
 
 def weight_errors(
-    path: str, spec: LayerSpec, formats: Sequence[WeightFormat], moments: PartMoments, weight: Array, costs: Sensitivity
+    path: str, spec: LayerSpec, formats: Sequence[Option], moments: PartMoments, weight: Array, costs: Sensitivity
 ) -> Array:
     """The velocity error [formats] that a layer's weight causes in each format, rounded as its specification says.
 
@@ -301,6 +312,9 @@ def weight_errors(
     alike = [Moments(part.gram, part.count, part.gram) for part in moments.parts]
     slices = np.split(weight, len(alike))
     for form in formats:
+        if form is None:
+            errors.append(0.0)
+            continue
         wrong = []
         for rows, seen in zip(slices, alike, strict=True):
             if seen.count == 0:  # no token will tell
