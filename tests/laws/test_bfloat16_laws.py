@@ -92,6 +92,7 @@ def test_biases_that_are_smaller_than_every_scale():
 
 SPECS = [
     LayerSpec(WeightFormat.parse("w4-g64-bf16"), rounding="gptq", steps="search", refine="refit"),
+    LayerSpec(WeightFormat.parse("w4-g64-bf16"), rounding="gptq", steps="search", refine="regrid"),
     LayerSpec(WeightFormat.parse("w3-bf16"), rounding="gptq-descent", steps="mse", held_out=True),
     LayerSpec(WeightFormat.parse("w8-asym-bf16"), rounding="gptq", corrected=True, centred=True),
     LayerSpec(WeightFormat.parse("w2-g32-sym-bf16"), rounding="qronos", branch="whitened", rank=4),

@@ -136,6 +136,7 @@ def test_refining_follows_the_weight(refine, format, weight, moments):
     [
         LayerSpec(SOME[1], rounding="gptq", steps="search"),
         LayerSpec(SOME[4], rounding="gptq", steps="mse", refine="refit"),
+        LayerSpec(SOME[4], rounding="gptq", steps="search", refine="regrid"),
         LayerSpec(SOME[0], rounding="gptq", corrected=True, held_out=True),
         LayerSpec(SOME[1], branch="svd", rank=4),
         LayerSpec(SOME[2], rounding="gptq-descent", branch="whitened", rank=4),

@@ -289,7 +289,15 @@ def test_damping_is_chosen_and_recorded(spiky, calib):
 
 
 @pytest.mark.parametrize(
-    "recipe", ["qronos-w4a8", "gptaq-w4a8", "gptq+corrected+damped-w4a8", "descent+refit-w3a16", "svdquant-w4a4"]
+    "recipe",
+    [
+        "qronos-w4a8",
+        "gptaq-w4a8",
+        "gptq+corrected+damped-w4a8",
+        "descent+refit-w3a16",
+        "gptq+regrid-w3a16",
+        "svdquant-w4a4",
+    ],
 )
 def test_methods_run_end_to_end_and_beat_rounding(spiky, calib, recipe):
     done = mq.quantize(spiky, calib, recipe)

@@ -66,7 +66,7 @@ def kron(
     """
     gram = calibrated_gram(moments, weight.shape[1])
     outputs = calibrated_outputs(moments, len(weight))
-    if outputs is None or np.count_nonzero(outputs) == np.count_nonzero(np.diagonal(outputs)):
+    if outputs is None or not errors_meet(outputs):
         return gptq(weight, grid, moments, damping=damping)
     target = without_dead_columns(weight, gram)
     nearest = rtn(target, grid)
@@ -74,6 +74,11 @@ def kron(
     rows = Factor.of(outputs, damped_diagonal(outputs, output_damping))
     codes, ours = two_sided(target, grid, inputs, rows, block)
     return nearest if ours > kronecker_loss(target - grid.dequantize(nearest), inputs, rows) else codes
+
+
+def errors_meet(outputs: Array) -> bool:
+    """Whether errors of different outputs add up or cancel in what comes after, by H_O [out,out]."""
+    return bool(np.count_nonzero(outputs) > np.count_nonzero(np.diagonal(outputs)))
 
 
 def kronecker_loss(error: Array, inputs: Factor, outputs: Factor) -> float:
@@ -113,7 +118,7 @@ class _Side:
         return np.stack([self.scaled[i : i + block, i : i + block].T for i in at])
 
 
-def two_sided(target: Array, grid: Grid, inputs: Factor, outputs: Factor, block: int = 32) -> tuple[Array, float]:
+def two_sided(target: Array, grid: Grid, inputs: Factor, outputs: Factor, block: int = 64) -> tuple[Array, float]:
     """Codes uint8 [out,in] for ``target`` [out,in] by factors of H_I and H_O, in the precision of the target, and their
     ``kronecker_loss``, which spares its products: it is Σ (L_O,ii L_I,jj r_ij)² with r what rounding leaves of the
     value that it is given.

@@ -33,7 +33,7 @@ def mse(weight: Array, format: WeightFormat, moments: Moments | None = None) -> 
     """The grid on which ``weight`` [out,in], rounded to nearest, has the least squared error; ``moments`` is
     not used.
     """
-    return _search(weight, format, np.ones(weight.shape[1]))
+    return fitted(weight, format, np.ones(weight.shape[1]))
 
 
 @register("steps", "search", summary="search for the least squared weight error, weighted by the inputs' power")
@@ -46,11 +46,13 @@ def search(weight: Array, format: WeightFormat, moments: Moments | None = None) 
     """
     if moments is None:
         return mse(weight, format)
-    return _search(weight, format, np.diagonal(calibrated_gram(moments, weight.shape[1])))
+    return fitted(weight, format, np.diagonal(calibrated_gram(moments, weight.shape[1])))
 
 
-def _search(weight: Array, format: WeightFormat, importance: Array) -> Grid:
-    """The best grid found for ``weight`` [out,in] whose input channels count as ``importance`` [in] says."""
+def fitted(weight: Array, format: WeightFormat, importance: Array) -> Grid:
+    """The best grid found for ``weight`` [out,in], rounded to nearest, whose columns count as ``importance`` [in]
+    says.
+    """
     widest = fit_extremes(weight, format)
     groups = grouped(weight, format)
     units, count, columns = groups.shape
