@@ -125,8 +125,9 @@ def pictures(recipe="kron-w4a16", prompts=4):
     return model.adapter, calib, plan(model, mq.parse_recipe(recipe))
 
 
-def test_the_least_error_on_held_out_samples_is_chosen():
+def test_the_least_error_on_held_out_samples_is_chosen(monkeypatch):
     """Of all Hessians, and of the best of them with steps that clip nothing."""
+    monkeypatch.setattr(two_sided, "FEWEST", 99)
     adapter, calib, layers = pictures("kron-w3a16")
     chosen = choose(adapter, calib, layers)
     errors, names = chosen.facts["errors"], [str(one) for one in CANDIDATES]
@@ -142,8 +143,9 @@ def test_the_least_error_on_held_out_samples_is_chosen():
     assert {p: replace(s, two_sided=None, steps="search") for p, s in chosen.plan.items()} == layers
 
 
-def test_errors_are_those_of_the_model_with_the_rounded_layers():
+def test_errors_are_those_of_the_model_with_the_rounded_layers(monkeypatch):
     """Of GPTQ's candidate, by quantizing all of it: plain inputs, each layer for itself."""
+    monkeypatch.setattr(two_sided, "FEWEST", 99)
     adapter, calib, opened = pictures("kron-w4a16")
     found = choose(adapter, calib, opened, candidates=[Candidate(ONE_SIDED)]).facts["errors"][str(ONE_SIDED)]
     layers, curvature = pictures("gptq-w4a16")[2], measure(adapter, calib.probes(adapter))
@@ -177,6 +179,31 @@ def test_what_is_not_finite_is_not_chosen(monkeypatch, errors, best, unclipped):
         (wanted.two_sided, wanted.unclipped)
     }
     assert (chosen.curvature is None) == (wanted.two_sided == ONE_SIDED)
+
+
+def test_recipes_that_refine_are_tried_without_and_their_steps_stay(monkeypatch):
+    tried = []
+
+    def watched(module, spec, *given, real=two_sided.quantize_layer):
+        tried.append(spec.refine)
+        return real(module, spec, *given)
+
+    monkeypatch.setattr(two_sided, "quantize_layer", watched)
+    adapter, calib, layers = pictures("kron+regrid-w4a16")
+    chosen = choose(adapter, calib, layers)
+    assert set(tried) == {None}
+    assert list(chosen.facts["errors"]) == [str(one) for one in CANDIDATES]
+    assert {(spec.steps, spec.refine) for spec in chosen.plan.values()} == {("search", "regrid")}
+
+
+def test_a_third_of_the_stages_is_tried(monkeypatch):
+    adapter, _, layers = pictures()
+    stages = [stage for stage in adapter.stages if any(map(stage.owns, layers))]
+    monkeypatch.setattr(two_sided, "FEWEST", 1)
+    tried = two_sided._tried(adapter, list(layers))
+    assert len(tried) == max(1, len(stages) // 3) < len(stages)
+    monkeypatch.setattr(two_sided, "FEWEST", 99)
+    assert list(two_sided._tried(adapter, list(layers))) == stages
 
 
 def test_steps_that_are_named_stay(monkeypatch):

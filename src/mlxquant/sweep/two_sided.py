@@ -7,7 +7,8 @@ rounded and run, on samples that no factor has seen, and the one whose predictio
 full-precision model is what the recipe becomes; one-sided rounding is among them.
 
 So it is with steps. A step that clips the largest weights is finer for all others, and on some models, behind a SiLU or
-in text, that costs more than it gains. The best candidate is tried with the steps that clip nothing, too.
+in text, that costs more than it gains. The best candidate is tried with the steps that clip nothing, too; not where a
+recipe refines its steps afterwards anyway.
 """
 
 from __future__ import annotations
@@ -63,6 +64,7 @@ class Candidate:
 CANDIDATES = tuple(map(Candidate, (ONE_SIDED, TwoSided("A", 0), TwoSided("A", 0.5), TwoSided("B", 0.5))))
 AS_IT_IS = Transform()
 TRIED = 50_000_000  # weights that candidates are tried on at most; in stages that are evenly spread
+SHARE, FEWEST = 3, 3  # one stage in so many, but no fewer than so many
 JUDGED = 64  # held-out rows
 KIND = "two-sided"
 TOLD = ("chosen", "errors", "layers", "rows")
@@ -143,8 +145,8 @@ def choose(
     """For layers whose two-sided rounding is open, the candidate with the least error of what the model predicts for
     held-out samples.
 
-    Layers are rounded for the full-precision model's inputs, weights alone. In a large model those of a few stages are,
-    for errors of different layers add up.
+    Layers are rounded for the full-precision model's inputs, weights alone, and not refined. Those of a third of the
+    stages are, or of fewer in a large model, for errors of different layers add up.
 
     Args:
         adapter: The model, in full precision.
@@ -210,7 +212,7 @@ def _compared(
         return min(errors, key=lambda one: errors[one] if isfinite(errors[one]) else inf)
 
     best = judge(candidates)
-    if any(plan[path].steps == SEARCHED for path in opened):
+    if any(plan[path].steps == SEARCHED and plan[path].refine is None for path in opened):
         best = judge([replace(best, unclipped=True)])
     return {
         "chosen": str(best),
@@ -237,7 +239,7 @@ def _rounded(
             done: dict[LayerSpec, nn.Module] = {}
             for modules, way in zip(rounded, candidates, strict=True):
                 own = way if way.two_sided.sketch in seen.factors else replace(way, two_sided=ONE_SIDED)
-                spec = replace(own.of(plan[path]).start, corrected=False)
+                spec = replace(own.of(plan[path]).start, corrected=False, refine=None)
                 if spec not in done:
                     plain = PartMoments.one(Moments(seen.gram, seen.tokens, seen.gram))
                     aim = partial(aimed, found=seen, way=own.two_sided)
@@ -247,11 +249,12 @@ def _rounded(
 
 
 def _tried(adapter: Adapter, opened: Sequence[str]) -> dict[Stage, list[str]]:
-    """The layers that candidates are tried on, by stage: all, or those of stages that are evenly spread."""
+    """The layers that candidates are tried on, by stage: those of stages that are evenly spread."""
     owned = [(stage, [path for path in opened if stage.owns(path)]) for stage in adapter.stages]
     owned = [(stage, paths) for stage, paths in owned if paths]
     sizes = [sum(get_module(adapter.module, path).weight.size for path in paths) for _, paths in owned]
-    count = len(owned) if sum(sizes) <= TRIED else max(1, len(owned) * TRIED // sum(sizes))
+    count = min(len(owned), max(FEWEST, len(owned) // SHARE))
+    count = min(count, max(1, len(owned) * TRIED // sum(sizes)))
     return dict(owned[index] for index in middles(len(owned), count))
 
 
