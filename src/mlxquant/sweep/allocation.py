@@ -216,8 +216,8 @@ def check_limits(
             pinned = sum(spec.weight.bits >= PINNED for spec in plan.values())
             raise RecipeError(
                 f"recipe {recipe.name}: {bits_per_weight:g} bits per weight cannot be met; its {len(plan)} layers,"
-                f" {pinned} of which keep 8 bits or all, take {least:.3f} to {most:.3f} with their scales; ask for more,"
-                " or give large layers fewer bits by an override"
+                f" {pinned} of which keep 8 bits or all, take {least:.3f} to {most:.3f} with their scales; ask for"
+                " more, or give large layers fewer bits by an override"
             )
     if bits_per_activation is None:
         return
