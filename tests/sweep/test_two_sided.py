@@ -132,15 +132,16 @@ def test_the_least_error_on_held_out_samples_is_chosen(monkeypatch):
     chosen = choose(adapter, calib, layers)
     errors, names = chosen.facts["errors"], [str(one) for one in CANDIDATES]
     first = min(names, key=errors.get)
-    assert list(errors) == [*names, f"{first}, unclipped"]
+    assert list(errors) == [*names, f"{first}, unclipped", f"{first}, regrid"]
     assert chosen.facts["chosen"] == min(errors, key=errors.get)
     assert chosen.facts["layers"] == len(layers)
     assert chosen.facts["rows"] == {"gradients": 3 * 2 * 2, "held_out": 2 * 2}
     (way,) = {spec.two_sided for spec in chosen.plan.values()}
     assert str(way) == first
-    unclipped = "unclipped" in chosen.facts["chosen"]
-    assert {spec.steps for spec in chosen.plan.values()} == {"extremes" if unclipped else "search"}
-    assert {p: replace(s, two_sided=None, steps="search") for p, s in chosen.plan.items()} == layers
+    steps = {(spec.steps, spec.refine) for spec in chosen.plan.values()}
+    wanted = {"unclipped": ("extremes", None), "regrid": ("search", "regrid")}
+    assert steps == {wanted.get(chosen.facts["chosen"].rpartition(", ")[2], ("search", None))}
+    assert {p: replace(s, two_sided=None, steps="search", refine=None) for p, s in chosen.plan.items()} == layers
 
 
 def test_errors_are_those_of_the_model_with_the_rounded_layers(monkeypatch):
@@ -166,18 +167,18 @@ def test_errors_are_those_of_the_model_with_the_rounded_layers(monkeypatch):
 
 
 @pytest.mark.parametrize(("errors", "best"), [([3, 2, 1, 4], 2), ([1, 2, 3, 4], 0), ([np.nan, 2, np.inf, 1], 3)])
-@pytest.mark.parametrize("unclipped", [0.5, 7, np.nan])
-def test_what_is_not_finite_is_not_chosen(monkeypatch, errors, best, unclipped):
+@pytest.mark.parametrize(("steps", "taken"), [([0.5, 7], "extremes"), ([7, 9], "search"), ([np.nan, 0.5], "regrid")])
+def test_what_is_not_finite_is_not_chosen(monkeypatch, errors, best, steps, taken):
     adapter, calib, layers = pictures()
-    answers = iter([np.array(errors, float), np.array([unclipped])])
+    answers = iter([np.array(errors, float), np.array(steps)])
     monkeypatch.setattr(two_sided, "_errors", lambda *given: next(answers))
     chosen = choose(adapter, calib, layers)
-    wanted = replace(CANDIDATES[best], unclipped=unclipped == 0.5)
+    wanted = replace(CANDIDATES[best], steps=taken)
     assert chosen.facts["chosen"] == str(wanted)
     assert all(map(np.isfinite, chosen.facts["errors"].values()))
-    assert {(spec.two_sided, spec.steps == "extremes") for spec in chosen.plan.values()} == {
-        (wanted.two_sided, wanted.unclipped)
-    }
+    found = {(spec.two_sided, spec.steps, spec.refine) for spec in chosen.plan.values()}
+    kept = {"extremes": ("extremes", None), "search": ("search", None), "regrid": ("search", "regrid")}
+    assert found == {(wanted.two_sided, *kept[taken])}
     assert (chosen.curvature is None) == (wanted.two_sided == ONE_SIDED)
 
 

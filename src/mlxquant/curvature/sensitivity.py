@@ -13,7 +13,8 @@ end. There each level is weighed by the square of its step's gain, relative to t
 (``sampling.walk``).
 
 Squared velocity error is averaged over the elements of a latent: velocities have about unit variance, so it is relative
-to them.
+to them. Text is judged by the divergence of the next token's distribution in place of a squared error, averaged over
+tokens (``LanguageAdapter.drawn``); it has no noise levels.
 """
 
 from __future__ import annotations
@@ -222,7 +223,8 @@ class _Probe:
         costs: dict[str, mx.array] = {}
         rows = self._reset(state)
         entered = self._chain.forward(state)
-        slopes: Slopes = dict(signs)
+        predicted = self._stages[-1].run(entered[-1])  # computed where drawing asks for it
+        slopes: Slopes = dict(self._adapter.drawn(signs, {key: predicted[key] for key in signs}))
         for index in reversed(range(len(self._stages))):
             paths = [path for path in self.gauged if self._stages[index].owns(path)]
             slopes, inside = self._chain.backward(index, entered.pop(), slopes, self._dials, paths)
@@ -241,7 +243,8 @@ class _Probe:
         return rows
 
 
-SENSITIVITY_ROWS = 8
+SENSITIVITY_ROWS = 8  # of each noise level
+UNTIMED_ROWS = 64  # where there are no levels
 SENSITIVITY = "sensitivity"  # its file among measurements
 
 
@@ -269,9 +272,10 @@ def measured(
     """
     if kept is not None and (tables := kept.load(SENSITIVITY)) is not None:
         return Sensitivity.of(tables)
-    count, seen, some = min(SENSITIVITY_ROWS, passes.adapter.rows), Counter[float](), list[int]()
+    wanted = SENSITIVITY_ROWS if passes.adapter.timed else UNTIMED_ROWS
+    count, seen, some = min(wanted, passes.adapter.rows), Counter[float](), list[int]()
     for index, sigma in enumerate(passes.sigmas):
-        if seen[sigma] < SENSITIVITY_ROWS:
+        if seen[sigma] < wanted:
             seen[sigma] += min(count, passes.adapter.rows_in(states[index]))
             some.append(index)
     few = OnDemand(lambda index: passes.adapter.take(states[some[index]], slice(count)), range(len(some)))

@@ -67,7 +67,6 @@ class Adapter(ABC):
             text.
         renews: Whether calibration can be made again on what the quantized model does, though it does not draw.
         timed: Whether its inputs differ by noise level.
-        weighs: Whether errors inside of it can be weighed by what they change in its prediction.
         place: Where weights that ``module`` does not hold come from: a folder, a hub id, or "" for the usual one.
         hub_ids: Hub ids that stand for the model, for ``pretrained``.
     """
@@ -81,7 +80,6 @@ class Adapter(ABC):
     draws: bool = True
     renews: bool = False
     timed: bool = True
-    weighs: bool = True
     place: str = ""
     hub_ids: ClassVar[tuple[str, ...]] = ()
     STRUCTURE: ClassVar[Schema] = anything  # what ``describe`` gives, before ``blank`` builds from it
@@ -297,6 +295,12 @@ class Adapter(ABC):
 
     def judged(self, signs: State) -> State:
         """Signs [..] in the shapes of what the model predicts, with 0 for what of a prediction nobody uses."""
+        return signs
+
+    def drawn(self, signs: State, predicted: State) -> State:
+        """Random vectors whose outer product is on average the Hessian of what an error of the prediction costs, as
+        many times as a place of it has numbers: of random ``signs`` [..] in the shapes of what is ``predicted``.
+        """
         return signs
 
     def exactly(self) -> AbstractContextManager[object]:

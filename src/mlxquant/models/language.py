@@ -82,7 +82,7 @@ class LanguageAdapter(Adapter):
         longest: Tokens of a window that the model has positions for; None for one without a table of positions.
     """
 
-    draws = timed = weighs = False
+    draws = timed = False
     batch = 4
     samples = 64
     rows = 4
@@ -102,6 +102,17 @@ class LanguageAdapter(Adapter):
         self.layer_paths = self._find_layers()
         self._last: tuple[mx.array, list[Arguments]] | None = None  # tokens, and what each layer is given for them
         self._stages = self._cut()
+
+    def drawn(self, signs: State, predicted: State) -> State:
+        """See ``Adapter.drawn``: by the divergence of the next token's distribution p, whose Hessian is diag(p) − p pᵀ
+        (Fisher's information). With random signs r that is on average the outer product of √p r − p (√p · r).
+        """
+        found = State()
+        for key, sign in signs.items():
+            likely = mx.softmax(predicted[key].astype(mx.float32), -1)
+            some = mx.sqrt(likely) * sign
+            found[key] = self._vocabulary**0.5 * (some - likely * some.sum(-1, keepdims=True))
+        return found
 
     def _find_layers(self) -> list[str]:
         """Where the layers are in the module, by identity; raises AdapterError when they cannot be found."""

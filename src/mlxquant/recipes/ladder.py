@@ -15,8 +15,8 @@ import re
 
 LADDER = {  # by name what it stands for where inputs stay as they are, and where they are quantized
     "fast": ("gptq", "gptq"),
-    "good": ("kron+regrid", "kron+smoothquant+rotation+regrid"),
-    "best": ("kron+mixed+regrid+tuned", "kron+smoothquant+rotation+mixed+regrid+tuned"),
+    "good": ("kron", "kron+smoothquant+rotation"),
+    "best": ("kron+mixed+tuned", "kron+smoothquant+rotation+mixed+tuned"),
 }
 GROUPED, PLAIN = "good-w4a16-g64", "good-w4a16"  # what is done where nobody names a recipe, see ``api.plan``
 _NAME = re.compile(rf"({'|'.join(LADDER)})((?:\+[^-]*)?-w\d+a(\d+).*)")

@@ -26,6 +26,7 @@ from ..calibration.passes import Passes
 from ..curvature.sensitivity import Sensitivity, measured, sensitivity_job
 from ..errors import NumericsError, RecipeError
 from ..files.kept_arrays import Measurements
+from ..files.parameters import compact
 from ..grids.weights import WeightFormat
 from ..layers.kinds import known_kind
 from ..layers.names import BIAS
@@ -48,7 +49,7 @@ from .inputs import LayerInput, errors_by_tier, tiers_of
 from .planning import planned
 
 WIDTHS = (2, 3, 4, 5, 6, 8)  # bits of a weight that MLX's kernels read
-PINNED = 8  # a layer that a recipe gives so many bits keeps them, or stays as it is
+PINNED, LEAST = 8, 4  # a layer that a recipe gives 8 bits keeps them; one of a careful role has at least 4
 AS_IT_IS = "full precision"
 Option = WeightFormat | None  # of a weight; None leaves it as it is
 
@@ -109,9 +110,8 @@ def allocate(
     ``bits_per_weight`` limits what is stored by weight of the quantized layers, scales, biases and branches included:
     the model's ``Size.bits_per_quantized_weight`` will not be more, but for divisors that transforms may add. What a
     recipe keeps in full precision is not counted. Layers to which it gives fewer than 8 bits get one of ``widths``, in
-    its own format. Those to which it gives 8 (modulation, embedders, output) keep them, or stay in full precision where
-    that is worth its bytes: once all others are rounded well, a last layer of 8 bits holds much of the error that is
-    left. Both are counted.
+    its own format. So do those of careful roles (modulation, embedders, output), but at least 4 bits, or all: 8 are safe
+    where nobody knows, too many for modulation and too few for a last layer. Other layers of 8 bits keep them.
 
     ``bits_per_activation`` is an average over quantized inputs and noise levels. An input counts by the
     multiply-accumulates that read it, for arithmetic is all that its bits cost: it is never stored. Each layer gets its
@@ -127,7 +127,7 @@ def allocate(
     """
     layers = adapter.layers()
     plan = planned(adapter, recipe) if plan is None else plan
-    formats = {path: candidates(spec, widths) for path, spec in plan.items()}
+    formats = candidates(adapter, plan, widths)
     sizes = candidate_bytes(adapter, plan, widths)
     count = sum(layers[path].weight.size for path in plan)
     check_limits(adapter, recipe, plan, bits_per_weight, bits_per_activation, widths)
@@ -171,12 +171,15 @@ def allocate(
     return Allocation(replace(recipe, rules=rules, sensitivity=sensitivity), specs, facts)
 
 
-def candidates(spec: LayerSpec, widths: Sequence[int]) -> list[Option]:
-    """What a layer's weight may be, by ascending bits; its own format is one of them."""
-    own = spec.weight.bits
-    if own >= PINNED:
-        return [spec.weight, None]
-    return [replace(spec.weight, bits=bits) for bits in sorted({own, *widths})]
+def candidates(adapter: Adapter, plan: Mapping[str, LayerSpec], widths: Sequence[int]) -> dict[str, list[Option]]:
+    """What each layer's weight may be, by ascending bits; its own format is one of them."""
+    roles, found = adapter.roles(), dict[str, list[Option]]()
+    for path, spec in plan.items():
+        own, careful = spec.weight.bits, roles[path].careful
+        some = [own] if own >= PINNED and not careful else sorted({own, *widths})
+        found[path] = [replace(spec.weight, bits=bits) for bits in some if bits >= LEAST or bits == own or not careful]
+        found[path] += [None] if own >= PINNED else []
+    return found
 
 
 def candidate_bytes(adapter: Adapter, plan: Mapping[str, LayerSpec], widths: Sequence[int]) -> dict[str, Array]:
@@ -184,12 +187,12 @@ def candidate_bytes(adapter: Adapter, plan: Mapping[str, LayerSpec], widths: Seq
     that are not finite.
     """
     layers, found = adapter.layers(), dict[str, Array]()
-    for path, spec in plan.items():
-        layer, forms = layers[path], candidates(spec, widths)
+    for path, forms in candidates(adapter, plan, widths).items():
+        layer, spec = layers[path], plan[path]
+        whole = compact(layer.weight).nbytes  # as it is stored
         try:
             sizes = [
-                layer.weight.nbytes if form is None else planned_layer_bytes(replace(spec, weight=form), layer)
-                for form in forms
+                whole if form is None else planned_layer_bytes(replace(spec, weight=form), layer) for form in forms
             ]
         except NumericsError as error:
             raise NumericsError(f"layer {path}: {error}") from error
@@ -213,11 +216,10 @@ def check_limits(
         count = sum(layers[path].weight.size for path in plan)
         least, most = (8 * sum(int(size[end]) for size in sizes) / count for end in (0, -1))
         if not bits_per_weight >= least:
-            pinned = sum(spec.weight.bits >= PINNED for spec in plan.values())
             raise RecipeError(
-                f"recipe {recipe.name}: {bits_per_weight:g} bits per weight cannot be met; its {len(plan)} layers,"
-                f" {pinned} of which keep 8 bits or all, take {least:.3f} to {most:.3f} with their scales; ask for"
-                " more, or give large layers fewer bits by an override"
+                f"recipe {recipe.name}: {bits_per_weight:g} bits per weight cannot be met; its {len(plan)} layers take"
+                f" {least:.3f} to {most:.3f} with their scales; ask for more, or give large layers fewer bits by an"
+                " override"
             )
     if bits_per_activation is None:
         return

@@ -19,12 +19,6 @@ def check_model(adapter: Adapter, recipe: Recipe) -> None:
             f"recipe {recipe.name}: the attention of {adapter.name} cannot be opened, so its probabilities stay as they"
             " are; leave 'softmax' out, and 'tcaqdm', which has it"
         )
-    if not adapter.weighs and (recipe.sensitivity or recipe.allocates):
-        raise RecipeError(
-            f"recipe {recipe.name} weighs errors by what they change in a velocity, and {adapter.name} writes text;"
-            " leave out 'mixed', 'sensitivity', 'tiers', 'taqdit' and average bits, or give layers their bits by"
-            " overrides"
-        )
     ranges = {spec.activation.range for _, spec in recipe.rules if spec is not None and spec.activation is not None}
     timed = sorted(name for name in ranges if registry.get("range", name).over_time)
     if timed and not adapter.timed:

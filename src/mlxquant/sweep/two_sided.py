@@ -7,8 +7,9 @@ rounded and run, on samples that no factor has seen, and the one whose predictio
 full-precision model is what the recipe becomes; one-sided rounding is among them.
 
 So it is with steps. A step that clips the largest weights is finer for all others, and on some models, behind a SiLU or
-in text, that costs more than it gains. The best candidate is tried with the steps that clip nothing, too; not where a
-recipe refines its steps afterwards anyway.
+in text, that costs more than it gains; steps for what is really rounded (``regrid``) gain most on pictures, and cost
+text. The best candidate is tried with steps that clip nothing, and with those, too; not where a recipe says how its
+steps are refined.
 """
 
 from __future__ import annotations
@@ -41,26 +42,36 @@ from ..progress import Progress, silent
 from ..recipes.recipe import LayerSpec, TwoSided
 from .layer import quantize_layer
 
-SEARCHED, UNCLIPPED = "search", "extremes"  # methods that choose steps
+SEARCHED, UNCLIPPED, REGRID = "search", "extremes", "regrid"  # methods that choose steps
 ONE_SIDED = TwoSided("", 0)
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A way to round: by which Hessian, and whether by steps that clip nothing where the recipe's own may."""
+    """A way to round: by which Hessian, and by other steps than those that a recipe searches: by ``UNCLIPPED`` ones, or
+    those of ``REGRID``.
+    """
 
     two_sided: TwoSided
-    unclipped: bool = False
+    steps: str = SEARCHED
 
     def __str__(self) -> str:
-        return f"{self.two_sided}, unclipped" if self.unclipped else str(self.two_sided)
+        return str(self.two_sided) + {SEARCHED: "", UNCLIPPED: ", unclipped", REGRID: ", regrid"}[self.steps]
 
     def of(self, spec: LayerSpec) -> LayerSpec:
         """A layer's specification in this way."""
-        steps = UNCLIPPED if self.unclipped and spec.steps == SEARCHED else spec.steps
-        return replace(spec, two_sided=self.two_sided, steps=steps)
+        own = replace(spec, two_sided=self.two_sided)
+        if not steps_open(spec) or self.steps == SEARCHED:
+            return own
+        return replace(own, steps=UNCLIPPED) if self.steps == UNCLIPPED else replace(own, refine=REGRID)
 
 
+def steps_open(spec: LayerSpec) -> bool:
+    """Whether a specification leaves steps to what is measured."""
+    return spec.steps == SEARCHED and spec.refine is None
+
+
+STEPS = (SEARCHED, UNCLIPPED, REGRID)
 CANDIDATES = tuple(map(Candidate, (ONE_SIDED, TwoSided("A", 0), TwoSided("A", 0.5), TwoSided("B", 0.5))))
 AS_IT_IS = Transform()
 TRIED = 50_000_000  # weights that candidates are tried on at most; in stages that are evenly spread
@@ -145,8 +156,8 @@ def choose(
     """For layers whose two-sided rounding is open, the candidate with the least error of what the model predicts for
     held-out samples.
 
-    Layers are rounded for the full-precision model's inputs, weights alone, and not refined. Those of a third of the
-    stages are, or of fewer in a large model, for errors of different layers add up.
+    Layers are rounded for the full-precision model's inputs, weights alone, and are not refined as a recipe may say.
+    Those of a third of the stages are, or of fewer in a large model, for errors of different layers add up.
 
     Args:
         adapter: The model, in full precision.
@@ -160,7 +171,7 @@ def choose(
     ways = {spec.two_sided for spec in plan.values()} - {None, ONE_SIDED}
     if not opened:
         return Chosen(dict(plan), {}, measure(adapter, calibration.probes(adapter), progress) if ways else None)
-    every = {str(one): one for one in (*candidates, *(replace(one, unclipped=True) for one in candidates))}
+    every = {str(other): other for steps in STEPS for one in candidates for other in [replace(one, steps=steps)]}
     kept = None if work is None else KeptFacts(work / f"{KIND}.json", KIND, _job(calibration, plan, list(every)))
     found = None if kept is None else kept.load(FACTS)
     facts = None if found is None else {name: found[name] for name in TOLD}  # without what the file says of itself
@@ -212,8 +223,8 @@ def _compared(
         return min(errors, key=lambda one: errors[one] if isfinite(errors[one]) else inf)
 
     best = judge(candidates)
-    if any(plan[path].steps == SEARCHED and plan[path].refine is None for path in opened):
-        best = judge([replace(best, unclipped=True)])
+    if any(steps_open(plan[path]) for path in opened):
+        best = judge([replace(best, steps=steps) for steps in STEPS[1:]])
     return {
         "chosen": str(best),
         "errors": {str(one): error for one, error in errors.items() if isfinite(error)},
@@ -239,7 +250,8 @@ def _rounded(
             done: dict[LayerSpec, nn.Module] = {}
             for modules, way in zip(rounded, candidates, strict=True):
                 own = way if way.two_sided.sketch in seen.factors else replace(way, two_sided=ONE_SIDED)
-                spec = replace(own.of(plan[path]).start, corrected=False, refine=None)
+                spec = replace(own.of(plan[path]).start, corrected=False)
+                spec = replace(spec, refine=None) if plan[path].refine else spec
                 if spec not in done:
                     plain = PartMoments.one(Moments(seen.gram, seen.tokens, seen.gram))
                     aim = partial(aimed, found=seen, way=own.two_sided)
