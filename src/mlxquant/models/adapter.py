@@ -298,9 +298,8 @@ class Adapter(ABC):
         return signs
 
     def drawn(self, signs: State, predicted: State) -> State:
-        """Random vectors whose outer product is on average the Hessian of what an error of the prediction costs, as
-        many times as a place of it has numbers: of random ``signs`` [..] in the shapes of what is ``predicted``.
-        """
+        """Of random ``signs`` [..] vectors whose outer product is on average the Hessian of what an error of what is
+        ``predicted`` costs, times the numbers of a place of it: the signs, where squared errors count."""
         return signs
 
     def exactly(self) -> AbstractContextManager[object]:

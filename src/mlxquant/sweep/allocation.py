@@ -110,8 +110,8 @@ def allocate(
     ``bits_per_weight`` limits what is stored by weight of the quantized layers, scales, biases and branches included:
     the model's ``Size.bits_per_quantized_weight`` will not be more, but for divisors that transforms may add. What a
     recipe keeps in full precision is not counted. Layers to which it gives fewer than 8 bits get one of ``widths``, in
-    its own format. So do those of careful roles (modulation, embedders, output), but at least 4 bits, or all: 8 are safe
-    where nobody knows, too many for modulation and too few for a last layer. Other layers of 8 bits keep them.
+    its own format. So do those of careful roles (modulation, embedders, output), but at least 4 bits, or all: 8 are
+    safe where nobody knows, too many for modulation and too few for a last layer. Other layers of 8 bits keep them.
 
     ``bits_per_activation`` is an average over quantized inputs and noise levels. An input counts by the
     multiply-accumulates that read it, for arithmetic is all that its bits cost: it is never stored. Each layer gets its
