@@ -15,6 +15,7 @@ import pytest
 from mlxquant.api.plan import plan
 from mlxquant.errors import AdapterError, ArtifactError, CalibrationError, RecipeError
 from mlxquant.layers.kinds import find_exact_layers
+from mlxquant.layers.sizes import planned_bits_per_weight
 from mlxquant.layers.tree import tapped
 from mlxquant.models.catalog import find_model
 from mlxquant.models.diffusion import diffusion
@@ -241,10 +242,6 @@ def _text(folder):
 @pytest.mark.parametrize(
     ("recipe", "word"),
     [
-        ("gptq+sensitivity-w4a16", "velocity"),
-        ("gptq+tiers-w4a8", "velocity"),
-        ("mixed-w4a16", "velocity"),
-        ("taqdit-w4a8", "velocity"),
         ("gptq+progressive-w4a16", "pictures"),
         ("gptq+softmax8-w4a8", "attention"),
         ("tcaqdm-w4a8", "attention"),
@@ -262,10 +259,42 @@ def test_recipes_that_need_pictures_are_refused_before_anything_runs(recipe, wor
     assert not (tmp_path / "work").exists()
 
 
-def test_average_bits_need_pictures(tmp_path):
+@pytest.mark.parametrize(
+    "recipe", ["gptq+sensitivity-w4a16", "gptq+tiers-w4a8", "mixed-w4a16", "best-w3a16", "taqdit-w4a8"]
+)
+def test_errors_are_weighed_by_what_they_change_in_the_next_tokens_distribution(recipe, tmp_path):
+    model, parsed = mq.load(gpt_folder(tmp_path / "gpt")), parse_recipe(recipe)
+    parsed = replace(parsed, learning=replace(parsed.learning, iterations=2))
+    if parsed.tuning is not None:
+        parsed = replace(parsed, tuning=replace(parsed.tuning, iterations=2))
+    calib = mq.calibrate_text(model, samples=9, length=16, data=_text(tmp_path))
+    done = mq.quantize(model, calib, parsed)
+    allocation = done.facts.get("allocation")
+    assert (allocation is not None) == parsed.allocates
+    if allocation is not None:
+        assert "weighed" not in allocation  # there were gradients
+        assert allocation["error"] < allocation["error_before"]
+        assert done.size.bits_per_quantized_weight <= planned_bits_per_weight(
+            plan(model, parsed), model.adapter.layers()
+        )
+
+
+def test_bits_average_what_was_asked_for(tmp_path):
     model = mq.load(gpt_folder(tmp_path / "gpt"))
-    with pytest.raises(RecipeError, match="average bits"):
-        plan(model, replace(parse_recipe("gptq-w4a16"), bits_per_weight=3.5))
+    calib = mq.calibrate_text(model, samples=4, length=16, data=_text(tmp_path))
+    done = mq.quantize(model, calib, replace(parse_recipe("gptq-w4a16"), bits_per_weight=6.5))
+    assert 6 < done.size.bits_per_quantized_weight <= 6.5
+
+
+def test_signs_are_drawn_as_fishers_information_has_them(tmp_path):
+    """Drawing is linear in the signs, so those of one place each give its matrix M, and M Mᵀ is the Hessian."""
+    adapter = mq.load(gpt_folder(tmp_path / "gpt")).adapter
+    size = int(adapter.module(mx.zeros((1, 1), mx.int32)).shape[-1])
+    logits = mx.random.normal((size,), key=mx.random.key(3)) * 2
+    places = {"logits": mx.eye(size)[:, None]}
+    drawn = adapter.drawn(places, {"logits": mx.broadcast_to(logits, (size, 1, size))})["logits"]
+    matrix, likely = np.array(drawn, np.float64)[:, 0].T, np.array(mx.softmax(logits), np.float64)
+    np.testing.assert_allclose(matrix @ matrix.T / size, np.diag(likely) - np.outer(likely, likely), atol=1e-7)
 
 
 def test_windows_longer_than_the_positions_are_refused(tmp_path):
