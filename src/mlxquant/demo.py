@@ -1,4 +1,4 @@
-"""``mlxquant demo``: the embedded model quantized two ways and one picture that shows it. No download, any machine."""
+"""``mlxquant demo``: the embedded model quantized three ways, and one picture that shows it. No download."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .recipes.grammar import parse_recipe
 from .report.comparison import Comparison
 
 MODEL = "mmdit-shapes"
-RECIPES = ("rtn-w4a8", "gptq-w4a8")
+RECIPES = ("rtn-w4a8", "fast-w4a8", "good-w4a8")
 
 
 @click.command("demo", cls=Command)
@@ -30,9 +30,9 @@ RECIPES = ("rtn-w4a8", "gptq-w4a8")
 @force_option
 @verbose_option
 def command(out: Path, seed: int, num_prompts: int, steps: int | None, force: bool) -> None:
-    """Quantize the embedded model twice and compare.
+    """Quantize the embedded model three times and compare.
 
-    To W4A8, once by rounding and once with calibration; the pictures show what each costs.
+    To W4A8, by rounding, as "fast-w4a8" and as "good-w4a8", all of the same bytes; the pictures show what each costs.
     """
     start = time.perf_counter()
     model = load(MODEL)
@@ -86,12 +86,13 @@ def figures(done: jobs.TimedModel, comparison: Comparison) -> dict[str, float | 
 
 
 def say_table(report: dict[str, Any]) -> None:
-    say(f"{'recipe':<12}{'PSNR dB':>9}{'accuracy':>10}{'bits/weight':>13}{'MB':>7}{'seconds':>9}")
-    say(f"{'FP':<12}{'':>9}{report['fp']['accuracy']:>10.1%}")
+    width = 2 + max(map(len, report["recipes"]))
+    say(f"{'recipe':<{width}}{'PSNR dB':>9}{'accuracy':>10}{'bits/weight':>13}{'MB':>7}{'seconds':>9}")
+    say(f"{'FP':<{width}}{'':>9}{report['fp']['accuracy']:>10.1%}")
     for name, row in report["recipes"].items():
         quality = f"{row['psnr_db']:>9.2f}{row['accuracy']:>10.1%}"
         say(
-            f"{name:<12}{quality}{row['bits_per_weight']:>13.2f}{row['model_bytes'] / 1e6:>7.2f}"
+            f"{name:<{width}}{quality}{row['bits_per_weight']:>13.2f}{row['model_bytes'] / 1e6:>7.2f}"
             f"{row['seconds_quantize']:>9.1f}"
         )
 

@@ -19,18 +19,21 @@ from mlxquant.errors import LIMIT, NumericsError
 from mlxquant.files.checked import read_json
 from mlxquant.models.shapes import adapter as mmdit_shapes
 from mlxquant.models.shapes.adapter import MMDiTShapes
+from mlxquant.recipes.ladder import stands_for
 from mlxquant.sweep.store import FolderStore
 
 from support.command_line import fail, succeed
 from support.tiny_pictures import tiny_adapter
 
 PROMPT = "a large red circle at left on white background"
+GOOD = stands_for("good-w4a8")
 QUANTIZE = ["quantize", "--model", "mmdit-shapes", "--recipe", "gptq-w4a8", "--num-prompts", "1", "--steps", "2"]
 SMALL = """
 import sys
 sys.path.insert(0, {tests!r})
 from support.tiny_pictures import tiny_adapter
 from mlxquant.models.shapes.adapter import MMDiTShapes
+from mlxquant.recipes.ladder import stands_for
 from mlxquant.sweep.store import FolderStore
 MMDiTShapes.pretrained = classmethod(lambda cls, place="": tiny_adapter())
 from mlxquant.commandline.cli import main
@@ -93,11 +96,11 @@ def test_only_what_was_beaten_is_called_worse(tmp_path):
 def test_demo_reports_what_later_checks_read(tmp_path):
     facts, _ = succeed("demo", "--out", tmp_path / "demo", "--num-prompts", 2, "--steps", 2)
     assert {"out", "comparison", "seconds", "peak_bytes", "recipes", "fp"} <= set(facts)
-    assert set(facts["recipes"]) == {"rtn-w4a8", "gptq-w4a8"}
+    assert set(facts["recipes"]) == {"rtn-w4a8", "gptq-w4a8", GOOD}
     for row in facts["recipes"].values():
         assert {"psnr_db", "accuracy", "bits_per_weight", "model_bytes", "seconds_quantize"} <= set(row)
     assert 0 <= facts["fp"]["accuracy"] <= 1
-    assert sorted(os.listdir(tmp_path / "demo")) == ["comparison.png", "gptq-w4a8", "report.json", "rtn-w4a8"]
+    assert sorted(os.listdir(tmp_path / "demo")) == sorted(["comparison.png", "report.json", *facts["recipes"]])
     assert sorted(os.listdir(tmp_path)) == ["demo"]
     report = read_json(tmp_path / "demo" / "report.json", "demo-report")
     assert report["recipes"] == facts["recipes"]

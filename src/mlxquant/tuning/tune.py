@@ -1,9 +1,10 @@
 """Tune the scales of a quantized model, its codes frozen: Adam on what the model predicts, kept only where it helps.
 
 Two judges look at samples that nothing is learned from. While the model is tuned its twins are judged now and then: the
-best numbers so far are those that are used, and where none have been better for a while the run ends. Then what would
-be stored is judged against what was there, both on the layers that run: the tuned model is kept only if its held-out
-loss is lower.
+best numbers so far are those that are used. How far a step may go hangs on how good the codes are already, and nobody
+knows that beforehand: where none have been better for a while the run goes back to the best and on at a quarter of the
+rate, and where that does not help either it ends. Then what would be stored is judged against what was there, both on
+the layers that run: the tuned model is kept only if its held-out loss is lower.
 
 Samples of an iteration are a function of the seed and the iteration, so a run that is killed and resumed from what a
 folder keeps ends with the same bytes.
@@ -36,11 +37,12 @@ from .twin import Numbers, tuned, widened
 
 WARM_UP = 20  # iterations, but no more than a tenth of all
 CHECKS = 12  # looks at the held-out loss
-PATIENCE = 4  # of them without a better one end the run
+PATIENCE = 2  # of them without a better one: back to the best, and slower
+SLOWER, SLOWED = 4, 2  # by how much, and how often in a row before the run ends
 BETAS, TINY = [0.9, 0.99], 1e-15
 LEAST = 1e-30  # of a loss that others are compared with
 TARGETS, RUN = "targets", "run"  # what is kept
-PLAIN = ("iteration", "best_at", "losses", "over")  # of a run, what is no array
+PLAIN = ("iteration", "best_at", "losses", "worse", "slowed", "slower", "over")  # of a run, what is no array
 Replaced = Callable[[str, nn.Module, nn.Module], None]
 
 
@@ -60,7 +62,11 @@ def know_targets(objective: Objective, tuning: Tuning, kept: Kept, progress: Pro
 
 @dataclass
 class Run:
-    """How far a run is. Losses are those of what is held out."""
+    """How far a run is. Losses are those of what is held out.
+
+    ``worse`` counts those in a row that are no better than the best, ``slowed`` how often in a row the run was slowed
+    down for that, and ``slower`` is by how much in all.
+    """
 
     numbers: Numbers
     adam: optim.Adam
@@ -69,13 +75,14 @@ class Run:
     best_loss: float = inf
     best_at: int = 0
     losses: list[float] = field(default_factory=list)
+    worse: int = 0
+    slowed: int = 0
+    slower: int = 1
     over: bool = False
 
     @classmethod
     def begun(cls, numbers: Numbers) -> Run:
-        run = cls(dict(numbers), optim.Adam(0.0, BETAS, TINY, True), best=dict(numbers))
-        run.adam.init(run.numbers)
-        return run
+        return cls(dict(numbers), _adam(numbers), best=dict(numbers))
 
     def save(self, kept: Kept) -> None:
         trees = {"numbers": self.numbers, "best": self.best, "adam": self.adam.state}
@@ -92,12 +99,20 @@ class Run:
         self.best_loss = min(self.losses, default=inf)
 
     def judged(self, loss: float) -> None:
-        """Take note of the held-out loss of the numbers; without a better one for a while the run is over."""
+        """Take note of the held-out loss of the numbers; without a better one for a while go on from the best, slower,
+        and in the end not at all.
+        """
         self.losses.append(loss)
         if loss < self.best_loss:
             self.best, self.best_loss, self.best_at = dict(self.numbers), loss, self.iteration
-        since = len(self.losses) - 1 - self.losses.index(self.best_loss)
-        self.over = since >= PATIENCE
+            self.worse = self.slowed = 0
+            return
+        self.worse += 1
+        if self.worse < PATIENCE:
+            return
+        self.numbers, self.adam = dict(self.best), _adam(self.best)
+        self.worse, self.slowed, self.slower = 0, self.slowed + 1, self.slower * SLOWER
+        self.over = self.slowed > SLOWED
 
 
 class Tuner:
@@ -138,7 +153,7 @@ class Tuner:
         for group in self._objective.groups(self._objective.minibatch(run.iteration)):
             _add(slopes, self.slopes(twins, group))
         slopes = {name: slopes.get(name, mx.zeros_like(value)) for name, value in run.numbers.items()}
-        run.adam.learning_rate = self._rate(run.iteration)
+        run.adam.learning_rate = self._rate(run.iteration) / run.slower
         run.numbers = run.adam.apply_gradients(slopes, run.numbers)
         mx.eval(run.numbers, run.adam.state)
         run.iteration += 1
@@ -181,11 +196,19 @@ class Tuner:
                     if kept.due and run.iteration < last:
                         run.save(kept)
                 run.judged(self.held_out())
+                twins.numbers.update(run.numbers)
                 if kept.due:
                     run.save(kept)
         run.over = True
         run.save(kept)
         return run
+
+
+def _adam(numbers: Numbers) -> optim.Adam:
+    """A fresh one."""
+    adam = optim.Adam(0.0, BETAS, TINY, True)
+    adam.init(numbers)
+    return adam
 
 
 def _add(slopes: Slopes, more: Slopes) -> None:
