@@ -12,11 +12,8 @@ from mlxquant.files import kept_arrays
 from mlxquant.grids.weights import WeightFormat, fit_extremes
 from mlxquant.layers.linear import QuantizedLinear
 from mlxquant.layers.tree import swapped
-from mlxquant.methods import registry
-from mlxquant.numerics.moments import Moments
-from mlxquant.numerics.part_moments import PartMoments
 from mlxquant.recipes.grammar import parse_recipe
-from mlxquant.sweep import allocation
+from mlxquant.sweep import allocation, survey
 from mlxquant.sweep.allocation import allocate
 
 from support.tiny_pictures import tiny_adapter
@@ -195,7 +192,7 @@ def test_equal_calls_give_equal_plans(model, calib, mixed):
 def test_a_killed_survey_goes_on_in_the_stage_it_was_in(model, calib, mixed, tmp_path, monkeypatch, finished):
     """There are four stages; sensitivities, the first file, are measured once."""
     kept, surveyed, measured = [], [], []
-    save, collect, probe = kept_arrays.Measurements.save, allocation.weight_errors, sensitivity.measure
+    save, collect, probe = kept_arrays.Measurements.save, survey.weight_errors, sensitivity.measure
 
     def stop(self, name, tables):
         if len(kept) == finished:
@@ -212,7 +209,7 @@ def test_a_killed_survey_goes_on_in_the_stage_it_was_in(model, calib, mixed, tmp
     with pytest.raises(KeyboardInterrupt):
         again()
     monkeypatch.setattr(kept_arrays.Measurements, "save", save)
-    monkeypatch.setattr(allocation, "weight_errors", lambda path, *rest: surveyed.append(path) or collect(path, *rest))
+    monkeypatch.setattr(survey, "weight_errors", lambda path, *rest: surveyed.append(path) or collect(path, *rest))
     monkeypatch.setattr(sensitivity, "measure", lambda *rest, **more: measured.append(1) or probe(*rest, **more))
     assert kept == ["sensitivity", *(stage.name for stage in model.adapter.stages)][:finished]
     resumed = again()
@@ -233,7 +230,7 @@ def test_a_survey_of_other_formats_is_not_taken(model, calib, tmp_path):
 
 def test_other_limits_need_no_second_survey(model, calib, mixed, tmp_path, monkeypatch):
     allocate(model.adapter, calib, parse_recipe("rtn-w4a8"), bits_per_weight=5, bits_per_activation=7, work=tmp_path)
-    monkeypatch.setattr(allocation, "weight_errors", None)
+    monkeypatch.setattr(survey, "weight_errors", None)
     other = allocate(
         model.adapter, calib, parse_recipe("rtn-w4a8"), bits_per_weight=6, bits_per_activation=6, work=tmp_path
     )
@@ -279,24 +276,3 @@ def test_limits_that_cannot_be_met_are_refused_at_once(model, calib, monkeypatch
     monkeypatch.setattr(allocation, "survey", None)
     with pytest.raises(RecipeError, match=message):
         allocate(model.adapter, calib, parse_recipe(name), **limits)
-
-
-@pytest.mark.parametrize("rounding", ["rtn", "gptq"])
-def test_a_weights_error_counts_each_output_at_its_own_cost_averaged_over_levels(rounding):
-    """Against the tokens themselves, with costs that differ so much between outputs that their mean gives another
-    number.
-    """
-    random = np.random.default_rng(0)
-    weight, inputs = random.normal(size=(6, 32)).astype(np.float32), random.normal(size=(200, 32)).astype(np.float32)
-    costs = 10.0 ** np.arange(-2, 4) * np.array([[1.0], [5.0]])
-    spec = parse_recipe(f"{rounding}-w4a16").rules[-1][1]
-    formats = [WeightFormat(2), WeightFormat(3)]
-    moments = Moments.of(inputs)
-    table = sensitivity.Sensitivity(np.float32([0.2, 0.8]), {}, {"layer": costs})
-    found = allocation.weight_errors("layer", spec, formats, PartMoments.one(moments), weight, table)
-    both = Moments(moments.gram, moments.count, moments.gram)
-    for form, error in zip(formats, found, strict=True):
-        grid = registry.get("steps", spec.steps).function(weight, form, both)
-        codes = registry.get("round", rounding).function(weight, grid, both)
-        wrong = inputs @ (weight - grid.dequantize(codes)).T
-        assert error == pytest.approx((np.square(wrong).mean(0) * costs.mean(0)).sum(), rel=1e-4)
