@@ -7,7 +7,7 @@ Rows have the CPU seconds to quantize, too; tables do not, since several rows ma
 What is reported is separate from what was chosen: methods and defaults were chosen on held-out prompts 0 to 63, and
 figures are of prompts 64 to 127, which no choice has seen. Every recipe is calibrated three times, each time on 16
 other prompts with other seeds, and intervals are over draws of the calibration and prompts together (``draws.py``).
-Recipes that learn, codes or networks over time, have one draw, and an interval that knows nothing of others. A
+Recipes that learn, codes, scales or networks over time, have one draw, and an interval that knows nothing of others. A
 difference whose interval holds zero is a tie.
 
 Rows that are in ``WORK.jsonl`` already are not computed again, so several processes may share it; those behind the docs
@@ -42,15 +42,19 @@ CALIBRATION = 16  # prompts a draw
 FIRST, COUNT = 64, 64  # of the held-out prompts; those before FIRST are for choices
 DRAWS = 3
 EXACT = "full precision"
-NETWORKS = ("+tdq", "+logsnr")
+LEARNED = ("+tdq", "+logsnr", "+tuned", "@")
 ROWS = {
     "w8a8": "rtn gptq gptq+smoothquant+rotation",
-    "w4a16": "rtn gptq qronos mixed gptq+smoothquant+rotation+mixed",
+    "w4a16": "rtn gptq gptq+regrid qronos kron mixed kron+mixed kron+mixed+tuned gptq+smoothquant+rotation+mixed",
     "w4a16-g64": "rtn gptq",
     "w4a8": """rtn gptq qronos quarot gptq+smoothquant gptq+smoothquant+rotation mixed
-        gptq+smoothquant+rotation+mixed gptq+svd8 svdquant adaround@300 tcaqdm@300 taqdit@300""",
+        gptq+smoothquant+rotation+mixed kron+smoothquant+rotation kron+smoothquant+rotation+mixed
+        kron+smoothquant+rotation+mixed+tuned gptq+svd8 svdquant adaround@300 tcaqdm@300 taqdit@300""",
+    "w4a8-g64-token": "rtn gptq kron+smoothquant+rotation",
     "w4a4": "rtn gptq gptq+tdq gptq+logsnr gptq+smoothquant+rotation+mixed gptq+smoothquant+rotation+logsnr+mixed",
+    "w3a16": "rtn gptq gptq+regrid kron kron+mixed kron+mixed+tuned",
     "w3a8": "rtn gptq gptq+smoothquant+rotation+mixed",
+    "w2a16-g64": "rtn gptq gptq+regrid kron kron+mixed kron+mixed+tuned",
     "w2a16": "rtn gptq descent+refit descent+refit+corrected+rotation",
 }
 
@@ -67,8 +71,7 @@ def rows() -> list[str]:
 
 def draws_of(name: str) -> int:
     """How many draws a recipe is worth the time of."""
-    learns = "@" in name or any(network in name for network in NETWORKS)
-    return 1 if learns else DRAWS
+    return 1 if any(learned in name for learned in LEARNED) else DRAWS
 
 
 class Bench:

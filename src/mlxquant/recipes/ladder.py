@@ -15,7 +15,7 @@ import re
 
 LADDER = {  # by name what it stands for where inputs stay as they are, and where they are quantized
     "fast": ("gptq", "gptq"),
-    "good": ("kron", "kron+smoothquant+rotation"),
+    "good": ("kron+mixed", "kron+smoothquant+rotation+mixed"),
     "best": ("kron+mixed+tuned", "kron+smoothquant+rotation+mixed+tuned"),
 }
 GROUPED, PLAIN = "good-w4a16-g64", "good-w4a16"  # what is done where nobody names a recipe, see ``api.plan``

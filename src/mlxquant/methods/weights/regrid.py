@@ -23,6 +23,8 @@ from .gptq import damped_diagonal, nearest_plane, without_dead_columns
 from .kron import errors_meet, two_sided
 from .steps import fitted
 
+LARGE = 2**20  # weights; with more a round takes seconds, and the first gains most
+
 
 @register("refine", "regrid", summary="steps for what feedback makes of the weights, then feedback again, by turns")
 def regrid(
@@ -33,14 +35,15 @@ def regrid(
     *,
     damping: float = 0.01,
     output_damping: float = 0.05,
-    rounds: int = 3,
+    rounds: int | None = None,
 ) -> tuple[Grid, Array]:
     """A grid of the same format and codes uint8 [out,in] on it with no more loss than those given: tr(D H_I Dᵀ) of
     each row, D = W − Q, or where ``moments`` have H_O tr(H_O D H_I Dᵀ) of all, both damped as ``gptq`` and ``kron`` do.
 
-    In each of ``rounds`` the grid is that on which the values that rounding was given, each rounded for itself, have
-    the least Σ (L_O,ii L_I,jj r_ij)². The weight is rounded on it by ``gptq``'s feedback, or ``kron``'s. Of all rounds
-    and what was there, the best is returned; row by row where rows have steps of their own and do not meet in H_O.
+    In each of ``rounds`` (3, in a large layer 1) the grid is that on which the values that rounding was given, each
+    rounded for itself, have the least Σ (L_O,ii L_I,jj r_ij)². The weight is rounded on it by ``gptq``'s feedback, or
+    ``kron``'s. Of all rounds and what was there, the best is returned; row by row where rows have steps of their own
+    and do not meet in H_O.
 
     Raises what ``gptq`` raises.
     """
@@ -59,6 +62,8 @@ def regrid(
         losses = by_row * (np.square(values - grid.dequantize(codes)) @ counts)
         return values, losses if rows is None and format.group != "tensor" else np.full_like(losses, losses.sum())
 
+    if rounds is None:
+        rounds = 3 if weight.size <= LARGE else 1
     values, least = judged(grid, codes)
     for _ in range(rounds):
         other = fitted(values, format, counts)
