@@ -34,7 +34,7 @@ from ..recipes.recipe import LayerSpec
 from .collecting import Collector
 from .inputs import LayerInput, errors_by_tier
 
-MEASURED = 4  # bits up to which errors are measured
+MEASURED = 6  # bits up to which errors are measured: reckoned from those at 4, allocation loses 3 dB
 Option = WeightFormat | None  # of a weight; None leaves it as it is
 
 
