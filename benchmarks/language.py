@@ -42,6 +42,11 @@ METHODS = ("rtn", "gptq", "descent", "gptq+corrected", "qronos")
 UNCLIPPED = ("gptq+unclipped", "gptq+unclipped+corrected", "qronos+unclipped")
 WEIGHTS = [f"{method}-{form}" for form in ("w4a16", "w4a16-g64", "w3a16", "w2a16-g64") for method in METHODS]
 WEIGHTS += [f"{method}-{form}" for form in ("w4a16", "w4a16-g64", "w3a16", "w2a16-g64") for method in UNCLIPPED]
+WEIGHTS += [
+    f"{method}-{form}"
+    for form in ("w4a16", "w4a16-g64", "w3a16", "w2a16-g64")
+    for method in ("gptq+regrid", "kron", "kron+mixed", "kron+mixed+tuned")
+]
 INPUTS = [
     f"{method}-{form}"
     for form in ("w8a8", "w4a8", "w4a8-token", "w4a4", "w4a4-token")

@@ -30,7 +30,7 @@ RECIPES = ("rtn-w4a8", "fast-w4a8", "good-w4a8")
 @force_option
 @verbose_option
 def command(out: Path, seed: int, num_prompts: int, steps: int | None, force: bool) -> None:
-    """Quantize the embedded model three times and compare.
+    """Quantize the embedded model and compare.
 
     To W4A8, by rounding, as "fast-w4a8" and as "good-w4a8", all of the same bytes; the pictures show what each costs.
     """

@@ -292,7 +292,7 @@ def test_signs_are_drawn_as_fishers_information_has_them(tmp_path):
     size = int(adapter.module(mx.zeros((1, 1), mx.int32)).shape[-1])
     logits = mx.random.normal((size,), key=mx.random.key(3)) * 2
     places = {"logits": mx.eye(size)[:, None]}
-    drawn = adapter.drawn(places, {"logits": mx.broadcast_to(logits, (size, 1, size))})["logits"]
+    drawn = adapter.weighed(places, {"logits": mx.broadcast_to(logits, (size, 1, size))})["logits"]
     matrix, likely = np.array(drawn, np.float64)[:, 0].T, np.array(mx.softmax(logits), np.float64)
     np.testing.assert_allclose(matrix @ matrix.T / size, np.diag(likely) - np.outer(likely, likely), atol=1e-7)
 

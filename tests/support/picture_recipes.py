@@ -9,6 +9,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlxquant.recipes.grammar import parse_recipe
+from mlxquant.sweep.allocation import AS_IT_IS
 
 
 def short(recipe, timed):
@@ -29,7 +30,10 @@ def check_to_a_picture(model, calib, recipe, most, steps, folder):
     """``most`` is how far a prediction may move, of itself; ``folder`` is where the model is saved."""
     prompts, (width, height) = model.adapter.prompts("evaluation", 2), model.adapter.size
     quantized = mq.quantize(model, calib, recipe)
-    assert set(quantized.layers) == set(model.adapter.layers())
+    bits = quantized.facts.get("allocation", {}).get("layers", {})
+    whole = {path for path, row in bits.items() if row["weight"] == AS_IT_IS}
+    assert set(quantized.layers) == set(model.adapter.layers()) - whole
+    assert all(model.adapter.roles()[path].careful for path in whole)
     found, exact = predicted(quantized.adapter), predicted(model.adapter)
     moved = np.linalg.norm(found - exact) / np.linalg.norm(exact)
     assert 1e-4 < moved < most

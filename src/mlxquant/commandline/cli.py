@@ -14,7 +14,7 @@ from .usage import short_usage_errors
 
 GROUPS = {  # in the order of the help; what matters first comes first
     "Make and use a model": {
-        "demo": "Quantize the embedded model twice and compare.",
+        "demo": "Quantize the embedded model and compare.",
         "quantize": "Quantize a model with calibration and write it.",
         "generate": "Draw one picture as a PNG.",
         "evaluate": "Judge quantized models against a reference.",

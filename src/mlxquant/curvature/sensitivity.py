@@ -14,7 +14,7 @@ end. There each level is weighed by the square of its step's gain, relative to t
 
 Squared velocity error is averaged over the elements of a latent: velocities have about unit variance, so it is relative
 to them. Text is judged by the divergence of the next token's distribution in place of a squared error, averaged over
-tokens (``LanguageAdapter.drawn``); it has no noise levels.
+tokens (``LanguageAdapter.weighed``); it has no noise levels.
 """
 
 from __future__ import annotations
@@ -223,8 +223,8 @@ class _Probe:
         costs: dict[str, mx.array] = {}
         rows = self._reset(state)
         entered = self._chain.forward(state)
-        predicted = self._stages[-1].run(entered[-1])  # computed where drawing asks for it
-        slopes: Slopes = dict(self._adapter.drawn(signs, {key: predicted[key] for key in signs}))
+        predicted = self._stages[-1].run(entered[-1])  # computed where weighing asks for it
+        slopes: Slopes = dict(self._adapter.weighed(signs, {key: predicted[key] for key in signs}))
         for index in reversed(range(len(self._stages))):
             paths = [path for path in self.gauged if self._stages[index].owns(path)]
             slopes, inside = self._chain.backward(index, entered.pop(), slopes, self._dials, paths)

@@ -297,7 +297,7 @@ class Adapter(ABC):
         """Signs [..] in the shapes of what the model predicts, with 0 for what of a prediction nobody uses."""
         return signs
 
-    def drawn(self, signs: State, predicted: State) -> State:
+    def weighed(self, signs: State, predicted: State) -> State:
         """Of random ``signs`` [..] vectors whose outer product is on average the Hessian of what an error of what is
         ``predicted`` costs, times the numbers of a place of it: the signs, where squared errors count."""
         return signs

@@ -103,8 +103,8 @@ class LanguageAdapter(Adapter):
         self._last: tuple[mx.array, list[Arguments]] | None = None  # tokens, and what each layer is given for them
         self._stages = self._cut()
 
-    def drawn(self, signs: State, predicted: State) -> State:
-        """See ``Adapter.drawn``: by the divergence of the next token's distribution p, whose Hessian is diag(p) − p pᵀ
+    def weighed(self, signs: State, predicted: State) -> State:
+        """See ``Adapter.weighed``: by the divergence of the next token's distribution p, whose Hessian is diag(p) − ppᵀ
         (Fisher's information). With random signs r that is on average the outer product of √p r − p (√p · r).
         """
         found = State()
