@@ -20,12 +20,12 @@ def test_a_rung_is_a_recipe(name, spec):
 
 
 def test_a_rung_differs_where_inputs_are_quantized():
-    assert stands_for("good-w4a16") == "kron+mixed-w4a16"
-    assert stands_for("good-w4a8") == "kron+smoothquant+rotation+mixed-w4a8"
+    assert stands_for("good-w4a16") == "kron-w4a16"
+    assert stands_for("good-w4a8") == "kron+smoothquant+rotation-w4a8"
 
 
 def test_a_rung_takes_ingredients():
-    assert stands_for("good+embeddings-w4a16-g64") == "kron+mixed+embeddings-w4a16-g64"
+    assert stands_for("good+embeddings-w4a16-g64") == "kron+embeddings-w4a16-g64"
 
 
 @pytest.mark.parametrize("name", ["gptq-w4a16", "fast", "goodness-w4a16", "gptq+good-w4a16"])

@@ -5,7 +5,9 @@ for in this one is what the result is called: a model that was asked for as ``go
 made, and the same recipe makes it again in any release.
 
 - ``fast`` is GPTQ.
-- ``good`` is what measures best in about twice its time.
+- ``good`` is what measures best in about twice its time with the same bits in every layer. Bits of their own (``mixed``)
+  are worth far more on most models and take no longer on small ones; but on a model of few steps they cost quality,
+  and on large ones hours.
 - ``best`` is what measures best at these bytes, whatever it takes.
 """
 
@@ -15,7 +17,7 @@ import re
 
 LADDER = {  # by name what it stands for where inputs stay as they are, and where they are quantized
     "fast": ("gptq", "gptq"),
-    "good": ("kron+mixed", "kron+smoothquant+rotation+mixed"),
+    "good": ("kron", "kron+smoothquant+rotation"),
     "best": ("kron+mixed+tuned", "kron+smoothquant+rotation+mixed+tuned"),
 }
 GROUPED, PLAIN = "good-w4a16-g64", "good-w4a16"  # what is done where nobody names a recipe, see ``api.plan``
