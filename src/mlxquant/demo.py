@@ -19,7 +19,7 @@ from .recipes.grammar import parse_recipe
 from .report.comparison import Comparison
 
 MODEL = "mmdit-shapes"
-RECIPES = ("rtn-w4a8", "fast-w4a8", "good-w4a8")
+RECIPES = ("rtn-w4a16", "fast-w4a16", "good-w4a16")
 
 
 @click.command("demo", cls=Command)
@@ -32,7 +32,8 @@ RECIPES = ("rtn-w4a8", "fast-w4a8", "good-w4a8")
 def command(out: Path, seed: int, num_prompts: int, steps: int | None, force: bool) -> None:
     """Quantize the embedded model and compare.
 
-    To W4A8, by rounding, as "fast-w4a8" and as "good-w4a8", all of the same bytes; the pictures show what each costs.
+    To weights of 4 bits by rounding, as "fast-w4a16" and as "good-w4a16", all of the same bytes; the pictures show what
+    each costs.
     """
     start = time.perf_counter()
     model = load(MODEL)

@@ -26,7 +26,7 @@ from support.command_line import fail, succeed
 from support.tiny_pictures import tiny_adapter
 
 PROMPT = "a large red circle at left on white background"
-GOOD = stands_for("good-w4a8")
+GOOD = stands_for("good-w4a16")
 QUANTIZE = ["quantize", "--model", "mmdit-shapes", "--recipe", "gptq-w4a8", "--num-prompts", "1", "--steps", "2"]
 SMALL = """
 import sys
@@ -96,7 +96,7 @@ def test_only_what_was_beaten_is_called_worse(tmp_path):
 def test_demo_reports_what_later_checks_read(tmp_path):
     facts, _ = succeed("demo", "--out", tmp_path / "demo", "--num-prompts", 2, "--steps", 2)
     assert {"out", "comparison", "seconds", "peak_bytes", "recipes", "fp"} <= set(facts)
-    assert set(facts["recipes"]) == {"rtn-w4a8", "gptq-w4a8", GOOD}
+    assert set(facts["recipes"]) == {"rtn-w4a16", "gptq-w4a16", GOOD}
     for row in facts["recipes"].values():
         assert {"psnr_db", "accuracy", "bits_per_weight", "model_bytes", "seconds_quantize"} <= set(row)
     assert 0 <= facts["fp"]["accuracy"] <= 1
