@@ -5,9 +5,9 @@ for in this one is what the result is called: a model that was asked for as ``go
 made, and the same recipe makes it again in any release.
 
 - ``fast`` is GPTQ.
-- ``good`` is what measures best in about twice its time with the same bits in every layer. Bits of their own (``mixed``)
-  are worth far more on most models and take no longer on small ones; but on a model of few steps they cost quality,
-  and on large ones hours.
+- ``good`` is what measures best in about twice its time with the same bits in every layer. Bits of their own
+  (``mixed``) are worth far more on most models and take no longer on small ones; but on a model of few steps they cost
+  quality, and on large ones hours.
 - ``best`` is what measures best at these bytes, whatever it takes.
 """
 
