@@ -135,7 +135,7 @@ def candidates(adapter: Adapter, plan: Mapping[str, LayerSpec], widths: Sequence
         own, careful = spec.weight.bits, roles[path].careful
         some = [own] if own >= PINNED and not careful else sorted({own, *widths})
         found[path] = [replace(spec.weight, bits=bits) for bits in some if bits >= LEAST or bits == own or not careful]
-        found[path] += [None] if own >= PINNED else []
+        found[path] += [None] if own >= PINNED and careful else []
     return found
 
 
