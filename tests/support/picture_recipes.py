@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlxquant.recipes.grammar import parse_recipe
-from mlxquant.sweep.allocation import AS_IT_IS
+from mlxquant.sweep.allocation import FULL_PRECISION
 
 
 def short(recipe, timed):
@@ -31,7 +31,7 @@ def check_to_a_picture(model, calib, recipe, most, steps, folder):
     prompts, (width, height) = model.adapter.prompts("evaluation", 2), model.adapter.size
     quantized = mq.quantize(model, calib, recipe)
     bits = quantized.facts.get("allocation", {}).get("layers", {})
-    whole = {path for path, row in bits.items() if row["weight"] == AS_IT_IS}
+    whole = {path for path, row in bits.items() if row["weight"] == FULL_PRECISION}
     assert set(quantized.layers) == set(model.adapter.layers()) - whole
     assert all(model.adapter.roles()[path].careful for path in whole)
     found, exact = predicted(quantized.adapter), predicted(model.adapter)

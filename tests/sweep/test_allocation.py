@@ -78,7 +78,7 @@ def test_layers_that_the_recipe_gives_eight_bits_keep_them_and_careful_ones_get_
 def test_a_layer_of_eight_bits_stays_as_it_is_where_that_is_worth_its_bytes(model, calib):
     roomy = allocate(model.adapter, calib, parse_recipe("rtn-w4a16"), bits_per_weight=12)
     row = roomy.facts["layers"]["final_layer.linear"]
-    assert (row["weight"], row["error"]) == (allocation.AS_IT_IS, 0)
+    assert (row["weight"], row["error"]) == (allocation.FULL_PRECISION, 0)
     assert row["bytes"] == model.adapter.layers()["final_layer.linear"].weight.nbytes
     assert "final_layer.linear" not in roomy.plan
     assert sum(one["bytes"] for one in roomy.facts["layers"].values()) * 8 <= 12 * sum(

@@ -36,7 +36,7 @@ from .survey import Option, Survey, survey
 
 WIDTHS = (2, 3, 4, 5, 6, 8)  # bits of a weight that MLX's kernels read
 PINNED, LEAST = 8, 4  # a layer that a recipe gives 8 bits keeps them; one of a careful role has at least 4
-AS_IT_IS = "full precision"
+FULL_PRECISION = "full precision"
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def allocate(
     specs = {path: replace(plan[path], weight=form) for path, form in options.items() if form is not None}
     report: dict[str, dict[str, Any]] = {
         path: {
-            "weight": AS_IT_IS if form is None else str(form),
+            "weight": FULL_PRECISION if form is None else str(form),
             "bytes": int(sizes[path][chosen[path]]),
             "error": float(surveys[path].weight[chosen[path]]),
         }
@@ -146,10 +146,12 @@ def candidate_bytes(adapter: Adapter, plan: Mapping[str, LayerSpec], widths: Seq
     layers, found = adapter.layers(), dict[str, Array]()
     for path, forms in candidates(adapter, plan, widths).items():
         layer, spec = layers[path], plan[path]
-        whole = compact(layer.weight).nbytes  # as it is stored
         try:
             sizes = [
-                whole if form is None else planned_layer_bytes(replace(spec, weight=form), layer) for form in forms
+                compact(layer.weight).nbytes  # as it is stored
+                if form is None
+                else planned_layer_bytes(replace(spec, weight=form), layer)
+                for form in forms
             ]
         except NumericsError as error:
             raise NumericsError(f"layer {path}: {error}") from error

@@ -10,8 +10,8 @@ from ..recipes.recipe import Recipe
 
 
 def check_model(adapter: Adapter, recipe: Recipe) -> None:
-    """Raise RecipeError where a recipe asks for what the model does not have: attention that can be opened, velocities,
-    pictures; and AdapterError where its edges cannot be as they say.
+    """Raise RecipeError where a recipe asks for what the model does not have: attention that can be opened, noise
+    levels, pictures; and AdapterError where its edges cannot be as they say.
     """
     check_edges(adapter.name, adapter.module, adapter.edges())
     if recipe.probabilities is not None and not adapter.attentions():

@@ -143,17 +143,23 @@ def weight_errors(
     by_output, errors = costs.layers[path].mean(0), list[float]()
     alike = [Moments(part.gram, part.count, part.gram) for part in moments.parts]
     slices = np.split(weight, len(alike))
-    for index, form in enumerate(formats):
-        below = formats[index - 1]
-        if form is None or (index and below is not None and form.bits > MEASURED):
-            errors.append(0.0 if form is None or below is None else errors[-1] * (below.levels / form.levels) ** 2)
+
+    def lost(rows: Array, seen: Moments, form: WeightFormat) -> Array:
+        """What rounding loses of a part of the weight."""
+        if seen.count == 0:  # no token will tell
+            return np.zeros_like(rows)
+        grid = find(rows, form, seen)
+        return rows - grid.dequantize(rounding(rows, grid, seen))
+
+    levels = 0  # of the format before
+    for form in formats:
+        if form is None:
+            errors.append(0.0)
             continue
-        wrong = []
-        for rows, seen in zip(slices, alike, strict=True):
-            if seen.count == 0:  # no token will tell
-                wrong.append(np.zeros_like(rows))
-                continue
-            grid = find(rows, form, seen)
-            wrong.append(rows - grid.dequantize(rounding(rows, grid, seen)))
-        errors.append(float(moments.errors(np.concatenate(wrong)) @ by_output) / moments.count)
+        if levels and form.bits > MEASURED:
+            errors.append(errors[-1] * (levels / form.levels) ** 2)
+        else:
+            wrong = [lost(rows, seen, form) for rows, seen in zip(slices, alike, strict=True)]
+            errors.append(float(moments.errors(np.concatenate(wrong)) @ by_output) / moments.count)
+        levels = form.levels
     return np.array(errors)
